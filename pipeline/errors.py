@@ -1,0 +1,21 @@
+"""Errors a person can act on. The command line prints the sentence alone; anything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """One sentence that names the field or file, the value and the remedy."""
+
+
+class RecipeError(UserError):
+    """A recipe, an override or a change on resume that cannot be accepted."""
+
+
+class DataError(UserError):
+    """A data file that is missing, damaged or not the one the stage was started with."""
+
+
+class StageError(UserError):
+    """A stage directory that cannot be opened, continued or written."""
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint, or weights that do not fit the model."""

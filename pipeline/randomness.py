@@ -1,0 +1,56 @@
+"""Counter-based random numbers: every draw is a hash of what it is for, so no generator state exists to be saved.
+
+A key is a chain of 64-bit mixes, `key(seed, epoch, sample_id, purpose)`. The same function runs on numpy arrays here
+and, compiled, inside the image decoder. The mix is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable
+Pseudorandom Number Generators, 2014).
+"""
+
+import hashlib
+from enum import IntEnum
+
+import numpy as np
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31, _S11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
+_TO_UNIT = 2.0**-53
+
+
+class Purpose(IntEnum):
+    """What a draw is for: two purposes never share a number."""
+
+    ORDER = 1
+    CROP = 2
+    FLIP = 3
+    MASK = 4
+    MIX = 5
+    DROP_PATH = 6
+
+
+def mix64(x):
+    """One SplitMix64 step of uint64 values (scalar inside numba, arrays in numpy)."""
+    z = x + _GAMMA
+    z = (z ^ (z >> _S30)) * _MIX_1
+    z = (z ^ (z >> _S27)) * _MIX_2
+    return z ^ (z >> _S31)
+
+
+def key(*parts) -> np.ndarray:
+    """The uint64 key of integer parts; arrays among them broadcast, so a batch of sample ids gives a batch of keys."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = mix64(state ^ mix64(np.atleast_1d(np.asarray(part)).astype(np.uint64)))
+    return state if any(np.ndim(part) for part in parts) else state[0:1].reshape(())
+
+
+def uniform(keys: np.ndarray, count: int) -> np.ndarray:
+    """`count` float64 numbers in [0, 1) for each key: shape `keys.shape + (count,)`. Number n is a hash of (key, n)."""
+    counter = mix64(np.arange(count, dtype=np.uint64))
+    return (mix64(np.asarray(keys, np.uint64)[..., None] ^ counter) >> _S11).astype(np.float64) * _TO_UNIT
+
+
+def text_key(*parts: object) -> int:
+    """A 63-bit key of text (a tensor's name, say); the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,10 @@
+"""Where features lie in memory. `models` compute; the layouts here decide over which sites.
+
+In every layout a feature tensor is (N, sites..., C): images first, channels last, so that LayerNorm, Linear and GELU
+need no layout at all. Only the stem, the downsampling, the depthwise convolution and GRN ask the layout.
+"""
+
+from pipeline.sparse.geometry import VisibleCells
+from pipeline.sparse.layouts import DENSE, Dense, Layout, Masked, Packed
+
+__all__ = ["DENSE", "Dense", "Layout", "Masked", "Packed", "VisibleCells"]

@@ -1,0 +1,132 @@
+"""Layouts: `dense` for whole images, `packed` for visible cells alone, `masked` as the packed one's oracle.
+
+A layout owns no parameters. It is given the layer that does, and returns features (N, sites..., C).
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.sparse.geometry import VisibleCells
+
+
+class Layout(Protocol):
+    """What a block asks of the place where its features lie."""
+
+    def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to features."""
+
+    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """A 2x2 convolution of stride 2."""
+
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """A depthwise convolution that keeps the size."""
+
+    def energy(self, x: Tensor, across_images: bool) -> Tensor:
+        """L2 norm of each channel over the sites that count: (N, 1..., C), or (1, 1..., C) across the whole batch."""
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """Features as a dense (N, h, w, C) map."""
+
+
+def _norm(x: Tensor, across_images: bool) -> Tensor:
+    # Statistics are at least fp32 whatever the activations are: squares overflow fp16 and round in bf16.
+    dims = tuple(range(0 if across_images else 1, x.ndim - 1))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of (N, H, W, C) features; the permuted views are channels-last memory, so nothing is copied."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Dense:
+    """Features (N, H, W, C) of whole images: fine-tuning, evaluation, the decoder."""
+
+    def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
+        return conv(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return _conv(conv, x)
+
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return _conv(conv, x)
+
+    def energy(self, x: Tensor, across_images: bool) -> Tensor:
+        return _norm(x, across_images)
+
+    def to_map(self, x: Tensor) -> Tensor:
+        return x
+
+
+DENSE = Dense()
+
+
+class Masked(Dense):
+    """Dense features in which hidden sites are kept from the visible ones: as costly as dense, and obviously right.
+
+    Hidden sites may hold anything between the blocks; they are zeroed where a convolution would look at them (only the
+    depthwise one reaches across cells) and left out of every statistic.
+    """
+
+    def __init__(self, visible: VisibleCells):
+        self.visible = visible
+
+    def _shown(self, x: Tensor) -> Tensor:
+        return x * self.visible.keep(x.shape[1] // self.visible.grid[0])
+
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return super().depthwise(conv, self._shown(x))
+
+    def energy(self, x: Tensor, across_images: bool) -> Tensor:
+        return _norm(self._shown(x), across_images)
+
+    def to_map(self, x: Tensor) -> Tensor:
+        return self._shown(x)
+
+
+class Packed:
+    """Tokens (N, K*s*s, C) of the visible cells alone, cell by cell, s*s sites in each.
+
+    Cells are aligned with every stride of the network, so the stem and the 2x2 convolutions never leave a cell and are
+    plain linear maps on tokens; only the depthwise convolution looks at neighbours.
+    """
+
+    def __init__(self, visible: VisibleCells):
+        self.visible = visible
+
+    def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
+        v, p = self.visible, conv.stride[0]
+        channels, (h, w) = images.shape[1], v.grid
+        s = images.shape[2] // h // p
+        cells = images.reshape(v.images, channels, h, s, p, w, s, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        shown = cells.reshape(v.images * h * w, -1).index_select(0, v.cells)
+        return F.linear(shown.view(v.images, v.visible * s * s, -1), conv.weight.flatten(1), conv.bias)
+
+    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        v, c = self.visible, x.shape[-1]
+        s = self._side(x)
+        patches = x.view(v.images, v.visible, s // 2, 2, s // 2, 2, c).transpose(3, 4).reshape(v.images, -1, 4 * c)
+        return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        y = _conv(conv, self._scatter(x)).reshape(-1, x.shape[-1])
+        return y.index_select(0, self.visible.sites(self._side(x))).view_as(x)
+
+    def energy(self, x: Tensor, across_images: bool) -> Tensor:
+        return _norm(x, across_images)
+
+    def to_map(self, x: Tensor) -> Tensor:
+        return self._scatter(x)
+
+    def _side(self, x: Tensor) -> int:
+        return round((x.shape[1] // self.visible.visible) ** 0.5)
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        v, s, c = self.visible, self._side(x), x.shape[-1]
+        h, w = v.grid[0] * s, v.grid[1] * s
+        empty = x.new_zeros(v.images * h * w, c)
+        return empty.index_copy(0, v.sites(s), x.reshape(-1, c)).view(v.images, h, w, c)
