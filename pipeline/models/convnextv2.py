@@ -94,9 +94,7 @@ class ConvNeXtV2(nn.Module):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} must name the same number of stages")
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
-        stem = nn.Sequential(
-            nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS)
-        )
+        stem = nn.Sequential(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem])
         for below, dim in zip(dims, dims[1:], strict=False):
             self.downsample_layers.append(nn.Sequential(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))

@@ -32,10 +32,11 @@ class Layout(Protocol):
 
 
 def _norm(x: Tensor, across_images: bool) -> Tensor:
-    # Statistics are at least fp32 whatever the activations are: squares overflow fp16 and round in bf16.
+    # Statistics are at least fp32 whatever the activations are: squares overflow fp16 and round in bf16. The clamp
+    # gives a channel of zeros the gradient 0; vector_norm does so too, at three times the time on a CPU.
     dims = tuple(range(0 if across_images else 1, x.ndim - 1))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().sum(dims, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

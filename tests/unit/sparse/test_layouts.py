@@ -50,8 +50,12 @@ def two_threads():
 
 
 @given(
-    h=st.integers(1, 6), w=st.integers(1, 6), ratio=st.sampled_from([0.25, 0.6, 0.9]), images=st.integers(1, 4),
-    statistics=st.sampled_from(["image", "batch"]), seed=st.integers(0, 99),
+    h=st.integers(1, 6),
+    w=st.integers(1, 6),
+    ratio=st.sampled_from([0.25, 0.6, 0.9]),
+    images=st.integers(1, 4),
+    statistics=st.sampled_from(["image", "batch"]),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
 def test_packed_equals_masked(h, w, ratio, images, statistics, seed):

@@ -1,0 +1,74 @@
+"""A chain of stages as a run directory: which stage is next, and whether what it starts from is there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.data.checks import open_data
+from pipeline.errors import RecipeError, StageError
+from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
+from pipeline.stage import Outcome, OutcomeKind, Stage
+
+
+def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
+    """Make or reopen the run directory of a chain, its stages in order.
+
+    Raises:
+        RecipeError: if the directory belongs to another recipe, naming the fields.
+        StageError: if it cannot be written, or holds something else.
+    """
+    directory = Path(directory)
+    known = directory / "recipe.yaml"
+    if directory.exists() and not known.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
+        raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        stages = {name: resolved(stage) for name, stage in recipe.stages.items()}
+        if known.exists():
+            _refuse_other(load(known).stages, stages, directory)
+        dump(recipe.model_copy(update={"stages": stages}), known)
+    except OSError as error:
+        raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
+    return [Stage.create(directory / name, stage) for name, stage in stages.items()]
+
+
+def resolved(recipe: StageRecipe) -> StageRecipe:
+    """The recipe with its data paths absolute, so that any process in any directory can run the stage."""
+    paths = {name: str(Path(getattr(recipe.data, name)).absolute()) for name in ("train", "validation")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+
+
+def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], directory: Path) -> None:
+    if list(old) != list(new):
+        differs = f"stages {', '.join(old)} instead of {', '.join(new)}"
+    else:
+        found = [f"stages.{name}.{change}" for name in new for change in changes(old[name], new[name])[0]]
+        differs = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    if differs:
+        raise RecipeError(
+            f"--out {directory} was started with another recipe ({differs}); choose another directory, or undo the change"
+        )
+
+
+def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome:
+    """Run the stages that are not done, one after the other; the first outcome other than done ends it.
+
+    Each stage verifies for itself what it starts from: the order here is only a convenience.
+    """
+    for stage in stages:
+        if stage.done() is None:
+            outcome = launch(stage.directory)
+            if outcome.kind is not OutcomeKind.DONE:
+                return outcome
+    return Outcome(OutcomeKind.DONE)
+
+
+def preflight(stages: list[Stage], processes: int) -> None:
+    """Everything that can be refused before a process starts: data files, classes, the number of processes.
+
+    Raises:
+        UserError: the first one found.
+    """
+    for stage in stages:
+        if stage.done() is None:
+            stage.recipe.check_world_size(processes)
+            open_data(stage.recipe)

@@ -1,0 +1,124 @@
+"""Stages as processes of this machine, one per rank."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from pipeline.stage import Outcome, OutcomeKind, Stage
+
+POLL_SECONDS = 0.1
+KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time
+
+
+class LocalLauncher:
+    """Runs a stage in `processes` ranks and waits for them.
+
+    Attributes:
+        watch: called about twice a second while waiting, to show progress.
+    """
+
+    def __init__(self, processes: int, watch: Callable[[], None] = lambda: None):
+        self.processes, self.watch = processes, watch
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._stops = 0
+
+    def run(self, stage_directory: Path) -> Outcome:
+        """Run the stage to an outcome. SIGINT and SIGTERM are passed on once; a second one kills."""
+        self._stops, deadline = 0, None
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._start(stage_directory)
+            shown = 0.0
+            while any(rank.poll() is None for rank in self._ranks):
+                time.sleep(POLL_SECONDS)
+                if time.monotonic() - shown > 0.5:
+                    self.watch()
+                    shown = time.monotonic()
+                if self._stops and deadline is None:
+                    deadline = time.monotonic() + KILL_AFTER_SECONDS
+                failed = any(rank.returncode not in (None, 0, 75) for rank in self._ranks)
+                if failed or self._stops > 1 or (deadline and time.monotonic() > deadline):
+                    # The others wait for the one that is gone, and would wait for ever.
+                    time.sleep(POLL_SECONDS)
+                    self._kill()
+        finally:
+            self._kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self._outcome(Stage(stage_directory))
+
+    def _start(self, stage_directory: Path) -> None:
+        attempt_logs = stage_directory / "logs"
+        attempt_logs.mkdir(exist_ok=True)
+        shared = {
+            "WORLD_SIZE": self.processes,
+            "LOCAL_WORLD_SIZE": self.processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
+        self._ranks = []
+        for rank in range(self.processes):
+            place = {
+                **shared,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+            }
+            with open(attempt_logs / f"rank-{rank}.log", "ab") as log:
+                self._ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "pipeline.run", str(stage_directory)],
+                        env={**os.environ, **{name: str(value) for name, value in place.items()}},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,  # a Ctrl-C at the terminal reaches the launcher alone, which passes it on
+                    )
+                )
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._stops += 1
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM)
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for rank in self._ranks:
+            rank.wait()
+
+    def _outcome(self, stage: Stage) -> Outcome:
+        codes = [rank.returncode for rank in self._ranks]
+        if all(code == 0 for code in codes) and (done := stage.done()):
+            return Outcome(OutcomeKind.DONE, step=done.step)
+        outcome = stage.last_outcome()
+        if set(codes) <= {0, 75} and outcome is not None:
+            return outcome
+        if outcome is not None and outcome.kind is OutcomeKind.PERMANENT:
+            return outcome
+        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in enumerate(codes))
+        logs = stage.directory / "logs"
+        return Outcome(
+            OutcomeKind.PERMANENT,
+            f"stage {stage.recipe.name} ended early ({ends}); see {logs}, and run again to resume",
+        )
+
+
+def _end(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

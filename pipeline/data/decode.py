@@ -1,0 +1,212 @@
+"""From stored images to network inputs: which crop (numpy, by hash), then decoding and resizing (compiled).
+
+JPEGs are decoded by libturbojpeg with the accurate DCT, as Pillow does, and its status is looked at. (FFCV's own
+decoder asks for the fast DCT and drops the status.) The compiled functions are cached on disk: FFCV would compile its
+pipelines anew in every process.
+"""
+
+import ctypes
+import ctypes.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from llvmlite import binding
+from numba import njit, types
+
+from pipeline.data.beton import JPEG
+from pipeline.data.resample import resized_crop
+from pipeline.errors import DataError
+from pipeline.randomness import Purpose, key, uniform
+
+CROP_TRIES = 10
+
+# One row per image: the box to cut, the size it is resized to, the window of that, mirrored or not.
+_NUMBERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
+PLAN = np.dtype([(name, "<i8") for name in _NUMBERS])
+Plan = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (epoch, ids, heights, widths) -> PLAN rows
+
+_PIXEL_RGB, _ACCURATE_DCT = 0, 4096
+OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE = range(4)
+_REASONS = {
+    BAD_PLACE: "lies outside of the file",
+    BAD_JPEG: "is a damaged JPEG",
+    OTHER_SIZE: "is a JPEG of another size than noted",
+}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Random resized crop and horizontal flip; every number is a hash of (seed, epoch, sample id, purpose).
+
+    The crop is drawn by torchvision's rule: up to ten tries at an area of `crop_scale` times the image's and a
+    log-uniform aspect ratio within `crop_ratio` (width / height), then the largest centred crop of a permitted ratio.
+    """
+
+    seed: int
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_probability: float
+
+    def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        plan = np.zeros(len(ids), PLAN)
+        draws = uniform(key(self.seed, epoch, ids, Purpose.CROP), 4 * CROP_TRIES).reshape(len(ids), CROP_TRIES, 4)
+        low, high = np.log(self.crop_ratio)
+        area = (heights * widths)[:, None] * (self.crop_scale[0] + np.ptp(self.crop_scale) * draws[..., 0])
+        ratio = np.exp(low + (high - low) * draws[..., 1])
+        width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+        rows, first = np.arange(len(ids)), fits.argmax(axis=1)
+        height, width, draws, fits = height[rows, first], width[rows, first], draws[rows, first], fits.any(axis=1)
+
+        narrow, wide = min(self.crop_ratio), max(self.crop_ratio)
+        shape = widths / heights
+        largest_width = np.where(shape > wide, np.rint(heights * wide), widths).astype(np.int64)
+        largest_height = np.where(shape < narrow, np.rint(widths / narrow), heights).astype(np.int64)
+        plan["height"] = np.where(fits, height, largest_height)
+        plan["width"] = np.where(fits, width, largest_width)
+        room_y, room_x = heights - plan["height"], widths - plan["width"]
+        plan["top"] = np.where(fits, draws[:, 2] * (room_y + 1), room_y // 2)
+        plan["left"] = np.where(fits, draws[:, 3] * (room_x + 1), room_x // 2)
+        plan["full_height"] = plan["full_width"] = self.image_size
+        plan["flip"] = uniform(key(self.seed, epoch, ids, Purpose.FLIP), 1)[:, 0] < self.flip_probability
+        return plan
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Short side to int(image_size / crop_pct), then the centre; or, with a crop_pct of 1, squashed to the square."""
+
+    image_size: int
+    crop_pct: float
+
+    def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        plan = np.zeros(len(ids), PLAN)
+        plan["height"], plan["width"] = heights, widths
+        plan["full_height"] = plan["full_width"] = self.image_size
+        if self.crop_pct < 1:
+            short = int(self.image_size / self.crop_pct)
+            shorter = np.minimum(heights, widths)
+            plan["full_height"] = short * heights // shorter
+            plan["full_width"] = short * widths // shorter
+            plan["y0"] = np.rint((plan["full_height"] - self.image_size) / 2)
+            plan["x0"] = np.rint((plan["full_width"] - self.image_size) / 2)
+        return plan
+
+
+@cache
+def _turbojpeg() -> ctypes.CDLL:
+    """libturbojpeg, its decoder made known to LLVM by name: an address in the code could not be cached on disk."""
+    try:
+        library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
+    except OSError:
+        raise DataError("libturbojpeg is missing; on Debian: apt-get install libturbojpeg0") from None
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjDestroy.argtypes = [ctypes.c_void_p]
+    for name in ("tjDecompressHeader3", "tjDecompress2"):
+        binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    return library
+
+
+_read_header = types.ExternalFunction(
+    "tjDecompressHeader3", types.int32(types.intp, types.intp, types.uint64, *[types.intp] * 4)
+)
+_decompress = types.ExternalFunction(
+    "tjDecompress2", types.int32(types.intp, types.intp, types.uint64, types.intp, *[types.int32] * 5)
+)
+
+
+@njit(cache=True, nogil=True)
+def decode_jpeg(handle, content, height, width, out):
+    """RGB pixels of a JPEG into `out`, bytes of at least 3 * height * width. Returns OK, BAD_JPEG or OTHER_SIZE."""
+    found = np.zeros(4, np.int32)
+    at = found.ctypes.data
+    if _read_header(handle, content.ctypes.data, len(content), at, at + 4, at + 8, at + 12) != 0:
+        return BAD_JPEG
+    if found[0] != width or found[1] != height:
+        return OTHER_SIZE
+    status = _decompress(
+        handle, content.ctypes.data, len(content), out.ctypes.data, width, 0, height, _PIXEL_RGB, _ACCURATE_DCT
+    )
+    return OK if status == 0 else BAD_JPEG
+
+
+@njit(cache=True, nogil=True)
+def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths, handle, scratch, out, status):
+    for i in range(first, len(out), step):
+        place, size, height, width = np.int64(places[i]), np.int64(sizes[i]), heights[i], widths[i]
+        bytes_needed = 3 * height * width
+        known = size == bytes_needed if modes[i] != JPEG else bytes_needed <= len(scratch)
+        if place < 0 or size < 0 or place + size > len(file) or not known:
+            status[i] = BAD_PLACE
+            continue
+        pixels = file[place : place + size]
+        if modes[i] == JPEG:
+            status[i] = decode_jpeg(handle, pixels, height, width, scratch)
+            if status[i] != OK:
+                continue
+            pixels = scratch[:bytes_needed]
+        image = pixels.reshape(height, width, 3)
+        p = plan[i]
+        resized_crop(
+            image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, out[i], p.flip != 0
+        )
+
+
+class Decoder:
+    """Decodes batches on `workers` threads; each holds a JPEG decompressor and room for the largest image.
+
+    The threads are Python's, running compiled code without the lock: numba's own pool cannot serve two loaders at once
+    (its default, workqueue, aborts) nor be joined.
+    """
+
+    def __init__(self, workers: int, largest_image_bytes: int) -> None:
+        self.workers = workers
+        self._library = _turbojpeg()
+        self._handles = [self._library.tjInitDecompress() for _ in range(workers)]
+        self._scratch = [np.empty(largest_image_bytes, np.uint8) for _ in range(workers)]
+        self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
+
+    def __call__(self, file, places, sizes, modes, plan, heights, widths, out) -> np.ndarray:
+        """Decodes the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (n, size, size, 3).
+
+        Returns a status per image, int32 (n,): 0, or what `reason` puts into words.
+        """
+        status = np.zeros(len(out), np.int32)
+
+        def run(worker: int) -> None:
+            own = self._handles[worker], self._scratch[worker]
+            _decode_some(worker, self.workers, file, places, sizes, modes, plan, heights, widths, *own, out, status)
+
+        if self._pool is None:
+            run(0)
+        else:
+            list(self._pool.map(run, range(self.workers)))
+        return status
+
+    def close(self) -> None:
+        """Ends the threads and frees the decompressors; may be called twice."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        while self._handles:
+            self._library.tjDestroy(self._handles.pop())
+
+
+def jpeg_status(content: bytes, height: int, width: int) -> int:
+    """Decodes a JPEG as training will and returns the status: 0, or what `reason` puts into words."""
+    library = _turbojpeg()
+    handle = library.tjInitDecompress()
+    try:
+        pixels = np.empty(3 * height * width, np.uint8)
+        return decode_jpeg(handle, np.frombuffer(content, np.uint8), height, width, pixels)
+    finally:
+        library.tjDestroy(handle)
+
+
+def reason(status: int) -> str:
+    """What is wrong with an image of that status, to follow 'sample 7 of FILE'."""
+    return _REASONS[status]

@@ -1,0 +1,143 @@
+"""The engine protocol: one optimizer step over the slots of this rank, and the state as logical tensors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.feed import Batch
+from pipeline.engines.world import World
+from pipeline.objectives import Objective
+from pipeline.optim.ema import EMA, Component
+from pipeline.optim.groups import parameter_groups
+from pipeline.recipe import StageRecipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step tells: tensors on the device, read only when the journal is written."""
+
+    loss: Tensor
+    """This rank's share: the sum over ranks is the mean over the global batch."""
+    gradient_norm: Tensor
+
+
+class Engine(ABC):
+    """Owns the model, the optimizer and the components. Public methods here, the engine's own ways in the hooks.
+
+    Args:
+        model: with its initial weights, on the CPU.
+        recipe: the stage's.
+        world: this process's place.
+    """
+
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
+        self.world, self.recipe = world, recipe
+        self.module = model.to(world.device, DTYPES[recipe.engine.precision])
+        settings = recipe.optimizer
+        self.groups = parameter_groups(
+            self.module.named_parameters(),
+            depths=getattr(model, "depths", ()),
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
+            layer_decay_groups=settings.layer_decay_groups,
+            decay_grn=settings.decay_grn,
+        )
+        self.components: list[Component] = []
+
+    def attach_components(self) -> None:
+        """Components start from the weights of step 0: call this once those are in place, before a restore."""
+        self.components = [EMA(self.items(), self.recipe.ema)] if self.recipe.ema else []
+
+    def step(
+        self,
+        batches: Iterable[Batch],
+        objective: Objective,
+        *,
+        step: int,
+        lr: float,
+        should_stop: Callable[[], bool],
+    ) -> Report | None:
+        """One optimizer update over this rank's micro-batches; None if the ranks agreed to stop: nothing has changed.
+
+        Every rank has the same number of micro-batches. `step` counts the updates finished before this one.
+        """
+        total = self.recipe.batch.slots // self.world.size // self.recipe.batch.micro_slots
+        loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            if should_stop():
+                self._discard_gradients()
+                return None
+            loss += self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1).double()
+        norm = self._update(lr)
+        for component in self.components:
+            component.after_update(step + 1)
+        return Report(loss / self.world.size, norm)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
+        device = self.world.device
+        return replace(
+            batch,
+            images=batch.images.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+        )
+
+    def precision(self) -> torch.autocast:
+        """The autocast of a forward pass."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode, holding the weights that are handed on."""
+        average = self.component("ema") if self.recipe.handoff == "ema" else None
+        if average:
+            average.swap()
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.precision():
+                yield self.module
+        finally:
+            self.module.train()
+            if average:
+                average.swap()
+
+    def component(self, name: str) -> Any:
+        return next((c for c in self.components if c.name == name), None)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The whole resumable state, as tensors by logical name; restoring copies into these very tensors."""
+        return {
+            "model": self.items(),
+            "optim": self._optimizer_state(),
+            **{component.name: component.state() for component in self.components},
+            "step": torch.tensor(step),
+        }
+
+    @abstractmethod
+    def items(self) -> dict[str, Tensor]:
+        """Parameters and floating buffers by official name."""
+
+    @abstractmethod
+    def warm_up(self, batch: Batch, objective: Objective) -> None:
+        """Whatever must happen before the first step so that a fresh and a resumed run add in the same order."""
+
+    @abstractmethod
+    def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
+        """Accumulate the gradient of `share` times the loss; synchronise it after the last micro-batch."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> Tensor:
+        """Clip, update the parameters, clear the gradients; the gradient norm before clipping."""
+
+    @abstractmethod
+    def _discard_gradients(self) -> None: ...
+
+    @abstractmethod
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...

@@ -1,0 +1,76 @@
+"""The process group of a stage: who am I among how many."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.collective import from_rank_zero
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. `group` is a CPU (gloo) group for agreements and checkpoints, beside the default one."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @classmethod
+    def join(cls, device: str = "auto", threads: int = 0, timeout_seconds: float = 600) -> "World":
+        """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+        Without them this is a world of one. One rank per GPU; on CPUs the machine's cores are shared by its ranks.
+        """
+        place = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
+        local_rank = int(os.environ.get("LOCAL_RANK", place["RANK"]))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", place["WORLD_SIZE"]))
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(where)
+        torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // local_size, 1))
+        timeout = timedelta(seconds=timeout_seconds)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The largest value of any rank: collective, about a millisecond, on the CPU."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
+        return int(shared)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns, or raises, on rank 0; on every rank."""
+        return from_rank_zero(work, self.group)
+
+    def leave(self) -> None:
+        """Leave the group, so that the process can end."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

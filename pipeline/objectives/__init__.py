@@ -1,0 +1,16 @@
+"""Objectives: what a stage learns. The recipe's `objective.kind` names one."""
+
+from pipeline.objectives.base import Objective
+from pipeline.objectives.classification import ClassificationObjective
+from pipeline.objectives.fcmae import FCMAEObjective
+from pipeline.recipe import StageRecipe
+
+_KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective}
+
+
+def create_objective(recipe: StageRecipe, seed: int) -> Objective:
+    """The objective of a stage; `seed` is the stage's own."""
+    return _KINDS[recipe.objective.kind](recipe, seed)
+
+
+__all__ = ["Objective", "create_objective"]

@@ -1,0 +1,123 @@
+"""Fine-tuning: mixup or cutmix inside each slot, label smoothing, drop path."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import randomness
+from pipeline.checkpoint.weights import encoder_to_classifier
+from pipeline.data.feed import Batch
+from pipeline.models import create_model
+from pipeline.models.convnextv2 import drop_path_rates
+from pipeline.objectives.base import normalise
+from pipeline.recipe import StageRecipe
+
+
+class ClassificationObjective:
+    metric = "top1"
+
+    def __init__(self, recipe: StageRecipe, seed: int):
+        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+
+    def build_model(self) -> nn.Module:
+        options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
+        model = create_model(
+            self.recipe.model.name,
+            num_classes=self.settings.classes,
+            head_init_scale=self.settings.head_init_scale,
+            seed=self.seed,
+            **options,
+        )
+        self._rates = np.array(drop_path_rates(model.depths, self.settings.drop_path))
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        dtype, device = next(model.parameters()).dtype, batch.images.device
+        images = normalise(batch.images, dtype)
+        size = len(images) // len(batch.slots)
+        mixes = [self._mix(step, slot, images.shape[-1]) for slot in batch.slots]
+        images = torch.cat([mix.images(x) for mix, x in zip(mixes, images.split(size), strict=True)])
+        partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
+        share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size).to(device)
+        logits = model(images, self._keep(step, batch.slots, size, dtype, device))
+        # Cross entropy is linear in the target, so mixing two losses is mixing two smoothed targets.
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
+        other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)
+        return (share * own + (1 - share) * other).mean(), {}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
+        valid = batch.valid.to(logits.device)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        return {
+            "top1": (ranked[:, 0] & valid).sum(),
+            "top5": (ranked.any(1) & valid).sum(),
+            "loss": (loss * valid).sum(),
+            "count": valid.sum(),
+        }
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        count = sums["count"]
+        return {"top1": 100 * sums["top1"] / count, "top5": 100 * sums["top5"] / count, "loss": sums["loss"] / count}
+
+    def paint(self, model: nn.Module, batch: Batch) -> None:
+        return None
+
+    def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+        if any(name.startswith("encoder.") for name in weights):
+            return encoder_to_classifier(weights), ("mask_token", "proj.", "decoder.", "pred."), ("norm.", "head.")
+        head = ("head.",) if self.recipe.init.head == "new" else ()
+        return weights, head, head
+
+    def _mix(self, step: int, slot: int, size: int) -> "Mix":
+        """The slot's mix-up or cut-mix, by hash of (seed, step, slot)."""
+        alphas = {"mixup": self.settings.mixup, "cutmix": self.settings.cutmix}
+        kinds = [kind for kind, alpha in alphas.items() if alpha > 0]
+        if not kinds:
+            return Mix(1.0)
+        seed = int(randomness.key(self.seed, step, slot, randomness.Purpose.MIX))
+        draw = np.random.Generator(np.random.Philox(key=seed))
+        kind = kinds[int(draw.integers(len(kinds)))]
+        share = float(draw.beta(alphas[kind], alphas[kind]))
+        if kind == "mixup":
+            return Mix(share)
+        half = int(size * (1 - share) ** 0.5) // 2
+        y, x = (int(v) for v in draw.integers(size, size=2))
+        box = (max(y - half, 0), min(y + half, size), max(x - half, 0), min(x + half, size))
+        return Mix(1 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box)
+
+    def _keep(
+        self, step: int, slots: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
+        """Drop-path factors (blocks, n), by hash of (seed, step, slot)."""
+        if not self._rates.any():
+            return None
+        keys = randomness.key(self.seed, step, np.array(slots), randomness.Purpose.DROP_PATH)
+        draws = randomness.uniform(keys, len(self._rates) * size).reshape(len(slots), len(self._rates), size)
+        rates = self._rates[None, :, None]
+        keep = ((draws >= rates) / (1 - rates)).transpose(1, 0, 2).reshape(len(self._rates), -1)
+        return torch.from_numpy(keep).to(dtype).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a slot's images are mixed with the same images in reverse order: `share` of the own label remains."""
+
+    share: float
+    box: tuple[int, int, int, int] | None = None
+    """top, bottom, left, right of what is pasted in; None blends whole images."""
+
+    def images(self, x: Tensor) -> Tensor:
+        if self.share == 1.0:
+            return x
+        if self.box is None:
+            return x * self.share + x.flip(0) * (1 - self.share)
+        top, bottom, left, right = self.box
+        mixed = x.clone()
+        mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+        return mixed

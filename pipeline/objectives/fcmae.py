@@ -1,0 +1,71 @@
+"""Pre-training: hide cells, predict their pixels."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline import randomness
+from pipeline.data.feed import Batch
+from pipeline.models import create_model
+from pipeline.models.fcmae import FCMAE
+from pipeline.objectives.base import denormalise, normalise
+from pipeline.recipe import StageRecipe
+
+
+class FCMAEObjective:
+    metric = "loss"
+
+    def __init__(self, recipe: StageRecipe, seed: int):
+        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+
+    def build_model(self) -> nn.Module:
+        options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
+        encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
+        return FCMAE(
+            encoder,
+            encoder_backend=self.settings.encoder_backend,
+            grn_statistics=self.settings.grn_statistics,
+            normalize_target=self.settings.normalize_target,
+            decoder_dim=self.settings.decoder_dim,
+            decoder_depth=self.settings.decoder_depth,
+            cell=encoder.stride,
+            seed=self.seed,
+        )
+
+    def mask(self, batch: Batch) -> Tensor:
+        """(n, L) bool, True = hidden: a function of (seed, epoch, sample id)."""
+        side = self.recipe.data.image_size // self.recipe.model.stride
+        return random_mask(self.seed, batch.epoch, batch.ids.numpy(), side * side, self.settings.mask_ratio)
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        dtype = next(model.parameters()).dtype
+        return model(normalise(batch.images, dtype), self.mask(batch)).loss, {}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        dtype, valid = next(model.parameters()).dtype, batch.valid
+        images, mask = normalise(batch.images, dtype), self.mask(batch)
+        # Every image hides as many cells as any other, so a loss over images is their mean: padding is cut, not weighed.
+        count = int(valid.sum())
+        if count == 0:
+            return {"loss": torch.zeros((), dtype=dtype, device=images.device), "count": torch.zeros(())}
+        loss = model(images[valid.to(images.device)], mask[valid]).loss
+        return {"loss": loss * count, "count": torch.tensor(float(count))}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["count"]}
+
+    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
+        return mask, denormalise(model.paint(images, mask, model(images, mask).prediction))
+
+    def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+        return weights, (), ()
+
+
+def random_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:
+    """(n, cells) bool, True = hidden; int(cells * (1 - ratio)) cells of each image stay visible, at least one."""
+    keys = randomness.key(seed, epoch, ids, randomness.Purpose.MASK)
+    rank = randomness.uniform(keys, cells).argsort(1).argsort(1)
+    return torch.from_numpy(rank >= max(int(cells * (1 - ratio)), 1))

@@ -1,0 +1,49 @@
+"""What acts on parameters beside the optimizer: components. Here, the moving average of the weights."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Component(Protocol):
+    """Acts after each update; its state is part of the checkpoint."""
+
+    name: str
+
+    def after_update(self, step: int) -> None:
+        """`step` counts finished updates, this one included."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by logical name; restored in place."""
+
+
+class EMA:
+    """average = decay * average + (1 - decay) * weights, from the weights of step 0 on.
+
+    torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
+    """
+
+    name = "ema"
+
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float):
+        self.decay = decay
+        self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        live = [tensor.detach() for tensor in self._live.values()]
+        torch._foreach_lerp_(list(self._average.values()), live, 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._average
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages and the live weights; a second call undoes it."""
+        for name, live in self._live.items():
+            held = live.detach().clone()
+            live.copy_(self._average[name])
+            self._average[name].copy_(held)

@@ -1,0 +1,166 @@
+"""The journal of a stage: one JSON object a line, `kind`, `time` (epoch seconds) and `attempt` first.
+
+It is the one record of what happened; progress display, status, curves and MLflow are all fed from it and may lag.
+Rank 0 writes. A line goes out in one write() and counts from its newline on, so that a killed process leaves at most
+one torn line, at the end; the next `Journal` cuts it off.
+
+A resume at step r repeats the steps after r. The "attempt" line carries r and withdraws every earlier line of a later
+step (`standing`): what is asked after a resume is answered from the history of the weights now in memory, also when
+the repetition is not bit-equal because it runs on another world size. Nothing is ever erased from the file.
+"""
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Event = dict[str, Any]
+
+# JSON has no NaN and no infinity, and strict readers refuse a file with Python's bare words. null would not tell a
+# diverged loss from a missing one; these strings can be told apart, and float() in Python and Number() in JavaScript
+# read them. `read` and `Tail` give the floats back.
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def strict(value: Any) -> Any:
+    """`value` as strict JSON can hold it: non-finite floats as strings, scalars of numpy and torch as numbers."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return strict(value.item())
+
+
+def parse(line: bytes) -> Event | None:
+    """The object of one line, or None if the line is torn or no JSON object."""
+    try:
+        event = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return _restored(event) if isinstance(event, dict) else None
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+class Journal:
+    """Appends lines for one attempt. Opening cuts a torn last line; lines before it are never touched."""
+
+    def __init__(self, path: str | Path, attempt: int) -> None:
+        self.path = Path(path)
+        self.attempt = attempt
+        self._written: set[tuple[str, int]] = set()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        data = self.path.read_bytes()
+        keep = _whole(data)
+        if keep < len(data):
+            os.ftruncate(self._file.fileno(), keep)
+        for line in data[:keep].splitlines():
+            if (event := parse(line)) is not None:
+                self._note(event)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Appends one line. A full disk raises OSError and leaves no part of the line behind."""
+        event = {"kind": kind, "time": round(time.time(), 3), "attempt": self.attempt, **strict(fields)}
+        line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        written = self._file.write(line)
+        if written != len(line):
+            os.ftruncate(self._file.fileno(), self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, "the journal line could not be written whole", str(self.path))
+        self._note(event)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a standing line of this kind and step exists, written by this attempt or an earlier one."""
+        return (kind, step) in self._written
+
+    def _note(self, event: Event) -> None:
+        kind, step = event.get("kind"), event.get("step")
+        if not isinstance(kind, str) or not isinstance(step, int):
+            return
+        if kind == "attempt":
+            self._written = {(k, s) for k, s in self._written if s <= step}
+        self._written.add((kind, step))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+
+def _whole(data: bytes) -> int:
+    """Bytes to keep: all but what follows the last newline, and but the last line if that is no JSON object."""
+    end = data.rfind(b"\n") + 1
+    start = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
+    return start if end and parse(data[start:end]) is None else end
+
+
+class Tail:
+    """Follows a journal that another process writes, or will write."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._offset = 0  # always the end of a good line, so that cutting a torn tail cannot move what lies before it
+
+    def poll(self) -> list[Event]:
+        """The whole lines added since the last call; lines that are no JSON objects are passed over."""
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._offset = 0  # another file has taken the place
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        events, end = [], 0
+        good = 0
+        while (newline := data.find(b"\n", end)) >= 0:
+            event = parse(data[end:newline])
+            end = newline + 1
+            if event is not None:
+                events.append(event)
+                good = end
+        self._offset += good
+        return events
+
+
+def read(path: str | Path) -> list[Event]:
+    """All whole lines in the order written; a torn tail is left out, a missing file is an empty journal."""
+    return Tail(path).poll()
+
+
+def standing(events: Iterable[Event]) -> list[Event]:
+    """The events without those that a later attempt, resumed from an earlier step, has withdrawn."""
+    kept: list[Event] = []
+    for event in events:
+        if event.get("kind") == "attempt" and isinstance(start := event.get("step"), int):
+            kept = [e for e in kept if not isinstance(e.get("step"), int) or e["step"] <= start]
+        kept.append(event)
+    return kept
+
+
+def steps(events: Iterable[Event]) -> dict[int, Event]:
+    """step -> its standing "step" event; of several lines of a step the last."""
+    found = {e["step"]: e for e in standing(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)}
+    return dict(sorted(found.items()))

@@ -1,0 +1,168 @@
+"""PNG pictures of a stage: what pre-training paints, and the curves of the journal. Written whole or not at all."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.tracking.journal import Event, read, standing, steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CELL_PIXELS = 128  # least width of an image in the grid: 32-pixel images are shown four times as large
+GAP, CAPTION = 6, 22  # pixels
+PAPER, INK, HIDDEN = (255, 255, 255), (60, 60, 60), (58, 62, 70)
+RAW, SMOOTH, RATE, METRIC = "#b8cbe0", "#1f5a96", "#8a6d3b", "#2a7f4f"
+
+
+def reconstruction(
+    images: ArrayLike,
+    mask: ArrayLike,
+    painted: ArrayLike,
+    path: str | Path,
+    columns: Sequence[str] = ("input", "masked", "painted"),
+) -> None:
+    """A grid with one row per image: what went in, what the encoder saw of it, what the decoder painted.
+
+    images, painted: (n, 3, H, W) uint8, arrays or CPU tensors. mask: (n, L) bool, True where a cell is masked; the L
+    cells are the image cut into equal squares, row by row. columns: the captions.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    given, drawn, hidden = np.asarray(images), np.asarray(painted), np.asarray(mask, dtype=bool)
+    n, channels, height, width = given.shape
+    cell = math.isqrt(height * width // hidden.shape[1])
+    assert (channels, drawn.shape, len(hidden)) == (3, given.shape, n)
+    assert (height // cell) * (width // cell) == hidden.shape[1], "the cells are not squares that tile the image"
+    over = hidden.reshape(n, height // cell, width // cell).repeat(cell, axis=1).repeat(cell, axis=2)
+    seen = np.where(over[:, None], np.array(HIDDEN, dtype=np.uint8)[:, None, None], given)
+
+    zoom = max(1, math.ceil(CELL_PIXELS / width))
+    wide, high = width * zoom, height * zoom
+    sheet = Image.new("RGB", (len(columns) * (wide + GAP) + GAP, CAPTION + n * (high + GAP)), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for x, (caption, pictures) in enumerate(zip(columns, (given, seen, drawn), strict=True)):
+        left = GAP + x * (wide + GAP)
+        pen.text((left + wide // 2, CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
+        for y, picture in enumerate(pictures):
+            big = _nearest(picture, zoom)
+            sheet.paste(Image.fromarray(big), (left, CAPTION + y * (high + GAP)))
+    with _whole(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def _nearest(picture: NDArray[np.uint8], zoom: int) -> NDArray[np.uint8]:
+    """(3, H, W) -> (zoom*H, zoom*W, 3) uint8."""
+    return np.ascontiguousarray(picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1), dtype=np.uint8)
+
+
+def curves(journal_path: str | Path, path: str | Path) -> None:
+    """Loss (raw and smoothed), evaluation metric and learning rate over the steps, as one PNG; resumes are dotted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    events = read(journal_path)
+    kept = list(steps(events).values())
+    name, evaluated = _metric(standing(events))
+    panels = 3 if evaluated else 2
+    figure = Figure(figsize=(8, 1.2 + 2.1 * panels), layout="constrained")  # no pyplot: no global state, no display
+    axes = figure.subplots(panels, 1, sharex=True, height_ratios=[1.6, 1, 0.8] if evaluated else [1.6, 0.8])
+
+    x, loss = _series(kept, "loss")
+    axes[0].plot(x, loss, color=RAW, linewidth=0.9, label="as logged")
+    axes[0].plot(x, _smoothed(loss), color=SMOOTH, linewidth=1.8, label="smoothed")
+    axes[0].set_title(f"{Path(journal_path).resolve().parent.name}: training loss")
+    shown = loss[np.isfinite(loss)]
+    if len(shown):
+        axes[0].legend(frameon=False, loc="upper right")
+    if len(shown) and shown.min() > 0:
+        crowded = shown.max() > 4 * shown.min()  # then only the ticks at 1, 2 and 5 get a label
+        label = FuncFormatter(lambda value, _: f"{value:.3g}" if not crowded or _tidy(value) else "")
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter(label)
+        axes[0].yaxis.set_minor_formatter(label)
+    if evaluated:
+        axes[1].plot(*zip(*evaluated, strict=True), color=METRIC, marker="o", markersize=3.5, linewidth=1.4)
+        axes[1].set_title(f"evaluation: {name}, last {evaluated[-1][1]:.4g}")
+    axes[-1].plot(*_series(kept, "lr"), color=RATE, linewidth=1.4)
+    axes[-1].set_title("learning rate")
+    axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes[-1].set_xlabel("step")
+    resumed = [e["step"] for e in events if e.get("kind") == "attempt" and _number(e.get("step")) and e["step"] > 0]
+    for axis in axes:
+        _plain(axis, resumed)
+    with _whole(path) as part:
+        FigureCanvasAgg(figure).print_figure(part, format="png", dpi=130)
+
+
+def _plain(axis: "Axes", resumed: Sequence[int]) -> None:
+    axis.title.set(fontsize=10, color="#333333")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, which="both", color="#e6e6e6", linewidth=0.8)
+    axis.tick_params(which="both", labelsize=8, colors="#555555")
+    axis.set_axisbelow(True)
+    for step in resumed:
+        axis.axvline(step, color="#999999", linewidth=0.9, linestyle=":")
+
+
+def _tidy(value: float) -> bool:
+    """Whether a tick is 1, 2 or 5 times a power of ten."""
+    return value > 0 and round(value / 10 ** math.floor(math.log10(value)), 6) in (1, 2, 5)
+
+
+def _metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
+    """The metric that the evaluations are judged by, and its (step, value): top1 if there is one, else the loss."""
+    lines = [e for e in events if e.get("kind") == "evaluate" and _number(e.get("step"))]
+    found = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
+    names = [name for metrics in found.values() for name in metrics]
+    name = next((n for n in ("top1", "loss", *names) if n in names), "")
+    return name, sorted((step, float(m[name])) for step, m in found.items() if _number(m.get(name)))
+
+
+def _series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    pairs = [(e["step"], e[name]) for e in events if _number(e.get(name))]
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted mean over about a fiftieth of the curve; from both sides, since a one-sided mean lags a falling loss."""
+    keep = 1 - 1 / max(2.0, len(values) / 50)
+    finite = np.isfinite(values)
+    sums, weights = (_decayed(np.where(finite, v, 0.0), keep) for v in (values, np.ones_like(values)))
+    return np.divide(sums, weights, out=np.full(len(values), np.nan), where=finite)
+
+
+def _decayed(values: NDArray[np.float64], keep: float) -> NDArray[np.float64]:
+    """out[i] = sum over j of values[j] * keep ** abs(i - j)"""
+    out = -values
+    for row in (slice(None), slice(None, None, -1)):
+        total = 0.0
+        for i, value in enumerate(values[row]):
+            total = keep * total + value
+            out[row][i] += total
+    return out
+
+
+@contextmanager
+def _whole(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes the place of `path` when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

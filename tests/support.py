@@ -1,0 +1,108 @@
+"""A tiny chain on images made here: seconds long, and every part of the real one in it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from cluster.chain import open_chain
+from pipeline.data.beton import BetonWriter
+from pipeline.recipe import load
+
+CLASSES = ("gradient", "rings", "stripes", "checks")
+FCMAE = [sys.executable, "-m", "tools.cli"]
+
+
+def tiny_image(number: int, size: int = 24) -> tuple[np.ndarray, int]:
+    """A (size, size, 3) uint8 picture that can be told by its class, and the class."""
+    label = number % len(CLASSES)
+    noise = np.random.default_rng(number)
+    y, x = np.mgrid[0:size, 0:size] / size
+    phase, angle = noise.uniform(0, 6, 2)
+    wave = (x * np.cos(angle) + y * np.sin(angle), np.hypot(x - 0.5, y - 0.5) * 4, np.sin(12 * x + phase), 0)[label]
+    if label == 3:
+        wave = np.sign(np.sin(20 * x + phase) * np.sin(20 * y + phase))
+    colour = noise.uniform(40, 90, 3)
+    pixels = 120 + colour * np.asarray(wave)[..., None] + noise.normal(0, 12, (size, size, 3))
+    return pixels.clip(0, 255).astype(np.uint8), label
+
+
+def tiny_data(directory: Path, train: int = 192, validation: int = 50) -> None:
+    """train.beton and validation.beton in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, first, count in (("train", 0, train), ("validation", 10**6, validation)):
+        with BetonWriter(directory / f"{name}.beton", CLASSES, count) as writer:
+            for number in range(first, first + count):
+                writer.add(*tiny_image(number))
+
+
+def tiny_recipe(data: Path) -> dict:
+    """Three stages of a dozen steps, on every mechanism: mixing, drop path, EMA, layer decay, a new head."""
+    classify = {
+        "kind": "classification", "classes": 4, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "head_init_scale": 1.0,
+    }  # fmt: skip
+    finetune = {
+        "objective": classify,
+        "optimizer": {"base_lr": 0.008, "layer_decay": 0.8, "clip_norm": 5.0},
+        "schedule": {"epochs": 2, "warmup_epochs": 0.5},
+        "ema": 0.9,
+        "handoff": "ema",
+    }
+    return {
+        "name": "tiny",
+        "seed": 3,
+        "defaults": {
+            "model": {"name": "convnextv2", "depths": [1, 2], "dims": [8, 16], "stem_stride": 2},
+            "data": {
+                "train": str(data / "train.beton"), "validation": str(data / "validation.beton"),
+                "image_size": 16, "crop_scale": [0.5, 1.0],
+            },
+            "batch": {"global_batch": 32, "slot": 8},
+            "evaluation": {"batch": 16},
+            "checkpoint": {"every_steps": 5},
+            "tracking": {"log_every_steps": 2, "mlflow": False, "pictures": 4},
+        },
+        "stages": {
+            "pretrain": {
+                "objective": {"kind": "fcmae", "decoder_dim": 16},
+                "optimizer": {"base_lr": 0.008, "betas": [0.9, 0.95], "decay_grn": True},
+                "schedule": {"epochs": 2, "warmup_epochs": 0.5},
+            },
+            "intermediate": finetune,
+            "finetune": {**finetune, "data": {"image_size": 24}},
+        },
+    }  # fmt: skip
+
+
+def write_tiny_recipe(directory: Path, overrides: Sequence[str] = ()) -> Path:
+    """The recipe's file, with its data made beside it; `overrides` are written into it."""
+    data = directory / "data"
+    if not (data / "train.beton").exists():
+        tiny_data(data)
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(data), sort_keys=False))
+    if overrides:
+        path.write_text(yaml.safe_dump(load(path, overrides).model_dump(mode="json"), sort_keys=False))
+    return path
+
+
+def make_tiny_run(directory: Path, overrides: Sequence[str] = ()) -> Path:
+    """A run directory, its stages made and none started."""
+    run = directory / "run"
+    open_chain(load(write_tiny_recipe(directory, overrides)), run)
+    return run
+
+
+def fcmae(*arguments: object, timeout_seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, as a person runs it."""
+    return subprocess.run(
+        [*FCMAE, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+    )

@@ -1,0 +1,62 @@
+"""A store on one real gloo process, as the engine hands it in, and small states that differ from step to step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint import CheckpointStore
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    meeting = tmp_path_factory.mktemp("meeting") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def open_store(group, events, tmp_path):
+    def open_store(attempt=1, directory=tmp_path / "checkpoints", still_current=lambda: True):
+        return CheckpointStore(
+            directory,
+            attempt=attempt,
+            group=group,
+            still_current=still_current,
+            facts={"recipe": "abc"},
+            on_event=events.append,
+        )
+
+    return open_store
+
+
+def make_state(step: int) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"head.weight": torch.randn(7, 5, generator=generator), "head.bias": torch.randn(7, generator=generator)}
+    return {"model": weights, "ema": {}, "step": torch.tensor(step)}
+
+
+@pytest.fixture
+def state_of():
+    return make_state
+
+
+@pytest.fixture
+def tree():
+    """Every file and link below a directory with its bytes or goal: two equal trees mean that nothing was touched."""
+
+    def tree(directory: Path) -> dict:
+        found = {}
+        for path in sorted(directory.rglob("*")):
+            key = str(path.relative_to(directory))
+            found[key] = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        return found
+
+    return tree

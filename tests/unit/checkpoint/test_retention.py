@@ -1,0 +1,149 @@
+import os
+import shutil
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.checkpoint import prune
+from pipeline.checkpoint.manifest import COMMIT, CheckpointName
+from pipeline.checkpoint.retention import kept
+from pipeline.errors import CheckpointError
+
+names = st.sets(st.builds(CheckpointName, attempt=st.integers(1, 4), step=st.integers(0, 50)), min_size=1)
+
+
+@given(names, st.integers(-1, 60), st.one_of(st.none(), st.integers(1, 60)), st.data())
+def test_the_newest_the_protected_and_the_nth_are_kept(found, keep_last, keep_every, data):
+    protect = data.draw(st.sets(st.sampled_from(sorted(map(str, found)))))
+    keep = kept(found, keep_last=keep_last, keep_every=keep_every, protect=protect)
+    assert max(found) in keep
+    assert protect <= {str(name) for name in keep}
+    assert keep_every is None or all(name in keep for name in found if name.step % keep_every == 0)
+    assert len(keep) >= min(keep_last, len(found))
+    rest = {name for name in keep if str(name) not in protect and not (keep_every and name.step % keep_every == 0)}
+    assert len(rest) <= max(1, keep_last)
+
+
+@pytest.fixture
+def five(open_store, state_of, tmp_path):
+    store = open_store(2)
+    for step in (10, 20, 30, 40, 50):
+        store.save(state_of(step), step=step, why="due")
+    return store, tmp_path / "checkpoints"
+
+
+def test_old_ones_go_and_the_others_stay(five):
+    store, _ = five
+    gone = prune(store, keep_last=1, keep_every=20, protect=["step-000000030.000002"])
+    assert gone == ["step-000000010.000002"]
+    assert store.steps() == [20, 30, 40, 50]
+    assert prune(store, keep_last=2, protect=["step-000000030.000002"]) == ["step-000000020.000002"]
+    assert prune(store, keep_last=0) == ["step-000000030.000002", "step-000000040.000002"]
+    assert store.steps() == [50]
+    assert store.verify("step-000000050.000002") == []
+    assert prune(store, keep_last=1) == []
+
+
+def test_nothing_goes_while_the_newest_is_damaged(five, events, tree):
+    store, folder = five
+    os.truncate(folder / "step-000000050.000002" / "__0_0.distcp", 10)
+    before = tree(folder)
+    assert prune(store, keep_last=1) == []
+    assert tree(folder) == before
+    assert "nothing was pruned" in events[0]
+    assert "step-000000050.000002" in events[0]
+
+
+def test_nothing_goes_when_nothing_is_committed(open_store, state_of, tmp_path, tree):
+    name = open_store(1).save(state_of(1), step=1, why="due")
+    (tmp_path / "checkpoints" / name / COMMIT).unlink()
+    before = tree(tmp_path)
+    assert prune(open_store(2), keep_last=1) == []
+    assert tree(tmp_path) == before
+
+
+def test_leftovers_of_earlier_attempts_go_and_those_of_this_one_or_later_stay(five, open_store):
+    _, folder = five
+    for name in ("step-000000060.000001", "step-000000060.000002", "step-000000060.000003"):
+        shutil.copytree(folder / "step-000000050.000002", folder / name)
+        (folder / name / COMMIT).unlink()
+        (folder / name / "COMMIT.0123abcd.tmp").write_text("torn")
+    assert prune(open_store(2), keep_last=9) == ["step-000000060.000001"]
+    assert not (folder / "step-000000060.000001").exists()
+    assert (folder / "step-000000060.000002").exists()
+    assert (folder / "step-000000060.000003").exists()
+
+
+def test_what_is_not_ours_is_never_touched(five, tree, tmp_path, events):
+    store, folder = five
+    real = folder / "step-000000010.000002"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(real, elsewhere)
+    for name in ("best", "step-10.2", "step-000000010.000002.bak", "quarantine", "xstep-000000010.000002"):
+        shutil.copytree(real, folder / name)
+    (folder / "step-000000001.000001").write_text("a file with a checkpoint's name")
+    (folder / "step-000000002.000001").symlink_to(elsewhere)
+    (folder / "step-000000003.000001").symlink_to(tmp_path / "nowhere")
+    (folder / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    gone = prune(store, keep_last=1)
+    assert gone == [f"step-0000000{step}.000002" for step in (10, 20, 30, 40)]
+    ours = {key for key in before if key.startswith("checkpoints/") and key.split("/")[1] in gone}
+    assert tree(tmp_path) == {key: value for key, value in before.items() if key not in ours}
+    assert events == []
+
+
+def test_strangers_inside_a_checkpoint_stay_and_are_named(five, events):
+    store, folder = five
+    inside = folder / "step-000000010.000002"
+    (inside / "notes.txt").write_text("mine")
+    (inside / "__0_1.distcp").mkdir()
+    assert "step-000000010.000002" not in prune(store, keep_last=1)
+    assert sorted(os.listdir(inside)) == ["__0_1.distcp", "notes.txt"]
+    assert any("is not ours and stays" in event for event in events)
+    assert 10 not in store.steps()
+
+
+def test_a_deletion_that_stops_half_way_leaves_nothing_to_believe(five, events, monkeypatch):
+    store, folder = five
+    remove = LocalFileSystem.rm_file
+
+    def fail(self, path):
+        if path.endswith(".distcp"):
+            raise OSError(5, "Input/output error", path)
+        remove(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm_file", fail)
+        assert prune(store, keep_last=4) == []
+    assert "step-000000010.000002 could not be pruned" in events[0]
+    assert (folder / "step-000000010.000002" / "__0_0.distcp").exists()
+    assert store.steps() == [20, 30, 40, 50]
+
+
+def test_an_overtaken_attempt_deletes_nothing(five, open_store, tree):
+    _, folder = five
+    before = tree(folder)
+    for answers in ([], [True]):  # overtaken from the start; overtaken while it verifies
+        answer = iter(answers)
+        with pytest.raises(CheckpointError, match="newer attempt"):
+            prune(open_store(2, still_current=lambda answer=answer: next(answer, False)), keep_last=1)
+        assert tree(folder) == before
+
+
+def test_a_newer_attempts_checkpoints_are_not_ours_to_delete(five, open_store, state_of):
+    open_store(3).save(state_of(60), step=60, why="due")
+    open_store(3).save(state_of(70), step=70, why="due")
+    prune(open_store(2), keep_last=1)
+    assert open_store(3).steps() == [60, 70]
+
+
+def test_pruning_works_on_an_object_store(open_store, state_of, tmp_path):
+    store = open_store(directory=f"memory:/{tmp_path}/pruned")
+    for step in (1, 2, 3):
+        store.save(state_of(step), step=step, why="due")
+    assert prune(store, keep_last=1) == ["step-000000001.000001", "step-000000002.000001"]
+    assert store.steps() == [3]
+    assert store.restore(state_of(0)) == 3

@@ -1,0 +1,250 @@
+"""The forwarder as a real process against real MLflow stores: kills, rewinds, outages."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking.forwarder import Handle, flat, start_forwarder
+from pipeline.tracking.journal import Journal
+
+mlflow = pytest.importorskip("mlflow")
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> None:
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised database: making one takes seconds, so all tests but one start from a copy."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def make_run(run: Path, *stages: str) -> list[Path]:
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"name: tiny\nstages: {{{', '.join(f'{s}: {{}}' for s in stages)}}}\n")
+    for stage in stages:
+        (run / stage).mkdir()
+        (run / stage / "recipe.yaml").write_text(f"optimizer: {{lr: 0.001, betas: [0.9, 0.95]}}\nnote: {'n' * 9000}\n")
+    return [run / stage for stage in stages]
+
+
+def train(journal: Journal, start: int, stop: int) -> None:
+    journal.write("attempt", step=start, total_steps=100, world_size=1, global_batch=8, objective="fcmae", device="cpu")
+    for step in range(start + 1, stop + 1):
+        journal.write("step", step=step, loss=1 / step, lr=0.1, images_per_second=10.0, note="text is no metric")
+        if step % 10 == 0:
+            journal.write("evaluate", step=step, metrics={"loss": 2 / step})
+
+
+def points(run: Path, child: str, key: str) -> list[int]:
+    return sorted(m.step for m in mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db").get_metric_history(child, key))
+
+
+def runs(run: Path) -> dict[str, "mlflow.entities.Run"]:
+    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    experiment = client.get_experiment_by_name("fcmae")
+    found = client.search_runs([experiment.experiment_id])
+    assert len({r.info.run_name for r in found}) == len(found)
+    return {r.info.run_name: r for r in found}
+
+
+def wait_until(true: object, seconds: float = WAIT_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def rows(run: Path) -> int:
+    try:
+        database = sqlite3.connect(f"file:{run}/mlflow.db?mode=ro", uri=True)
+        return database.execute("select count(*) from metrics").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_kill_rewind_and_resume_keep_one_child_without_duplicates(tmp_path: Path, empty_store: Path) -> None:
+    run = tmp_path / "run"
+    first, last = make_run(run, "pretrain", "finetune")
+    shutil.copy(empty_store, run / "mlflow.db")
+    with Journal(first / "journal.jsonl", 1) as journal:
+        handle = start_forwarder(first)
+        train(journal, 0, 40)
+        wait_until(lambda: rows(run) > 0)
+        handle.process.send_signal(signal.SIGKILL)
+        train(journal, 40, 60)
+        assert handle.finish(5) is False
+    (child,) = [r.info.run_id for name, r in runs(run).items() if name == "pretrain"]
+    assert runs(run)["pretrain"].info.status == "RUNNING"
+    # As if killed after logging and before noting it: the same lines go out again.
+    (first / "mlflow.json").write_text(f'{{"run_id": "{child}", "logged": {{}}}}')
+
+    with Journal(first / "journal.jsonl", 2) as journal:
+        handle = start_forwarder(first)
+        train(journal, 30, 80)
+        picture = first / "pictures" / "step.png"
+        picture.parent.mkdir()
+        picture.write_bytes(b"png")
+        journal.write("picture", step=80, path="pictures/step.png")
+        journal.write("picture", step=80, path="pictures/gone.png")
+        journal.write("end", outcome="saved", reason="SIGTERM", step=80)
+        assert handle.finish(WAIT_SECONDS) is True
+        assert handle.finish(WAIT_SECONDS) is True
+    assert points(run, child, "train/loss") == list(range(1, 81))
+    assert points(run, child, "evaluate/loss") == list(range(10, 81, 10))
+    found = runs(run)
+    assert found["pretrain"].info.run_id == child
+    assert found["pretrain"].info.status == found["tiny"].info.status == "KILLED"
+    assert found["pretrain"].data.tags["outcome"] == "saved"
+    assert found["pretrain"].data.tags["attempt"] == "2"
+    assert found["pretrain"].data.tags["mlflow.parentRunId"] == found["tiny"].info.run_id
+    assert found["pretrain"].data.params["optimizer.lr"] == "0.001"
+    assert len(found["pretrain"].data.params["note"]) == 6000
+    assert "train/note" not in found["pretrain"].data.metrics
+    assert (run / "mlartifacts" / child / "artifacts" / "pictures" / "step.png").read_bytes() == b"png"
+
+    (first / "recipe.yaml").write_text("optimizer: {lr: 0.002}\n")  # a changed parameter must not stop the forwarder
+    with Journal(first / "journal.jsonl", 3) as journal:
+        handle = start_forwarder(first)
+        train(journal, 80, 100)
+        (first / "curves.png").write_bytes(b"curves")
+        journal.write("end", outcome="done", reason="all steps", step=100)
+        assert handle.finish(WAIT_SECONDS) is True
+    found = runs(run)
+    assert (found["pretrain"].info.run_id, found["pretrain"].info.status) == (child, "FINISHED")
+    assert found["tiny"].info.status == "RUNNING"  # one stage is still to come
+    assert points(run, child, "train/loss") == list(range(1, 101))
+    assert {p.name for p in (run / "mlartifacts" / child / "artifacts").iterdir()} == {
+        "curves.png", "events.jsonl", "pictures", "recipe.yaml",
+    }  # fmt: skip
+
+    with Journal(last / "journal.jsonl", 1) as journal:
+        train(journal, 0, 3)
+        journal.write("end", outcome="done", reason="all steps", step=3)
+    by_hand = [sys.executable, "-m", "pipeline.tracking.forwarder", str(last)]
+    assert subprocess.run(by_hand, stdin=subprocess.DEVNULL, timeout=WAIT_SECONDS).returncode == 0
+    assert set(runs(run)) == {"tiny", "pretrain", "finetune"}
+    assert {r.info.status for r in runs(run).values()} == {"FINISHED"}
+
+
+def test_three_stages_at_once_make_one_database_and_one_parent(tmp_path: Path) -> None:
+    stages = make_run(tmp_path / "run", "a", "b", "c")
+    for stage in stages:
+        with Journal(stage / "journal.jsonl", 1) as journal:
+            train(journal, 0, 5)
+            journal.write("end", outcome="done", reason="", step=5)
+    handles = [start_forwarder(stage) for stage in stages]
+    assert [handle.finish(WAIT_SECONDS) for handle in handles] == [True] * 3
+    found = runs(tmp_path / "run")
+    assert set(found) == {"tiny", "a", "b", "c"}
+    assert {found[s].data.tags["mlflow.parentRunId"] for s in "abc"} == {found["tiny"].info.run_id}
+
+
+def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: Path) -> None:
+    """Also when a forked child of rank 0 still holds the other end of the pipe."""
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    shutil.copy(empty_store, tmp_path / "run" / "mlflow.db")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        train(journal, 0, 20)
+    program = (
+        "import os, sys, time\nfrom pipeline.tracking.forwarder import start_forwarder\n"
+        "forwarder, worker = start_forwarder(sys.argv[1]).process.pid, os.fork()\n"
+        "if worker: print(forwarder, worker, flush=True)\n"
+        "time.sleep(99)"
+    )
+    rank_zero = subprocess.Popen([sys.executable, "-c", program, str(stage)], stdout=subprocess.PIPE, text=True)
+    assert rank_zero.stdout is not None
+    forwarder, worker = map(int, rank_zero.stdout.readline().split())
+    wait_until((stage / "mlflow.lock").exists)
+    try:
+        os.kill(forwarder, signal.SIGTERM)  # as a scheduler would: it stays for the last lines
+        rank_zero.kill()
+        rank_zero.wait()
+        wait_until(lambda: not Path(f"/proc/{forwarder}").exists() or _zombie(forwarder))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    found = runs(tmp_path / "run")["pretrain"]
+    assert (found.info.status, found.data.tags["outcome"]) == ("KILLED", "interrupted")
+    assert points(tmp_path / "run", found.info.run_id, "train/loss") == list(range(1, 21))
+
+
+def _zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def start(stage: Path, *options: str, before: str = "") -> Handle:
+    program = f"import sys; {before}sys.argv[1:] = {[str(stage), *options]!r}; " + (
+        "from pipeline.tracking.forwarder import main; main()"
+    )
+    with (stage / "stderr").open("w") as errors:
+        return Handle(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=errors))
+
+
+def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: Path) -> None:
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    away = tmp_path / "away" / "mlflow.db"
+    away.parent.write_text("a file where the folder of the store should be")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        handle = start(stage, "--uri", f"sqlite:///{away}", "--poll-seconds", "0.2")
+        train(journal, 0, 7)
+        time.sleep(6)
+        away.parent.unlink()
+        away.parent.mkdir()
+        shutil.copy(empty_store, away)
+        journal.write("end", outcome="permanent", reason="diverged", step=7)
+        assert handle.finish(WAIT_SECONDS) is True
+    lines = (stage / "stderr").read_text().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("tracking: MLflow at sqlite:///")
+    client = mlflow.MlflowClient(f"sqlite:///{away}")
+    (child,) = client.search_runs([client.get_experiment_by_name("fcmae").experiment_id], "tags.outcome = 'permanent'")
+    assert child.info.status == "FAILED"
+    assert len(client.get_metric_history(child.info.run_id, "train/loss")) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "sentence"),
+    [
+        (["--uri", "http://127.0.0.1:9", "--drain-seconds", "1"], "", "does not take the journal, trying again"),
+        ([], "sys.modules['mlflow'] = None; ", "MLflow cannot be imported"),
+    ],
+    ids=["unreachable", "absent"],
+)
+def test_no_mlflow_is_a_sentence_and_not_a_hang(
+    tmp_path: Path, options: list[str], before: str, sentence: str
+) -> None:
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        handle = start(stage, *options, before=before)
+        train(journal, 0, 2)
+        assert handle.finish(WAIT_SECONDS) is False
+    errors = (stage / "stderr").read_text()
+    assert errors.count(sentence) == 1
+    assert "Traceback" not in errors
+
+
+def test_a_finish_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    handle = start(stage, "--uri", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert handle.finish(1.0) is False
+    assert time.monotonic() - began < 5
+    assert handle.process.returncode == -signal.SIGKILL
+
+
+def test_flat_names_every_leaf() -> None:
+    assert dict(flat({"a": {"b": 1, "c": [1, 2]}, "d": None, "e(x)": ""})) == {
+        "a.b": "1", "a.c": "[1, 2]", "d": "None", "e_x_": "",
+    }  # fmt: skip

@@ -1,0 +1,150 @@
+"""Torn lines at every byte, rewinds, strict JSON."""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.tracking.journal import Journal, Tail, read, steps
+
+
+def test_every_cut_keeps_the_whole_lines_and_only_those(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, 1) as journal:
+        journal.write("attempt", step=0, total_steps=4)
+        for step in range(1, 5):
+            journal.write("step", step=step, loss=1 / step, note="grün {}")
+    data = path.read_bytes()
+    for cut in range(len(data) + 1):
+        whole = data[:cut].count(b"\n")
+        path.write_bytes(data[:cut])
+        assert len(read(path)) == whole
+        with Journal(path, 2) as journal:
+            journal.write("event", level="info", message="resumed")
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert b"".join(lines[:-1]) == b"".join(data.splitlines(keepends=True)[:whole])
+        assert [json.loads(line)["kind"] for line in lines][whole:] == ["event"]
+
+
+@pytest.mark.parametrize("last", [b'{"kind":"st\n', b"\0\0\0\n", b"[1]\n", b"\xff\n", b"\n", b'{"kind":"step"}'])
+def test_a_bad_last_line_is_cut_and_a_bad_line_in_the_middle_stays(tmp_path: Path, last: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    middle = b'{"kind":"step","step":1}\nrubbish\n{"kind":"step","step":2}\n'
+    path.write_bytes(middle + last)
+    Journal(path, 2).close()
+    assert path.read_bytes() == middle
+    assert [event["step"] for event in read(path)] == [1, 2]
+
+
+@given(st.lists(st.integers(0, 60), max_size=12), st.binary(max_size=12))
+def test_a_follower_sees_each_line_once_through_tears_and_cuts(sizes: list[int], rubbish: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal.jsonl"
+        tail, seen = Tail(path), []
+        assert tail.poll() == []
+        for attempt, size in enumerate(sizes, 1):
+            with Journal(path, attempt) as journal:
+                journal.write("step", step=attempt, pad="x" * size)
+                seen += tail.poll()
+            with path.open("ab") as file:
+                file.write(rubbish.replace(b"\n", b" "))
+            seen += tail.poll()
+        assert [event["step"] for event in seen] == list(range(1, len(sizes) + 1))
+
+
+def test_a_follower_is_not_moved_by_the_cut_of_a_bad_line_that_has_its_newline(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"kind":"step","step":1}\n\0\0\0\0\0\0\n')
+    tail = Tail(path)
+    assert len(tail.poll()) == 1
+    with Journal(path, 2) as journal:
+        journal.write("step", step=2)
+    assert [event["step"] for event in tail.poll()] == [2]
+
+
+def test_non_finite_numbers_are_strict_json_and_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, 1) as journal:
+        journal.write("step", step=np.int64(3), loss=math.nan, lr=np.float32("inf"), deep={"a": [-math.inf, 1.5]})
+        with pytest.raises(AttributeError):
+            journal.write("step", step=4, loss=object())
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    raw = json.loads(path.read_text(), parse_constant=refuse)
+    assert (raw["loss"], raw["lr"], raw["deep"]) == ("NaN", "Infinity", {"a": ["-Infinity", 1.5]})
+    (event,) = read(path)
+    assert event["step"] == 3
+    assert math.isnan(event["loss"])
+    assert event["lr"] == math.inf
+    assert event["deep"]["a"][0] == -math.inf
+
+
+def test_a_rewind_withdraws_what_lies_beyond_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, 1) as journal:
+        for step in range(1, 9):
+            journal.write("step", step=step, loss=1.0)
+            if step % 2 == 0:
+                journal.write("evaluate", step=step, metrics={"loss": 1.0})
+        assert journal.has("evaluate", 8)
+    with Journal(path, 2) as journal:
+        assert journal.has("evaluate", 8)  # not yet known where this attempt begins
+        journal.write("attempt", step=4, total_steps=8)
+        assert journal.has("evaluate", 4)
+        assert not journal.has("evaluate", 6)
+        journal.write("step", step=5, loss=2.0)
+        journal.write("step", step=5, loss=3.0)
+        journal.write("evaluate", step=6, metrics={})
+    with Journal(path, 3) as journal:
+        assert journal.has("evaluate", 6)
+    found = steps(read(path))
+    assert list(found) == [1, 2, 3, 4, 5]
+    assert found[5]["loss"] == 3.0
+
+
+def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
+    """An attempt that was fenced off may still write its last lines while the next one runs."""
+    path = tmp_path / "journal.jsonl"
+    program = (
+        "import sys; from pipeline.tracking.journal import Journal\n"
+        "j = Journal(sys.argv[1], int(sys.argv[2]))\n"
+        "[j.write('step', step=i, pad='y' * (i % 300)) for i in range(400)]"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", program, str(path), str(a)]) for a in (1, 2)]
+    assert [process.wait(30) for process in both] == [0, 0]
+    assert len(read(path)) == len(path.read_bytes().splitlines()) == 800
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
+    """A limit on the file's size stands in for the full disk: both make write() take only a part of the line."""
+    program = (
+        "import resource, sys; from pipeline.tracking.journal import Journal\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "j = Journal(sys.argv[1], 1)\n"
+        "[j.write('step', step=i, pad='z' * 50) for i in range(40)]"
+    )
+    path = tmp_path / "journal.jsonl"
+    result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert "the journal line could not be written whole" in result.stderr
+    assert path.read_bytes().endswith(b"}\n")
+    assert len(read(path)) == path.read_bytes().count(b"\n") > 5
+
+
+def test_time_and_attempt_are_stamped(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    before = time.time()
+    with Journal(path, 7) as journal:
+        journal.write("event", level="info", message="x")
+    (event,) = read(path)
+    assert event["attempt"] == 7
+    assert before - 1 < event["time"] < time.time() + 1

