@@ -88,9 +88,10 @@ class Progress:
             ("stage", "left"), ("state", "left"), ("", "left"), ("step", "right"), ("loss", "right"),
             ("images/s", "right"), ("ETA", "right"), ("result", "left"),
         ):  # fmt: skip
-            table.add_column(name, justify=justify, no_wrap=True)
+            is_bar = not name  # it alone gives way on a narrow terminal
+            table.add_column(name, justify=justify, no_wrap=not is_bar, max_width=BAR_WIDTH if is_bar else None)
         for s in self._statuses:
-            bar = ProgressBar(total=s.total_steps or 1, completed=s.step if s.total_steps else 0, width=BAR_WIDTH)
+            bar = ProgressBar(total=s.total_steps or 1, completed=s.step if s.total_steps else 0)
             running = s.state == "running"
             table.add_row(
                 escape(s.stage), f"[{COLOUR[s.state]}]{s.state}[/]", bar, of_total(s), figure(s.loss),

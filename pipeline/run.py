@@ -53,12 +53,17 @@ def run_stage(directory: Path) -> Outcome:
         with ExitStack() as stack:
             outcome = _run(stage, request, stack)
     except UserError as error:
-        outcome = Outcome(OutcomeKind.PERMANENT, str(error))
+        outcome = _failure(error)
     except BaseException as error:
-        stage.record(Outcome(OutcomeKind.PERMANENT, f"{type(error).__name__}: {error}"))
+        stage.record(_failure(error))
         raise
     stage.record(outcome)
     return outcome
+
+
+def _failure(error: BaseException) -> Outcome:
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return Outcome(OutcomeKind.PERMANENT, reason)
 
 
 def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
@@ -70,9 +75,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     stop = AgreedStop(request, world.agree)
     data = open_data(recipe)
     world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
-    log = StepLog(
-        _open_journal(stage, world, stack), world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch
-    )
+    log_file = _open_journal(stage, world, stop, stack)
+    log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
 
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
@@ -144,6 +148,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     if outcome.kind is OutcomeKind.DONE:
         world.on_main(lambda: _finish(stage, engine, objective, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
+    stage.record(outcome)
     if world.is_main:
         pictures.curves(stage.directory / "journal.jsonl", stage.directory / "curves.png")
         log.write("picture", step=outcome.step, path="curves.png")
@@ -205,20 +210,35 @@ def _example_batch(recipe: StageRecipe) -> Batch:
     )
 
 
-def _open_journal(stage: Stage, world: World, stack: ExitStack) -> journal.Journal | None:
+def _open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack) -> journal.Journal | None:
+    """Rank 0's journal, followed by MLflow's forwarder. The stack ends both, with the reason of a failure in them."""
     if not world.is_main:
         return None
     log_file = stack.enter_context(journal.Journal(stage.directory / "journal.jsonl", stage.attempt))
     tracking = stage.recipe.tracking
     if tracking.mlflow:
-        stack.callback(start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment).finish)
+        forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)
+        # A grace period is for the checkpoint; what MLflow has not got by then, the next attempt sends.
+        stack.callback(lambda: forwarder.finish(10 if stop.number else 60))
+
+    def end_in_failure(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            failure = _failure(error)
+            stage.record(failure)
+            log_file.write("end", outcome=failure.kind, reason=failure.reason, step=None)
+
+    stack.push(end_in_failure)
     return log_file
 
 
 def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model: nn.Module, batch: Batch) -> None:
     count = stage.recipe.tracking.pictures
     batch = replace(
-        batch, images=batch.images[:count], labels=batch.labels[:count], ids=batch.ids[:count], valid=batch.valid[:count]
+        batch,
+        images=batch.images[:count],
+        labels=batch.labels[:count],
+        ids=batch.ids[:count],
+        valid=batch.valid[:count],
     )
     painted = objective.paint(model, batch) if count else None
     if painted is not None and log.is_main:

@@ -112,7 +112,8 @@ def _store(path: Path, max_side: int | None, quality: int) -> _Stored | str:
     except Image.UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # decoders of damaged files raise whatever they like
-        return " ".join(str(error).split()) or type(error).__name__
+        words = getattr(error, "strerror", None) or str(error)
+        return " ".join(words.split()) or type(error).__name__
 
 
 def _encode(image: Image.Image, content: bytes, max_side: int | None, quality: int) -> _Stored | str:

@@ -33,7 +33,7 @@ def finish(stage: Path, **metrics: float) -> None:
 
 
 def console(terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=120, legacy_windows=False)
+    return Console(file=io.StringIO(), force_terminal=terminal, width=80, legacy_windows=False)
 
 
 def text(shown: Console) -> str:
@@ -107,6 +107,7 @@ def test_a_terminal_gets_one_row_per_stage(run: Path) -> None:
     assert "4/10" in text(shown)
     assert "top1 61.50 %" in last
     assert "waiting" in last
+    assert "…" not in last, "80 columns are enough"
 
 
 def test_a_broken_display_never_raises(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

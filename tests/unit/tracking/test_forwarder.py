@@ -199,10 +199,12 @@ def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: 
     with Journal(stage / "journal.jsonl", 1) as journal:
         handle = start(stage, "--uri", f"sqlite:///{away}", "--poll-seconds", "0.2")
         train(journal, 0, 7)
-        time.sleep(6)
+        wait_until(lambda: (stage / "stderr").read_text().endswith("\n"))
+        time.sleep(1)  # for some more vain tries
+        (tmp_path / "back").mkdir()
+        shutil.copy(empty_store, tmp_path / "back" / "mlflow.db")
         away.parent.unlink()
-        away.parent.mkdir()
-        shutil.copy(empty_store, away)
+        (tmp_path / "back").rename(away.parent)
         journal.write("end", outcome="permanent", reason="diverged", step=7)
         assert handle.finish(WAIT_SECONDS) is True
     lines = (stage / "stderr").read_text().splitlines()

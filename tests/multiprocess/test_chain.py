@@ -1,0 +1,184 @@
+"""The chain in real processes: killed, stopped, continued, on other numbers of ranks; and what it says when it cannot."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.local import LocalLauncher
+from pipeline.stage import OutcomeKind, Stage
+from pipeline.tracking import journal
+from tests.support import FCMAE, fcmae, make_tiny_run, write_tiny_recipe
+
+STAGES = ("pretrain", "intermediate", "finetune")
+
+
+def digests(run: Path) -> dict[str, str]:
+    return {name: json.loads((run / name / "result.json").read_text())["weights_sha256"] for name in STAGES}
+
+
+def start(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*FCMAE, "run", str(recipe), "--out", str(run), "--nproc", str(nproc)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(stage: Path, step: int, timeout_seconds: float = 120) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not any(e["kind"] == "step" and e["step"] >= step for e in journal.read(stage / "journal.jsonl")):
+        assert time.monotonic() < deadline, f"{stage.name} did not reach step {step}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> tuple[Path, Path]:
+    """A recipe, and its run on two ranks that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("chain")
+    recipe = write_tiny_recipe(directory, ["defaults.tracking.log_every_steps=1", "defaults.tracking.mlflow=true"])
+    done = fcmae("run", recipe, "--out", directory / "run", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    return recipe, directory / "run"
+
+
+def test_the_run_directory_keeps_its_contract(chain):
+    recipe, run = chain
+    for name in STAGES:
+        result = json.loads((run / name / "result.json").read_text())
+        assert result["stage"] == name
+        assert result["steps"] == 12
+        assert result["images_seen"] == 12 * 32
+        assert result["world_size"] == 2
+        assert ("loss" if name == "pretrain" else "top1") in result["metrics"]
+        assert (run / name / result["weights"]).is_file()
+        steps = [e for e in journal.read(run / name / "journal.jsonl") if e["kind"] == "step"]
+        assert [e["step"] for e in steps] == list(range(1, 13))
+        assert {"attempt", "loss", "lr", "images_per_second"} <= steps[0].keys()
+        assert (run / name / "curves.png").stat().st_size > 1000
+    assert list((run / "pretrain" / "pictures").glob("*.png"))
+    shown = json.loads(fcmae("status", run, "--json").stdout)
+    assert [(s["stage"], s["state"], s["step"]) for s in shown] == [(name, "done", 12) for name in STAGES]
+
+
+def test_the_run_is_in_mlflow(chain):
+    import mlflow
+
+    recipe, run = chain
+    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    parent = json.loads((run / "mlflow.json").read_text())["run_id"]
+    for name in STAGES:
+        child = client.get_run(json.loads((run / name / "mlflow.json").read_text())["run_id"])
+        assert child.data.tags["mlflow.parentRunId"] == parent
+        assert child.info.status == "FINISHED"
+        assert [m.step for m in client.get_metric_history(child.info.run_id, "train/loss")] == list(range(1, 13))
+    assert any(
+        "pictures" in a.path or a.path.endswith(".png")
+        for a in client.list_artifacts(json.loads((run / "pretrain" / "mlflow.json").read_text())["run_id"])
+    )
+
+
+def test_running_again_does_nothing(chain):
+    recipe, run = chain
+    before = digests(run), (run / "finetune" / "journal.jsonl").read_bytes()
+    again = fcmae("run", recipe, "--out", run, "--nproc", 2)
+    assert again.returncode == 0
+    assert (digests(run), (run / "finetune" / "journal.jsonl").read_bytes()) == before
+
+
+def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain, tmp_path):
+    recipe, undisturbed = chain
+    run, chance = tmp_path / "run", random.Random()
+    for name in STAGES:
+        process = start(recipe, run, 2)
+        wait_for_step(run / name, chance.randint(1, 11))
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher; its ranks die with it
+        process.wait()
+        if name == "intermediate":
+            process = start(recipe, run, 2)
+            wait_for_step(run / name, chance.randint(1, 11))
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=120)
+            assert process.returncode in (75, 0), said  # 0 if the signal came after the last step
+            if process.returncode == 75:
+                assert "the same command resumes it" in said
+    assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
+    assert digests(run) == digests(undisturbed)
+
+
+def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
+    recipe, undisturbed = chain
+    run = tmp_path / "run"
+    process = start(recipe, run, 2)
+    wait_for_step(run / "pretrain", 2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    outcome = Stage(run / "pretrain").last_outcome()
+    assert outcome.kind is OutcomeKind.SAVED
+    reached = max(e["step"] for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "step")
+    assert outcome.step == reached
+    assert json.loads(fcmae("status", run, "--json").stdout)[0]["state"] == "saved"
+    assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
+    steps = [e["step"] for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "step"]
+    assert steps == list(range(1, 13)), "a step was repeated or left out"
+    assert digests(run) == digests(undisturbed)
+
+
+def run_stage_alone(directory: Path, nproc: int, overrides: list[str]) -> Path:
+    run = make_tiny_run(directory, overrides)
+    stage = run / "pretrain"
+    assert LocalLauncher(nproc).run(stage).kind is OutcomeKind.DONE
+    return stage
+
+
+def losses(stage: Path) -> list[float]:
+    return [e["loss"] for e in journal.steps(journal.read(stage / "journal.jsonl")).values()]
+
+
+@pytest.mark.slow
+def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
+    """Two ranks cannot show it: DDP's buckets, summed in another order, give other bits from three ranks on."""
+    wide = [
+        "defaults.model.dims=[64,128]",
+        "stages.pretrain.objective.decoder_dim=256",
+        "defaults.tracking.log_every_steps=1",
+    ]
+    undisturbed = run_stage_alone(tmp_path / "a", 4, wide)
+    recipe = tmp_path / "b" / "tiny.yaml"
+    recipe.parent.mkdir()
+    write_tiny_recipe(recipe.parent, wide)
+    process = start(recipe, tmp_path / "b" / "run", 4)
+    stage = tmp_path / "b" / "run" / "pretrain"
+    wait_for_step(stage, 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert LocalLauncher(4).run(stage).kind is OutcomeKind.DONE
+    assert Stage(stage).done() == Stage(undisturbed).done()
+    starts = [e["step"] for e in journal.read(stage / "journal.jsonl") if e["kind"] == "attempt"]
+    assert starts == [0, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_world_sizes_agree_in_float64(tmp_path, stage):
+    overrides = [
+        "defaults.engine.precision=fp64", f"stages.{stage}.schedule.epochs=9", "defaults.batch.micro_slots=1",
+        *[f"stages.{name}=null" for name in STAGES if name != stage],
+    ]  # fmt: skip
+    curves = []
+    for nproc in (1, 2, 4):
+        run = make_tiny_run(tmp_path / str(nproc), overrides)
+        assert LocalLauncher(nproc).run(run / stage).kind is OutcomeKind.DONE
+        curves.append(losses(run / stage))
+    assert len(curves[0]) == 54
+    for curve in curves[1:]:
+        assert max(abs(a - b) / abs(a) for a, b in zip(curves[0], curve, strict=True)) <= 1e-10

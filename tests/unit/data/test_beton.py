@@ -1,0 +1,217 @@
+"""Every kind of damage that FFCV would read without a word."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data import beton as module
+from pipeline.data import loader  # noqa: F401 - imports FFCV quickly
+from pipeline.data.beton import BetonWriter, check, sidecar_path, verify
+from pipeline.errors import DataError, UserError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), np.uint8)
+
+
+def jpeg(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path, count=20, **settings):
+    with BetonWriter(path, ["cat", "dog"], 40, settings=settings) as writer:
+        for i in range(count):
+            if i % 4 == 3:
+                writer.add(jpeg(PIXELS[i]), i % 2, size=(8, 6))
+            else:
+                writer.add(PIXELS[i], i % 2)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "a.beton", source="test")
+
+
+def test_layout_is_ffcvs():
+    import ffcv.types
+    from ffcv.fields import IntField, RGBImageField
+
+    samples = ffcv.types.get_metadata_type([RGBImageField(), IntField()])
+    ours = [module.HEADER, module.ALLOCATION, module.FIELD, module.SAMPLE]
+    theirs = [ffcv.types.HeaderType, ffcv.types.ALLOC_TABLE_TYPE, ffcv.types.FieldDescType, samples]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.itemsize == b.itemsize
+        assert [(n, a.fields[n][1]) for n in a.names] == [(n, b.fields[n][1]) for n in b.names]
+    assert RGBImageField().metadata_type == module.IMAGE
+
+
+def test_ffcvs_own_loader_reads_it(path):
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import Compiler
+
+    threads = torch.get_num_threads()
+    Compiler.set_enabled(False)  # the same code, uncompiled: seconds less
+    try:
+        pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+        batches = list(Loader(str(path), 20, 1, order=OrderOption.SEQUENTIAL, pipelines=pipelines))
+    finally:
+        Compiler.set_enabled(True)
+        torch.set_num_threads(threads)
+    ((images, labels),) = batches
+    assert labels.reshape(-1).tolist() == [i % 2 for i in range(20)]
+    for i in range(20):
+        if i % 4 == 3:  # FFCV's fast DCT
+            assert np.abs(images[i].astype(int) - np.asarray(Image.open(io.BytesIO(jpeg(PIXELS[i]))))).max() < 16
+        else:
+            np.testing.assert_array_equal(images[i], PIXELS[i])
+
+
+def test_what_was_written(path):
+    beton = verify(path)
+    assert (beton.samples, beton.classes, beton.samples_per_class) == (20, ("cat", "dog"), (10, 10))
+    assert (beton.jpeg_samples, beton.raw_samples, beton.max_height, beton.max_width) == (5, 15, 8, 6)
+    assert beton.settings == {"source": "test"}
+    assert "path" not in json.loads(sidecar_path(path).read_text())
+    samples = np.fromfile(path, module.SAMPLE, 20, offset=24 + 2 * 1041)
+    start = int(samples["f0"]["data_ptr"][7])
+    assert path.read_bytes()[start:].startswith(jpeg(PIXELS[7]))
+
+
+def test_same_calls_same_bytes(path, tmp_path):
+    other = write(tmp_path / "b.beton", source="test")
+    assert other.read_bytes() == path.read_bytes()
+    assert sidecar_path(other).read_bytes() == sidecar_path(path).read_bytes()
+
+
+def test_images_do_not_cross_pages(tmp_path):
+    big = np.zeros((1500, 1500, 3), np.uint8)
+    with BetonWriter(tmp_path / "a.beton", ["x"], 3) as writer:
+        for _ in range(3):
+            writer.add(big, 0)
+    samples = np.fromfile(tmp_path / "a.beton", module.SAMPLE, 3, offset=24 + 2 * 1041)
+    starts = samples["f0"]["data_ptr"].astype(int)
+    assert (starts // module.PAGE_BYTES == (starts + big.nbytes - 1) // module.PAGE_BYTES).all()
+    assert check(tmp_path / "a.beton").samples == 3
+    with BetonWriter(tmp_path / "b.beton", ["x"], 1) as writer:
+        with pytest.raises(DataError, match="--max-side"):
+            writer.add(np.zeros((1700, 1700, 3), np.uint8), 0)
+        writer.add(big, 0)
+
+
+def header_field(path, name, value):
+    with path.open("r+b") as file:
+        header = np.frombuffer(file.read(24), module.HEADER).copy()
+        header[name] = value
+        file.seek(0)
+        file.write(header.tobytes())
+
+
+def sidecar_field(path, **changes):
+    sidecar = sidecar_path(path)
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **changes}))
+
+
+def flip_byte(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset, os.SEEK_SET if offset >= 0 else os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+DAMAGE = {
+    "missing": (lambda p: p.unlink(), "does not exist"),
+    "no side-car": (lambda p: sidecar_path(p).unlink(), "no readable side-car"),
+    "side-car is not JSON": (lambda p: sidecar_path(p).write_text("{"), "no readable side-car"),
+    "side-car lacks a field": (lambda p: sidecar_path(p).write_text('{"format_version": 1}'), "samples: Field"),
+    "another format": (lambda p: sidecar_field(p, format_version=9), "format_version 9"),
+    "half the file": (lambda p: os.truncate(p, p.stat().st_size // 2), "truncated"),
+    "nothing": (lambda p: os.truncate(p, 0), "truncated"),
+    "last byte missing": (lambda p: os.truncate(p, p.stat().st_size - 1), "truncated"),
+    "half of the allocation table": (lambda p: os.truncate(p, p.stat().st_size - 240), "truncated"),
+    "one byte more": (lambda p: p.open("ab").write(b"x"), "not the one"),
+    "garbage": (lambda p: p.write_bytes(os.urandom(p.stat().st_size)), "header"),
+    "allocation pointer 0": (lambda p: header_field(p, "alloc_table_ptr", 0), "header"),
+    "fewer samples": (lambda p: header_field(p, "num_samples", 19), "header"),
+    "a label": (lambda p: flip_byte(p, 24 + 2 * 1041 + 16), "index"),
+    "an image's place": (lambda p: flip_byte(p, 24 + 2 * 1041 + 24 + 6), "index"),
+    "a field's name": (lambda p: flip_byte(p, 24 + 1), "index"),
+    "an allocation": (lambda p: flip_byte(p, -8), "index"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_sentence(path, damage):
+    harm, words = DAMAGE[damage]
+    harm(path)
+    with pytest.raises(DataError, match=words) as caught:
+        check(path)
+    assert "\n" not in str(caught.value)
+    assert "a.beton" in str(caught.value)
+
+
+def test_damaged_pixels_need_the_whole_hash(path):
+    flip_byte(path, module.PAGE_BYTES + 5)
+    check(path)
+    with pytest.raises(DataError, match="SHA-256"):
+        verify(path)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=300) | st.recursive(
+    st.none() | st.integers() | st.text(max_size=5), lambda inner: st.dictionaries(st.sampled_from(
+        ["format_version", "samples", "classes", "settings", "path", "x"]), inner) | st.lists(inner), max_leaves=6,
+).map(lambda value: json.dumps(value).encode()))
+def test_any_sidecar_is_read_or_refused(path, content):
+    sidecar_path(path).write_bytes(content)
+    with pytest.raises(UserError):
+        check(path)
+
+
+def test_failed_and_empty_writers_leave_nothing(tmp_path):
+    def fail_midway():
+        with BetonWriter(tmp_path / "a.beton", ["x"], 1) as writer:
+            for pixels in PIXELS:
+                writer.add(pixels, 0)
+
+    with pytest.raises(IndexError):
+        fail_midway()
+    with pytest.raises(DataError, match="no images"), BetonWriter(tmp_path / "a.beton", ["x"], 2):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
+    code = (
+        "import os, sys, numpy as np; from pipeline.data.beton import BetonWriter\n"
+        "with BetonWriter(sys.argv[1], ['x'], 9) as w:\n"
+        "    w.add(np.zeros((9, 9, 3), 'u1'), 0); w._file.flush(); os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "a.beton"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert not sidecar_path(path).exists()
+    write(path)
+    check(path)
+
+
+def test_existing_and_unwritable_destinations(path, tmp_path):
+    with pytest.raises(DataError, match="exists already"):
+        BetonWriter(path, ["x"], 1)
+    with pytest.raises(DataError, match="cannot be written"):
+        BetonWriter(tmp_path / "nowhere" / "a.beton", ["x"], 1)
+    with BetonWriter(path, ["x"], 1, overwrite=True) as writer:
+        writer.add(PIXELS[0], 0)
+    assert verify(path).samples == 1

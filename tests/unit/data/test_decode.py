@@ -1,0 +1,151 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data.decode import (
+    BAD_JPEG,
+    BAD_PLACE,
+    CROP_TRIES,
+    OK,
+    OTHER_SIZE,
+    Decoder,
+    EvaluationPlan,
+    TrainingPlan,
+    jpeg_status,
+    reason,
+)
+from pipeline.randomness import Purpose, key, uniform
+
+PHOTO = np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8).repeat(5, 0).repeat(5, 1)  # 60 x 80
+
+
+def jpeg(pixels=PHOTO, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def crop_one_by_one(seed, epoch, sample, height, width, scale, ratio):
+    """The rule of torchvision's RandomResizedCrop.get_params, a try at a time."""
+    draws = uniform(key(seed, epoch, sample, Purpose.CROP), 4 * CROP_TRIES)
+    for a, r, y, x in draws.reshape(CROP_TRIES, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * a)
+        aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * r)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < min(ratio):
+        h = round(width / min(ratio))
+    elif width / height > max(ratio):
+        w = round(height * max(ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 1000),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=20),
+    st.sampled_from([((0.08, 1.0), (3 / 4, 4 / 3)), ((0.2, 1.0), (3 / 4, 4 / 3)), ((1.0, 1.0), (1.0, 1.0))]),
+)
+def test_training_plan_is_torchvisions_rule(seed, epoch, sizes, limits):
+    heights, widths = np.array(sizes).T
+    ids = np.arange(len(sizes)) * 7
+    plan = TrainingPlan(seed, 24, *limits, 0.5)(epoch, ids, heights, widths)
+    for i, row in zip(ids, plan, strict=True):
+        expected = crop_one_by_one(seed, epoch, i, heights[i // 7], widths[i // 7], *limits)
+        assert (row["top"], row["left"], row["height"], row["width"]) == expected
+    assert (plan["top"] + plan["height"] <= heights).all()
+    assert (plan["left"] + plan["width"] <= widths).all()
+
+
+def test_crops_change_with_epoch_seed_and_sample_alone():
+    ids, sides = np.arange(50), np.full(50, 100)
+
+    def of(seed, epoch, samples):
+        return TrainingPlan(seed, 24, (0.2, 1.0), (3 / 4, 4 / 3), 0.5)(epoch, samples, sides, sides)
+
+    assert (of(1, 0, ids) != of(1, 1, ids)).mean() > 0.9
+    assert (of(1, 0, ids) != of(2, 0, ids)).mean() > 0.9
+    assert (of(5, 1, ids) != of(6, 0, ids)).mean() > 0.9
+    np.testing.assert_array_equal(of(1, 0, ids)[::-1], of(1, 0, ids[::-1]))
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.5, 0.45, 0.55), (1.0, 1, 1)])
+def test_flips(probability, low, high):
+    sides = np.full(4000, 32)
+    plan = TrainingPlan(1, 32, (0.2, 1.0), (3 / 4, 4 / 3), probability)(0, np.arange(4000), sides, sides)
+    assert low <= plan["flip"].mean() <= high
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 40), st.sampled_from([0.875, 0.9]))
+def test_evaluation_is_torchvisions_resize_and_centre_crop(height, width, size, pct):
+    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+    short = int(size / pct)
+    new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    top, left = round((new[1] - size) / 2.0), round((new[0] - size) / 2.0)
+    expected = Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    np.testing.assert_array_equal(decode([pixels], EvaluationPlan(size, pct), size)[0][0], np.asarray(expected))
+
+
+def test_evaluation_squashes_without_a_crop():
+    expected = Image.fromarray(PHOTO).resize((33, 33), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(decode([PHOTO], EvaluationPlan(33, 1.0), 33)[0][0], np.asarray(expected))
+
+
+def decode(images, plan, size, workers=1, heights=None, sizes=None):
+    """Arrays are stored raw, bytes as JPEGs of PHOTO's size."""
+    contents = [i.tobytes() if isinstance(i, np.ndarray) else i for i in images]
+    sizes = np.array(sizes or [len(c) for c in contents])
+    places = np.cumsum([0, *[len(c) for c in contents]])[:-1]
+    shapes = np.array([(i if isinstance(i, np.ndarray) else PHOTO).shape for i in images])
+    heights = shapes[:, 0] if heights is None else np.array(heights)
+    modes = np.array([int(isinstance(i, np.ndarray)) for i in images])
+    rows = plan(0, np.arange(len(images)), heights, shapes[:, 1].copy())
+    out = np.zeros((len(images), size, size, 3), np.uint8)
+    decoder = Decoder(workers, PHOTO.nbytes)
+    file = np.frombuffer(b"".join(contents), np.uint8)
+    status = decoder(file, places, sizes, modes, rows, heights.copy(), shapes[:, 1].copy(), out)
+    decoder.close()
+    decoder.close()
+    return out, status
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+def test_jpegs_decode_as_in_pillow(options):
+    content = jpeg(**options)
+    expected = Image.open(io.BytesIO(content)).resize((40, 40), Image.Resampling.BICUBIC)
+    out, status = decode([content], EvaluationPlan(40, 1.0), 40)
+    assert status.tolist() == [OK]
+    assert np.abs(out[0].astype(int) - np.asarray(expected)).max() <= 1  # two builds of libjpeg-turbo
+
+
+def test_any_number_of_workers():
+    images = [PHOTO, jpeg(), jpeg(PHOTO[::-1]), PHOTO[:30], jpeg(PHOTO // 2), PHOTO[:, 20:]]
+    plan = TrainingPlan(3, 24, (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
+    first, status = decode(images, plan, 24)
+    assert not status.any()
+    for workers in (2, 3, 8):
+        np.testing.assert_array_equal(decode(images, plan, 24, workers)[0], first)
+
+
+def test_damage_has_a_status():
+    good, plan = jpeg(), EvaluationPlan(16, 1.0)
+    half = good[: len(good) // 2]
+    middle = len(good) // 2
+    holed = good[:middle] + b"\xff\xd9" + good[middle + 2 :]
+    images = [good, half, holed, bytes(len(good)), jpeg(PHOTO[:40])]
+    assert decode(images, plan, 16, 2)[1].tolist() == [OK, BAD_JPEG, BAD_JPEG, BAD_JPEG, OTHER_SIZE]
+    assert decode([PHOTO], plan, 16, heights=[61])[1].tolist() == [BAD_PLACE]
+    assert decode([good], plan, 16, sizes=[len(good) + 1])[1].tolist() == [BAD_PLACE]
+    assert decode([good], plan, 16, sizes=[-5])[1].tolist() == [BAD_PLACE]
+    assert jpeg_status(good, *PHOTO.shape[:2]) == OK
+    assert jpeg_status(half, *PHOTO.shape[:2]) == BAD_JPEG
+    assert all(reason(status) for status in (BAD_JPEG, BAD_PLACE, OTHER_SIZE))

@@ -1,0 +1,281 @@
+"""The feeds over real files: the same batches whoever asks, and no way to hang, leak or stay silent."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import threading
+import time
+
+import numba
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data import beton as module
+from pipeline.data.beton import BetonWriter, check
+from pipeline.data.feed import EvaluationFeed, TrainFeed
+from pipeline.data.loader import Producer
+from pipeline.errors import DataError, RecipeError
+
+SAMPLES, SLOTS, SLOT_SIZE = 70, 4, 4
+STEPS = SAMPLES // (SLOTS * SLOT_SIZE)
+
+
+def photo(i):
+    return np.random.default_rng(i).integers(0, 256, (6, 5, 3), np.uint8).repeat(6, 0).repeat(8, 1)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.beton"
+    with BetonWriter(path, [str(n) for n in range(7)], SAMPLES) as writer:
+        for i in range(SAMPLES):
+            pixels = photo(i)
+            if i % 2:
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG")
+                writer.add(file.getvalue(), i % 7, size=pixels.shape[:2])
+            else:
+                writer.add(pixels, i % 7)
+    return check(path)
+
+
+def train_feed(beton, rank=0, world_size=1, **changes):
+    options = {
+        "image_size": 24, "seed": 3, "slots": SLOTS, "slot_size": SLOT_SIZE, "slots_per_micro_batch": 1, "workers": 1,
+        "crop_scale": (0.2, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip_probability": 0.5, "timeout_seconds": 60,
+    }  # fmt: skip
+    return TrainFeed(beton, rank=rank, world_size=world_size, **{**options, **changes})
+
+
+def evaluation_feed(beton, rank=0, world_size=1, **changes):
+    options = {"image_size": 24, "crop_pct": 0.875, "batch_size": 8, "workers": 1, "timeout_seconds": 60}
+    return EvaluationFeed(beton, rank=rank, world_size=world_size, **{**options, **changes})
+
+
+def slots_of(feed, step):
+    """{slot: hash of everything in it}"""
+    found = {}
+    for batch in feed.slots(step):
+        size = len(batch.ids) // len(batch.slots)
+        for place, slot in enumerate(batch.slots):
+            part = slice(place * size, (place + 1) * size)
+            content = [batch.images[part], batch.labels[part], batch.ids[part]]
+            digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in content))
+            found[slot] = digest.hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(beton):
+    """The slots of three epochs."""
+    feed = train_feed(beton)
+    steps = [slots_of(feed, step) for step in range(3 * STEPS)]
+    feed.close()
+    return steps
+
+
+def test_batches(beton):
+    feed = train_feed(beton, slots_per_micro_batch=3)
+    assert feed.steps_per_epoch == STEPS
+    batches = list(feed.slots(STEPS + 1))
+    feed.close()
+    assert [b.slots for b in batches] == [(0, 1, 2), (3,)]
+    assert [b.epoch for b in batches] == [1, 1]
+    for batch in batches:
+        n = len(batch.slots) * SLOT_SIZE
+        assert batch.images.shape == (n, 3, 24, 24)
+        assert batch.images.dtype == torch.uint8
+        assert batch.ids.dtype == batch.labels.dtype == torch.int64
+        assert batch.valid.all()
+        assert batch.labels.tolist() == [i % 7 for i in batch.ids.tolist()]
+
+
+def test_epochs_differ_in_order_and_crops(beton, expected):
+    assert len({h for step in expected for h in step.values()}) == 3 * STEPS * SLOTS
+    feed = train_feed(beton, slots=1, slot_size=SAMPLES)
+    (first,), (second,) = feed.slots(0), feed.slots(1)
+    feed.close()
+    a, b = (batch.images[batch.ids.argsort()] for batch in (first, second))
+    assert sorted(first.ids.tolist()) == list(range(SAMPLES))
+    assert all((x != y).any() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"slots_per_micro_batch": 2}, {"slots_per_micro_batch": 9}])
+def test_workers_and_micro_batches_change_nothing(beton, expected, changes):
+    feed = train_feed(beton, **changes)
+    assert [slots_of(feed, step) for step in range(3 * STEPS)] == expected
+    feed.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_same_global_batch(beton, expected, world_size):
+    feeds = [train_feed(beton, rank, world_size) for rank in range(world_size)]
+    for step, whole in enumerate(expected):
+        parts = [slots_of(feed, step) for feed in feeds]
+        for rank, part in enumerate(parts):
+            assert sorted(part) == list(range(rank, SLOTS, world_size))
+        assert {slot: h for part in parts for slot, h in part.items()} == whole
+    for feed in feeds:
+        feed.close()
+
+
+def test_resume_at_any_step_and_world_size(beton, expected):
+    for step in range(3 * STEPS):
+        feed = train_feed(beton, step % 2, 2)
+        for later in range(step, 3 * STEPS):
+            own = {s: h for s, h in expected[later].items() if s % 2 == step % 2}
+            assert slots_of(feed, later) == own
+        feed.close()
+
+
+def test_seek_close_and_abandoned_steps(beton, expected):
+    feed = train_feed(beton)
+    for step in (7, 2, 3, 0):
+        assert slots_of(feed, step) == expected[step]
+    next(feed.slots(1))  # stopped within a step
+    assert slots_of(feed, 1) == expected[1]
+    feed.close()
+    feed.close()
+    assert slots_of(feed, 2) == expected[2]
+    feed.close()
+
+
+def test_same_in_another_process(beton, expected):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_feed as t\n"
+        "from pipeline.data.beton import check\n"
+        "f = t.train_feed(check(sys.argv[1]), workers=2); print(t.slots_of(f, 5))"
+    )  # and the interpreter exits with a live feed
+    command = [sys.executable, "-c", code, str(beton.path), str(__import__("pathlib").Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(expected[5])
+    assert done.stderr == ""
+
+
+def test_batches_are_not_views_of_the_ring(beton):
+    feed = train_feed(beton)
+    kept = [(b, b.images.clone(), b.labels.clone()) for step in range(6) for b in feed.slots(step)]
+    feed.close()
+    assert all((b.images == images).all() and (b.labels == labels).all() for b, images, labels in kept)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_sees_each_image_once(beton, world_size):
+    feeds = [evaluation_feed(beton, rank, world_size) for rank in range(world_size)]
+    assert len({len(feed) for feed in feeds}) == 1
+    images = {}
+    for feed in feeds:
+        batches = list(feed)
+        assert [len(b.ids) for b in batches] == [8] * len(feed)
+        for batch in batches:
+            for i, label, image, valid in zip(batch.ids.tolist(), batch.labels, batch.images, batch.valid, strict=True):
+                assert label == i % 7
+                if valid:
+                    assert i not in images
+                    images[i] = image
+    assert sorted(images) == list(range(SAMPLES))
+    expected = Image.fromarray(photo(6)).resize((30, 27), Image.Resampling.BICUBIC).crop((3, 2, 27, 26))
+    np.testing.assert_array_equal(images[6].permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_two_loaders_at_once_and_torchs_threads(beton, expected):
+    threads = torch.get_num_threads()
+    feed, evaluation = train_feed(beton, workers=2), evaluation_feed(beton, workers=2)
+    whole = [b.images for b in evaluation]
+    for step, again in enumerate(evaluation):
+        assert slots_of(feed, step) == expected[step]
+        assert (again.images == whole[step]).all()
+    assert torch.get_num_threads() == threads
+    assert numba.config.THREADING_LAYER == "default"  # nothing of ours runs in numba's pool
+    feed.close()
+
+
+def test_early_exits_leave_no_threads_or_memory(beton):
+    def leave_early():
+        for _ in evaluation_feed_:
+            break
+        next(feed.slots(0))
+        feed.close()
+
+    feed, evaluation_feed_ = train_feed(beton, image_size=512), evaluation_feed(beton, image_size=512)
+    for _ in range(3):
+        leave_early()
+    threads, before = threading.active_count(), psutil.Process().memory_info().rss
+    for _ in range(10):  # a pair of rings is 38 MB; what the allocator keeps back levels off at 50 MB
+        leave_early()
+    assert threading.active_count() == threads
+    assert psutil.Process().memory_info().rss - before < 120 << 20
+
+
+def damaged(beton, tmp_path, sample):
+    """A copy with zeros in place of one image."""
+    content = bytearray(beton.path.read_bytes())
+    table = np.frombuffer(content[-24 * SAMPLES :], module.ALLOCATION)[sample]
+    content[int(table["ptr"]) : int(table["ptr"] + table["size"])] = bytes(int(table["size"]))
+    path = tmp_path / "bad.beton"
+    path.write_bytes(content)
+    module.sidecar_path(path).write_bytes(module.sidecar_path(beton.path).read_bytes())
+    return check(path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_sample_is_named(beton, tmp_path, workers):
+    bad = damaged(beton, tmp_path, 33)
+    with pytest.raises(DataError, match=r"sample 33 of .*bad\.beton is a damaged JPEG"):
+        list(evaluation_feed(bad, workers=workers))
+    feed = train_feed(bad, workers=workers)
+    with pytest.raises(DataError, match="sample 33"):
+        [list(feed.slots(step)) for step in range(2 * STEPS)]
+    feed.close()
+
+
+def test_errors_of_the_thread_reach_the_consumer(beton):
+    feed = evaluation_feed(beton)
+
+    def work():
+        yield 0, np.arange(8), None
+        raise ZeroDivisionError("in the thread")
+
+    producer = Producer(feed._loader, work(), 60)
+    next(producer)
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(producer)
+    producer.close()
+
+
+def test_slow_disk_is_an_error_in_time(beton):
+    feed, release = evaluation_feed(beton), threading.Event()
+
+    def work():
+        release.wait(20)
+        yield 0, np.arange(8), None
+
+    producer = Producer(feed._loader, work(), 0.3)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"no batch came from .*a\.beton within 0\.3 s"):
+        next(producer)
+    assert time.monotonic() - started < 5
+    release.set()
+    producer.close()
+
+
+def test_silently_ended_thread_is_an_error(beton):
+    class Dying(Producer):
+        def run(self):
+            pass
+
+    producer = Dying(evaluation_feed(beton)._loader, iter([]), 60)
+    with pytest.raises(DataError, match="ended without a word"):
+        next(producer)
+
+
+def test_numbers_that_do_not_fit(beton):
+    with pytest.raises(RecipeError, match="global batch of 280 images cannot be drawn from 70"):
+        train_feed(beton, slots=4, slot_size=70)
+    with pytest.raises(RecipeError, match="world size 3 does not divide slots=4"):
+        train_feed(beton, 0, 3)

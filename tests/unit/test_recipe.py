@@ -1,0 +1,141 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import changes, dump, load, load_stage
+from tests.support import tiny_recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(tmp_path), sort_keys=False))
+    return path
+
+
+def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
+    stages = load(recipe_file).stages
+    assert [s.previous for s in stages.values()] == [None, "pretrain", "intermediate"]
+    assert stages["finetune"].model.depths == (1, 2)
+    assert stages["finetune"].data.image_size == 24
+    assert stages["finetune"].data.crop_scale == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "stages.pretrain.optimizer.base_lrr=1",
+            "unknown key stages.pretrain.optimizer.base_lrr; did you mean base_lr",
+        ),
+        ("stages.pretrain.objective.mask_ration=0.5", "did you mean mask_ratio"),
+        ("stages.pretrain.objectiv=1", "did you mean objective"),
+        ("nam=x", "did you mean name"),
+        (
+            "stages.pretrain.schedule.epochs=ten",
+            "stages.pretrain.schedule.epochs is 'ten': input should be a valid number",
+        ),
+        ("stages.pretrain.schedule.epochs=-1", "stages.pretrain.schedule.epochs is -1: input should be greater than 0"),
+        ("stages.pretrain.objective.kind=mae", "stages.pretrain.objective"),
+        ("stages.pretrain.batch.slot=7", "global_batch 32 is not a multiple of slot 7"),
+        ("stages.pretrain.batch.slot=8.5", "stages.pretrain.batch.slot is 8.5"),
+        ("stages.pretrain.schedule.warmup_epochs=9", "warmup_epochs 9.0 must be less than epochs 2.0"),
+        ("stages.pretrain.data.image_size=18", "data.image_size 18 is not a multiple of the cell, 4 pixels"),
+        ("stages.finetune.ema=null", "handoff is ema but ema has no decay"),
+        ("stages.pretrain.model.dims=[8]", "depths (1, 2) and dims (8,) must be given together"),
+        ("stages.pretrain.optimizer.layer_decay=0.9", "pre-training has none"),
+        ("stages=null", "needs at least one stage"),
+        ("seed", "is not of the form key=value"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_the_field(recipe_file, override, sentence):
+    with pytest.raises(RecipeError) as error:
+        load(recipe_file, [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_extends_and_null_stages(recipe_file, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny.yaml\nname: child\nstages:\n  pretrain: null\n  finetune: {seed: 8}\n")
+    stages = load(child).stages
+    assert list(stages) == ["intermediate", "finetune"]
+    assert stages["intermediate"].previous is None
+    assert stages["finetune"].seed == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("extends: me.yaml", "break the circle"), ("- a", "a recipe is a mapping"), ("a: [", "cannot be read as YAML")],
+)
+def test_broken_files(tmp_path, text, sentence):
+    path = tmp_path / "me.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=sentence):
+        load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load(tmp_path / "none.yaml")
+
+
+def test_semantic_and_operational_changes_are_told_apart(recipe_file):
+    old = load(recipe_file).stages["finetune"]
+    new = load(recipe_file, ["stages.finetune.optimizer.base_lr=0.5", "defaults.checkpoint.every_steps=7"]).stages[
+        "finetune"
+    ]
+    semantic, operational = changes(old, new)
+    assert semantic == ["optimizer.base_lr: 0.008 -> 0.5"]
+    assert operational == ["checkpoint.every_steps: 5 -> 7"]
+    assert old.fingerprint() != new.fingerprint()
+    same = load(recipe_file, ["defaults.checkpoint.every_steps=7", "defaults.data.workers=2"]).stages["finetune"]
+    assert old.fingerprint() == same.fingerprint()
+
+
+def test_a_change_of_the_objective_kind_is_semantic(recipe_file):
+    old, new = (load(recipe_file).stages[name] for name in ("pretrain", "intermediate"))
+    assert any(change.startswith("objective.kind: fcmae -> classification") for change in changes(old, new)[0])
+
+
+def test_a_resolved_recipe_reads_back_equal(recipe_file, tmp_path):
+    for stage in load(recipe_file).stages.values():
+        dump(stage, tmp_path / "stage.yaml")
+        assert load_stage(tmp_path / "stage.yaml") == stage
+
+
+def test_a_world_size_that_does_not_divide_names_the_nearest(recipe_file):
+    stage = load(recipe_file).stages["pretrain"]  # 4 slots
+    stage.check_world_size(4)
+    with pytest.raises(RecipeError, match="3 processes do not divide the 4 slots .* use 2 or 4 processes"):
+        stage.check_world_size(3)
+
+
+@given(slots=st.integers(1, 64), micro=st.integers(1, 8), world=st.integers(1, 80))
+def test_every_world_size_is_accepted_or_answered_with_one_that_is(slots, micro, world):
+    stage = load_stage_with(slots, micro)
+    try:
+        stage.check_world_size(world)
+        assert slots % (world * micro) == 0
+    except RecipeError as error:
+        assert slots % (world * micro) != 0
+        suggestion = str(error).split("; use ")[1]
+        if "micro_slots" not in suggestion:
+            for text in suggestion.removesuffix(" processes").split(" or "):
+                stage.check_world_size(int(text))
+
+
+def load_stage_with(slots, micro):
+    from pipeline.recipe import StageRecipe
+
+    return StageRecipe.model_validate(
+        {
+            "objective": {"kind": "fcmae"},
+            "data": {"train": "a", "validation": "b"},
+            "batch": {"global_batch": slots * 2, "slot": 2, "micro_slots": micro},
+            "optimizer": {"base_lr": 1.0},
+            "schedule": {"epochs": 1.0},
+        }
+    )
