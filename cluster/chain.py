@@ -45,7 +45,8 @@ def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], dire
         differs = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
     if differs:
         raise RecipeError(
-            f"--out {directory} was started with another recipe ({differs}); choose another directory, or undo the change"
+            f"--out {directory} was started with another recipe ({differs});"
+            " choose another directory, or undo the change"
         )
 
 

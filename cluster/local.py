@@ -80,7 +80,7 @@ class LocalLauncher:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        start_new_session=True,  # a Ctrl-C at the terminal reaches the launcher alone, which passes it on
+                        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
                     )
                 )
 

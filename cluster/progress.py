@@ -133,6 +133,16 @@ def _sentence(event: Event, terse: bool) -> str:
             took = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
             return f"saved step {step}{took}" + (f" ({event['why']})" if event.get("why") else "")
         case "handoff" if not terse:
-            counts = [f"{name} {event[name]}" for name in ("loaded", "initialised", "dropped") if name in event]
-            return f"weights of the stage before: {', '.join(counts)}"
+            return f"weights of the stage before: {_transfer(event)}"
     return ""
+
+
+def _transfer(event: Event) -> str:
+    """`64 tensors loaded; initialised: head.*; dropped: head.*`: the journal has every name."""
+    told = [f"{event.get('loaded')} tensors loaded"]
+    for what in ("initialised", "dropped"):
+        names = event.get(what)
+        if isinstance(names, list) and names:
+            parts = sorted({str(name).partition(".")[0] + (".*" if "." in str(name) else "") for name in names})
+            told.append(f"{what}: {', '.join(parts)}")
+    return "; ".join(told)

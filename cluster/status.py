@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import StageError
 from pipeline.stage import is_alive
@@ -158,25 +160,25 @@ def to_json(statuses: list[StageStatus]) -> str:
     return json.dumps([strict(asdict(s)) for s in statuses], indent=2, allow_nan=False)
 
 
-def render(statuses: list[StageStatus]) -> Table:
-    """A table for a terminal: one row per stage, below it how its attempts ended."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, justify in (
-        ("stage", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("images/s", "right"),
-        ("ETA", "right"), ("checkpoint", "right"), ("result", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name != "result")
+def render(statuses: list[StageStatus]) -> Group:
+    """For a terminal: a table with one row per stage, and below it how their attempts ended. Fits 80 columns."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    columns = {"stage": "left", "state": "left", "step": "right", "images/s": "right", "ETA": "right"}
+    for name, justify in {**columns, "checkpoint": "right", "result": "left"}.items():
+        table.add_column(name, justify=justify, no_wrap=True)
+    reasons = []
     for s in statuses:
-        saved = figure(s.last_checkpoint_step, "{:,}")
+        saved = figure(s.last_checkpoint_step, "{:,}") if s.state != "done" else ""
         if saved:
             saved += f" ({duration(s.last_checkpoint_age_seconds)} ago)"
+        result = metrics_text(s.metrics) or (f"loss {figure(s.loss)}" if s.loss is not None else "")
         table.add_row(
-            escape(s.stage), f"[{COLOUR[s.state]}]{s.state}[/]", of_total(s), figure(s.loss),
-            figure(s.images_per_second, "{:,.0f}"), duration(s.eta_seconds), saved, metrics_text(s.metrics),
+            escape(s.stage), f"[{COLOUR[s.state]}]{s.state}[/]", of_total(s), figure(s.images_per_second, "{:,.0f}"),
+            duration(s.eta_seconds), saved, result,
         )  # fmt: skip
-        for reason in [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]:
-            table.add_row("", "", "", "", "", "", "", f"[dim]{escape(reason)}[/]")
-    return table
+        ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
+        reasons += [Text(f"{s.stage}, {reason}", style="dim") for reason in ended]
+    return Group(table, *reasons)
 
 
 def of_total(s: StageStatus) -> str:

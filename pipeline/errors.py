@@ -1,4 +1,4 @@
-"""Errors a person can act on. The command line prints the sentence alone; anything else is a bug and keeps its traceback."""
+"""Errors a person can act on: the command line prints the sentence alone. Anything else is a bug, with a traceback."""
 
 
 class UserError(Exception):

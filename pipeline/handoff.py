@@ -26,7 +26,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | No
     done = before.done()
     if done is None:
         raise StageError(
-            f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it first"
+            f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
     weights, drop, fresh = objective.receive(read_weights(before.directory / done.weights, done.weights_sha256))
     return _load(engine.items(), weights, drop, fresh)

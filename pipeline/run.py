@@ -1,4 +1,4 @@
-"""Run or resume one stage, given nothing but its directory: `python -m pipeline.run DIRECTORY`, one process per rank."""
+"""Run or resume one stage, given nothing but its directory: `python -m pipeline.run DIRECTORY`, one process a rank."""
 
 import importlib.metadata
 import math

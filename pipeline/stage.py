@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -129,10 +130,8 @@ class Stage:
         """Note how this attempt ended; the first rank to say so is believed."""
         if self.attempt is None:
             return
-        try:
+        with suppress(FileExistsError):
             write_exclusively(self.directory / "attempts" / f"{self.attempt:06d}.outcome.json", asdict(outcome))
-        except FileExistsError:
-            pass
 
     def last_outcome(self) -> Outcome | None:
         """How the last attempt ended; None if it did not say."""
@@ -164,8 +163,8 @@ class Stage:
         for name, expected in json.loads(path.read_text()).items():
             if identity.get(name) != expected:
                 raise DataError(
-                    f"stage {self.recipe.name} was started with data.{name} of sha256 {expected[:12]}, but the file now has"
-                    f" {str(identity.get(name))[:12]}; give it the same data, or start another --out"
+                    f"stage {self.recipe.name} was started with data.{name} of sha256 {expected[:12]}, but the file now"
+                    f" has {str(identity.get(name))[:12]}; give it the same data, or start another --out"
                 )
 
     # -- the end

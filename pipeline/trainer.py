@@ -128,8 +128,8 @@ class StepLog:
             self.write("step", step=step, loss=loss, lr=lr, gradient_norm=norm, images_per_second=round(speed, 1))
             if not math.isfinite(loss):
                 raise StageError(
-                    f"the loss of step {step} is {loss}; lower optimizer.base_lr, lengthen schedule.warmup_epochs or set"
-                    " optimizer.clip_norm, and start another --out"
+                    f"the loss of step {step} is {loss}; lower optimizer.base_lr, lengthen schedule.warmup_epochs or"
+                    " set optimizer.clip_norm, and start another --out"
                 )
         self._pending.clear()
         self.restart_clock()

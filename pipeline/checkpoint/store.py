@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
 from pipeline.checkpoint.storage import CommittingWriter, Folder, read_committed, remove_checkpoint
+from pipeline.collective import from_rank_zero
 from pipeline.errors import CheckpointError, UserError
 
 QUARANTINE, EVER_COMMITTED = "quarantine", "EVER_COMMITTED"
@@ -187,19 +188,15 @@ class CheckpointStore:
             )
 
     def from_rank_zero(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or raises, on rank 0; the other ranks do not call it. Collective."""
-        outcome: list[Any] = [None, None]
-        if dist.get_rank(self.group) == 0:
+        """`work` on rank 0 alone, for all; an OSError becomes a CheckpointError. Collective."""
+
+        def explained() -> T:
             try:
-                outcome = [work(), None]
+                return work()
             except OSError as error:
-                outcome = [None, CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage")]
-            except Exception as error:  # the other ranks wait for it
-                outcome = [None, error]
-        dist.broadcast_object_list(outcome, group_src=0, group=self.group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                raise CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage") from error
+
+        return from_rank_zero(explained, self.group)
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, torch.Tensor]:

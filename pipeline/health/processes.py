@@ -9,7 +9,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks from boot to the start of a process, which tell it from a later one with its pid; 0 if there is none."""
+    """Clock ticks from boot to the start of a process: tells it from a later one with its pid. 0 if there is none."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):

@@ -1,6 +1,7 @@
 """ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) with the official parameter names, shapes and definition order."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ class ConvNeXtV2(nn.Module):
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
         stem = nn.Sequential(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem])
-        for below, dim in zip(dims, dims[1:], strict=False):
+        for below, dim in pairwise(dims):
             self.downsample_layers.append(nn.Sequential(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))
         self.stages = nn.ModuleList(
             nn.Sequential(*[Block(dim) for _ in range(depth)]) for depth, dim in zip(depths, dims, strict=True)

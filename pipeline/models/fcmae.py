@@ -105,7 +105,7 @@ class FCMAE(nn.Module):
 
 
 def patchify(images: Tensor, cell: int) -> Tensor:
-    """(N, C, H, W) to (N, L, cell*cell*C): cells row-major; inside a cell channels run fastest, then columns, then rows."""
+    """(N, C, H, W) to (N, L, cell*cell*C): cells row-major; in a cell channels run fastest, then columns, then rows."""
     n, c, height, width = images.shape
     x = images.reshape(n, c, height // cell, cell, width // cell, cell)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, cell * cell * c)
@@ -119,5 +119,5 @@ def unpatchify(cells: Tensor, cell: int, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_statistics(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each cell's values, (N, L, 1): unbiased variance plus 1e-6 under the root (official code)."""
+    """Mean and deviation of each cell's values, (N, L, 1): unbiased variance plus 1e-6, as in the official code."""
     return cells.mean(-1, keepdim=True), (cells.var(-1, keepdim=True) + 1e-6).sqrt()

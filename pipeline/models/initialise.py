@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, tensor name): the same on any rank, engine, world size, and for a new head."""
+"""Initial weights as a function of (seed, tensor name): the same on any rank, engine or world size."""
 
 import hashlib
 from collections.abc import Iterable

@@ -46,7 +46,7 @@ class FCMAEObjective:
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         dtype, valid = next(model.parameters()).dtype, batch.valid
         images, mask = normalise(batch.images, dtype), self.mask(batch)
-        # Every image hides as many cells as any other, so a loss over images is their mean: padding is cut, not weighed.
+        # Every image hides as many cells as any other, so the loss is a mean over images; padding is cut out.
         count = int(valid.sum())
         if count == 0:
             return {"loss": torch.zeros((), dtype=dtype, device=images.device), "count": torch.zeros(())}

@@ -109,7 +109,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe_file, tmp_path):
 def test_a_world_size_that_does_not_divide_names_the_nearest(recipe_file):
     stage = load(recipe_file).stages["pretrain"]  # 4 slots
     stage.check_world_size(4)
-    with pytest.raises(RecipeError, match="3 processes do not divide the 4 slots .* use 2 or 4 processes"):
+    with pytest.raises(RecipeError, match=r"3 processes do not divide the 4 slots .* use 2 or 4 processes"):
         stage.check_world_size(3)
 
 

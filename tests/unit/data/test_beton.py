@@ -170,10 +170,17 @@ def test_damaged_pixels_need_the_whole_hash(path):
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=300) | st.recursive(
-    st.none() | st.integers() | st.text(max_size=5), lambda inner: st.dictionaries(st.sampled_from(
-        ["format_version", "samples", "classes", "settings", "path", "x"]), inner) | st.lists(inner), max_leaves=6,
-).map(lambda value: json.dumps(value).encode()))
+@given(
+    content=st.binary(max_size=300)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.dictionaries(st.sampled_from(["format_version", "samples", "classes", "settings", "path", "x"]), inner)
+            | st.lists(inner)
+        ),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode())
+)
 def test_any_sidecar_is_read_or_refused(path, content):
     sidecar_path(path).write_bytes(content)
     with pytest.raises(UserError):

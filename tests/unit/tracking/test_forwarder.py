@@ -224,9 +224,7 @@ def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: 
     ],
     ids=["unreachable", "absent"],
 )
-def test_no_mlflow_is_a_sentence_and_not_a_hang(
-    tmp_path: Path, options: list[str], before: str, sentence: str
-) -> None:
+def test_no_mlflow_is_a_sentence_and_not_a_hang(tmp_path: Path, options: list[str], before: str, sentence: str) -> None:
     (stage,) = make_run(tmp_path / "run", "pretrain")
     with Journal(stage / "journal.jsonl", 1) as journal:
         handle = start(stage, *options, before=before)
