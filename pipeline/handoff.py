@@ -49,7 +49,7 @@ def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
     facts = {
         "stage": recipe.name,
         "objective": recipe.objective.kind,
-        "model": recipe.model.model_dump(mode="json"),
+        "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
         "image_size": recipe.data.image_size,
         "weights": recipe.handoff,
         "step": step,

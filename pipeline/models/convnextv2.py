@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.initialise import initialise
+from pipeline.models.initialise import SCHEMES, initialise
+from pipeline.models.response import EPS, BatchNorm, Response
 from pipeline.sparse import DENSE, Layout
-
-EPS = 1e-6
 
 # name: (depths, dims), paper A.1
 VARIANTS = {
@@ -25,44 +26,31 @@ VARIANTS = {
 }
 
 
-class GRN(nn.Module):
-    """Global response normalisation (paper, algorithm 1): each channel is scaled by its share of the image's energy.
-
-    `gamma` and `beta` are (1, 1, 1, C). Statistics are those of each image over the sites the layout counts;
-    `across_images` is the form of the official PyTorch pre-training code, which mixes all images of a batch.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.across_images = False
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        energy = layout.energy(x, self.across_images)
-        share = (energy / (energy.mean(-1, keepdim=True) + EPS)).to(x.dtype)
-        gamma, beta = self.gamma.flatten(), self.beta.flatten()
-        return torch.addcmul(beta, x, 1 + gamma * share)
-
-
 class Block(nn.Module):
-    """7x7 depthwise convolution, LayerNorm, an MLP of width 4C with GELU and GRN; residual.
+    """7x7 depthwise convolution, LayerNorm, an MLP of width 4C with GELU and response normalisation; residual.
 
+    `layer_scale` is the initial value of ConvNeXt V1's `gamma` (C,) on the branch; None, as in V2, has none.
     `keep` is the drop-path factor of each image, (N,): 0 where the branch is dropped, 1 / keep probability where not.
     It is handed in, because a generator inside a block draws anew under activation checkpointing.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, response: Response | None = None, layer_scale: float | None = None):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim)
+        response = response or Response()
+        self.slot = response.name
+        self.add_module(self.slot, response.build(4 * dim))
         self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.zeros(dim))
+        self.initial_constants = {} if layer_scale is None else {"gamma": layer_scale}
 
     def forward(self, x: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
         y = self.norm(layout.depthwise(self.dwconv, x))
-        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), layout))
+        y = self.pwconv2(getattr(self, self.slot)(F.gelu(self.pwconv1(y)), layout))
+        if self.gamma is not None:
+            y = y * self.gamma.to(y.dtype)
         if keep is not None:
             y = y * keep.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
         return x + y
@@ -71,12 +59,19 @@ class Block(nn.Module):
 class ConvNeXtV2(nn.Module):
     """The encoder, and the classifier unless `num_classes` is 0 (then neither the final norm nor the head exists).
 
+    ConvNeXt V1 (Liu et al. 2022) is `response="none", layer_scale=1e-6`, with the official V1 names.
+
     Args:
         depths: blocks of each stage; the published models have four stages, small images want fewer.
         dims: channels of each stage.
         num_classes: outputs of the head.
         stem_stride: pixels on a side of a stem patch; 4 for ImageNet, less for small images.
+        response: what is in the blocks' response-normalisation slot: grn, none, lrn, bn, ln, se or cbam.
+        grn_aggregation, grn_normaliser, grn_residual: the forms of GRN that its paper compares, see `Response`.
+        layer_scale: initial value of V1's factor on each block's branch; None has none.
+        checkpointing: compute the activations inside a block again in the backward pass instead of keeping them.
         head_init_scale: factor on the head's initial weights; 0.001 when fine-tuning.
+        init: scheme of the initial weights, "plain" or "official" (see `initialise`; they differ in FCMAE only).
         seed: of the initial weights.
     """
 
@@ -87,20 +82,32 @@ class ConvNeXtV2(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         stem_stride: int = 4,
+        response: str = "grn",
+        grn_aggregation: str = "l2",
+        grn_normaliser: str = "mean",
+        grn_residual: bool = True,
+        layer_scale: float | None = None,
+        checkpointing: bool = False,
         head_init_scale: float = 1.0,
+        init: str = "plain",
         seed: int = 0,
     ):
         super().__init__()
         if len(depths) != len(dims) or not depths:
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} must name the same number of stages")
+        if init not in SCHEMES:
+            raise ValueError(f"init is {init!r}; choose one of {', '.join(SCHEMES)}")
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
+        self.response = Response(response, grn_aggregation, grn_normaliser, grn_residual)
+        self.layer_scale, self.checkpointing, self.init = layer_scale, checkpointing, init
         stem = nn.Sequential(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem])
         for below, dim in pairwise(dims):
             self.downsample_layers.append(nn.Sequential(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(dim) for _ in range(depth)]) for depth, dim in zip(depths, dims, strict=True)
+            nn.Sequential(*[Block(dim, self.response, layer_scale) for _ in range(depth)])
+            for depth, dim in zip(depths, dims, strict=True)
         )
         if num_classes:
             self.norm = nn.LayerNorm(dims[-1], eps=EPS)
@@ -113,23 +120,52 @@ class ConvNeXtV2(nn.Module):
         """Pixels on a side of one site of the last map; with masks, of one cell."""
         return self.stem_stride * 2 ** (len(self.depths) - 1)
 
-    def features(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
-        """Images (N, 3, H, W) to the last stage's map (N, h, w, C); `keep` (blocks, N) holds drop-path factors."""
+    def stage_outputs(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> list[Tensor]:
+        """Images (N, 3, H, W) to the features after each stage, as they lie in `layout`.
+
+        `keep` (blocks, N) holds drop-path factors.
+        """
         rows = iter(keep) if keep is not None else None
-        x = images
+        outputs, x = [], images
         for index, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             if index == 0:
                 x = down[1](layout.stem(down[0], x))
             else:
                 x = layout.down(down[1], down[0](x))
             for block in stage:
-                x = block(x, layout, next(rows) if rows else None)
-        return layout.to_map(x)
+                x = run_block(block, x, layout, next(rows) if rows else None, checkpointing=self.checkpointing)
+            outputs.append(x)
+        return outputs
+
+    def features(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) to the last stage's map (N, h, w, C)."""
+        return layout.to_map(self.stage_outputs(images, layout, keep)[-1])
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """Images (N, 3, H, W) to the map (N, C, h, w) after each stage: strides 4, 8, 16 and 32 in the family."""
+        return [x.permute(0, 3, 1, 2) for x in self.stage_outputs(images)]
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Images (N, 3, H, W) to logits (N, classes); to the last map (N, C, h, w) when there is no head."""
         x = self.features(images, keep=keep)
+        if self.response.kind == "bn":
+            update_running_statistics(self)
         return self.head(self.norm(x.mean((1, 2)))) if self.num_classes else x.permute(0, 3, 1, 2)
+
+
+def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
+    """`block(*inputs)`, with nothing but its inputs kept for the backward pass if `checkpointing`."""
+    if checkpointing and torch.is_grad_enabled():
+        # No block draws random numbers, and saving a GPU's generator state would wait for the GPU.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+def update_running_statistics(model: nn.Module) -> None:
+    """To be called at the end of a model's forward, outside of what activation checkpointing runs twice."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.update_running()
 
 
 def drop_path_rates(depths: Sequence[int], rate: float) -> list[float]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.convnextv2 import GRN, Block, ConvNeXtV2
+from pipeline.models.convnextv2 import ConvNeXtV2, update_running_statistics
+from pipeline.models.decoder import create_decoder
 from pipeline.models.initialise import initialise
-from pipeline.sparse import DENSE, Masked, Packed, VisibleCells
-
-LAYOUTS = {"packed": Packed, "masked": Masked}
+from pipeline.models.response import GRN
+from pipeline.sparse import VisibleCells, find_layout
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,18 @@ class FCMAEOutput:
 class FCMAE(nn.Module):
     """Encoder on the visible cells, a mask token in the hidden ones, a dense decoder, a linear prediction of pixels.
 
+    Activation checkpointing, the blocks' response normalisation and the scheme of the initial weights are those of the
+    encoder.
+
     Args:
         encoder: a ConvNeXtV2 without head (`num_classes=0`).
-        encoder_backend: "packed" computes visible cells only; "masked" is its dense oracle.
+        encoder_backend: "packed" computes visible cells only, as does "spconv" with that package's tensors; "masked" is
+            their dense oracle. "dense" is the paper's comparison: hidden pixels are zero and nothing else is done.
         grn_statistics: "image", or "batch" as the official PyTorch code has it (its published weights do not).
         normalize_target: predict each cell's pixels after subtracting their mean and dividing by their deviation.
-        decoder_dim, decoder_depth: width and number of decoder blocks.
+        decoder: "convnext", or for comparison "transformer", "unet" and "unet_no_skips" (see `decoder.py`).
+        decoder_dim, decoder_depth: width and number of decoder blocks; a U-Net has as many at each stride, and half
+            the width at each finer one.
         cell: pixels on a side of a cell; must be the encoder's stride.
         seed: of the initial weights.
     """
@@ -42,6 +48,7 @@ class FCMAE(nn.Module):
         decoder_dim: int = 512,
         decoder_depth: int = 1,
         cell: int = 32,
+        decoder: str = "convnext",
         seed: int = 0,
     ):
         super().__init__()
@@ -49,16 +56,19 @@ class FCMAE(nn.Module):
             raise ValueError(f"FCMAE needs an encoder without head; this one has {encoder.num_classes} classes")
         if cell != encoder.stride:
             raise ValueError(f"cell is {cell} pixels but the encoder's stride is {encoder.stride}; they must be equal")
-        if encoder_backend not in LAYOUTS:
-            raise ValueError(f"encoder_backend is {encoder_backend!r}; choose one of {', '.join(LAYOUTS)}")
         if grn_statistics not in ("image", "batch"):
             raise ValueError(f"grn_statistics is {grn_statistics!r}; choose image or batch")
-        self.encoder_backend, self.normalize_target, self.cell = encoder_backend, normalize_target, cell
+        if grn_statistics == "batch" and encoder.response.kind != "grn":
+            raise ValueError(f"grn_statistics is batch but the blocks' response is {encoder.response.kind}; use image")
+        self.normalize_target, self.cell = normalize_target, cell
+        self._layout = find_layout(encoder_backend)
+        self.init = encoder.init
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.encoder = encoder
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
-        self.decoder = nn.Sequential(*[Block(decoder_dim) for _ in range(decoder_depth)])
-        self.pred = nn.Conv2d(decoder_dim, cell * cell * encoder.in_channels, 1)
+        self.decoder = create_decoder(decoder, encoder, decoder_dim, decoder_depth)
+        patch = cell // self.decoder.upscale
+        self.pred = nn.Conv2d(self.decoder.width, patch * patch * encoder.in_channels, 1)
         for module in encoder.modules():
             if isinstance(module, GRN):
                 module.across_images = grn_statistics == "batch"
@@ -74,23 +84,26 @@ class FCMAE(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> FCMAEOutput:
         """Images (N, 3, H, W); mask (N, L) bool, True = hidden, cells row-major, best left on the CPU."""
         visible = VisibleCells(mask, self.grid(images), images.device)
-        x = self.encoder.features(images, LAYOUTS[self.encoder_backend](visible))
-        x = self.proj(x.permute(0, 3, 1, 2))
-        hidden = visible.mask.view(-1, 1, *visible.grid)
-        x = torch.where(hidden, self.mask_token.to(x.dtype), x).permute(0, 2, 3, 1)
-        for block in self.decoder:
-            x = block(x, DENSE)
+        layout = self._layout(visible)
+        stages = self.encoder.stage_outputs(images, layout)
+        x = self.proj(layout.to_map(stages[-1]).permute(0, 3, 1, 2))
+        x = torch.where(visible.mask.view(-1, 1, *visible.grid), self.mask_token.to(x.dtype), x)
+        x = self.decoder(x.permute(0, 2, 3, 1), stages, layout, visible)
         prediction = self.pred(x.permute(0, 3, 1, 2))
+        if self.decoder.upscale > 1:
+            prediction = regroup(prediction, self.cell, self.decoder.upscale)
+        if self.encoder.response.kind == "bn":
+            update_running_statistics(self)
         return FCMAEOutput(self.loss(images, prediction, visible.mask), prediction)
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Squared error, averaged over the hidden cells' pixels."""
+        """Squared error, averaged over the hidden cells' pixels; 0 if none is hidden."""
         target = patchify(images, self.cell)
         if self.normalize_target:
             mean, std = patch_statistics(target)
             target = (target - mean) / std
         error = (prediction.flatten(2).transpose(1, 2).to(target.dtype) - target).square().mean(-1)
-        return (error * mask).sum() / mask.sum()
+        return (error * mask).sum() / mask.sum().clamp_min(1)
 
     @torch.no_grad()
     def paint(self, images: Tensor, mask: Tensor, prediction: Tensor) -> Tensor:
@@ -116,6 +129,15 @@ def unpatchify(cells: Tensor, cell: int, grid: tuple[int, int]) -> Tensor:
     n, (h, w) = cells.shape[0], grid
     x = cells.reshape(n, h, w, cell, cell, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(n, -1, h * cell, w * cell)
+
+
+def regroup(prediction: Tensor, cell: int, upscale: int) -> Tensor:
+    """Predictions of small patches, (N, p*p*C, h*upscale, w*upscale), as those of the cells they make up:
+    (N, cell*cell*C, h, w)."""
+    patch, (height, width) = cell // upscale, prediction.shape[-2:]
+    pixels = unpatchify(prediction.flatten(2).transpose(1, 2), patch, (height, width))
+    cells = patchify(pixels, cell).transpose(1, 2)
+    return cells.unflatten(2, (height // upscale, width // upscale))
 
 
 def patch_statistics(cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,88 @@
-"""Initial weights as a function of (seed, tensor name): the same on any rank, engine or world size."""
+"""Initial weights as a function of (seed, tensor name): the same on any rank, engine or world size.
+
+Two schemes, named by the model's `init`:
+
+plain: convolutions, linear layers and mask tokens are normal with standard deviation 0.02; norms are 1 and 0; biases,
+    gamma and beta are 0. This is what the official classifier does (its truncation at 2.0 cuts nothing).
+official: what the official pre-training code really does, for comparisons. It initialises its encoder as above and
+    then draws most of it again with a truncation's default, standard deviation 1: the stem, every depthwise and
+    pointwise layer of the encoder, the decoder's depthwise convolution, `proj` and `pred`. The 2x2 convolutions stay
+    at 0.02; the decoder's linear layers are never touched and keep torch's default, biases included. Atto's
+    predictions then start near 1e5 and its loss near 16 instead of 1, which overflows half precision; users of that
+    code have traced NaNs to it. Hence it is not the default. Outside FCMAE, and for tensors that the official code does
+    not have, it is the same as plain.
+"""
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+SCHEMES = ("plain", "official")
 STD = 0.02
+
+_WIDE = re.compile(
+    r"encoder\.downsample_layers\.0\.0\.weight|encoder\.stages\.\d+\.\d+\.(dwconv|pwconv1|pwconv2)\.weight"
+    r"|decoder\.\d+\.dwconv\.weight|proj\.weight|pred\.weight"
+)
+_UNTOUCHED = re.compile(r"(decoder\.\d+\.pwconv[12])\.(weight|bias)")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, names: Iterable[str] | None = None) -> None:
-    """Set the named parameters of `model` (all by default) in place.
-
-    Weights of convolutions and linear layers, and the mask token, are normal with standard deviation 0.02; norms are 1
-    and 0; biases, gamma and beta are 0. The official pre-training code re-draws most weights with standard deviation 1,
-    which gives a first loss near 16 and NaN in half precision (issue 64 of its repository); that is not repeated here.
-    `model.init_scales`, if there is one, maps a name to a factor.
+def initialise(model: nn.Module, seed: int) -> None:
+    """Set all parameters and buffers of `model` in place. On the meta device this does nothing: call it again when
+    the tensors have memory (after `to_empty`), and they are those of a model built there at once.
     """
-    wanted = set(names) if names is not None else None
-    scales = getattr(model, "init_scales", {})
-    for name, parameter in model.named_parameters():
-        if wanted is None or name in wanted:
-            parameter.copy_(initial_value(name, parameter.shape, seed) * scales.get(name, 1.0))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    for name, value in initial_values(model, seed):
+        tensors[name].copy_(value)
 
 
-def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The initial fp32 value of one parameter."""
-    if name == "mask_token" or (name.endswith(".weight") and len(shape) > 1):
-        digest = hashlib.sha256(f"{seed}\x1f{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.empty(shape).normal_(0.0, STD, generator=generator)
-    return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and initial value (fp32, on the CPU) of each parameter and buffer, one at a time; `model` may be on meta.
+
+    A module's `initial_constants` (name of its own tensor to value) and the model's `init_scales` (full name to factor)
+    go before and after the model's scheme.
+    """
+    scales, official = getattr(model, "init_scales", {}), getattr(model, "init", "plain") == "official"
+    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    for path, module in model.named_modules():
+        constants = getattr(module, "initial_constants", {})
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for short, tensor in own:
+            name = f"{path}.{short}" if path else short
+            if short in constants:
+                value = torch.full(tensor.shape, constants[short], device="cpu", dtype=torch.float32)
+            elif official and (_WIDE.fullmatch(name) or _UNTOUCHED.fullmatch(name)):
+                value = _official(name, shapes, seed)
+            else:
+                value = _plain(name, tensor.shape, seed)
+            yield name, value * scales.get(name, 1.0)
+
+
+def _plain(name: str, shape: torch.Size, seed: int) -> Tensor:
+    if "mask_token" in name or (name.endswith(".weight") and len(shape) > 1):
+        return _empty(shape).normal_(0.0, STD, generator=_generator(name, seed))
+    return _empty(shape).fill_(1.0 if name.endswith((".weight", ".running_var")) else 0.0)
+
+
+def _official(name: str, shapes: dict[str, torch.Size], seed: int) -> Tensor:
+    generator = _generator(name, seed)
+    if _WIDE.fullmatch(name):
+        return nn.init.trunc_normal_(_empty(shapes[name]), std=1.0, a=-2.0, b=2.0, generator=generator)
+    fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
+    return _empty(shapes[name]).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+
+
+def _empty(shape: torch.Size) -> Tensor:
+    # The device is named, for a caller may be inside `with torch.device("meta")`.
+    return torch.empty(shape, device="cpu", dtype=torch.float32)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\x1f{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

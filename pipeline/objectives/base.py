@@ -1,12 +1,14 @@
 """What is learned: from a batch to a loss, and what the stage hands on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.feed import Batch
+from pipeline.errors import RecipeError
 
 # ImageNet's channel means and deviations, in levels of 0..255: published weights expect them.
 MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))
@@ -35,6 +37,15 @@ class Objective(Protocol):
 
     def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
         """Weights of the stage before under this model's names, the names to drop, and the names that start fresh."""
+
+
+@contextmanager
+def refused_by_recipe(stage: str) -> Iterator[None]:
+    """What a model refuses, its recipe has asked for: models raise ValueError, for they know no recipe."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"stage {stage}: {error}") from error
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from pipeline.checkpoint.weights import encoder_to_classifier
 from pipeline.data.feed import Batch
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import drop_path_rates
-from pipeline.objectives.base import normalise
+from pipeline.objectives.base import normalise, refused_by_recipe
 from pipeline.recipe import StageRecipe
 
 
@@ -25,13 +25,14 @@ class ClassificationObjective:
 
     def build_model(self) -> nn.Module:
         options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
-        model = create_model(
-            self.recipe.model.name,
-            num_classes=self.settings.classes,
-            head_init_scale=self.settings.head_init_scale,
-            seed=self.seed,
-            **options,
-        )
+        with refused_by_recipe(self.recipe.name):
+            model = create_model(
+                self.recipe.model.name,
+                num_classes=self.settings.classes,
+                head_init_scale=self.settings.head_init_scale,
+                seed=self.seed,
+                **options,
+            )
         self._rates = np.array(drop_path_rates(model.depths, self.settings.drop_path))
         return model
 

@@ -10,7 +10,7 @@ from pipeline import randomness
 from pipeline.data.feed import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.base import denormalise, normalise
+from pipeline.objectives.base import denormalise, normalise, refused_by_recipe
 from pipeline.recipe import StageRecipe
 
 
@@ -22,17 +22,19 @@ class FCMAEObjective:
 
     def build_model(self) -> nn.Module:
         options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
-        encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
-        return FCMAE(
-            encoder,
-            encoder_backend=self.settings.encoder_backend,
-            grn_statistics=self.settings.grn_statistics,
-            normalize_target=self.settings.normalize_target,
-            decoder_dim=self.settings.decoder_dim,
-            decoder_depth=self.settings.decoder_depth,
-            cell=encoder.stride,
-            seed=self.seed,
-        )
+        with refused_by_recipe(self.recipe.name):
+            encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
+            return FCMAE(
+                encoder,
+                encoder_backend="dense" if self.settings.encoder_leaks else self.settings.encoder_backend,
+                grn_statistics=self.settings.grn_statistics,
+                normalize_target=self.settings.normalize_target,
+                decoder=self.settings.decoder,
+                decoder_dim=self.settings.decoder_dim,
+                decoder_depth=self.settings.decoder_depth,
+                cell=encoder.stride,
+                seed=self.seed,
+            )
 
     def mask(self, batch: Batch) -> Tensor:
         """(n, L) bool, True = hidden: a function of (seed, epoch, sample id)."""

@@ -1,25 +1,16 @@
-"""The typed recipe of a chain of stages, and of one stage.
+"""The typed recipe of a chain of stages, and of one stage: what the keys are, and which values go together.
 
-A recipe is YAML. `extends: other.yaml` starts from another file; `defaults:` is what the stages share; a stage set to
-null is left out. Every key is checked; those marked Operational may change on resume, all others make another
-experiment.
+Fields marked operational may change on resume; all others make another experiment. `pipeline.recipe.files` reads YAML.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.errors import RecipeError
-
-_OPERATIONAL = object()
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -32,12 +23,31 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = "convnextv2"
+    name: Literal[
+        "convnextv2", "convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano", "convnextv2_tiny",
+        "convnextv2_base", "convnextv2_large", "convnextv2_huge",
+    ] = "convnextv2"  # fmt: skip
+    """A published size, or convnextv2 with depths and dims."""
     depths: tuple[int, ...] | None = None
     """Blocks of each stage; None takes the named variant's."""
     dims: tuple[int, ...] | None = None
     stem_stride: int = Field(4, ge=1)
     """Pixels on a side of a stem patch."""
+    response: Literal["grn", "none", "lrn", "bn", "ln", "se", "cbam"] = "grn"
+    """What normalises a block's 4C channels. ConvNeXt V1 is none, with a layer_scale of 1e-6."""
+    grn_aggregation: Literal["l2", "l1", "average"] = "l2"
+    """GRN: how one number is made of a channel's sites."""
+    grn_normaliser: Literal["mean", "sum", "inverse", "standardise"] = "mean"
+    """GRN: a channel's number over the mean of all, over their sum, the inverse of the mean alone, or standardised."""
+    grn_residual: bool = True
+    """GRN: whether its input is added."""
+    layer_scale: float | None = Field(None, gt=0)
+    """Initial value of a factor on each block's branch, as in ConvNeXt V1; null has none."""
+    init: Literal["plain", "official"] = "plain"
+    """Initial weights: normal with deviation 0.02, or the official pre-training's, which starts FCMAE at a loss of 16
+    and overflows half precision. Both are the same in a classifier."""
+    checkpointing: bool = operational(False)
+    """Compute activations inside a block again in the backward pass: less memory, a third more work."""
 
     @property
     def stride(self) -> int:
@@ -50,17 +60,33 @@ class Model(Section):
             raise ValueError(
                 f"depths {self.depths} and dims {self.dims} must be given together, one number for each stage"
             )
+        # Without any key this is a placeholder: a recipe that says nothing of its model is refused when it is used.
+        if self.model_fields_set and (self.name == "convnextv2") != (self.depths is not None):
+            raise ValueError(
+                f"name {self.name} and depths {self.depths} do not go together; convnextv2 needs depths and dims, the"
+                " published sizes have their own"
+            )
+        for name in ("grn_aggregation", "grn_normaliser", "grn_residual"):
+            value = getattr(self, name)
+            if self.response != "grn" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {value} but response is {self.response}; remove it, or make response grn")
         return self
 
 
 class FCMAESettings(Section):
     kind: Literal["fcmae"] = "fcmae"
     mask_ratio: float = Field(0.6, gt=0, lt=1)
+    decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
     decoder_dim: int = Field(512, ge=1)
+    """Channels at the last stride; a U-Net has half as many at each finer one."""
     decoder_depth: int = Field(1, ge=1)
+    """Blocks; in a U-Net, at each stride."""
     normalize_target: bool = True
     grn_statistics: Literal["image", "batch"] = "image"
-    encoder_backend: Literal["packed", "masked"] = operational("packed")
+    encoder_leaks: bool = False
+    """The paper's comparison: zero the hidden pixels, then run ordinary convolutions over everything."""
+    encoder_backend: Literal["packed", "masked", "spconv"] = operational("packed")
+    """Equal to rounding; unused if the encoder leaks."""
 
 
 class ClassificationSettings(Section):
@@ -198,16 +224,41 @@ class StageRecipe(Section):
     def _consistent(self) -> "StageRecipe":
         if self.handoff == "ema" and self.ema is None:
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
-        if isinstance(self.objective, FCMAESettings) and self.optimizer.layer_decay != 1:
+        if self.model.response == "bn" and self.batch.micro_slots != 1:
+            raise ValueError(f"batch.micro_slots is {self.batch.micro_slots} but bn counts one slot; set it to 1")
+        if isinstance(self.objective, FCMAESettings):
+            self._check_fcmae(self.objective)
+        return self
+
+    def _check_fcmae(self, objective: FCMAESettings) -> None:
+        if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"
             )
-        if isinstance(self.objective, FCMAESettings) and self.data.image_size % self.model.stride:
+        if self.data.image_size % self.model.stride:
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not a multiple of the cell, {self.model.stride} pixels"
                 " (model.stem_stride * 2 ** (stages - 1)); change one of them"
             )
-        return self
+        if self.data.image_size == self.model.stride:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is one cell, so nothing can be hidden; choose a larger one"
+            )
+        if objective.grn_statistics == "batch" and self.model.response != "grn":
+            raise ValueError(
+                f"objective.grn_statistics is batch but model.response is {self.model.response}; set it to image"
+            )
+        if objective.grn_statistics == "batch" and self.batch.micro_slots != 1:
+            raise ValueError(
+                f"batch.micro_slots is {self.batch.micro_slots} but grn_statistics batch counts one slot; set it to 1"
+            )
+        multiples = {"transformer": 32, "unet": self.model.stride // self.model.stem_stride}
+        multiple = multiples.get(objective.decoder.removesuffix("_no_skips"), 1)
+        if objective.decoder_dim % multiple:
+            raise ValueError(
+                f"objective.decoder_dim {objective.decoder_dim} is not a multiple of {multiple}, which this"
+                f" {objective.decoder} decoder needs; change one of them"
+            )
 
     @property
     def learning_rate(self) -> float:
@@ -215,7 +266,7 @@ class StageRecipe(Section):
 
     def fingerprint(self) -> str:
         """sha256 of the semantic fields: equal fingerprints are the same experiment."""
-        facts = {path: value for path, value, is_operational in _leaves(self) if not is_operational}
+        facts = {path: value for path, value, is_operational in leaves(self) if not is_operational}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_world_size(self, world_size: int) -> None:
@@ -240,42 +291,10 @@ class ChainRecipe(Section):
     stages: dict[str, StageRecipe]
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
-    """Read a chain recipe and apply `key=value` overrides (`stages.pretrain.schedule.epochs=10`, `defaults...`).
-
-    Raises:
-        RecipeError: naming the file and field, the value, and what would be accepted.
-    """
-    raw = _read(path, seen=())
-    if overrides:
-        wrong = [text for text in overrides if "=" not in text]
-        if wrong:
-            raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
-        try:
-            merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-            raw = OmegaConf.to_container(merged, resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
-    return _validate(ChainRecipe, _spread(raw, path), str(path))
-
-
-def load_stage(path: Path) -> StageRecipe:
-    """Read the resolved recipe of one stage."""
-    return _validate(StageRecipe, _read(path, seen=()), str(path))
-
-
-def dump(recipe: Section, path: Path) -> None:
-    """Write a resolved recipe, every field present."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def changes(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
     """Fields that differ, as "path: old -> new": the semantic ones, and the operational ones."""
-    before = {path: value for path, value, _ in _leaves(old)}
-    after = {path: (value, is_operational) for path, value, is_operational in _leaves(new)}
+    before = {path: value for path, value, _ in leaves(old)}
+    after = {path: (value, is_operational) for path, value, is_operational in leaves(new)}
     semantic, other = [], []
     for path in [*after, *(before.keys() - after.keys())]:
         value, is_operational = after.get(path, (None, False))
@@ -284,110 +303,11 @@ def changes(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
     return semantic, other
 
 
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             extra = field.json_schema_extra or {}
             yield prefix + name, list(value) if isinstance(value, tuple) else value, bool(extra.get("operational"))
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise RecipeError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}; `fcmae recipes` lists the ones that are included") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds a {type(raw).__name__}; a recipe is a mapping of keys to values")
-    base = raw.pop("extends", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
-    return _merge(_read(path.parent / base, (*seen, path)), raw)
-
-
-def _merge(base: Any, change: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(change, dict)):
-        return change
-    return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
-
-
-def _spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Give every stage the shared defaults, its name, the seed, and the stage before it."""
-    raw = dict(raw)
-    defaults, stages = raw.pop("defaults", None) or {}, raw.get("stages")
-    if not isinstance(stages, dict) or not any(stages.values()):
-        raise RecipeError(f"{path}: stages is {stages!r}; a recipe needs at least one stage, as a mapping of names")
-    seed, spread, previous = raw.get("seed", 0), {}, None
-    for name, stage in stages.items():
-        if stage is None:
-            continue
-        if not str(name).replace("-", "").replace("_", "").isalnum():
-            raise RecipeError(f"{path}: stage name {name!r} must be made of letters, digits, - and _")
-        start = (stage.get("init") or {}).get("start") if isinstance(stage, dict) else None
-        before = None if start == "scratch" else previous
-        # The objective's keys depend on its kind, so defaults for it cannot apply to every stage.
-        spread[name] = {"name": name, "seed": seed, "previous": before, **_merge(defaults, stage)}
-        previous = name
-    return {**raw, "stages": spread}
-
-
-def _validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
-    try:
-        # JSON mode is strict about types and still takes a list for a tuple.
-        return kind.model_validate_json(json.dumps(raw))
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {_sentence(kind, error)}") from None
-    except TypeError as error:
-        raise RecipeError(f"{source}: {error}") from None
-
-
-def _sentence(kind: type[Section], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = [str(part) for part in first["loc"] if part not in ("fcmae", "classification")]
-    field, value = ".".join(where), first.get("input")
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(kind, first["loc"][:-1])
-        near = get_close_matches(where[-1], known, n=3, cutoff=0.5) or sorted(known)
-        return f"unknown key {field}; did you mean {' or '.join(near)}?"
-    if first["type"] == "missing":
-        return f"{field} is missing; give it a value"
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{field}: {reason}" if field else reason
-    return f"{field} is {value!r}: {reason[0].lower()}{reason[1:]}"
-
-
-def _known_keys(kind: type[Section], location: Sequence[str | int]) -> set[str]:
-    current: Any = kind
-    for part in location:
-        if current is ChainRecipe and part == "stages":
-            current = _OPERATIONAL  # the next part is a stage's name
-        elif current is _OPERATIONAL:
-            current = StageRecipe
-        else:
-            sections = [current, *get_args(current)]
-            fields = {
-                name: f
-                for s in sections
-                if isinstance(s, type) and issubclass(s, Section)
-                for name, f in s.model_fields.items()
-            }
-            if part in fields:
-                current = fields[part].annotation
-            elif part in ("fcmae", "classification"):
-                current = {"fcmae": FCMAESettings, "classification": ClassificationSettings}[str(part)]
-    sections = [current, *get_args(current)]
-    return {name for s in sections if isinstance(s, type) and issubclass(s, Section) for name in s.model_fields}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,0 +1,19 @@
+"""What to train: typed sections (`schema`), read from YAML (`files`).
+
+A recipe is YAML. `extends: other.yaml` starts from another file; `defaults:` is what the stages share; a stage set to
+null is left out. Every key is checked.
+"""
+
+from pipeline.recipe.files import dump, load, load_stage
+from pipeline.recipe.schema import ChainRecipe, ClassificationSettings, FCMAESettings, StageRecipe, changes
+
+__all__ = [
+    "ChainRecipe",
+    "ClassificationSettings",
+    "FCMAESettings",
+    "StageRecipe",
+    "changes",
+    "dump",
+    "load",
+    "load_stage",
+]
