@@ -4,7 +4,7 @@ import importlib.resources
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -106,6 +106,51 @@ def prepare(
         workers=workers,
     )
     print(report)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Weights: ours, official (dense or sparse), timm or transformers.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors, .pt, .pth or .bin file.")],
+    to: Annotated[Literal["official", "timm", "transformers"], typer.Option(help="Names and shapes to write.")],
+    head: Annotated[
+        Literal["keep", "drop", "map"],
+        typer.Option(help="The classifier's head, or the decoder of FCMAE; `map` moves rows by class names."),
+    ] = "keep",
+    classes: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="OLD NEW", help="For `map`: class names by line, as a JSON list, or in a .beton's side-car."
+        ),
+    ] = None,
+    entry: Annotated[str | None, typer.Option(help="The key of a checkpoint to read, such as model_ema.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Rename and reshape weights between layouts, every tensor accounted for."""
+    from tools import convert as tool
+
+    print(tool.convert(source, destination, to, head=head, classes=classes, entry=entry, overwrite=overwrite))
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="WEIGHTS", help="Weights of any layout that `convert` reads.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors or .onnx file; for timm a folder.")
+    ],
+    kind: Annotated[Literal["safetensors", "onnx", "timm"], typer.Option("--format")] = "safetensors",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels on a side; by default what the weights' facts say, or 224.")
+    ] = None,
+    entry: Annotated[str | None, typer.Option(help="The key of a checkpoint to read, such as model_ema.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+) -> None:
+    """Write weights for use elsewhere; ONNX is compared with onnxruntime first."""
+    from tools import export as tool
+
+    print(tool.export(source, destination, kind, image_size=image_size, entry=entry, overwrite=overwrite))
 
 
 @app.command()

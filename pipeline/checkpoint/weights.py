@@ -20,7 +20,7 @@ import torch
 from pipeline.checkpoint.storage import Folder
 from pipeline.errors import CheckpointError
 
-_FACTS = "fcmae"  # one key only: safetensors writes several in random order
+FACTS = "fcmae"  # one key only: safetensors writes several in random order
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
 _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
@@ -35,22 +35,35 @@ def write_weights(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
     `facts` is JSON about the meaning of the weights (variant, objective, step), with no times or paths: equal content
     gives equal bytes. The file appears whole or not at all.
     """
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-    data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()}, {_FACTS: canonical})
+    whole = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return publish(path, safetensors_bytes(whole, {FACTS: canonical(facts)}))
+
+
+def canonical(facts: Mapping[str, Any]) -> str:
+    """JSON in which equal facts are equal text."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file, in the dtypes given. With more than one key of metadata it is not unique."""
+    return safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()}, dict(metadata))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU that shares memory with no other tensor."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def publish(path: str | os.PathLike, data: bytes) -> str:
+    """Write a file that appears whole or not at all; returns its sha256."""
     folder, name = _place(path)
     folder.publish(name, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU that shares memory with no other tensor."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
-
-
 def read_weights(path: str | os.PathLike, expected_sha256: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a weights file, on the CPU. Raises CheckpointError when it is missing, damaged or another one."""
-    data = _bytes_of(path, expected_sha256)
+    data = read_bytes(path, expected_sha256)
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -64,7 +77,7 @@ def read_facts(path: str | os.PathLike) -> dict[str, Any]:
         with folder.fs.open((folder / name).path, "rb") as stream:
             size = min(int.from_bytes(stream.read(8), "little"), _HEADER_LIMIT_BYTES)
             header = json.loads(stream.read(size))
-        return json.loads(header["__metadata__"][_FACTS])
+        return json.loads(header["__metadata__"][FACTS])
     except OSError as error:
         raise _unreadable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -77,7 +90,8 @@ def _place(path: str | os.PathLike) -> tuple[Folder, str]:
     return Folder(file.fs, parent or "/"), name
 
 
-def _bytes_of(path: str | os.PathLike, expected_sha256: str | None) -> bytes:
+def read_bytes(path: str | os.PathLike, expected_sha256: str | None = None) -> bytes:
+    """A whole file. Raises CheckpointError when it cannot be read or its sha256 is another."""
     folder, name = _place(path)
     try:
         data = folder.read(name)

@@ -76,7 +76,7 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         published = (self.aggregation, self.normaliser, self.residual) == ("l2", "mean", True)
-        every_site_counts = layout.sites(x) * len(x) * x.shape[-1] == x.numel()
+        every_site_counts = layout.sites(x) * x.shape[0] * x.shape[-1] == x.numel()
         if published and every_site_counts and not torch.compiler.is_compiling():
             return grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
         scale = self.gamma.flatten() * self._share(self._aggregate(x, layout))
