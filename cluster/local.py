@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from pipeline.health.signals import StopRequest
 from pipeline.stage import Outcome, OutcomeKind, Stage
@@ -20,6 +20,9 @@ KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a 
 class LocalLauncher:
     """Runs a stage in `processes` ranks and waits for them.
 
+    As a context manager it passes SIGINT and SIGTERM on to the ranks, also one that comes between two stages; a second
+    one kills.
+
     Attributes:
         watch: called about twice a second while waiting, to show progress.
     """
@@ -30,11 +33,20 @@ class LocalLauncher:
         self._stops = 0
         self._ended: dict[int, int] = {}  # exit codes of the ranks that ended by themselves
 
+    def __enter__(self) -> "LocalLauncher":
+        self._handlers = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
     def run(self, stage_directory: Path) -> Outcome:
-        """Run the stage to an outcome. SIGINT and SIGTERM are passed on once; a second one kills."""
-        self._stops, self._ended, deadline = 0, {}, None
+        """Run the stage to an outcome."""
+        if self._stops:
+            return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
+        self._ended, deadline = {}, None
         attempts = Stage(stage_directory).attempts()
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._start(stage_directory)
             shown = 0.0
@@ -49,8 +61,6 @@ class LocalLauncher:
                     self._kill()  # the others wait for the one that is gone, and would wait for ever
         finally:
             self._kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return self._outcome(Stage(stage_directory), attempts)
 
     def _start(self, stage_directory: Path) -> None:

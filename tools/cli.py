@@ -47,8 +47,8 @@ def run(
     stages = open_chain(chain, out)
     preflight(stages, nproc)
     console = Console()
-    with Progress(out, console) as progress:
-        outcome = run_chain(stages, LocalLauncher(nproc, progress.update).run)
+    with Progress(out, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
+        outcome = run_chain(stages, launcher.run)
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
         raise typer.Exit(75)
