@@ -71,5 +71,6 @@ def preflight(stages: list[Stage], processes: int) -> None:
     """
     for stage in stages:
         if stage.done() is None:
+            stage.check_free()
             stage.recipe.check_world_size(processes)
             open_data(stage.recipe)

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
+from pipeline.health.signals import StopRequest
 from pipeline.stage import Outcome, OutcomeKind, Stage
 
 POLL_SECONDS = 0.1
@@ -19,6 +20,9 @@ KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a 
 class LocalLauncher:
     """Runs a stage in `processes` ranks and waits for them.
 
+    As a context manager it passes SIGINT and SIGTERM on to the ranks, also one that comes between two stages; a second
+    one kills.
+
     Attributes:
         watch: called about twice a second while waiting, to show progress.
     """
@@ -27,31 +31,37 @@ class LocalLauncher:
         self.processes, self.watch = processes, watch
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._stops = 0
+        self._ended: dict[int, int] = {}  # exit codes of the ranks that ended by themselves
+
+    def __enter__(self) -> "LocalLauncher":
+        self._handlers = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def run(self, stage_directory: Path) -> Outcome:
-        """Run the stage to an outcome. SIGINT and SIGTERM are passed on once; a second one kills."""
-        self._stops, deadline = 0, None
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Run the stage to an outcome."""
+        if self._stops:
+            return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
+        self._ended, deadline = {}, None
+        attempts = Stage(stage_directory).attempts()
         try:
             self._start(stage_directory)
             shown = 0.0
-            while any(rank.poll() is None for rank in self._ranks):
+            while len(self._codes()) < len(self._ranks):
                 time.sleep(POLL_SECONDS)
                 if time.monotonic() - shown > 0.5:
                     self.watch()
                     shown = time.monotonic()
                 if self._stops and deadline is None:
                     deadline = time.monotonic() + KILL_AFTER_SECONDS
-                failed = any(rank.returncode not in (None, 0, 75) for rank in self._ranks)
-                if failed or self._stops > 1 or (deadline and time.monotonic() > deadline):
-                    # The others wait for the one that is gone, and would wait for ever.
-                    time.sleep(POLL_SECONDS)
-                    self._kill()
+                if self._codes(but=(0, 75)) or self._stops > 1 or (deadline and time.monotonic() > deadline):
+                    self._kill()  # the others wait for the one that is gone, and would wait for ever
         finally:
             self._kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return self._outcome(Stage(stage_directory))
+        return self._outcome(Stage(stage_directory), attempts)
 
     def _start(self, stage_directory: Path) -> None:
         attempt_logs = stage_directory / "logs"
@@ -65,6 +75,8 @@ class LocalLauncher:
         }
         threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
         self._ranks = []
+        # A rank told to stop while it still imports torch would just die: it unblocks these once it can obey.
+        signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
         for rank in range(self.processes):
             place = {
                 **shared,
@@ -83,6 +95,7 @@ class LocalLauncher:
                         start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
                     )
                 )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._stops += 1
@@ -90,27 +103,33 @@ class LocalLauncher:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGTERM)
 
+    def _codes(self, but: tuple[int, ...] = ()) -> dict[int, int]:
+        """Exit codes, by rank, of the ranks that have ended, without those in `but`."""
+        codes = {rank: process.poll() for rank, process in enumerate(self._ranks)}
+        return {rank: code for rank, code in codes.items() if code is not None and code not in but}
+
     def _kill(self) -> None:
+        self._ended = self._ended or self._codes()
         for rank in self._ranks:
             if rank.poll() is None:
                 rank.kill()
         for rank in self._ranks:
             rank.wait()
 
-    def _outcome(self, stage: Stage) -> Outcome:
-        codes = [rank.returncode for rank in self._ranks]
-        if all(code == 0 for code in codes) and (done := stage.done()):
+    def _outcome(self, stage: Stage, attempts_before: int) -> Outcome:
+        codes = set(self._ended.values())
+        if codes == {0} and (done := stage.done()):
             return Outcome(OutcomeKind.DONE, step=done.step)
-        outcome = stage.last_outcome()
-        if set(codes) <= {0, 75} and outcome is not None:
+        outcome = stage.last_outcome() if stage.attempts() > attempts_before else None
+        # When a rank is killed the others fail for want of it: what they say is not the reason.
+        killed = not codes or min(codes) < 0
+        if outcome and not killed and (codes <= {0, 75} or outcome.kind is OutcomeKind.PERMANENT):
             return outcome
-        if outcome is not None and outcome.kind is OutcomeKind.PERMANENT:
-            return outcome
-        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in enumerate(codes))
+        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in self._ended.items())
         logs = stage.directory / "logs"
         return Outcome(
             OutcomeKind.PERMANENT,
-            f"stage {stage.recipe.name} ended early ({ends}); see {logs}, and run again to resume",
+            f"stage {stage.recipe.name} ended early ({ends or 'killed'}); see {logs}, and run again to resume",
         )
 
 

@@ -94,15 +94,10 @@ class Stage:
         Raises:
             StageError: if a live process of this machine holds the stage.
         """
+        self.check_free()
         folder = self.directory / "attempts"
         folder.mkdir(exist_ok=True)
-        owner = self._last_attempt()
-        if owner and is_alive(owner) and not (folder / f"{owner['attempt']:06d}.outcome.json").exists():
-            raise StageError(
-                f"stage {self.recipe.name} is being run by process {owner['pid']} on {owner['host']};"
-                " wait for it, or stop it first"
-            )
-        number = (owner["attempt"] if owner else 0) + 1
+        number = self.attempts() + 1
         entry = {
             "attempt": number,
             "host": socket.gethostname(),
@@ -121,10 +116,23 @@ class Stage:
         self.attempt = number
         return number
 
+    def check_free(self) -> None:
+        """Raise StageError if a live process of this machine holds the stage."""
+        owner = self._last_attempt()
+        if owner and is_alive(owner) and self.last_outcome() is None:
+            raise StageError(
+                f"stage {self.recipe.name} is being run by process {owner['pid']} on {owner['host']};"
+                " wait for it, or stop it first"
+            )
+
+    def attempts(self) -> int:
+        """The number of the last attempt; 0 before the first."""
+        folder = self.directory / "attempts"
+        return max((int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit()), default=0)
+
     def still_current(self) -> bool:
         """Whether no newer attempt has taken the stage."""
-        owner = self._last_attempt()
-        return owner is not None and owner["attempt"] == self.attempt
+        return self.attempts() == self.attempt
 
     def record(self, outcome: Outcome) -> None:
         """Note how this attempt ended; the first rank to say so is believed."""
@@ -135,18 +143,15 @@ class Stage:
 
     def last_outcome(self) -> Outcome | None:
         """How the last attempt ended; None if it did not say."""
-        owner = self._last_attempt()
-        path = self.directory / "attempts" / f"{owner['attempt']:06d}.outcome.json" if owner else None
-        if path is None or not path.exists():
+        path = self.directory / "attempts" / f"{self.attempts():06d}.outcome.json"
+        if not path.exists():
             return None
         entry = json.loads(path.read_text())
         return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
 
     def _last_attempt(self) -> dict[str, Any] | None:
-        numbers = [int(p.stem) for p in (self.directory / "attempts").glob("[0-9]*.json") if p.stem.isdigit()]
-        if not numbers:
-            return None
-        return json.loads((self.directory / "attempts" / f"{max(numbers):06d}.json").read_text())
+        number = self.attempts()
+        return json.loads((self.directory / "attempts" / f"{number:06d}.json").read_text()) if number else None
 
     # -- data
 

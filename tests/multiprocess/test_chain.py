@@ -169,9 +169,11 @@ def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_world_sizes_agree_in_float64(tmp_path, stage):
+@pytest.mark.parametrize(("precision", "bound"), [("fp64", 1e-10), ("fp32", 1e-4)])
+def test_world_sizes_agree(tmp_path, capsys, stage, precision, bound):
+    """Only the order of sums differs. In fp32 training amplifies that: the bound is generous, the figure is printed."""
     overrides = [
-        "defaults.engine.precision=fp64", f"stages.{stage}.schedule.epochs=9", "defaults.batch.micro_slots=1",
+        f"defaults.engine.precision={precision}", f"stages.{stage}.schedule.epochs=9", "defaults.batch.micro_slots=1",
         *[f"stages.{name}=null" for name in STAGES if name != stage],
     ]  # fmt: skip
     curves = []
@@ -180,5 +182,33 @@ def test_world_sizes_agree_in_float64(tmp_path, stage):
         assert LocalLauncher(nproc).run(run / stage).kind is OutcomeKind.DONE
         curves.append(losses(run / stage))
     assert len(curves[0]) == 54
-    for curve in curves[1:]:
-        assert max(abs(a - b) / abs(a) for a, b in zip(curves[0], curve, strict=True)) <= 1e-10
+    for nproc, curve in zip((2, 4), curves[1:], strict=True):
+        difference = max(abs(a - b) / abs(a) for a, b in zip(curves[0], curve, strict=True))
+        with capsys.disabled():
+            print(f"\n{stage} {precision}: 1 and {nproc} ranks differ by {difference:.1e} over 54 steps")
+        assert difference <= bound
+
+
+def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
+    recipe, undisturbed = chain
+    run = tmp_path / "run"
+    process = start(recipe, run, 2)
+    wait_for_step(run / "pretrain", 6)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in said
+    assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
+    assert digests(run) == digests(undisturbed)
+
+
+def test_a_stop_while_the_ranks_still_start_is_a_stop(chain, tmp_path):
+    recipe, _ = chain
+    process = start(recipe, tmp_path / "run", 2)
+    while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert Stage(tmp_path / "run" / "pretrain").last_outcome().step == 0

@@ -1,0 +1,114 @@
+"""One optimizer step, in a world of one: what it computes must not depend on how it is cut up."""
+
+import pytest
+import torch
+
+from pipeline.data.feed import Batch
+from pipeline.engines import World, create_engine
+from pipeline.objectives import create_objective
+from pipeline.recipe import load
+from tests.support import write_tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    return write_tiny_recipe(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture
+def world():
+    threads = torch.get_num_threads()
+    joined = World.join("cpu", threads=1)
+    yield joined
+    joined.leave()
+    torch.set_num_threads(threads)
+
+
+def batches(recipe, step: int) -> list[Batch]:
+    slot, micro, size = recipe.batch.slot, recipe.batch.micro_slots, recipe.data.image_size
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (recipe.batch.global_batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    ids = torch.arange(recipe.batch.global_batch)
+    found = []
+    for first in range(0, recipe.batch.slots, micro):
+        part = slice(first * slot, (first + micro) * slot)
+        valid = torch.ones(micro * slot, dtype=torch.bool)
+        found.append(Batch(images[part], ids[part] % 4, ids[part], 0, tuple(range(first, first + micro)), valid))
+    return found
+
+
+def trained(recipe_file, world, stage: str, steps: int, *overrides: str):
+    recipe = load(recipe_file, [f"stages.{stage}.{o}" for o in overrides]).stages[stage]
+    objective = create_objective(recipe, seed=4)
+    engine = create_engine(objective.build_model(), recipe, world)
+    engine.attach_components()
+    losses = [
+        engine.step(batches(recipe, s), objective, step=s, lr=1e-3, should_stop=lambda: False).loss.item()
+        for s in range(steps)
+    ]
+    return engine, objective, losses
+
+
+def flat(engine, step=0):
+    state = engine.state(step)
+    tensors = {f"{part}.{name}": t for part in ("model", "ema") for name, t in state.get(part, {}).items()}
+    return tensors | {f"{name}.{key}": t for name, entry in state["optim"].items() for key, t in entry.items()}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_accumulation_is_the_whole_batch(recipe_file, world, stage):
+    one, _, losses = trained(recipe_file, world, stage, 4, "engine.precision=fp64", "batch.micro_slots=1")
+    four, _, again = trained(recipe_file, world, stage, 4, "engine.precision=fp64", "batch.micro_slots=4")
+    assert losses == pytest.approx(again, rel=1e-12)
+    for name, tensor in flat(one).items():
+        assert torch.allclose(tensor, flat(four)[name], rtol=1e-8, atol=1e-12), name
+
+
+def test_a_stop_inside_a_step_changes_nothing(recipe_file, world):
+    engine, objective, _ = trained(recipe_file, world, "finetune", 2)
+    before = {name: tensor.clone() for name, tensor in flat(engine).items()}
+    asked = iter([False, False, True])
+    report = engine.step(
+        batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: next(asked)
+    )  # fmt: skip
+    assert report is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flat(engine).items())
+    undisturbed, _, _ = trained(recipe_file, world, "finetune", 3)
+    engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
+    assert all(torch.equal(tensor, flat(engine)[name]) for name, tensor in flat(undisturbed).items())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_bf16_is_near_fp32_and_keeps_fp32_weights(recipe_file, world, stage):
+    engine, _, losses = trained(recipe_file, world, stage, 4, "engine.precision=bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in flat(engine).values())
+    assert losses == pytest.approx(trained(recipe_file, world, stage, 4)[2], rel=0.02)
+
+
+def test_learning_rates_decay_with_depth(recipe_file, world):
+    engine, _, _ = trained(recipe_file, world, "finetune", 1)
+    rates = sorted({group["lr"] for group in engine._optimizer.param_groups}, reverse=True)
+    assert rates == pytest.approx([1e-3 * 0.8**k for k in range(4)])
+
+
+def test_evaluation_uses_the_handed_on_weights_and_gives_the_others_back(recipe_file, world):
+    engine, _, _ = trained(recipe_file, world, "finetune", 3)
+    live = {name: tensor.clone() for name, tensor in engine.items().items()}
+    average = {name: tensor.clone() for name, tensor in engine.component("ema").state().items()}
+    with engine.evaluating() as model:
+        assert not model.training
+        assert all(torch.equal(tensor, average[name]) for name, tensor in engine.items().items())
+    assert model.training
+    assert all(torch.equal(tensor, live[name]) for name, tensor in engine.items().items())
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, world):
+    reports = []
+    for clip in ("null", "0.001"):
+        recipe = load(recipe_file, [f"stages.finetune.optimizer.clip_norm={clip}"]).stages["finetune"]
+        objective = create_objective(recipe, seed=4)
+        engine = create_engine(objective.build_model(), recipe, world)
+        engine.attach_components()
+        reports.append(engine.step(batches(recipe, 0), objective, step=0, lr=1e-3, should_stop=lambda: False))
+    assert reports[0].gradient_norm.item() == pytest.approx(reports[1].gradient_norm.item())
+    assert reports[0].gradient_norm.item() > 0.01

@@ -1,0 +1,52 @@
+"""What a step sees, pixels and masks, is the same whatever the number of ranks and the size of the micro-batch."""
+
+import hashlib
+
+import pytest
+
+from pipeline.data.beton import check
+from pipeline.data.feed import TrainFeed
+from pipeline.objectives import create_objective
+from pipeline.recipe import load
+from tests.support import write_tiny_recipe
+
+STEPS = 14  # more than two epochs of six
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return load(write_tiny_recipe(tmp_path_factory.mktemp("world"))).stages["pretrain"]
+
+
+def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:
+    """For each step the hash of every slot's images, labels and masks, from all ranks."""
+    objective = create_objective(recipe, seed=11)
+    found: list[dict[int, str]] = [{} for _ in range(STEPS)]
+    for rank in range(world_size):
+        feed = TrainFeed(
+            check(recipe.data.train), image_size=recipe.data.image_size, seed=11, slots=recipe.batch.slots,
+            slot_size=recipe.batch.slot, rank=rank, world_size=world_size, slots_per_micro_batch=micro_slots, workers=1,
+            crop_scale=recipe.data.crop_scale, crop_ratio=recipe.data.crop_ratio,
+            flip_probability=recipe.data.flip, timeout_seconds=60,
+        )  # fmt: skip
+        for step in range(STEPS):
+            for batch in feed.slots(step):
+                parts = zip(
+                    batch.slots,
+                    *(part.split(recipe.batch.slot) for part in (batch.images, batch.labels, objective.mask(batch))),
+                    strict=True,
+                )
+                for slot, *content in parts:
+                    text = b"".join(part.contiguous().numpy().tobytes() for part in content)
+                    assert slot not in found[step]
+                    found[step][slot] = hashlib.sha256(text).hexdigest()
+        feed.close()
+    return found
+
+
+def test_crops_and_masks_do_not_depend_on_ranks_or_micro_batches(recipe):
+    alone = hashes(recipe, 1, 1)
+    assert [sorted(step) for step in alone] == [[0, 1, 2, 3]] * STEPS
+    assert len({digest for step in alone for digest in step.values()}) == 4 * STEPS
+    for world_size, micro_slots in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        assert hashes(recipe, world_size, micro_slots) == alone

@@ -1,0 +1,103 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cluster.chain import open_chain
+from pipeline.errors import DataError, RecipeError, StageError
+from pipeline.health.processes import start_time
+from pipeline.recipe import load
+from pipeline.stage import Outcome, OutcomeKind, Stage, write_exclusively
+from tests.support import make_tiny_run, write_tiny_recipe
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(make_tiny_run(tmp_path) / "intermediate")
+
+
+def test_attempts_count_up_and_fence_the_older(stage):
+    assert stage.take(world_size=2) == 1
+    assert stage.still_current()
+    stage.record(Outcome(OutcomeKind.SAVED, "stopped by SIGTERM", 7))
+    successor = Stage(stage.directory)
+    assert successor.last_outcome() == Outcome(OutcomeKind.SAVED, "stopped by SIGTERM", 7)
+    assert successor.take(world_size=2) == 2
+    assert not stage.still_current()
+    assert successor.last_outcome() is None
+
+
+def test_a_live_owner_is_respected_and_a_dead_one_is_not(stage):
+    stage.take(world_size=1)  # this very process lives
+    with pytest.raises(StageError, match=f"is being run by process {os.getpid()}"):
+        Stage(stage.directory).take(world_size=1)
+    code = "import sys; from pathlib import Path; from pipeline.stage import Stage; Stage(Path(sys.argv[1])).take(1)"
+    fresh = Stage(make_tiny_run(stage.directory.parent.parent / "other") / "pretrain")
+    subprocess.run([sys.executable, "-c", code, str(fresh.directory)], check=True)
+    assert fresh.take(world_size=1) == 2
+
+
+def test_a_recycled_pid_is_no_owner(stage):
+    entry = {"attempt": 1, "host": socket.gethostname(), "pid": os.getpid(), "pid_start_time": 1}
+    (stage.directory / "attempts").mkdir()
+    (stage.directory / "attempts" / "000001.json").write_text(json.dumps(entry))
+    assert stage.take(world_size=1) == 2
+
+
+def test_the_first_outcome_is_believed(stage):
+    stage.take(world_size=1)
+    stage.record(Outcome(OutcomeKind.PERMANENT, "rank 1 met bad data"))
+    stage.record(Outcome(OutcomeKind.PERMANENT, "rank 0 lost rank 1"))
+    assert stage.last_outcome().reason == "rank 1 met bad data"
+
+
+def test_exclusive_files_appear_whole(tmp_path):
+    write_exclusively(tmp_path / "a.json", {"by": 1})
+    with pytest.raises(FileExistsError):
+        write_exclusively(tmp_path / "a.json", {"by": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"by": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_zombies_are_dead():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert start_time(child.pid) == 0
+    child.wait()
+    assert start_time(os.getpid()) > 0
+
+
+def test_data_is_pinned(stage):
+    stage.pin_data({"train": "a" * 64, "validation": "b" * 64})
+    stage.pin_data({"train": "a" * 64, "validation": "b" * 64})
+    with pytest.raises(DataError, match=r"data.validation of sha256 bbbb.* now has cccc"):
+        stage.pin_data({"train": "a" * 64, "validation": "c" * 64})
+
+
+def test_done_names_what_was_written(stage):
+    assert stage.done() is None
+    stage.finish({"weights": "weights.safetensors", "weights_sha256": "ab", "metrics": {"top1": 1.0}}, step=12)
+    assert stage.done().weights_sha256 == stage.result()["weights_sha256"] == "ab"
+    assert stage.previous().recipe.name == "pretrain"
+
+
+def test_reopening_takes_operational_changes_only(tmp_path):
+    recipe = write_tiny_recipe(tmp_path)
+    run = tmp_path / "run"
+    open_chain(load(recipe), run)
+    stages = open_chain(load(recipe, ["defaults.data.workers=2"]), run)
+    assert [s.recipe.data.workers for s in stages] == [2, 2, 2]
+    before = {path: path.read_text() for path in run.rglob("recipe.yaml")}
+    with pytest.raises(RecipeError, match=r"stages.finetune.seed: 3 -> 9"):
+        open_chain(load(recipe, ["stages.finetune.seed=9"]), run)
+    with pytest.raises(RecipeError, match="stages pretrain, intermediate, finetune instead of pretrain, intermediate"):
+        open_chain(load(recipe, ["stages.finetune=null"]), run)
+    assert {path: path.read_text() for path in run.rglob("recipe.yaml")} == before
+
+
+def test_no_stage(tmp_path):
+    with pytest.raises(StageError, match="is no stage"):
+        Stage(tmp_path)
