@@ -33,9 +33,13 @@ def start(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
     )
 
 
-def wait_for_step(stage: Path, step: int, timeout_seconds: float = 120) -> None:
+def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 120) -> None:
+    """Until the attempt, or a later one, has journalled the step or one beyond."""
     deadline = time.monotonic() + timeout_seconds
-    while not any(e["kind"] == "step" and e["step"] >= step for e in journal.read(stage / "journal.jsonl")):
+    while not any(
+        e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt
+        for e in journal.read(stage / "journal.jsonl")
+    ):
         assert time.monotonic() < deadline, f"{stage.name} did not reach step {step}"
         time.sleep(0.05)
 
@@ -104,7 +108,7 @@ def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain
         process.wait()
         if name == "intermediate":
             process = start(recipe, run, 2)
-            wait_for_step(run / name, chance.randint(1, 11))
+            wait_for_step(run / name, chance.randint(1, 11), attempt=2)
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=120)
             assert process.returncode in (75, 0), said  # 0 if the signal came after the last step
