@@ -5,6 +5,6 @@ need no layout at all. Only the stem, the downsampling, the depthwise convolutio
 """
 
 from pipeline.sparse.geometry import VisibleCells
-from pipeline.sparse.layouts import DENSE, Dense, Layout, Masked, Packed
+from pipeline.sparse.layouts import DENSE, LAYOUTS, Dense, Layout, Leaking, Masked, Packed, find_layout
 
-__all__ = ["DENSE", "Dense", "Layout", "Masked", "Packed", "VisibleCells"]
+__all__ = ["DENSE", "LAYOUTS", "Dense", "Layout", "Leaking", "Masked", "Packed", "VisibleCells", "find_layout"]

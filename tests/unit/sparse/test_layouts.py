@@ -1,4 +1,6 @@
-"""The packed encoder is the masked one, to the rounding of float64."""
+"""Every way to run the encoder on visible cells is the masked one, to the rounding of float64."""
+
+import sys
 
 import pytest
 import torch
@@ -7,38 +9,50 @@ from hypothesis import strategies as st
 
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.sparse import VisibleCells
+from pipeline.sparse import LAYOUTS, Layout, Leaking, Masked, Packed, VisibleCells, find_layout
+
+VARIANTS = ("scatter", "halo", "pairs")
+CONTENDERS = ("packed", "spconv", *VARIANTS)
 
 
-def tiny_fcmae(backend: str, depths=(1, 1, 1), dims=(6, 8, 10), stem_stride=2, **options) -> FCMAE:
-    encoder = create_model("convnextv2", depths=depths, dims=dims, num_classes=0, stem_stride=stem_stride)
-    model = FCMAE(encoder, backend, decoder_dim=16, cell=encoder.stride, **options).double()
+def layout_named(name: str, visible: VisibleCells) -> Layout:
+    if name == "spconv":
+        pytest.importorskip("spconv")
+    return find_layout(name)(visible) if name in LAYOUTS else Packed(visible, depthwise=name)
+
+
+def scattered(model: torch.nn.Module) -> torch.nn.Module:
+    """In float64, with random gamma and beta: zeros would hide errors of GRN."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in model.parameters():  # zero gamma and beta would hide errors of GRN
+        for parameter in model.double().parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
-def random_mask(images: int, cells: int, visible: int, seed: int) -> torch.Tensor:
+def random_mask(images: int, cells: int, ratio: float, seed: int = 0) -> torch.Tensor:
     order = torch.rand(images, cells, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    return order >= visible
+    return order >= max(int(cells * (1 - ratio)), 1)
 
 
-def gradients(backend, images, mask, **options):
-    model = tiny_fcmae(backend, **options)
-    pixels = images.clone().requires_grad_()
-    output = model(pixels, mask)
-    output.loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {**found, "pixels": pixels.grad, "prediction": output.prediction.detach(), "loss": output.loss.detach()}
+def pixels(images: int, grid: tuple[int, int], cell: int, seed: int = 0) -> torch.Tensor:
+    shape = (images, 3, grid[0] * cell, grid[1] * cell)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_same(images, mask, **options):
-    packed, masked = (gradients(backend, images, mask, **options) for backend in ("packed", "masked"))
-    for name, value in masked.items():
+def encoded(encoder, name: str, images: torch.Tensor, visible: VisibleCells) -> dict[str, torch.Tensor]:
+    """The last map, and the gradients of a loss of it to the image and to each parameter."""
+    encoder.zero_grad()
+    images = images.clone().requires_grad_()
+    y = encoder.features(images, layout_named(name, visible))
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {"map": y.detach(), "image": images.grad, **{n: p.grad.clone() for n, p in encoder.named_parameters()}}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
         scale = max(value.abs().max().item(), 1e-9)
-        assert (packed[name] - value).abs().max().item() <= 1e-12 * scale + 1e-15, name
+        assert (found[name] - value).abs().max().item() <= 1e-12 * scale, name
 
 
 @pytest.fixture(autouse=True)
@@ -49,38 +63,115 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("ratio", [0.25, 0.6, 0.9])
+@pytest.mark.parametrize("grid", [(7, 7), (12, 12), (5, 9), (2, 2)])
+def test_all_equal_masked(grid, ratio, images):
+    """With 8, 4, 2 and 1 sites on a cell's side, as in the published models."""
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), stem_stride=1))
+    visible = VisibleCells(random_mask(images, grid[0] * grid[1], ratio), grid)
+    batch = pixels(images, grid, 8)
+    expected = encoded(encoder, "masked", batch, visible)
+    for name in CONTENDERS:
+        assert_close(encoded(encoder, name, batch, visible), expected)
+
+
 @given(
-    h=st.integers(1, 6),
-    w=st.integers(1, 6),
-    ratio=st.sampled_from([0.25, 0.6, 0.9]),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    ratio=st.floats(0.1, 0.95),
     images=st.integers(1, 4),
+    stages=st.integers(1, 4),
+    stem_stride=st.integers(1, 3),
     statistics=st.sampled_from(["image", "batch"]),
+    name=st.sampled_from(CONTENDERS),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
-def test_packed_equals_masked(h, w, ratio, images, statistics, seed):
-    visible = max(int(h * w * (1 - ratio)), 1)
-    if visible == h * w:
-        return  # nothing hidden, nothing to learn
-    mask = random_mask(images, h * w, visible, seed)
-    pixels = torch.randn(images, 3, h * 8, w * 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    assert_same(pixels, mask, grn_statistics=statistics)
+def test_any_equals_masked_on_any_grid(grid, ratio, images, stages, stem_stride, statistics, name, seed):
+    dims = (8, 10, 9, 12)[:stages]
+    encoder = scattered(create_model("convnextv2", 0, depths=(1,) * stages, dims=dims, stem_stride=stem_stride))
+    for stage in encoder.stages:
+        stage[0].grn.across_images = statistics == "batch"
+    visible = VisibleCells(random_mask(images, grid[0] * grid[1], ratio, seed), grid)
+    batch = pixels(images, grid, encoder.stride, seed)
+    assert_close(encoded(encoder, name, batch, visible), encoded(encoder, "masked", batch, visible))
 
 
-def test_packed_equals_masked_at_the_published_shape():
-    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mask = random_mask(2, 49, 19, 1)
-    assert_same(pixels, mask, depths=(1, 1, 2, 1), dims=(6, 8, 10, 12), stem_stride=4)
+@pytest.mark.parametrize("name", ["packed", "spconv"])
+@pytest.mark.parametrize("statistics", ["image", "batch"])
+def test_whole_model_equals_masked_at_the_published_shape(statistics, name):
+    pytest.importorskip("spconv")
+    batch, mask, results = pixels(2, (7, 7), 32), random_mask(2, 49, 0.6), []
+    for backend in (name, "masked"):
+        encoder = create_model("convnextv2", 0, depths=(1, 1, 2, 1), dims=(6, 8, 10, 12))
+        model = scattered(FCMAE(encoder, backend, grn_statistics=statistics, decoder_dim=16))
+        output = model(batch, mask)
+        output.loss.backward()
+        results.append({"prediction": output.prediction.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    assert_close(*results)
 
 
-def test_hidden_pixels_do_not_reach_the_encoder():
-    model = tiny_fcmae("packed")
-    mask = random_mask(2, 16, 6, 0)
-    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-    model(pixels, mask).prediction.sum().backward()
-    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(pixels)
-    assert pixels.grad[hidden].abs().max() == 0
-    assert pixels.grad[~hidden].abs().max() > 0
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_backward_is_the_same_twice(name):
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(16, 24, 32, 40), stem_stride=1))
+    encoder.float()
+    visible, batch = VisibleCells(random_mask(8, 25, 0.6), (5, 5)), pixels(8, (5, 5), 8).float()
+    first, second = (encoded(encoder, name, batch, visible) for _ in range(2))
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+@pytest.mark.parametrize("name", [*CONTENDERS, "masked"])
+def test_bf16_autocast_stays_close(name):
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=1))
+    visible, batch = VisibleCells(random_mask(3, 15, 0.6), (3, 5)), pixels(3, (3, 5), 8)
+    expected = encoded(encoder, name, batch, visible)
+    encoder.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoded(encoder, name, batch.float(), visible)
+    for what in ("map", "stages.0.0.dwconv.weight", "stages.3.0.dwconv.weight", "downsample_layers.0.0.weight"):
+        error = (found[what].double() - expected[what]).norm() / expected[what].norm()
+        assert error.item() < 0.05, what
+        assert what == "map" or found[what].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_hidden_pixels_do_not_reach_the_encoder(name):
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
+    mask = random_mask(2, 16, 0.6)
+    images = encoded(encoder, name, pixels(2, (4, 4), 4), VisibleCells(mask, (4, 4)))["image"]
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images)
+    assert images[hidden].abs().max() == 0
+    assert images[~hidden].abs().max() > 0
+
+
+def test_dense_leaks_as_it_should():
+    """Moving a visible cell's pixels changes what lies in a hidden one, and hidden sites change GRN."""
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
+    visible, batch = VisibleCells(random_mask(2, 16, 0.6), (4, 4)), pixels(2, (4, 4), 4)
+    hidden = visible.mask.view(2, 4, 4)
+    with torch.no_grad():
+        leaking, again = (encoder.features(images, Leaking(visible)) for images in (batch, batch + 1))
+        masked = encoder.features(batch, Masked(visible))
+    assert (leaking - again)[hidden].abs().amax() > 1e-3
+    assert masked[hidden].abs().amax() == 0
+    assert (leaking - masked)[~hidden].abs().amax() > 1e-3
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match="encoder_backend is 'sparse'; choose one of packed, masked, spconv, dense"):
+        find_layout("sparse")
+    encoder = create_model("convnextv2", 0, depths=(1,), dims=(4,), stem_stride=2)
+    layout = Packed(VisibleCells(random_mask(1, 4, 0.5), (2, 2)), "fast")
+    with pytest.raises(ValueError, match="no depthwise variant 'fast'; choose one of scatter, halo, pairs, triton"):
+        encoder.features(torch.randn(1, 3, 4, 4), layout)
+
+
+def test_without_spconv_one_sentence_says_so(monkeypatch):
+    for name in ("spconv", "spconv.core", "spconv.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "pipeline.sparse.spconv_layout", raising=False)
+    with pytest.raises(ValueError, match=r"needs the package of that name .* run `pip install 'fcmae\[spconv\]'`"):
+        find_layout("spconv")
 
 
 def test_unequal_numbers_of_visible_cells_are_refused():
@@ -90,10 +181,10 @@ def test_unequal_numbers_of_visible_cells_are_refused():
 
 
 def test_paint_changes_hidden_cells_only():
-    model = tiny_fcmae("packed")
-    mask = random_mask(2, 16, 6, 3)
-    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    painted = model.paint(pixels, mask, model(pixels, mask).prediction.detach())
-    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(pixels)
-    assert torch.equal(painted[~hidden], pixels[~hidden])
-    assert not torch.equal(painted[hidden], pixels[hidden])
+    encoder = create_model("convnextv2", 0, depths=(1, 1, 1), dims=(6, 8, 10), stem_stride=2)
+    model = scattered(FCMAE(encoder, decoder_dim=16, cell=8))
+    mask, batch = random_mask(2, 16, 0.6, seed=3), pixels(2, (4, 4), 8)
+    painted = model.paint(batch, mask, model(batch, mask).prediction.detach())
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(batch)
+    assert torch.equal(painted[~hidden], batch[~hidden])
+    assert not torch.equal(painted[hidden], batch[hidden])

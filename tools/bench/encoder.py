@@ -1,0 +1,214 @@
+"""The encoder of FCMAE in every layout, forward and backward, in one run: `python -m tools.bench.encoder`.
+
+On a CPU: fp32, one thread, 224 pixels, 30 of 49 cells hidden. The contenders take turns, and each figure is the median
+of its rounds, so that what else the machine does hits all alike. "masked" is the encoder that computes hidden sites and
+throws them away, which is what packed is measured against; "dense" sees whole images. Both do all the work of a dense
+encoder, but masked, the oracle, leaves GRN's gradient to autograd. Saved bytes are what autograd keeps for the
+backward pass, parameters left out. On a GPU, when there is one: bf16 autocast, with and
+without torch.compile of the blocks, images per second and MFU.
+
+`--depthwise` instead times the variants of the depthwise convolution alone and prints the lines of FASTEST in
+pipeline/sparse/depthwise.py, for this machine.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from statistics import geometric_mean, median
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models import create_model
+from pipeline.models.convnextv2 import VARIANTS as MODELS
+from pipeline.models.convnextv2 import Block, ConvNeXtV2
+from pipeline.sparse import DENSE, Layout, Masked, Packed, VisibleCells, find_layout
+from pipeline.sparse.depthwise import VARIANTS, depthwise, plan
+
+SIZE, CELL, HIDDEN = 224, 32, 30
+GRID = (SIZE // CELL, SIZE // CELL)
+CELLS = GRID[0] * GRID[1]
+SHARE = (CELLS - HIDDEN) / CELLS
+
+
+def random_mask(images: int) -> Tensor:
+    return torch.rand(images, CELLS).argsort(1) >= CELLS - HIDDEN
+
+
+def contenders(device: torch.device) -> dict[str, Callable[[VisibleCells], Layout]]:
+    """Layouts by name; "packed" takes the variants in FASTEST."""
+    found = {"masked": Masked, "dense": lambda visible: DENSE, "packed": Packed}
+    for variant in VARIANTS:
+        if variant != "triton" or device.type == "cuda":
+            found[f"packed, {variant}"] = partial(Packed, depthwise=variant)
+    if device.type == "cuda":  # made for a CPU's cache and few tokens
+        del found["packed, halo"], found["packed, pairs"]
+    if find_spec("spconv"):
+        found["spconv"] = find_layout("spconv")
+    return found
+
+
+def run(encoder: ConvNeXtV2, layout: Callable[[VisibleCells], Layout], images: Tensor, mask: Tensor) -> None:
+    """One forward and backward pass, making the layout's indices included."""
+    amp = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
+    with amp:
+        loss = encoder.features(images, layout(VisibleCells(mask, GRID, images.device))).float().square().mean()
+    loss.backward()
+    encoder.zero_grad()
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def medians(works: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, taken in turns after a round that counts for nothing."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            elapsed = seconds(work, device)
+            if number:
+                times[name].append(elapsed)
+    return {name: median(values) for name, values in times.items()}
+
+
+def saved_bytes(encoder: ConvNeXtV2, work: Callable[[], None]) -> int:
+    """Bytes of the different storages that autograd keeps, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and tensor.is_floating_point():
+            kept[storage.data_ptr()] = tensor  # kept alive, or its address could be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        work()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def macs_per_image(depths: Sequence[int], dims: Sequence[int], in_channels: int = 3, stem_stride: int = 4) -> float:
+    """Multiply-adds of the convolutions and linear layers of an encoder at the visible sites of one image."""
+    total, sites = 0.0, SHARE * (SIZE // stem_stride) ** 2
+    for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        patch = in_channels * stem_stride**2 if stage == 0 else 4 * dims[stage - 1]
+        total += sites * (patch * dim + depth * (49 * dim + 8 * dim * dim))
+        sites /= 4
+    return total
+
+
+def on_cpu(models: Sequence[str], batches: Sequence[int], rounds: int) -> None:
+    device = torch.device("cpu")
+    print(
+        f"CPU, {torch.get_num_threads()} thread, fp32, {SIZE} px, {HIDDEN} of {CELLS} cells hidden; median of {rounds}"
+    )
+    for model in models:
+        for batch in batches:
+            encoder = create_model(f"convnextv2_{model}", num_classes=0)
+            images, mask = torch.randn(batch, 3, SIZE, SIZE), random_mask(batch)
+            works = {name: partial(run, encoder, layout, images, mask) for name, layout in contenders(device).items()}
+            table(f"{model}, batch {batch}", encoder, works, medians(works, rounds, device))
+
+
+def table(title: str, encoder: ConvNeXtV2, works: dict[str, Callable[[], None]], times: dict[str, float]) -> None:
+    print(f"\n{title}\n{'':18}{'ms':>9}{'x masked':>10}{'x dense':>10}{'saved MiB':>11}")
+    for name, value in times.items():
+        ratios = "".join(f"{value / times[other]:10.3f}" for other in ("masked", "dense"))
+        print(f"{name:18}{value * 1e3:9.0f}{ratios}{saved_bytes(encoder, works[name]) / 2**20:11.0f}", flush=True)
+
+
+def matrix_peak(device: torch.device, side: int = 8192) -> float:
+    """FLOP/s of one large bf16 matrix product, measured."""
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    return 2 * side**3 / medians({"product": lambda: torch.mm(a, b)}, 20, device)["product"]
+
+
+def on_gpu(models: Sequence[str], batch: int, rounds: int) -> None:
+    device = torch.device("cuda")
+    peak = matrix_peak(device)
+    print(f"\n{torch.cuda.get_device_name()}, bf16 autocast, batch {batch}, {SIZE} px, median of {rounds}")
+    print(f"dense matrix peak, measured: {peak / 1e12:.0f} TFLOP/s")
+    print("MFU = images/s * 3 (forward, two gradients) * 2 * multiply-adds at visible sites / dense matrix peak")
+    for model in models:
+        flops = 6 * macs_per_image(*MODELS[f"convnextv2_{model}"])
+        for compiled in (False, True):
+            encoder = create_model(f"convnextv2_{model}", num_classes=0).to(device)
+            if compiled:
+                torch._dynamo.config.recompile_limit = 64  # blocks share code: one entry for each layout and stage
+                for module in [module for module in encoder.modules() if isinstance(module, Block)]:
+                    module.compile()
+            images, mask = torch.randn(batch, 3, SIZE, SIZE, device=device), random_mask(batch)
+            layouts = contenders(device)
+            if compiled:
+                layouts.pop("spconv", None)  # an oracle; nobody compiles it
+            works = {name: partial(run, encoder, layout, images, mask) for name, layout in layouts.items()}
+            times = medians(works, rounds, device)
+            print(
+                f"\n{model}{', compiled blocks' if compiled else ''}\n{'':18}{'images/s':>10}{'x masked':>10}{'MFU':>7}"
+            )
+            for name, value in times.items():
+                share = batch / value * flops / peak
+                print(f"{name:18}{batch / value:10.0f}{value / times['masked']:10.3f}{share:7.1%}", flush=True)
+
+
+def measure_depthwise(rounds: int, device: torch.device, width: int) -> None:
+    """Prints, for each side of a cell, the variants' times and the fastest over the channels of atto, tiny and base.
+
+    A model with C channels in its first stage gets `width` // C images."""
+    variants = [name for name in VARIANTS if name != "triton" or (device.type == "cuda" and find_spec("triton"))]
+    print(f"{device.type}, {torch.get_num_threads()} thread, ms forward and backward, median of {rounds}")
+    for stage, side in enumerate((8, 4, 2, 1)):
+        every: dict[str, list[float]] = {name: [] for name in variants}
+        for model in ("atto", "tiny", "base"):
+            dims = MODELS[f"convnextv2_{model}"][1]
+            channels, images = dims[stage], width // dims[0]
+            visible = VisibleCells(random_mask(images), GRID, device)
+            conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            x = torch.randn(visible.tokens(side), channels, device=device, dtype=dtype, requires_grad=True)
+            conv.to(dtype)
+
+            def work(variant: str, conv: nn.Conv2d = conv, x: Tensor = x, visible: VisibleCells = visible) -> None:
+                depthwise(conv, x, plan(visible, side, variant)).backward(x.detach())  # noqa: B023 - runs at once
+
+            times = medians({name: partial(work, name) for name in variants}, rounds, device)
+            row = "".join(f"{name:>9} {value * 1e3:7.1f}" for name, value in times.items())
+            print(f"  side {side}, {channels:4} channels, {images:3} images:{row}", flush=True)
+            for name, value in times.items():
+                every[name].append(value)
+        best = min(every, key=lambda name: geometric_mean(every[name]))
+        print(f'    ("{device.type}", {side}): "{best}",', flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["atto", "tiny"], help="base takes minutes on a CPU")
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu-models", nargs="+", default=["base", "huge"])
+    parser.add_argument("--gpu-batch", type=int, default=64)
+    parser.add_argument("--depthwise", action="store_true", help="time the depthwise variants alone")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    if given.depthwise:
+        for device in devices:
+            measure_depthwise(given.rounds, device, width=1280 if device.type == "cpu" else 20480)
+        return
+    on_cpu(given.models, given.batches, given.rounds)
+    if len(devices) > 1:
+        on_gpu(given.gpu_models, given.gpu_batch, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
