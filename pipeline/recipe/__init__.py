@@ -5,12 +5,13 @@ null is left out. Every key is checked.
 """
 
 from pipeline.recipe.files import dump, load, load_stage
-from pipeline.recipe.schema import ChainRecipe, ClassificationSettings, FCMAESettings, StageRecipe, changes
+from pipeline.recipe.schema import ChainRecipe, ClassificationSettings, FCMAESettings, Model, StageRecipe, changes
 
 __all__ = [
     "ChainRecipe",
     "ClassificationSettings",
     "FCMAESettings",
+    "Model",
     "StageRecipe",
     "changes",
     "dump",
