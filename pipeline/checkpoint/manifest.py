@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MANIFEST, COMMIT, METADATA = "manifest.json", "COMMIT", ".metadata"
-_NAME = re.compile(r"step-(\d{9})\.(\d{6})")
+_NAME = re.compile(r"step-([0-9]{9})\.([0-9]{6})")
 
 
 @dataclass(frozen=True, order=True)
