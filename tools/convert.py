@@ -19,6 +19,7 @@ from pipeline.errors import CheckpointError
 
 Head = Literal["keep", "drop", "map"]
 Target = Literal["official", "timm", "transformers"]
+PUBLISHED_GRN = {"grn_aggregation": "l2", "grn_normaliser": "mean", "grn_residual": True}
 PICKLES = (".pt", ".pth", ".bin")
 
 
@@ -63,6 +64,7 @@ def convert(
     """
     check_destination(destination, (".safetensors", *PICKLES), overwrite)
     loaded = load_weights(source, entry)
+    refuse_own_forms(source)
     tensors, dropped, match = change_head(loaded.tensors, head, classes)
     architecture = architecture_of(tensors)
     tensors, homeless = from_ours(tensors, architecture, to)
@@ -111,14 +113,30 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture:
     return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
 
 
+def refuse_own_forms(source: str | os.PathLike) -> None:
+    """Raises CheckpointError for weights trained with a form of GRN whose tensors look like everybody's: other code
+    would read them without a word and compute something else.
+    """
+    model = _known(source).get("model")
+    for name, published in PUBLISHED_GRN.items() if isinstance(model, dict) else ():
+        if model.get(name, published) != published:
+            raise CheckpointError(
+                f"{source} was trained with model.{name} {model[name]}, which no other code computes (theirs is"
+                f" {published}); keep the file as it is, or export it as safetensors, which says so"
+            )
+
+
 def facts(source: str | os.PathLike, architecture: Architecture, layout: str) -> dict[str, Any]:
     """What the source says about itself, if it is a file of ours, with the shape and layout of what is written."""
+    return {**_known(source), "layout": layout, "architecture": _plain(architecture)}
+
+
+def _known(source: str | os.PathLike) -> dict[str, Any]:
     try:
         known = read_facts(source)
     except CheckpointError:
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    return {**known, "layout": layout, "architecture": _plain(architecture)}
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _plain(architecture: Architecture) -> dict[str, Any]:

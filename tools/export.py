@@ -19,7 +19,7 @@ from pipeline.checkpoint.loader import Loaded, load_weights
 from pipeline.checkpoint.weights import FACTS, canonical, publish, safetensors_bytes, write_weights
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import ConvNeXtV2, create_model
-from tools.convert import architecture_of, change_head, check_destination, facts
+from tools.convert import architecture_of, change_head, check_destination, facts, refuse_own_forms
 
 Format = Literal["safetensors", "onnx", "timm"]
 ONNX_TOLERANCE = 1e-4  # of the largest output; fp32 in another order of sums differs by about 1e-6
@@ -73,6 +73,7 @@ def export(
         check_destination(destination, (".safetensors",), overwrite)
         write_weights(destination, loaded.tensors, about)
         return Export(loaded.report, (destination,))
+    refuse_own_forms(source)
     if kind == "onnx":
         check_destination(destination, (".onnx",), overwrite)
         return _onnx(loaded, destination, size)
@@ -189,7 +190,7 @@ def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
     if architecture.in_channels != 3:
         options["in_chans"] = architecture.in_channels
     return {
-        "architecture": architecture.variant or "convnextv2_tiny",
+        "architecture": architecture.variant or ("convnext_tiny" if architecture.v1 else "convnextv2_tiny"),
         "num_classes": architecture.classes,
         "num_features": architecture.dims[-1],
         "model_args": options,

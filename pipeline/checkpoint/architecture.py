@@ -1,4 +1,4 @@
-"""What the tensors of a ConvNeXt V2 say about its shape, and what the shape says about them."""
+"""What the tensors of a ConvNeXt say about its shape, and what the shape says about them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,13 +9,14 @@ from pipeline.errors import CheckpointError
 from pipeline.models import VARIANTS
 
 Shape = tuple[int, ...]
+_LAYER_SCALE = re.compile(r"\.\d+\.gamma$")
 _DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Depths and dims of the stages; whether there is a final norm; classes of the head, 0 for none; width and number
-    of blocks of FCMAE's decoder, None for none."""
+    of blocks of FCMAE's decoder, None for none; V1's blocks have a layer scale where V2's have GRN."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -24,11 +25,13 @@ class Architecture:
     norm: bool = False
     classes: int = 0
     decoder: tuple[int, int] | None = None
+    v1: bool = False
 
     @property
     def variant(self) -> str | None:
         """The published name of these depths and dims."""
-        return next((name for name, shape in VARIANTS.items() if shape == (self.depths, self.dims)), None)
+        name = next((name for name, shape in VARIANTS.items() if shape == (self.depths, self.dims)), None)
+        return name.replace("convnextv2", "convnext") if name and self.v1 else name
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -39,10 +42,11 @@ class Architecture:
             "num_classes": self.classes,
             "in_channels": self.in_channels,
             "stem_stride": self.stem_stride,
+            **({"response": "none", "layer_scale": 1e-6} if self.v1 else {}),
         }
 
     def __str__(self) -> str:
-        name = self.variant or f"a ConvNeXt V2 of depths {self.depths} and dims {self.dims}"
+        name = self.variant or f"a ConvNeXt {'V1' if self.v1 else 'V2'} of depths {self.depths} and dims {self.dims}"
         if self.decoder:
             return f"FCMAE of {name}"
         return f"{name} with {self.classes} classes" if self.classes else f"{name} without head"
@@ -60,7 +64,7 @@ def shapes_of(architecture: Architecture) -> dict[str, Shape]:
         _layer(encoder, f"downsample_layers.{stage}.1", (dim, below, 2, 2))
     for stage, (depth, dim) in enumerate(zip(a.depths, a.dims, strict=True)):
         for block in range(depth):
-            _block(encoder, f"stages.{stage}.{block}", dim)
+            _block(encoder, f"stages.{stage}.{block}", dim, a.v1)
     if not a.decoder:
         if a.norm:
             _layer(encoder, "norm", (a.dims[-1],))
@@ -73,7 +77,7 @@ def shapes_of(architecture: Architecture) -> dict[str, Shape]:
     shapes |= {f"encoder.{name}": shape for name, shape in encoder.items()}
     _layer(shapes, "proj", (width, a.dims[-1], 1, 1))
     for block in range(blocks):
-        _block(shapes, f"decoder.{block}", width)
+        _block(shapes, f"decoder.{block}", width, a.v1)
     _layer(shapes, "pred", (cell * cell * a.in_channels, width, 1, 1))
     return shapes
 
@@ -83,11 +87,14 @@ def _layer(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
     shapes[f"{name}.bias"] = weight[:1]
 
 
-def _block(shapes: dict[str, Shape], name: str, dim: int) -> None:
+def _block(shapes: dict[str, Shape], name: str, dim: int, v1: bool) -> None:
+    if v1:
+        shapes[f"{name}.gamma"] = (dim,)
     _layer(shapes, f"{name}.dwconv", (dim, 1, 7, 7))
     _layer(shapes, f"{name}.norm", (dim,))
     _layer(shapes, f"{name}.pwconv1", (4 * dim, dim))
-    shapes[f"{name}.grn.gamma"] = shapes[f"{name}.grn.beta"] = (1, 1, 1, 4 * dim)
+    if not v1:
+        shapes[f"{name}.grn.gamma"] = shapes[f"{name}.grn.beta"] = (1, 1, 1, 4 * dim)
     _layer(shapes, f"{name}.pwconv2", (dim, 4 * dim))
 
 
@@ -122,6 +129,7 @@ def infer(shapes: Mapping[str, Shape], layout: str) -> Architecture:
         norm=has_head or any(name.startswith("norm.") for name in shapes),
         classes=size("head.weight", 2, 0) if has_head else 0,
         decoder=(size("proj.weight", 4, 0), _count(shapes, "decoder.", layout)) if has_decoder else None,
+        v1=any(map(_LAYER_SCALE.search, shapes)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of ConvNeXt V2 weights in every layout in use, and the way between each of them and ours.
+"""Names and shapes of ConvNeXt weights, V2 and V1, in every layout in use, and the way between each of them and ours.
 
 Ours are the names and shapes of the official fine-tuning code, and for FCMAE the same below `encoder.` beside
 `mask_token`, `proj`, `decoder` and `pred`. The layouts:
@@ -25,7 +25,9 @@ from pipeline.checkpoint.architecture import Architecture, infer, shapes_of
 from pipeline.errors import CheckpointError
 
 LAYOUTS = ("official dense", "fcmae", "official sparse", "timm", "transformers")
-_CONV_MLP = tuple(f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano"))
+_CONV_MLP = tuple(
+    f"{family}_{size}" for family in ("convnextv2", "convnext") for size in ("atto", "femto", "pico", "nano")
+)
 
 _FIELDS = {
     "{s}": r"(?P<s>0|[1-9]\d{0,2})",
@@ -34,6 +36,7 @@ _FIELDS = {
     "{p}": r"(?P<p>weight|bias)",
 }
 _BLOCK_NAMES = (
+    ("gamma", "gamma", "layer_scale_parameter"),
     ("dwconv.{p}", "conv_dw.{p}", "dwconv.{p}"),
     ("norm.{p}", "norm.{p}", "layernorm.{p}"),
     ("pwconv1.{p}", "mlp.fc1.{p}", "pwconv1.{p}"),
@@ -57,8 +60,8 @@ _NAMES = (  # the first row that fits counts
     ("norm.{p}", "head.norm.{p}", "layernorm.{p}"),
     ("head.{p}", "head.fc.{p}", "classifier.{p}"),
 )
-_HF = "convnextv2."  # what transformers puts before all names but the classifier's
-_BLOCK = r"(?:(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias)|grn\.(?:gamma|beta))"
+_HF = re.compile(r"^convnext(v2)?\.")  # what transformers puts before all names but the classifier's
+_BLOCK = r"(?:(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias)|grn\.(?:gamma|beta)|gamma)"
 _PRETRAINING = re.compile(rf"mask_token|(?:proj|pred)\.(?:weight|bias)|decoder\.(?:0|[1-9]\d{{0,2}})\.{_BLOCK}")
 _SPARSE_PART = re.compile(r"\.(?:ln|linear)(?=\.(?:weight|bias)$)")
 
@@ -92,7 +95,7 @@ def our_name(name: str, layout: str) -> str | None:
         plain = plain.removesuffix("kernel") + "weight" if plain.endswith(".kernel") else plain
         return plain if _rename(plain, dense) else our_name(plain, "fcmae")
     if layout == "transformers":
-        name = name.removeprefix(_HF)  # its model without the classifier has no such prefix
+        name = _HF.sub("", name)  # its model without the classifier has no such prefix
     return _rename(name, _RULES[layout])
 
 
@@ -168,7 +171,7 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
 
 def _recognise(tensors: Mapping[str, Tensor]) -> str:
     if not tensors:
-        raise CheckpointError("there are no tensors in it; hand over weights of a ConvNeXt V2")
+        raise CheckpointError("there are no tensors in it; hand over weights of a ConvNeXt")
     fits = {layout: [name for name in tensors if our_name(name, layout)] for layout in LAYOUTS}
     layout = max(LAYOUTS, key=lambda layout: len(fits[layout]))  # of equals the first, so what is ours stays ours
     strangers = sorted(tensors.keys() - set(fits[layout]))
@@ -256,7 +259,7 @@ def from_ours(
             theirs = _rename(name.removeprefix("encoder."), _BACK[layout])
             assert theirs, name
             if layout == "transformers" and not theirs.startswith("classifier."):
-                theirs = _HF + theirs
+                theirs = ("convnext." if architecture.v1 else "convnextv2.") + theirs
             converted[theirs] = _fold(name, tensor, architecture) if layout == "timm" else tensor
     return converted, dropped
 

@@ -53,6 +53,45 @@ def test_timm_gives_the_same_logits(size):
     assert_same(from_ours(back, architecture, "timm")[0], theirs)
 
 
+@pytest.mark.parametrize(("timm_name", "size"), [("convnext_atto", "atto"), ("convnext_tiny", "tiny")])
+def test_timm_and_v1(timm_name, size):
+    timm = oracle("timm", always_in_ci=True)
+    architecture = Architecture(*VARIANTS[f"convnextv2_{size}"], norm=True, classes=13, v1=True)
+    assert architecture.variant == timm_name
+    ours = weights_of(architecture)
+    with torch.device("meta"):
+        assert shapes_of(architecture) == {
+            name: tuple(tensor.shape)
+            for name, tensor in create_model("convnextv2", **architecture.model_options).state_dict().items()
+        }
+        model = timm.create_model(timm_name, num_classes=13)
+    model.load_state_dict(from_ours(ours, architecture, "timm")[0], assign=True)
+    with torch.no_grad():
+        expected = model.eval()(IMAGES)
+    logits = our_logits(ours, architecture)
+    assert logits.abs().max() > 0.1
+    assert (logits - expected).abs().max() <= 1e-12
+    back, report = to_ours(model.state_dict())
+    assert (report.layout, report.architecture) == ("timm", architecture)
+    assert_same(back, ours)
+
+
+def test_transformers_and_v1():
+    transformers = oracle("transformers", always_in_ci=False)
+    depths, dims = VARIANTS["convnextv2_atto"]
+    architecture = Architecture(depths, dims, norm=True, classes=13, v1=True)
+    ours = weights_of(architecture)
+    config = transformers.ConvNextConfig(
+        depths=list(depths), hidden_sizes=list(dims), num_labels=13, layer_norm_eps=1e-6
+    )
+    with torch.device("meta"):
+        model = transformers.ConvNextForImageClassification(config)
+    model.load_state_dict(from_ours(ours, architecture, "transformers")[0], assign=True)
+    with torch.no_grad():
+        assert (our_logits(ours, architecture) - model.eval()(IMAGES).logits).abs().max() <= 1e-12
+    assert_same(to_ours(model.state_dict())[0], ours)
+
+
 @pytest.mark.parametrize("classes", [0, 5])
 def test_timm_takes_any_shape_with_linear_layers(classes):
     timm = oracle("timm", always_in_ci=True)

@@ -56,6 +56,15 @@ def test_facts_of_ours_stay_and_say_what_was_written(tmp_path):
     assert facts["architecture"]["classes"] == 3
 
 
+def test_a_form_of_grn_that_others_would_compute_differently_is_refused(tmp_path):
+    write_weights(tmp_path / "w.safetensors", weights(CLASSIFIER), {"model": {"grn_normaliser": "sum"}})
+    with pytest.raises(
+        CheckpointError, match=r"model\.grn_normaliser sum, which no other code computes \(theirs is mean"
+    ):
+        convert(tmp_path / "w.safetensors", tmp_path / "out.pt", "timm")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_dropping_the_head(tmp_path):
     source = saved(tmp_path / "w.pt", weights(CLASSIFIER))
     done = convert(source, tmp_path / "d.pt", "official", head="drop")
