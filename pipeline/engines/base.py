@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from pipeline.data.feed import Batch
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
+from pipeline.logical import whole
+from pipeline.models.convnextv2 import Block, Downsample, Stem
+from pipeline.models.decoder import TransformerBlock
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
 from pipeline.recipe import StageRecipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16_parameters": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class Engine(ABC):
         world: this process's place.
     """
 
+    _sums_in_a_new_order_after_the_first_backward = False
+
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         self.world, self.recipe = world, recipe
-        self.module = model.to(world.device, DTYPES[recipe.engine.precision])
+        self.module = self._place(model)
         settings = recipe.optimizer
         self.groups = parameter_groups(
             self.module.named_parameters(),
@@ -111,6 +116,14 @@ class Engine(ABC):
             dist.all_reduce(mean)
         return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
 
+    def _place(self, model: nn.Module) -> nn.Module:
+        """The model where and how its parameters are to lie."""
+        model = model.to(self.world.device, DTYPES[self.recipe.engine.precision])
+        if self.recipe.engine.compile:
+            for block in blocks(model):
+                block.compile()
+        return model
+
     def to_device(self, batch: Batch) -> Batch:
         """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
         device = self.world.device
@@ -122,7 +135,9 @@ class Engine(ABC):
 
     def precision(self) -> torch.autocast:
         """The autocast of a forward pass."""
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
+        return torch.autocast(
+            self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision.startswith("bf16")
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -130,6 +145,7 @@ class Engine(ABC):
         average = self.component("ema") if self.recipe.handoff == "ema" else None
         if average:
             average.swap()
+            self.refresh()
         self.module.eval()
         try:
             with torch.no_grad(), self.precision():
@@ -138,6 +154,7 @@ class Engine(ABC):
             self.module.train()
             if average:
                 average.swap()
+                self.refresh()
 
     def component(self, name: str) -> Any:
         return next((c for c in self.components if c.name == name), None)
@@ -151,17 +168,30 @@ class Engine(ABC):
             "step": torch.tensor(step),
         }
 
+    def gather(self) -> dict[str, Tensor]:
+        """The tensors of `items()`, whole and on the CPU, on rank 0; nothing on the others. Collective."""
+        found = {}
+        for name, tensor in self.items().items():
+            full = whole(tensor)
+            if self.world.is_main:
+                found[name] = full.to("cpu", copy=True)
+        return found
+
+    def warm_up(self, batch: Batch, objective: Objective) -> None:
+        """Whatever must happen before the first step so that a fresh and a resumed run add in the same order."""
+        if self._sums_in_a_new_order_after_the_first_backward:
+            self._buffers.begin()
+            self._backward(self.to_device(batch), objective, 0, 1.0, last=True)
+            self._discard_gradients()
+            self._buffers.discard()
+
     def refresh(self) -> None:  # noqa: B027 most engines have nothing to do
         """To be called when the tensors of `state()` or `items()` were written from outside: a restore, a hand-off.
         Engines that compute with copies of them make the copies again. Collective."""
 
     @abstractmethod
     def items(self) -> dict[str, Tensor]:
-        """Parameters and floating buffers by official name."""
-
-    @abstractmethod
-    def warm_up(self, batch: Batch, objective: Objective) -> None:
-        """Whatever must happen before the first step so that a fresh and a resumed run add in the same order."""
+        """Parameters and floating buffers by official name: logical tensors, see `pipeline.logical`."""
 
     @abstractmethod
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
@@ -180,3 +210,8 @@ class Engine(ABC):
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
+    return [module for module in model.modules() if isinstance(module, Block | TransformerBlock | Stem | Downsample)]

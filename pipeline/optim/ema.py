@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.logical import local
+
 
 class Component(Protocol):
     """Acts after each update; its state is part of the checkpoint."""
@@ -25,7 +27,7 @@ class EMA:
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
 
     Args:
-        tensors: the live weights by logical name.
+        tensors: the live weights by name: logical tensors, see `pipeline.logical`.
         decay: per step.
         accepted: 0-dim bool tensor that tells after each step whether it was made; an average of a step that was not
             made stays as it is.
@@ -43,7 +45,7 @@ class EMA:
         # A weight of 0 leaves the average alone without asking the device; the live weights are finite.
         weight = {d: (1 - self.decay) * self._accepted.to(d) for d in {t.dtype for t in self._live.values()}}
         for name, live in self._live.items():
-            self._average[name].lerp_(live.detach(), weight[live.dtype])
+            local(self._average[name]).lerp_(local(live.detach()), weight[live.dtype].to(live.device))
 
     def state(self) -> dict[str, Tensor]:
         return self._average
@@ -51,7 +53,8 @@ class EMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the live weights; a second call undoes it."""
-        for name, live in self._live.items():
-            held = live.detach().clone()
-            live.copy_(self._average[name])
-            self._average[name].copy_(held)
+        for name, tensor in self._live.items():
+            live, average = local(tensor.detach()), local(self._average[name])
+            held = live.clone()
+            live.copy_(average)
+            average.copy_(held)
