@@ -215,6 +215,7 @@ def configuration(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
         "zero_optimization": {"overlap_comm": False, **zero, "stage": recipe.engine.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # it is torch's, under another name
         "bf16": {"enabled": low},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
