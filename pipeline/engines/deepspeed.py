@@ -9,6 +9,7 @@ world as `FlatShard`s. That takes knowledge of DeepSpeed's insides, hence one ve
 import importlib.metadata
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -242,4 +243,5 @@ def _load(device: torch.device) -> ModuleType:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at start
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     return deepspeed

@@ -1,12 +1,13 @@
 """FSDP2: parameters, gradients and moments are shared out among the ranks, and gathered block by block to compute."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from pipeline.engines.base import blocks
@@ -26,6 +27,8 @@ class FSDPEngine(NativeEngine):
         )
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if settings.offload else OffloadPolicy()
         model = super()._place(model)
+        # Features are views, and nothing here writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in [*blocks(model), model]:
             fully_shard(
                 module,
@@ -53,6 +56,16 @@ class FSDPEngine(NativeEngine):
     def _synchronising(self, last: bool) -> Iterator[None]:
         self.module.set_requires_gradient_sync(last)
         yield
+
+    def _discard_gradients(self) -> None:
+        super()._discard_gradients()
+        # What waits for the last micro-batch to be averaged is nowhere to be reached in public.
+        for module in self.module.modules():
+            groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
+            for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
 
 
 def sharded_dim(shape: torch.Size, ranks: int) -> int:

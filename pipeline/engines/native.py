@@ -54,7 +54,7 @@ class NativeEngine(Engine):
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         self._optimizer.prepare(lr, self._accepted)
         self._optimizer.step()
-        self._discard_gradients()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _discard_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
