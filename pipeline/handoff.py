@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.checkpoint.weights import Transfer, plan_transfer, read_weights, write_weights
 from pipeline.engines import Engine
 from pipeline.errors import StageError
+from pipeline.logical import fill
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
 
@@ -29,22 +29,23 @@ def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | No
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
     weights, drop, fresh = objective.receive(read_weights(before.directory / done.weights, done.weights_sha256))
-    return _load(engine.items(), weights, drop, fresh)
+    transfer = _load(engine.items(), weights, drop, fresh)
+    engine.refresh()
+    return transfer
 
 
-@torch.no_grad()
 def _load(
     target: Mapping[str, Tensor], weights: Mapping[str, Tensor], drop: tuple[str, ...], fresh: tuple[str, ...]
 ) -> Transfer:
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, target))
     transfer = plan_transfer(*shapes, drop=drop, fresh=fresh)
     for name in transfer.loaded:
-        target[name].copy_(weights[name])
+        fill(target[name], weights[name])
     return transfer
 
 
 def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
-    """Write the weights that were evaluated; returns the result's entries about them. On rank 0."""
+    """Write the weights that were evaluated; returns the result's entries about them. Collective."""
     recipe = stage.recipe
     facts = {
         "stage": recipe.name,
@@ -56,5 +57,6 @@ def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
         "recipe": recipe.fingerprint(),
     }
     with engine.evaluating():
-        digest = write_weights(stage.directory / WEIGHTS, engine.items(), facts)
+        weights = engine.gather()
+    digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS, weights, facts))
     return {"weights": WEIGHTS, "weights_kind": recipe.handoff, "weights_sha256": digest}

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -146,7 +147,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         stop=stop,
     )
     if outcome.kind is OutcomeKind.DONE:
-        world.on_main(lambda: _finish(stage, engine, objective, last, world.size))
+        weights = handoff.hand_on(stage, engine, last)
+        world.on_main(lambda: _finish(stage, weights, objective, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
     if world.is_main:
@@ -164,7 +166,11 @@ def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointS
         log.write(
             "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
         )
-    return store.restore(engine.state(0)) if resumed else 0
+    if not resumed:
+        return 0
+    step = store.restore(engine.state(0))
+    engine.refresh()
+    return step
 
 
 def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> TrainFeed:
@@ -250,7 +256,7 @@ def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model:
         log.write("picture", step=step, path=str(path.relative_to(stage.directory)))
 
 
-def _finish(stage: Stage, engine: Engine, objective: Objective, step: int, world_size: int) -> None:
+def _finish(stage: Stage, weights: dict[str, Any], objective: Objective, step: int, world_size: int) -> None:
     events = journal.read(stage.directory / "journal.jsonl")
     recipe = stage.recipe
     metrics = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step][-1]
@@ -265,7 +271,7 @@ def _finish(stage: Stage, engine: Engine, objective: Objective, step: int, world
         "world_size": world_size,
         "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
         "metrics": {objective.metric: metrics[objective.metric], **metrics},
-        **handoff.hand_on(stage, engine, step),
+        **weights,
     }
     stage.finish(result, step)
 

@@ -2,12 +2,14 @@
 
 from torch import nn
 
-from pipeline.engines.base import Engine, Report
+from pipeline.engines.base import Engine, Guard, Report
 from pipeline.engines.ddp import DDPEngine
+from pipeline.engines.deepspeed import DeepSpeedEngine
+from pipeline.engines.fsdp import FSDPEngine
 from pipeline.engines.world import World
 from pipeline.recipe import StageRecipe
 
-_KINDS = {"ddp": DDPEngine}
+_KINDS = {"ddp": DDPEngine, "fsdp": FSDPEngine, "deepspeed": DeepSpeedEngine}
 
 
 def create_engine(model: nn.Module, recipe: StageRecipe, world: World) -> Engine:
@@ -15,4 +17,4 @@ def create_engine(model: nn.Module, recipe: StageRecipe, world: World) -> Engine
     return _KINDS[recipe.engine.kind](model, recipe, world)
 
 
-__all__ = ["Engine", "Report", "World", "create_engine"]
+__all__ = ["Engine", "Guard", "Report", "World", "create_engine"]

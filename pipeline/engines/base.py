@@ -4,19 +4,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.feed import Batch
+from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
+from pipeline.logical import whole
+from pipeline.models.convnextv2 import Block, Downsample, Stem
+from pipeline.models.decoder import TransformerBlock
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
 from pipeline.recipe import StageRecipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16_parameters": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,23 @@ class Report:
     loss: Tensor
     """This rank's share: the sum over ranks is the mean over the global batch."""
     gradient_norm: Tensor
+    """Global, before clipping."""
+    accepted: Tensor
+    """Whether the step was made; False: parameters, buffers, optimizer and components are as they were."""
+
+
+class Guard(Protocol):
+    """Decides on the device whether a step is made. Must say the same on all ranks, and wait for nothing."""
+
+    def accept(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """0-dim tensors: the mean loss over the global batch, and the gradient norm before clipping. Returns a 0-dim
+        bool tensor on the same device. Called once for each step, also with values that are not finite."""
 
 
 class Engine(ABC):
     """Owns the model, the optimizer and the components. Public methods here, the engine's own ways in the hooks.
+
+    `guard` may be set at any time; without one a step is made if and only if its loss and gradient norm are finite.
 
     Args:
         model: with its initial weights, on the CPU.
@@ -37,9 +55,11 @@ class Engine(ABC):
         world: this process's place.
     """
 
+    _sums_in_a_new_order_after_the_first_backward = False
+
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         self.world, self.recipe = world, recipe
-        self.module = model.to(world.device, DTYPES[recipe.engine.precision])
+        self.module = self._place(model)
         settings = recipe.optimizer
         self.groups = parameter_groups(
             self.module.named_parameters(),
@@ -50,10 +70,13 @@ class Engine(ABC):
             decay_grn=settings.decay_grn,
         )
         self.components: list[Component] = []
+        self.guard: Guard | None = None
+        self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
+        self._buffers = StepBuffers(self.module, world.size)
 
     def attach_components(self) -> None:
         """Components start from the weights of step 0: call this once those are in place, before a restore."""
-        self.components = [EMA(self.items(), self.recipe.ema)] if self.recipe.ema else []
+        self.components = [EMA(self.items(), self.recipe.ema, self._accepted)] if self.recipe.ema else []
 
     def step(
         self,
@@ -70,15 +93,36 @@ class Engine(ABC):
         """
         total = self.recipe.batch.slots // self.world.size // self.recipe.batch.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        self._buffers.begin()
         for index, batch in enumerate(batches):
             if should_stop():
                 self._discard_gradients()
+                self._buffers.discard()
                 return None
-            loss += self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1).double()
-        norm = self._update(lr)
+            share = self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1)
+            loss += share.double() / self.world.size
+            self._buffers.after_micro_batch(1 / total)
+        norm = self._gradient_norm()
+        self._accepted.copy_(self._accept(loss, norm))
+        self._update(lr, norm)
+        self._buffers.finish(self._accepted)
         for component in self.components:
             component.after_update(step + 1)
-        return Report(loss / self.world.size, norm)
+        return Report(loss, norm, self._accepted.clone())
+
+    def _accept(self, loss: Tensor, norm: Tensor) -> Tensor:
+        mean = loss.clone()
+        if self.world.size > 1:
+            dist.all_reduce(mean)
+        return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        """The model where and how its parameters are to lie."""
+        model = model.to(self.world.device, DTYPES[self.recipe.engine.precision])
+        if self.recipe.engine.compile:
+            for block in blocks(model):
+                block.compile()
+        return model
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
@@ -91,7 +135,9 @@ class Engine(ABC):
 
     def precision(self) -> torch.autocast:
         """The autocast of a forward pass."""
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
+        return torch.autocast(
+            self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision.startswith("bf16")
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -99,6 +145,7 @@ class Engine(ABC):
         average = self.component("ema") if self.recipe.handoff == "ema" else None
         if average:
             average.swap()
+            self.refresh()
         self.module.eval()
         try:
             with torch.no_grad(), self.precision():
@@ -107,6 +154,7 @@ class Engine(ABC):
             self.module.train()
             if average:
                 average.swap()
+                self.refresh()
 
     def component(self, name: str) -> Any:
         return next((c for c in self.components if c.name == name), None)
@@ -120,24 +168,50 @@ class Engine(ABC):
             "step": torch.tensor(step),
         }
 
-    @abstractmethod
-    def items(self) -> dict[str, Tensor]:
-        """Parameters and floating buffers by official name."""
+    def gather(self) -> dict[str, Tensor]:
+        """The tensors of `items()`, whole and on the CPU, on rank 0; nothing on the others. Collective."""
+        found = {}
+        for name, tensor in self.items().items():
+            full = whole(tensor)
+            if self.world.is_main:
+                found[name] = full.to("cpu", copy=True)
+        return found
 
-    @abstractmethod
     def warm_up(self, batch: Batch, objective: Objective) -> None:
         """Whatever must happen before the first step so that a fresh and a resumed run add in the same order."""
+        if self._sums_in_a_new_order_after_the_first_backward:
+            self._buffers.begin()
+            self._backward(self.to_device(batch), objective, 0, 1.0, last=True)
+            self._discard_gradients()
+            self._buffers.discard()
+
+    def refresh(self) -> None:  # noqa: B027 most engines have nothing to do
+        """To be called when the tensors of `state()` or `items()` were written from outside: a restore, a hand-off.
+        Engines that compute with copies of them make the copies again. Collective."""
+
+    @abstractmethod
+    def items(self) -> dict[str, Tensor]:
+        """Parameters and floating buffers by official name: logical tensors, see `pipeline.logical`."""
 
     @abstractmethod
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
         """Accumulate the gradient of `share` times the loss; synchronise it after the last micro-batch."""
 
     @abstractmethod
-    def _update(self, lr: float) -> Tensor:
-        """Clip, update the parameters, clear the gradients; the gradient norm before clipping."""
+    def _gradient_norm(self) -> Tensor:
+        """0-dim, over all parameters and ranks."""
+
+    @abstractmethod
+    def _update(self, lr: float, norm: Tensor) -> None:
+        """Clip, update the parameters if `self._accepted`, clear the gradients."""
 
     @abstractmethod
     def _discard_gradients(self) -> None: ...
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
+    return [module for module in model.modules() if isinstance(module, Block | TransformerBlock | Stem | Downsample)]

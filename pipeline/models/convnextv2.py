@@ -56,6 +56,20 @@ class Block(nn.Module):
         return x + y
 
 
+class Stem(nn.Sequential):
+    """Patches to features: a convolution, a LayerNorm."""
+
+    def forward(self, images: Tensor, layout: Layout = DENSE) -> Tensor:
+        return self[1](layout.stem(self[0], images))
+
+
+class Downsample(nn.Sequential):
+    """Half the resolution: a LayerNorm, a 2x2 convolution."""
+
+    def forward(self, x: Tensor, layout: Layout = DENSE) -> Tensor:
+        return layout.down(self[1], self[0](x))
+
+
 class ConvNeXtV2(nn.Module):
     """The encoder, and the classifier unless `num_classes` is 0 (then neither the final norm nor the head exists).
 
@@ -101,10 +115,10 @@ class ConvNeXtV2(nn.Module):
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
         self.response = Response(response, grn_aggregation, grn_normaliser, grn_residual)
         self.layer_scale, self.checkpointing, self.init = layer_scale, checkpointing, init
-        stem = nn.Sequential(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
+        stem = Stem(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem])
         for below, dim in pairwise(dims):
-            self.downsample_layers.append(nn.Sequential(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))
+            self.downsample_layers.append(Downsample(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))
         self.stages = nn.ModuleList(
             nn.Sequential(*[Block(dim, self.response, layer_scale) for _ in range(depth)])
             for depth, dim in zip(depths, dims, strict=True)
@@ -127,11 +141,8 @@ class ConvNeXtV2(nn.Module):
         """
         rows = iter(keep) if keep is not None else None
         outputs, x = [], images
-        for index, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            if index == 0:
-                x = down[1](layout.stem(down[0], x))
-            else:
-                x = layout.down(down[1], down[0](x))
+        for down, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = down(x, layout)
             for block in stage:
                 x = run_block(block, x, layout, next(rows) if rows else None, checkpointing=self.checkpointing)
             outputs.append(x)

@@ -49,7 +49,8 @@ def refused_by_recipe(stage: str) -> Iterator[None]:
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (n, 3, H, W) to the model's input."""
+    """uint8 (n, 3, H, W) to the input of a model of `dtype`; fp32 at least, for targets are made of it."""
+    dtype = torch.promote_types(dtype, torch.float32)
     mean = torch.tensor(MEAN, dtype=dtype).to(images.device, non_blocking=True).view(1, 3, 1, 1)
     std = torch.tensor(STD, dtype=dtype).to(images.device, non_blocking=True).view(1, 3, 1, 1)
     return (images.to(dtype) - mean) / std

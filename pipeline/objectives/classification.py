@@ -39,12 +39,13 @@ class ClassificationObjective:
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dtype, device = next(model.parameters()).dtype, batch.images.device
         images = normalise(batch.images, dtype)
+        dtype = images.dtype
         size = len(images) // len(batch.slots)
         mixes = [self._mix(step, slot, images.shape[-1]) for slot in batch.slots]
         images = torch.cat([mix.images(x) for mix, x in zip(mixes, images.split(size), strict=True)])
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
         share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size).to(device)
-        logits = model(images, self._keep(step, batch.slots, size, dtype, device))
+        logits = model(images, self._keep(step, batch.slots, size, dtype, device)).to(dtype)
         # Cross entropy is linear in the target, so mixing two losses is mixing two smoothed targets.
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)

@@ -50,9 +50,9 @@ class FCMAEObjective:
         images, mask = normalise(batch.images, dtype), self.mask(batch)
         # Every image hides as many cells as any other, so the loss is a mean over images; padding is cut out.
         count = int(valid.sum())
-        if count == 0:
-            return {"loss": torch.zeros((), dtype=dtype, device=images.device), "count": torch.zeros(())}
-        loss = model(images[valid.to(images.device)], mask[valid]).loss
+        # Without a valid image one is computed for nothing: where parameters are shared out, every rank must take part.
+        shown = valid if count else torch.arange(len(valid)) == 0
+        loss = model(images[shown.to(images.device)], mask[shown]).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

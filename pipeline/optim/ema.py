@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.logical import local
+
 
 class Component(Protocol):
     """Acts after each update; its state is part of the checkpoint."""
@@ -23,19 +25,27 @@ class EMA:
     """average = decay * average + (1 - decay) * weights, from the weights of step 0 on.
 
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
+
+    Args:
+        tensors: the live weights by name: logical tensors, see `pipeline.logical`.
+        decay: per step.
+        accepted: 0-dim bool tensor that tells after each step whether it was made; an average of a step that was not
+            made stays as it is.
     """
 
     name = "ema"
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float):
-        self.decay = decay
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float, accepted: Tensor):
+        self.decay, self._accepted = decay, accepted
         self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        live = [tensor.detach() for tensor in self._live.values()]
-        torch._foreach_lerp_(list(self._average.values()), live, 1 - self.decay)
+        # A weight of 0 leaves the average alone without asking the device; the live weights are finite.
+        weight = {d: (1 - self.decay) * self._accepted.to(d) for d in {t.dtype for t in self._live.values()}}
+        for name, live in self._live.items():
+            local(self._average[name]).lerp_(local(live.detach()), weight[live.dtype].to(live.device))
 
     def state(self) -> dict[str, Tensor]:
         return self._average
@@ -43,7 +53,8 @@ class EMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averages and the live weights; a second call undoes it."""
-        for name, live in self._live.items():
-            held = live.detach().clone()
-            live.copy_(self._average[name])
-            self._average[name].copy_(held)
+        for name, tensor in self._live.items():
+            live, average = local(tensor.detach()), local(self._average[name])
+            held = live.clone()
+            live.copy_(average)
+            average.copy_(held)

@@ -163,12 +163,34 @@ class Schedule(Section):
 
 
 class Engine(Section):
-    kind: Literal["ddp"] = operational("ddp")
+    kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
+    """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
+    zero_stage: Literal[1, 2, 3] = operational(2)
+    """deepspeed: moments are shared out; gradients too; parameters too."""
+    shard_ranks: int | None = operational(None, ge=1)
+    """fsdp: ranks among which a copy of the state is shared out, for example those of one node; None takes all."""
+    offload: bool = operational(False)
+    """Keep the state in the host's memory: fsdp parameters and optimizer, deepspeed the optimizer."""
+    compile: bool = operational(False)
+    """torch.compile of every block; needs a C++ compiler on a CPU."""
+    deepspeed: dict[str, Any] = operational({})
+    """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 is autocast over fp32 parameters; fp64 is for proofs."""
+    precision: Literal["fp32", "bf16", "bf16_parameters", "fp64"] = "fp32"
+    """bf16 is autocast over fp32 parameters; bf16_parameters also computes and communicates with parameters rounded to
+    bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least."""
     threads: int = operational(0, ge=0)
     """Torch threads per rank; 0 shares the machine's cores among its ranks."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> "Engine":
+        for kind, precision, remedy in (
+            ("ddp", "bf16_parameters", "kind fsdp with shard_ranks 1, which replicates as ddp does"),
+            ("deepspeed", "fp64", "kind ddp or fsdp"),
+        ):
+            if (self.kind, self.precision) == (kind, precision):
+                raise ValueError(f"kind {kind} cannot compute with precision {precision}; take {remedy}")
+        return self
 
 
 class Initial(Section):

@@ -1,0 +1,75 @@
+"""FSDP2: parameters, gradients and moments are shared out among the ranks, and gathered block by block to compute."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from pipeline.engines.base import blocks
+from pipeline.engines.native import NativeEngine
+from pipeline.errors import RecipeError
+
+
+class FSDPEngine(NativeEngine):
+    def _place(self, model: nn.Module) -> nn.Module:
+        settings = self.recipe.engine
+        mesh = self._mesh()
+        ranks = mesh.shape[-1]
+        low = torch.bfloat16 if settings.precision == "bf16_parameters" else None
+        # Autocast casts the inputs; a model's own inputs, which its loss compares with, stay as they are.
+        precision = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+        )
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if settings.offload else OffloadPolicy()
+        model = super()._place(model)
+        # Features are views, and nothing here writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for module in [*blocks(model), model]:
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=precision,
+                offload_policy=offload,
+                shard_placement_fn=lambda parameter: Shard(sharded_dim(parameter.shape, ranks)),
+            )
+        self._callable = model
+        return model
+
+    def _mesh(self) -> DeviceMesh:
+        world, ranks = self.world, self.recipe.engine.shard_ranks or self.world.size
+        if world.size % ranks:
+            fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+            raise RecipeError(
+                f"engine.shard_ranks is {ranks} but {world.size} processes run; choose one of"
+                f" {', '.join(map(str, fits))}, or remove it to shard over all"
+            )
+        if ranks == world.size:
+            return init_device_mesh(world.device.type, (ranks,), mesh_dim_names=("shard",))
+        return init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("replicate", "shard"))
+
+    @contextmanager
+    def _synchronising(self, last: bool) -> Iterator[None]:
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    def _discard_gradients(self) -> None:
+        super()._discard_gradients()
+        # What waits for the last micro-batch to be averaged is nowhere to be reached in public.
+        for module in self.module.modules():
+            groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
+            for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+
+def sharded_dim(shape: torch.Size, ranks: int) -> int:
+    """The first dimension, unless that is 1: GRN's (1, 1, 1, C) would lie whole on one rank. Others must divide."""
+    if shape and shape[0] == 1:
+        return next((dim for dim, size in enumerate(shape) if size > 1 and size % ranks == 0), 0)
+    return 0

@@ -1,0 +1,129 @@
+"""Logical tensors: a parameter, moment or average by its full shape, of which this rank may hold only a part.
+
+Three kinds: a plain tensor is whole on every rank, a DTensor is FSDP's, a `FlatShard` is ZeRO's. All three are saved
+and loaded in place by torch.distributed.checkpoint, and each can load what another has saved, on any number of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class FlatShard(Tensor):
+    """`local` holds the elements from `start` on of a row-major tensor of `shape`; the other ranks hold the others.
+
+    Checkpoints know boxes, not runs of elements, so a run is shown to them as the few boxes that it is made of. Nothing
+    can be computed with it but through `local`, a 1-D view of what the engine works with.
+    """
+
+    @staticmethod
+    def __new__(cls, local: Tensor, start: int, shape: Sequence[int]) -> "FlatShard":
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+
+    def __init__(self, local: Tensor, start: int, shape: Sequence[int]):
+        self.local, self.start = local, start
+        self._boxes = list(boxes(shape, start, start + local.numel()))
+
+    def like(self, local: Tensor) -> "FlatShard":
+        """The same run of another tensor of this shape."""
+        return FlatShard(local, self.start, self.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> "FlatShard":
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return args[0].like(function(args[0].local))
+        raise TypeError(f"{function} on a FlatShard: compute with its `local`")
+
+    def __repr__(self, **_: Any) -> str:
+        return f"FlatShard({tuple(self.shape)}, {self.start}:{self.start + self.local.numel()})"
+
+    # What torch.distributed.checkpoint asks of a tensor of which a rank holds a part.
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self._boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        position = 0
+        for offsets, sizes in self._boxes:
+            if torch.Size(offsets) == index.offset:
+                return self.local.narrow(0, position, prod(sizes)).view(sizes)
+            position += prod(sizes)
+        raise KeyError(f"no part of this shard begins at {index.offset}")
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Offsets and sizes of the boxes that make up the elements `start` to `stop` of a row-major tensor, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:
+        yield from _in_row(shape, last, start - last * row, stop - last * row)
+        return
+    yield from _in_row(shape, first - 1, start - (first - 1) * row, row if start < first * row else 0)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Box]:
+    for offsets, sizes in boxes(shape[1:], start, stop):
+        yield (index, *offsets), (1, *sizes)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds, to compute with in place."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor.local if isinstance(tensor, FlatShard) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank. Collective."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not isinstance(tensor, FlatShard):
+        return tensor
+    # Bits are added, not numbers: all ranks but one add 0, and -0.0 + 0.0 would be another number.
+    bits = {4: torch.int32, 8: torch.int64}[tensor.local.element_size()]
+    found = torch.zeros(prod(tensor.shape), dtype=bits, device=tensor.local.device)
+    found[tensor.start : tensor.start + tensor.local.numel()] = tensor.local.view(bits)
+    dist.all_reduce(found)
+    return found.view(tensor.dtype).view(tensor.shape)
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Set this rank's part from a whole `value` of the same shape, on any device and in any dtype."""
+    here = local(tensor)
+    if isinstance(tensor, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+            value = value.narrow(dim, min(offset, value.shape[dim]), size)
+    elif isinstance(tensor, FlatShard):
+        value = value.flatten()[tensor.start : tensor.start + here.numel()]
+    here.copy_(value)

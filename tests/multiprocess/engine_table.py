@@ -1,0 +1,103 @@
+"""All engines on 1, 2 and 4 ranks against ddp on one: `python -m tests.multiprocess.engine_table [PART...]`.
+
+curves  largest relative difference of the loss over 50 steps, in fp32 and float64, gentle and harsh
+resume  on 4 ranks: bits of weights, buffers, moments and averages after a resume, against the uninterrupted run
+pairs   every engine resumed on every engine, 4 -> 2 and 2 -> 4 ranks, 20 more steps: difference from ddp on one rank
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.engines import World
+from tests.engines import ENGINES, bits, gentle, harsh, largest_difference, stage_recipe, train
+from tests.ranks import on_ranks
+
+STEPS = 50
+CHANGES: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "finetune": {},
+    "finetune, BatchNorm": {"model": {"response": "bn"}},
+}
+
+
+def recipe(case: str, engine: str, precision: str = "fp32"):
+    changes = {section: dict(values) for section, values in CHANGES[case].items()}
+    return stage_recipe(case.split(",")[0], {**ENGINES[engine], "precision": precision}, **changes)
+
+
+def curve(world: World, case: str, engine: str, precision: str, rate: str) -> list[float]:
+    return train(
+        world, recipe(case, engine, precision), range(STEPS), rate={"gentle": gentle, "harsh": harsh}[rate]
+    ).losses
+
+
+def curves() -> None:
+    for precision, rate in (("fp64", "gentle"), ("fp32", "gentle"), ("fp32", "harsh")):
+        for case in CHANGES:
+            reference = on_ranks(1, curve, case, "ddp", precision, rate)[0]
+            for engine in ENGINES:
+                if precision == "fp64" and engine.startswith("zero"):
+                    continue
+                row = []
+                for ranks in (1, 2, 4):
+                    losses = on_ranks(ranks, curve, case, engine, precision, rate)[0]
+                    row.append(f"{largest_difference(losses, reference):.1e}")
+                say(f"| {case} | {precision} | {rate} | {engine} | {' | '.join(row)} |")
+
+
+def interrupted(world: World, case: str, engine: str, directory: Path) -> tuple[int, list[str]]:
+    """How many tensors there are, and which have other bits after a resume halfway."""
+    this, half = recipe(case, engine), 6
+    run = train(world, this, range(half), save=directory)
+    again = train(world, this, range(half, 2 * half), load=directory)
+    straight = train(world, this, range(2 * half))
+    found, expected = bits(again.engine), bits(straight.engine)
+    del run
+    return len(expected), [name for name, digest in expected.items() if found[name] != digest]
+
+
+def resume() -> None:
+    for case in CHANGES:
+        for engine in ENGINES:
+            with tempfile.TemporaryDirectory() as folder:
+                count, other = on_ranks(4, interrupted, case, engine, Path(folder))[0]
+            say(f"| {case} | {engine} | 4 ranks | {len(other)} of {count} tensors differ |")
+
+
+def saved(world: World, engine: str, directory: Path) -> None:
+    train(world, recipe("finetune", engine), range(20), save=directory)
+
+
+def resumed(world: World, engine: str, directory: Path) -> list[float]:
+    return train(world, recipe("finetune", engine), range(20, 40), load=directory).losses
+
+
+def reference(world: World) -> list[float]:
+    return train(world, recipe("finetune", "ddp"), range(40)).losses
+
+
+def pairs() -> None:
+    expected = on_ranks(1, reference)[0][20:]
+    with tempfile.TemporaryDirectory() as folder:
+        for before, after in ((4, 2), (2, 4)):
+            for source in ENGINES:
+                on_ranks(before, saved, source, Path(folder) / f"{source}-{before}")
+                row = []
+                for target in ENGINES:
+                    losses = on_ranks(after, resumed, target, Path(folder) / f"{source}-{before}")[0]
+                    row.append(f"{largest_difference(losses, expected):.1e}")
+                say(f"| {before} -> {after} | {source} -> | {' | '.join(row)} |")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    began = time.time()
+    for part in sys.argv[1:] or ("curves", "resume", "pairs"):
+        {"curves": curves, "resume": resume, "pairs": pairs}[part]()
+    say(f"{time.time() - began:.0f} s")
