@@ -28,10 +28,11 @@ from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
+from pipeline.saving import Checkpoints
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
-from pipeline.trainer import Action, Checkpoints, StepLog, train
+from pipeline.trainer import Action, StepLog, train
 
 EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.retention import prune
-from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, Report
 from pipeline.errors import StageError
 from pipeline.health.signals import AgreedStop
 from pipeline.objectives import Objective
+from pipeline.saving import Checkpoints
 from pipeline.stage import Outcome, OutcomeKind
 from pipeline.tracking.journal import Journal
 
@@ -36,7 +35,7 @@ def train(
     feed: TrainFeed,
     learning_rate: Callable[[int], float],
     actions: list[Action],
-    checkpoints: "Checkpoints",
+    checkpoints: Checkpoints,
     log: "StepLog",
     stop: AgreedStop,
 ) -> Outcome:
@@ -62,24 +61,6 @@ def train(
             return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}", step)
         step += 1
         log.add(step, report, lr)
-
-
-class Checkpoints:
-    """Saves the engine's state once per step, however many reasons there are."""
-
-    def __init__(self, store: CheckpointStore, engine: Engine, log: "StepLog", saved: int | None, keep_last: int):
-        self._store, self._engine, self._log = store, engine, log
-        self._saved, self._keep_last = saved, keep_last
-
-    def save(self, step: int, why: str) -> None:
-        if step == self._saved:
-            return
-        self._log.flush()
-        began = time.perf_counter()
-        path = self._store.save(self._engine.state(step), step=step, why=why)
-        self._saved = step
-        self._log.write("save", step=step, why=why, path=path, seconds=round(time.perf_counter() - began, 3))
-        prune(self._store, keep_last=self._keep_last)
 
 
 class StepLog:
