@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.feed import Batch
+from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
@@ -26,10 +28,23 @@ class Report:
     loss: Tensor
     """This rank's share: the sum over ranks is the mean over the global batch."""
     gradient_norm: Tensor
+    """Global, before clipping."""
+    accepted: Tensor
+    """Whether the step was made; False: parameters, buffers, optimizer and components are as they were."""
+
+
+class Guard(Protocol):
+    """Decides on the device whether a step is made. Must say the same on all ranks, and wait for nothing."""
+
+    def accept(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """0-dim tensors: the mean loss over the global batch, and the gradient norm before clipping. Returns a 0-dim
+        bool tensor on the same device. Called once for each step, also with values that are not finite."""
 
 
 class Engine(ABC):
     """Owns the model, the optimizer and the components. Public methods here, the engine's own ways in the hooks.
+
+    `guard` may be set at any time; without one a step is made if and only if its loss and gradient norm are finite.
 
     Args:
         model: with its initial weights, on the CPU.
@@ -50,10 +65,13 @@ class Engine(ABC):
             decay_grn=settings.decay_grn,
         )
         self.components: list[Component] = []
+        self.guard: Guard | None = None
+        self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
+        self._buffers = StepBuffers(self.module, world.size)
 
     def attach_components(self) -> None:
         """Components start from the weights of step 0: call this once those are in place, before a restore."""
-        self.components = [EMA(self.items(), self.recipe.ema)] if self.recipe.ema else []
+        self.components = [EMA(self.items(), self.recipe.ema, self._accepted)] if self.recipe.ema else []
 
     def step(
         self,
@@ -70,15 +88,28 @@ class Engine(ABC):
         """
         total = self.recipe.batch.slots // self.world.size // self.recipe.batch.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        self._buffers.begin()
         for index, batch in enumerate(batches):
             if should_stop():
                 self._discard_gradients()
+                self._buffers.discard()
                 return None
-            loss += self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1).double()
-        norm = self._update(lr)
+            share = self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1)
+            loss += share.double() / self.world.size
+            self._buffers.after_micro_batch(1 / total)
+        norm = self._gradient_norm()
+        self._accepted.copy_(self._accept(loss, norm))
+        self._update(lr, norm)
+        self._buffers.finish(self._accepted)
         for component in self.components:
             component.after_update(step + 1)
-        return Report(loss / self.world.size, norm)
+        return Report(loss, norm, self._accepted.clone())
+
+    def _accept(self, loss: Tensor, norm: Tensor) -> Tensor:
+        mean = loss.clone()
+        if self.world.size > 1:
+            dist.all_reduce(mean)
+        return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
@@ -120,6 +151,10 @@ class Engine(ABC):
             "step": torch.tensor(step),
         }
 
+    def refresh(self) -> None:  # noqa: B027 most engines have nothing to do
+        """To be called when the tensors of `state()` or `items()` were written from outside: a restore, a hand-off.
+        Engines that compute with copies of them make the copies again. Collective."""
+
     @abstractmethod
     def items(self) -> dict[str, Tensor]:
         """Parameters and floating buffers by official name."""
@@ -133,8 +168,12 @@ class Engine(ABC):
         """Accumulate the gradient of `share` times the loss; synchronise it after the last micro-batch."""
 
     @abstractmethod
-    def _update(self, lr: float) -> Tensor:
-        """Clip, update the parameters, clear the gradients; the gradient norm before clipping."""
+    def _gradient_norm(self) -> Tensor:
+        """0-dim, over all parameters and ranks."""
+
+    @abstractmethod
+    def _update(self, lr: float, norm: Tensor) -> None:
+        """Clip, update the parameters if `self._accepted`, clear the gradients."""
 
     @abstractmethod
     def _discard_gradients(self) -> None: ...

@@ -27,11 +27,12 @@ class DDPEngine(Engine):
             ],
             lr=0.0,
             betas=recipe.optimizer.betas,
+            fused=True,
         )
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         for parameter in self._names:  # made now, so that a restore finds tensors to copy into
             self._optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=world.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -42,8 +43,10 @@ class DDPEngine(Engine):
 
     def warm_up(self, batch: Batch, objective: Objective) -> None:
         # DDP reorders its buckets after its first backward, which changes the order of sums from 3 ranks on.
+        self._buffers.begin()
         self._backward(self.to_device(batch), objective, 0, 1.0, last=True)
         self._discard_gradients()
+        self._buffers.discard()
 
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
         with nullcontext() if last else self._wrapped.no_sync():
@@ -52,17 +55,19 @@ class DDPEngine(Engine):
             (loss * share).backward()
         return loss.detach() * share
 
-    def _update(self, lr: float) -> Tensor:
-        parameters = list(self._names)
+    def _gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._names])
+
+    def _update(self, lr: float, norm: Tensor) -> None:
         limit = self.recipe.optimizer.clip_norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self._names), limit, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        # The fused kernel looks at it on the device and leaves parameters, moments and step count alone.
+        self._optimizer.found_inf = (~self._accepted).float()
         self._optimizer.step()
         self._discard_gradients()
-        return norm
 
     def _discard_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

@@ -23,19 +23,27 @@ class EMA:
     """average = decay * average + (1 - decay) * weights, from the weights of step 0 on.
 
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
+
+    Args:
+        tensors: the live weights by logical name.
+        decay: per step.
+        accepted: 0-dim bool tensor that tells after each step whether it was made; an average of a step that was not
+            made stays as it is.
     """
 
     name = "ema"
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float):
-        self.decay = decay
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float, accepted: Tensor):
+        self.decay, self._accepted = decay, accepted
         self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        live = [tensor.detach() for tensor in self._live.values()]
-        torch._foreach_lerp_(list(self._average.values()), live, 1 - self.decay)
+        # A weight of 0 leaves the average alone without asking the device; the live weights are finite.
+        weight = {d: (1 - self.decay) * self._accepted.to(d) for d in {t.dtype for t in self._live.values()}}
+        for name, live in self._live.items():
+            self._average[name].lerp_(live.detach(), weight[live.dtype])
 
     def state(self) -> dict[str, Tensor]:
         return self._average

@@ -112,3 +112,53 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, worl
         reports.append(engine.step(batches(recipe, 0), objective, step=0, lr=1e-3, should_stop=lambda: False))
     assert reports[0].gradient_norm.item() == pytest.approx(reports[1].gradient_norm.item())
     assert reports[0].gradient_norm.item() > 0.01
+
+
+class Refuse:
+    """A guard that notes what it was asked and refuses."""
+
+    def accept(self, loss, gradient_norm):
+        self.asked = loss.item(), gradient_norm.item()
+        return torch.zeros((), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("response", ["grn", "bn"])
+def test_a_step_that_is_not_accepted_changes_nothing(recipe_file, world, response):
+    engine, objective, _ = trained(recipe_file, world, "finetune", 2, f"model.response={response}")
+    before = {name: tensor.clone() for name, tensor in flat(engine).items()}
+
+    def same() -> bool:
+        return all(torch.equal(tensor, before[name]) for name, tensor in flat(engine).items())
+
+    with pytest.MonkeyPatch.context() as patch:
+        honest = objective.loss
+        patch.setattr(objective, "loss", lambda *a: (honest(*a)[0] * (torch.nan if 2 in a[1].slots else 1), {}))
+        report = engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
+    assert not report.accepted
+    assert same()
+    engine.guard = Refuse()
+    report = engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
+    assert not report.accepted
+    assert engine.guard.asked == (pytest.approx(report.loss.item()), pytest.approx(report.gradient_norm.item()))
+    assert same()
+    engine.guard = None
+    assert engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False).accepted
+    assert not same()
+    undisturbed, _, _ = trained(recipe_file, world, "finetune", 3, f"model.response={response}")
+    assert all(torch.equal(tensor, flat(engine)[name]) for name, tensor in flat(undisturbed).items())
+
+
+def test_running_statistics_do_not_depend_on_the_order_of_the_slots(recipe_file, world):
+    states = []
+    for order in (1, -1):
+        recipe = load(recipe_file, ["stages.finetune.model.response=bn"]).stages["finetune"]
+        objective = create_objective(recipe, seed=4)
+        engine = create_engine(objective.build_model(), recipe, world)
+        engine.warm_up(batches(recipe, 9)[0], objective)
+        assert all(torch.equal(b, torch.zeros_like(b)) for name, b in engine.items().items() if "running_mean" in name)
+        engine.step(batches(recipe, 0)[::order], objective, step=0, lr=0.0, should_stop=lambda: False)
+        states.append({name: b for name, b in engine.items().items() if "running" in name})
+    assert states[0]
+    for name, buffer in states[0].items():
+        assert torch.allclose(buffer, states[1][name], rtol=1e-6), name
+        assert buffer.abs().sum() > 0

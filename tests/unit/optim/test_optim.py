@@ -73,7 +73,7 @@ def test_group_decay_is_refused_for_other_depths():
 
 def test_ema_is_the_published_recurrence_from_the_first_weights_on():
     weights = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-    ema, expected = EMA(weights, 0.9), torch.tensor([1.0, 2.0])
+    ema, expected = EMA(weights, 0.9, torch.tensor(True)), torch.tensor([1.0, 2.0])
     for step in range(5):
         weights["w"] += 1
         ema.after_update(step + 1)
