@@ -18,6 +18,10 @@ class Checkpoints:
         self._store, self._engine, self._log = store, engine, log
         self._saved, self._keep_last = saved, keep_last
 
+    def went_back(self, step: int) -> None:
+        """Later checkpoints are gone: their steps are saved again."""
+        self._saved = step
+
     def save(self, step: int, why: str) -> None:
         if step == self._saved:
             return

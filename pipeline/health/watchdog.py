@@ -120,7 +120,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self.directory.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path(self.rank, "beat"), os.O_CREAT | os.O_WRONLY, 0o644)
-        self._stacks = open(self._path(self.rank, "stacks"), "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._stacks = open(self._path(self.rank, "stacks"), "ab", buffering=0)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True, chain=False)
         self._publish()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
