@@ -13,7 +13,7 @@ class DataError(UserError):
     """A data file that is missing, damaged or not the one the stage was started with."""
 
 
-class DataTimeout(DataError):
+class DataTimeoutError(DataError):
     """A batch that did not come in time: perhaps this machine's disk, so worth another attempt."""
 
 
