@@ -15,6 +15,7 @@ from pipeline.stage import Outcome, OutcomeKind, Stage
 
 POLL_SECONDS = 0.1
 KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time
+LAST_WORDS_SECONDS = 20.0  # from the first bad end of a rank, for the others to say what they know
 
 
 class LocalLauncher:
@@ -26,6 +27,8 @@ class LocalLauncher:
     Attributes:
         watch: called about twice a second while waiting, to show progress.
     """
+
+    module = "pipeline.run"
 
     def __init__(self, processes: int, watch: Callable[[], None] = lambda: None):
         self.processes, self.watch = processes, watch
@@ -45,7 +48,7 @@ class LocalLauncher:
         """Run the stage to an outcome."""
         if self._stops:
             return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
-        self._ended, deadline = {}, None
+        self._ended, deadline, failed = {}, None, False
         attempts = Stage(stage_directory).attempts()
         try:
             self._start(stage_directory)
@@ -57,7 +60,10 @@ class LocalLauncher:
                     shown = time.monotonic()
                 if self._stops and deadline is None:
                     deadline = time.monotonic() + KILL_AFTER_SECONDS
-                if self._codes(but=(0, 75)) or self._stops > 1 or (deadline and time.monotonic() > deadline):
+                if not failed and self._codes(but=(0, 75)):
+                    failed, words_until = True, time.monotonic() + LAST_WORDS_SECONDS
+                    deadline = min(deadline or words_until, words_until)
+                if self._stops > 1 or (deadline and time.monotonic() > deadline):
                     self._kill()  # the others wait for the one that is gone, and would wait for ever
         finally:
             self._kill()
@@ -87,7 +93,7 @@ class LocalLauncher:
             with open(attempt_logs / f"rank-{rank}.log", "ab") as log:
                 self._ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "pipeline.run", str(stage_directory)],
+                        [sys.executable, "-m", self.module, str(stage_directory)],
                         env={**os.environ, **{name: str(value) for name, value in place.items()}},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -122,14 +128,16 @@ class LocalLauncher:
             return Outcome(OutcomeKind.DONE, step=done.step)
         outcome = stage.last_outcome() if stage.attempts() > attempts_before else None
         # When a rank is killed the others fail for want of it: what they say is not the reason.
-        killed = not codes or min(codes) < 0
-        if outcome and not killed and (codes <= {0, 75} or outcome.kind is OutcomeKind.PERMANENT):
+        killed = {rank: code for rank, code in self._ended.items() if code < 0}
+        told = outcome and (codes <= {0, 75} or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
+        if outcome and told and codes and not killed:
             return outcome
-        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in self._ended.items())
+        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in (killed or self._ended).items())
         logs = stage.directory / "logs"
         return Outcome(
-            OutcomeKind.PERMANENT,
-            f"stage {stage.recipe.name} ended early ({ends or 'killed'}); see {logs}, and run again to resume",
+            OutcomeKind.BAD_NODE if killed else OutcomeKind.PERMANENT,
+            f"stage {stage.recipe.name} ended early ({ends or 'killed'}); see {logs}",
+            outcome.step if outcome else None,
         )
 
 

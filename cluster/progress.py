@@ -120,6 +120,9 @@ def _sentence(event: Event, terse: bool) -> str:
     match kind:
         case "event":
             return f"{event.get('level', 'info')}: {event.get('message', '')}"
+        case "rollback":
+            first, last = event.get("left_out") or (step, step)
+            return f"back to step {step}: {event.get('reason', '')}; steps {first} to {last} are left out"
         case "attempt":
             start = f"resumed at step {step}" if step else "started"
             return f"{start}, attempt {event.get('attempt')}, world size {event.get('world_size', '?')}"

@@ -76,6 +76,9 @@ class Follower:
             self._batch = _number(event.get("global_batch"))
             seen.step = step or 0
             seen.total_steps = _count(event.get("total_steps")) or seen.total_steps
+        elif kind == "rollback":
+            self._recent.clear()
+            seen.step = step or 0
         elif kind == "step" and step is not None:
             seen.step, seen.loss = step, _number(event.get("loss"))
             rate = _number(event.get("images_per_second")) or 0.0

@@ -13,6 +13,10 @@ class DataError(UserError):
     """A data file that is missing, damaged or not the one the stage was started with."""
 
 
+class DataTimeoutError(DataError):
+    """A batch that did not come in time: perhaps this machine's disk, so worth another attempt."""
+
+
 class StageError(UserError):
     """A stage directory that cannot be opened, continued or written."""
 

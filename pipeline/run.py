@@ -2,10 +2,10 @@
 
 import importlib.metadata
 import math
-import os
 import platform
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,25 +23,28 @@ from pipeline.data.feed import Batch, EvaluationFeed, TrainFeed
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
+from pipeline.failures import explaining_lost_peers, failure, leave
+from pipeline.health.anomalies import Guard, Rollbacks
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
+from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
+from pipeline.saving import Checkpoints
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
-from pipeline.trainer import Action, Checkpoints, StepLog, train
-
-EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
+from pipeline.trainer import Action, StepLog, train
 
 
-def run_stage(directory: Path) -> Outcome:
+def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outcome:
     """Run the stage to its end, or until a signal asks for a stop. One call per rank (see `World.join`).
 
-    Returns once the outcome is in the stage directory. User errors become a permanent outcome; any other exception is
-    noted as one and raised.
+    Returns once the outcome is in the stage directory. User errors become a permanent outcome, a lost rank or machine
+    a bad node's; any other exception is noted as permanent and raised. When the stage stands still nobody can return:
+    `leave` is then called on every rank that still runs, in a thread, with the outcome, and must end the process.
     """
     request = StopRequest().install()
     try:
@@ -52,31 +55,30 @@ def run_stage(directory: Path) -> Outcome:
         return Outcome(OutcomeKind.DONE, step=done.step)
     try:
         with ExitStack() as stack:
-            outcome = _run(stage, request, stack)
-    except UserError as error:
-        outcome = _failure(error)
+            outcome = _run(stage, request, stack, leave)
     except BaseException as error:
-        stage.record(_failure(error))
-        raise
+        outcome = failure(error)
+        stage.record(outcome)
+        if outcome.kind is OutcomeKind.PERMANENT and not isinstance(error, UserError):
+            raise
     stage.record(outcome)
     return outcome
 
 
-def _failure(error: BaseException) -> Outcome:
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Outcome(OutcomeKind.PERMANENT, reason)
-
-
-def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
+def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[Outcome], None]) -> Outcome:
     recipe = stage.recipe
-    world = World.join(recipe.engine.device, recipe.engine.threads)
+    # The watchdog knows more than a collective that has waited long enough, so it comes first.
+    patience_seconds = 1.5 * PATIENCE * recipe.health.stall_seconds
+    world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
     stack.callback(world.leave)
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
-    stop = AgreedStop(request, world.agree)
+    watchdog = stack.enter_context(_watchdog(stage, world, leave))
+    stop = AgreedStop(request, watchdog.meeting(world.agree))
     data = open_data(recipe)
     world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
     log_file = _open_journal(stage, world, stop, stack)
+    stack.push(explaining_lost_peers(stage, watchdog))
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
 
     seed = text_key(recipe.seed, recipe.name)
@@ -93,7 +95,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         facts={"recipe": recipe.fingerprint(), "data": data["train"].sha256, "engine": recipe.engine.kind},
         on_event=lambda message: log.write("event", level="warning", message=message),
     )
-    start = _load(stage, engine, objective, store, log)
+    start, resumed = _load(stage, engine, objective, store, log)
+    guard: Guard = engine.guard
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     log.write(
         "attempt",
@@ -106,9 +109,16 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         versions=_versions(),
     )
     engine.warm_up(_example_batch(recipe), objective)
-    checkpoints = Checkpoints(store, engine, log, saved=start or None, keep_last=recipe.checkpoint.keep_last)
+    checkpoints = Checkpoints(
+        store, engine, log, saved=start if resumed else None, keep_last=recipe.checkpoint.keep_last
+    )
+
+    def save(step: int) -> None:
+        watchdog.phase("save", step)
+        checkpoints.save(step, why="end" if step == last else "due")
 
     def run_evaluation(step: int) -> None:
+        watchdog.phase("evaluate", step)
         look = partial(_picture, stage, objective, log, step)
         metrics = evaluate(engine, objective, validation, stop, look)
         if metrics is not None:
@@ -131,8 +141,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         ),
         actions=[
             Action(
-                due=lambda step: step == last or (step > 0 and step % recipe.checkpoint.every_steps == 0),
-                run=lambda step: checkpoints.save(step, why="end" if step == last else "due"),
+                # Also before the first step: a rollback may have to go back so far.
+                due=lambda step: step == last or step % recipe.checkpoint.every_steps == 0,
+                run=save,
             ),
             Action(
                 due=lambda step: (
@@ -143,9 +154,12 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
             ),
         ],
         checkpoints=checkpoints,
+        rollbacks=Rollbacks(guard, engine, store, checkpoints.went_back, log.write),
         log=log,
         stop=stop,
+        watchdog=watchdog,
     )
+    watchdog.phase("finish", outcome.step)
     if outcome.kind is OutcomeKind.DONE:
         weights = handoff.hand_on(stage, engine, last)
         world.on_main(lambda: _finish(stage, weights, objective, last, world.size))
@@ -157,20 +171,32 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     return outcome
 
 
-def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointStore, log: StepLog) -> int:
-    """Weights and optimizer from the newest checkpoint, else from the stage before; the number of finished steps."""
+def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointStore, log: StepLog) -> tuple[int, bool]:
+    """Weights and optimizer from the newest checkpoint, else from the stage before; the number of finished steps, and
+    whether they come from a checkpoint."""
     resumed = store.ever_committed()
     transfer = None if resumed else handoff.receive(stage, engine, objective)
     engine.attach_components()
+    engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
+    engine.components.append(guard)
     if transfer is not None:
         log.write(
             "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
         )
-    if not resumed:
-        return 0
-    step = store.restore(engine.state(0))
+    start = store.restore(engine.state(0)) if resumed else 0
     engine.refresh()
-    return step
+    guard.restored()
+    return start, resumed
+
+
+def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> Watchdog:
+    def end(sentence: str, step: int) -> None:
+        stage.record(Outcome(OutcomeKind.BAD_NODE, sentence, step))
+        print(sentence, file=sys.stderr)
+        leave(stage.last_outcome())
+
+    directory = stage.directory / "health" / f"{stage.attempt:06d}"
+    return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)
 
 
 def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> TrainFeed:
@@ -229,9 +255,9 @@ def _open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack
 
     def end_in_failure(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            failure = _failure(error)
-            stage.record(failure)
-            log_file.write("end", outcome=failure.kind, reason=failure.reason, step=None)
+            outcome = failure(error)
+            stage.record(outcome)
+            log_file.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
 
     stack.push(end_in_failure)
     return log_file
@@ -289,12 +315,9 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         outcome = Outcome(OutcomeKind.PERMANENT)
-    if outcome.kind is OutcomeKind.PERMANENT and outcome.reason:
+    if outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE) and outcome.reason:
         print(outcome.reason, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of the loader and of gloo outlive their owners now and then and abort an orderly exit.
-    os._exit(EXIT_CODES[outcome.kind])
+    leave(outcome)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The loop. It knows no engine, no scheduler and no file format."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.retention import prune
-from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, Report
-from pipeline.errors import StageError
+from pipeline.health.anomalies import Rollbacks
 from pipeline.health.signals import AgreedStop
+from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import Objective
+from pipeline.saving import Checkpoints
 from pipeline.stage import Outcome, OutcomeKind
 from pipeline.tracking.journal import Journal
 
@@ -36,50 +35,46 @@ def train(
     feed: TrainFeed,
     learning_rate: Callable[[int], float],
     actions: list[Action],
-    checkpoints: "Checkpoints",
+    checkpoints: Checkpoints,
+    rollbacks: Rollbacks,
     log: "StepLog",
     stop: AgreedStop,
+    watchdog: Watchdog,
 ) -> Outcome:
     """Train from `start` finished steps to `last`, or until the ranks agree to stop: then the state is saved.
 
-    A step that a stop interrupts is thrown away whole, so a resumed run repeats it from its first slot.
+    A step that a stop interrupts is thrown away whole, so a resumed run repeats it from its first slot. A state that a
+    rollback is due for is never saved: whoever resumes from before it finds the same.
     """
     step = start
     while True:
-        for action in actions:
-            if action.due(step) and not stop.number:
-                log.flush()
+        due = [action for action in actions if not stop.number and action.due(step)]
+        if due or stop.number or step == last or log.is_full:
+            log.flush()
+            if rollbacks.asked():
+                if stop.number:
+                    return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason} before a rollback", step)
+                watchdog.phase("roll back", step)
+                step = rollbacks.go_back()
+                continue
+        for action in due:
+            if not stop.number:
                 action.run(step)
                 log.restart_clock()
-        if step == last and not stop.number:
-            checkpoints.save(step, why="end")
+        if stop.number or step == last:
+            watchdog.phase("save", step)
+            checkpoints.save(step, why=stop.reason if stop.number else "end")
+            if stop.number:
+                return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}", step)
             return Outcome(OutcomeKind.DONE, step=step)
-        lr = learning_rate(step)
-        report = None if stop.number else engine.step(feed.slots(step), objective, step=step, lr=lr, should_stop=stop)
-        if report is None:
-            log.flush()
-            checkpoints.save(step, why=stop.reason)
-            return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}", step)
+        if not rollbacks.skip(step + 1):
+            lr = learning_rate(step)
+            batches = watchdog.batches(feed.slots(step), step + 1)
+            report = engine.step(batches, objective, step=step, lr=lr, should_stop=stop)
+            if report is None:
+                continue
+            log.add(step + 1, report, lr)
         step += 1
-        log.add(step, report, lr)
-
-
-class Checkpoints:
-    """Saves the engine's state once per step, however many reasons there are."""
-
-    def __init__(self, store: CheckpointStore, engine: Engine, log: "StepLog", saved: int | None, keep_last: int):
-        self._store, self._engine, self._log = store, engine, log
-        self._saved, self._keep_last = saved, keep_last
-
-    def save(self, step: int, why: str) -> None:
-        if step == self._saved:
-            return
-        self._log.flush()
-        began = time.perf_counter()
-        path = self._store.save(self._engine.state(step), step=step, why=why)
-        self._saved = step
-        self._log.write("save", step=step, why=why, path=path, seconds=round(time.perf_counter() - began, 3))
-        prune(self._store, keep_last=self._keep_last)
 
 
 class StepLog:
@@ -110,27 +105,29 @@ class StepLog:
 
     def add(self, step: int, report: Report, lr: float) -> None:
         self._pending.append((step, report, lr))
-        if len(self._pending) >= self._every:
-            self.flush()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to flush."""
+        return len(self._pending) >= self._every
 
     def flush(self) -> None:
-        """Journal the pending steps.
-
-        Raises:
-            StageError: if a loss is not finite.
-        """
+        """Journal the pending steps, and which of them were refused."""
         if not self._pending:
             return
         losses = self._world_sum(torch.stack([report.loss for _, report, _ in self._pending]).cpu())
         norms = torch.stack([report.gradient_norm for _, report, _ in self._pending]).cpu()
+        accepted = torch.stack([report.accepted for _, report, _ in self._pending]).tolist()
         speed = len(self._pending) * self._global_batch / (time.perf_counter() - self._since)
-        for (step, _, lr), loss, norm in zip(self._pending, losses.tolist(), norms.tolist(), strict=True):
-            self.write("step", step=step, loss=loss, lr=lr, gradient_norm=norm, images_per_second=round(speed, 1))
-            if not math.isfinite(loss):
-                raise StageError(
-                    f"the loss of step {step} is {loss}; lower optimizer.base_lr, lengthen schedule.warmup_epochs or"
-                    " set optimizer.clip_norm, and start another --out"
-                )
+        for (step, _, lr), loss, norm, made in zip(
+            self._pending, losses.tolist(), norms.tolist(), accepted, strict=True
+        ):
+            refused = {} if made else {"refused": True}
+            rate = round(speed, 1)
+            self.write("step", step=step, loss=loss, lr=lr, gradient_norm=norm, images_per_second=rate, **refused)
+            if not made:
+                message = f"step {step} was not made: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
+                self.write("event", level="warning", message=message)
         self._pending.clear()
         self.restart_clock()
 

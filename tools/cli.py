@@ -33,7 +33,8 @@ def run(
         int, typer.Option(min=1, help="Processes on this machine: one per GPU, or a share of the cores.")
     ] = 1,
 ) -> None:
-    """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 1 failed."""
+    """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 76 worth
+    another try (a rank was lost, or stood still), 1 failed."""
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
     from cluster.progress import Progress
@@ -52,6 +53,9 @@ def run(
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
         raise typer.Exit(75)
+    if outcome.kind is OutcomeKind.BAD_NODE:
+        print(f"fcmae: {outcome.reason}; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(76)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
     console.print(render(status(out)))

@@ -23,7 +23,7 @@ import torch
 
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton
 from pipeline.data.decode import Decoder, Plan, reason
-from pipeline.errors import DataError
+from pipeline.errors import DataError, DataTimeoutError
 
 
 @contextmanager
@@ -201,7 +201,7 @@ class Producer(EpochIterator):
             if not self.is_alive() and self.output_queue.empty():
                 raise DataError(f"the thread that reads {path} has ended without a word; start again")
             if waited_seconds >= self.timeout_seconds:
-                raise DataError(f"no batch came from {path} within {self.timeout_seconds:g} s; look at its disk")
+                raise DataTimeoutError(f"no batch came from {path} within {self.timeout_seconds:g} s; look at its disk")
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):

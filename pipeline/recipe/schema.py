@@ -209,6 +209,32 @@ class Checkpoint(Section):
     keep_last: int = operational(2, ge=1)
 
 
+class Health(Section):
+    spike_deviations: float | None = Field(8.0, gt=0)
+    """A step is not made if the logarithm of its loss or gradient norm lies so many standard deviations above the
+    running mean; null refuses only what is not finite."""
+    statistics_steps: int = Field(100, ge=2)
+    """Steps that mean and deviation look back over; before that many nothing is called a spike."""
+    rollback_after: int = Field(5, ge=1)
+    """So many refused steps within window_steps take the stage back to a checkpoint before them."""
+    window_steps: int = Field(100, ge=1)
+    skip_before: int = Field(10, ge=0)
+    """After a rollback, steps left out before the first refused one, beside those up to the last."""
+    max_rollbacks: int = operational(3, ge=0, le=64)
+    stall_seconds: float = operational(600.0, gt=0)
+    """Without progress after which the stage is ended to be retried; five times as long where none can be seen, as in
+    a save."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Health":
+        if self.rollback_after > self.window_steps:
+            raise ValueError(
+                f"rollback_after {self.rollback_after} steps never fall into window_steps {self.window_steps};"
+                " lower the first or raise the second"
+            )
+        return self
+
+
 class Tracking(Section):
     mlflow: bool = operational(True)
     mlflow_uri: str | None = operational(None)
@@ -240,6 +266,7 @@ class StageRecipe(Section):
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -171,7 +171,7 @@ class Forwarder:
             self.last = event
         if kind == "picture" and isinstance(event.get("step"), int) and event["step"] >= self.logged.get("picture", 0):
             self.pictures.append(event)
-        if kind in ("event", "attempt", "handoff", "end"):
+        if kind in ("event", "attempt", "rollback", "handoff", "end"):
             self.messages.append(json.dumps(event, ensure_ascii=False))
 
     def send_picture(self, event: Event) -> None:

@@ -4,9 +4,10 @@ It is the one record of what happened; progress display, status, curves and MLfl
 Rank 0 writes. A line goes out in one write() and counts from its newline on, so that a killed process leaves at most
 one torn line, at the end; the next `Journal` cuts it off.
 
-A resume at step r repeats the steps after r. The "attempt" line carries r and withdraws every earlier line of a later
-step (`standing`): what is asked after a resume is answered from the history of the weights now in memory, also when
-the repetition is not bit-equal because it runs on another world size. Nothing is ever erased from the file.
+A resume at step r repeats the steps after r, and so does a rollback to r. The "attempt" or "rollback" line carries r
+and withdraws every earlier line of a later step (`standing`): what is asked after a resume is answered from the history
+of the weights now in memory, also when the repetition is not bit-equal because it runs on another world size. Nothing
+is ever erased from the file.
 """
 
 import errno
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 Event = dict[str, Any]
+REWINDS = ("attempt", "rollback")  # lines whose step is the last that counts
 
 # JSON has no NaN and no infinity, and strict readers refuse a file with Python's bare words. null would not tell a
 # diverged loss from a missing one; these strings can be told apart, and float() in Python and Number() in JavaScript
@@ -95,7 +97,7 @@ class Journal:
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(kind, str) or not isinstance(step, int):
             return
-        if kind == "attempt":
+        if kind in REWINDS:
             self._written = {(k, s) for k, s in self._written if s <= step}
         self._written.add((kind, step))
 
@@ -151,10 +153,10 @@ def read(path: str | Path) -> list[Event]:
 
 
 def standing(events: Iterable[Event]) -> list[Event]:
-    """The events without those that a later attempt, resumed from an earlier step, has withdrawn."""
+    """The events without those that a resume or a rollback to an earlier step has withdrawn."""
     kept: list[Event] = []
     for event in events:
-        if event.get("kind") == "attempt" and isinstance(start := event.get("step"), int):
+        if event.get("kind") in REWINDS and isinstance(start := event.get("step"), int):
             kept = [e for e in kept if not isinstance(e.get("step"), int) or e["step"] <= start]
         kept.append(event)
     return kept

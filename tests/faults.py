@@ -1,0 +1,82 @@
+"""A rank in which things go wrong on purpose: `python -m tests.faults STAGE`, told by FAULTS in the environment.
+
+FAULTS is JSON. Steps are numbered as in the journal.
+    poison     {step: factor}: the loss of the step's first slot is multiplied ("nan" does what one bad image may do)
+    left_out   [[first, last]]: steps left out from the start
+    rank       the rank that the following happen to
+    sleep      {step: seconds}: loading the step's first micro-batch takes so long
+    hang       step: its loading never returns, and never lets another thread run
+
+`python -m tests.faults launch STAGE PROCESSES` is the launcher of such ranks; its exit code is the outcome's.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cluster.local
+import pipeline.run
+from pipeline.failures import EXIT_CODES
+from pipeline.health.anomalies import Guard
+
+FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
+
+
+class FaultyLauncher(cluster.local.LocalLauncher):
+    module = "tests.faults"
+
+
+def _poison(create: Any) -> Any:
+    def poisoned(*arguments: Any) -> Any:
+        objective = create(*arguments)
+        honest = objective.loss
+
+        def loss(model: Any, batch: Any, step: int) -> Any:
+            value, terms = honest(model, batch, step)
+            factor = float(FAULTS.get("poison", {}).get(str(step + 1), 1)) if 0 in batch.slots else 1.0
+            return value * factor, terms
+
+        objective.loss = loss
+        return objective
+
+    return poisoned
+
+
+def _hinder(create: Any) -> Any:
+    def hindered(recipe: Any, beton: Any, seed: int, world: Any) -> Any:
+        feed = create(recipe, beton, seed, world)
+        honest = feed.slots
+
+        def slots(step: int) -> Iterator[Any]:
+            if world.rank == FAULTS.get("rank"):
+                time.sleep(FAULTS.get("sleep", {}).get(str(step + 1), 0))
+                if step + 1 == FAULTS.get("hang"):
+                    ctypes.PyDLL(None).sleep(10**6)
+            yield from honest(step)
+
+        feed.slots = slots
+        return feed
+
+    return hindered
+
+
+def main() -> None:
+    if sys.argv[1] == "launch":
+        with FaultyLauncher(int(sys.argv[3])) as launcher:
+            outcome = launcher.run(Path(sys.argv[2]))
+        print(outcome.reason)
+        sys.exit(EXIT_CODES[outcome.kind])
+    pipeline.run.create_objective = _poison(pipeline.run.create_objective)
+    pipeline.run._train_feed = _hinder(pipeline.run._train_feed)
+    if stretches := FAULTS.get("left_out"):
+        Guard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
+    pipeline.run.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Bad steps and ranks that stand still, in real processes."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.tracking import journal
+from tests.faults import FaultyLauncher
+from tests.support import make_tiny_run
+
+HOST = socket.gethostname()
+STATISTICS = [
+    "defaults.health.statistics_steps=4", "defaults.health.rollback_after=2", "defaults.health.window_steps=4",
+    "defaults.health.skip_before=2", "stages.finetune.schedule.epochs=4", "stages.finetune.schedule.warmup_epochs=1",
+    "defaults.tracking.log_every_steps=3", "stages.pretrain=null", "stages.intermediate=null",
+]  # fmt: skip
+# A lone NaN and a lone spike; then two in a row, for which the stage goes back to step 10.
+BAD_BATCHES = {"poison": {"3": "nan", "9": 1e6, "15": "nan", "16": 1e6}}
+
+
+def make_stage(directory: Path, *overrides: str) -> Path:
+    return make_tiny_run(directory, [*STATISTICS, *overrides]) / "finetune"
+
+
+def launch(stage: Path, processes: int, faults: dict, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    monkeypatch.setenv("FAULTS", json.dumps(faults))
+    return FaultyLauncher(processes).run(stage)
+
+
+def start(stage: Path, processes: int, faults: dict) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.faults", "launch", str(stage), str(processes)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def events(stage: Path) -> list[dict]:
+    return journal.read(stage / "journal.jsonl")
+
+
+def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 120) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not any(e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt for e in events(stage)):
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.02)
+
+
+def digest(stage: Path) -> str:
+    return json.loads((stage / "result.json").read_text())["weights_sha256"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def undisturbed(request, tmp_path_factory) -> tuple[int, Path]:
+    """A number of ranks, and the stage that met the bad batches and was not interrupted."""
+    stage = make_stage(tmp_path_factory.mktemp("anomalies"))
+    with pytest.MonkeyPatch.context() as patch:
+        assert launch(stage, request.param, BAD_BATCHES, patch).kind is OutcomeKind.DONE
+    return request.param, stage
+
+
+def test_bad_steps_are_refused_and_too_many_take_the_stage_back(undisturbed):
+    stage = undisturbed[1]
+    found = events(stage)
+    refused = [e["step"] for e in found if e["kind"] == "step" and e.get("refused")]
+    assert refused == [3, 9, 15, 16]
+    told = [e["message"] for e in found if e["kind"] == "event"]
+    assert told[0] == "step 3 was not made: its loss is nan, its gradient norm nan"
+    [rollback] = [e for e in found if e["kind"] == "rollback"]
+    assert (rollback["step"], rollback["left_out"], rollback["rollbacks"]) == (10, [13, 16], 1)
+    assert "2 steps from 15 to 16" in rollback["reason"]
+    again = found[found.index(rollback) :]
+    assert [e["step"] for e in again if e["kind"] == "step"] == [11, 12, *range(17, 25)]
+    assert list(journal.steps(found)) == [*range(1, 13), *range(17, 25)]
+    assert Stage(stage).done().step == 24
+
+
+def test_a_rollback_is_as_if_the_steps_had_never_been(undisturbed, tmp_path, monkeypatch):
+    processes, stage = undisturbed
+    plain = make_stage(tmp_path)
+    assert launch(plain, processes, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
+    assert not [e for e in events(plain) if e["kind"] == "rollback"]
+    assert digest(plain) == digest(stage)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(undisturbed, tmp_path):
+    """Also saved by SIGTERM, at a step where the undisturbed run has no checkpoint."""
+    processes, reference = undisturbed
+    stage, chance = make_stage(tmp_path), random.Random()
+    for attempt, how in enumerate(chance.sample([signal.SIGKILL, signal.SIGTERM], 2), start=1):
+        process = start(stage, processes, BAD_BATCHES)
+        wait_for_step(stage, chance.randint(1, 17), attempt)
+        time.sleep(chance.uniform(0, 0.3))
+        if how is signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        process.communicate(timeout=60)
+    process = start(stage, processes, BAD_BATCHES)
+    assert process.wait(120) == 0, process.stdout.read()
+    assert digest(stage) == digest(reference), [e for e in events(stage) if e["kind"] in ("attempt", "rollback")]
+
+
+def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path, monkeypatch):
+    faults = {"poison": {str(step): "nan" for step in range(7, 25)}}
+    outcome = launch(make_stage(tmp_path, "defaults.health.max_rollbacks=2"), 1, faults, monkeypatch)
+    assert outcome.kind is OutcomeKind.PERMANENT
+    assert "2 steps from 11 to 12 had a loss or gradient norm that is not finite or far above the last ones, after 2 "\
+        "rollbacks (health.max_rollbacks)" in outcome.reason  # fmt: skip
+    assert "\n" not in outcome.reason
+    rollbacks = [(e["step"], e["left_out"]) for e in events(tmp_path / "run" / "finetune") if e["kind"] == "rollback"]
+    assert rollbacks == [(0, [5, 8]), (5, [7, 10])]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> Path:
+    """The stage on two ranks that nothing disturbed."""
+    stage = make_stage(tmp_path_factory.mktemp("calm"))
+    with pytest.MonkeyPatch.context() as patch:
+        assert launch(stage, 2, {}, patch).kind is OutcomeKind.DONE
+    assert not [e for e in events(stage) if e["kind"] in ("rollback", "event")]
+    return stage
+
+
+WATCHED = ["defaults.health.stall_seconds=4", "defaults.tracking.log_every_steps=1"]
+
+
+def stacks(stage: Path, rank: int, attempt: int = 1) -> str:
+    return (stage / "health" / f"{attempt:06d}" / f"rank-{rank:05d}.stacks").read_text()
+
+
+def ranks_of(stage: Path) -> list[int]:
+    """Processes that have the stage's directory on their command line."""
+    found = subprocess.run(["pgrep", "-f", f"^[^ ]+ -m [a-z.]+ {stage}"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def resumes_to_the_same_bits(stage: Path, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch(stage, 2, {}, monkeypatch).kind is OutcomeKind.DONE
+    assert digest(stage) == digest(calm)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_and_the_run_can_be_retried(calm, tmp_path, monkeypatch, frozen):
+    stage = make_stage(tmp_path, *WATCHED)
+    process = start(stage, 2, {})
+    wait_for_step(stage, 7)
+    [victim] = [pid for pid in ranks_of(stage) if f"RANK={frozen}" in environment(pid)]
+    began = time.monotonic()
+    os.kill(victim, signal.SIGSTOP)
+    said, _ = process.communicate(timeout=60)
+    took = time.monotonic() - began
+    assert process.returncode == 76, said
+    assert f"rank {frozen} on {HOST} gave no sign of life after" in said
+    outcome = Stage(stage).last_outcome()
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    reached = max(e["step"] for e in events(stage) if e["kind"] == "step")
+    assert outcome.step in (reached, reached + 1)
+    assert f"rank {1 - frozen} waited for it in" in outcome.reason
+    for rank in (0, 1):
+        assert "pipeline/trainer.py" in stacks(stage, rank)
+    assert took < 30
+    assert ranks_of(stage) == []
+    resumes_to_the_same_bits(stage, calm, monkeypatch)
+
+
+def environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_a_rank_that_hangs_in_its_data_is_named(calm, tmp_path, monkeypatch):
+    stage = make_stage(tmp_path, *WATCHED)
+    outcome = launch(stage, 2, {"rank": 1, "sleep": {"8": 1000}}, monkeypatch)
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert outcome.step == 8
+    assert f"rank 1 on {HOST} has been in data of step 8 for" in outcome.reason
+    assert "rank 0 waited for it in synchronise of step 8" in outcome.reason
+    assert "tests/faults.py" in stacks(stage, 1)
+    assert ranks_of(stage) == []
+    resumes_to_the_same_bits(stage, calm, monkeypatch)
+
+
+def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypatch):
+    stage = make_stage(tmp_path, *WATCHED)
+    outcome = launch(stage, 2, {"rank": 1, "hang": 8}, monkeypatch)
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert f"rank 1 on {HOST} gave no sign of life after" in outcome.reason
+    assert "tests/faults.py" in stacks(stage, 1)
+    assert ranks_of(stage) == []
+
+
+def test_a_slow_rank_raises_no_alarm(calm, tmp_path, monkeypatch):
+    stage = make_stage(tmp_path, *WATCHED)
+    outcome = launch(stage, 2, {"rank": 1, "sleep": {"6": 2.5, "7": 2.5, "8": 2.5}}, monkeypatch)
+    assert outcome.kind is OutcomeKind.DONE, outcome.reason
+    assert digest(stage) == digest(calm)
+
+
+def test_a_killed_rank_is_named_by_the_others(tmp_path):
+    stage = make_stage(tmp_path, "defaults.tracking.log_every_steps=1")
+    process = start(stage, 2, {})
+    wait_for_step(stage, 7)
+    [victim] = [pid for pid in ranks_of(stage) if "RANK=1" in environment(pid)]
+    os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 76
+    assert "rank 1 was killed by SIGKILL" in said
+    outcome = Stage(stage).last_outcome()
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert f"rank 1 on {HOST} was lost in" in outcome.reason
