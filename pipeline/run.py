@@ -28,7 +28,7 @@ from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
-from pipeline.saving import Checkpoints
+from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
@@ -73,6 +73,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     stack.callback(world.leave)
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
+    if world.is_main:
+        stack.enter_context(stage.beating())
     stop = AgreedStop(request, world.agree)
     data = open_data(recipe)
     world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
@@ -85,14 +87,13 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     feed = _train_feed(recipe, data["train"], seed, world)
     stack.callback(feed.close)
     validation = _evaluation_feed(recipe, data["validation"], world)
-    store = CheckpointStore(
-        stage.directory / "checkpoints",
-        attempt=stage.attempt,
-        group=world.group,
-        still_current=stage.still_current,
-        facts={"recipe": recipe.fingerprint(), "data": data["train"].sha256, "engine": recipe.engine.kind},
-        on_event=lambda message: log.write("event", level="warning", message=message),
-    )
+    facts = {
+        "recipe": recipe.fingerprint(),
+        "data": {name: beton.sha256 for name, beton in data.items()},
+        "engine": recipe.engine.kind,
+        "versions": _versions(),
+    }
+    store = open_store(stage, world, facts, lambda message: log.write("event", level="warning", message=message))
     start = _load(stage, engine, objective, store, log)
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     log.write(
@@ -106,13 +107,26 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         versions=_versions(),
     )
     engine.warm_up(_example_batch(recipe), objective)
-    checkpoints = Checkpoints(store, engine, log, saved=start or None, keep_last=recipe.checkpoint.keep_last)
+    lower_is_better = objective.metric == "loss"
+    events = stage.directory / "journal.jsonl"
+    checkpoints = Checkpoints(
+        store,
+        engine,
+        log,
+        recipe.checkpoint,
+        saved=start or None,
+        steps_per_epoch=feed.steps_per_epoch,
+        best=world.on_main(lambda: best_evaluation(journal.read(events), objective.metric, lower_is_better)),
+        hurry=lambda: stop.number != 0,
+    )
+    stack.callback(checkpoints.close)
 
     def run_evaluation(step: int) -> None:
         look = partial(_picture, stage, objective, log, step)
         metrics = evaluate(engine, objective, validation, stop, look)
         if metrics is not None:
             log.write("evaluate", step=step, metrics=metrics)
+            checkpoints.evaluated(step, metrics[objective.metric], lower_is_better)
 
     every_steps = max(round(recipe.evaluation.every_epochs * feed.steps_per_epoch), 1)
     outcome = train(
@@ -131,8 +145,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         ),
         actions=[
             Action(
-                due=lambda step: step == last or (step > 0 and step % recipe.checkpoint.every_steps == 0),
-                run=lambda step: checkpoints.save(step, why="end" if step == last else "due"),
+                due=lambda step: step == last or checkpoints.due(step),
+                run=lambda step: checkpoints.save(step, why="end" if step == last else "due", wait=False),
             ),
             Action(
                 due=lambda step: (
@@ -162,6 +176,7 @@ def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointS
     transfer = None if resumed else handoff.receive(stage, engine, objective)
     engine.attach_components()
     if transfer is not None:
+        store.parents = [f"weights of sha256 {stage.previous().done().weights_sha256}"]
         log.write(
             "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
         )

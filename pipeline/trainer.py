@@ -61,6 +61,7 @@ def train(
             return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}", step)
         step += 1
         log.add(step, report, lr)
+        checkpoints.poll()
 
 
 class StepLog:
