@@ -145,7 +145,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         ),
         actions=[
             Action(
-                due=lambda step: step == last or checkpoints.due(step),
+                due=lambda step: step == last or (step > 0 and checkpoints.due(step)),
                 run=lambda step: checkpoints.save(step, why="end" if step == last else "due", wait=False),
             ),
             Action(

@@ -115,8 +115,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the recipe wants a checkpoint of this step."""
-        every = (self._settings.every_steps, self._keep_every)
-        return step > 0 and any(step % steps == 0 for steps in every if steps)
+        return any(step % steps == 0 for steps in (self._settings.every_steps, self._keep_every) if steps)
 
     def save(self, step: int, why: str, *, wait: bool = True) -> None:
         """Save the state. With `wait` it is committed on return; without, perhaps only started.
@@ -160,6 +159,13 @@ class Checkpoints:
             self._best = (step, value)
             if self._settings.keep_best:
                 self.save(step, why="best", wait=False)
+
+    def went_back(self, step: int) -> None:
+        """Take note of a rollback to `step`: later checkpoints are gone, their steps are saved again."""
+        self._settle(forgive=True)
+        self._saved = step
+        if self._best and self._best[0] > step:
+            self._best = None
 
     def close(self, timeout_seconds: float = 60) -> None:
         """Let an open save end, so that the process group can be left. For failures too: not collective."""

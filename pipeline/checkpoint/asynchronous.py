@@ -83,6 +83,10 @@ class BackgroundSave:
     def running(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def is_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Until the thread has ended, or time is up."""
         self._thread.join(timeout_seconds)

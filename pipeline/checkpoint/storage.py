@@ -81,6 +81,14 @@ def read_committed(folder: Folder, name: CheckpointName) -> tuple[Manifest | Non
     return manifest, []
 
 
+def verified(folder: Folder, name: CheckpointName) -> tuple[Manifest | None, list[str]]:
+    """`read_committed`, and the data files re-read whole: what is wrong is all that is wrong with a checkpoint."""
+    manifest, problems = read_committed(folder, name)
+    if manifest:
+        problems = [p for file, record in sorted(manifest.files.items()) if (p := problem_of(folder, file, record))]
+    return (None if problems else manifest), problems
+
+
 def remove_checkpoint(folder: Folder) -> list[str]:
     """Delete the files that a checkpoint writer writes, COMMIT first, and the directory if that leaves it empty.
 

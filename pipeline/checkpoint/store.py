@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
-from pipeline.checkpoint.storage import CommittingWriter, problem_of, read_committed, remove_checkpoint
+from pipeline.checkpoint.storage import CommittingWriter, problem_of, read_committed, remove_checkpoint, verified
 from pipeline.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
 from pipeline.folder import Folder, is_storage_error
@@ -56,6 +56,7 @@ class CheckpointStore:
         self.parents: list[str] = []
         self._still_current = still_current
         self._buffers: Buffers = {}
+        self._background: BackgroundSave | None = None
 
     # ---- looking
 
@@ -73,11 +74,7 @@ class CheckpointStore:
         parsed = CheckpointName.parse(name)
         if parsed is None or not (self.folder / name / COMMIT).exists():
             return [f"{name} is not a committed checkpoint"]
-        manifest, problems = read_committed(self.folder / name, parsed)
-        if manifest is None:
-            return problems
-        found = (problem_of(self.folder / name, file, record) for file, record in sorted(manifest.files.items()))
-        return [problem for problem in found if problem]
+        return verified(self.folder / name, parsed)[1]
 
     def ever_committed(self) -> bool:
         """Whether a checkpoint was ever committed here, even if none of them is usable now. Collective."""
@@ -125,14 +122,20 @@ class CheckpointStore:
     ) -> BackgroundSave:
         """`save` in a thread, and `then` in it after the commit; returns when `state` may change again. Collective.
 
-        Until the save has ended on every rank, nothing else of this store may be called.
+        One is open at most: whatever else is asked of the store waits for its end.
         """
         tensors = flatten(state)
+        self._wait()
 
         def work(staged: Callable[[], None]) -> str:
             return self._write(tensors, step, why, StagingPlanner(self._buffers, staged))
 
-        return BackgroundSave(step, work, then)
+        self._background = BackgroundSave(step, work, then)
+        return self._background
+
+    def _wait(self) -> None:
+        if self._background and not self._background.is_this_thread:
+            self._background.wait()
 
     def _write(self, tensors: dict[str, torch.Tensor], step: int, why: str, planner: DefaultSavePlanner) -> str:
         name = CheckpointName(attempt=self.attempt, step=step)
@@ -242,6 +245,7 @@ class CheckpointStore:
                     raise
                 raise CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage") from error
 
+        self._wait()
         return from_rank_zero(explained, self.group)
 
 
