@@ -23,3 +23,7 @@ class StageError(UserError):
 
 class CheckpointError(UserError):
     """No usable checkpoint, or weights that do not fit the model."""
+
+
+class OvertakenError(CheckpointError):
+    """A newer attempt has taken the stage: this one may write nothing any more."""

@@ -32,7 +32,7 @@ from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
-from pipeline.saving import Checkpoints
+from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
@@ -74,6 +74,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
+    if world.is_main:
+        stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
     data = open_data(recipe)
     world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
@@ -87,14 +89,13 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     feed = _train_feed(recipe, data["train"], seed, world)
     stack.callback(feed.close)
     validation = _evaluation_feed(recipe, data["validation"], world)
-    store = CheckpointStore(
-        stage.directory / "checkpoints",
-        attempt=stage.attempt,
-        group=world.group,
-        still_current=stage.still_current,
-        facts={"recipe": recipe.fingerprint(), "data": data["train"].sha256, "engine": recipe.engine.kind},
-        on_event=lambda message: log.write("event", level="warning", message=message),
-    )
+    facts = {
+        "recipe": recipe.fingerprint(),
+        "data": {name: beton.sha256 for name, beton in data.items()},
+        "engine": recipe.engine.kind,
+        "versions": _versions(),
+    }
+    store = open_store(stage, world, facts, lambda message: log.write("event", level="warning", message=message))
     start, resumed = _load(stage, engine, objective, store, log)
     guard: Guard = engine.guard
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
@@ -109,13 +110,23 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         versions=_versions(),
     )
     engine.warm_up(_example_batch(recipe), objective)
+    lower_is_better = objective.metric == "loss"
+    events = stage.directory / "journal.jsonl"
     checkpoints = Checkpoints(
-        store, engine, log, saved=start if resumed else None, keep_last=recipe.checkpoint.keep_last
+        store,
+        engine,
+        log,
+        recipe.checkpoint,
+        saved=start if resumed else None,
+        steps_per_epoch=feed.steps_per_epoch,
+        best=world.on_main(lambda: best_evaluation(journal.read(events), objective.metric, lower_is_better)),
+        hurry=lambda: stop.number != 0,
     )
+    stack.callback(checkpoints.close)
 
     def save(step: int) -> None:
         watchdog.phase("save", step)
-        checkpoints.save(step, why="end" if step == last else "due")
+        checkpoints.save(step, why="end" if step == last else "due", wait=False)
 
     def run_evaluation(step: int) -> None:
         watchdog.phase("evaluate", step)
@@ -123,6 +134,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         metrics = evaluate(engine, objective, validation, stop, look)
         if metrics is not None:
             log.write("evaluate", step=step, metrics=metrics)
+            checkpoints.evaluated(step, metrics[objective.metric], lower_is_better)
 
     every_steps = max(round(recipe.evaluation.every_epochs * feed.steps_per_epoch), 1)
     outcome = train(
@@ -142,7 +154,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         actions=[
             Action(
                 # Also before the first step: a rollback may have to go back so far.
-                due=lambda step: step == last or step % recipe.checkpoint.every_steps == 0,
+                due=lambda step: step == last or checkpoints.due(step),
                 run=save,
             ),
             Action(
@@ -154,7 +166,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             ),
         ],
         checkpoints=checkpoints,
-        rollbacks=Rollbacks(guard, engine, store, checkpoints.went_back, log.write),
+        rollbacks=Rollbacks(guard, engine, store, checkpoints, log.write),
         log=log,
         stop=stop,
         watchdog=watchdog,
@@ -180,6 +192,7 @@ def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointS
     engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
     engine.components.append(guard)
     if transfer is not None:
+        store.parents = [f"weights of sha256 {stage.previous().done().weights_sha256}"]
         log.write(
             "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
         )

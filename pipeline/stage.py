@@ -3,24 +3,30 @@
 recipe.yaml                 what to do, resolved
 data.json                   hashes of the data it was started with
 attempts/000001.json        who took the stage when (created exclusively: the number is the fencing token)
+attempts/000001.heartbeat   changes while that attempt lives
 attempts/000001.outcome.json  how that attempt ended
+attempts.jsonl              the same to read: one line an attempt
 checkpoints/                see pipeline.checkpoint
 journal.jsonl               what happened
 weights.safetensors, result.json, DONE
 """
 
+import itertools
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, RecipeError, StageError
+from pipeline.folder import Folder
 from pipeline.health.processes import start_time
 from pipeline.recipe import StageRecipe, changes, dump, load_stage
 
@@ -55,9 +61,15 @@ class Done:
 class Stage:
     """An opened stage directory.
 
+    Attributes:
+        attempt: this process's attempt, None before `take`.
+        heartbeat_seconds: how often a running attempt shows that it lives.
+
     Raises:
         StageError: if there is no stage at `directory`.
     """
+
+    heartbeat_seconds = 10.0
 
     def __init__(self, directory: Path):
         self.directory = Path(directory).resolve()
@@ -65,6 +77,7 @@ class Stage:
             raise StageError(f"{self.directory} is no stage: it has no recipe.yaml; `fcmae run` makes one")
         self.recipe: StageRecipe = load_stage(self.directory / "recipe.yaml")
         self.attempt: int | None = None
+        self._attempts = Folder.at(self.directory) / "attempts"
 
     @classmethod
     def create(cls, directory: Path, recipe: StageRecipe) -> "Stage":
@@ -92,11 +105,9 @@ class Stage:
         """Number this attempt, by exclusive creation of its file.
 
         Raises:
-            StageError: if a live process of this machine holds the stage.
+            StageError: if a live process holds the stage.
         """
         self.check_free()
-        folder = self.directory / "attempts"
-        folder.mkdir(exist_ok=True)
         number = self.attempts() + 1
         entry = {
             "attempt": number,
@@ -105,30 +116,68 @@ class Stage:
             "pid_start_time": start_time(os.getpid()),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": world_size,
+            "job": os.environ.get("SLURM_JOB_ID"),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "heartbeat_seconds": self.heartbeat_seconds,
+            "token": uuid.uuid4().hex,
         }
         try:
-            write_exclusively(folder / f"{number:06d}.json", entry)
+            self._attempts.create(f"{number:06d}.json", encoded(entry))
         except FileExistsError:
             raise StageError(
                 f"another process took stage {self.recipe.name} at the same moment; run it once only"
             ) from None
         self.attempt = number
+        self._list_attempts()
         return number
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show that this attempt lives, from a thread. A beat that cannot be written is left out."""
+        end = threading.Event()
+
+        def beat() -> None:
+            for count in itertools.count(1):
+                with suppress(Exception):
+                    self._attempts.publish(f"{self.attempt:06d}.heartbeat", b"%d\n" % count)
+                if end.wait(self.heartbeat_seconds):
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
     def check_free(self) -> None:
-        """Raise StageError if a live process of this machine holds the stage."""
+        """Raise StageError if a live process holds the stage. May watch another machine's for some heartbeats."""
         owner = self._last_attempt()
-        if owner and is_alive(owner) and self.last_outcome() is None:
+        if owner and self.last_outcome() is None and self._lives(owner):
             raise StageError(
                 f"stage {self.recipe.name} is being run by process {owner['pid']} on {owner['host']};"
                 " wait for it, or stop it first"
             )
 
+    def _lives(self, owner: Mapping[str, Any]) -> bool:
+        if owner["host"] == socket.gethostname():
+            return is_alive(owner)
+        job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        if job is not None and owner.get("job") == job and restarts > owner["restart_count"]:
+            return False  # the scheduler has ended it before it started us
+        name = f"{owner['attempt']:06d}.heartbeat"
+        before, deadline = self._attempts_file(name), time.monotonic() + 2.5 * owner.get("heartbeat_seconds", 0)
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self.heartbeat_seconds))
+            if self._attempts_file(name) != before:
+                return True
+        return False
+
     def attempts(self) -> int:
         """The number of the last attempt; 0 before the first."""
-        folder = self.directory / "attempts"
-        return max((int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit()), default=0)
+        stems = (name.removesuffix(".json") for name in self._attempts.entries() if name.endswith(".json"))
+        return max((int(stem) for stem in stems if stem.isdigit()), default=0)
 
     def still_current(self) -> bool:
         """Whether no newer attempt has taken the stage."""
@@ -139,19 +188,35 @@ class Stage:
         if self.attempt is None:
             return
         with suppress(FileExistsError):
-            write_exclusively(self.directory / "attempts" / f"{self.attempt:06d}.outcome.json", asdict(outcome))
+            self._attempts.create(f"{self.attempt:06d}.outcome.json", encoded(asdict(outcome)))
+            self._list_attempts()
 
     def last_outcome(self) -> Outcome | None:
         """How the last attempt ended; None if it did not say."""
-        path = self.directory / "attempts" / f"{self.attempts():06d}.outcome.json"
-        if not path.exists():
+        content = self._attempts_file(f"{self.attempts():06d}.outcome.json")
+        if content is None:
             return None
-        entry = json.loads(path.read_text())
+        entry = json.loads(content)
         return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
 
     def _last_attempt(self) -> dict[str, Any] | None:
         number = self.attempts()
-        return json.loads((self.directory / "attempts" / f"{number:06d}.json").read_text()) if number else None
+        content = self._attempts_file(f"{number:06d}.json") if number else None
+        return json.loads(content) if content else None
+
+    def _attempts_file(self, name: str) -> bytes | None:
+        try:
+            return self._attempts.read(name)
+        except FileNotFoundError:
+            return None
+
+    def _list_attempts(self) -> None:
+        lines = []
+        for number in range(1, self.attempts() + 1):
+            entry, outcome = (self._attempts_file(f"{number:06d}{end}") for end in (".json", ".outcome.json"))
+            outcome_entry = {"outcome": json.loads(outcome) if outcome else None}
+            lines.append(json.dumps({**json.loads(entry or b"{}"), **outcome_entry}) + "\n")
+        Folder.at(self.directory).publish("attempts.jsonl", "".join(lines).encode())
 
     # -- data
 
@@ -201,23 +266,9 @@ def is_alive(owner: Mapping[str, Any]) -> bool:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file that is either the old one or the new one, also after a power cut."""
-    _write_aside(path, content).replace(path)
+    Folder.at(path.parent).publish(path.name, encoded(content))
 
 
-def write_exclusively(path: Path, content: object) -> None:
-    """Create a JSON file with all its content at once; FileExistsError if somebody else did."""
-    aside = _write_aside(path, content)
-    try:
-        os.link(aside, path)
-    finally:
-        aside.unlink()
-
-
-def _write_aside(path: Path, content: object) -> Path:
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with open(aside, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return aside
+def encoded(content: object) -> bytes:
+    """Indented JSON."""
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -75,6 +75,7 @@ def train(
                 continue
             log.add(step + 1, report, lr)
         step += 1
+        checkpoints.poll()
 
 
 class StepLog:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import RecipeError, UserError
+from tools import checkpoint
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From images to a fine-tuned ConvNeXt V2: FCMAE pre-training and fine-tuning as resumable stages.",
 )
+
+
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 @app.command()

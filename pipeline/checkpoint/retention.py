@@ -5,37 +5,42 @@ from collections.abc import Collection
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
+from pipeline.folder import is_storage_error
 
 
 def kept(
-    names: Collection[CheckpointName], *, keep_last: int, keep_every: int | None, protect: Collection[str]
+    names: Collection[CheckpointName], *, keep_last: int, keep_every: int | None, keep_steps: Collection[int] = ()
 ) -> set[CheckpointName]:
-    """The newest `keep_last` (at least one), those whose step is a multiple of `keep_every`, and the protected."""
+    """The newest `keep_last` (at least one), those whose step is a multiple of `keep_every`, and `keep_steps`."""
     newest = sorted(names)[-max(1, keep_last) :]
     return {
-        name for name in names if name in newest or (keep_every and name.step % keep_every == 0) or str(name) in protect
+        name
+        for name in names
+        if name in newest or (keep_every and name.step % keep_every == 0) or name.step in keep_steps
     }
 
 
 def prune(
-    store: CheckpointStore, *, keep_last: int, keep_every: int | None = None, protect: Collection[str] = ()
+    store: CheckpointStore, *, keep_last: int, keep_every: int | None = None, keep_steps: Collection[int] = ()
 ) -> list[str]:
     """Delete what need not be kept, and what earlier attempts left uncommitted; returns the names. Collective.
 
-    `keep_every` counts steps (None: no such class); `protect` holds names of checkpoints. Deletes nothing unless the
-    newest checkpoint verifies when re-read now. Never touches a link, a checkpoint of a newer attempt, or a file
-    that is not ours. What cannot be deleted is reported and kept. Raises CheckpointError when a newer attempt has
-    taken the stage.
+    `keep_every` counts steps (None: no such class); `keep_steps` are those of the best and of the stage's output.
+    Deletes nothing unless the newest checkpoint verifies when re-read now. Never touches a link, a checkpoint of a
+    newer attempt, or a file that is not ours. What cannot be deleted is reported and kept. Raises OvertakenError when
+    a newer attempt has taken the stage.
     """
 
     def plan() -> tuple[CheckpointName | None, list[CheckpointName]]:
         store.refuse_if_overtaken()
         committed = set(store.committed())
-        keep = kept(committed, keep_last=keep_last, keep_every=keep_every, protect=protect)
+        keep = kept(committed, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps)
         doomed = []
         for entry, info in store.folder.entries().items():
             name = CheckpointName.parse(entry)
-            if name is None or name in keep or entry in protect or info["type"] != "directory" or info.get("islink"):
+            if name is None or name in keep:
+                continue
+            if info["type"] != "directory" or info.get("islink"):
                 continue
             ours = name.attempt <= store.attempt if name in committed else name.attempt < store.attempt
             if ours:
@@ -60,7 +65,9 @@ def prune(
 def _deleted(store: CheckpointStore, name: CheckpointName) -> bool:
     try:
         foreign = remove_checkpoint(store.folder / str(name))
-    except OSError as error:
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
         store.on_event(f"checkpoint {name} could not be pruned: {error}")
         return False
     if foreign:

@@ -1,19 +1,14 @@
-"""Checkpoint directories on a local disk or any fsspec URL: durable writes, hashing while writing, COMMIT last.
-
-Local disks get fsync of file and directory and a rename; object stores show an object whole or not at all.
-"""
+"""Checkpoint directories on a local disk or any fsspec URL: durable writes, hashing while writing, COMMIT last."""
 
 import hashlib
 import os
 import re
-import uuid
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -30,107 +25,51 @@ from pipeline.checkpoint.manifest import (
     Manifest,
     commit_record,
 )
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, OvertakenError
+from pipeline.folder import Folder
 
+READ_ATTEMPTS = 4  # of an object store, with pauses of 1, 2 and 4 seconds
 _CHUNK_BYTES = 8 << 20
 _WRITTEN_HERE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(manifest\.json|COMMIT)(\.[0-9a-f]{8}\.tmp)?")
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A directory on some file system; it need not exist."""
+def problem_of(folder: Folder, name: str, record: FileRecord) -> str | None:
+    """What is wrong with a file, in words that start with its name; None when it is as recorded.
 
-    fs: AbstractFileSystem
-    path: str
-
-    @classmethod
-    def at(cls, url: str | os.PathLike) -> "Folder":
-        """The folder of a local path or an fsspec URL."""
-        return cls(*url_to_fs(os.fspath(url)))
-
-    @property
-    def local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
-
-    @property
-    def url(self) -> str:
-        return self.fs.unstrip_protocol(self.path)
-
-    def __str__(self) -> str:
-        return self.path if self.local else self.url
-
-    def __truediv__(self, name: str) -> "Folder":
-        return Folder(self.fs, f"{self.path.rstrip('/')}/{name}")
-
-    def exists(self) -> bool:
-        return self.fs.exists(self.path)
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """What lies directly inside, by name; empty when the folder does not exist."""
-        self.fs.invalidate_cache(self.path)
+    On a local disk what cannot be read is damaged. An object store that does not answer proves nothing: that raises.
+    """
+    for attempt in range(READ_ATTEMPTS):
         try:
-            found = self.fs.ls(self.path, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {info["name"].rstrip("/").rpartition("/")[2]: info for info in found if info["name"] != self.path}
-
-    def read(self, name: str) -> bytes:
-        return self.fs.cat_file((self / name).path)
-
-    def publish(self, name: str, data: bytes, last_check: Callable[[], None] = lambda: None) -> None:
-        """Write a file that is seen whole or not at all, and survives a power cut; `last_check` may still raise."""
-        target = self / name
-        self.fs.makedirs(self.path, exist_ok=True)
-        if not self.local:
-            last_check()
-            self.fs.pipe_file(target.path, data)
-            return
-        temporary = self / f"{name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with self.fs.open(temporary.path, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            last_check()
-            self.fs.mv(temporary.path, target.path)
-        except BaseException:
-            if temporary.exists():
-                self.fs.rm_file(temporary.path)
-            raise
-        self.sync()
-
-    def sync(self) -> None:
-        """Make the names in a local directory survive a power cut."""
-        if self.local:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def problem_of(self, name: str, record: FileRecord) -> str | None:
-        """What is wrong with a file, in words that start with its name; None when it is as recorded."""
-        try:
-            with self.fs.open((self / name).path, "rb") as stream:
+            with folder.fs.open((folder / name).path, "rb") as stream:
                 digest, size = hashlib.sha256(), 0
                 while chunk := stream.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     size += len(chunk)
+            break
         except FileNotFoundError:
             return f"{name} is missing"
         except Exception as error:  # each file system has its own errors; none of them may pass for a good file
-            return f"{name} cannot be read ({type(error).__name__}: {error})"
-        if size != record.bytes:
-            return f"{name} has {size} bytes instead of {record.bytes}"
-        return None if digest.hexdigest() == record.sha256 else f"{name} has another sha256 than was written"
+            if folder.local:
+                return f"{name} cannot be read ({type(error).__name__}: {error})"
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)
+    if size != record.bytes:
+        return f"{name} has {size} bytes instead of {record.bytes}"
+    return None if digest.hexdigest() == record.sha256 else f"{name} has another sha256 than was written"
 
 
 def read_committed(folder: Folder, name: CheckpointName) -> tuple[Manifest | None, list[str]]:
     """The manifest that COMMIT vouches for and no problems, or None and what is wrong. Data files are not looked at."""
-    try:
-        text, record = folder.read(MANIFEST), folder.read(COMMIT)
-    except Exception as error:  # as in Folder.problem_of
-        return None, [f"{MANIFEST} or {COMMIT} cannot be read ({type(error).__name__}: {error})"]
+    texts = []
+    for file in (MANIFEST, COMMIT):
+        try:
+            texts.append(folder.read(file))
+        except Exception as error:  # as in problem_of
+            if not folder.local and not isinstance(error, FileNotFoundError):
+                raise
+            return None, [f"{file} cannot be read ({type(error).__name__}: {error})"]
+    text, record = texts
     if record != commit_record(text):
         return None, [f"{COMMIT} does not belong to {MANIFEST}"]
     try:
@@ -140,6 +79,14 @@ def read_committed(folder: Folder, name: CheckpointName) -> tuple[Manifest | Non
     if manifest.name != name:
         return None, [f"{MANIFEST} is that of {manifest.name}"]
     return manifest, []
+
+
+def verified(folder: Folder, name: CheckpointName) -> tuple[Manifest | None, list[str]]:
+    """`read_committed`, and the data files re-read whole: what is wrong is all that is wrong with a checkpoint."""
+    manifest, problems = read_committed(folder, name)
+    if manifest:
+        problems = [p for file, record in sorted(manifest.files.items()) if (p := problem_of(folder, file, record))]
+    return (None if problems else manifest), problems
 
 
 def remove_checkpoint(folder: Folder) -> list[str]:
@@ -232,8 +179,8 @@ class CommittingWriter(FsspecWriter):
     """DCP's fsspec writer; the files are hashed as they are written, and the coordinator's `finish` commits them.
 
     `finish` writes `.metadata`, `manifest.json` and, if `still_current()` is true just then, COMMIT. It raises
-    CheckpointError, with nothing committed, when a newer attempt has taken the stage or when another rank's file
-    is not seen.
+    OvertakenError, with nothing committed, when a newer attempt has taken the stage, and CheckpointError when another
+    rank's file is not seen.
     """
 
     def __init__(
@@ -259,7 +206,7 @@ class CommittingWriter(FsspecWriter):
         files = {**written, METADATA: self.fs.records[METADATA]}
         manifest = Manifest(self._name, files, self._facts).encode()
         self._folder.publish(MANIFEST, manifest)
-        self._folder.publish(COMMIT, commit_record(manifest), last_check=self._refuse_if_overtaken)
+        self._folder.create(COMMIT, commit_record(manifest), last_check=self._refuse_if_overtaken)
 
     def _expect_all_seen(self, written: dict[str, FileRecord]) -> None:
         seen = self._folder.entries()
@@ -272,7 +219,7 @@ class CommittingWriter(FsspecWriter):
 
     def _refuse_if_overtaken(self) -> None:
         if not self._still_current():
-            raise CheckpointError(
+            raise OvertakenError(
                 f"{self._folder} is not committed: a newer attempt than {self._name.attempt} has taken the stage; "
                 "let this process end"
             )

@@ -1,7 +1,8 @@
 """The checkpoints of one stage: save, restore the newest that verifies, never believe anything else.
 
 What is marked collective is called by all ranks together, and an error on one is an error on all. Rank 0 alone looks,
-decides and moves. The group handed in must work on CPU tensors, because the default group may not.
+decides and moves. The group handed in must work on CPU tensors, because the default group may not, and must be the
+store's own: a save in the background talks over it while the training talks over others.
 """
 
 import contextlib
@@ -14,13 +15,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
-from pipeline.checkpoint.storage import CommittingWriter, Folder, read_committed, remove_checkpoint
+from pipeline.checkpoint.storage import CommittingWriter, problem_of, read_committed, remove_checkpoint, verified
 from pipeline.collective import from_rank_zero
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import CheckpointError, OvertakenError, UserError
+from pipeline.folder import Folder, is_storage_error
 
 QUARANTINE, EVER_COMMITTED = "quarantine", "EVER_COMMITTED"
 State = Mapping[str, "torch.Tensor | State"]
@@ -31,8 +34,9 @@ class CheckpointStore:
     """Checkpoints `step-<step>.<attempt>` in one directory, on a local path or an fsspec URL.
 
     `still_current()` is false once a newer attempt has taken the stage: this one then commits nothing and leaves all
-    other checkpoints alone. `facts` (JSON) go into every manifest. `on_event` gets one sentence, on rank 0, about
-    anything a person should know.
+    other checkpoints alone. `facts` (JSON) go into every manifest, with what the checkpoint comes from: its parent is
+    the one restored or saved before. `on_event` gets one sentence, on rank 0, about anything a person should know.
+    At most `most_fallbacks` damaged checkpoints are set aside in one restore: more look like a broken disk.
     """
 
     def __init__(
@@ -44,10 +48,15 @@ class CheckpointStore:
         still_current: Callable[[], bool],
         facts: dict[str, Any],
         on_event: Callable[[str], None],
+        most_fallbacks: int = 3,
     ) -> None:
         self.folder = Folder.at(directory)
         self.attempt, self.group, self.facts, self.on_event = attempt, group, facts, on_event
+        self.most_fallbacks = most_fallbacks
+        self.parents: list[str] = []
         self._still_current = still_current
+        self._buffers: Buffers = {}
+        self._background: BackgroundSave | None = None
 
     # ---- looking
 
@@ -65,11 +74,7 @@ class CheckpointStore:
         parsed = CheckpointName.parse(name)
         if parsed is None or not (self.folder / name / COMMIT).exists():
             return [f"{name} is not a committed checkpoint"]
-        manifest, problems = read_committed(self.folder / name, parsed)
-        if manifest is None:
-            return problems
-        found = ((self.folder / name).problem_of(file, record) for file, record in sorted(manifest.files.items()))
-        return [problem for problem in found if problem]
+        return verified(self.folder / name, parsed)[1]
 
     def ever_committed(self) -> bool:
         """Whether a checkpoint was ever committed here, even if none of them is usable now. Collective."""
@@ -80,16 +85,26 @@ class CheckpointStore:
         )
 
     def damage(self, name: CheckpointName) -> list[str]:
-        """`verify`, with the reading shared among the ranks. Collective."""
+        """`verify`, with the reading shared among the ranks. Collective.
+
+        Raises CheckpointError when an object store does not answer, which is no damage.
+        """
         folder = self.folder / str(name)
         manifest, problems = self.from_rank_zero(lambda: read_committed(folder, name))
         if manifest is None:
             return problems
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
         share = sorted(manifest.files.items())[rank::world]
-        found: list[list[str]] = [[]] * world
-        mine = [problem for file, record in share if (problem := folder.problem_of(file, record))]
+        mine: list[str] | CheckpointError
+        try:
+            mine = [problem for file, record in share if (problem := problem_of(folder, file, record))]
+        except Exception as error:  # the other ranks wait for it
+            mine = CheckpointError(f"{folder} could not be read ({type(error).__name__}: {error}); repair the storage")
+        found: list[Any] = [None] * world
         dist.all_gather_object(found, mine, group=self.group)
+        for problems in found:
+            if isinstance(problems, CheckpointError):
+                raise problems
         return sorted(problem for problems in found for problem in problems)
 
     # ---- saving
@@ -100,19 +115,43 @@ class CheckpointStore:
         Saving a step again that this attempt has committed already returns its name and writes nothing. On any
         failure nothing is committed and all ranks raise: CheckpointError where a person can help.
         """
-        name, tensors = CheckpointName(attempt=self.attempt, step=step), flatten(state)
+        return self._write(flatten(state), step, why, DefaultSavePlanner())
+
+    def save_in_background(
+        self, state: State, *, step: int, why: str, then: Callable[[], None] = lambda: None
+    ) -> BackgroundSave:
+        """`save` in a thread, and `then` in it after the commit; returns when `state` may change again. Collective.
+
+        One is open at most: whatever else is asked of the store waits for its end.
+        """
+        tensors = flatten(state)
+        self._wait()
+
+        def work(staged: Callable[[], None]) -> str:
+            return self._write(tensors, step, why, StagingPlanner(self._buffers, staged))
+
+        self._background = BackgroundSave(step, work, then)
+        return self._background
+
+    def _wait(self) -> None:
+        if self._background and not self._background.is_this_thread:
+            self._background.wait()
+
+    def _write(self, tensors: dict[str, torch.Tensor], step: int, why: str, planner: DefaultSavePlanner) -> str:
+        name = CheckpointName(attempt=self.attempt, step=step)
         folder = self.folder / str(name)
         if not self.from_rank_zero(lambda: self._make_room(folder)):
             return str(name)
-        facts = {**self.facts, "step": step, "attempt": self.attempt, "why": why}
+        facts = {**self.facts, "step": step, "attempt": self.attempt, "why": why, "parents": self.parents}
         facts["world_size"] = dist.get_world_size(self.group)
         writer = CommittingWriter(folder, name, facts, self._still_current)
         try:
-            dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as failure:
             with contextlib.suppress(CheckpointError):  # tidying: what made the save fail is what matters
                 self.from_rank_zero(lambda: self._remove_uncommitted(folder))
             raise _explained(failure, f"{folder} could not be saved", "free or repair the storage") from failure
+        self.parents = [str(name)]
         self.from_rank_zero(self._note_first_commit)
         return str(name)
 
@@ -139,11 +178,18 @@ class CheckpointStore:
     def restore(self, state: State) -> int:
         """Load the newest checkpoint that verifies into the tensors of `state`, in place; returns its step. Collective.
 
-        Damaged ones are moved to quarantine/ and reported. Raises CheckpointError when none is left, or when
-        keys, shapes or dtypes are not those of `state`.
+        Damaged ones are moved to quarantine/ and reported. Raises CheckpointError when none is left, when more than
+        `most_fallbacks` are damaged, or when keys, shapes or dtypes are not those of `state`.
         """
         tensors = flatten(state)
+        fallbacks = 0
         while problems := self.damage(name := self.from_rank_zero(self._newest)):
+            if fallbacks == self.most_fallbacks:
+                raise CheckpointError(
+                    f"{self.folder}: {fallbacks + 1} checkpoints are damaged, the last one {name} ({problems[0]}); "
+                    "look after the storage, then run again or raise checkpoint.most_fallbacks"
+                )
+            fallbacks += 1
             self.from_rank_zero(lambda name=name, problems=problems: self._quarantine(name, problems))
         folder = self.folder / str(name)
         try:
@@ -155,6 +201,7 @@ class CheckpointStore:
             )
         except CheckpointException as failure:
             raise _explained(failure, f"{folder} could not be loaded", "repair the storage") from failure
+        self.parents = [str(name)]
         return name.step
 
     def _newest(self) -> CheckpointName:
@@ -182,20 +229,23 @@ class CheckpointStore:
 
     def refuse_if_overtaken(self) -> None:
         if not self._still_current():
-            raise CheckpointError(
+            raise OvertakenError(
                 f"{self.folder} is left alone: a newer attempt than {self.attempt} has taken the stage; "
                 "let this process end"
             )
 
     def from_rank_zero(self, work: Callable[[], T]) -> T:
-        """`work` on rank 0 alone, for all; an OSError becomes a CheckpointError. Collective."""
+        """`work` on rank 0 alone, for all; the storage's errors become a CheckpointError. Collective."""
 
         def explained() -> T:
             try:
                 return work()
-            except OSError as error:
+            except Exception as error:
+                if not is_storage_error(error):
+                    raise
                 raise CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage") from error
 
+        self._wait()
         return from_rank_zero(explained, self.group)
 
 
@@ -242,6 +292,6 @@ def _explained(failure: CheckpointException, what: str, remedy: str) -> Exceptio
         if isinstance(error, UserError):
             return error
     for rank, error in causes.items():
-        if isinstance(error, OSError):
+        if is_storage_error(error):
             return CheckpointError(f"{what} because rank {rank} met {type(error).__name__} ({error}); {remedy}")
     return RuntimeError(f"{what}: {failure}")

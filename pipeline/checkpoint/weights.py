@@ -17,8 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline.checkpoint.storage import Folder
 from pipeline.errors import CheckpointError
+from pipeline.folder import Folder
 
 FACTS = "fcmae"  # one key only: safetensors writes several in random order
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones

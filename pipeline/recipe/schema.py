@@ -207,6 +207,18 @@ class Evaluation(Section):
 class Checkpoint(Section):
     every_steps: int = operational(500, ge=1)
     keep_last: int = operational(2, ge=1)
+    keep_every_epochs: float | None = operational(None, gt=0)
+    """Save and keep for good one every so many epochs."""
+    keep_best: bool = operational(True)
+    """Save and keep the one with the best evaluation."""
+    asynchronous: bool = operational(True)
+    """Write while the training goes on."""
+    on_failure: Literal["stop", "continue"] = operational("stop")
+    """When a checkpoint cannot be saved. What a stop or the end of the stage asks for must succeed."""
+    most_fallbacks: int = operational(3, ge=0)
+    """Damaged checkpoints that a resume may set aside before it gives up."""
+    directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
+    """Where they go: an absolute path or a URL, with a folder for each stage below; null is inside the run."""
 
 
 class Health(Section):

@@ -10,7 +10,7 @@ from cluster.chain import open_chain
 from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.health.processes import start_time
 from pipeline.recipe import load
-from pipeline.stage import Outcome, OutcomeKind, Stage, write_exclusively
+from pipeline.stage import Outcome, OutcomeKind, Stage
 from tests.support import make_tiny_run, write_tiny_recipe
 
 
@@ -52,14 +52,6 @@ def test_the_first_outcome_is_believed(stage):
     stage.record(Outcome(OutcomeKind.PERMANENT, "rank 1 met bad data"))
     stage.record(Outcome(OutcomeKind.PERMANENT, "rank 0 lost rank 1"))
     assert stage.last_outcome().reason == "rank 1 met bad data"
-
-
-def test_exclusive_files_appear_whole(tmp_path):
-    write_exclusively(tmp_path / "a.json", {"by": 1})
-    with pytest.raises(FileExistsError):
-        write_exclusively(tmp_path / "a.json", {"by": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"by": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_zombies_are_dead():

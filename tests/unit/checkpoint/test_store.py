@@ -62,6 +62,7 @@ def test_saved_and_restored_on_any_file_system(open_store, state_of, tmp_path, w
 def test_the_manifest_tells_where_a_checkpoint_comes_from(two):
     manifest = json.loads((two[2] / MANIFEST).read_text())
     expected = {"recipe": "abc", "step": 20, "attempt": 1, "why": "due", "world_size": 1}
+    expected["parents"] = ["step-000000010.000001"]
     assert manifest["facts"] == expected
     assert set(manifest["files"]) == {DATA, METADATA}
     assert sorted(os.listdir(two[2])) == sorted([DATA, METADATA, MANIFEST, COMMIT])

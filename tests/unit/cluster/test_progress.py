@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cluster.progress import Progress
 from pipeline.health.processes import start_time as process_start_time
-from pipeline.stage import write_exclusively, write_json
+from pipeline.stage import write_json
 from pipeline.tracking.journal import Journal
 
 
@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
 def open_stage(stage: Path, attempt: int) -> Journal:
     (stage / "attempts").mkdir(parents=True, exist_ok=True)
     owner = {"host": os.uname().nodename, "pid": os.getpid(), "pid_start_time": process_start_time(os.getpid())}
-    write_exclusively(stage / "attempts" / f"{attempt:06d}.json", {"attempt": attempt, **owner})
+    write_json(stage / "attempts" / f"{attempt:06d}.json", {"attempt": attempt, **owner})
     return Journal(stage / "journal.jsonl", attempt)
 
 

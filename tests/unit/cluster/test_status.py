@@ -17,7 +17,7 @@ from rich.console import Console
 from cluster.status import Follower, duration, render, status, to_json
 from pipeline.errors import StageError
 from pipeline.health.processes import start_time as process_start_time
-from pipeline.stage import write_exclusively, write_json
+from pipeline.stage import write_json
 from pipeline.tracking.journal import Journal
 
 
@@ -39,12 +39,12 @@ def take(stage: Path, number: int, pid: int, start_time: int | None = None, host
     (stage / "attempts").mkdir(parents=True, exist_ok=True)
     started = process_start_time(pid) if start_time is None else start_time
     owner = {"attempt": number, "host": host, "pid": pid, "pid_start_time": started, "world_size": 1}
-    write_exclusively(stage / "attempts" / f"{number:06d}.json", owner)
+    write_json(stage / "attempts" / f"{number:06d}.json", owner)
 
 
 def end(stage: Path, number: int, kind: str, reason: str, step: int) -> None:
     outcome = {"kind": kind, "reason": reason, "step": step}
-    write_exclusively(stage / "attempts" / f"{number:06d}.outcome.json", outcome)
+    write_json(stage / "attempts" / f"{number:06d}.outcome.json", outcome)
 
 
 def train(stage: Path, attempt: int, start: int, stop: int) -> None:

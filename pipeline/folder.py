@@ -1,0 +1,140 @@
+"""A directory on a local disk or any fsspec URL. What is written is seen whole or not at all, and survives a power cut.
+
+Local disks get fsync of file and directory and a rename or link; object stores show an object whole or not at all.
+"""
+
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import StageError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory on some file system; it need not exist."""
+
+    fs: AbstractFileSystem
+    path: str
+
+    @classmethod
+    def at(cls, url: str | os.PathLike) -> "Folder":
+        """The folder of a local path or an fsspec URL. Credentials come from the environment of the file system.
+
+        Raises:
+            StageError: if the URL names a file system that is not installed or does not exist.
+        """
+        url = os.fspath(url)
+        # What another process has just written must be seen, so no listing may be remembered.
+        options = {"use_listings_cache": False} if is_remote(url) else {}
+        try:
+            return cls(*url_to_fs(url, **options))
+        except ImportError as error:
+            raise StageError(f"{url} needs a file system that is not installed ({error}); pip install it") from None
+        except ValueError as error:
+            raise StageError(f"{url} is no URL that fsspec knows ({error}); correct it") from None
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def url(self) -> str:
+        return self.fs.unstrip_protocol(self.path)
+
+    def __str__(self) -> str:
+        return self.path if self.local else self.url
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(self.fs, f"{self.path.rstrip('/')}/{name}")
+
+    def exists(self) -> bool:
+        """Unlike fsspec's, raises when the storage does not answer: that is no proof of absence."""
+        try:
+            self.fs.info(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What lies directly inside, by name; empty when the folder does not exist."""
+        self.fs.invalidate_cache(self.path)
+        try:
+            found = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {info["name"].rstrip("/").rpartition("/")[2]: info for info in found if info["name"] != self.path}
+
+    def read(self, name: str) -> bytes:
+        return self.fs.cat_file((self / name).path)
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write a file, or replace it."""
+        if self.local:
+            self._locally(name, data, os.replace)
+        else:
+            self.fs.pipe_file((self / name).path, data)
+
+    def create(self, name: str, data: bytes, last_check: Callable[[], None] = lambda: None) -> None:
+        """Write a file that nobody has written before; `last_check` runs just before it appears, and may raise.
+
+        On object stores this is one conditional put, as S3, GCS and Azure have it.
+
+        Raises:
+            FileExistsError: if it is there, with other content.
+        """
+        if self.local:
+
+            def link(aside: str, target: str) -> None:
+                last_check()
+                os.link(aside, target)
+
+            self._locally(name, data, link)
+            return
+        last_check()
+        try:
+            self.fs.pipe_file((self / name).path, data, mode="create")
+        except FileExistsError:
+            if self.read(name) != data:  # else it was our own put, tried again because the answer to the first was lost
+                raise
+
+    def _locally(self, name: str, data: bytes, appear: Callable[[str, str], None]) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        aside = os.path.join(self.path, f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(aside, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            appear(aside, os.path.join(self.path, name))
+        finally:
+            if os.path.exists(aside):
+                os.unlink(aside)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make the names in a local directory survive a power cut."""
+        if self.local:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is the URL of another file system than the local one."""
+    text = os.fspath(path)
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error is the storage's fault: object stores' clients do not all raise OSError."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure", "google")
