@@ -1,20 +1,34 @@
 """From one stage to the next: a weights file named by hash, every tensor of it accounted for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.weights import Transfer, plan_transfer, read_weights, write_weights
+from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head
+from pipeline.checkpoint.weights import Transfer, plan_transfer, read_facts, read_weights, write_weights
 from pipeline.engines import Engine
-from pipeline.errors import StageError
+from pipeline.errors import CheckpointError, StageError
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
 
 
-def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | None:
+@dataclass(frozen=True)
+class Received:
+    """What became of each tensor, and of each class if the head was mapped."""
+
+    transfer: Transfer
+    head: HeadMatch | None
+
+
+def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received | None:
     """Load what the stage before has finished into the engine; None if this stage starts from scratch.
+
+    classes: the names of this stage's classes, in order: with `init.head: map` the rows of those that the stage before
+    had too are taken over, and the others keep their initial values.
 
     Raises:
         StageError: if the stage before is not done.
@@ -28,8 +42,21 @@ def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | No
         raise StageError(
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
-    weights, drop, fresh = objective.receive(read_weights(before.directory / done.weights, done.weights_sha256))
-    return _load(engine.items(), weights, drop, fresh)
+    path = before.directory / done.weights
+    weights, drop, fresh = objective.receive(read_weights(path, done.weights_sha256))
+    head = None
+    if stage.recipe.init.head == "map":
+        weights, head = _map_head(path, weights, engine.items(), classes)
+    return Received(_load(engine.items(), weights, drop, fresh), head)
+
+
+def _map_head(
+    path: Path, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]
+) -> tuple[Mapping[str, Tensor], HeadMatch]:
+    old = read_facts(path).get("classes")
+    if not old:
+        raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
+    return map_head(weights, old, classes, fresh={name: target[name].detach() for name in HEAD})
 
 
 @torch.no_grad()
@@ -43,8 +70,10 @@ def _load(
     return transfer
 
 
-def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
-    """Write the weights that were evaluated; returns the result's entries about them. On rank 0."""
+def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
+    """Write the weights that were evaluated, with the names of their classes; returns the result's entries about them.
+    On rank 0.
+    """
     recipe = stage.recipe
     facts = {
         "stage": recipe.name,
@@ -55,6 +84,8 @@ def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
         "step": step,
         "recipe": recipe.fingerprint(),
     }
+    if recipe.objective.kind == "classification":
+        facts["classes"] = list(classes)
     with engine.evaluating():
         digest = write_weights(stage.directory / WEIGHTS, engine.items(), facts)
     return {"weights": WEIGHTS, "weights_kind": recipe.handoff, "weights_sha256": digest}

@@ -92,7 +92,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         facts={"recipe": recipe.fingerprint(), "data": data["train"].sha256, "engine": recipe.engine.kind},
         on_event=lambda message: log.write("event", level="warning", message=message),
     )
-    start = _load(stage, engine, objective, store, log)
+    classes = data["train"].classes
+    start = _load(stage, engine, objective, store, log, classes)
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     log.write(
         "attempt",
@@ -146,7 +147,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
         stop=stop,
     )
     if outcome.kind is OutcomeKind.DONE:
-        world.on_main(lambda: _finish(stage, engine, objective, last, world.size))
+        world.on_main(lambda: _finish(stage, engine, objective, last, world.size, classes))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
     if world.is_main:
@@ -155,14 +156,28 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     return outcome
 
 
-def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointStore, log: StepLog) -> int:
+def _load(
+    stage: Stage,
+    engine: Engine,
+    objective: Objective,
+    store: CheckpointStore,
+    log: StepLog,
+    classes: tuple[str, ...],
+) -> int:
     """Weights and optimizer from the newest checkpoint, else from the stage before; the number of finished steps."""
     resumed = store.ever_committed()
-    transfer = None if resumed else handoff.receive(stage, engine, objective)
+    received = None if resumed else handoff.receive(stage, engine, objective, classes)
     engine.attach_components()
-    if transfer is not None:
+    if received is not None:
+        transfer, head = received.transfer, received.head
+        mapped = {"head_mapped": len(head.matched), "head_initialised": head.unmatched} if head else {}
         log.write(
-            "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
+            "handoff",
+            step=0,
+            loaded=len(transfer.loaded),
+            initialised=transfer.initialised,
+            dropped=transfer.dropped,
+            **mapped,
         )
     return store.restore(engine.state(0)) if resumed else 0
 
@@ -250,7 +265,9 @@ def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model:
         log.write("picture", step=step, path=str(path.relative_to(stage.directory)))
 
 
-def _finish(stage: Stage, engine: Engine, objective: Objective, step: int, world_size: int) -> None:
+def _finish(
+    stage: Stage, engine: Engine, objective: Objective, step: int, world_size: int, classes: tuple[str, ...]
+) -> None:
     events = journal.read(stage.directory / "journal.jsonl")
     recipe = stage.recipe
     metrics = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step][-1]
@@ -265,7 +282,7 @@ def _finish(stage: Stage, engine: Engine, objective: Objective, step: int, world
         "world_size": world_size,
         "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
         "metrics": {objective.metric: metrics[objective.metric], **metrics},
-        **handoff.hand_on(stage, engine, step),
+        **handoff.hand_on(stage, engine, step, classes),
     }
     stage.finish(result, step)
 
