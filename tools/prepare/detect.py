@@ -63,10 +63,10 @@ def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unla
         if len(splits) > 1:
             raise DataError(f"source {source} holds {', '.join(splits)}; choose one: '{source}/{splits[0]}-*.parquet'")
         return parquet_files(fs, parquet, unlabelled)
-    folders = [entry for entry in entries if entry["type"] == "directory" or _is_linked_folder(fs, entry)]
+    folders = [entry for entry in entries if _is_folder(fs, entry) and not is_image(entry["name"])]
     if tars := [name for name in names if name.endswith(".tar")]:
         return class_tars(fs, tars)
-    if folders and not any(is_image(entry["name"]) for entry in folders) and not labelled:
+    if folders and not (labelled and any(map(is_image, names))):
         return class_folders(fs, folders)
     if not any(map(is_image, names)):
         packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
@@ -75,8 +75,8 @@ def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unla
     return flat_folder(fs, path)
 
 
-def _is_linked_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
-    return bool(entry.get("islink")) and fs.isdir(entry["name"])
+def _is_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
+    return entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(entry["name"]))
 
 
 def _file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> Source:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.data.beton import JPEG, LONGEST_SIDE, PAGE_BYTES, RAW
+from pipeline.data.beton import JPEG, PAGE_BYTES, RAW
 from pipeline.data.decode import jpeg_status
 from pipeline.errors import DataError
 from pipeline.randomness import text_key
@@ -15,6 +15,7 @@ from pipeline.randomness import text_key
 SMALL_BYTES = (
     1 << 16
 )  # pixels that must be encoded anew are stored raw up to here (147 x 147): decoding would cost more
+LONGEST_SIDE = 65500  # of a JPEG, by libjpeg's limit; the file format's own is a little higher
 _ORIENTATION = 0x0112
 
 
