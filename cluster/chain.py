@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.data.checks import open_data
-from pipeline.errors import RecipeError, StageError
+from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
 from pipeline.stage import Outcome, OutcomeKind, Stage
 
@@ -69,8 +69,17 @@ def preflight(stages: list[Stage], processes: int) -> None:
     Raises:
         UserError: the first one found.
     """
+    classes: dict[str, set[str]] = {}
     for stage in stages:
         if stage.done() is None:
             stage.check_free()
             stage.recipe.check_world_size(processes)
-            open_data(stage.recipe)
+            recipe = stage.recipe
+            classes[recipe.name] = set(open_data(recipe)["train"].classes)
+            if recipe.init.head == "map" and not classes[recipe.name] & classes.get(
+                recipe.previous, classes[recipe.name]
+            ):
+                raise DataError(
+                    f"stage {recipe.name}: init.head is map, but its data share no class name with {recipe.previous}'s;"
+                    " prepare both with the same kind of names, or make it new"
+                )

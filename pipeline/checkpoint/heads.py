@@ -31,11 +31,15 @@ class HeadMatch:
 
 
 def map_head(
-    tensors: Mapping[str, Tensor], old: Sequence[str], new: Sequence[str]
+    tensors: Mapping[str, Tensor],
+    old: Sequence[str],
+    new: Sequence[str],
+    fresh: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], HeadMatch]:
-    """Weights with a head for the `new` classes: the row of the `old` class of the same name, or zeros without one.
+    """Weights with a head for the `new` classes: the row of the `old` class of the same name, or without one that of
+    `fresh`, a head for the new classes, or zeros, an even guess.
 
-    Order is free and either side may have more, so this leads from 22K to 1K. A row of zeros is an even guess.
+    Order is free and either side may have more, so this leads from 22K to 1K.
 
     Raises:
         CheckpointError: without a head, if `old` is not as long as the head, if a name is there twice, or if no name
@@ -66,7 +70,8 @@ def map_head(
     result = dict(tensors)
     for name in HEAD:
         tensor = tensors[name]
-        result[name] = tensor.new_zeros(len(new), *tensor.shape[1:]).index_copy(0, there, tensor[here])
+        rows = tensor.new_zeros(len(new), *tensor.shape[1:]) if fresh is None else fresh[name].cpu()
+        result[name] = rows.index_copy(0, there, tensor[here].to(rows.dtype))
     return result, HeadMatch(
         tuple(matched),
         tuple(name for name in new if name not in row_of),

@@ -7,12 +7,15 @@ compared it with its side-car. The layout, all little-endian:
     header | two field descriptors | 24 bytes per sample | padding | pages of 8 MiB | allocation table
 
 FFCV's writer hangs on a bad sample and its output depends on the workers' timing; this one does neither.
+The side-car hashes the file in blocks of one page: an image lies in one block, so a damaged block names its samples.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -21,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import DataError
 
-FORMAT_VERSION = 1  # of the side-car, and of what our writer puts where
-PAGE_BYTES = 8 << 20  # an image must fit a page
+FORMAT_VERSION = 2  # of the side-car, and of what our writer puts where
+PAGE_BYTES = 8 << 20  # an image must fit a page; also the length of a hashed block
 LONGEST_SIDE = (1 << 16) - 1
 
 HEADER = np.dtype(
@@ -38,6 +41,8 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "S16"), ("arguments", "<u1", (102
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype({"names": ["f0", "f1"], "formats": [IMAGE, "<i8"], "offsets": [0, 16], "itemsize": 24})
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+STORED = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("label", "<i8"), ("size", "<u8")])
+"""An image on its way into a file, as `BetonWriter.add_run` takes it."""
 JPEG, RAW = 0, 1
 _FFCV_VERSION, _INT_FIELD, _IMAGE_FIELD = 2, 1, 2
 _SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
@@ -60,8 +65,9 @@ class Beton(BaseModel):
     size_bytes: int
     sha256: str  # of the whole file: its identity
     index_sha256: str  # of all but the images: header, descriptors, samples and allocation table
-    settings: dict[str, str | int | None]  # how it was made
-    skipped: dict[str, str] = {}  # source files left out, and why
+    block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
+    settings: dict[str, str | int | float | None]  # how it was made
+    class_descriptions: dict[str, str] = {}  # what people call a class, where the source says it
 
 
 def sidecar_path(path: Path) -> Path:
@@ -94,13 +100,51 @@ def check(path: str | Path) -> Beton:
 
 
 def verify(path: str | Path) -> Beton:
-    """`check`, and the hash of every byte. Errors: DataError."""
+    """`check`, and the hash of every byte. Errors: DataError, naming the first damaged blocks and their samples."""
     beton = check(path)
     with beton.path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found, blocks = hash_blocks(file)
+    bad = [n for n, (ours, theirs) in enumerate(zip(blocks, beton.block_sha256, strict=False)) if ours != theirs]
+    if bad:
+        named = "; ".join(describe_block(beton, block) for block in bad[:3])
+        raise DataError(
+            f"{path} is damaged (SHA-256) in {len(bad)} of {len(blocks)} blocks of {PAGE_BYTES >> 20} MiB: {named}"
+            f"{'; and more' if len(bad) > 3 else ''}; copy it again"
+        )
     if found != beton.sha256:
-        raise DataError(f"{path} is damaged: its SHA-256 is {found[:12]}..., not {beton.sha256[:12]}...; copy it again")
+        raise DataError(f"{path} is not the file of its side-car: its SHA-256 is {found[:12]}...; copy both again")
     return beton
+
+
+def describe_block(beton: Beton, block: int) -> str:
+    """A block with the samples that lie in it, in words."""
+    samples = np.flatnonzero(samples_of(beton)["f0"]["data_ptr"] // PAGE_BYTES == block)
+    return f"block {block} ({f'samples {samples[0]} to {samples[-1]}' if len(samples) else 'no samples'})"
+
+
+def hash_blocks(file: BinaryIO) -> tuple[str, tuple[str, ...]]:
+    """SHA-256 of all that follows in a file, and of each block of PAGE_BYTES of it; on two threads."""
+    whole, blocks = hashlib.sha256(), []
+    with ThreadPoolExecutor(1, "hash") as pool:
+        while block := file.read(PAGE_BYTES):
+            own = pool.submit(hashlib.sha256, block)
+            whole.update(block)
+            blocks.append(own.result().hexdigest())
+    return whole.hexdigest(), tuple(blocks)
+
+
+def samples_of(beton: Beton) -> np.ndarray:
+    """The sample table of a checked file, SAMPLE (n,): where each image lies (f0) and its label (f1)."""
+    return np.asarray(np.memmap(beton.path, SAMPLE, "r", _SAMPLES_AT, (beton.samples,)))
+
+
+def contents_of(beton: Beton, mode: int) -> Iterator[tuple[int, memoryview]]:
+    """(number, bytes) of every image of a checked file that is stored as `mode`: JPEG or RAW."""
+    file = memoryview(np.memmap(beton.path, np.uint8, "r"))
+    table = np.memmap(beton.path, ALLOCATION, "r", beton.size_bytes - beton.samples * ALLOCATION.itemsize)
+    for number in np.flatnonzero(samples_of(beton)["f0"]["mode"] == mode).tolist():
+        start, size = int(table["ptr"][number]), int(table["size"][number])
+        yield number, file[start : start + size]
 
 
 def _read_sidecar(path: Path) -> Beton:
@@ -135,11 +179,15 @@ def _index_sha256(file: BinaryIO, header: np.void) -> str:
 class BetonWriter:
     """Writes a .beton file and its side-car; the same calls give the same bytes.
 
-    A context manager: images go to a temporary file beside `path`, which takes its name when the block ends without an
-    error; the side-car comes before it. A crash leaves nothing that `check` accepts.
+    A context manager: images go to `PATH.partial`, which takes its name when the block ends without an error; the
+    side-car comes before it. A crash leaves nothing that `check` accepts, and the next writer of that path begins the
+    partial file anew.
 
     capacity: the most samples that will be added (their places come before the images); fewer may come.
-    Errors: DataError for a path that cannot be written or exists already without `overwrite`, and for no samples.
+    partial: another place for the unfinished file, on the same disk; it then outlives an error, and a later writer may
+        go on with it: runs added with `content` None are in it already.
+    Errors: DataError for a path that cannot be written, that another process writes, or that exists already without
+        `overwrite`, and for no samples.
     """
 
     def __init__(
@@ -148,24 +196,33 @@ class BetonWriter:
         classes: Sequence[str],
         capacity: int,
         *,
-        settings: dict[str, str | int | None] | None = None,
+        settings: Mapping[str, str | int | float | None] | None = None,
+        class_descriptions: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        partial: Path | None = None,
     ) -> None:
         self.path = Path(path)
         self.classes = tuple(classes)
-        self.settings = settings or {}
-        self.skipped: dict[str, str] = {}
+        self.settings = dict(settings or {})
+        self.class_descriptions = dict(class_descriptions or {})
         if self.path.exists() and not overwrite:
             raise DataError(f"{self.path} exists already; remove it, name another file, or pass --overwrite")
         self._samples = np.zeros(capacity, SAMPLE)
         self._sizes = np.zeros(capacity, "<u8")
         self._count = 0
         self._end = -(-(_SAMPLES_AT + self._samples.nbytes) // PAGE_BYTES) * PAGE_BYTES
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._keep_partial = partial is not None
+        self._partial = partial or self.path.with_name(self.path.name + ".partial")
         try:
-            self._file = self._partial.open("wb")
+            self._partial.touch()
+            self._file = self._partial.open("r+b")
+            lock_file(self._file, self.path)
+            if not self._keep_partial:
+                self._file.truncate(0)
         except OSError as error:
             raise DataError(f"{self.path} cannot be written: {error.strerror}; name another place") from None
+        self._written: int | None = None  # up to where this writer has written; None before its first image
+        self._kept = 0  # up to where the partial file must have been written before
 
     def __enter__(self) -> Self:
         return self
@@ -178,10 +235,11 @@ class BetonWriter:
             raise DataError(f"{self.path} could not be finished: {error.strerror}") from None
         finally:
             self._file.close()
-            self._partial.unlink(missing_ok=True)
+            if not self._keep_partial:
+                self._partial.unlink(missing_ok=True)
 
     def add(self, image: np.ndarray | bytes, label: int, *, size: tuple[int, int] | None = None) -> None:
-        """Adds pixels, uint8 (height, width, 3), or the bytes of an RGB JPEG, kept as they are, whose `size` is
+        """Adds pixels, uint8 (height, width, 3), or the bytes of an RGB or grey JPEG, kept as they are, whose `size` is
         (height, width). Errors: DataError for an image that the format cannot hold.
         """
         if isinstance(image, np.ndarray):
@@ -191,24 +249,63 @@ class BetonWriter:
         else:
             assert size is not None
             mode, content = JPEG, image
-        assert 0 <= label < len(self.classes), label
         if max(size) > LONGEST_SIDE or len(content) > PAGE_BYTES:
             raise DataError(f"an image of {size} pixels and {len(content)} bytes does not fit; limit it by --max-side")
-        if self._end % PAGE_BYTES + len(content) > PAGE_BYTES:
-            self._end += -self._end % PAGE_BYTES
-        self._samples[self._count] = ((mode, size[1], size[0], self._end), label)
-        self._sizes[self._count] = len(content)
-        self._count += 1
-        try:
-            self._file.seek(self._end)
-            self._file.write(content)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be written: {error.strerror}") from None
-        self._end += len(content)
+        self.add_run(np.array([(mode, size[1], size[0], label, len(content))], STORED), content)
+
+    def add_run(self, images: np.ndarray, content: bytes | memoryview | None) -> None:
+        """Adds images, STORED (n,), whose bytes follow each other in `content`; None if the partial file has them."""
+        assert (images["label"] >= 0).all()
+        assert (images["label"] < len(self.classes)).all()
+        sizes = images["size"].tolist()
+        places = []
+        for size in sizes:
+            if self._end % PAGE_BYTES + size > PAGE_BYTES:
+                self._end += -self._end % PAGE_BYTES
+            places.append(self._end)
+            self._end += size
+        new = slice(self._count, self._count + len(images))
+        if new.stop > len(self._samples):
+            raise IndexError(f"{self.path} has room for {len(self._samples)} samples")
+        for name in ("mode", "width", "height"):
+            self._samples["f0"][name][new] = images[name]
+        self._samples["f0"]["data_ptr"][new] = places
+        self._samples["f1"][new] = images["label"]
+        self._sizes[new] = sizes
+        self._count = new.stop
+        if content is None:
+            self._kept = self._end
+        elif places:
+            try:
+                self._write(places, sizes, memoryview(content))
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    def _write(self, places: list[int], sizes: list[int], content: memoryview) -> None:
+        if self._written is None:  # whatever an interrupted writer left behind what is known goes
+            self._check_kept()
+            self._file.truncate(places[0])
+        done = 0
+        for place, size in zip(places, sizes, strict=True):
+            if place != self._written:
+                self._file.seek(place)
+            self._file.write(content[done : done + size])
+            done += size
+            self._written = place + size
+
+    def sync(self) -> None:
+        """Brings all that was added to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _check_kept(self) -> None:
+        if os.fstat(self._file.fileno()).st_size < self._kept:
+            raise DataError(f"{self._partial} is shorter than what was written; remove {self._partial.parent}")
 
     def _finish(self) -> None:
         if self._count == 0:
             raise DataError(f"{self.path} would hold no images; look at the source")
+        self._check_kept()
         samples, file = self._samples[: self._count], self._file
         images = samples["f0"]
         table = np.zeros(self._count, ALLOCATION)
@@ -223,28 +320,30 @@ class BetonWriter:
         for place, part in ((0, header), (HEADER.itemsize, fields), (_SAMPLES_AT, samples), (table_at, table)):
             file.seek(place)
             file.write(part.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        with self._partial.open("rb") as written:
-            beton = Beton(
-                path=self.path,
-                format_version=FORMAT_VERSION,
-                samples=self._count,
-                classes=self.classes,
-                samples_per_class=tuple(np.bincount(samples["f1"], minlength=len(self.classes)).tolist()),
-                jpeg_samples=int((images["mode"] == JPEG).sum()),
-                raw_samples=int((images["mode"] == RAW).sum()),
-                max_height=int(images["height"].max()),
-                max_width=int(images["width"].max()),
-                size_bytes=table_at + table.nbytes,
-                sha256=hashlib.file_digest(written, "sha256").hexdigest(),
-                index_sha256=_index_sha256(written, header),
-                settings=self.settings,
-                skipped=self.skipped,
-            )
+        file.truncate()
+        self.sync()
+        file.seek(0)
+        sha256, block_sha256 = hash_blocks(file)
+        beton = Beton(
+            path=self.path,
+            format_version=FORMAT_VERSION,
+            samples=self._count,
+            classes=self.classes,
+            samples_per_class=tuple(np.bincount(samples["f1"], minlength=len(self.classes)).tolist()),
+            jpeg_samples=int((images["mode"] == JPEG).sum()),
+            raw_samples=int((images["mode"] == RAW).sum()),
+            max_height=int(images["height"].max()),
+            max_width=int(images["width"].max()),
+            size_bytes=table_at + table.nbytes,
+            sha256=sha256,
+            index_sha256=_index_sha256(file, header),
+            block_sha256=block_sha256,
+            settings=self.settings,
+            class_descriptions=self.class_descriptions,
+        )
         self.path.unlink(missing_ok=True)  # an older file never meets the new side-car
         sidecar = sidecar_path(self.path)
-        draft = sidecar.with_name(f".{sidecar.name}.{os.getpid()}.partial")
+        draft = sidecar.with_name(sidecar.name + ".partial")
         with draft.open("w") as text:
             text.write(beton.model_dump_json(indent=1) + "\n")
             text.flush()
@@ -254,3 +353,16 @@ class BetonWriter:
         directory = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+
+
+def lock_file(file: BinaryIO | int, path: Path) -> None:
+    """Holds the lock of an open file or folder until it is closed. Where a disk knows no locks, nobody is kept out.
+
+    Errors: DataError if another process, which writes `path` then, holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{path} is being written by another process; wait for it, or name another file") from None
+    except OSError:
+        pass

@@ -21,6 +21,12 @@ def open_data(recipe: StageRecipe) -> dict[str, Beton]:
                     f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.{name}"
                     f" {beton.path} holds {len(beton.classes)} classes; correct one of them"
                 )
+        differ = sorted(set(data["train"].classes) ^ set(data["validation"].classes))
+        if data["train"].classes != data["validation"].classes:
+            raise DataError(
+                f"stage {recipe.name}: data.train and data.validation hold different classes"
+                f" ({differ[0] if differ else 'the same in another order'}); prepare them with the same class names"
+            )
     if data["train"].samples < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {data['train'].path} holds"

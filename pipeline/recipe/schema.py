@@ -196,7 +196,8 @@ class Engine(Section):
 class Initial(Section):
     start: Literal["previous", "scratch"] = "previous"
     """Weights of the stage before, or none."""
-    head: Literal["new", "keep"] = "new"
+    head: Literal["new", "keep", "map"] = "new"
+    """A new classifier's head, that of the stage before, or its rows for the classes that both have, by name."""
 
 
 class Evaluation(Section):
@@ -350,6 +351,16 @@ class ChainRecipe(Section):
     name: str
     seed: int = 0
     stages: dict[str, StageRecipe]
+
+    @model_validator(mode="after")
+    def _heads_to_map(self) -> "ChainRecipe":
+        for name, stage in self.stages.items():
+            before = self.stages.get(stage.previous or "")
+            if stage.init.head == "map" and (before is None or isinstance(before.objective, FCMAESettings)):
+                raise ValueError(
+                    f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
+                )
+        return self
 
 
 def changes(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:

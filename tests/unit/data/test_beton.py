@@ -1,5 +1,6 @@
 """Every kind of damage that FFCV would read without a word."""
 
+import hashlib
 import io
 import json
 import os
@@ -135,8 +136,9 @@ DAMAGE = {
     "missing": (lambda p: p.unlink(), "does not exist"),
     "no side-car": (lambda p: sidecar_path(p).unlink(), "no readable side-car"),
     "side-car is not JSON": (lambda p: sidecar_path(p).write_text("{"), "no readable side-car"),
-    "side-car lacks a field": (lambda p: sidecar_path(p).write_text('{"format_version": 1}'), "samples: Field"),
+    "side-car lacks a field": (lambda p: sidecar_path(p).write_text('{"format_version": 2}'), "samples: Field"),
     "another format": (lambda p: sidecar_field(p, format_version=9), "format_version 9"),
+    "an older format": (lambda p: sidecar_field(p, format_version=1), "format_version 1, not 2; prepare again"),
     "half the file": (lambda p: os.truncate(p, p.stat().st_size // 2), "truncated"),
     "nothing": (lambda p: os.truncate(p, 0), "truncated"),
     "last byte missing": (lambda p: os.truncate(p, p.stat().st_size - 1), "truncated"),
@@ -162,11 +164,25 @@ def test_damage_is_one_sentence(path, damage):
     assert "a.beton" in str(caught.value)
 
 
-def test_damaged_pixels_need_the_whole_hash(path):
+def test_damaged_pixels_need_the_blocks_hashes(path):
     flip_byte(path, module.PAGE_BYTES + 5)
     check(path)
-    with pytest.raises(DataError, match="SHA-256"):
+    with pytest.raises(DataError, match=r"SHA-256.* in 1 of 3 blocks .* block 1 \(samples 0 to 19\)"):
         verify(path)
+
+
+def test_a_side_car_that_contradicts_itself(path):
+    sidecar_field(path, sha256="0" * 64)
+    with pytest.raises(DataError, match="not the file of its side-car"):
+        verify(path)
+
+
+def test_hashes_of_blocks_are_those_of_pages(path):
+    content = path.read_bytes()
+    blocks = [content[at : at + module.PAGE_BYTES] for at in range(0, len(content), module.PAGE_BYTES)]
+    beton = check(path)
+    assert beton.block_sha256 == tuple(hashlib.sha256(block).hexdigest() for block in blocks)
+    assert beton.sha256 == hashlib.sha256(content).hexdigest()
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,10 +224,31 @@ def test_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
     )
     path = tmp_path / "a.beton"
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
-    assert not path.exists()
-    assert not sidecar_path(path).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.beton.partial"]
     write(path)
-    check(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
+    other = write(tmp_path / "b.beton")
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_a_run_is_the_same_as_its_images(tmp_path):
+    stored = np.array([(module.JPEG, 6, 8, i % 2, len(jpeg(PIXELS[i]))) for i in range(9)], module.STORED)
+    content = b"".join(jpeg(PIXELS[i]) for i in range(9))
+    with BetonWriter(tmp_path / "run.beton", ["a", "b"], 9) as writer:
+        writer.add_run(stored[:4], content[: stored["size"][:4].sum()])
+        writer.add_run(stored[4:], content[stored["size"][:4].sum() :])
+    with BetonWriter(tmp_path / "single.beton", ["a", "b"], 9) as writer:
+        for i in range(9):
+            writer.add(jpeg(PIXELS[i]), i % 2, size=(8, 6))
+    assert (tmp_path / "run.beton").read_bytes() == (tmp_path / "single.beton").read_bytes()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    with BetonWriter(tmp_path / "a.beton", ["x"], 1) as writer:
+        with pytest.raises(DataError, match="written by another process"):
+            BetonWriter(tmp_path / "a.beton", ["x"], 1)
+        writer.add(PIXELS[0], 0)
+    assert check(tmp_path / "a.beton").samples == 1
 
 
 def test_existing_and_unwritable_destinations(path, tmp_path):

@@ -1,0 +1,230 @@
+"""Every strange file that folders of images hold: what becomes of it, and that the report says so."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.beton import RAW, check, contents_of
+from pipeline.data.feed import EvaluationFeed
+from pipeline.errors import DataError
+from tests.archives import encoded, photograph
+from tools.prepare import encoding
+from tools.prepare.encoding import Encoding
+from tools.prepare.run import prepare
+
+PHOTO = photograph(3, 240)
+JPEG = encoded(PHOTO, quality=85)
+PROGRESSIVE = encoded(PHOTO, quality=85, progressive=True)
+PNG = encoded(PHOTO, "PNG")
+HALF_EXIF = Image.Exif()
+HALF_EXIF[0x0112] = 6
+
+
+def with_exif():
+    return encoded(PHOTO, exif=HALF_EXIF)
+
+
+def huge_png():
+    """A header that promises 2 gigapixels."""
+    start = b"IHDR" + struct.pack(">IIBBBBB", 50000, 40000, 8, 2, 0, 0, 0)
+    return PNG[:8] + struct.pack(">I", 13) + start + struct.pack(">I", zlib.crc32(start)) + PNG[33:]
+
+
+def no_size():
+    """A frame header with a height of 0."""
+    at = JPEG.index(b"\xff\xc0")
+    return JPEG[: at + 5] + b"\0\0" + JPEG[at + 7 :]
+
+
+def sixteen_bits():
+    return encoded(Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)), "PNG")
+
+
+def lost_table():
+    """No quantisation table."""
+    at = JPEG.index(b"\xff\xdb")
+    length = struct.unpack(">H", JPEG[at + 2 : at + 4])[0]
+    return JPEG[:at] + JPEG[at + 2 + length :].replace(b"\xff\xdb", b"\xff\xec")
+
+
+def several(kind):
+    file = io.BytesIO()
+    PHOTO.save(file, kind, save_all=True, append_images=[PHOTO.rotate(180)])
+    return file.getvalue()
+
+
+LEFT_OUT = {
+    "zero.jpg": (b"", "empty file"),
+    "zeros.jpg": (bytes(5000), "not an image"),
+    "text.jpg": (b"not an image", "not an image"),
+    "error page.jpg": (b"<!DOCTYPE html><html>429 Too Many Requests</html>", "not an image"),
+    "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "not an image"),
+    "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "packed.jpg": (gzip.compress(JPEG), "not an image"),
+    "start alone.jpg": (b"\xff\xd8", "not an image"),
+    "start and noise.jpg": (b"\xff\xd8" + np.random.default_rng(0).bytes(4000), ""),
+    "first byte.jpg": (b"\0" + JPEG[1:], "not an image"),
+    "half.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "half progressive.jpg": (PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
+    "header.jpg": (JPEG[:300], ""),
+    "no size.jpg": (no_size(), ""),
+    "no table.jpg": (lost_table(), ""),
+    "half.png": (PNG[: len(PNG) // 2], "truncated"),
+    "checksum.png": (PNG[:40] + b"x" + PNG[41:], ""),
+    "bomb.png": (huge_png(), "decompression bomb"),
+    "phone.jpg": (b"\0\0\0\x18ftypheic" + bytes(400), "not an image"),
+    "folder.jpg": (None, "a folder, not a file"),
+    "pipe.jpg": (None, "not a regular file"),
+    "broken link.jpg": (None, "a link to nothing"),
+    "circle.jpg": (None, "a link to nothing"),
+}
+STORED = {
+    "png inside.JPEG": (PNG, "PNG of mode RGB"),
+    "cmyk.jpg": (encoded(PHOTO.convert("CMYK")), "JPEG of mode CMYK"),
+    "turned.jpg": (with_exif(), "kept: its EXIF orientation is ignored"),
+    "junk in the end.jpg": (JPEG[:-2] + 10 * b"junk" + JPEG[-2:], "JPEG that decodes with a warning"),
+    "alpha.png": (encoded(PHOTO.convert("RGBA"), "PNG"), "PNG of mode RGBA"),
+    "palette.png": (encoded(PHOTO.convert("P"), "PNG"), "PNG of mode P"),
+    "grey and alpha.png": (encoded(PHOTO.convert("LA"), "PNG"), "PNG of mode LA"),
+    "bits.png": (encoded(PHOTO.convert("1"), "PNG"), "PNG of mode 1"),
+    "deep.png": (sixteen_bits(), "PNG of mode I;16"),
+    "gif.jpg": (several("GIF"), "GIF of mode"),
+    "bitmap.bmp": (encoded(PHOTO, "BMP"), "BMP of mode RGB"),
+    "webp.jpg": (encoded(PHOTO, "WEBP"), "WEBP of mode RGB"),
+    "pages.tif": (several("TIFF"), "TIFF of mode RGB"),
+    "jpeg 2000.jpg": (encoded(PHOTO, "JPEG2000"), "JPEG2000 of mode RGB"),
+    "long.png": (encoded(Image.new("RGB", (66000, 2)), "PNG"), "66000 x 2 pixels"),
+}
+PLAIN = {
+    "grey.jpg": encoded(PHOTO.convert("L")),
+    "progressive.jpg": PROGRESSIVE,
+    "several.jpg": several("MPO"),
+    "subsampled.jpg": encoded(PHOTO, subsampling=1),
+    "UPPER.JPG": JPEG,
+    "jpeg inside.png": JPEG,
+    "trailer.jpg": JPEG + bytes(99),
+    "one pixel.jpg": encoded(Image.new("RGB", (1, 1))),
+    "bad exif.jpg": JPEG[:2] + b"\xff\xe1\0\x10Exif\0\0MM\0\x2a\xff\xff\xff\xff" + JPEG[2:],
+}
+IGNORED = ("notes.txt", ".DS_Store", "._a.jpg", "Thumbs.db")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("strange")
+    source = directory / "source" / "class"
+    source.mkdir(parents=True)
+    for name, (content, _) in {**LEFT_OUT, **STORED}.items():
+        if content is not None:
+            (source / name).write_bytes(content)
+    for name, content in PLAIN.items():
+        (source / name).write_bytes(content)
+    for name in IGNORED:
+        (source / name).write_bytes(b"x")
+    (source / "folder.jpg").mkdir()
+    os.mkfifo(source / "pipe.jpg")
+    (source / "broken link.jpg").symlink_to("nowhere.jpg")
+    (source / "circle.jpg").symlink_to("circle.jpg")
+    with pytest.raises(DataError, match=rf"{len(LEFT_OUT)} bad images in .* and {len(LEFT_OUT) - 3} more, listed in"):
+        prepare(directory / "source", directory / "a.beton")
+    refused = (directory / "a.beton.report.jsonl").read_bytes()
+    assert sorted(p.name for p in directory.iterdir()) == ["a.beton.parts", "a.beton.report.jsonl", "source"]
+    summary = prepare(directory / "source", directory / "a.beton", on_bad="skip")
+    assert sorted(p.name for p in directory.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl", "source"]
+    assert summary.report.read_bytes() == refused
+    notes = [json.loads(line) for line in refused.splitlines()]
+    return source, check(directory / "a.beton"), {note["name"]: note for note in notes}
+
+
+def test_there_are_enough_kinds():
+    assert len(LEFT_OUT) >= 20
+    assert len(LEFT_OUT) + len(STORED) >= 30
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_left_out(prepared, name):
+    note = prepared[2][f"class/{name}"]
+    assert note["outcome"] == "left out"
+    assert LEFT_OUT[name][1] in note["why"]
+    assert note["why"]
+    assert "\n" not in note["why"]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_encoded_anew_or_strange(prepared, name):
+    note = prepared[2][f"class/{name}"]
+    assert note["outcome"] == "stored"
+    assert STORED[name][1] in note["why"]
+
+
+def test_what_is_kept_without_a_word(prepared):
+    notes = prepared[2]
+    assert {name for name, note in notes.items() if note["outcome"] == "ignored"} == {f"class/{n}" for n in IGNORED}
+    assert len(notes) == len(LEFT_OUT) + len(STORED) + len(IGNORED)
+
+
+def test_all_pixels_are_those_of_torchvisions_loader(prepared):
+    """Evaluation squashed to 64 pixels: a lossless way from the file to the network, but for what was encoded anew."""
+    source, beton, notes = prepared
+    feed = EvaluationFeed(
+        beton, image_size=64, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1, timeout_seconds=60
+    )
+    pixels = [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
+    names = [n for n in sorted(os.listdir(source)) if n in PLAIN or n in STORED]
+    assert len(names) == len(pixels) == beton.samples
+    for name, image in zip(names, pixels, strict=True):
+        with Image.open(source / name) as original:
+            rgb = original.convert("RGB")
+        if name == "long.png":
+            continue
+        expected = np.asarray(rgb.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+        difference = np.abs(image - expected)
+        if "encoded anew" in notes.get(f"class/{name}", {"why": ""})["why"]:
+            assert difference.mean() < 12 if name == "bits.png" else difference.mean() < 4, name
+        else:
+            assert difference.max() == 0, name
+
+
+def test_kept_bytes(prepared):
+    stored = {bytes(content) for _, content in contents_of(prepared[1], 0)}
+    assert {*PLAIN.values(), with_exif()} <= stored
+
+
+def test_sizes_qualities_and_pixels(tmp_path):
+    source = tmp_path / "source" / "class"
+    source.mkdir(parents=True)
+    for number in range(40):
+        (source / f"{number:02d}.jpg").write_bytes(encoded(photograph(number, 200)))
+    prepare(tmp_path / "source", tmp_path / "a.beton", encoding=Encoding(max_side=150))
+    beton = check(tmp_path / "a.beton")
+    assert max(beton.max_height, beton.max_width) == 150
+    assert beton.settings["max_side"] == 150
+    prepare(tmp_path / "source", tmp_path / "b.beton", encoding=Encoding(raw_fraction=0.5))
+    beton = check(tmp_path / "b.beton")
+    assert 8 <= beton.raw_samples <= 32
+    number, content = next(iter(contents_of(beton, RAW)))
+    with Image.open(source / f"{number:02d}.jpg") as image:
+        assert content == np.asarray(image).tobytes()
+
+
+def test_what_does_not_fit_a_page_is_shrunk(tmp_path, monkeypatch):
+    page = 20_000
+    monkeypatch.setattr(encoding, "PAGE_BYTES", page)
+    noise = Image.effect_noise((300, 250), 200).convert("RGB")
+    for kind, why in (("PNG", "PNG of mode RGB"), ("JPEG", "bytes")):
+        stored = encoding.encode(encoded(noise, kind), "a", Encoding())
+        assert len(stored.content) <= page
+        assert max(stored.height, stored.width) < 300
+        assert why in stored.note
+        assert stored.note.endswith(f"shrunk to {stored.width} x {stored.height} to fit a page")
+        with Image.open(io.BytesIO(stored.content)) as image:
+            assert image.size == (stored.width, stored.height)
+    assert encoding.encode(encoded(photograph(1, 64)), "a", Encoding(raw_fraction=1.0)).mode == RAW
+    assert encoding.encode(encoded(noise, quality=50), "a", Encoding(raw_fraction=1.0)).mode == 0

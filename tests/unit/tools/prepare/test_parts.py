@@ -1,0 +1,208 @@
+"""Interrupted anywhere and with any number of workers, the file is the same."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.data.beton import check, sidecar_path, verify
+from pipeline.errors import DataError
+from tests.archives import class_images, write_folder
+from tools.prepare import run
+from tools.prepare.encoding import Encoding
+from tools.prepare.run import prepare
+
+PART = 5
+PARTS = 8  # 40 images
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parts")
+    images = class_images(10)
+    images["n01440764"]["bad.JPEG"] = b""
+    source = write_folder(directory / "source", images)
+    prepare(source, directory / "a.beton", on_bad="skip", part_samples=PART)
+    return source, directory / "a.beton"
+
+
+def files(path):
+    return [p.read_bytes() for p in (path, sidecar_path(path), path.with_name(path.name + ".report.jsonl"))]
+
+
+class Interruption(BaseException):
+    pass
+
+
+def interrupted(source, path, after, **settings):
+    def progress(done, total):
+        if done >= after:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        prepare(source, path, on_bad="skip", part_samples=PART, progress=progress, **settings)
+    assert not path.exists()
+    assert not sidecar_path(path).exists()
+
+
+@pytest.mark.parametrize("after", [1, 11, 40])
+def test_it_continues(made, tmp_path, after, monkeypatch):
+    source, undisturbed = made
+    interrupted(source, tmp_path / "a.beton", after)
+    finished = sorted((tmp_path / "a.beton.parts").glob("*.npz"))
+    assert finished
+    stamps = [p.stat().st_mtime_ns for p in finished]
+    interrupted(source, tmp_path / "a.beton", 40)
+    assert [p.stat().st_mtime_ns for p in finished] == stamps, "a part was made twice"
+    with open(tmp_path / "a.beton.parts" / "data", "ab") as file:
+        file.write(b"what a torn write leaves")
+    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+    assert not (tmp_path / "a.beton.parts").exists()
+
+
+def test_nothing_is_stored_twice(made, tmp_path):
+    source, _ = made
+    interrupted(source, tmp_path / "a.beton", 21)
+    assert not list((tmp_path / "a.beton.parts").glob("*.data"))
+
+
+def test_workers(made, tmp_path):
+    source, undisturbed = made
+    interrupted(source, tmp_path / "a.beton", 11, workers=2)
+    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, workers=3)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+def test_the_size_of_parts_does_not_matter(made, tmp_path):
+    source, undisturbed = made
+    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=1000)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+def test_other_settings_or_images_begin_anew(made, tmp_path):
+    source, undisturbed = made
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    interrupted(copy, tmp_path / "a.beton", 21, encoding=Encoding(max_side=20))
+    interrupted(copy, tmp_path / "a.beton", 21)
+    image = copy / "n01440764" / "n01440764_0.JPEG"
+    content = image.read_bytes()
+    image.write_bytes((copy / "n01440764" / "n01440764_1.JPEG").read_bytes())
+    interrupted(copy, tmp_path / "a.beton", 21)
+    image.write_bytes(content)
+    prepare(copy, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["sidecar", "data", "cleaning", "plan"])
+def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
+    """Between the side-car and the file, between the file and cleaning, and in the middle of cleaning."""
+    source, undisturbed = made
+    path = tmp_path / "a.beton"
+    replace, empty, unlink = run.Path.replace, run._empty, run.Path.unlink
+
+    def failing_replace(self, target):
+        if self.name == "data" and moment == "sidecar":
+            raise Interruption
+        return replace(self, target)
+
+    def failing_empty(directory):
+        if moment == "data" and path.exists():
+            raise Interruption
+        return empty(directory)
+
+    def failing_unlink(self, **options):
+        if (moment == "cleaning" and self.name == "000004.npz") or (moment == "plan" and self.name == "plan"):
+            raise Interruption
+        return unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Path, "replace", failing_replace)
+        patch.setattr(run, "_empty", failing_empty)
+        patch.setattr(run.Path, "unlink", failing_unlink)
+        with pytest.raises(Interruption):
+            prepare(source, path, on_bad="skip", part_samples=PART)
+    assert path.exists() == (moment != "sidecar")
+    if path.exists():
+        check(path)
+    prepare(source, path, on_bad="skip", part_samples=PART)
+    assert files(path) == files(undisturbed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl"]
+
+
+def test_destinations(made, tmp_path):
+    source, undisturbed = made
+    path = tmp_path / "a.beton"
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(source, tmp_path / "nowhere" / "a.beton")
+    (tmp_path / "a.beton.parts").mkdir()
+    (tmp_path / "a.beton.parts" / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"is no work of .* for it holds thesis.txt"):
+        prepare(source, path)
+    assert (tmp_path / "a.beton.parts" / "thesis.txt").exists()
+    shutil.rmtree(tmp_path / "a.beton.parts")
+    path.write_bytes(b"old")
+    with pytest.raises(DataError, match="exists already"):
+        prepare(source, path, on_bad="skip")
+    assert path.read_bytes() == b"old"
+    prepare(source, path, on_bad="skip", overwrite=True)
+    assert files(path) == files(undisturbed)
+
+
+def test_two_at_once(made, tmp_path):
+    source, _ = made
+    second = []
+
+    def progress(done, total):
+        if not second:
+            with pytest.raises(DataError, match="written by another process") as caught:
+                prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+            second.append(caught)
+
+    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, progress=progress)
+    assert second
+    verify(tmp_path / "a.beton")
+
+
+def test_a_lost_tail_is_noticed(made, tmp_path):
+    source, _ = made
+    interrupted(source, tmp_path / "a.beton", 21)
+    data = tmp_path / "a.beton.parts" / "data"
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"shorter than what was written; remove .*a\.beton\.parts"):
+        prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+
+
+def test_nothing_left_to_store(tmp_path):
+    source = write_folder(tmp_path / "source", {"x": {"a.jpg": b""}})
+    with pytest.raises(DataError, match="would hold no images"):
+        prepare(source, tmp_path / "a.beton", on_bad="skip")
+    assert not (tmp_path / "a.beton").exists()
+
+
+def test_a_full_disk_is_one_sentence(made, tmp_path):
+    """A limit on the size of files stands for it."""
+    import resource
+    import signal
+
+    source, undisturbed = made
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+    try:
+        with pytest.raises(DataError, match="cannot be written: File too large; the same command continues"):
+            prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+def test_labels_survive(made):
+    beton = check(made[1])
+    from pipeline.data.beton import samples_of
+
+    np.testing.assert_array_equal(samples_of(beton)["f1"], np.arange(4).repeat(10))

@@ -1,0 +1,293 @@
+"""The same images in every layout that people have them in: the same file comes out."""
+
+import io
+import json
+import os
+import tarfile
+
+import fsspec
+import pytest
+
+from pipeline.data.beton import JPEG, check, contents_of, samples_of
+from pipeline.errors import DataError
+from tests.archives import (
+    WNIDS,
+    WORDS,
+    class_images,
+    devkit,
+    meta_mat,
+    tar,
+    train_tar,
+    validation,
+    write_folder,
+)
+from tools.prepare.detect import open_source
+from tools.prepare.labels import read_synsets
+from tools.prepare.run import prepare
+
+CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return class_images(3)
+
+
+@pytest.fixture(scope="module")
+def reference(images, tmp_path_factory):
+    """The folder's file."""
+    directory = tmp_path_factory.mktemp("reference")
+    prepare(write_folder(directory / "train", images), directory / "a.beton")
+    return directory
+
+
+def written(path):
+    return check(path), [bytes(content) for _, content in contents_of(check(path), JPEG)]
+
+
+def test_folder(images, reference):
+    beton, contents = written(reference / "a.beton")
+    assert beton.classes == WNIDS
+    assert contents == [content for wnid in WNIDS for _, content in sorted(images[wnid].items())]
+    assert samples_of(beton)["f1"].tolist() == [label for label in range(4) for _ in range(3)]
+
+
+def folder_tar(images, prefix=""):
+    return tar({f"{prefix}{wnid}/{name}": files[name] for wnid, files in images.items() for name in files})
+
+
+LAYOUTS = {
+    "train.tar": lambda images: {"train.tar": train_tar(images)},
+    "folders.tar": lambda images: {"folders.tar": folder_tar(images)},
+    "deeper.tar": lambda images: {"deeper.tar": folder_tar(images, "./data/train/")},
+    "synsets": lambda images: {f"synsets/{wnid}.tar": tar(files) for wnid, files in images.items()},
+    "train": lambda images: {f"train/{wnid}/{name}": f[name] for wnid, f in images.items() for name in f},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_every_layout_gives_the_same_file(images, reference, tmp_path, layout, store):
+    root = tmp_path if store == "local" else f"memory://{tmp_path.name}-{layout}"
+    fs, place = fsspec.url_to_fs(str(root))
+    for name, content in LAYOUTS[layout](images).items():
+        fs.makedirs(os.path.dirname(f"{place}/{name}"), exist_ok=True)
+        fs.pipe_file(f"{place}/{name}", content)
+    prepare(f"{root}/{layout}", tmp_path / "b.beton")
+    assert (tmp_path / "b.beton").read_bytes() == (reference / "a.beton").read_bytes()
+
+
+@pytest.fixture
+def val(tmp_path):
+    content, ids = validation(8)
+    (tmp_path / "val.tar").write_bytes(content)
+    (tmp_path / "devkit.tar.gz").write_bytes(devkit(ids))
+    by_id = dict(zip([3, 1, 4, 2], WNIDS, strict=True))
+    return tmp_path, [by_id[number] for number in ids], ids
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_meta_mat(compressed):
+    expected = {3: (WNIDS[0], WORDS[0]), 1: (WNIDS[1], WORDS[1]), 4: (WNIDS[2], WORDS[2]), 2: (WNIDS[3], WORDS[3])}
+    assert read_synsets(meta_mat(compressed)) == {**expected, 1005: ("n00001740", "entity")}
+
+
+def test_validation_archive_with_its_devkit(val):
+    directory, wnids, _ = val
+    prepare(directory / "val.tar", directory / "val.beton", labels=str(directory / "devkit.tar.gz"))
+    beton, contents = written(directory / "val.beton")
+    assert beton.classes == WNIDS
+    assert beton.class_descriptions == dict(zip(WNIDS, WORDS, strict=True))
+    assert [beton.classes[label] for label in samples_of(beton)["f1"]] == wnids
+    with tarfile.open(directory / "val.tar") as archive:
+        assert contents == [archive.extractfile(member).read() for member in archive]
+
+
+def test_other_forms_of_labels_say_the_same(val):
+    directory, wnids, ids = val
+    images = open_source(str(directory / "val.tar"), unlabelled=True)
+    (directory / "order.txt").write_text("\n".join(wnids))
+    lines = [
+        f"{item.name.removesuffix('.JPEG')},{wnid} 1 2 3 4" for item, wnid in zip(images.items, wnids, strict=True)
+    ]
+    (directory / "kaggle.csv").write_text("ImageId,PredictionString\n" + "\n".join(reversed(lines)))
+    unpacked = directory / "unpacked" / "data"
+    unpacked.mkdir(parents=True)
+    (unpacked / "meta.mat").write_bytes(meta_mat())
+    (unpacked / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(map(str, ids)))
+    with tarfile.open(directory / "val.tar") as archive:
+        archive.extractall(directory / "val", filter="data")
+    expected = [WNIDS.index(wnid) for wnid in wnids]
+    for labels in ("order.txt", "kaggle.csv", "unpacked", "unpacked/data/ILSVRC2012_validation_ground_truth.txt"):
+        for source in ("val.tar", "val"):
+            found = open_source(str(directory / source), str(directory / labels))
+            assert found.classes == WNIDS
+            assert [item.label for item in found.items] == expected
+
+
+def parquet(path, rows, names=None, group=2, label="label"):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    images = arrow.array([{"bytes": content, "path": name} for name, content, _ in rows], kind)
+    table = arrow.table({"image": images, label: arrow.array([number for *_, number in rows], arrow.int64())})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+
+
+def test_parquet_as_the_hubs_have_it(images, tmp_path):
+    rows = [
+        (f"{name.removesuffix('.JPEG')}_{wnid}.JPEG", content, WNIDS.index(wnid))
+        for wnid, files in images.items()
+        for name, content in files.items()
+    ][::-1]
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows[:7], WORDS)
+    parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[7:], WORDS)
+    parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", rows[:1], WORDS)
+    with pytest.raises(DataError, match=r"holds train, validation; choose one: '.*/data/train-\*.parquet'"):
+        prepare(tmp_path / "data", tmp_path / "a.beton")
+    prepare(f"{tmp_path}/data/train-*.parquet", tmp_path / "a.beton", part_samples=5)
+    beton, contents = written(tmp_path / "a.beton")
+    assert contents == [content for _, content, _ in rows]
+    assert samples_of(beton)["f1"].tolist() == [label for *_, label in rows]
+    assert beton.classes == WNIDS
+    assert beton.class_descriptions == dict(zip(WNIDS, WORDS, strict=True))
+
+
+def test_parquet_of_others(images, tmp_path):
+    rows = [(None, content, 1) for content in images[WNIDS[0]].values()]
+    parquet(tmp_path / "named.parquet", rows, ["cat", "dog", "eel"])
+    assert open_source(str(tmp_path / "named.parquet")).classes == ("cat", "dog", "eel")
+    parquet(tmp_path / "bare.parquet", rows)
+    assert open_source(str(tmp_path / "bare.parquet")).classes == ("00000", "00001")
+    parquet(tmp_path / "broken.parquet", [(None, None, 0), *rows])
+    assert prepare(tmp_path / "broken.parquet", tmp_path / "a.beton", on_bad="skip").counts == {
+        ("left out", "no bytes in its row"): 1
+    }
+    parquet(tmp_path / "other.parquet", rows, label="class")
+    with pytest.raises(DataError, match="no column `label` of numbers"):
+        open_source(str(tmp_path / "other.parquet"))
+    assert open_source(str(tmp_path / "other.parquet"), unlabelled=True).classes == ("all",)
+    (tmp_path / "no.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        open_source(str(tmp_path / "no.parquet"))
+    parquet(tmp_path / "high.parquet", [(None, b"", 7)], ["a"])
+    with pytest.raises(DataError, match="holds 7, but the schema names 1"):
+        open_source(str(tmp_path / "high.parquet"))
+
+
+def test_own_photographs_without_classes(images, tmp_path):
+    write_folder(tmp_path, {"photos": images[WNIDS[0]]})
+    with pytest.raises(DataError, match="--unlabelled"):
+        prepare(tmp_path / "photos", tmp_path / "a.beton")
+    prepare(tmp_path / "photos", tmp_path / "a.beton", unlabelled=True)
+    assert check(tmp_path / "a.beton").classes == ("all",)
+    assert check(tmp_path / "a.beton").samples == 3
+
+
+def test_descriptions(images, tmp_path):
+    (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn9 x\n")
+    prepare(write_folder(tmp_path / "t", images), tmp_path / "a.beton", descriptions=str(tmp_path / "words.txt"))
+    assert check(tmp_path / "a.beton").class_descriptions == CLASSES
+
+
+def test_images_and_names_to_exclude(images, tmp_path):
+    """The way of the validation images out of 22K."""
+    train = write_folder(tmp_path / "train", images)
+    stolen = {
+        "val_1.JPEG": images[WNIDS[1]][f"{WNIDS[1]}_2.JPEG"],
+        "val_2.JPEG": images[WNIDS[2]][f"{WNIDS[2]}_0.JPEG"],
+    }
+    (tmp_path / "val.tar").write_bytes(tar(stolen))
+    prepare(tmp_path / "val.tar", tmp_path / "val.beton", unlabelled=True)
+    (tmp_path / "broken.txt").write_text(f"{WNIDS[0]}_1\n{WNIDS[3]}/{WNIDS[3]}_0.JPEG\n")
+    for source in ("val.tar", "val.beton"):
+        summary = prepare(
+            train,
+            tmp_path / f"{source}.beton",
+            exclude_images=str(tmp_path / source),
+            exclude_names=str(tmp_path / "broken.txt"),
+        )
+        assert summary.counts == {("excluded", "its bytes are listed"): 2, ("excluded", "its name is listed"): 2}
+        names = [json.loads(line)["name"] for line in summary.report.read_text().splitlines()]
+        assert names == [
+            f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG",
+            f"{WNIDS[1]}/{WNIDS[1]}_2.JPEG",
+            f"{WNIDS[2]}/{WNIDS[2]}_0.JPEG",
+            f"{WNIDS[3]}/{WNIDS[3]}_0.JPEG",
+        ]
+        assert not set(stolen.values()) & set(written(tmp_path / f"{source}.beton")[1])
+
+
+def cut(content):
+    """The archive as a download that broke off between two members."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return content[: archive.getmembers()[-1].offset]
+
+
+def refusals(images):
+    files = images[WNIDS[0]]
+    return {
+        "nowhere": ({}, "does not exist"),
+        "empty": ({"empty/x.txt": b""}, "no class folders"),
+        "packed": ({"packed/train.tar.gz": b"x"}, "unpack train.tar.gz first"),
+        "no images": ({"no images/cats/a.txt": b"x"}, "has no images"),
+        "a.tar.gz": ({"a.tar.gz": b"x"}, "is compressed"),
+        "flat.tar": ({"flat.tar": tar(files)}, "images without class folders"),
+        "half.tar": ({"half.tar": tar(files)[:-13000]}, "is truncated"),
+        "cut.tar": ({"cut.tar": cut(train_tar(images))}, "its end is missing"),
+        "inner.tar": ({"inner.tar": tar({f"{WNIDS[0]}.tar": cut(tar(files))})}, "its end is missing"),
+        "garbage.tar": ({"garbage.tar": b"no archive at all" * 99}, "is truncated, damaged or compressed"),
+        "nested": ({"nested/train.tar": train_tar(images)}, "holds archives itself; name it alone"),
+        "bare.tar": ({"bare.tar": tar({f"{WNIDS[0]}.tar": tar({"x.txt": b""})})}, "has no images"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "empty", "packed", "no images", "a.tar.gz", "flat.tar", "half.tar", "cut.tar", "inner.tar",
+             "garbage.tar", "nested", "bare.tar"],
+)  # fmt: skip
+def test_sources_that_cannot_be_used(images, tmp_path, name):
+    made, words = refusals(images)[name]
+    for path, content in made.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(tmp_path / name, tmp_path / "a.beton")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("a.beton*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"1\n2\n3\n", "are numbers, and meta.mat"),
+        (b"n01\nn02\n", "are 2, but the source holds 8"),
+        (b"ILSVRC2012_val_00000001 n01\n", "have no line for ILSVRC2012_val_00000002.JPEG and 6 more"),
+        (b"n01\nn02 x\n", "neither one class on each line"),
+        (b"", "neither one class"),
+        (b"\xff\xfe\x00", "is no text"),
+    ],
+)
+def test_labels_that_do_not_fit(val, content, words):
+    directory = val[0]
+    (directory / "labels.txt").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "labels.txt"))
+
+
+def test_a_devkit_that_is_none(val):
+    directory = val[0]
+    (directory / "devkit.tar.gz").write_bytes((directory / "devkit.tar.gz").read_bytes()[:300])
+    with pytest.raises(DataError, match="copy the devkit again"):
+        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
+    (directory / "other.tar").write_bytes(tar({"meta.mat": b"x" * 200, "ILSVRC2012_validation_ground_truth.txt": b"1"}))
+    with pytest.raises(DataError, match="cannot be understood"):
+        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "other.tar"))
+    write_folder(directory / "folders", {"cats": {"a.jpg": b""}})
+    with pytest.raises(DataError, match="has its own; leave them out"):
+        prepare(directory / "folders", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))

@@ -1,0 +1,130 @@
+"""Tar archives, read where they lie: every member is found once, then any process reads any image by its offset."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, NamedTuple
+
+from fsspec import AbstractFileSystem
+
+from pipeline.errors import DataError
+from tools.prepare.sources import ByteRanges, Item, Source, Stamp, base, is_image, open_stream
+
+_BLOCK_BYTES = 512
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def tar_of_classes(fs: AbstractFileSystem, path: str) -> Source:
+    """An archive of archives CLASS.tar, as ILSVRC2012_img_train.tar and fall11_whole.tar are."""
+    with open_stream(fs, path) as stream:
+        inner = sorted(_members(stream, path), key=lambda member: base(member.name))
+        parts = [(member, _members(stream, f"{path}: {member.name}", member)) for member in inner]
+        return _by_class(fs, "tar of class tars", [(base(m.name), path, found) for m, found in parts], [path])
+
+
+def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> Source:
+    """Archives CLASS.tar in one folder, as ImageNet-22K is unpacked."""
+    parts = []
+    for path in paths:
+        with open_stream(fs, path) as stream:
+            parts.append((base(path), path, _members(stream, path)))
+    return _by_class(fs, "class tars", parts, paths)
+
+
+def tar_of_folders(fs: AbstractFileSystem, path: str) -> Source:
+    """One archive of CLASS/IMAGE members; the class is the folder that an image lies in."""
+    with open_stream(fs, path) as stream:
+        members = _members(stream, path)
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        folder = base(member.name.rpartition("/")[0])
+        if is_image(member.name) and folder in ("", "."):
+            raise DataError(
+                f"{path} holds images without class folders ({member.name}); name their classes by --labels, or pass"
+                " --unlabelled to pre-train on them"
+            )
+        found.setdefault(folder, []).append(member)
+    parts = [(name, path, found[name]) for name in sorted(found) if any(is_image(m.name) for m in found[name])]
+    return _by_class(fs, "tar of class folders", parts, [path])
+
+
+def flat_tar(fs: AbstractFileSystem, path: str) -> Source:
+    """One archive of images, as ILSVRC2012_img_val.tar is; all of class 0 until labels are given."""
+    with open_stream(fs, path) as stream:
+        members = sorted(_members(stream, path), key=lambda member: base(member.name))
+    items = [Item(base(m.name), 0, (path, m.offset, m.size)) for m in members if is_image(m.name)]
+    ignored = tuple(base(m.name) for m in members if not is_image(m.name))
+    return Source("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
+
+
+def holds_tars(fs: AbstractFileSystem, path: str) -> bool:
+    """Whether the first file in an archive is an archive."""
+    with open_stream(fs, path) as stream, _reading(path), tarfile.open(fileobj=stream, mode="r:") as archive:
+        first = next((member for member in archive if member.isfile()), None)
+        return first is not None and first.name.endswith(".tar")
+
+
+def _by_class(
+    fs: AbstractFileSystem, kind: str, parts: Sequence[tuple[str, str, Sequence[Member]]], paths: Sequence[str]
+) -> Source:
+    items, ignored = [], []
+    classes = tuple(name.removesuffix(".tar") for name, _, _ in parts)
+    for label, (name, path, members) in enumerate(parts):
+        if any(member.name.endswith(".tar") for member in members):
+            raise DataError(f"{path} holds archives itself; name it alone as the source")
+        images = [m for m in sorted(members, key=lambda member: base(member.name)) if is_image(m.name)]
+        if not images:
+            raise DataError(f"{path}: class {classes[label]} has no images; remove its archive {name}")
+        items += [Item(f"{classes[label]}/{base(m.name)}", label, (path, m.offset, m.size)) for m in images]
+        ignored += [f"{classes[label]}/{base(m.name)}" for m in members if not is_image(m.name)]
+    if len(set(classes)) != len(classes) or not classes:
+        raise DataError(f"{paths[0]} holds {'a class twice' if classes else 'no images'}; look at its members")
+    return Source(kind, classes, items, ByteRanges(fs), _stamp(fs, paths, items), tuple(ignored))
+
+
+def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) -> str:
+    stamp = Stamp()
+    for path in paths:
+        stamp.file(fs.info(path))
+    for item in items:
+        stamp.add(*item)
+    return stamp.hex()
+
+
+def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list[Member]:
+    """All plain files of an archive, which may be a member `within` another one, with their places in the stream.
+
+    Raises:
+        DataError: for what is no archive, is compressed, or has no end: the end of a download that broke off between
+            two members would go unseen otherwise.
+    """
+    start = within.offset if within else 0
+    stream.seek(start)
+    with _reading(name), tarfile.open(fileobj=stream, mode="r:") as archive:
+        members = []
+        for member in archive:
+            if within and member.offset >= within.offset + within.size:
+                break
+            if member.isfile():
+                members.append(Member(member.name, member.offset_data, member.size))
+        stream.seek(archive.offset)
+        mark = stream.read(_BLOCK_BYTES)
+        if (within and archive.offset + _BLOCK_BYTES > within.offset + within.size) or mark.strip(b"\0") or not mark:
+            raise tarfile.ReadError("its end is missing")
+    return members
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise DataError(
+            f"archive {name} cannot be read ({error}): it is truncated, damaged or compressed; copy it again, or unpack"
+            " a .gz first"
+        ) from None

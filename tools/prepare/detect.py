@@ -1,0 +1,89 @@
+"""Which kind of source a path or URL is."""
+
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from pipeline.errors import DataError
+from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
+from tools.prepare.labels import apply_labels, read_labels
+from tools.prepare.parquet import parquet_files
+from tools.prepare.sources import Source, base, class_folders, flat_folder, is_hidden, is_image, listing, locate
+
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def open_source(source: str, labels: str | None = None, unlabelled: bool = False) -> Source:
+    """The images of a path, URL or pattern of Parquet files, every one of them found.
+
+    A folder of class folders, of class tars, of Parquet files or of images; a tar of class tars, of class folders or
+    of images. Images without classes need `labels` (see `read_labels`) or `unlabelled`, which makes them one class.
+
+    Raises:
+        DataError: if it is none of these, or labels are missing or not wanted.
+    """
+    if labels is not None and unlabelled:
+        raise DataError(f"labels {labels} and --unlabelled exclude each other; give one of them")
+    fs, path = locate(source)
+    if any(character in path for character in "*?["):
+        found = _pattern(fs, source, path, unlabelled)
+    elif fs.isdir(path):
+        found = _folder(fs, source, path, labels is not None, unlabelled)
+    elif fs.isfile(path):
+        found = _file(fs, path, labels is not None, unlabelled)
+    else:
+        raise DataError(f"source {source} does not exist; name a folder, a .tar or .parquet files")
+    is_flat = found.kind.startswith("flat")
+    if labels is not None and not is_flat:
+        raise DataError(f"labels {labels} are given, but {source} is a {found.kind} and has its own; leave them out")
+    if not found.items:
+        raise DataError(f"source {source} holds no images; look at what is in it")
+    if is_flat and labels is None and not unlabelled:
+        raise DataError(
+            f"source {source} holds images without class folders ({found.items[0].name}, ...); it must look like"
+            " CLASS/IMAGE.jpg, or name their classes by --labels, or pass --unlabelled to pre-train on them"
+        )
+    return apply_labels(found, read_labels(labels)) if labels is not None else found
+
+
+def _pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> Source:
+    paths = sorted(fs.glob(path))
+    if not paths or not all(name.endswith(".parquet") for name in paths):
+        raise DataError(
+            f"pattern {source} matches {base(paths[0]) if paths else 'nothing'}; it must match .parquet files"
+        )
+    return parquet_files(fs, paths, unlabelled)
+
+
+def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> Source:
+    entries = [entry for entry in listing(fs, path) if not is_hidden(entry["name"])]
+    names = [entry["name"] for entry in entries]
+    if parquet := [name for name in names if name.endswith(".parquet")]:
+        splits = sorted({base(name).partition("-")[0] for name in parquet if "-" in base(name)})
+        if len(splits) > 1:
+            raise DataError(f"source {source} holds {', '.join(splits)}; choose one: '{source}/{splits[0]}-*.parquet'")
+        return parquet_files(fs, parquet, unlabelled)
+    folders = [entry for entry in entries if _is_folder(fs, entry) and not is_image(entry["name"])]
+    if tars := [name for name in names if name.endswith(".tar")]:
+        return class_tars(fs, tars)
+    if folders and not (labelled and any(map(is_image, names))):
+        return class_folders(fs, folders)
+    if not any(map(is_image, names)):
+        packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
+        hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
+        raise DataError(f"source {source} has no class folders; {hint}")
+    return flat_folder(fs, path)
+
+
+def _is_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
+    return entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(entry["name"]))
+
+
+def _file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> Source:
+    if path.endswith(".parquet"):
+        return parquet_files(fs, [path], unlabelled)
+    if path.endswith(_COMPRESSED):
+        raise DataError(f"{path} is compressed, so that nothing in it can be found quickly; unpack it first")
+    if holds_tars(fs, path):
+        return tar_of_classes(fs, path)
+    return flat_tar(fs, path) if labelled or unlabelled else tar_of_folders(fs, path)

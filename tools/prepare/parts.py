@@ -1,0 +1,191 @@
+"""The work on a source, cut into parts of some hundred images that processes finish in any order and at any time.
+
+A part is two files: NUMBER.data, the images' bytes one after the other, then NUMBER.npz, what they are and what there
+is to report. The second comes last, so a part without it never happened. When the bytes have been appended to the file
+that grows, NUMBER.data is removed: a part with .npz alone needs nothing any more. So nothing is stored twice for long,
+and whatever is killed, at any moment, the next run goes on.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.beton import STORED
+from pipeline.errors import DataError
+from pipeline.health.processes import die_with_parent
+from tools.prepare.encoding import Encoding, Stored, encode
+from tools.prepare.sources import Item, Reader, base
+
+PART_SAMPLES = 256
+
+
+class Note(NamedTuple):
+    """A line of the report: what became of an image, and why."""
+
+    name: str
+    outcome: str  # "left out", "excluded", or "stored"
+    why: str
+
+
+class Part(NamedTuple):
+    images: np.ndarray  # STORED (n,)
+    notes: list[Note]
+    content: bytes | None  # None if it was appended before
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Images that are left out on purpose: by the SHA-256 of their bytes, or by name."""
+
+    digests: frozenset[bytes] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def reason(self, name: str, content: bytes) -> str:
+        if self.names and not self.names.isdisjoint({name, base(name), base(name).rpartition(".")[0]}):
+            return "its name is listed"
+        if self.digests and sha256(content).digest() in self.digests:
+            return "its bytes are listed"
+        return ""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where parts lie and how they are made: all that a worker process needs to know."""
+
+    directory: Path
+    reader: Reader
+    encoding: Encoding
+    exclusion: Exclusion = field(repr=False)
+
+    def make(self, number: int, items: Sequence[Item]) -> None:
+        """Make one part, unless it exists."""
+        try:
+            if not self.is_made(number):
+                self._make(number, items)
+        except OSError as error:
+            raise DataError(
+                f"{self.directory} cannot be written: {error.strerror}; the same command continues from here"
+            ) from None
+
+    def _make(self, number: int, items: Sequence[Item]) -> None:
+        images, notes = [], []
+        with _Aside(self._data(number)) as data:
+            for item in items:
+                stored = self._store(item)
+                if isinstance(stored, Note):
+                    notes.append(stored)
+                    continue
+                images.append((stored.mode, stored.width, stored.height, item.label, len(stored.content)))
+                data.write(stored.content)
+                if stored.note:
+                    notes.append(Note(item.name, "stored", stored.note))
+        text = np.frombuffer(json.dumps(notes).encode(), np.uint8)
+        with _Aside(self._description(number)) as file:
+            np.savez(file, images=np.array(images, STORED), notes=text)
+
+    def take(self, number: int) -> Part:
+        """A finished part, with its bytes if they are not appended yet."""
+        with np.load(self._description(number)) as content:
+            images, notes = content["images"], [Note(*note) for note in json.loads(content["notes"].tobytes())]
+        data = self._data(number)
+        return Part(images, notes, data.read_bytes() if data.exists() else None)
+
+    def is_made(self, number: int) -> bool:
+        return self._description(number).exists()
+
+    def forget_bytes(self, number: int) -> None:
+        self._data(number).unlink(missing_ok=True)
+
+    def _store(self, item: Item) -> Stored | Note:
+        if isinstance(item.place, str):
+            return Note(item.name, "left out", item.place)
+        try:
+            content = self.reader.read(item.place)
+        except OSError as error:
+            return Note(item.name, "left out", error.strerror or str(error) or type(error).__name__)
+        if why := self.exclusion.reason(item.name, content):
+            return Note(item.name, "excluded", why)
+        stored = encode(content, item.name, self.encoding)
+        return Note(item.name, "left out", stored) if isinstance(stored, str) else stored
+
+    def _data(self, number: int) -> Path:
+        return self.directory / f"{number:06d}.data"
+
+    def _description(self, number: int) -> Path:
+        return self.directory / f"{number:06d}.npz"
+
+
+class _Aside:
+    """A file that appears whole, and on the disk, or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self):
+        self.file = open(self.path.with_name(self.path.name + ".new"), "wb")
+        return self.file
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.file.name, self.path)
+
+
+def finished_parts(workshop: Workshop, cut: Sequence[Sequence[Item]], workers: int) -> Iterator[int]:
+    """The parts' numbers in their order, each once it is made; some more are made meanwhile by `workers` processes."""
+    if workers == 1:
+        for number, items in enumerate(cut):
+            workshop.make(number, items)
+            yield number
+        return
+    with ExitStack() as stack:
+        # Not forked: threads of this process (an object store's) would be copied in the middle of what they do.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(workshop,))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pending: deque[tuple[int, Future | None]] = deque()
+        ahead = 4 * workers
+        for number in range(len(cut) + ahead):
+            if number < len(cut):
+                made = workshop.is_made(number)
+                pending.append((number, None if made else pool.submit(_make, number, cut[number])))
+            if len(pending) > ahead or (number >= len(cut) and pending):
+                first, future = pending.popleft()
+                try:
+                    if future is not None:
+                        future.result()
+                except BrokenProcessPool:
+                    raise DataError(
+                        "a process that read images was killed, for lack of memory perhaps; the same command with fewer"
+                        " --workers continues from here"
+                    ) from None
+                yield first
+
+
+_workshop: Workshop
+
+
+def _start_worker(workshop: Workshop) -> None:
+    global _workshop
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
+    _workshop = workshop
+
+
+def _make(number: int, items: Sequence[Item]) -> None:
+    _workshop.make(number, items)

@@ -1,0 +1,41 @@
+"""How far the preparation is: a bar on a terminal, a line now and then in a log."""
+
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_SECONDS = 30.0
+
+
+class Progress:
+    """Called with the number of images that are done and that there are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("images, {task.fields[rate]}"), TimeRemainingColumn()]
+        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("images", total=None, rate="listing the source")
+        self._first: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        rate = (done - self._first[1]) / max(now - self._first[0], 1e-3)
+        self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.0f} a second")
+        if not self._console.is_terminal and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown time"
+            self._console.print(f"{done:,} of {total:,} images, {left} remaining", highlight=False)

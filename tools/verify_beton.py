@@ -1,0 +1,55 @@
+"""`fcmae verify FILE.beton`: every byte against the side-car, and with `full` every image through the decoder."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.data.beton import JPEG, PAGE_BYTES, Beton, check, contents_of, samples_of, verify
+from pipeline.data.decode import jpeg_status, reason
+from pipeline.errors import DataError
+
+_AHEAD = 64  # images in the queue of each thread
+
+
+def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[Beton, list[str]]:
+    """The file's side-car and a sentence for each thing that is wrong; no sentences if all is well.
+
+    Raises:
+        DataError: if the file cannot be opened at all: see `check`.
+    """
+    beton = check(path)
+    damage: list[str] = []
+    try:
+        verify(path)
+    except DataError as error:
+        damage.append(str(error))
+    if full:
+        samples = samples_of(beton)
+        for number, status in sorted(_undecodable(beton, workers)):
+            place = int(samples["f0"]["data_ptr"][number])
+            name = beton.classes[samples["f1"][number]]
+            damage.append(f"sample {number} (class {name}, block {place // PAGE_BYTES}) {reason(status)}")
+    return beton, damage
+
+
+def _undecodable(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
+    """(number, status) of the JPEGs that the decoder refuses. Stored pixels cannot fail; the hashes guard them."""
+    images = samples_of(beton)["f0"]
+
+    def status(number: int, content: memoryview) -> tuple[int, int]:
+        return number, jpeg_status(content, int(images["height"][number]), int(images["width"][number]))
+
+    with ThreadPoolExecutor(workers, "verify") as pool:
+        pending: deque = deque()
+        for number, content in contents_of(beton, JPEG):
+            pending.append(pool.submit(status, number, content))
+            if len(pending) > _AHEAD * workers:
+                yield from _bad(pending.popleft().result())
+        for future in pending:
+            yield from _bad(future.result())
+
+
+def _bad(result: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    if result[1] != 0:
+        yield result
