@@ -65,12 +65,12 @@ class RandAugment:
         for code, name in enumerate(OPERATIONS):
             chosen = codes == code
             if chosen.any():
-                numbers[chosen] = _strengths(name, levels[chosen], signs[chosen], size)
+                numbers[chosen] = strengths(name, levels[chosen], signs[chosen], size)
         return codes, numbers
 
 
-def _strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.ndarray:
-    """float64 (n, NUMBERS) for levels in 0..1."""
+def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.ndarray:
+    """How strong an operation is: float64 (n, NUMBERS) for levels in 0..1 and signs of 1 or -1, both float64 (n,)."""
     numbers = np.zeros((len(level), NUMBERS))
     match name:
         case "PosterizeIncreasing":
