@@ -139,7 +139,7 @@ def test_crops_of_500_jpegs_equal_pillows():
         out = np.empty((1, 96, 96, 3), np.uint8)
         one = np.array([0]), np.array([len(content)]), np.array([JPEG])
         assert decoder(content, *one, row, heights, widths, out).tolist() == [OK]
-        expected = pillow_crop(Image.open(file).convert("RGB"), row[0])
+        expected = np.asarray(pillow_crop(Image.open(file).convert("RGB"), row[0]))
         worst = max(worst, int(np.abs(out[0].astype(int) - expected).max()))
         scaled_up += int(row["height"][0] < 96)
     decoder.close()
