@@ -26,6 +26,9 @@ class Purpose(IntEnum):
     MASK = 4
     MIX = 5
     DROP_PATH = 6
+    AUGMENT = 7
+    ERASE = 8
+    ERASE_NOISE = 9
 
 
 def mix64(x):

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
+from pipeline.data.augment import RandAugment
 from pipeline.data.beton import Beton
 from pipeline.data.checks import open_data
 from pipeline.data.feed import Batch, EvaluationFeed, TrainFeed
@@ -137,6 +138,15 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             log.write("evaluate", step=step, metrics=metrics)
             checkpoints.evaluated(step, metrics[objective.metric], lower_is_better)
 
+    def report_damaged(step: int) -> None:
+        replaced = int(world.sum(torch.tensor(feed.replaced)))
+        if replaced:
+            message = f"{replaced} damaged images were replaced in this attempt; each is in its rank's log"
+            log.write("event", level="warning", message=message, step=step, replaced=replaced)
+
+    def save_due(step: int) -> bool:
+        return step == last or checkpoints.due(step)
+
     every_steps = max(round(recipe.evaluation.every_epochs * feed.steps_per_epoch), 1)
     outcome = train(
         start=start,
@@ -155,9 +165,10 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         actions=[
             Action(
                 # Also before the first step: a rollback may have to go back so far.
-                due=lambda step: step == last or checkpoints.due(step),
+                due=save_due,
                 run=save,
             ),
+            Action(due=save_due, run=report_damaged),
             Action(
                 due=lambda step: (
                     (step == last or (step > 0 and step % every_steps == 0))
@@ -242,6 +253,8 @@ def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> T
         crop_scale=recipe.data.crop_scale,
         crop_ratio=recipe.data.crop_ratio,
         flip_probability=recipe.data.flip,
+        rand_augment=recipe.data.rand_augment and RandAugment.parse(recipe.data.rand_augment),
+        skip_damaged=recipe.data.on_damaged == "skip",
     )
 
 
@@ -255,6 +268,7 @@ def _evaluation_feed(recipe: StageRecipe, beton: Beton, world: World) -> Evaluat
         world_size=world.size,
         workers=recipe.data.workers,
         timeout_seconds=recipe.data.timeout_seconds,
+        skip_damaged=recipe.data.on_damaged == "skip",
     )
 
 

@@ -41,7 +41,7 @@ def tiny_data(directory: Path, train: int = 192, validation: int = 50) -> None:
 
 
 def tiny_recipe(data: Path) -> dict:
-    """Three stages of a dozen steps, on every mechanism: mixing, drop path, EMA, layer decay, a new head."""
+    """Three stages of a dozen steps, with every mechanism: augmentation, mixing, drop path, EMA, layer decay, new head."""
     classify = {
         "kind": "classification", "classes": 4, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "head_init_scale": 1.0,
     }  # fmt: skip
@@ -51,6 +51,7 @@ def tiny_recipe(data: Path) -> dict:
         "schedule": {"epochs": 2, "warmup_epochs": 0.5},
         "ema": 0.9,
         "handoff": "ema",
+        "data": {"rand_augment": "rand-m9-mstd0.5-inc1", "erase_probability": 0.25},
     }
     return {
         "name": "tiny",
@@ -73,7 +74,7 @@ def tiny_recipe(data: Path) -> dict:
                 "schedule": {"epochs": 2, "warmup_epochs": 0.5},
             },
             "intermediate": finetune,
-            "finetune": {**finetune, "data": {"image_size": 24}},
+            "finetune": {**finetune, "data": {**finetune["data"], "image_size": 24}},
         },
     }  # fmt: skip
 

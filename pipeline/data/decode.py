@@ -1,4 +1,4 @@
-"""From stored images to network inputs: which crop (numpy, by hash), then decoding and resizing (compiled).
+"""From stored images to network inputs: which crop (numpy, by hash), then decoding, resizing, RandAugment (compiled).
 
 JPEGs are decoded by libturbojpeg with the accurate DCT, as Pillow does, and its status is looked at. (FFCV's own
 decoder asks for the fast DCT and drops the status.) The compiled functions are cached on disk: FFCV would compile its
@@ -16,16 +16,20 @@ import numpy as np
 from llvmlite import binding
 from numba import njit, types
 
+from pipeline.data.augment import LAYERS, NOTHING, NUMBERS, RandAugment
 from pipeline.data.beton import JPEG
+from pipeline.data.operations import apply
 from pipeline.data.resample import resized_crop
 from pipeline.errors import DataError
 from pipeline.randomness import Purpose, key, uniform
 
 CROP_TRIES = 10
 
-# One row per image: the box to cut, the size it is resized to, the window of that, mirrored or not.
-_NUMBERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
-PLAN = np.dtype([(name, "<i8") for name in _NUMBERS])
+# One row per image: the box to cut, the size it is resized to, the window of that, mirrored or not, then what
+# RandAugment does to it.
+_INTEGERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
+_OPERATIONS = [("operations", "<i8", (LAYERS,)), ("numbers", "<f8", (LAYERS, NUMBERS))]
+PLAN = np.dtype([*((name, "<i8") for name in _INTEGERS), *_OPERATIONS])
 Plan = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (epoch, ids, heights, widths) -> PLAN rows
 
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096
@@ -39,7 +43,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Random resized crop and horizontal flip; every number is a hash of (seed, epoch, sample id, purpose).
+    """Random resized crop, horizontal flip, RandAugment; every number is a hash of (seed, epoch, sample id, purpose).
 
     The crop is drawn by torchvision's rule: up to ten tries at an area of `crop_scale` times the image's and a
     log-uniform aspect ratio within `crop_ratio` (width / height), then the largest centred crop of a permitted ratio.
@@ -50,6 +54,7 @@ class TrainingPlan:
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip_probability: float
+    rand_augment: RandAugment | None = None
 
     def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         plan = np.zeros(len(ids), PLAN)
@@ -74,6 +79,9 @@ class TrainingPlan:
         plan["left"] = np.where(fits, draws[:, 3] * (room_x + 1), room_x // 2)
         plan["full_height"] = plan["full_width"] = self.image_size
         plan["flip"] = uniform(key(self.seed, epoch, ids, Purpose.FLIP), 1)[:, 0] < self.flip_probability
+        plan["operations"] = NOTHING
+        if self.rand_augment is not None:
+            plan["operations"], plan["numbers"] = self.rand_augment.draw(self.seed, epoch, ids, self.image_size)
         return plan
 
 
@@ -88,6 +96,7 @@ class EvaluationPlan:
         plan = np.zeros(len(ids), PLAN)
         plan["height"], plan["width"] = heights, widths
         plan["full_height"] = plan["full_width"] = self.image_size
+        plan["operations"] = NOTHING
         if self.crop_pct < 1:
             short = int(self.image_size / self.crop_pct)
             shorter = np.minimum(heights, widths)
@@ -155,6 +164,8 @@ def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths,
         resized_crop(
             image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, out[i], p.flip != 0
         )
+        for layer in range(LAYERS):
+            apply(out[i], p.operations[layer], p.numbers[layer])
 
 
 class Decoder:

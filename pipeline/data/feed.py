@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.augment import RandAugment
 from pipeline.data.beton import Beton
 from pipeline.data.decode import EvaluationPlan, TrainingPlan
 from pipeline.data.loader import ImageLoader, Producer
@@ -31,6 +32,7 @@ class TrainFeed:
 
     Each step has `slots` slots of `slot_size` images; this rank has the slots rank, rank + world_size, ... and gets
     them in micro-batches of `slots_per_micro_batch` whole slots (the last of a step may hold fewer).
+    With `skip_damaged` the next image of the file stands in for a damaged one, and `replaced` counts them.
     Errors: RecipeError when the numbers do not fit each other; DataError while iterating, for a damaged sample and for
     a batch that took longer than `timeout_seconds`.
     """
@@ -51,9 +53,11 @@ class TrainFeed:
         crop_ratio: tuple[float, float],
         flip_probability: float,
         timeout_seconds: float,
+        rand_augment: RandAugment | None = None,
+        skip_damaged: bool = False,
         batches_ahead: int = 2,
     ) -> None:
-        self.beton = beton
+        self.beton, self.replaced = beton, 0
         self._seed, self._slots, self._global_batch = seed, slots, slots * slot_size
         self._rank, self._world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
@@ -65,10 +69,11 @@ class TrainFeed:
         self._loader = ImageLoader(
             beton,
             image_size=image_size,
-            plan=TrainingPlan(seed, image_size, crop_scale, crop_ratio, flip_probability),
+            plan=TrainingPlan(seed, image_size, crop_scale, crop_ratio, flip_probability, rand_augment),
             batch_size=self._slots_per_batch * slot_size,
             workers=workers,
             batches_ahead=batches_ahead,
+            skip_damaged=skip_damaged,
         )
         self._batches_per_step = -(-own // self._slots_per_batch)
         self._producer: Producer | None = None
@@ -84,7 +89,8 @@ class TrainFeed:
             self._producer = Producer(self._loader, self._work(step), self._timeout_seconds)
         self._next_step = -1
         for _ in range(self._batches_per_step):
-            images, labels, ids, epoch, slots = next(self._producer)
+            images, labels, ids, epoch, slots, replaced = next(self._producer)
+            self.replaced += len(replaced)
             yield _own_batch(images, labels, ids, epoch, slots, np.ones(len(ids), bool))
         self._next_step = step + 1
 
@@ -111,7 +117,7 @@ class EvaluationFeed:
     """All images in file order, each valid once over all ranks; every rank gets equally many batches of equal size.
 
     Short side to int(image_size / crop_pct) and the centre of it, or squashed to the square when crop_pct is 1.
-    Errors: as in TrainFeed.
+    A damaged image is not valid, with `skip_damaged`. Errors: as in TrainFeed.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class EvaluationFeed:
         world_size: int,
         workers: int,
         timeout_seconds: float,
+        skip_damaged: bool = False,
         batches_ahead: int = 2,
     ) -> None:
         self.beton = beton
@@ -138,6 +145,7 @@ class EvaluationFeed:
             batch_size=batch_size,
             workers=workers,
             batches_ahead=batches_ahead,
+            skip_damaged=skip_damaged,
         )
 
     def __len__(self) -> int:
@@ -147,7 +155,8 @@ class EvaluationFeed:
         work = ((0, ids, valid) for ids, valid in zip(self._ids, self._valid, strict=True))
         producer = Producer(self._loader, work, self._timeout_seconds)
         try:
-            for images, labels, ids, epoch, valid in producer:
+            for images, labels, ids, epoch, valid, replaced in producer:
+                valid[replaced] = False
                 yield _own_batch(images, labels, ids, epoch, (), valid)
         finally:
             producer.close()

@@ -10,6 +10,7 @@ What is replaced, and why (FFCV 1.0.2):
 """
 
 import atexit
+import logging
 import queue
 import weakref
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ with _harmless_import():
     from ffcv.pipeline.operation import Operation
     from ffcv.reader import Reader
 
+_log = logging.getLogger(__name__)
 _live: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -85,7 +87,7 @@ class _MappedFile:
 
 
 class _Images(Operation):
-    """Sample ids to uint8 (n, size, size, 3). `epoch` is set by the producer before each batch."""
+    """Sample ids to uint8 (n, size, size, 3). The producer sets `epoch` before each batch and reads `status` after."""
 
     def __init__(self, beton: Beton, image_size: int, plan: Plan, workers: int) -> None:
         super().__init__()
@@ -101,17 +103,18 @@ class _Images(Operation):
         return self._decode
 
     def _decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
+        self.status = self.decode(ids, out, metadata, storage)
+        return out
+
+    def decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
+        """Fills `out` and returns each image's status."""
         file, table = storage
         images, table = metadata[ids], table[ids]
         heights, widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         plan = self.plan(self.epoch, ids, heights, widths)
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
-        status = self.decoder(file, places, sizes, modes, plan, heights, widths, out)
-        if status.any():
-            bad = int(np.flatnonzero(status)[0])
-            raise DataError(f"sample {ids[bad]} of {self.beton.path} {reason(status[bad])}; copy or prepare it again")
-        return out
+        return self.decoder(file, places, sizes, modes, plan, heights, widths, out)
 
 
 class _Labels(Operation):
@@ -133,8 +136,17 @@ class ImageLoader(Loader):
     """FFCV's Loader over a checked file, for any number of producers one after another."""
 
     def __init__(
-        self, beton: Beton, *, image_size: int, plan: Plan, batch_size: int, workers: int, batches_ahead: int
+        self,
+        beton: Beton,
+        *,
+        image_size: int,
+        plan: Plan,
+        batch_size: int,
+        workers: int,
+        batches_ahead: int,
+        skip_damaged: bool = False,
     ) -> None:
+        self.skip_damaged = skip_damaged
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, batches_ahead
         self.beton = beton
         self.reader = _MappedReader(beton.path)
@@ -148,6 +160,31 @@ class ImageLoader(Loader):
         finally:
             Compiler.set_enabled(True)
 
+    def replace_damaged(self, ids: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """What the batch holds after each damaged image has given its place to the next whole one of the file.
+
+        Returns the ids that are now in the batch, and the places where they are others. Errors: DataError naming the
+        sample, unless damaged ones are to be skipped; when the whole file is damaged.
+        """
+        places = np.flatnonzero(self.images.status).tolist()
+        if not places:
+            return ids, []
+        now, storage = ids.copy(), self.memory_manager.state
+        for place in places:
+            what = f"sample {ids[place]} of {self.beton.path} {reason(self.images.status[place])}"
+            if not self.skip_damaged:
+                raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
+            one = slice(place, place + 1)
+            for _ in range(self.beton.samples):
+                now[place] = (now[place] + 1) % self.beton.samples
+                if not self.images.decode(now[one], images[one], self.reader.metadata["f0"], storage).any():
+                    break
+            else:
+                raise DataError(f"no image of {self.beton.path} is whole; copy or prepare it again")
+            labels[place] = self.reader.metadata["f1"][now[place]]
+            _log.warning("%s; sample %d takes its place", what, now[place])
+        return now, places
+
     def close(self) -> None:
         """Ends the decoder's threads."""
         self.images.decoder.close()
@@ -157,7 +194,8 @@ class Producer(EpochIterator):
     """A thread that decodes one batch after another into a ring of buffers.
 
     work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields
-    (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag); the arrays are overwritten after the next one.
+    (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag, replaced), where `replaced` lists the places of
+    damaged images, in which others are; the arrays are overwritten after the next one.
     Errors: whatever went wrong in the thread, raised here; DataError when a batch takes longer than `timeout_seconds`.
     """
 
@@ -174,7 +212,8 @@ class Producer(EpochIterator):
                 self.loader.images.epoch = epoch
                 slot = number % (self.loader.batches_ahead + 2)
                 images, labels = self.run_pipeline(number, ids, slot, None)
-                if not self._put((images, labels, ids, epoch, tag)):
+                ids, replaced = self.loader.replace_damaged(ids, images, labels)
+                if not self._put((images, labels, ids, epoch, tag, replaced)):
                     return
             self._put(None)
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Fine-tuning: mixup or cutmix inside each slot, label smoothing, drop path."""
+"""Fine-tuning: random erasing, mixup or cutmix inside each slot, label smoothing, drop path."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline import randomness
 from pipeline.checkpoint.weights import encoder_to_classifier
+from pipeline.data.erase import RandomErasing
 from pipeline.data.feed import Batch
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import drop_path_rates
@@ -22,6 +23,7 @@ class ClassificationObjective:
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        self._erase = RandomErasing(seed, recipe.data.erase_probability)
 
     def build_model(self) -> nn.Module:
         options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
@@ -38,7 +40,7 @@ class ClassificationObjective:
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dtype, device = next(model.parameters()).dtype, batch.images.device
-        images = normalise(batch.images, dtype)
+        images = self._erase(normalise(batch.images, dtype), batch.ids.numpy(), batch.epoch)
         dtype = images.dtype
         size = len(images) // len(batch.slots)
         mixes = [self._mix(step, slot, images.shape[-1]) for slot in batch.slots]

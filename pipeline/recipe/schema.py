@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.data.augment import RandAugment
 from pipeline.errors import RecipeError
 
 
@@ -111,10 +112,23 @@ class Data(Section):
     flip: float = Field(0.5, ge=0, le=1)
     crop_pct: float = Field(0.875, gt=0, le=1)
     """Evaluation: the short side becomes image_size / crop_pct, then the centre is cut; 1 squashes to a square."""
+    rand_augment: str | None = None
+    """Random operations on training images, in timm's notation: rand-m9-mstd0.5-inc1 in all published recipes."""
+    erase_probability: float = Field(0.0, ge=0, le=1)
+    """Of a box of noise in a training image, in classification."""
+    on_damaged: Literal["refuse", "skip"] = operational("refuse")
+    """A damaged image ends the stage, or is replaced by the next one of the file (in evaluation: not counted)."""
     workers: int = operational(1, ge=1)
     """Decoding threads of each rank."""
     timeout_seconds: float = operational(120.0, gt=0)
     """How long a batch may take before the loader is given up."""
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _known_operations(cls, text: str | None) -> str | None:
+        if text is not None:
+            RandAugment.parse(text)
+        return text
 
 
 class Batch(Section):
@@ -296,6 +310,10 @@ class StageRecipe(Section):
         if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"
+            )
+        if self.data.erase_probability:
+            raise ValueError(
+                f"data.erase_probability is {self.data.erase_probability}; pre-training erases nothing, set it to 0"
             )
         if self.data.image_size % self.model.stride:
             raise ValueError(

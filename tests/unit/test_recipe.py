@@ -33,6 +33,10 @@ def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
         ("stages.pretrain.objective.mask_ration=0.5", "did you mean mask_ratio"),
         ("stages.pretrain.objectiv=1", "did you mean objective"),
         ("nam=x", "did you mean name"),
+        ("stages.finetune.data.rand_augment=rand-m9-n3-inc1", "'n3' of 'rand-m9-n3-inc1' is not supported"),
+        ("stages.finetune.data.erase_probability=1.5", "data.erase_probability is 1.5"),
+        ("stages.pretrain.data.erase_probability=0.25", "pre-training erases nothing, set it to 0"),
+        ("stages.finetune.data.on_damaged=ignore", "data.on_damaged is 'ignore'"),
         (
             "stages.pretrain.schedule.epochs=ten",
             "stages.pretrain.schedule.epochs is 'ten': input should be a valid number",

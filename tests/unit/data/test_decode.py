@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.data.beton import JPEG
 from pipeline.data.decode import (
     BAD_JPEG,
     BAD_PLACE,
@@ -20,6 +21,7 @@ from pipeline.data.decode import (
     reason,
 )
 from pipeline.randomness import Purpose, key, uniform
+from tools.bench.loader import photographs, pillow_crop
 
 PHOTO = np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8).repeat(5, 0).repeat(5, 1)  # 60 x 80
 
@@ -118,13 +120,31 @@ def decode(images, plan, size, workers=1, heights=None, sizes=None):
     return out, status
 
 
-@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
-def test_jpegs_decode_as_in_pillow(options):
-    content = jpeg(**options)
-    expected = Image.open(io.BytesIO(content)).resize((40, 40), Image.Resampling.BICUBIC)
-    out, status = decode([content], EvaluationPlan(40, 1.0), 40)
-    assert status.tolist() == [OK]
-    assert np.abs(out[0].astype(int) - np.asarray(expected)).max() <= 1  # two builds of libjpeg-turbo
+def test_crops_of_500_jpegs_equal_pillows():
+    """Photographs of random sizes, qualities and kinds, from JPEG bytes to the resized crop: every bit."""
+    numbers, photos = np.random.default_rng(5), photographs(12)
+    worst, scaled_up, plan = 0, 0, TrainingPlan(9, 96, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    decoder = Decoder(1, 3 * 400 * 400)
+    for i in range(500):
+        height, width = numbers.integers(1, 400, 2) if i % 10 else numbers.integers(1, 12, 2)
+        image = photos[i % len(photos)].resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        if i % 7 == 0:
+            image = image.convert("L")
+        file, subsampling = io.BytesIO(), ["4:4:4", "4:2:2", "4:2:0"][i % 3]
+        quality = int(numbers.integers(30, 101))
+        image.save(file, "JPEG", quality=quality, subsampling=subsampling, progressive=i % 4 == 1, optimize=i % 5 == 0)
+        content = np.frombuffer(file.getvalue(), np.uint8)
+        heights, widths = np.array([height]), np.array([width])
+        row = plan(3, np.array([i]), heights, widths)
+        out = np.empty((1, 96, 96, 3), np.uint8)
+        one = np.array([0]), np.array([len(content)]), np.array([JPEG])
+        assert decoder(content, *one, row, heights, widths, out).tolist() == [OK]
+        expected = np.asarray(pillow_crop(Image.open(file).convert("RGB"), row[0]))
+        worst = max(worst, int(np.abs(out[0].astype(int) - expected).max()))
+        scaled_up += int(row["height"][0] < 96)
+    decoder.close()
+    assert worst == 0
+    assert 100 < scaled_up < 400
 
 
 def test_any_number_of_workers():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.data import beton as module
+from pipeline.data.augment import RandAugment
 from pipeline.data.beton import BetonWriter, check
 from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.loader import Producer
@@ -109,6 +110,23 @@ def test_workers_and_micro_batches_change_nothing(beton, expected, changes):
     feed = train_feed(beton, **changes)
     assert [slots_of(feed, step) for step in range(3 * STEPS)] == expected
     feed.close()
+
+
+def test_augmented_images_are_the_same_for_any_workers_and_ranks(beton, expected):
+    """RandAugment inside the decoding threads: hashes of every slot, 1 and 2 workers, 1 and 4 ranks, after a seek."""
+    policy = RandAugment.parse("rand-m9-mstd0.5-inc1")
+    feed = train_feed(beton, rand_augment=policy)
+    whole = [slots_of(feed, step) for step in range(2 * STEPS)]
+    feed.close()
+    assert sum(whole[s][n] != expected[s][n] for s in range(2 * STEPS) for n in range(SLOTS)) > STEPS * SLOTS
+    feed = train_feed(beton, workers=2, rand_augment=policy)
+    assert [slots_of(feed, step) for step in range(2 * STEPS)] == whole
+    feed.close()
+    for rank in range(4):
+        feed = train_feed(beton, rank, 4, workers=2, rand_augment=policy)
+        for step in (5, 1, 2):
+            assert slots_of(feed, step) == {rank: whole[step][rank]}
+        feed.close()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -232,6 +250,49 @@ def test_damaged_sample_is_named(beton, tmp_path, workers):
     with pytest.raises(DataError, match="sample 33"):
         [list(feed.slots(step)) for step in range(2 * STEPS)]
     feed.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_samples_are_replaced_by_the_next_ones_on_request(beton, tmp_path, workers, caplog):
+    """Only damaged JPEGs: 33's stand-in is 34, whatever the world size; in evaluation it does not count."""
+    bad = damaged(beton, tmp_path, 33)
+    whole = {i: (b, n) for b in evaluation_feed(beton) for n, i in enumerate(b.ids.tolist()) if b.valid[n]}
+    seen = {}
+    for batch in evaluation_feed(bad, workers=workers, skip_damaged=True):
+        for n, i in enumerate(batch.ids.tolist()):
+            if batch.valid[n]:
+                assert i not in seen
+                seen[i] = (batch.images[n] == whole[i][0].images[whole[i][1]]).all()
+    assert sorted(seen) == [i for i in range(SAMPLES) if i != 33]
+    assert all(seen.values())
+
+    def steps(world_size):
+        feeds = [train_feed(bad, rank, world_size, workers=workers, skip_damaged=True) for rank in range(world_size)]
+        found = [{slot: h for feed in feeds for slot, h in slots_of(feed, step).items()} for step in range(2 * STEPS)]
+        for feed in feeds:
+            feed.close()
+        return found, sum(feed.replaced for feed in feeds)
+
+    (alone, replaced), (shared, replaced_by_two) = steps(1), steps(2)
+    assert alone == shared
+    assert replaced == replaced_by_two > 0
+    feed = train_feed(bad, slots=1, slot_size=SAMPLES, skip_damaged=True)
+    (batch,) = feed.slots(0)
+    feed.close()
+    assert sorted(batch.ids.tolist()) == sorted([34 if i == 33 else i for i in range(SAMPLES)])
+    assert batch.labels.tolist() == [i % 7 for i in batch.ids.tolist()]
+    first, second = (batch.ids == 34).nonzero()[:, 0]
+    assert (batch.images[first] == batch.images[second]).all()
+    assert f"sample 33 of {bad.path} is a damaged JPEG; sample 34 takes its place" in caplog.text
+
+
+def test_a_file_without_a_whole_image_is_an_error(tmp_path):
+    path = tmp_path / "a.beton"
+    with BetonWriter(path, ["a"], 4) as writer:
+        for _ in range(4):
+            writer.add(b"no JPEG", 0, size=(8, 8))
+    with pytest.raises(DataError, match=r"no image of .* is whole"):
+        list(evaluation_feed(check(path), skip_damaged=True))
 
 
 def test_errors_of_the_thread_reach_the_consumer(beton):

@@ -1,0 +1,252 @@
+"""RandAugment's fifteen operations on 8-bit RGB images, compiled, equal to Pillow's in every bit.
+
+Eight of them map each level of a channel to another: they fill a table, and the pixels go through it in one pass. The
+geometric ones interpolate as Pillow's Image.transform does, bicubic (src/libImaging/Geometry.c; its filter has a = -1,
+not the -0.5 of resizing), in double precision and in Pillow's order, because truncation follows.
+"""
+
+import numpy as np
+from numba import njit
+
+from pipeline.data.augment import NOTHING
+
+FILL = (124, 116, 104)  # ImageNet's mean, for what comes from outside of the image
+
+_R, _G, _B = FILL
+
+_AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(7)
+_COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _TRANSLATE_Y = range(7, 15)
+
+
+@njit(cache=True, nogil=True)
+def apply(image, operation, numbers):
+    """Changes `image`, uint8 (H, W, 3) and contiguous, by the operation of that code; NOTHING leaves it alone.
+
+    numbers: float64 (6,), its strength, as `pipeline.data.augment` draws it.
+    """
+    if operation == _ROTATE:
+        _rotate(image, numbers)
+    elif operation in (_SHEAR_X, _TRANSLATE_X):
+        _slide_rows(image, numbers[1], numbers[2])
+    elif operation in (_SHEAR_Y, _TRANSLATE_Y):
+        _slide_columns(image, numbers[3], numbers[5])
+    elif operation == _COLOR:
+        _color(image, np.float32(numbers[0]))
+    elif operation == _SHARPNESS:
+        _sharpness(image, np.float32(numbers[0]))
+    elif operation != NOTHING:
+        _through_table(image, _table(image, operation, numbers))
+
+
+@njit(cache=True, nogil=True)
+def blend(first, second, share):
+    """Pillow's Image.blend of two levels: `share` of the second, in single precision, clipped and truncated."""
+    mixed = np.float32(first) + share * np.float32(second - first)
+    return np.uint8(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
+
+
+@njit(cache=True, nogil=True)
+def _grey(r, g, b):
+    return (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
+
+
+@njit(cache=True, nogil=True)
+def _through_table(image, table):
+    pixels = image.reshape(-1, 3)
+    for i in range(len(pixels)):
+        pixel = pixels[i]
+        pixel[0], pixel[1], pixel[2] = table[0, pixel[0]], table[1, pixel[1]], table[2, pixel[2]]
+
+
+@njit(cache=True, nogil=True)
+def _histogram(image):
+    counts = np.zeros((3, 256), np.int64)
+    pixels = image.reshape(-1, 3)
+    for i in range(len(pixels)):
+        for c in range(3):
+            counts[c, pixels[i, c]] += 1
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def _table(image, operation, numbers):
+    """The new level of each channel's 256."""
+    table = np.empty((3, 256), np.uint8)
+    if operation in (_AUTO_CONTRAST, _EQUALIZE):
+        counts = _histogram(image)
+        for c in range(3):
+            if operation == _EQUALIZE:
+                _equalized(counts[c], table[c])
+            else:
+                _stretched(counts[c], table[c])
+        return table
+    grey = _mean_grey(image) if operation == _CONTRAST else 0
+    number = np.int64(numbers[0])
+    for i in range(256):
+        if operation == _INVERT:
+            level = 255 - i
+        elif operation == _POSTERIZE:
+            level = i >> (8 - number) << (8 - number)
+        elif operation == _SOLARIZE:
+            level = i if i < number else 255 - i
+        elif operation == _SOLARIZE_ADD:
+            level = min(i + number, 255) if i < 128 else i
+        else:
+            level = np.int64(blend(grey, i, np.float32(numbers[0])))
+        table[:, i] = level
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _stretched(counts, table):
+    low, high = 0, 255
+    while low < 255 and counts[low] == 0:
+        low += 1
+    while high > 0 and counts[high] == 0:
+        high -= 1
+    scale = 255.0 / (high - low) if high > low else 1.0
+    offset = -low * scale if high > low else 0.0
+    for i in range(256):
+        table[i] = min(max(int(i * scale + offset), 0), 255)
+
+
+@njit(cache=True, nogil=True)
+def _equalized(counts, table):
+    last = 255
+    while counts[last] == 0:
+        last -= 1
+    step = (counts.sum() - counts[last]) // 255
+    before = step // 2
+    for i in range(256):
+        table[i] = i if step == 0 else min(before // step, 255)
+        before += counts[i]
+
+
+@njit(cache=True, nogil=True)
+def _mean_grey(image):
+    pixels = image.reshape(-1, 3)
+    total = 0
+    for i in range(len(pixels)):
+        total += _grey(pixels[i, 0], pixels[i, 1], pixels[i, 2])
+    return int(total / len(pixels) + 0.5)
+
+
+@njit(cache=True, nogil=True)
+def _color(image, factor):
+    pixels = image.reshape(-1, 3)
+    for i in range(len(pixels)):
+        pixel = pixels[i]
+        grey = _grey(pixel[0], pixel[1], pixel[2])
+        for c in range(3):
+            pixel[c] = blend(grey, np.int32(pixel[c]), factor)
+
+
+@njit(cache=True, nogil=True)
+def _sharpness(image, factor):
+    """Away from, or towards, the 3 x 3 mean in which the centre counts five times; the border stays."""
+    height, length = image.shape[0], 3 * image.shape[1]
+    source = image.copy().reshape(height, length)
+    result = image.reshape(height, length)
+    for y in range(1, height - 1):
+        above, line, below, out = source[y - 1], source[y], source[y + 1], result[y]
+        for x in range(3, length - 3):
+            near = np.int32(above[x - 3]) + above[x] + above[x + 3] + line[x - 3] + line[x + 3]
+            near += np.int32(below[x - 3]) + below[x] + below[x + 3] + 5 * np.int32(line[x])
+            out[x] = blend((2 * near + 13) // 26, np.int32(line[x]), factor)
+
+
+@njit(cache=True, nogil=True)
+def _cubic(a, b, c, d, t):
+    return b + t * (c - a + t * (2.0 * (a - b) + c - d + t * (b - a - c + d)))
+
+
+@njit(cache=True, nogil=True)
+def _level(value):
+    return np.uint8(min(max(value, 0.0), 255.0))
+
+
+@njit(cache=True, nogil=True)
+def _rotate(image, m):
+    """Output pixel (x, y) is the input at (m[0] x + m[1] y + m[2], m[3] x + m[4] y + m[5]), centres at halves."""
+    source = image.astype(np.int32)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            from_x = m[0] * (x + 0.5) + m[1] * (y + 0.5) + m[2]
+            from_y = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5]
+            _pixel(source, from_x, from_y, image[y, x])
+
+
+@njit(cache=True, nogil=True)
+def _pixel(source, from_x, from_y, out):
+    """The pixel at a place between pixels, or the fill colour when the place is outside."""
+    height, width = source.shape[0], source.shape[1]
+    if from_x < 0.0 or from_x >= width or from_y < 0.0 or from_y >= height:
+        out[0], out[1], out[2] = _R, _G, _B
+        return
+    left, top = np.floor(from_x - 0.5), np.floor(from_y - 0.5)
+    dx, dy = from_x - 0.5 - left, from_y - 0.5 - top
+    x1, y1 = int(left), int(top)
+    x0, x2, x3 = max(x1 - 1, 0), min(x1 + 1, width - 1), min(x1 + 2, width - 1)
+    y0, y2, y3 = max(y1 - 1, 0), min(y1 + 1, height - 1), min(y1 + 2, height - 1)
+    x1, y1 = max(x1, 0), max(y1, 0)
+    s0, s1, s2, s3 = source[y0], source[y1], source[y2], source[y3]
+    for c in range(3):
+        value = _cubic(
+            _cubic(s0[x0, c], s0[x1, c], s0[x2, c], s0[x3, c], dx),
+            _cubic(s1[x0, c], s1[x1, c], s1[x2, c], s1[x3, c], dx),
+            _cubic(s2[x0, c], s2[x1, c], s2[x2, c], s2[x3, c], dx),
+            _cubic(s3[x0, c], s3[x1, c], s3[x2, c], s3[x3, c], dx),
+            dy,
+        )
+        out[c] = _level(value)
+
+
+@njit(cache=True, nogil=True)
+def _slide_rows(image, slope, shift):
+    """Output pixel (x, y) is the input at (x + slope y + shift, y), centres at halves.
+
+    Within a row all pixels lie alike between their neighbours but for rounding, so that one loop without branches does
+    the row; the pixels near its ends go one by one.
+    """
+    height, width = image.shape[0], image.shape[1]
+    source = image.astype(np.int32)
+    between = np.empty(3 * width)
+    for y in range(height):
+        move = slope * (y + 0.5)
+        first = int(np.floor(0.5 + move + shift - 0.5))
+        low, high = min(max(1 - first, 0), width), max(min(width - 2 - first, width), 0)
+        even = True
+        for x in range(low, high):
+            t = (x + 0.5) + move + shift - 0.5 - (x + first)
+            even &= (t >= 0.0) & (t < 1.0)
+            between[3 * x] = between[3 * x + 1] = between[3 * x + 2] = t
+        if not even or low > high:
+            low = high = width
+        for x in range(width):
+            if x < low or x >= high:
+                _pixel(source, (x + 0.5) + move + shift, y + 0.5, image[y, x])
+        row = source[y].reshape(3 * width)
+        start, length = 3 * (low + first), 3 * (high - low)
+        if length > 0:
+            a, b = row[start - 3 : start - 3 + length], row[start : start + length]
+            c, d = row[start + 3 : start + 3 + length], row[start + 6 : start + 6 + length]
+            t, out = between[3 * low : 3 * high], image[y].reshape(3 * width)[3 * low : 3 * high]
+            for i in range(length):
+                out[i] = _level(_cubic(a[i], b[i], c[i], d[i], t[i]))
+
+
+@njit(cache=True, nogil=True)
+def _transpose(source, out):
+    for y in range(source.shape[0]):
+        for x in range(source.shape[1]):
+            a, b = source[y, x], out[x, y]
+            b[0], b[1], b[2] = a[0], a[1], a[2]
+
+
+@njit(cache=True, nogil=True)
+def _slide_columns(image, slope, shift):
+    """Output pixel (x, y) is the input at (x, y + slope x + shift): transposed twice, to go along rows."""
+    turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
+    _transpose(image, turned)
+    _slide_rows(turned, slope, shift)
+    _transpose(turned, image)
