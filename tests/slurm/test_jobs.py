@@ -100,6 +100,7 @@ def test_signal_during_start_up_is_not_lost(submit, undisturbed):
     assert Stage(stage).done() == undisturbed.done()
 
 
+@pytest.mark.slow
 def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbed):
     run = submit()
     stage = run / "pretrain"
@@ -140,6 +141,7 @@ def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(sub
     assert f"stage pretrain has ended for good: {said}" in fcmae("logs", run, "pretrain").stdout
 
 
+@pytest.mark.slow
 def test_handoff_that_was_changed_ends_the_next_stage(submit):
     run = submit("defaults.engine.threads=1")
     wait_for(lambda: (run / "pretrain" / "DONE").exists(), "the first stage")
@@ -174,6 +176,7 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     subprocess.run(["scontrol", "update", "PartitionName=low", "State=UP"], check=True)
 
 
+@pytest.mark.slow
 def test_without_slurmctld_run_and_logs_are_still_there(submit):
     run = submit()
     stage = run / "pretrain"
