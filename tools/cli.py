@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import RecipeError, UserError
+from tools import cluster_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -70,6 +71,10 @@ def status(
         print(view.to_json(statuses))
     else:
         Console().print(view.render(statuses))
+
+
+for command in (cluster_commands.submit, cluster_commands.resume, cluster_commands.logs, cluster_commands.cancel):
+    app.command()(command)
 
 
 class OnBad(StrEnum):

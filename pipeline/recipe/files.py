@@ -33,12 +33,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
             raw = OmegaConf.to_container(merged, resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
-    return _validate(ChainRecipe, _spread(raw, path), str(path))
+    return validate(ChainRecipe, _spread(raw, path), str(path))
 
 
 def load_stage(path: Path) -> StageRecipe:
     """Read the resolved recipe of one stage."""
-    return _validate(StageRecipe, _read(path, seen=()), str(path))
+    return validate(StageRecipe, _read(path, seen=()), str(path))
 
 
 def dump(recipe: Section, path: Path) -> None:
@@ -95,7 +95,7 @@ def _spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**raw, "stages": spread}
 
 
-def _validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
+def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))

@@ -164,8 +164,8 @@ def test_project_keeps_its_rules():
 
 def test_project_is_really_read():
     modules = modules_of(REPOSITORY)
-    assert Import("cluster.slurm", "pipeline.errors", False, 0) in [
-        found._replace(line=0) for found in imports_of(modules, "cluster.slurm")
+    assert Import("cluster.launcher", "pipeline.errors", False, 0) in [
+        found._replace(line=0) for found in imports_of(modules, "cluster.launcher")
     ]
     assert set(ROOMS) == {name for name in modules if "." not in name}
 

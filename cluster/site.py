@@ -1,0 +1,162 @@
+"""A site: how one cluster wants to be asked. A YAML file, strict; nothing here knows any cluster by name.
+
+No field is ever read by a shell: all reach the job script quoted. Whoever needs shell commands puts them into a file
+and names it under `source`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+
+from cluster.launcher import LaunchError
+from pipeline.errors import RecipeError
+from pipeline.recipe.files import validate
+from pipeline.recipe.schema import Section
+
+INCLUDED = Path(__file__).parent / "sites"
+# What we set ourselves; a second value would win or lose by its place in the script.
+OURS = {
+    "account", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "gpus-per-node", "job-name",
+    "kill-on-invalid-dep", "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos",
+    "requeue", "no-requeue", "signal", "time", "array", "wrap",
+}  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds a line break or another control character; remove it")
+    return text
+
+
+def _no_escape(text: str) -> str:
+    if "\\" in text:
+        raise ValueError("holds a backslash, which sbatch would take for an escape; remove it")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
+"""Anything on one line."""
+SbatchText = Annotated[Text, AfterValidator(_no_escape)]
+"""Anything that sbatch reads back as it was written."""
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
+
+
+class Container(Section):
+    """An image that the ranks run in. The batch script around them runs outside."""
+
+    kind: Literal["pyxis", "apptainer"]
+    image: Text
+    """What --container-image or `apptainer exec` is given."""
+    mounts: tuple[Text, ...] = ()
+    """FROM:TO, beside the run directory, which is always there."""
+    python: Text = "python3"
+    """The interpreter inside."""
+
+
+class Site(Section):
+    partition: SbatchText | None = None
+    """Where to queue; null leaves it to the cluster."""
+    account: SbatchText | None = None
+    qos: SbatchText | None = None
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    tasks_per_node: int | None = Field(None, ge=1)
+    """Ranks on each node; null is one for each GPU, or one on a node without."""
+    cpus_per_task: int = Field(1, ge=1)
+    memory_gb_per_node: float | None = Field(None, gt=0)
+    """Null leaves it to the cluster."""
+    time_limit_minutes: int = Field(60, ge=1)
+    """Of one run of a job. A stage may need many: each saves, is requeued and goes on."""
+    stop_before_end_seconds: int = Field(120, ge=10, le=65535)
+    """How long before the time limit Slurm tells the ranks to save. They stop earlier by themselves if they have
+    measured that steps and saves take longer."""
+    attempts_without_progress: int = Field(3, ge=1)
+    """So many attempts in a row that commit no new step end the stage for good."""
+    constraint: SbatchText | None = None
+    exclude: tuple[SbatchText, ...] = ()
+    """Nodes to stay away from."""
+    modules: tuple[Text, ...] = ()
+    """`module load` each, in this order."""
+    source: tuple[Text, ...] = ()
+    """Shell files that the job script sources before it starts the ranks."""
+    environment: dict[Variable, Annotated[str, AfterValidator(_printable)]] = Field({})
+    container: Container | None = None
+    local_scratch: Text | None = None
+    """A folder on the node's own disk. $NAMES of environment variables are replaced inside the job, by Python."""
+    run_root: Text | None = None
+    """A folder that every node sees by the same path: a relative --out lies in it."""
+    sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
+    """Further options of sbatch, without their dashes; true for one without value."""
+    stages: dict[str, dict[str, Any]] = Field({})
+    """stage -> fields that differ there."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Site":
+        if self.stop_before_end_seconds >= self.time_limit_minutes * 60:
+            raise ValueError(
+                f"stop_before_end_seconds {self.stop_before_end_seconds} leaves no time to train within"
+                f" time_limit_minutes {self.time_limit_minutes}; lower the first or raise the second"
+            )
+        if doubled := sorted(OURS & self.sbatch.keys()):
+            raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
+        for name in self.stages:
+            self.for_stage(name)
+        return self
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def for_stage(self, name: str) -> "Site":
+        """The site as one stage sees it.
+
+        Raises:
+            RecipeError: naming the field of the stage that is wrong.
+        """
+        own = self.stages.get(name, {})
+        if wrong := sorted({"stages", "run_root"} & own.keys()):
+            raise ValueError(f"stages.{name}.{wrong[0]} cannot differ by stage; set it for the whole site")
+        shared = self.model_dump(mode="json", exclude={"stages"})
+        try:
+            return validate(Site, {**shared, **own}, f"stages.{name}")
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+
+
+def load_site(name: str) -> Site:
+    """A site by path, or by the name of an included example.
+
+    Raises:
+        LaunchError: if there is none.
+        RecipeError: naming the file and field, the value, and what would be accepted.
+    """
+    path = next((p for p in (Path(name), INCLUDED / f"{name.removesuffix('.yaml')}.yaml") if p.is_file()), None)
+    if path is None:
+        included = ", ".join(sorted(p.stem for p in INCLUDED.glob("*.yaml")))
+        raise LaunchError(f"there is no site {name}, neither as a file nor among the included ones ({included})")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LaunchError(f"{path} cannot be read as YAML: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise LaunchError(f"{path} holds a {type(raw).__name__}; a site is a mapping of keys to values")
+    return validate(Site, raw, str(path))
+
+
+def check_path(path: Path) -> Path:
+    """A run directory that sbatch, srun and PYTHONPATH all read back as it was written.
+
+    Raises:
+        LaunchError: naming the character that one of them would take for something else.
+    """
+    odd = next((c for c in str(path) if c in "%\\:" or not c.isprintable()), None)
+    if odd is not None:
+        raise LaunchError(f"--out {str(path)!r} holds {odd!r}, which Slurm or Python would misread; choose another")
+    return path

@@ -1,0 +1,60 @@
+"""The code of a run, kept beside it: a job that is requeued weeks later runs what was submitted."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pipeline
+
+ROOMS = ("pipeline", "recipes", "cluster", "tools")
+
+
+def environment() -> dict[str, object]:
+    """The interpreter and the version of every package it sees."""
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "interpreter": sys.executable,
+        "python": platform.python_version(),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def snapshot_path(run: Path) -> Path:
+    """Where this code with these versions goes: named by content, so that what did not change is kept once."""
+    digest = hashlib.sha256(json.dumps(environment()).encode())
+    for path in _files():
+        digest.update(f"{path.relative_to(_root())}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return run / "code" / digest.hexdigest()[:12]
+
+
+def take(run: Path) -> Path:
+    """Copy the code and note the versions, unless they are there already; the folder for PYTHONPATH."""
+    folder = snapshot_path(run)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(mkdtemp(prefix=".new-", dir=folder.parent))
+        aside.chmod(0o755)
+        for path in _files():
+            copy = aside / path.relative_to(_root())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        (aside / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        try:
+            aside.rename(folder)
+        except OSError:  # somebody else was quicker
+            shutil.rmtree(aside)
+    return folder
+
+
+def _root() -> Path:
+    return Path(pipeline.__file__).parents[1]
+
+
+def _files() -> list[Path]:
+    found = (path for room in ROOMS for path in (_root() / room).rglob("*"))
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)

@@ -1,0 +1,211 @@
+"""From a recipe and a site to jobs: what is missing is found out, checked, and submitted, and nothing else.
+
+DONE markers say what is finished, squeue says what is on its way; neither files of ours nor Slurm's memory of ended
+jobs is asked. So the same steps serve a first submission, one after the login node died, and one on another site.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from cluster import history, slurm, snapshot
+from cluster.chain import open_chain
+from cluster.launcher import LaunchError
+from cluster.script import JobScript, job_name
+from cluster.site import Site, load_site
+from cluster.slurm import Job
+from cluster.stopwatch import CANCELLED, Pace
+from pipeline.data.checks import open_data
+from pipeline.recipe import ChainRecipe, StageRecipe
+from pipeline.stage import Stage
+from pipeline.tracking.journal import Tail
+
+SITE = "site.yaml"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What becomes of one stage: finished, on its way as `job`, or to be submitted."""
+
+    name: str
+    directory: Path
+    recipe: StageRecipe
+    site: Site
+    done: bool = False
+    job: Job | None = None
+    replaces: Job | None = None
+    """A job that waits for one which is gone."""
+
+    @property
+    def missing(self) -> bool:
+        return not self.done and self.job is None
+
+
+def plan(
+    chain: ChainRecipe, run: Path, site: Site, *, ask_slurm: bool = True, start: str | None = None
+) -> list[Planned]:
+    """What becomes of the stages of a chain, in order, those before `start` left out unless others need them.
+
+    Raises:
+        LaunchError: if Slurm cannot be asked, there is no stage `start`, or what it starts from is neither done nor
+            on its way.
+    """
+    if start is not None and start not in chain.stages:
+        raise LaunchError(f"there is no stage {start} in recipe {chain.name}; it has {', '.join(chain.stages)}")
+    jobs = live_jobs(run, list(chain.stages)) if ask_slurm else {}
+    found: dict[str, Planned] = {}
+    begun = start is None
+    for name, recipe in chain.stages.items():
+        begun = begun or name == start
+        directory, before = run / name, found.get(recipe.previous or "")
+        job, replaces = jobs.get(name), None
+        if job and before and not before.done and job.after != (before.job.id if before.job else None):
+            job, replaces = None, job
+        item = Planned(name, directory, recipe, site.for_stage(name), (directory / "DONE").exists(), job, replaces)
+        if item.missing and not begun:
+            continue
+        if item.missing and recipe.previous and before is None:
+            raise LaunchError(
+                f"stage {name} starts from {recipe.previous}, which is neither done nor queued; leave --from out"
+            )
+        found[name] = item
+    return list(found.values())
+
+
+def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
+    """stage -> its newest job that waits or runs, found by its directory: no record of ours can be lost or stale."""
+    found = slurm.jobs(names=[job_name(run / name) for name in stages])
+    return {job.directory.name: job for job in found if job.live and job.directory.parent == run}
+
+
+def check(planned: list[Planned]) -> None:
+    """Everything that can be refused before queueing.
+
+    Raises:
+        UserError: the first one found.
+    """
+    for item in planned:
+        if item.missing:
+            item.recipe.check_world_size(item.site.ranks)
+            data = open_data(item.recipe)
+            if (item.directory / "recipe.yaml").exists():
+                stage = Stage(item.directory)
+                stage.check_free()
+                if (item.directory / "data.json").exists():
+                    stage.pin_data({name: beton.sha256 for name, beton in data.items()})
+            _check_time(item)
+
+
+def check_with_slurm(planned: list[Planned], code: Path) -> None:
+    """What only Slurm can refuse: partition, limits, nodes.
+
+    Raises:
+        LaunchError: the first one found.
+    """
+    for item in planned:
+        if item.missing:
+            _check_partition(item)
+            JobScript(item.directory, item.site, code).test()
+
+
+def scripts(planned: list[Planned], code: Path) -> list[str]:
+    """The job script of each stage to submit, to the letter but for the ids of jobs that are not there yet."""
+    queued = {item.name for item in planned if item.missing}
+    after = {item.name: f"JOB-OF-{item.recipe.previous}" for item in planned if item.recipe.previous in queued}
+    return [JobScript(item.directory, item.site, code, after.get(item.name)).text() for item in planned if item.missing]
+
+
+def _check_time(item: Planned) -> None:
+    pace = Pace()
+    for event in Tail(item.directory / "journal.jsonl").poll():
+        pace.take(event)
+    limit = item.site.time_limit_minutes
+    if pace.stop_seconds() >= limit * 60:
+        raise LaunchError(
+            f"stage {item.name}: time_limit_minutes {limit} is too short, for its steps and saves take"
+            f" {pace.stop_seconds():.0f} s to stop; raise it"
+        )
+
+
+def _check_partition(item: Planned) -> None:
+    site = item.site
+    partition = slurm.partition(site.partition)
+    if partition is None:
+        remedy = "see `sinfo` for those there are" if site.partition else "name one, there is no default here"
+        raise LaunchError(f"stage {item.name}: there is no partition {site.partition}; {remedy}")
+    # Slurm accepts these and lets them wait for ever, unless the cluster is configured to refuse.
+    limit = slurm.minutes(partition.get("MaxTime", ""))
+    if site.time_limit_minutes > limit:
+        raise LaunchError(
+            f"stage {item.name}: time_limit_minutes {site.time_limit_minutes} exceeds the {limit:.0f} of partition"
+            f" {partition['PartitionName']}; lower it, stages go on in as many runs as they need"
+        )
+    if partition.get("State", "UP") != "UP":
+        raise LaunchError(
+            f"stage {item.name}: partition {partition['PartitionName']} is {partition['State']}; use another"
+        )
+
+
+def submit(
+    chain: ChainRecipe, run: Path, site: Site, planned: list[Planned], report: Callable[[str], None]
+) -> dict[str, str]:
+    """Make or reopen the run directory and submit what is missing; stage -> job id. `report` gets a sentence a job.
+
+    Raises:
+        UserError: if the directory belongs to another recipe, cannot be written, or Slurm refuses a job. What was
+            submitted before stays so, and the same command goes on from there.
+    """
+    open_chain(chain, run)
+    (run / SITE).write_text(yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False))
+    (run / CANCELLED).unlink(missing_ok=True)
+    code = snapshot.take(run)
+    ids = {item.name: item.job.id for item in planned if item.job}
+    for item in planned:
+        if not item.missing:
+            continue
+        if item.replaces:
+            slurm.cancel(item.replaces.id)
+            history.note(item.directory, "cancelled", item.replaces.id, reason="the job that it waited for is gone")
+        before = item.recipe.previous
+        after = ids.get(before) if before else None
+        id = ids[item.name] = JobScript(item.directory, item.site, code, after).submit()
+        history.note(
+            item.directory,
+            "submitted",
+            id,
+            committed=history.committed_step(item.directory),
+            nodes=item.site.nodes,
+            ranks=item.site.ranks,
+            after=after,
+            code=code.name,
+        )
+        report(f"{item.name}: job {id}" + (f", after job {after}" if after else ""))
+    return ids
+
+
+def cancel(run: Path, stages: list[str]) -> list[str]:
+    """Cancel the jobs of a run; a sentence each. A file tells those that Slurm cannot be asked about just now."""
+    (run / CANCELLED).write_text("by `fcmae cancel`; `fcmae resume` removes this file\n")
+    try:
+        live = live_jobs(run, stages)
+        # The last first, so that none starts because the one before it has ended.
+        for job in reversed(live.values()):
+            slurm.cancel(job.id)
+            history.note(job.directory, "cancelled", job.id, reason="by `fcmae cancel`")
+    except slurm.NoControllerError as error:
+        return [f"{error}; until then running stages save and stop within seconds, and none that starts later goes on"]
+    said = [f"{name}: job {job.id} is cancelled ({job.state} until now)" for name, job in live.items()]
+    return said or ["no job of this run waits or runs"]
+
+
+def stored_site(run: Path) -> Site:
+    """The site that a run was last submitted to.
+
+    Raises:
+        LaunchError: if it never was.
+    """
+    if not (run / SITE).exists():
+        raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
+    return load_site(str(run / SITE))

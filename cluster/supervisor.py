@@ -1,0 +1,95 @@
+"""After the ranks of a job have ended: is the stage done, shall the job run again, or is there no hope?
+
+    python -m cluster.supervisor STAGE_DIRECTORY EXIT_CODE ATTEMPTS_WITHOUT_PROGRESS
+
+The batch script calls it on the first node, outside of any container, with srun's exit code. That all ranks have
+flushed and met is then certain, and a job can be requeued too whose rank 0 was killed.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from cluster import history, slurm
+from cluster.launcher import LaunchError
+from cluster.stopwatch import CANCELLED
+from cluster.worker import PERMANENT, STOP_SIGNALS
+from pipeline.errors import UserError
+from pipeline.recipe import load
+from pipeline.stage import Stage
+
+RETRY_SECONDS = 5
+
+
+def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) -> int:
+    """The exit code of the job: 0 if the stage is done or goes on, 1 if it ends here, which cancels its dependents."""
+    directory = stage.directory
+    if stage.done():
+        return 0
+    outcome = stage.last_outcome()
+    reason = outcome.reason if outcome else f"the ranks ended with exit code {code} and left no word"
+    if (directory.parent / CANCELLED).exists():
+        print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
+        history.note(directory, "stopped", job, reason="cancelled")
+        return 1
+    if code == PERMANENT:
+        return give_up(directory, job, reason)
+    committed = history.committed_step(directory)
+    fruitless = history.fruitless(directory, committed)
+    if fruitless >= attempts_without_progress:
+        return give_up(directory, job, f"{fruitless} attempts in a row committed no step after {committed}: {reason}")
+    print(f"stage {directory.name}: {reason}; job {job} is requeued", flush=True)
+    history.note(directory, "requeued", job, committed=committed, code=code, reason=reason)
+    while True:
+        try:
+            slurm.requeue(job)
+            return 0
+        except slurm.NoControllerError as error:
+            print(error, flush=True)
+            time.sleep(RETRY_SECONDS)
+        except LaunchError as error:
+            # Requeued or cancelled by somebody else, in this very moment: then it is no longer ours to decide.
+            print(error, flush=True)
+            history.note(directory, "stopped", job, reason=str(error))
+            return 1
+
+
+def give_up(directory: Path, job: str, reason: str) -> int:
+    """End the stage and those that start from it; the code of a failed job."""
+    print(f"stage {directory.name} has ended for good: {reason}", flush=True)
+    history.note(directory, "stopped", job, reason=reason)
+    try:
+        cancel_dependents(directory, f"stage {directory.name} has ended for good: {reason}")
+    except UserError as error:  # Slurm cancels them by itself, though without our words
+        print(error, flush=True)
+    return 1
+
+
+def cancel_dependents(directory: Path, reason: str) -> None:
+    """Cancel the jobs of all stages that start, directly or not, from the stage of this directory."""
+    run, lost = directory.parent, {directory.name}
+    for name, recipe in load(run / "recipe.yaml").stages.items():
+        if recipe.previous in lost:
+            lost.add(name)
+    waiting = slurm.jobs(names=[f"fcmae-{name}" for name in lost - {directory.name}]) if len(lost) > 1 else []
+    for job in waiting:
+        if job.live and job.directory.parent == run:
+            slurm.cancel(job.id)
+            history.note(job.directory, "cancelled", job.id, reason=reason)
+
+
+def main() -> int:
+    # The requeue's own SIGTERM to all processes of the job would otherwise end scontrol before it has its answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    directory, code, attempts_without_progress = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    try:
+        return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], attempts_without_progress)
+    except UserError as error:
+        print(error, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The commands that work with Slurm: submit, resume, logs, cancel."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cluster.site import Site
+    from cluster.submit import Planned
+    from pipeline.recipe import ChainRecipe
+
+
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of an included recipe.")],
+    site: Annotated[str, typer.Option(help="A YAML file that describes the cluster, or an included example.")],
+    out: Annotated[Path, typer.Option(help="The run directory, on a file system that all nodes share.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job scripts; submit and write nothing.")
+    ] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Leave the stages before this one alone.")
+    ] = None,
+) -> None:
+    """Queue the stages of a recipe as Slurm jobs that go on by themselves until all is done."""
+    from cluster import submit as jobs
+    from cluster.chain import resolved
+    from cluster.site import check_path, load_site
+    from cluster.snapshot import snapshot_path
+    from pipeline.recipe import load
+    from tools.cli import find_recipe
+
+    chain, profile = load(find_recipe(recipe), overrides or []), load_site(site)
+    chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
+    run = check_path((Path(profile.run_root or "") / out).resolve())
+    if dry_run:
+        planned = jobs.plan(chain, run, profile, ask_slurm=False, start=start)
+        jobs.check(planned)
+        for text in jobs.scripts(planned, snapshot_path(run)):
+            print(text)
+        return
+    _submit(chain, run, profile, start)
+
+
+def resume(
+    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    site: Annotated[
+        str | None, typer.Option(help="Another site, or other numbers of nodes; by default the last one.")
+    ] = None,
+) -> None:
+    """Submit what is missing: stages that are neither done nor on their way. Safe at any time."""
+    from cluster import submit as jobs
+    from cluster.site import check_path, load_site
+    from cluster.status import stage_names
+    from pipeline.recipe import load
+
+    run = check_path(directory.resolve())
+    stage_names(run)
+    _submit(load(run / "recipe.yaml"), run, load_site(site) if site else jobs.stored_site(run), None)
+
+
+def cancel(directory: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
+    """End the jobs of a run. Those that run save first; `fcmae resume` goes on from there."""
+    from cluster import submit as jobs
+    from cluster.status import stage_names
+
+    for sentence in jobs.cancel(directory.resolve(), stage_names(directory)):
+        print(sentence)
+
+
+def logs(
+    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    stage: Annotated[str | None, typer.Argument(help="One stage; by default all.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="How many lines of each file.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what is added, until Ctrl-C or the end.")
+    ] = False,
+) -> None:
+    """What the ranks have printed, from the run's files alone."""
+    from cluster.logs import show
+
+    show(directory, stage, rank, lines, follow=follow)
+
+
+def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
+    from cluster import submit as jobs
+    from cluster.snapshot import snapshot_path
+
+    planned = jobs.plan(chain, run, profile, start=start)
+    jobs.check(planned)
+    jobs.check_with_slurm(planned, snapshot_path(run))
+    Console().print(_table(planned))
+    jobs.submit(chain, run, profile, planned, print)
+
+
+def _table(planned: "list[Planned]") -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("stage", "partition", "nodes", "ranks", "GPUs", "CPUs", "minutes", ""):
+        table.add_column(name, justify="left" if name in ("stage", "partition", "") else "right", no_wrap=True)
+    for item in planned:
+        site = item.site
+        what = "done" if item.done else f"job {item.job.id} {item.job.state}" if item.job else "to submit"
+        asked = (site.nodes, site.ranks, site.nodes * site.gpus_per_node, site.ranks * site.cpus_per_task)
+        cells = [site.partition or "default", *map(str, asked), str(site.time_limit_minutes)]
+        table.add_row(item.name, *(cells if item.missing else [""] * len(cells)), what)
+    return table
