@@ -8,14 +8,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from cluster.status import COLOUR, Follower, StageStatus, duration, figure, metrics_text, of_total, stage_names
+from cluster.status import Follower, StageStatus, stage_names
+from cluster.table import duration, figure, metrics_text, of_total, stage_table
 from pipeline.tracking.journal import Event
 
 LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
-BAR_WIDTH = 24
 
 
 class Progress:
@@ -83,22 +82,7 @@ class Progress:
         self.console.print(escape(line), highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name, justify in (
-            ("stage", "left"), ("state", "left"), ("", "left"), ("step", "right"), ("loss", "right"),
-            ("images/s", "right"), ("ETA", "right"), ("result", "left"),
-        ):  # fmt: skip
-            is_bar = not name  # it alone gives way on a narrow terminal
-            table.add_column(name, justify=justify, no_wrap=not is_bar, max_width=BAR_WIDTH if is_bar else None)
-        for s in self._statuses:
-            bar = ProgressBar(total=s.total_steps or 1, completed=s.step if s.total_steps else 0)
-            running = s.state == "running"
-            table.add_row(
-                escape(s.stage), f"[{COLOUR[s.state]}]{s.state}[/]", bar, of_total(s), figure(s.loss),
-                figure(s.images_per_second, "{:,.0f}"), duration(s.eta_seconds) if running else "",
-                metrics_text(s.metrics),
-            )  # fmt: skip
-        return table
+        return stage_table(self._statuses, bars=True)
 
 
 def _line(s: StageStatus) -> str:

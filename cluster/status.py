@@ -1,7 +1,6 @@
 """What the directories of a chain say about it: while it runs, after a crash, or years later. Reads, never writes."""
 
 import json
-import math
 import re
 import socket
 import time
@@ -11,20 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
+from cluster.queue import Queue, QueuedJob, entries
 from pipeline.errors import StageError
 from pipeline.stage import is_alive
 from pipeline.tracking.journal import Event, Tail, parse, strict
 
-State = Literal["waiting", "running", "saved", "failed", "done", "interrupted"]
+State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
 STATE_OF_OUTCOME: dict[str, State] = {"saved": "saved", "done": "done", "bad_node": "failed", "permanent": "failed"}
-COLOUR: dict[State, str] = {
-    "waiting": "dim", "running": "cyan", "saved": "yellow", "failed": "red", "done": "green", "interrupted": "red",
-}  # fmt: skip
 
 # Another machine's processes cannot be asked; a stage that has written nothing for so long there counts as interrupted.
 SILENCE_SECONDS = 900.0
@@ -41,7 +34,12 @@ class StageStatus:
     total_steps: int | None = None
     loss: float | None = None
     images_per_second: float | None = None
+    data_wait_fraction: float | None = None  # of the time of a step, what it waited for its images
     eta_seconds: float | None = None  # of this stage, while it runs
+    job: str | None = None  # the last one submitted for this stage
+    job_state: str = ""  # in Slurm's words; "forgotten", or "unknown" while Slurm does not answer
+    nodes: str = ""  # those of the job, else the one of rank 0
+    world_size: int | None = None
     attempts: int = 0
     restart_reasons: list[str] = field(default_factory=list)  # how every attempt but the last ended
     reason: str = ""  # how the last attempt ended
@@ -58,7 +56,8 @@ class Follower:
         self.directory = directory
         self._tail = Tail(directory / "journal.jsonl")
         self._seen = StageStatus(directory.name)
-        self._recent: deque[tuple[float, int, float]] = deque(maxlen=RATE_LINES)  # time, step, images per second
+        # Of each step: time, number, images per second, seconds waited for data.
+        self._recent: deque[tuple[float, int, float, float | None]] = deque(maxlen=RATE_LINES)
         self._batch: float | None = None
         self._end = ""
 
@@ -76,27 +75,32 @@ class Follower:
             self._batch = _number(event.get("global_batch"))
             seen.step = step or 0
             seen.total_steps = _count(event.get("total_steps")) or seen.total_steps
+            seen.world_size = _count(event.get("world_size"))
         elif kind == "rollback":
             self._recent.clear()
             seen.step = step or 0
         elif kind == "step" and step is not None:
             seen.step, seen.loss = step, _number(event.get("loss"))
             rate = _number(event.get("images_per_second")) or 0.0
-            self._recent.append((_number(event.get("time")) or 0.0, step, rate))
+            wait = _number(event.get("data_wait_seconds"))
+            self._recent.append((_number(event.get("time")) or 0.0, step, rate, wait))
         elif kind == "evaluate":
             seen.metrics = _numbers(event.get("metrics"))
         if kind in ("attempt", "end"):
             self._end = str(event.get("reason") or event.get("outcome") or "") if kind == "end" else ""
 
-    def status(self) -> StageStatus:
-        """The stage as it stands now."""
+    def status(self, job: QueuedJob | None = None) -> StageStatus:
+        """The stage as it stands now; `job` is what Slurm says of its job."""
         seen = StageStatus(**{**vars(self._seen), "metrics": dict(self._seen.metrics)})
         attempts = _attempts(self.directory)
         outcomes = [_json(p.with_suffix(".outcome.json")) for p in attempts]
-        seen.attempts = len(attempts)
+        owner = _json(attempts[-1]) if attempts else {}
+        seen.attempts, seen.nodes = len(attempts), str(owner.get("host", ""))
         ends = [f"attempt {int(p.stem)}: {_ended(o)}" for p, o in zip(attempts, outcomes, strict=True)]
         seen.restart_reasons = ends[:-1]
         seen.last_checkpoint_step, seen.last_checkpoint_age_seconds = _last_checkpoint(self.directory)
+        if job:
+            seen.job, seen.job_state, seen.nodes = job.id, job.state, job.nodes or seen.nodes
         if (self.directory / "DONE").exists():
             seen.state = "done"
             result = _json(self.directory / "result.json")
@@ -104,28 +108,52 @@ class Follower:
             seen.total_steps = seen.total_steps or seen.step
             seen.weights_sha256 = result.get("weights_sha256")
             seen.metrics = _numbers(result.get("metrics")) or seen.metrics
-        elif attempts:
-            seen.state = STATE_OF_OUTCOME.get(str(outcomes[-1].get("kind")), "interrupted")
-            if not outcomes[-1] and self._runs(_json(attempts[-1]), attempts[-1]):
-                seen.state = "running"
-            else:
-                seen.reason = str(outcomes[-1].get("reason") or self._end)
+        else:
+            if attempts:
+                seen.state = STATE_OF_OUTCOME.get(str(outcomes[-1].get("kind")), "interrupted")
+                if not outcomes[-1] and self._runs(owner, attempts[-1], job):
+                    seen.state = "running"
+                else:
+                    seen.reason = str(outcomes[-1].get("reason") or self._end)
+            self._take_job(seen, job)
         if seen.state in ("running", "done") and self._recent:
-            seen.images_per_second = sum(r[2] for r in self._recent) / len(self._recent)
+            rates, waits = [r[2] for r in self._recent], [r[3] for r in self._recent if r[3] is not None]
+            seen.images_per_second = sum(rates) / len(rates)
+            if waits and self._batch and seen.images_per_second:
+                seen.data_wait_fraction = sum(waits) / len(waits) * seen.images_per_second / self._batch
         if seen.state == "running":
             seen.eta_seconds = self._eta(seen)
         return seen
 
-    def _runs(self, owner: dict[str, Any], attempt: Path) -> bool:
-        if owner.get("host") == socket.gethostname():
-            return "pid" in owner and is_alive({"pid_start_time": None, **owner})
+    def _take_job(self, seen: StageStatus, job: QueuedJob | None) -> None:
+        """Let Slurm's word change what the files say of a stage that is not done."""
+        if job and job.waits:
+            seen.state, seen.nodes = "queued", ""
+        elif job and job.runs and seen.state != "running":
+            seen.state = "starting"
+        last = (entries(self.directory) or [{}])[-1]
+        stale = (_number(last.get("time")) or 0.0) < max(map(_modified, _attempts(self.directory)), default=0.0)
+        if last.get("event") in ("stopped", "cancelled") and not stale and not (job and job.live):
+            seen.reason = str(last.get("reason", ""))
+            seen.state = "cancelled" if "cancelled" in (last["event"], seen.reason) else "failed"
+        elif job and job.state == "CANCELLED" and seen.state != "running":
+            seen.state = "cancelled"
+
+    def _runs(self, owner: dict[str, Any], attempt: Path, job: QueuedJob | None) -> bool:
+        if owner.get("host") == socket.gethostname() and "pid" in owner:
+            if is_alive({"pid_start_time": None, **owner}):
+                return True
+            if not (job and job.runs):
+                return False
+        if job and job.known:
+            return job.runs
         last_sign = max(_modified(attempt), _modified(self.directory / "journal.jsonl"))
         return bool(owner) and time.time() - last_sign < SILENCE_SECONDS
 
     def _eta(self, seen: StageStatus) -> float | None:
         if not self._recent or not seen.total_steps:
             return None
-        (began, first, _), (now, last, rate) = self._recent[0], self._recent[-1]
+        (began, first, *_), (now, last, rate, _) = self._recent[0], self._recent[-1]
         if last > first and now > began:
             seconds_per_step = (now - began) / (last - first)
         elif rate and self._batch:
@@ -150,66 +178,30 @@ def stage_names(run_directory: str | Path) -> list[str]:
     return [str(name) for name in stages]
 
 
+class Run:
+    """Follows all stages of a run directory, and their jobs where there are any. StageError if it is none."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).resolve()
+        self._followers = [Follower(self.directory / name) for name in stage_names(directory)]
+        self.queue = Queue([follower.directory for follower in self._followers])
+
+    def statuses(self) -> list[StageStatus]:
+        """Every stage of the chain, in order, as it stands now. Waits for Slurm's first answer, but not for long."""
+        for follower in self._followers:
+            follower.poll()
+        jobs = self.queue.jobs()
+        return [follower.status(jobs.get(follower.directory.name)) for follower in self._followers]
+
+
 def status(run_directory: str | Path) -> list[StageStatus]:
     """Every stage of the chain, in order. StageError if `run_directory` is no run directory."""
-    followers = [Follower(Path(run_directory) / name) for name in stage_names(run_directory)]
-    for follower in followers:
-        follower.poll()
-    return [follower.status() for follower in followers]
+    return Run(run_directory).statuses()
 
 
 def to_json(statuses: list[StageStatus]) -> str:
     """A JSON list of the stages, in strict JSON (non-finite numbers are strings, as in the journal)."""
     return json.dumps([strict(asdict(s)) for s in statuses], indent=2, allow_nan=False)
-
-
-def render(statuses: list[StageStatus]) -> Group:
-    """For a terminal: a table with one row per stage, and below it how their attempts ended. Fits 80 columns."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    columns = {"stage": "left", "state": "left", "step": "right", "images/s": "right", "ETA": "right"}
-    for name, justify in {**columns, "checkpoint": "right", "result": "left"}.items():
-        table.add_column(name, justify=justify, no_wrap=True)
-    reasons = []
-    for s in statuses:
-        saved = figure(s.last_checkpoint_step, "{:,}") if s.state != "done" else ""
-        if saved:
-            saved += f" ({duration(s.last_checkpoint_age_seconds)} ago)"
-        result = metrics_text(s.metrics) or (f"loss {figure(s.loss)}" if s.loss is not None else "")
-        table.add_row(
-            escape(s.stage), f"[{COLOUR[s.state]}]{s.state}[/]", of_total(s), figure(s.images_per_second, "{:,.0f}"),
-            duration(s.eta_seconds), saved, result,
-        )  # fmt: skip
-        ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
-        reasons += [Text(f"{s.stage}, {reason}", style="dim") for reason in ended]
-    return Group(table, *reasons)
-
-
-def of_total(s: StageStatus) -> str:
-    return f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "" if s.state == "waiting" else f"{s.step:,}"
-
-
-def figure(value: float | None, form: str = "{:.4g}") -> str:
-    return "" if value is None else form.format(value)
-
-
-def metrics_text(metrics: dict[str, float]) -> str:
-    """`top1 61.20 %` or `loss 0.6123`: the metric that the stage is judged by, first."""
-    first = [name for name in ("top1", "loss") if name in metrics][:1] or list(metrics)[:1]
-    return "".join(f"{n} {metrics[n]:.2f} %" if n == "top1" else f"{n} {metrics[n]:.4f}" for n in first)
-
-
-def duration(seconds: float | None) -> str:
-    """`42s`, `3m 05s`, `2h 07m` or `3d 04h`."""
-    if seconds is None or not math.isfinite(seconds):
-        return ""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole // 60 % 60:02d}m"
-    return f"{whole // 86400}d {whole // 3600 % 24:02d}h"
 
 
 def _attempts(directory: Path) -> list[Path]:

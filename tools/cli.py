@@ -42,7 +42,8 @@ def run(
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
     from cluster.progress import Progress
-    from cluster.status import render, status
+    from cluster.status import status
+    from cluster.table import render
     from pipeline.recipe import load
     from pipeline.stage import OutcomeKind
 
@@ -69,15 +70,26 @@ def run(
 def status(
     directory: Annotated[Path, typer.Argument(help="The run directory.")],
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Until Ctrl-C, or until all is done.")] = False,
+    refresh_seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks of --watch.")] = 2.0,
 ) -> None:
-    """What the stages of a run are doing, from its files alone."""
+    """What the stages of a run are doing: from its files alone, and from Slurm where it answers."""
     from cluster import status as view
+    from cluster.table import render
+    from cluster.watch import watch as watch_run
 
-    statuses = view.status(directory)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or a pipe is no terminal of 80 columns
+    if watch and not json:
+        watch_run(directory, console, refresh_seconds)
+        return
+    run = view.Run(directory)
+    statuses = run.statuses()
     if json:
         print(view.to_json(statuses))
     else:
-        Console().print(view.render(statuses))
+        console.print(render(statuses, run.queue.trouble))
 
 
 for command in (cluster_commands.submit, cluster_commands.resume, cluster_commands.logs, cluster_commands.cancel):

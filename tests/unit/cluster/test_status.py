@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cluster.status import Follower, duration, render, status, to_json
+from cluster.status import Follower, status, to_json
+from cluster.table import duration, render
 from pipeline.errors import StageError
 from pipeline.health.processes import start_time as process_start_time
 from pipeline.stage import write_json

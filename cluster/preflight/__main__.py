@@ -1,0 +1,39 @@
+"""python -m cluster.preflight --run runs/demo --devices 8: a table; exits with 76 if this node is to blame, with 1 if
+no other node would do better."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.findings import render, to_json
+from cluster.preflight import Expectations, PreflightSettings, preflight, verdict
+from pipeline.stage import OutcomeKind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cluster.preflight", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="a stage or run directory, on the shared file system")
+    parser.add_argument("--scratch", type=Path, help="local disk that data is staged to")
+    parser.add_argument("--devices", type=int, default=0, help="GPUs that must be visible; 0 for training on CPUs")
+    parser.add_argument("--settings", default="{}", help="as JSON, for instance '{\"matrix_floor_tflops\": 300}'")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args()
+    try:
+        settings = PreflightSettings.model_validate_json(given.settings)
+    except ValueError as error:
+        parser.error(f"--settings: {error}")
+    findings = preflight(
+        Expectations(given.run, given.scratch, given.devices, int(os.environ.get("LOCAL_RANK", 0)), settings)
+    )
+    print(to_json(findings)) if given.json else Console().print(render(findings))
+    outcome = verdict(findings)
+    sys.stdout.flush()
+    # A thread that waits for a hung mount would hold an orderly exit.
+    os._exit({OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}[outcome.kind] if outcome else 0)
+
+
+if __name__ == "__main__":
+    main()

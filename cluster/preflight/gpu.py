@@ -1,0 +1,181 @@
+"""A node's GPUs: visible, healthy, empty, and right and fast in a matrix product. A CPU does the product too."""
+
+import csv
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+
+from cluster.findings import Finding, Level
+from cluster.preflight.host import GIB, is_ours
+from cluster.preflight.settings import Expectations
+
+if TYPE_CHECKING:
+    import torch
+
+MATRIX = "matrix product"
+FIELDS = ("uuid", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "remapped_rows.failure")
+
+
+def check_gpu(expected: Expectations) -> Iterator[Finding]:
+    """Everything of this file; on CPUs the matrix product alone."""
+    if not expected.devices:
+        yield Finding("gpu", Level.SKIPPED, "training on CPUs")
+        yield from _matrix(expected)
+        return
+    import torch
+
+    seen = torch.cuda.device_count()
+    if not torch.version.cuda:
+        remedy = "install a CUDA build of torch, see docs/install.md"
+        yield Finding("gpu", Level.MISSING, "this torch is built for CPUs only", remedy, 0)
+    elif seen < expected.devices:
+        detail = f"{seen} visible, {expected.devices} expected"
+        yield Finding("gpu", Level.BAD_NODE, detail, "look at `nvidia-smi` there", seen)
+    else:
+        yield Finding("gpu", Level.OK, f"{seen} visible", value=seen)
+        try:
+            visible = {_uuid(torch.cuda.get_device_properties(i).uuid) for i in range(seen)}
+            yield from gpu_health(_nvidia_smi("--query-gpu=" + ",".join(FIELDS)), visible)
+            yield from _memory(expected)
+            yield from _processes(expected, visible)
+            yield from _matrix(expected)
+        except RuntimeError as error:  # all that CUDA has to say, lack of memory included
+            said = f"GPU {expected.local_rank}: {str(error).splitlines()[0]}"
+            yield Finding("gpu", Level.BAD_NODE, said, "reset the GPU or restart the node")
+
+
+def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str]) -> Iterator[Finding]:
+    """What nvidia-smi says of the memory of the GPUs we see. An Xid is in the kernel's log, which users may seldom
+    read; those that matter here leave a GPU that nvidia-smi or CUDA cannot reach."""
+    if answer is None:
+        yield Finding("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
+        return
+    if answer.returncode != 0:
+        said = " ".join((answer.stdout + answer.stderr).split())[:200] or "no answer"
+        if "not a valid field" in said:
+            yield Finding("gpu health", Level.SKIPPED, f"nvidia-smi: {said}")
+        else:
+            yield Finding("gpu health", Level.BAD_NODE, f"nvidia-smi: {said}", "reset the GPU or restart the node")
+        return
+    troubles = []
+    for uuid, uncorrected, pending, failure in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
+        if _uuid(uuid) not in visible:
+            continue
+        if uncorrected.isdigit() and int(uncorrected):
+            troubles.append(f"{uuid}: {uncorrected} uncorrected memory errors since the driver was loaded")
+        if pending == "Yes":
+            troubles.append(f"{uuid}: memory rows wait for a reset to be remapped")
+        if failure == "Yes":
+            troubles.append(f"{uuid}: a memory row could not be remapped")
+    if troubles:
+        yield Finding("gpu health", Level.BAD_NODE, "; ".join(troubles), "reset the GPU; if it comes back, replace it")
+    else:
+        yield Finding("gpu health", Level.OK, "no uncorrected memory error")
+
+
+def _nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
+    """nvidia-smi's answer; a hang is an answer too. None where there is no such program."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+    except FileNotFoundError:
+        return None
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"did not answer within {timeout_seconds:.0f} s")
+
+
+def _memory(expected: Expectations) -> Iterator[Finding]:
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(expected.local_rank)
+    fraction, needed = free_bytes / total_bytes, expected.settings.device_memory_fraction
+    detail = f"GPU {expected.local_rank}: {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
+    if fraction >= needed:
+        yield Finding("gpu memory", Level.OK, detail, value=fraction)
+    else:
+        remedy = "a dead process may hold it: see `nvidia-smi`, reset the GPU"
+        yield Finding("gpu memory", Level.BAD_NODE, f"{detail}, {needed:.0%} needed", remedy, fraction)
+
+
+def _processes(expected: Expectations, visible: set[str]) -> Iterator[Finding]:
+    answer = _nvidia_smi("--query-compute-apps=pid,process_name,gpu_uuid")
+    if answer is None or answer.returncode != 0:
+        yield Finding("gpu processes", Level.SKIPPED, "nvidia-smi does not tell")
+    elif others := foreign_processes(answer.stdout, visible, expected.settings.allowed_processes):
+        detail = f"others compute on our GPUs: {', '.join(others)}"
+        remedy = "end them, or ask for whole nodes (exclusive)"
+        yield Finding("gpu processes", Level.BAD_NODE, detail, remedy, len(others))
+    else:
+        yield Finding("gpu processes", Level.OK, "ours alone", value=0)
+
+
+def foreign_processes(table: str, visible: set[str], allowed: list[str]) -> list[str]:
+    """`pid (name)` of those in nvidia-smi's table that are on a GPU of ours and neither of our job nor allowed."""
+    others = []
+    for pid, name, uuid in csv.reader(table.splitlines(), skipinitialspace=True):
+        if _uuid(uuid) not in visible or any(part in name for part in allowed):
+            continue
+        try:
+            if is_ours(psutil.Process(int(pid))):
+                continue
+        except psutil.Error:  # another user's, or outside our container
+            pass
+        others.append(f"{pid} ({name})")
+    return others
+
+
+def _uuid(text: object) -> str:
+    return str(text).removeprefix("GPU-")
+
+
+def _matrix(expected: Expectations) -> Iterator[Finding]:
+    import torch
+
+    device = torch.device("cuda", expected.local_rank) if expected.devices else torch.device("cpu")
+    floor = expected.settings.matrix_floor_tflops
+    tflops, repeatable = matrix_product(device)
+    detail = f"{tflops:.3g} TFLOP/s on {device}"
+    if not repeatable:
+        said = f"{device}: the same product twice gave different numbers"
+        yield Finding(MATRIX, Level.BAD_NODE, said, "take the node out: its arithmetic is broken", tflops)
+    elif tflops < floor:
+        remedy = "see its clocks and temperature, and what else runs there"
+        yield Finding(MATRIX, Level.BAD_NODE, f"{detail}, {floor:g} needed", remedy, tflops)
+    else:
+        yield Finding(MATRIX, Level.OK, detail, value=tflops)
+
+
+def matrix_product(device: "torch.device") -> tuple[float, bool]:
+    """TFLOP/s of a square product (bf16 on a GPU, float32 on a CPU; the best of five), and whether it repeats to the
+    bit. About a tenth of a second."""
+    import torch
+
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 512
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator).to(device, torch.bfloat16 if cuda else torch.float32)
+    first = matrix @ matrix
+    best = float("inf")
+    for _ in range(5):
+        if cuda:
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        again = matrix @ matrix
+        if cuda:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e12, torch.equal(first, again)
+
+
+def slow_ranks(tflops: list[float], fraction: float) -> dict[int, float]:
+    """The ranks below `fraction` of the median of the others, with that median."""
+    slow = {}
+    for rank, own in enumerate(tflops):
+        others = tflops[:rank] + tflops[rank + 1 :]
+        if others and own < fraction * (median := statistics.median(others)):
+            slow[rank] = median
+    return slow

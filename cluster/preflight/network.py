@@ -1,0 +1,185 @@
+"""Are the ranks equally fast, and the network between their nodes? Asked once after the preflight of each node, in a
+group of its own that is left again, so that what is found has a name before training hangs on it."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cluster.findings import Finding, Level, node_name
+from cluster.preflight.gpu import slow_ranks
+from cluster.preflight.settings import PreflightSettings
+
+CPU_BYTES, GPU_BYTES = 4 * 2**20, 256 * 2**20
+
+
+def group_preflight(
+    settings: PreflightSettings,
+    *,
+    tflops: float | None = None,
+    cuda: bool = False,
+    hosts: Sequence[str] = (),
+) -> list[Finding]:
+    """Compare the ranks' matrix products and measure the all-reduce. Collective: one call per rank, with RANK,
+    WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; uses the port after MASTER_PORT.
+
+    Args:
+        tflops: this rank's matrix product, from `preflight`.
+        cuda: over NCCL instead of gloo. The device must have been set.
+        hosts: each rank's node as scheduled, to name the node of a rank that never comes.
+
+    Returns:
+        The same findings on every rank.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or not settings.enabled:
+        return [Finding("network", Level.SKIPPED, "one rank" if size == 1 else "switched off by the site")]
+    timeout = timedelta(seconds=settings.join_timeout_seconds)
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]) + 1,
+            size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:  # every DistStoreError is one
+        return [_unreachable(rank, str(error).splitlines()[0], hosts)]
+    try:
+        missing = _missing(store, rank, size, timeout)
+    except RuntimeError:
+        return [_unreachable(rank, "it left before all had come", hosts)]
+    if missing:
+        detail = f"rank {{}} did not come within {settings.join_timeout_seconds:g} s"
+        return [
+            Finding("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else "?")
+            for other in missing
+        ]
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            return _measure(settings, tflops, cuda)
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        detail = f"rank {rank}: {str(error).splitlines()[0]}"
+        return [Finding("network", Level.BAD_NODE, detail, "see NCCL's log with NCCL_DEBUG=INFO")]
+
+
+def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> Finding:
+    node = hosts[0] if hosts else os.environ["MASTER_ADDR"]
+    return Finding("network", Level.BAD_NODE, f"rank {rank} cannot reach rank 0: {why}", node=node)
+
+
+def _missing(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> list[int]:
+    """The ranks that did not come in time: rank 0 says so, all believe it."""
+    store.set(f"here/{rank}", "")
+    if rank:
+        store.wait(["missing"], timeout * 2)  # rank 0 may have begun to wait later than we
+        missing = json.loads(store.get("missing"))
+        store.set(f"told/{rank}", "")
+        return missing
+    with suppress(RuntimeError):
+        store.wait([f"here/{other}" for other in range(size)], timeout)
+    missing = [other for other in range(size) if not store.check([f"here/{other}"])]
+    store.set("missing", json.dumps(missing))
+    if missing:  # the store ends with this process
+        with suppress(RuntimeError):
+            store.wait([f"told/{other}" for other in range(1, size) if other not in missing], timeout)
+    return missing
+
+
+def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> list[Finding]:
+    size = dist.get_world_size()
+    shared: list = [None] * size
+    dist.all_gather_object(shared, (node_name(), int(os.environ.get("LOCAL_RANK", 0)), tflops))
+    nodes = [node for node, _, _ in shared]
+    findings = []
+    if cuda and all(product is not None for _, _, product in shared):
+        findings += _compare([product for _, _, product in shared], nodes, settings.matrix_fraction)
+    rate, floor = allreduce_gb_per_second(cuda), settings.allreduce_floor_gb_per_second
+    detail = f"all-reduce of {size} ranks on {len(set(nodes))} nodes: {rate:.3g} GB/s"
+    if rate >= floor:
+        return [*findings, Finding("network", Level.OK, detail, value=rate)]
+    leaders = [rank for rank, (_, local, _) in enumerate(shared) if local == 0]
+    slow = slow_places(pair_gb_per_second(leaders, cuda), floor)
+    # That most nodes are slow is no node's fault, and another set of nodes need not be better.
+    if not slow or len(slow) * 2 >= len(leaders):
+        return [*findings, Finding("network", Level.WARNING, f"{detail}, {floor:g} expected", "ask the site", rate)]
+    return findings + [
+        Finding("network", Level.BAD_NODE, f"{detail}, {floor:g} needed; the links of {nodes[leaders[i]]} are slow",
+                "see its network card and cable", rate, nodes[leaders[i]])
+        for i in slow
+    ]  # fmt: skip
+
+
+def _compare(products: list[float], nodes: list[str], fraction: float) -> list[Finding]:
+    slow = slow_ranks(products, fraction)
+    if not slow:
+        return [Finding("equal GPUs", Level.OK, f"{min(products):.3g} to {max(products):.3g} TFLOP/s")]
+    return [
+        Finding("equal GPUs", Level.BAD_NODE,
+                f"rank {rank}: {products[rank]:.3g} TFLOP/s, where the others have {median:.3g}",
+                "see its clocks and temperature", products[rank], nodes[rank])
+        for rank, median in slow.items()
+    ]  # fmt: skip
+
+
+def allreduce_gb_per_second(cuda: bool) -> float:
+    """Bus bandwidth of an all-reduce over all ranks, 10^9 bytes a second: what the slowest link must carry, whatever
+    the number of ranks (2 (n-1)/n times the bytes; nccl-tests, doc/PERFORMANCE.md). The same on every rank."""
+    tensor = torch.ones((GPU_BYTES if cuda else CPU_BYTES) // 4, device="cuda" if cuda else "cpu")
+    repeats = 5
+
+    def run() -> None:
+        for _ in range(repeats):
+            dist.all_reduce(tensor)
+
+    seconds = torch.tensor(_timed(run, cuda) / repeats, device=tensor.device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    size = dist.get_world_size()
+    return 2 * (size - 1) / size * tensor.nbytes / float(seconds) / 1e9
+
+
+def pair_gb_per_second(leaders: list[int], cuda: bool) -> list[float]:
+    """Between each leader and the next one in the ring, one pair after the other. The same on every rank."""
+    tensor = torch.ones((GPU_BYTES if cuda else CPU_BYTES) // 4, device="cuda" if cuda else "cpu")
+    rates = torch.zeros(len(leaders), device=tensor.device)
+    for i, first in enumerate(leaders):
+        second = leaders[(i + 1) % len(leaders)]
+
+        def exchange(first: int = first, second: int = second) -> None:
+            if dist.get_rank() == first:
+                dist.send(tensor, second)
+                dist.recv(tensor, second)
+            else:
+                dist.recv(tensor, first)
+                dist.send(tensor, first)
+
+        if first != second and dist.get_rank() in (first, second):
+            rates[i] = 2 * tensor.nbytes / _timed(exchange, cuda) / 1e9
+        dist.barrier()
+    dist.all_reduce(rates, op=dist.ReduceOp.MAX)
+    return rates.tolist()
+
+
+def _timed(work: Callable[[], None], cuda: bool) -> float:
+    work()  # connections are made at first use
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def slow_places(rates: list[float], floor: float) -> list[int]:
+    """Places in a ring both of whose links are below `floor`; `rates[i]` is the link from place i to the next."""
+    return [i for i in range(len(rates)) if max(rates[i - 1], rates[i]) < floor]
