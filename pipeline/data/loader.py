@@ -21,8 +21,9 @@ import numba.typed
 import numpy as np
 import torch
 
-from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton
-from pipeline.data.decode import Decoder, Plan, reason
+from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checks_of, samples_of
+from pipeline.data.checksum import mark_changed
+from pipeline.data.decode import CHANGED, Decoder, Plan, reason
 from pipeline.errors import DataError
 
 
@@ -90,6 +91,7 @@ class _Images(Operation):
     def __init__(self, beton: Beton, image_size: int, plan: Plan, workers: int) -> None:
         super().__init__()
         self.beton, self.image_size, self.plan, self.epoch = beton, image_size, plan, 0
+        self.samples = samples_of(beton)
         largest = 3 * beton.max_height * beton.max_width if beton.jpeg_samples else 0
         self.decoder = Decoder(workers, largest)
 
@@ -108,6 +110,7 @@ class _Images(Operation):
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
         status = self.decoder(file, places, sizes, modes, plan, heights, widths, out)
+        mark_changed(file, places, sizes, checks_of(self.samples, ids), status, CHANGED)
         if status.any():
             bad = int(np.flatnonzero(status)[0])
             raise DataError(f"sample {ids[bad]} of {self.beton.path} {reason(status[bad])}; copy or prepare it again")
