@@ -205,7 +205,7 @@ def verify(
         print(sentence)
     if damage:
         raise UserError(f"{path} is damaged, see above; copy or prepare it again")
-    decoded = f", {beton.jpeg_samples:,} JPEGs decoded" if full else ""
+    decoded = ", every image decoded" if full else ""
     print(
         f"{path} is whole: {beton.samples:,} images, {len(beton.block_sha256):,} blocks, sha256 {beton.sha256}{decoded}"
     )

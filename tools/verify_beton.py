@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.data.beton import JPEG, PAGE_BYTES, Beton, check, contents_of, samples_of, verify
-from pipeline.data.decode import jpeg_status, reason
+import numpy as np
+
+from pipeline.data.beton import JPEG, PAGE_BYTES, RAW, Beton, check, checks_of, contents_of, samples_of, verify
+from pipeline.data.checksum import checksum
+from pipeline.data.decode import CHANGED, jpeg_status, reason
 from pipeline.errors import DataError
 
 _AHEAD = 64  # images in the queue of each thread
@@ -26,24 +29,30 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         damage.append(str(error))
     if full:
         samples = samples_of(beton)
-        for number, status in sorted(_undecodable(beton, workers)):
+        for number, status in _statuses(beton, workers):
             place = int(samples["f0"]["data_ptr"][number])
             name = beton.classes[samples["f1"][number]]
             damage.append(f"sample {number} (class {name}, block {place // PAGE_BYTES}) {reason(status)}")
     return beton, damage
 
 
-def _undecodable(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
-    """(number, status) of the JPEGs that the decoder refuses. Stored pixels cannot fail; the hashes guard them."""
-    images = samples_of(beton)["f0"]
+def _statuses(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
+    """(number, status) of the images that the decoder refuses or whose checksum differs."""
+    samples = samples_of(beton)
+    images, checks = samples["f0"], checks_of(samples)
 
-    def status(number: int, content: memoryview) -> tuple[int, int]:
-        return number, jpeg_status(content, int(images["height"][number]), int(images["width"][number]))
+    def look(number: int, content: memoryview) -> tuple[int, int]:
+        status = 0
+        if images["mode"][number] == JPEG:
+            status = jpeg_status(content, int(images["height"][number]), int(images["width"][number]))
+        if status == 0 and checksum(np.frombuffer(content, np.uint8)) != checks[number]:
+            status = CHANGED
+        return number, status
 
     with ThreadPoolExecutor(workers, "verify") as pool:
         pending: deque = deque()
-        for number, content in contents_of(beton, JPEG):
-            pending.append(pool.submit(status, number, content))
+        for number, content in contents_of(beton, JPEG, RAW):
+            pending.append(pool.submit(look, number, content))
             if len(pending) > _AHEAD * workers:
                 yield from _bad(pending.popleft().result())
         for future in pending:

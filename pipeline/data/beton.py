@@ -22,6 +22,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.data.checksum import checksum
 from pipeline.errors import DataError
 
 FORMAT_VERSION = 2  # of the side-car, and of what our writer puts where
@@ -41,11 +42,14 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "S16"), ("arguments", "<u1", (102
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype({"names": ["f0", "f1"], "formats": [IMAGE, "<i8"], "offsets": [0, 16], "itemsize": 24})
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-STORED = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("label", "<i8"), ("size", "<u8")])
+STORED = np.dtype(
+    [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("label", "<i8"), ("size", "<u8"), ("check", "<u4")]
+)
 """An image on its way into a file, as `BetonWriter.add_run` takes it."""
 JPEG, RAW = 0, 1
 _FFCV_VERSION, _INT_FIELD, _IMAGE_FIELD = 2, 1, 2
 _SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
+_CHECK = slice(13, 16)  # a sample's checksum, in bytes that FFCV leaves unused between image and label
 
 
 class Beton(BaseModel):
@@ -138,11 +142,18 @@ def samples_of(beton: Beton) -> np.ndarray:
     return np.asarray(np.memmap(beton.path, SAMPLE, "r", _SAMPLES_AT, (beton.samples,)))
 
 
-def contents_of(beton: Beton, mode: int) -> Iterator[tuple[int, memoryview]]:
-    """(number, bytes) of every image of a checked file that is stored as `mode`: JPEG or RAW."""
+def checks_of(samples: np.ndarray, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """The checksums of some samples of a table, SAMPLE (n,): int64."""
+    # Bytes first: copying a sample copies its fields, and a checksum is none.
+    three = samples.view(np.uint8).reshape(-1, SAMPLE.itemsize)[ids, _CHECK].astype(np.int64)
+    return three @ np.array([1, 1 << 8, 1 << 16])
+
+
+def contents_of(beton: Beton, *modes: int) -> Iterator[tuple[int, memoryview]]:
+    """(number, bytes) of every image of a checked file that is stored in one of the modes: JPEG, RAW."""
     file = memoryview(np.memmap(beton.path, np.uint8, "r"))
     table = np.memmap(beton.path, ALLOCATION, "r", beton.size_bytes - beton.samples * ALLOCATION.itemsize)
-    for number in np.flatnonzero(samples_of(beton)["f0"]["mode"] == mode).tolist():
+    for number in np.flatnonzero(np.isin(samples_of(beton)["f0"]["mode"], modes)).tolist():
         start, size = int(table["ptr"][number]), int(table["size"][number])
         yield number, file[start : start + size]
 
@@ -251,7 +262,8 @@ class BetonWriter:
             mode, content = JPEG, image
         if max(size) > LONGEST_SIDE or len(content) > PAGE_BYTES:
             raise DataError(f"an image of {size} pixels and {len(content)} bytes does not fit; limit it by --max-side")
-        self.add_run(np.array([(mode, size[1], size[0], label, len(content))], STORED), content)
+        check = checksum(np.frombuffer(content, np.uint8))
+        self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content)
 
     def add_run(self, images: np.ndarray, content: bytes | memoryview | None) -> None:
         """Adds images, STORED (n,), whose bytes follow each other in `content`; None if the partial file has them."""
@@ -271,6 +283,8 @@ class BetonWriter:
             self._samples["f0"][name][new] = images[name]
         self._samples["f0"]["data_ptr"][new] = places
         self._samples["f1"][new] = images["label"]
+        checks = images["check"].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3]
+        self._samples[new].view(np.uint8).reshape(-1, SAMPLE.itemsize)[:, _CHECK] = checks
         self._sizes[new] = sizes
         self._count = new.stop
         if content is None:

@@ -33,11 +33,12 @@ PLAN = np.dtype([*((name, "<i8") for name in _INTEGERS), *_OPERATIONS])
 Plan = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (epoch, ids, heights, widths) -> PLAN rows
 
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096
-OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE = range(4)
+OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED = range(5)
 _REASONS = {
     BAD_PLACE: "lies outside of the file",
     BAD_JPEG: "is a damaged JPEG",
     OTHER_SIZE: "is a JPEG of another size than noted",
+    CHANGED: "is damaged: its checksum is another than noted",
 }
 
 

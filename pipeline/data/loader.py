@@ -22,8 +22,9 @@ import numba.typed
 import numpy as np
 import torch
 
-from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton
-from pipeline.data.decode import Decoder, Plan, reason
+from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checks_of, samples_of
+from pipeline.data.checksum import mark_changed
+from pipeline.data.decode import CHANGED, Decoder, Plan, reason
 from pipeline.errors import DataError, DataTimeoutError
 
 
@@ -92,6 +93,7 @@ class _Images(Operation):
     def __init__(self, beton: Beton, image_size: int, plan: Plan, workers: int) -> None:
         super().__init__()
         self.beton, self.image_size, self.plan, self.epoch = beton, image_size, plan, 0
+        self.samples = samples_of(beton)
         largest = 3 * beton.max_height * beton.max_width if beton.jpeg_samples else 0
         self.decoder = Decoder(workers, largest)
 
@@ -114,7 +116,9 @@ class _Images(Operation):
         plan = self.plan(self.epoch, ids, heights, widths)
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
-        return self.decoder(file, places, sizes, modes, plan, heights, widths, out)
+        status = self.decoder(file, places, sizes, modes, plan, heights, widths, out)
+        mark_changed(file, places, sizes, checks_of(self.samples, ids), status, CHANGED)
+        return status
 
 
 class _Labels(Operation):

@@ -50,6 +50,7 @@ def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
         ("stages.finetune.ema=null", "handoff is ema but ema has no decay"),
         ("stages.pretrain.model.dims=[8]", "depths (1, 2) and dims (8,) must be given together"),
         ("stages.pretrain.optimizer.layer_decay=0.9", "pre-training has none"),
+        ("stages.intermediate.init.head=map", "init.head is map but no stage of classification is before it"),
         ("stages=null", "needs at least one stage"),
         ("seed", "is not of the form key=value"),
     ],

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.beton import STORED
+from pipeline.data.checksum import checksum
 from pipeline.errors import DataError
 from pipeline.health.processes import die_with_parent
 from tools.prepare.encoding import Encoding, Stored, encode
@@ -87,7 +88,9 @@ class Workshop:
                 if isinstance(stored, Note):
                     notes.append(stored)
                     continue
-                images.append((stored.mode, stored.width, stored.height, item.label, len(stored.content)))
+                check = checksum(np.frombuffer(stored.content, np.uint8))
+                size = len(stored.content)
+                images.append((stored.mode, stored.width, stored.height, item.label, size, check))
                 data.write(stored.content)
                 if stored.note:
                     notes.append(Note(item.name, "stored", stored.note))

@@ -19,6 +19,7 @@ from pipeline.errors import DataError
 # torchvision's list: what its folders see, ours see.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 READ_TRIES = 4
+FIRST_PAUSE_SECONDS = 0.5  # before another try; each further one is twice as long
 
 
 class Item(NamedTuple):
@@ -66,7 +67,7 @@ class ByteRanges:
     def _read(self, path: str, offset: int, size: int | None) -> bytes:
         if size is None:
             return self.fs.cat_file(path)
-        content = self.fs.cat_file(path, offset, offset + size) if size else b""
+        content = self.fs.cat_file(path, start=offset, end=offset + size) if size else b""
         if len(content) != size:
             raise OSError(0, f"{path} ends after {len(content)} of {size} bytes")
         return content
@@ -84,7 +85,7 @@ def patiently(fs: AbstractFileSystem, path: str, action: Any) -> Any:
                 raise
             if attempt == READ_TRIES:
                 raise DataError(f"{path} cannot be read ({error}); the same command continues from here") from None
-            time.sleep(2**attempt / 4)
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipeline.data import beton as module
 from pipeline.data import loader  # noqa: F401 - imports FFCV quickly
-from pipeline.data.beton import BetonWriter, check, sidecar_path, verify
+from pipeline.data.beton import BetonWriter, check, checks_of, samples_of, sidecar_path, verify
+from pipeline.data.checksum import checksum
 from pipeline.errors import DataError, UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), np.uint8)
@@ -232,8 +233,10 @@ def test_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
 
 
 def test_a_run_is_the_same_as_its_images(tmp_path):
-    stored = np.array([(module.JPEG, 6, 8, i % 2, len(jpeg(PIXELS[i]))) for i in range(9)], module.STORED)
-    content = b"".join(jpeg(PIXELS[i]) for i in range(9))
+    images = [jpeg(PIXELS[i]) for i in range(9)]
+    checks = [checksum(np.frombuffer(image, np.uint8)) for image in images]
+    rows = [(module.JPEG, 6, 8, i % 2, len(image), checks[i]) for i, image in enumerate(images)]
+    stored, content = np.array(rows, module.STORED), b"".join(images)
     with BetonWriter(tmp_path / "run.beton", ["a", "b"], 9) as writer:
         writer.add_run(stored[:4], content[: stored["size"][:4].sum()])
         writer.add_run(stored[4:], content[stored["size"][:4].sum() :])
@@ -241,6 +244,8 @@ def test_a_run_is_the_same_as_its_images(tmp_path):
         for i in range(9):
             writer.add(jpeg(PIXELS[i]), i % 2, size=(8, 6))
     assert (tmp_path / "run.beton").read_bytes() == (tmp_path / "single.beton").read_bytes()
+    assert checks_of(samples_of(check(tmp_path / "run.beton"))).tolist() == checks
+    assert checks_of(samples_of(check(tmp_path / "run.beton")), np.array([7, 2])).tolist() == [checks[7], checks[2]]
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -1,0 +1,178 @@
+"""What FFCV does not notice, or dies of: here each ends in a sentence before training starts, or names the sample."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.data import beton as module
+from pipeline.data.beton import JPEG, BetonWriter, check, samples_of
+from pipeline.data.feed import TrainFeed
+from pipeline.errors import DataError
+from tests.archives import encoded, photograph
+
+SAMPLES_AT = 24 + 2 * 1041
+COUNT = 32
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "a.beton"
+    with BetonWriter(path, ["x"], COUNT) as writer:
+        for number in range(COUNT):
+            image = photograph(number, 64)
+            if number % 2:
+                writer.add(np.array(image), 0)
+            else:
+                writer.add(encoded(image), 0, size=(image.height, image.width))
+    return path
+
+
+@pytest.fixture
+def path(whole, tmp_path):
+    for name in ("a.beton", "a.beton.json"):
+        (tmp_path / name).write_bytes((whole.parent / name).read_bytes())
+    return tmp_path / "a.beton"
+
+
+def train(path):
+    """An epoch of training's images, as a stage opens and reads them."""
+    feed = TrainFeed(
+        check(path), image_size=32, seed=0, slots=2, slot_size=8, rank=0, world_size=1, slots_per_micro_batch=2,
+        workers=1, timeout_seconds=60, crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33), flip_probability=0.5,
+    )  # fmt: skip
+    try:
+        for step in range(feed.steps_per_epoch):
+            list(feed.slots(step))
+    finally:
+        feed.close()
+
+
+def overwrite(path, place, content):
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+def place_of(path, sample):
+    return int(samples_of(check(path))["f0"]["data_ptr"][sample])
+
+
+def flip(path, sample, offset):
+    place = place_of(path, sample) + offset
+    overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
+
+
+BEFORE_IT_STARTS = {
+    "half the file": lambda p: os.truncate(p, p.stat().st_size // 2),
+    "0 bytes": lambda p: os.truncate(p, 0),
+    "garbage": lambda p: p.write_bytes(os.urandom(p.stat().st_size)),
+    "last byte missing": lambda p: os.truncate(p, p.stat().st_size - 1),
+    "half of the allocation table missing": lambda p: os.truncate(p, p.stat().st_size - 24 * COUNT // 2),
+    "allocation pointer 0": lambda p: overwrite(p, 16, bytes(8)),
+    "bad pointer": lambda p: overwrite(p, SAMPLES_AT + 24 * 7 + 5, b"\xff" * 8),
+    "index out of range": lambda p: overwrite(p, p.stat().st_size - 24, b"\xff" * 8),
+    "an image's size": lambda p: overwrite(p, p.stat().st_size - 8, b"\xff"),
+    "a checksum": lambda p: overwrite(p, SAMPLES_AT + 13, b"\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("damage", BEFORE_IT_STARTS)
+def test_before_training_starts(path, damage):
+    BEFORE_IT_STARTS[damage](path)
+    with pytest.raises(DataError, match=r"a\.beton") as caught:
+        check(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_writer_killed_midway(tmp_path):
+    code = (
+        "import os, sys, numpy as np; from pipeline.data.beton import BetonWriter\n"
+        "with BetonWriter(sys.argv[1], ['x'], 9) as w:\n"
+        "    w.add(np.zeros((9, 9, 3), 'u1'), 0); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.beton")])
+    with pytest.raises(DataError, match="does not exist"):
+        check(tmp_path / "a.beton")
+
+
+NAMES_THE_SAMPLE = {
+    "JPEG: a bit that the decoder does not mind": (6, lambda p: flip(p, 6, 700)),
+    "JPEG: zeros within": (6, lambda p: overwrite(p, place_of(p, 6) + 800, bytes(200))),
+    "JPEG: its header": (6, lambda p: overwrite(p, place_of(p, 6), b"xx")),
+    "pixels: a bit": (7, lambda p: flip(p, 7, 0)),
+    "pixels: zeros": (7, lambda p: overwrite(p, place_of(p, 7), bytes(500))),
+}
+
+
+@pytest.mark.parametrize("damage", NAMES_THE_SAMPLE)
+def test_names_the_sample(path, damage):
+    sample, harm = NAMES_THE_SAMPLE[damage]
+    harm(path)
+    check(path)
+    with pytest.raises(DataError, match=rf"sample {sample} of .*a\.beton is"):
+        train(path)
+
+
+def test_zeroed_page_names_a_sample(path):
+    overwrite(path, module.PAGE_BYTES, bytes(samples_of(check(path))["f0"]["data_ptr"].max() - module.PAGE_BYTES))
+    with pytest.raises(DataError, match=r"sample \d+ of .*a\.beton is"):
+        train(path)
+
+
+def test_no_damage_no_error(whole):
+    train(whole)
+
+
+def test_every_bit_counts(path):
+    """Where the decoder alone would be silent, and how often."""
+    from pipeline.data.decode import jpeg_status
+    from tools.verify_beton import verify_beton
+
+    numbers, forgiven = np.random.default_rng(0), 0
+    beton = check(path)
+    samples = samples_of(beton)
+    for sample in np.flatnonzero(samples["f0"]["mode"] == JPEG):
+        content = bytearray(encoded(photograph(int(sample), 64)))
+        offset = int(numbers.integers(650, len(content) - 2))
+        content[offset] ^= 1
+        forgiven += jpeg_status(bytes(content), *samples["f0"][["height", "width"]][sample].tolist()) == 0
+        flip(path, sample, offset)
+    assert forgiven > 0, "libjpeg notices all by itself?"
+    _, damage = verify_beton(path, full=True, workers=2)
+    assert len(damage) == 1 + COUNT // 2
+
+
+@pytest.mark.slow
+def test_beyond_4_gib(tmp_path):
+    """A sparse file: five of nine images lie beyond what 32 bits address; our loader and FFCV's own read them."""
+    from pipeline.data.feed import EvaluationFeed
+
+    images = [np.array(photograph(number, 64).resize((32, 32))) for number in range(9)]
+    with BetonWriter(tmp_path / "a.beton", ["x"], 9) as writer:
+        for number, image in enumerate(images):
+            if number == 4:
+                writer._end += (4 << 30) - 100  # as if as much lay between
+            writer.add(image, 0)
+    beton = check(tmp_path / "a.beton")
+    assert beton.size_bytes > 1 << 32
+    assert beton.path.stat().st_blocks * 512 < 100 << 20
+    feed = EvaluationFeed(
+        beton, image_size=32, crop_pct=1, batch_size=4, rank=0, world_size=1, workers=1, timeout_seconds=60
+    )
+    found = [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
+    np.testing.assert_array_equal(found, images)
+
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import Compiler
+
+    Compiler.set_enabled(False)
+    try:
+        pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+        ((theirs, _),) = Loader(str(beton.path), 9, 1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    finally:
+        Compiler.set_enabled(True)
+    np.testing.assert_array_equal(theirs, images)
