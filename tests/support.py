@@ -41,7 +41,7 @@ def tiny_data(directory: Path, train: int = 192, validation: int = 50) -> None:
 
 
 def tiny_recipe(data: Path) -> dict:
-    """Three stages of a dozen steps, with every mechanism: augmentation, mixing, drop path, EMA, layer decay, new head."""
+    """Three stages of a dozen steps, every mechanism in them: augmentation, mixing, drop path, EMA, layer decay."""
     classify = {
         "kind": "classification", "classes": 4, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "head_init_scale": 1.0,
     }  # fmt: skip
