@@ -33,7 +33,10 @@ ENGINES = {
 }
 # Published: FCMAE and ImageNet-22K at 224 pixels, ImageNet-1K at 512; images at once, per rank.
 STAGES = {
-    "pretrain": {"objective": {"kind": "fcmae"}, "image_size": 224, "slot": 2, "betas": [0.9, 0.95], "layer_decay": 1.0},
+    "pretrain": {
+        "objective": {"kind": "fcmae"},
+        "image_size": 224, "slot": 2, "betas": [0.9, 0.95], "layer_decay": 1.0,
+    },
     "intermediate": {
         "objective": {"kind": "classification", "classes": 21841, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3},
         "image_size": 224, "slot": 2, "betas": [0.9, 0.999], "layer_decay": 0.8,
@@ -79,7 +82,12 @@ def run_rank(rank: int, ranks: int, recipe: StageRecipe, folder: Path, steps: ra
     place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     world = World.join("cpu", threads=1, timeout_seconds=3600)
-    clock = {"start": time.perf_counter()}
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def lap(name: str) -> None:
+        seconds[name] = time.perf_counter() - began - sum(seconds.values())
+
     objective = create_objective(recipe, seed=0)
     engine = create_engine(objective.build_model(), recipe, world)
     engine.attach_components()
@@ -87,11 +95,11 @@ def run_rank(rank: int, ranks: int, recipe: StageRecipe, folder: Path, steps: ra
     store = CheckpointStore(
         folder / "checkpoints", attempt=1, group=world.group, still_current=lambda: True, facts=facts, on_event=print
     )
-    clock["build"] = time.perf_counter()
+    lap("build")
     if steps.start:
         assert store.restore(engine.state(0)) == steps.start
         engine.refresh()
-    clock["load"] = time.perf_counter()
+    lap("load")
     losses = []
     for step in steps:
         batch = noise(recipe, step, rank)
@@ -99,18 +107,10 @@ def run_rank(rank: int, ranks: int, recipe: StageRecipe, folder: Path, steps: ra
         assert report is not None
         assert report.accepted
         losses.append(float(world.sum(report.loss.clone())))
-    clock["step"] = time.perf_counter()
+    lap("steps")
     if not steps.start:
         store.save(engine.state(steps.stop), step=steps.stop, why="end")
-    clock["save"] = time.perf_counter()
-    seconds = dict(
-        zip(
-            list(clock)[1:],
-            (b - a for a, b in zip(clock.values(), list(clock.values())[1:], strict=False)),
-            strict=True,
-        )
-    )
-    seconds["step"] /= len(steps)
+    lap("save")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     found = {"seconds": seconds, "peak_gib": peak, "losses": losses}
     (folder / f"{steps.start}-{rank}.json").write_text(json.dumps(found))
@@ -130,7 +130,7 @@ def measure(stage: str, engine: str, model: str, ranks: int, where: str | None) 
     first, then = found[0], found[2]
     losses = " ".join(f"{loss:.3f}" for loss in first["losses"] + then["losses"])
     cells = (
-        stage, engine, f"{recipe.data.image_size} px x {recipe.batch.slot}", f"{first['seconds']['step']:.0f}",
+        stage, engine, f"{recipe.data.image_size} px x {recipe.batch.slot}", f"{first['seconds']['steps'] / 2:.0f}",
         f"{first['seconds']['save']:.0f}", f"{then['seconds']['load']:.0f}", f"{size:.1f}",
         f"{max(first['peak_gib'], then['peak_gib']):.1f}", losses,
     )  # fmt: skip
