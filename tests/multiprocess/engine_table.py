@@ -1,4 +1,6 @@
-"""All engines on 1, 2 and 4 ranks against ddp on one: `python -m tests.multiprocess.engine_table [PART...] [--only TEXT]`.
+"""All engines on 1, 2 and 4 ranks against ddp on one: `python -m tests.multiprocess.engine_table [PART...]`.
+
+`--only TEXT` leaves out the rows that do not contain it.
 
 curves  largest relative difference of the loss over 50 steps, in fp32 and float64, gentle and harsh
 resume  on 4 ranks: bits of weights, buffers, moments and averages after a resume, against the uninterrupted run
