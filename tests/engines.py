@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import pipeline.engines.deepspeed as deepspeed_engine
 from pipeline.checkpoint.store import CheckpointStore, flatten
 from pipeline.data.feed import Batch
 from pipeline.engines import Engine, World, create_engine
@@ -26,7 +25,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
 }
-deepspeed_engine._load(torch.device("cpu"))  # imported before the ranks are forked: it takes seconds
 
 
 def stage_recipe(stage: str, engine: str | Mapping[str, Any], **changes: Mapping[str, Any]) -> StageRecipe:

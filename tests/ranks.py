@@ -10,7 +10,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.engines"])
+PROCESSES.set_forkserver_preload(["tests.engines", "deepspeed"])
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600) -> list[Any]:

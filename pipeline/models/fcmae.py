@@ -1,6 +1,6 @@
 """FCMAE: a masked autoencoder of a ConvNet that computes visible cells only (arXiv 2301.00808, section 3)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from pipeline.models.response import GRN
 from pipeline.sparse import VisibleCells, find_layout
 
 
-@dataclass(frozen=True)
-class FCMAEOutput:
-    """`loss` is a scalar, the mean over hidden cells; `prediction` is (N, cell*cell*3, h, w)."""
+class FCMAEOutput(NamedTuple):
+    """`loss` is a scalar, the mean over hidden cells; `prediction` is (N, cell*cell*3, h, w).
+
+    A tuple, because FSDP and ZeRO look for a module's output tensors in tuples, lists and dictionaries only.
+    """
 
     loss: Tensor
     prediction: Tensor

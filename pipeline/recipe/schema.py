@@ -198,12 +198,12 @@ class Engine(Section):
 
     @model_validator(mode="after")
     def _supported(self) -> "Engine":
-        for kind, precision, remedy in (
-            ("ddp", "bf16_parameters", "kind fsdp with shard_ranks 1, which replicates as ddp does"),
-            ("deepspeed", "fp64", "kind ddp or fsdp"),
-        ):
-            if (self.kind, self.precision) == (kind, precision):
-                raise ValueError(f"kind {kind} cannot compute with precision {precision}; take {remedy}")
+        if self.kind == "ddp" and self.precision == "bf16_parameters":
+            raise ValueError("kind ddp has no bf16_parameters; take kind fsdp with shard_ranks 1, which replicates too")
+        if self.kind == "deepspeed" and self.precision == "fp64":
+            raise ValueError("kind deepspeed has no precision fp64; take kind ddp or fsdp")
+        if self.kind == "deepspeed" and self.precision == "bf16_parameters" and self.zero_stage == 1:
+            raise ValueError("zero_stage 1 accumulates gradients of bf16_parameters in bf16; take zero_stage 2")
         return self
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.engines import World
-from tests.engines import batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
+from tests.engines import ENGINES, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
 from tests.ranks import on_ranks
 
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
@@ -86,3 +86,47 @@ def test_sharded_engine_is_ddp(ddp, engine):
 
 def resumed_losses(world: World, stage: str, steps: int, directory: Path) -> list[float]:
     return train(world, stage_recipe(stage, "ddp"), range(steps // 2, steps), load=directory).losses
+
+
+def hop(world: World, engine: str, steps: range, load: Path | None, save: Path) -> list[float]:
+    recipe = stage_recipe("finetune", engine, model={"response": "bn"})
+    return train(world, recipe, steps, load=load, save=save).losses
+
+
+@pytest.mark.slow
+def test_a_run_that_wanders_over_engines_and_ranks_keeps_its_curve(tmp_path):
+    """BatchNorm's buffers, moments, step counts and averages go along: a hop that lost one would bend the curve."""
+    way = [("zero3", 4), ("fsdp", 2), ("zero1", 4), ("ddp", 2), ("zero2", 4), ("fsdp", 4), ("zero3", 2), ("ddp", 1)]
+    losses, load, length = [], None, 4
+    for index, (engine, ranks) in enumerate(way):
+        steps = range(index * length, (index + 1) * length)
+        losses += on_ranks(ranks, hop, engine, steps, load, tmp_path / str(index))[0]
+        load = tmp_path / str(index)
+    straight = on_ranks(1, hop, "ddp", range(len(way) * length), None, tmp_path / "straight")[0]
+    assert largest_difference(losses, straight) < 1e-6
+
+
+def interrupted(world: World, engine: dict, directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the state's tensors, and of those that have other bits after a resume halfway."""
+    recipe = stage_recipe("finetune", engine, model={"response": "bn"})
+    train(world, recipe, range(4), save=directory)
+    found = bits(train(world, recipe, range(4, 8), load=directory).engine)
+    expected = bits(train(world, recipe, range(8)).engine)
+    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *ENGINES.values(),
+        {"kind": "fsdp", "shard_ranks": 2, "offload": True},
+        {"kind": "deepspeed", "zero_stage": 3, "offload": True, "precision": "bf16_parameters"},
+    ],
+    ids=str,
+)
+def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
+    names, other = on_ranks(4, interrupted, engine, tmp_path)[0]
+    assert {"model", "optim", "ema"} <= {name.split(".")[0] for name in names}
+    assert any("running_mean" in name for name in names)
+    assert other == []

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.data.feed import Batch
 from pipeline.engines import World, create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import load
+from tests.engines import batches
 from tests.support import write_tiny_recipe
 
 
@@ -22,19 +22,6 @@ def world():
     yield joined
     joined.leave()
     torch.set_num_threads(threads)
-
-
-def batches(recipe, step: int) -> list[Batch]:
-    slot, micro, size = recipe.batch.slot, recipe.batch.micro_slots, recipe.data.image_size
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (recipe.batch.global_batch, 3, size, size), generator=generator, dtype=torch.uint8)
-    ids = torch.arange(recipe.batch.global_batch)
-    found = []
-    for first in range(0, recipe.batch.slots, micro):
-        part = slice(first * slot, (first + micro) * slot)
-        valid = torch.ones(micro * slot, dtype=torch.bool)
-        found.append(Batch(images[part], ids[part] % 4, ids[part], 0, tuple(range(first, first + micro)), valid))
-    return found
 
 
 def trained(recipe_file, world, stage: str, steps: int, *overrides: str):

@@ -1,0 +1,64 @@
+"""What a user may tell DeepSpeed beside the recipe, and how another version is met. No DeepSpeed runs."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.engines.deepspeed import _load, configuration
+from pipeline.errors import RecipeError
+from tests.engines import stage_recipe
+
+
+def settings(**mine):
+    return configuration(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": mine}), 2)
+
+
+def test_batch_clipping_and_stage_are_the_recipes():
+    found = settings()
+    assert found["train_batch_size"] == 32
+    assert found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * 2 == 32
+    assert found["gradient_clipping"] == 5.0
+    assert found["zero_optimization"]["stage"] == 3
+
+
+def test_other_settings_are_passed_on():
+    found = settings(wall_clock_breakdown=True, zero_optimization={"overlap_comm": True, "sub_group_size": 1000})
+    assert found["wall_clock_breakdown"]
+    assert found["zero_optimization"] == {"overlap_comm": True, "sub_group_size": 1000, "stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("mine", "sentence"),
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is said by batch.micro_slots"),
+        ({"fp16": {"enabled": True}}, "fp16 is said by engine.precision"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is said by engine.zero_stage"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "would change what is computed"),
+        ({"curriculum_learning": {}}, "would change what is computed"),
+        ({"zero_optimization": True}, "give it settings by name"),
+    ],
+)
+def test_what_the_recipe_says_is_refused_by_name(mine, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        settings(**mine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "remedy"),
+    [
+        ({"kind": "ddp", "precision": "bf16_parameters"}, "fsdp with shard_ranks 1"),
+        ({"kind": "deepspeed", "precision": "fp64"}, "ddp or fsdp"),
+        ({"kind": "deepspeed", "precision": "bf16_parameters", "zero_stage": 1}, "zero_stage 2"),
+    ],
+)
+def test_a_precision_that_an_engine_has_not_is_refused(engine, remedy):
+    with pytest.raises(ValidationError, match=remedy):
+        stage_recipe("finetune", engine)
+
+
+def test_another_version_is_refused_before_it_is_imported(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
+    with pytest.raises(RecipeError, match=r"works with version 0\.19\.8 and 0\.20\.0 is installed"):
+        _load(torch.device("cpu"))
