@@ -34,7 +34,7 @@ from tests.support import write_tiny_recipe
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.saving", "tests.support"])
-STEPS, RANKS = 40, 2
+STEPS, RANKS = 16, 2
 SETTINGS = Checkpoint(every_steps=2, keep_last=1, keep_every_epochs=1.0)
 
 
