@@ -149,15 +149,23 @@ class Attempt:
             process.join()
 
 
-def undisturbed(directory: Path, recipe: StageRecipe) -> dict[int, str]:
-    """The digest of the state after each step."""
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run: the digest of the state after each step, and how long it took."""
+
+    digests: dict[int, str]
+    seconds: float
+
+
+def undisturbed(directory: Path, recipe: StageRecipe) -> Reference:
     stage = Stage.create(directory / "reference", recipe)
     attempt = Attempt(stage.directory, directory / "meet-reference")
     assert attempt.receive()[0] == "resumed"
+    began = time.monotonic()
     said = attempt.receive()
     assert said[0] == "done", said
     attempt.kill([])
-    return said[1]
+    return Reference(said[1], time.monotonic() - began)
 
 
 @dataclass
@@ -170,21 +178,20 @@ class Count:
     in_retention: int = 0
 
 
-def torture(
-    directory: Path, recipe: StageRecipe, reference: dict[int, str], chance: random.Random, count: Count
-) -> None:
+def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: random.Random, count: Count) -> None:
     """One run, killed until it gets through. AssertionError if it ever holds a state that the reference did not."""
     stage = Stage.create(directory, recipe).directory
     for number in range(200):
         attempt = Attempt(stage, directory / f"meet-{number}")
         said = attempt.receive()
         assert said[0] == "resumed", said
-        assert said[1] == 0 or said[2] == reference[said[1]], f"attempt {number + 1} resumed another step {said[1]}"
-        # Often soon enough for progress, often late enough to get far.
-        if attempt.ranks[0][1].poll(chance.choice([0.1, 0.3, 1.0, 3.0]) * chance.random()):
+        assert said[1] == 0 or said[2] == reference.digests[said[1]], (
+            f"attempt {number + 1} resumed another step {said[1]}"
+        )
+        if attempt.ranks[0][1].poll(1.2 * reference.seconds * chance.random()):
             said = attempt.receive()
             assert said[0] == "done", said
-            assert all(reference[step] == digest for step, digest in said[1].items())
+            assert all(reference.digests[step] == digest for step, digest in said[1].items())
             events = [line["message"] for line in said[2] if line["kind"] == "event"]
             assert not events, f"a kill leaves no damage, only leftovers: {events}"
             attempt.kill([])

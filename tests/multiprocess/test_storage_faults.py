@@ -235,7 +235,7 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
         os.kill(process.pid, signal.SIGCONT)
     said = second.receive()
     assert said[0] == "done", said
-    assert all(reference[step] == digest for step, digest in said[1].items())
+    assert all(reference.digests[step] == digest for step, digest in said[1].items())
     said = first.receive()
     assert said[0] == "failed"
     assert "a newer attempt than 1 has taken the stage; let this process end" in said[1]
