@@ -34,7 +34,8 @@ def checkpoint_home(stage: Stage) -> Folder:
 
 
 def _home(stage: Stage, directory: str | None) -> Folder:
-    return Folder.at(directory) / stage.recipe.name if directory else Folder.at(stage.directory) / "checkpoints"
+    inside = stage.remote or Folder.at(stage.directory)
+    return Folder.at(directory) / stage.recipe.name if directory else inside / "checkpoints"
 
 
 def claim_home(stage: Stage) -> Folder:
@@ -69,11 +70,16 @@ def claim_home(stage: Stage) -> Folder:
 def open_store(stage: Stage, world: World, facts: dict[str, Any], on_event: Callable[[str], None]) -> CheckpointStore:
     """The checkpoints of a stage's running attempt. Collective."""
     world.on_main(lambda: str(claim_home(stage)))
+
+    def still_current() -> bool:
+        stage.upload()  # so that no checkpoint is ahead of the journal
+        return stage.still_current()
+
     return CheckpointStore(
         checkpoint_home(stage).url,
         attempt=stage.attempt,
         group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT),
-        still_current=stage.still_current,
+        still_current=still_current,
         facts=facts,
         on_event=on_event,
         most_fallbacks=stage.recipe.checkpoint.most_fallbacks,

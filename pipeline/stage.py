@@ -28,6 +28,7 @@ from typing import Any
 from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.folder import Folder
 from pipeline.health.processes import start_time
+from pipeline.mirror import Uploads, pull, remote_of
 from pipeline.recipe import StageRecipe, changes, dump, load_stage
 
 WEIGHTS = "weights.safetensors"
@@ -63,6 +64,7 @@ class Stage:
 
     Attributes:
         attempt: this process's attempt, None before `take`.
+        remote: the folder on an object store that `directory` is the working copy of; None if it is itself the stage.
         heartbeat_seconds: how often a running attempt shows that it lives.
 
     Raises:
@@ -77,7 +79,9 @@ class Stage:
             raise StageError(f"{self.directory} is no stage: it has no recipe.yaml; `fcmae run` makes one")
         self.recipe: StageRecipe = load_stage(self.directory / "recipe.yaml")
         self.attempt: int | None = None
-        self._attempts = Folder.at(self.directory) / "attempts"
+        self.remote = remote_of(self.directory)
+        self._attempts = (self.remote or Folder.at(self.directory)) / "attempts"
+        self._uploads, self._uploading = Uploads(self.directory, self.remote) if self.remote else None, threading.Lock()
 
     @classmethod
     def create(cls, directory: Path, recipe: StageRecipe) -> "Stage":
@@ -108,6 +112,8 @@ class Stage:
             StageError: if a live process holds the stage.
         """
         self.check_free()
+        if self.remote:
+            pull(self.remote, self.directory)
         number = self.attempts() + 1
         entry = {
             "attempt": number,
@@ -138,6 +144,8 @@ class Stage:
 
         def beat() -> None:
             for count in itertools.count(1):
+                with suppress(Exception):
+                    self.upload()
                 with suppress(Exception):
                     self._attempts.publish(f"{self.attempt:06d}.heartbeat", b"%d\n" % count)
                 if end.wait(self.heartbeat_seconds):
@@ -174,6 +182,12 @@ class Stage:
                 return True
         return False
 
+    def upload(self) -> None:
+        """Bring the store's copy up to date, if there is one and no newer attempt has taken the stage."""
+        if self._uploads and self.still_current():
+            with self._uploading:
+                self._uploads.push()
+
     def attempts(self) -> int:
         """The number of the last attempt; 0 before the first."""
         stems = (name.removesuffix(".json") for name in self._attempts.entries() if name.endswith(".json"))
@@ -190,6 +204,7 @@ class Stage:
         with suppress(FileExistsError):
             self._attempts.create(f"{self.attempt:06d}.outcome.json", encoded(asdict(outcome)))
             self._list_attempts()
+        self.upload()
 
     def last_outcome(self) -> Outcome | None:
         """How the last attempt ended; None if it did not say."""
@@ -251,6 +266,7 @@ class Stage:
     def finish(self, result: Mapping[str, Any], step: int) -> None:
         """Write result.json, then DONE: only what DONE names exists for the next stage."""
         write_json(self.directory / "result.json", dict(result))
+        self.upload()
         write_json(self.directory / "DONE", asdict(Done(result["weights"], result["weights_sha256"], step)))
 
     def previous(self) -> "Stage | None":

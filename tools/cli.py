@@ -29,7 +29,7 @@ def run(
     recipe: Annotated[
         str, typer.Argument(help="A YAML file, or the name of an included recipe (see `fcmae recipes`).")
     ],
-    out: Annotated[Path, typer.Option(help="The run directory: made, or continued.")],
+    out: Annotated[str, typer.Option(help="The run directory: made, or continued. A path, or a URL such as s3://...")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
     ] = None,
@@ -44,16 +44,20 @@ def run(
     from cluster.progress import Progress
     from cluster.status import status
     from cluster.table import render
+    from pipeline.mirror import Uploads, remote_of, working_copy
     from pipeline.recipe import load
     from pipeline.stage import OutcomeKind
 
     chain = load(find_recipe(recipe), overrides or [])
+    directory = working_copy(out)
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
-    stages = open_chain(chain, out)
+    stages = open_chain(chain, directory)
     preflight(stages, nproc)
+    if remote := remote_of(directory):
+        Uploads(directory, remote).push()
     console = Console()
-    with Progress(out, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
+    with Progress(directory, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
         outcome = run_chain(stages, launcher.run)
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
@@ -63,7 +67,7 @@ def run(
         raise typer.Exit(76)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
-    console.print(render(status(out)))
+    console.print(render(status(directory)))
 
 
 @app.command()

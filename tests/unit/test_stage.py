@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,6 +39,60 @@ def test_a_live_owner_is_respected_and_a_dead_one_is_not(stage):
     fresh = Stage(make_tiny_run(stage.directory.parent.parent / "other") / "pretrain")
     subprocess.run([sys.executable, "-c", code, str(fresh.directory)], check=True)
     assert fresh.take(world_size=1) == 2
+
+
+def foreign(stage):
+    """The last attempt, as if another machine's process had taken it."""
+    path = stage.directory / "attempts" / f"{stage.attempts():06d}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
+
+
+def test_a_beating_owner_elsewhere_is_respected_and_a_silent_one_taken_over(stage, monkeypatch):
+    monkeypatch.setattr(Stage, "heartbeat_seconds", 0.2)
+    stage.take(world_size=1)
+    with stage.beating():
+        foreign(stage)
+        with pytest.raises(StageError, match=r"is being run by process \d+ on elsewhere"):
+            Stage(stage.directory).take(world_size=1)
+    assert Stage(stage.directory).take(world_size=1) == 2
+    assert not stage.still_current()
+
+
+def test_a_requeued_job_takes_over_at_once(stage, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    stage.take(world_size=1)
+    with stage.beating():
+        foreign(stage)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it watches for heartbeats"))
+        assert Stage(stage.directory).take(world_size=1) == 2
+
+
+def test_an_owner_that_said_how_it_ended_is_gone(stage):
+    stage.take(world_size=1)
+    with stage.beating():
+        foreign(stage)
+        stage.record(Outcome(OutcomeKind.SAVED, "stopped by SIGTERM", 7))
+        assert Stage(stage.directory).take(world_size=1) == 2
+
+
+def test_of_two_that_come_at_the_same_moment_one_gets_the_stage(stage, monkeypatch):
+    other = Stage(stage.directory)
+    monkeypatch.setattr(other, "attempts", lambda: 0)  # it has looked before the first one took it
+    stage.take(world_size=1)
+    with pytest.raises(StageError, match="at the same moment"):
+        other.take(world_size=1)
+    assert stage.still_current()
+
+
+def test_attempts_are_listed_for_people(stage):
+    stage.take(world_size=2)
+    stage.record(Outcome(OutcomeKind.SAVED, "stopped by SIGTERM", 7))
+    Stage(stage.directory).take(world_size=4)
+    lines = [json.loads(line) for line in (stage.directory / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["world_size"]) for line in lines] == [(1, 2), (2, 4)]
+    assert lines[0]["outcome"] == {"kind": "saved", "reason": "stopped by SIGTERM", "step": 7}
+    assert lines[1]["outcome"] is None
 
 
 def test_a_recycled_pid_is_no_owner(stage):

@@ -1,13 +1,24 @@
+import contextlib
+import hashlib
 import os
 import shutil
+import uuid
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint import prune
-from pipeline.checkpoint.manifest import COMMIT, CheckpointName
+from pipeline.checkpoint.manifest import (
+    COMMIT,
+    MANIFEST,
+    METADATA,
+    CheckpointName,
+    FileRecord,
+    Manifest,
+    commit_record,
+)
 from pipeline.checkpoint.retention import kept
 from pipeline.errors import CheckpointError
 
@@ -146,3 +157,70 @@ def test_pruning_works_on_an_object_store(open_store, state_of, tmp_path):
     assert prune(store, keep_last=1) == ["step-000000001.000001", "step-000000002.000001"]
     assert store.steps() == [3]
     assert store.restore(state_of(0)) == 3
+
+
+class KilledError(Exception):
+    """Stands for a kill between two deletions."""
+
+
+def make_checkpoint(folder, name, committed, damaged):
+    """A checkpoint as a writer leaves it, of one small file."""
+    place, data = folder / str(name), str(name).encode() * 3
+    place.publish("__0_0.distcp", data[:-1] if damaged else data)
+    place.publish(METADATA, b"metadata")
+    files = {
+        file: FileRecord(len(content), hashlib.sha256(content).hexdigest())
+        for file, content in (("__0_0.distcp", data), (METADATA, b"metadata"))
+    }
+    manifest = Manifest(name, files, {}).encode()
+    place.publish(MANIFEST, manifest)
+    if committed:
+        place.create(COMMIT, commit_record(manifest))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.builds(CheckpointName, attempt=st.integers(1, 4), step=st.integers(0, 9)),
+        st.sampled_from(["good", "good", "good", "damaged", "uncommitted"]),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(0, 4),
+    st.one_of(st.none(), st.integers(1, 5)),
+    st.sets(st.integers(0, 9), max_size=3),
+    st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_whatever_lies_there_and_whenever_it_is_killed(
+    open_store, tmp_path, kinds, keep_last, keep_every, keep_steps, survives
+):
+    store = open_store(3, f"memory:/{uuid.uuid4().hex}")
+    for name, kind in kinds.items():
+        make_checkpoint(store.folder, name, kind != "uncommitted", kind == "damaged")
+    committed = {name for name, kind in kinds.items() if kind != "uncommitted"}
+    remove, removed = type(store.folder.fs).rm_file, []
+
+    def remove_until_killed(fs, path):
+        if survives is not None and len(removed) == survives:
+            raise KilledError
+        removed.append(path)
+        remove(fs, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(store.folder.fs), "rm_file", remove_until_killed)
+        with contextlib.suppress(KilledError):
+            prune(store, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps)
+    left = set(store.committed())
+    assert left <= committed
+    for name in left:
+        assert bool(store.verify(str(name))) == (kinds[name] == "damaged"), "what is left is as good as it was"
+    if not committed or kinds[max(committed)] == "damaged":
+        assert not removed, "while the newest is not good, nothing may go"
+    else:
+        assert max(committed) in left
+    gone = committed - left
+    assert not any(name.step in keep_steps or (keep_every and name.step % keep_every == 0) for name in gone)
+    assert all(name.attempt <= 3 for name in gone)
+    newest = sorted(committed)[-max(keep_last, 1) :]
+    assert not gone & set(newest)
+    store.folder.fs.rm(store.folder.path, recursive=True)

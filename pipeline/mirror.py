@@ -1,0 +1,82 @@
+"""A run directory on an object store is worked on in a local copy.
+
+Objects cannot be appended to, so the journal and all that changes is written locally and uploaded whole: every few
+seconds, before each checkpoint is committed, and at the end. What must never be believed too early or too late is not
+mirrored but written to the store itself: the attempts and the checkpoints.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from pipeline.errors import StageError
+from pipeline.folder import Folder, is_remote, is_storage_error
+
+MARKER = "REMOTE"
+NOT_MIRRORED = {"attempts", "checkpoints", MARKER}
+
+
+def working_copy(run: str | os.PathLike) -> Path:
+    """The local directory to work in for a run: itself, or the fresh copy of a URL.
+
+    Copies lie in $FCMAE_MIRROR, by default ~/.cache/fcmae: all ranks of the run must see it by this path.
+
+    Raises:
+        StageError: if the store cannot be read.
+    """
+    if not is_remote(run):
+        return Path(run)
+    url = os.fspath(run).rstrip("/")
+    home = Path(os.environ.get("FCMAE_MIRROR") or Path.home() / ".cache" / "fcmae")
+    directory = home / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rpartition("/")[2]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    (directory.parent / MARKER).write_text(url)
+    try:
+        pull(Folder.at(url), directory)
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise StageError(f"{url} cannot be read ({type(error).__name__}: {error}); repair the storage") from error
+    return directory
+
+
+def remote_of(directory: Path) -> Folder | None:
+    """The store's folder of a working copy, or of a stage in one; None for a directory that is no copy."""
+    directory = directory.absolute()
+    for run in (directory, directory.parent):
+        marker = run.parent / MARKER
+        if marker.is_file():
+            folder = Folder.at(marker.read_text())
+            return folder if run == directory else folder / directory.name
+    return None
+
+
+def pull(remote: Folder, directory: Path) -> None:
+    """Download what is there. A local file that goes on where the store's ends stays: its tail was not uploaded yet."""
+    remote.fs.invalidate_cache(remote.path)
+    for path in remote.fs.find(remote.path):
+        name = path[len(remote.path) :].lstrip("/")
+        if not NOT_MIRRORED.intersection(name.split("/")):
+            content, goal = remote.read(name), directory / name
+            if not (goal.is_file() and goal.read_bytes().startswith(content)):
+                Folder.at(goal.parent).publish(goal.name, content)
+
+
+class Uploads:
+    """Sends the files of a working copy to its store, each when it has changed. DONE goes last."""
+
+    def __init__(self, directory: Path, remote: Folder):
+        self._directory, self._remote = directory, remote
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    def push(self) -> None:
+        """Raises the storage's errors; what was not sent is sent next time."""
+        files = [path for path in self._directory.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.name == "DONE", path)):
+            name = str(path.relative_to(self._directory))
+            about = path.stat()
+            version = (about.st_mtime_ns, about.st_size)
+            if NOT_MIRRORED.intersection(name.split("/")) or name.endswith(".tmp") or self._sent.get(name) == version:
+                continue
+            self._remote.publish(name, path.read_bytes())
+            self._sent[name] = version

@@ -1,0 +1,241 @@
+"""Runs that are killed at random moments, also inside a save and inside retention, and restarted until they are done:
+
+    python -m tests.multiprocess.faults [--runs 100] [--seed 0]
+
+Real stages, attempts and checkpoints, two real ranks; only the model is tiny and its data are hashes of the step. Every
+restart must find the very state that an undisturbed run had after that step, and every run must end with its bits.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.checkpoint.store import flatten
+from pipeline.engines import World
+from pipeline.recipe import StageRecipe, load
+from pipeline.recipe.schema import Checkpoint
+from pipeline.saving import Checkpoints, open_store
+from pipeline.stage import Stage
+from tests.support import write_tiny_recipe
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.saving", "tests.support"])
+STEPS, RANKS = 16, 2
+SETTINGS = Checkpoint(every_steps=2, keep_last=1, keep_every_epochs=1.0)
+
+
+class TinyEngine:
+    """Adam on two layers; the gradient is the mean over ranks, the data a hash of step and rank."""
+
+    def __init__(self, world: World):
+        torch.manual_seed(1)
+        self.world = world
+        self.model = torch.nn.Sequential(torch.nn.Linear(64, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 64))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        for parameter in self.model.parameters():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+
+    def step(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * step + self.world.rank)
+        x = torch.randn(8, 64, generator=generator)
+        (self.model(x) - x.roll(1)).square().mean().backward()
+        for parameter in self.model.parameters():
+            dist.all_reduce(parameter.grad, group=self.world.group)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self, step: int) -> dict:
+        named = dict(self.model.named_parameters())
+        moments = {name: dict(self.optimizer.state[parameter]) for name, parameter in named.items()}
+        return {
+            "model": {name: p.detach() for name, p in named.items()}, "optim": moments, "step": torch.tensor(step),
+        }  # fmt: skip
+
+    def digest(self, step: int) -> str:
+        tensors = flatten(self.state(step))
+        return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+@dataclass
+class Log:
+    """What the journal would get."""
+
+    lines: list[dict] = field(default_factory=list)
+
+    def flush(self) -> None: ...
+
+    def write(self, kind: str, **fields) -> None:
+        self.lines.append({"kind": kind, **fields})
+
+
+def train(stage_directory, rank, meeting, pipe, settings, pause_seconds) -> None:
+    """One rank of one attempt. Sends ("resumed", step, digest), then ("done", digest by step, journal)."""
+    torch.set_num_threads(1)
+    remove = LocalFileSystem.rm_file
+    LocalFileSystem.rm_file = lambda fs, path: (time.sleep(0.01), remove(fs, path))[1]  # so that kills hit retention
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+        world = World(rank, rank, RANKS, RANKS, torch.device("cpu"), dist.group.WORLD)
+        stage, engine, log = Stage(stage_directory), TinyEngine(world), Log()
+        stage.attempt = world.on_main(lambda: stage.take(RANKS))
+        with stage.beating() if rank == 0 else contextlib.nullcontext():
+            store = open_store(stage, world, {}, lambda message: log.write("event", message=message))
+            start = store.restore(engine.state(0)) if store.ever_committed() else 0
+            pipe.send(("resumed", start, engine.digest(start)))
+            checkpoints = Checkpoints(store, engine, log, settings, saved=start or None, steps_per_epoch=10)
+            digests = {}
+            for step in range(start + 1, STEPS + 1):
+                engine.step(step)
+                time.sleep(pause_seconds)
+                digests[step] = engine.digest(step)
+                if checkpoints.due(step):
+                    checkpoints.save(step, why="due", wait=False)
+                checkpoints.poll()
+            checkpoints.save(STEPS, why="end")
+        pipe.send(("done", digests, log.lines))
+    except Exception:
+        pipe.send(("failed", traceback.format_exc(), []))
+    os._exit(0)
+
+
+def make_recipe(directory: Path) -> StageRecipe:
+    return load(write_tiny_recipe(directory)).stages["pretrain"]
+
+
+class Attempt:
+    """The ranks of one attempt at a stage."""
+
+    def __init__(self, stage: Path, meeting: Path, settings: Checkpoint = SETTINGS, pause_seconds: float = 0.0):
+        self.ranks = []
+        for rank in range(RANKS):
+            ours, theirs = PROCESSES.Pipe(duplex=False)
+            arguments = (stage, rank, meeting, theirs, settings, pause_seconds)
+            process = PROCESSES.Process(target=train, args=arguments)
+            process.start()
+            theirs.close()
+            self.ranks.append((process, ours))
+
+    def receive(self, timeout_seconds: float = 120) -> tuple | None:
+        """What rank 0 says next; None if it is gone."""
+        pipe = self.ranks[0][1]
+        assert pipe.poll(timeout_seconds), "the run hangs"
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def kill(self, ranks: list[int]) -> None:
+        """The ranks first, and the others, which would wait for them, right after."""
+        for rank in [*ranks, *range(RANKS)]:
+            self.ranks[rank][0].kill()
+            if rank in ranks:
+                time.sleep(0.02)
+        for process, _ in self.ranks:
+            process.join()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run: the digest of the state after each step, and how long it took."""
+
+    digests: dict[int, str]
+    seconds: float
+
+
+def undisturbed(directory: Path, recipe: StageRecipe) -> Reference:
+    stage = Stage.create(directory / "reference", recipe)
+    attempt = Attempt(stage.directory, directory / "meet-reference")
+    assert attempt.receive()[0] == "resumed"
+    began = time.monotonic()
+    said = attempt.receive()
+    assert said[0] == "done", said
+    attempt.kill([])
+    return Reference(said[1], time.monotonic() - began)
+
+
+@dataclass
+class Count:
+    """What the kills hit."""
+
+    runs: int = 0
+    kills: int = 0
+    in_a_save: int = 0
+    in_retention: int = 0
+
+
+def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: random.Random, count: Count) -> None:
+    """One run, killed until it gets through. AssertionError if it ever holds a state that the reference did not."""
+    stage = Stage.create(directory, recipe).directory
+    for number in range(200):
+        attempt = Attempt(stage, directory / f"meet-{number}")
+        said = attempt.receive()
+        assert said[0] == "resumed", said
+        assert said[1] == 0 or said[2] == reference.digests[said[1]], (
+            f"attempt {number + 1} resumed another step {said[1]}"
+        )
+        if attempt.ranks[0][1].poll(1.2 * reference.seconds * chance.random()):
+            said = attempt.receive()
+            assert said[0] == "done", said
+            assert all(reference.digests[step] == digest for step, digest in said[1].items())
+            events = [line["message"] for line in said[2] if line["kind"] == "event"]
+            assert not events, f"a kill leaves no damage, only leftovers: {events}"
+            attempt.kill([])
+            break
+        attempt.kill(chance.choice([[0], [1], [0, 1]]))
+        count.kills += 1
+        look_at_leftovers(stage / "checkpoints", number + 1, count)
+    else:
+        raise AssertionError("the run made no progress")
+    count.runs += 1
+    assert not (stage / "checkpoints" / "quarantine").exists()
+
+
+def look_at_leftovers(checkpoints: Path, attempt: int, count: Count) -> None:
+    folders = sorted(checkpoints.glob("step-*"))
+    committed = [folder.name for folder in folders if (folder / "COMMIT").exists()]
+    for folder in folders:
+        if folder.name in committed:
+            continue
+        # Retention takes COMMIT first; a save writes it last, after the manifest.
+        pruned = (folder / ".metadata").exists() != (folder / "manifest.json").exists()
+        older = any(name > folder.name for name in committed)
+        if older or pruned:
+            count.in_retention += 1
+        elif folder.name.endswith(f".{attempt:06d}"):
+            count.in_a_save += 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    chance, count = random.Random(given.seed), Count()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        recipe = make_recipe(directory)
+        reference = undisturbed(directory, recipe)
+        for run in range(given.runs):
+            torture(directory / f"run-{run}", recipe, reference, chance, count)
+            print(json.dumps(vars(count)), flush=True)
+    print(f"{count.runs} runs ended with the bits of the undisturbed one, after {count.kills} kills")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

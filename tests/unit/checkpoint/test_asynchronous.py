@@ -1,0 +1,250 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from pipeline.checkpoint.store import flatten
+from pipeline.engines import World
+from pipeline.errors import CheckpointError, OvertakenError
+from pipeline.recipe.schema import Checkpoint
+from pipeline.saving import Checkpoints, best_evaluation
+
+
+def same(left, right):
+    left, right = flatten(left), flatten(right)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def overwrite(state):
+    for tensor in flatten(state).values():
+        tensor.fill_(7)
+
+
+class Engine:
+    def __init__(self, group, state_of):
+        self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
+        self.state = state_of
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def flush(self): ...
+
+    def write(self, kind, **fields):
+        self.lines.append({"kind": kind, **fields})
+
+    def of(self, kind):
+        return [line for line in self.lines if line["kind"] == kind]
+
+
+@pytest.fixture
+def log():
+    return Log()
+
+
+@pytest.fixture
+def open_checkpoints(open_store, group, state_of, log):
+    def open_checkpoints(store=None, saved=None, hurry=lambda: False, **settings):
+        return Checkpoints(
+            store or open_store(),
+            Engine(group, state_of),
+            log,
+            Checkpoint(**{"keep_last": 9, **settings}),
+            saved=saved,
+            steps_per_epoch=10,
+            hurry=hurry,
+        )
+
+    return open_checkpoints
+
+
+@pytest.fixture
+def held(open_store):
+    """A store whose saves wait, once they have staged the state, until `go` is set."""
+    go = threading.Event()
+
+    def still_current():
+        if threading.current_thread().name == "checkpoint" and asked:
+            go.wait(30)
+        asked.append(True)
+        return True
+
+    asked: list[bool] = []
+    store = open_store(still_current=still_current)
+    yield store, go, asked
+    go.set()
+
+
+def test_a_state_that_changes_meanwhile_is_saved_as_it_was(held, state_of, open_store):
+    store, go, _ = held
+    state = state_of(5)
+    save = store.save_in_background(state, step=5, why="due")
+    overwrite(state)
+    assert save.running
+    go.set()
+    save.wait()
+    assert save.error is None
+    target = state_of(0)
+    assert open_store(2).restore(target) == 5
+    assert same(target, state_of(5))
+
+
+def test_buffers_are_kept_between_saves(open_store, state_of):
+    store = open_store()
+    store.save_in_background(state_of(1), step=1, why="due").wait()
+    before = {index: buffer.data_ptr() for index, buffer in store._buffers.items()}
+    assert len(before) == len(flatten(state_of(1)))
+    store.save_in_background(state_of(2), step=2, why="due").wait()
+    assert {index: buffer.data_ptr() for index, buffer in store._buffers.items()} == before
+    target = state_of(0)
+    assert store.restore(target) == 2
+    assert same(target, state_of(2))
+
+
+def test_the_step_is_blocked_for_less_than_the_save_takes(open_checkpoints, held, log):
+    store, go, _ = held
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(5, why="due", wait=False)
+    checkpoints.poll()
+    assert log.of("save") == []
+    time.sleep(0.2)
+    go.set()
+    checkpoints.save(5, why="end")  # the same step: waits, and writes nothing new
+    [line] = log.of("save")
+    assert line["why"] == "due"
+    assert line["blocked_seconds"] < line["seconds"]
+    assert line["seconds"] > 0.2
+    assert store.steps() == [5]
+
+
+def test_one_save_is_open_at_most(open_checkpoints, held, log):
+    store, go, _ = held
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(5, why="due", wait=False)
+    threading.Timer(0.2, go.set).start()
+    checkpoints.save(6, why="due", wait=False)
+    assert [line["step"] for line in log.of("save")] == [5]
+    checkpoints.save(7, why="SIGTERM")
+    assert [line["step"] for line in log.of("save")] == [5, 6, 7]
+    assert store.steps() == [5, 6, 7]
+
+
+def fill_the_disk(store):
+    """Saves fail from now on, for real: a file is where their directory must be."""
+    store.folder.fs.makedirs(store.folder.path, exist_ok=True)
+    for step in range(5, 8):
+        (store.folder.fs).pipe_file((store.folder / f"step-{step:09d}.{store.attempt:06d}").path, b"in the way")
+
+
+def poll_until_settled(checkpoints):
+    deadline = time.monotonic() + 30
+    while checkpoints._open and time.monotonic() < deadline:
+        time.sleep(0.01)
+        checkpoints.poll()
+
+
+def test_a_failure_in_the_background_stops_the_run_at_the_next_step(open_checkpoints, open_store):
+    store = open_store()
+    fill_the_disk(store)
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(5, why="due", wait=False)
+    with pytest.raises(CheckpointError, match=r"step-000000005.*repair the storage"):
+        poll_until_settled(checkpoints)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_or_it_goes_on_where_the_recipe_says_so_and_loses_nothing(open_checkpoints, open_store, log, asynchronous):
+    store = open_store()
+    checkpoints = open_checkpoints(store, on_failure="continue", asynchronous=asynchronous)
+    checkpoints.save(4, why="due", wait=False)
+    poll_until_settled(checkpoints)
+    fill_the_disk(store)
+    checkpoints.save(5, why="due", wait=False)
+    poll_until_settled(checkpoints)
+    [event] = log.of("event")
+    assert event["level"] == "error"
+    assert event["message"].startswith("the checkpoint of step 5 failed: ")
+    assert store.steps() == [4]
+    store.folder.fs.rm_file((store.folder / "step-000000005.000001").path)
+    checkpoints.save(5, why="due", wait=False)
+    poll_until_settled(checkpoints)
+    assert store.steps() == [4, 5]
+    with pytest.raises(CheckpointError, match="step-000000006"):  # a stop must not pass for a saved one
+        checkpoints.save(6, why="SIGTERM")
+
+
+def test_a_stop_tries_again_where_the_background_failed(open_checkpoints, open_store, log):
+    store = open_store()
+    fill_the_disk(store)
+    checkpoints = open_checkpoints(store)
+    checkpoints.save(5, why="due", wait=False)
+    checkpoints._open.wait()
+    store.folder.fs.rm_file((store.folder / "step-000000005.000001").path)
+    checkpoints.save(5, why="SIGTERM")
+    assert store.steps() == [5]
+    assert "step 5 failed" in log.of("event")[0]["message"]
+
+
+def test_an_overtaken_run_stops_even_if_failures_are_forgiven(open_checkpoints, open_store):
+    store = open_store(still_current=lambda: False)
+    checkpoints = open_checkpoints(store, on_failure="continue")
+    checkpoints.save(5, why="due", wait=False)
+    with pytest.raises(OvertakenError, match="newer attempt"):
+        poll_until_settled(checkpoints)
+
+
+def test_retention_runs_in_the_background_and_not_when_a_stop_hurries(open_checkpoints, open_store):
+    hurry = [False]
+    store = open_store()
+    checkpoints = open_checkpoints(store, hurry=lambda: hurry[0], keep_last=1, keep_every_epochs=1.0)
+    for step in (8, 9, 10, 11):
+        checkpoints.save(step, why="due", wait=False)
+        poll_until_settled(checkpoints)
+    assert store.steps() == [10, 11]
+    hurry[0] = True
+    checkpoints.save(12, why="SIGTERM")
+    assert store.steps() == [10, 11, 12]
+
+
+def test_the_best_is_saved_and_kept(open_checkpoints, open_store):
+    store = open_store()
+    checkpoints = open_checkpoints(store, keep_last=1)
+    for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0), (4, float("nan"))):
+        checkpoints.evaluated(step, top1, lower_is_better=False)
+        poll_until_settled(checkpoints)
+    assert store.steps() == [2]
+    for step in (5, 6):
+        checkpoints.save(step, why="due", wait=False)
+        poll_until_settled(checkpoints)
+    assert store.steps() == [2, 6]
+    checkpoints.evaluated(7, 80.0, lower_is_better=False)
+    checkpoints.save(8, why="end")
+    assert store.steps() == [7, 8]
+
+
+def test_the_best_of_a_journal_counts_what_stands():
+    events = [
+        {"kind": "attempt", "step": 0},
+        {"kind": "evaluate", "step": 5, "metrics": {"loss": 2.0}},
+        {"kind": "evaluate", "step": 9, "metrics": {"loss": 1.0}},
+        {"kind": "attempt", "step": 7},
+        {"kind": "evaluate", "step": 9, "metrics": {"loss": float("nan")}},
+    ]
+    assert best_evaluation(events, "loss", True) == (5, 2.0)
+    assert best_evaluation(events[:3], "loss", True) == (9, 1.0)
+    assert best_evaluation(events[:3], "loss", False) == (5, 2.0)
+    assert best_evaluation([], "loss", True) is None
+
+
+def test_going_back_forgets_what_came_after(open_checkpoints, open_store):
+    store = open_store()
+    checkpoints = open_checkpoints(store, keep_last=1)
+    checkpoints.evaluated(5, 50.0, lower_is_better=False)
+    checkpoints.went_back(3)
+    assert store.steps() == [5]
+    checkpoints.evaluated(4, 40.0, lower_is_better=False)
+    poll_until_settled(checkpoints)
+    assert 4 in store.steps()
