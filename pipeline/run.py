@@ -109,7 +109,12 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     )
     engine.warm_up(_example_batch(recipe), objective)
     checkpoints = Checkpoints(
-        store, engine, log, saved=start if resumed else None, keep_last=recipe.checkpoint.keep_last
+        store,
+        engine,
+        log,
+        saved=start if resumed else None,
+        keep_last=recipe.checkpoint.keep_last,
+        reach_steps=recipe.health.reach_steps,
     )
 
     def save(step: int) -> None:
@@ -153,7 +158,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             ),
         ],
         checkpoints=checkpoints,
-        rollbacks=Rollbacks(guard, engine, store, checkpoints.went_back, log.write),
+        rollbacks=Rollbacks(guard, engine, store, checkpoints, log.write),
         log=log,
         stop=stop,
         watchdog=watchdog,

@@ -20,6 +20,7 @@ from pipeline.checkpoint.store import CheckpointStore
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.recipe.schema import Health
+from pipeline.saving import Checkpoints
 
 NEVER = -(2**40)  # a step that no window reaches back to
 MOST_ROLLBACKS = 64  # places in the checkpoint; health.max_rollbacks cannot be more
@@ -106,7 +107,6 @@ class Rollbacks:
     """Goes back to a checkpoint when the guard asks for it. All ranks call everything alike.
 
     Args:
-        went_back: told the step that is now the last finished one.
         write: journals a line.
     """
 
@@ -115,11 +115,11 @@ class Rollbacks:
         guard: Guard,
         engine: Engine,
         store: CheckpointStore,
-        went_back: Callable[[int], None],
+        checkpoints: Checkpoints,
         write: Callable[..., None],
     ):
         self._guard, self._engine, self._store = guard, engine, store
-        self._went_back, self._write = went_back, write
+        self._checkpoints, self._write = checkpoints, write
 
     def asked(self) -> bool:
         """Waits for the device."""
@@ -148,17 +148,12 @@ class Rollbacks:
                 " schedule.warmup_epochs or set optimizer.clip_norm, and start another --out, or raise"
                 " health.max_rollbacks if the data explain it"
             )
+        self._checkpoints.settle()
         step = restore_from_before(self._store, self._engine.state(0), stretch[0] - 1)
         self._engine.refresh()
         self._guard.leave_out([*before, stretch])
-        self._went_back(step)
-        self._write(
-            "rollback",
-            step=step,
-            reason=what,
-            left_out=stretch,
-            rollbacks=len(before) + 1,
-        )
+        self._checkpoints.went_back(step)
+        self._write("rollback", step=step, reason=what, left_out=stretch, rollbacks=len(before) + 1)
         return step
 
 
