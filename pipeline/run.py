@@ -123,6 +123,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         steps_per_epoch=feed.steps_per_epoch,
         best=world.on_main(lambda: best_evaluation(journal.read(events), objective.metric, lower_is_better)),
         hurry=lambda: stop.number != 0,
+        reach_steps=recipe.health.reach_steps,
     )
     stack.callback(checkpoints.close)
 

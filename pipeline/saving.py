@@ -96,6 +96,7 @@ class Checkpoints:
         steps_per_epoch: for checkpoints that are kept every so many epochs.
         best: the best evaluation so far, the same on all ranks.
         hurry: whether a stop was asked for: then nothing is pruned.
+        reach_steps: how far a rollback may go back.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Checkpoints:
         steps_per_epoch: int,
         best: Evaluation | None = None,
         hurry: Callable[[], bool] = lambda: False,
+        reach_steps: int = 0,
     ):
         self._store, self._engine, self._log, self._settings = store, engine, log, settings
-        self._saved, self._best, self._hurry = saved, best, hurry
+        self._saved, self._best, self._hurry, self._reach_steps = saved, best, hurry, reach_steps
         epochs = settings.keep_every_epochs
         self._keep_every = max(round(epochs * steps_per_epoch), 1) if epochs else None
         self._open: BackgroundSave | None = None
@@ -206,7 +208,13 @@ class Checkpoints:
             return
         best = {self._best[0]} if self._best and self._settings.keep_best else set()
         try:
-            prune(self._store, keep_last=self._settings.keep_last, keep_every=self._keep_every, keep_steps=best)
+            prune(
+                self._store,
+                keep_last=self._settings.keep_last,
+                keep_every=self._keep_every,
+                keep_steps=best,
+                reach_steps=self._reach_steps,
+            )
         except OvertakenError:
             raise
         except CheckpointError as error:

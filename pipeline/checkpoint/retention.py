@@ -9,19 +9,35 @@ from pipeline.folder import is_storage_error
 
 
 def kept(
-    names: Collection[CheckpointName], *, keep_last: int, keep_every: int | None, keep_steps: Collection[int] = ()
+    names: Collection[CheckpointName],
+    *,
+    keep_last: int,
+    keep_every: int | None,
+    keep_steps: Collection[int] = (),
+    reach_steps: int = 0,
 ) -> set[CheckpointName]:
-    """The newest `keep_last` (at least one), those whose step is a multiple of `keep_every`, and `keep_steps`."""
+    """The newest `keep_last` (at least one), those whose step is a multiple of `keep_every`, and `keep_steps`.
+
+    And the newest that lies `reach_steps` or more before the newest of all: a rollback may go back as far."""
     newest = sorted(names)[-max(1, keep_last) :]
+    within_reach = [name for name in sorted(names) if name.step <= newest[-1].step - reach_steps][-1:]
     return {
         name
         for name in names
-        if name in newest or (keep_every and name.step % keep_every == 0) or name.step in keep_steps
+        if name in newest
+        or name in within_reach
+        or (keep_every and name.step % keep_every == 0)
+        or name.step in keep_steps
     }
 
 
 def prune(
-    store: CheckpointStore, *, keep_last: int, keep_every: int | None = None, keep_steps: Collection[int] = ()
+    store: CheckpointStore,
+    *,
+    keep_last: int,
+    keep_every: int | None = None,
+    keep_steps: Collection[int] = (),
+    reach_steps: int = 0,
 ) -> list[str]:
     """Delete what need not be kept, and what earlier attempts left uncommitted; returns the names. Collective.
 
@@ -34,7 +50,9 @@ def prune(
     def plan() -> tuple[CheckpointName | None, list[CheckpointName]]:
         store.refuse_if_overtaken()
         committed = set(store.committed())
-        keep = kept(committed, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps)
+        keep = kept(
+            committed, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps, reach_steps=reach_steps
+        )
         doomed = []
         for entry, info in store.folder.entries().items():
             name = CheckpointName.parse(entry)

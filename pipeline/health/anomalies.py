@@ -154,13 +154,7 @@ class Rollbacks:
         self._engine.refresh()
         self._guard.leave_out([*before, stretch])
         self._checkpoints.went_back(step)
-        self._write(
-            "rollback",
-            step=step,
-            reason=what,
-            left_out=stretch,
-            rollbacks=len(before) + 1,
-        )
+        self._write("rollback", step=step, reason=what, left_out=stretch, rollbacks=len(before) + 1)
         return step
 
 

@@ -24,6 +24,9 @@ from pipeline.health.processes import start_time
 
 T = TypeVar("T")
 
+GLOO_SIGNS = ("gloo/transport", "timeout caused pair closure")  # gloo's errors are plain RuntimeErrors
+BEAT_BYTES = 512  # all beats are as long, so that writing one over another leaves nothing of it
+
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # makes a rank write its stacks, even one that never gives another thread a turn
 PATIENCE = 5  # times stall_seconds, where nothing can be seen to move: loading, compiling, saving, evaluating
 PATIENT = ("start", "save", "evaluate", "roll back", "finish")
@@ -46,8 +49,10 @@ class Beat:
     """How long it may stay in this phase."""
     beats: int = 0
     """Grows while its watching thread gets to run."""
-    ended: bool = False
-    """It leaves, or is being ended, and is not to blame for its silence."""
+    left: bool = False
+    """It has said goodbye: it is not to blame for its silence."""
+    accuses: bool = False
+    """It has seen the standstill, written its stacks and waits for the others to do so."""
 
     @property
     def overdue(self) -> bool:
@@ -57,7 +62,7 @@ class Beat:
 def blame(beats: Mapping[int, Beat], silent: Iterable[int]) -> tuple[str, int] | None:
     """The sentence about who holds everybody up, and the step; None if nobody takes longer than allowed.
 
-    beats: the last known of each rank that has not ended. silent: ranks whose beat stopped changing.
+    beats: the last known of each rank that has not left. silent: ranks whose beat stopped changing.
     """
     silent = [beats[rank] for rank in silent]
     step = max(beat.step for beat in beats.values())
@@ -115,6 +120,7 @@ class Watchdog:
         self._first_step: int | None = None
         self._beat = Beat(rank, socket.gethostname(), os.getpid(), allowed_seconds=PATIENCE * stall_seconds)
         self._count = 0
+        self._said: dict[str, object] = {}  # what stays true in every later beat
         self._closed = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -131,7 +137,7 @@ class Watchdog:
         self._closed.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._publish(ended=True)
+        self._say(left=True)
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._file)
         if not self._stacks.tell():
@@ -207,7 +213,7 @@ class Watchdog:
                 continue
             silent = [rank for rank, (_, since) in looks.items() if clock_seconds - since >= 0.4 * self.stall_seconds]
             beats = {rank: beat or Beat(rank, "an unknown host", 0) for rank, (beat, _) in looks.items()}
-            beats = {rank: beat for rank, beat in beats.items() if not beat.ended}
+            beats = {rank: beat for rank, beat in beats.items() if not beat.left}
             if self.rank in beats and (found := blame(beats, [rank for rank in silent if rank in beats])):
                 self._end(beats, silent, *found)
                 return
@@ -223,10 +229,12 @@ class Watchdog:
                     with contextlib.suppress(OSError):
                         os.kill(beats[rank].pid, STACKS_SIGNAL)
                         os.kill(beats[rank].pid, signal.SIGCONT)  # a stopped process takes no signal; it ends anyway
-        self._publish(ended=True)
+        self._say(accuses=True, still_seconds=beats[self.rank].still_seconds)
         deadline = time.monotonic() + min(MEET_SECONDS, self.stall_seconds)
         awaited = [rank for rank in beats if rank not in silent]
-        while time.monotonic() < deadline and not all((b := self._read(rank)) and b.ended for rank in awaited):
+        while time.monotonic() < deadline and not all(
+            (b := self._read(rank)) and (b.accuses or b.left) for rank in awaited
+        ):
             time.sleep(self.poll_seconds)
         if silent:
             time.sleep(0.5)  # the stacks of the silent ones
@@ -245,34 +253,35 @@ class Watchdog:
 
     def explain_lost_peer(self) -> str | None:
         """After a collective broke: the sentence about the ranks that went without a word; None if all said goodbye."""
-        self._publish(ended=True)
-        looks = {rank: self._read(rank) for rank in range(self.world_size) if rank != self.rank}
-        for _ in range(4):
-            time.sleep(self.poll_seconds)
-            lost = [beat for beat in looks.values() if beat and self._is_lost(beat)]
-            if lost and all(beat.host == self._beat.host for beat in lost):
+        self._say(left=True)
+        first = {rank: beat for rank in range(self.world_size) if rank != self.rank and (beat := self._read(rank))}
+        lost: list[Beat] = []
+        for _ in range(4):  # long enough for a live rank to show itself, and for a failing one to say goodbye
+            now = {rank: self._read(rank) or beat for rank, beat in first.items()}
+            there = [beat for beat in now.values() if not (beat.left or beat.accuses)]
+            near = [beat for beat in there if beat.host == self._beat.host]
+            lost = [beat for beat in near if start_time(beat.pid) == 0]
+            if not there or lost:
                 break
+            lost = [beat for beat in there if beat not in near and beat == first[beat.rank]]
+            time.sleep(self.poll_seconds)
         if not lost:
             return None
-        return "; ".join(f"rank {b.rank} on {b.host} was lost in {_where(b)}" for b in lost)
-
-    def _is_lost(self, before: Beat) -> bool:
-        now = self._read(before.rank) or before
-        if now.ended:
-            return False
-        if now.host == self._beat.host:
-            return start_time(now.pid) == 0
-        return now == before
+        return "; ".join(f"rank {beat.rank} on {beat.host} was lost in {_where(beat)}" for beat in lost)
 
     # -- the files
 
     def _path(self, rank: int, kind: str) -> Path:
         return self.directory / f"rank-{rank:05d}.{kind}"
 
+    def _say(self, **changes: object) -> None:
+        self._said |= changes
+        self._publish()
+
     def _publish(self, **changes: object) -> None:
-        line = json.dumps(asdict(replace(self._beat, beats=self._count, **changes)))
+        line = json.dumps(asdict(replace(self._beat, beats=self._count, **{**changes, **self._said})))
         with contextlib.suppress(OSError):  # a full disk stops no training
-            os.pwrite(self._file, line.encode().ljust(400), 0)
+            os.pwrite(self._file, line.encode().ljust(BEAT_BYTES), 0)
 
     def _read(self, rank: int) -> Beat | None:
         try:
@@ -288,10 +297,7 @@ def is_broken_collective(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, dist.DistError):
             return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GLOO_SIGNS):
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in GLOO_SIGNS):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-_GLOO_SIGNS = ("gloo/transport", "timeout caused pair closure")

@@ -252,6 +252,11 @@ class Health(Section):
     """Without progress after which the stage is ended to be retried; five times as long where none can be seen, as in
     a save."""
 
+    @property
+    def reach_steps(self) -> int:
+        """How many steps before the present a rollback may go back to."""
+        return self.window_steps + self.skip_before
+
     @model_validator(mode="after")
     def _reachable(self) -> "Health":
         if self.rollback_after > self.window_steps:

@@ -159,13 +159,13 @@ def test_a_frozen_rank_is_named_and_the_run_can_be_retried(calm, tmp_path, monke
     [victim] = [pid for pid in ranks_of(stage) if f"RANK={frozen}" in environment(pid)]
     began = time.monotonic()
     os.kill(victim, signal.SIGSTOP)
+    reached = max(e["step"] for e in events(stage) if e["kind"] == "step")  # it is woken, to show its stacks
     said, _ = process.communicate(timeout=60)
     took = time.monotonic() - began
     assert process.returncode == 76, said
     assert f"rank {frozen} on {HOST} gave no sign of life after" in said
     outcome = Stage(stage).last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
-    reached = max(e["step"] for e in events(stage) if e["kind"] == "step")
     assert outcome.step in (reached, reached + 1)
     assert f"rank {1 - frozen} waited for it in" in outcome.reason
     for rank in (0, 1):

@@ -1,0 +1,90 @@
+"""Who is blamed for a standstill; what counts as a lost peer. Real processes: tests/multiprocess/test_health.py."""
+
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from pipeline.health.watchdog import Beat, Watchdog, blame, is_broken_collective
+
+
+def beats(*changes: dict) -> dict[int, Beat]:
+    return {
+        rank: Beat(**{"rank": rank, "host": f"n{rank}", "pid": 1, "moves": 50, "step": 7, "phase": "synchronise",
+                      "still_seconds": 60.0, "allowed_seconds": 60.0, **change})
+        for rank, change in enumerate(changes)
+    }  # fmt: skip
+
+
+def test_who_made_the_fewest_moves_is_to_blame():
+    sentence, step = blame(beats({}, {"moves": 48, "phase": "data", "still_seconds": 61.0}, {}), [])
+    assert sentence == (
+        "rank 1 on n1 has been in data of step 7 for 61 s; ranks 0, 2 waited for it in synchronise of step 7"
+    )
+    assert step == 7
+
+
+def test_who_may_take_longer_is_waited_for():
+    assert blame(beats({}, {"moves": 48, "phase": "save", "allowed_seconds": 300.0}), []) is None
+    assert blame(beats({}, {"moves": 48, "phase": "save", "allowed_seconds": 300.0, "still_seconds": 301.0}), [])
+
+
+def test_silence_is_blamed_however_far_a_rank_has_come():
+    sentence, _ = blame(beats({"moves": 40}, {"phase": "update", "step": 6, "allowed_seconds": 300.0}), [1])
+    assert sentence.startswith("rank 1 on n1 gave no sign of life after update of step 6; rank 0 waited for it")
+
+
+def test_all_at_the_same_place_is_the_collective():
+    assert "a collective between them hangs" in blame(beats({}, {}), [])[0]
+    assert blame(beats({}), [])[0] == "rank 0 on n0 has been in synchronise of step 7 for 60 s"
+
+
+def test_a_standstill_is_told_once_with_stacks_and_progress_is_not(tmp_path):
+    told, told_at = [], threading.Event()
+
+    def on_stall(sentence: str, step: int) -> None:
+        told.append((sentence, step))
+        told_at.set()
+
+    with Watchdog(tmp_path / "calm", 0, 1, 1.0, on_stall) as watchdog:
+        for step in range(1, 30):
+            list(watchdog.batches([1, 2], step))
+            time.sleep(0.05)
+        assert not told
+        watchdog.phase("data", 30)
+        assert told_at.wait(30)
+    [(sentence, step)] = told
+    assert "has been in data of step 30 for 1 s" in sentence
+    assert step == 30
+    assert "test_watchdog.py" in (tmp_path / "calm" / "rank-00000.stacks").read_text()
+
+
+def test_patience_is_for_the_first_step_and_for_what_shows_no_progress(tmp_path):
+    def of(moves):
+        watchdog = Watchdog(tmp_path, 0, 1, 10.0, print)
+        for name, step in moves:
+            watchdog.phase(name, step)
+        return watchdog._beat.allowed_seconds
+
+    assert of([]) == 50
+    assert of([("data", 5), ("update", 5)]) == 50
+    assert of([("data", 5), ("data", 6)]) == 10
+    assert of([("data", 5), ("data", 6), ("save", 6)]) == 50
+
+
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (dist.DistBackendError("NCCL error"), True),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), False),
+        (ConnectionResetError("a tracking server"), False),
+    ],
+)
+def test_what_a_lost_peer_looks_like(error, broken):
+    assert is_broken_collective(error) is broken
+    wrapped = ValueError("while saving")
+    wrapped.__cause__ = error
+    assert is_broken_collective(wrapped) is broken
