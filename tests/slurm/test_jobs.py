@@ -35,7 +35,7 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Submits a chain, by default of one long stage on two nodes, and gives back the run; no job outlives the test."""
     run = tmp_path / "run"
 
-    def submit_chain(*overrides: str, site: str = "devcluster") -> Path:
+    def submit_chain(*overrides: str, site: object = "devcluster") -> Path:
         recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
         answer = fcmae("submit", recipe, "--site", site, "--out", run)
         assert answer.returncode == 0, answer.stderr
@@ -150,6 +150,41 @@ def test_handoff_that_was_changed_ends_the_next_stage(submit):
     wait_until(run / "intermediate", JobState.FAILED)
     assert "weights.safetensors" in history.read(run / "intermediate")[-1]["reason"]
     wait_until(run / "finetune", JobState.CANCELLED)
+
+
+def held(run: Path) -> Path:
+    """A site whose jobs wait until somebody releases them."""
+    path = run.with_name("held.yaml")
+    path.write_text(yaml.safe_dump({"nodes": 2, "sbatch": {"hold": True}}))
+    return path
+
+
+def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
+    run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))
+    names = ["pretrain", "intermediate", "finetune"]
+    first = {name: job_of(run / name) for name in names}
+    assert {job.state for job in first.values()} == {JobState.WAITING}
+    assert [first[name].after for name in names] == [None, first["pretrain"].id, first["intermediate"].id]
+    # As if the machine that submitted had died, and its notes with it.
+    for name in names:
+        (run / name / "slurm" / "jobs.jsonl").unlink()
+    assert "to submit" not in fcmae("resume", run).stdout
+    # The middle of the chain is gone, and with it what waited for it.
+    scheduler.cancel(first["intermediate"].id)
+    wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "the dependents' end")
+    again = fcmae("resume", run)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("to submit") == 2
+    assert job_of(run / "intermediate").after == first["pretrain"].id
+    assert job_of(run / "finetune").after == job_of(run / "intermediate").id
+    # A job that waits for the wrong one is replaced.
+    stale = job_of(run / "finetune").id
+    subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
+    assert fcmae("resume", run).stdout.count("to submit") == 1
+    assert job_of(run / "finetune").after == job_of(run / "intermediate").id
+    assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
+    assert fcmae("cancel", run).stdout.count("is cancelled") == 3
+    assert not [job for job in scheduler.jobs() if job.live]
 
 
 def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
