@@ -18,10 +18,12 @@ from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
+from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
 from tests.slurm import devcluster as faults
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+from tools import cluster_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
 LONG = [  # 120 steps, long enough to be stopped in the middle
@@ -37,12 +39,11 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     def submit_chain(*overrides: str, site: object = "devcluster") -> Path:
         recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
-        answer = fcmae("submit", recipe, "--site", site, "--out", run)
-        assert answer.returncode == 0, answer.stderr
+        cluster_commands.submit(str(recipe), str(site), run)
         return run
 
     yield submit_chain
-    fcmae("cancel", run)
+    cluster_commands.cancel(run)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +160,13 @@ def held(run: Path) -> Path:
     return path
 
 
-def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
+def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
+    def said(command: Callable[[Path], None]) -> str:
+        command(run)
+        return capsys.readouterr().out
+
     run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))
+    capsys.readouterr()
     names = ["pretrain", "intermediate", "finetune"]
     first = {name: job_of(run / name) for name in names}
     assert {job.state for job in first.values()} == {JobState.WAITING}
@@ -168,22 +174,20 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
     # As if the machine that submitted had died, and its notes with it.
     for name in names:
         (run / name / "slurm" / "jobs.jsonl").unlink()
-    assert "to submit" not in fcmae("resume", run).stdout
+    assert "to submit" not in said(cluster_commands.resume)
     # The middle of the chain is gone, and with it what waited for it.
     scheduler.cancel(first["intermediate"].id)
     wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "the dependents' end")
-    again = fcmae("resume", run)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("to submit") == 2
+    assert said(cluster_commands.resume).count("to submit") == 2
     assert job_of(run / "intermediate").after == first["pretrain"].id
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     # A job that waits for the wrong one is replaced.
     stale = job_of(run / "finetune").id
     subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
-    assert fcmae("resume", run).stdout.count("to submit") == 1
+    assert said(cluster_commands.resume).count("to submit") == 1
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
-    assert fcmae("cancel", run).stdout.count("is cancelled") == 3
+    assert said(cluster_commands.cancel).count("is cancelled") == 3
     assert not [job for job in scheduler.jobs() if job.live]
 
 
@@ -193,12 +197,11 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     def refusal(**site: object) -> str:
         path = tmp_path / "site.yaml"
         path.write_text(yaml.safe_dump(site))
-        answer = fcmae("submit", recipe, "--site", path, "--out", run)
-        assert answer.returncode == 1
-        assert answer.stderr.startswith("fcmae: ")
-        assert answer.stderr.count("\n") == 1
+        with pytest.raises(UserError) as refused:
+            cluster_commands.submit(str(recipe), str(path), run)
+        assert "\n" not in str(refused.value)
         assert not run.exists()
-        return answer.stderr
+        return str(refused.value)
 
     assert "there is no partition nowhere" in refusal(partition="nowhere")
     assert "3 processes do not divide the 4 slots" in refusal(nodes=3)
