@@ -20,6 +20,8 @@ from cluster.site import load_site
 from cluster.slurm import Job, JobState
 from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
+from pipeline.tracking import journal
+from pipeline.tracking.journal import steps
 from tests.slurm import devcluster as faults
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
@@ -81,9 +83,9 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     wait_until(stage, JobState.ENDED)
 
     saved = outcome_of_attempt(stage, 1)
-    steps = [(event["attempt"], event["step"]) for event in events(stage, "step")]
+    taken = [(event["attempt"], event["step"]) for event in events(stage, "step")]
     assert saved["kind"] == OutcomeKind.SAVED
-    assert steps == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
+    assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
 
@@ -115,6 +117,8 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     time.sleep(1)
     assert job_of(stage).state is JobState.CANCELLED
     assert Stage(stage).done() is None
+    path = stage / "journal.jsonl"
+    path.write_text(path.read_text().replace('"numpy":"', '"numpy":"0'))
     # As many ranks on another number of nodes.
     site = run / "one-node.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 1, "tasks_per_node": 2}))
@@ -125,6 +129,7 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
     assert job_of(stage).id != job.id
+    assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
 
 
 def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit):
@@ -216,7 +221,7 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_slurmctld_run_and_logs_are_still_there(submit):
+def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbed):
     run = submit()
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
@@ -234,9 +239,19 @@ def test_without_slurmctld_run_and_logs_are_still_there(submit):
         wait_for(lambda: (stage / "attempts" / "000001.outcome.json").exists(), "the stop")
     finally:
         subprocess.run([faults.COMMAND, "up"], check=True, capture_output=True)
-    assert outcome_of_attempt(stage, 1)["kind"] in (OutcomeKind.SAVED, OutcomeKind.DONE)
+    assert outcome_of_attempt(stage, 1)["kind"] == OutcomeKind.SAVED
     wait_until(stage, JobState.FAILED)
     assert history.read(stage)[-1]["reason"] == "cancelled"
+
+    site = run / "more-nodes.yaml"
+    site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
+    cluster_commands.resume(run, str(site))
+    wait_until(stage, JobState.ENDED)
+    resumed = events(stage, "attempt")[1]
+    assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])
+    ours, theirs = (steps(journal.read(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
+    for step in range(resumed["step"] + 1, resumed["step"] + 21):
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
 
 
 def test_forgotten_and_foreign_jobs(slurm):
