@@ -74,7 +74,7 @@ def render(statuses: list[StageStatus], trouble: str = "") -> Group:
 
 
 def of_total(s: StageStatus) -> str:
-    return f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "" if s.state == "waiting" else f"{s.step:,}"
+    return f"{s.step:,}/{s.total_steps:,}" if s.total_steps else f"{s.step:,}" if s.step else ""
 
 
 def figure(value: float | None, form: str = "{:.4g}") -> str:
