@@ -41,7 +41,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def says(run: Path, *lines: str) -> str:
-    return "\n".join(f"echo '{line}'" for line in lines).replace("RUN", str(run))
+    return "\n".join(f"echo '{line}'" for line in lines).replace("@", str(run))
 
 
 def submit(run: Path, stage: str, job: str) -> None:
@@ -72,7 +72,7 @@ def test_jobs_beside_the_files(run, squeue):
     submit(run, "pretrain", "41")
     submit(run, "finetune", "42")
     squeue(
-        says(run, "41|RUNNING|n[1-2]|None|RUN/pretrain", "42|PENDING||Dependency|RUN/finetune",
+        says(run, "41|RUNNING|n[1-2]|None|@/pretrain", "42|PENDING||Dependency|@/finetune",
              "43|RUNNING|n3|None|/other/run/pretrain")
     )  # fmt: skip
     first, second = status(run)
@@ -92,16 +92,16 @@ def test_jobs_beside_the_files(run, squeue):
     ("answer", "state", "job_state"),
     [
         ("", "interrupted", "FORGOTTEN"),  # purged from Slurm's memory
-        ("echo '41|FAILED|n1|NonZeroExitCode|RUN/pretrain'", "interrupted", "FAILED"),
-        ("echo '41|CANCELLED|n1|None|RUN/pretrain'", "cancelled", "CANCELLED"),
-        ("echo '41|PENDING||BeginTime|RUN/pretrain'", "queued", "PENDING"),
+        ("echo '41|FAILED|n1|NonZeroExitCode|@/pretrain'", "interrupted", "FAILED"),
+        ("echo '41|CANCELLED|n1|None|@/pretrain'", "cancelled", "CANCELLED"),
+        ("echo '41|PENDING||BeginTime|@/pretrain'", "queued", "PENDING"),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "running", "UNKNOWN"),
     ],
 )
 def test_what_slurm_says_of_a_stage_that_left_no_word(run, squeue, answer, state, job_state):
     submit(run, "pretrain", "41")
     take(run / "pretrain", 1)
-    squeue(answer.replace("RUN", str(run)))
+    squeue(answer.replace("@", str(run)))
     first = status(run)[0]
     assert (first.state, first.job_state) == (state, job_state)
 
@@ -122,7 +122,7 @@ def test_a_silent_slurmctld_holds_nobody_up(run, squeue, monkeypatch):
 
 def test_many_looks_are_one_question(run, squeue, monkeypatch):
     submit(run, "pretrain", "41")
-    calls = squeue(says(run, "41|PENDING||Priority|RUN/pretrain"))
+    calls = squeue(says(run, "41|PENDING||Priority|@/pretrain"))
     jobs = Queue([run / "pretrain"])
     assert [jobs.jobs()["pretrain"].state for _ in range(20)] == ["PENDING"] * 20
     assert len(calls.read_text().splitlines()) == 1
@@ -140,7 +140,7 @@ def test_no_slurm_here_is_said_below_the_table(run, monkeypatch):
 
 def test_a_resubmission_counts_not_the_job_before(run, squeue):
     submit(run, "pretrain", "41")
-    squeue(says(run, "41|FAILED|n1|NodeFail|RUN/pretrain"))
+    squeue(says(run, "41|FAILED|n1|NodeFail|@/pretrain"))
     submit(run, "pretrain", "44")  # squeue has not heard of it yet
     assert (status(run)[0].job, status(run)[0].job_state) == ("44", "FORGOTTEN")
 
@@ -162,7 +162,7 @@ def test_the_end_that_the_supervisor_noted(run, squeue):
 
 
 def test_odd_histories_count_as_absent(run, squeue):
-    squeue("echo '41|RUNNING|n1|None|RUN/pretrain'".replace("RUN/", f"{run}/"))
+    squeue("echo '41|RUNNING|n1|None|@/pretrain'".replace("@", str(run)))
     folder = run / "pretrain" / "slurm"
     folder.mkdir(parents=True)
     lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
