@@ -5,8 +5,11 @@ Liveness is Slurm's to tell and success is DONE's; this file is for people, and 
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from pipeline.tracking.journal import parse
 
 
 def log_directory(stage_directory: Path) -> Path:
@@ -47,6 +50,10 @@ def fruitless(stage_directory: Path, committed: int) -> int:
 
 
 def committed_step(stage_directory: Path) -> int:
-    """The newest step with a committed checkpoint; -1 without."""
-    markers = (stage_directory / "checkpoints").glob("step-*/COMMIT")
-    return max((int(p.parent.name[5:].partition(".")[0]) for p in markers), default=-1)
+    """The newest step that a checkpoint was committed of, by the journal; -1 without."""
+    path, newest = stage_directory / "journal.jsonl", -1
+    with open(path, "rb") if path.exists() else nullcontext(()) as lines:
+        for line in lines:
+            if b'"save"' in line and (event := parse(line)) and event.get("kind") == "save":
+                newest = max(newest, event["step"])
+    return newest

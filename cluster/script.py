@@ -36,7 +36,7 @@ class JobScript:
             setup=_setup(site, code),
             teardown=[
                 "code=$?",
-                f"{shlex.quote(sys.executable)} -m cluster.supervisor {shlex.quote(str(stage_directory))} $code"
+                f'{shlex.quote(sys.executable)} -m cluster.supervisor {shlex.quote(str(stage_directory))} "$code"'
                 f" {site.attempts_without_progress}",
             ],
         )

@@ -156,7 +156,7 @@ def check_path(path: Path) -> Path:
     Raises:
         LaunchError: naming the character that one of them would take for something else.
     """
-    odd = next((c for c in str(path) if c in "%\\:" or not c.isprintable()), None)
+    odd = next((c for c in str(path) if c in "%\\:," or not c.isprintable()), None)
     if odd is not None:
         raise LaunchError(f"--out {str(path)!r} holds {odd!r}, which Slurm or Python would misread; choose another")
     return path

@@ -124,7 +124,7 @@ def ask(*command: str, unless: str = "") -> str:
         ) from None
     if answer.returncode == 0:
         return answer.stdout
-    said = " ".join(answer.stderr.split())
+    said = " ".join((answer.stderr.strip() or answer.stdout).split())
     if unless and unless in said:
         return ""
     if "Unable to contact slurm controller" in said or "Connection refused" in said or "timed out" in said:

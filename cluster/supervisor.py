@@ -29,7 +29,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     if stage.done():
         return 0
     outcome = stage.last_outcome()
-    reason = outcome.reason if outcome else f"the ranks ended with exit code {code} and left no word"
+    reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     if (directory.parent / CANCELLED).exists():
         print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
         history.note(directory, "stopped", job, reason="cancelled")

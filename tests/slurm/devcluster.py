@@ -1,0 +1,194 @@
+"""A private Slurm of four nodes, whose partition `high` preempts partition `low`, and what can go wrong with it."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.tracking import journal
+
+COMMAND = Path(__file__).resolve().parents[2] / "tools" / "devcluster"
+NODES = 4
+SLURM_ABSENT = 4  # exit code of `devcluster up`
+PREEMPTION = [(grace, user) for grace in (30, 0) for user in (1, 0)]
+"""The four ways to announce it: (GraceTime in seconds, whether the job's own --signal is sent)."""
+
+
+class AbsentError(Exception):
+    """Slurm is not installed; the text says how to get it."""
+
+
+@contextmanager
+def devcluster(directory: Path, grace_seconds: int, user_signal: int) -> Iterator[None]:
+    """sbatch, squeue, ... of this process and its children talk to a cluster of their own.
+
+    Raises:
+        AbsentError, RuntimeError: if it cannot be started.
+    """
+    before = dict(os.environ)
+    os.environ.update(
+        FCMAE_DEVCLUSTER_DIR=str(directory),
+        FCMAE_DEVCLUSTER_PORT=str(free_ports(NODES + 1)),
+        FCMAE_DEVCLUSTER_NODES=str(NODES),
+        FCMAE_DEVCLUSTER_GRACE_SECONDS=str(grace_seconds),
+        FCMAE_DEVCLUSTER_USER_SIGNAL=str(user_signal),
+        FCMAE_DEVCLUSTER_KILL_WAIT_SECONDS="30",
+        OMP_NUM_THREADS="1",
+        SLURM_CONF=str(directory / "slurm.conf"),
+    )
+    try:
+        up = subprocess.run([COMMAND, "up"], capture_output=True, text=True)
+        if up.returncode:
+            kind = AbsentError if up.returncode == SLURM_ABSENT else RuntimeError
+            raise kind(f"tools/devcluster up: {up.stderr.strip()}")
+        yield
+    finally:
+        subprocess.run([COMMAND, "down"], capture_output=True)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` consecutive ports nobody listens on, below those that Linux hands out by itself."""
+    for first in random.sample(range(10000, 32000, 10), 100):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, candidate in enumerate(sockets):
+                candidate.bind(("", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for candidate in sockets:
+                candidate.close()
+    raise RuntimeError(f"no {count} consecutive free ports between 10000 and 32000")
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 180) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            jobs = subprocess.run(["squeue", "--states=all"], capture_output=True, text=True).stdout
+            raise TimeoutError(f"waited {timeout_seconds} s in vain for {what}\n{jobs}")
+        time.sleep(0.2)
+
+
+def events(stage: Path, kind: str) -> list[dict]:
+    return [event for event in journal.read(stage / "journal.jsonl") if event["kind"] == kind]
+
+
+def steps_taken(stage: Path) -> int:
+    """Steps that the running attempt has journalled."""
+    attempts = events(stage, "attempt")
+    return sum(e["attempt"] == attempts[-1]["attempt"] for e in events(stage, "step")) if attempts else 0
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def job_of(stage: Path) -> str:
+    """The id of the running job of a stage."""
+    lines = slurm("squeue", "--noheader", "--states=running", "--format=%i|%Z").splitlines()
+    return next(line.partition("|")[0] for line in lines if line.partition("|")[2] == str(stage.resolve()))
+
+
+def nodes_of(job: str) -> list[str]:
+    """The nodes of a job, that of its batch script first."""
+    return slurm("scontrol", "show", "hostnames", slurm("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
+
+
+def rank_pid(job: str, rank: int) -> int:
+    """The process of a rank, wherever it runs on this machine."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SUBMITIT_EXECUTOR=slurm"}
+        if wanted <= set(environment) and b"submitit.core._submit" in command and b"srun" not in command:
+            return int(entry.name)
+    raise LookupError(f"no process of rank {rank} of job {job}")
+
+
+# -- Faults. Each is done to a running stage and returns at once; the stage must then end by itself.
+
+
+def preempt(stage: Path) -> None:
+    """A job of partition `high` wants every CPU of every node."""
+    command = ["sbatch", "--partition=high", f"--nodes={NODES}", "--ntasks-per-node=1", "--cpus-per-task=4"]
+    slurm(*command, "--output=/dev/null", "--wrap=sleep 1")
+
+
+def time_limit(stage: Path) -> None:
+    """The limit comes so near that Slurm warns at its next look, which is within half a minute."""
+    slurm("scontrol", "update", f"JobId={job_of(stage)}", "TimeLimit=1")
+
+
+def kill_rank_0(stage: Path) -> None:
+    os.kill(rank_pid(job_of(stage), 0), signal.SIGKILL)
+
+
+def kill_rank_1(stage: Path) -> None:
+    os.kill(rank_pid(job_of(stage), 1), signal.SIGKILL)
+
+
+def kill_batch_node(stage: Path) -> None:
+    """Power cut on the node of rank 0 and of the batch script; it comes back after a while."""
+    _kill_node(nodes_of(job_of(stage))[0])
+
+
+def kill_other_node(stage: Path) -> None:
+    _kill_node(nodes_of(job_of(stage))[-1])
+
+
+def _kill_node(node: str) -> None:
+    slurm(str(COMMAND), "kill-node", node)
+    time.sleep(10)  # longer than SlurmdTimeout: slurmctld must notice
+    slurm(str(COMMAND), "start-node", node)
+
+
+def freeze_node(stage: Path) -> None:
+    """Split brain: the node does not answer, its ranks run on."""
+    node = nodes_of(job_of(stage))[-1]
+    slurm(str(COMMAND), "freeze-node", node)
+    time.sleep(10)
+    slurm(str(COMMAND), "thaw-node", node)
+
+
+def restart_slurmctld(stage: Path) -> None:
+    """It dies, and while it is away a rank is told to stop: the requeue must wait for it."""
+    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+    rank = rank_pid(job_of(stage), 1)
+    os.kill(pid, signal.SIGKILL)
+    os.kill(rank, signal.SIGUSR2)
+    time.sleep(5)
+    slurm(str(COMMAND), "up")
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (
+        preempt, time_limit, kill_rank_0, kill_rank_1, kill_batch_node, kill_other_node, freeze_node, restart_slurmctld,
+    )
+}  # fmt: skip
+
+
+def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> float:
+    """Do it to the stage once it has taken so many steps; the seconds from then to the next attempt's first step."""
+    wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}", 240)
+    attempts, began = attempts_of(stage), time.monotonic()
+    fault(stage)
+    wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")
+    wait_for(lambda: len(events(stage, "attempt")) > attempts and steps_taken(stage), "its first step")
+    return time.monotonic() - began
+
+
+def attempts_of(stage: Path) -> int:
+    return len(list((stage / "attempts").glob("??????.json")))

@@ -1,0 +1,255 @@
+"""Chains on a real Slurm: stopped and continued, ended for good, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import history
+from cluster import slurm as scheduler
+from cluster.launcher import LaunchError
+from cluster.local import LocalLauncher
+from cluster.script import JobScript
+from cluster.site import load_site
+from cluster.slurm import Job, JobState
+from pipeline.stage import OutcomeKind, Stage
+from tests.slurm import devcluster as faults
+from tests.slurm.devcluster import events, steps_taken, wait_for
+from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+
+ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
+LONG = [  # 120 steps, long enough to be stopped in the middle
+    "defaults.engine.threads=1", "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
+    "stages.pretrain.schedule.epochs=20",
+]  # fmt: skip
+
+
+@pytest.fixture
+def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Submits a chain, by default of one long stage on two nodes, and gives back the run; no job outlives the test."""
+    run = tmp_path / "run"
+
+    def submit_chain(*overrides: str, site: object = "devcluster") -> Path:
+        recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
+        answer = fcmae("submit", recipe, "--site", site, "--out", run)
+        assert answer.returncode == 0, answer.stderr
+        return run
+
+    yield submit_chain
+    fcmae("cancel", run)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """The long stage after a run on two ranks that nothing stopped, without Slurm."""
+    stage = make_tiny_run(tmp_path_factory.mktemp("undisturbed"), [*ONE_STAGE, *LONG]) / "pretrain"
+    assert LocalLauncher(2).run(stage).kind is OutcomeKind.DONE
+    return Stage(stage)
+
+
+def job_of(stage: Path) -> Job:
+    """The last job submitted for a stage."""
+    id = [entry["job"] for entry in history.read(stage) if entry["event"] == "submitted"][-1]
+    return scheduler.jobs(ids=[id])[0]
+
+
+def log(stage: Path) -> str:
+    return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted((stage / "slurm").glob("*_log.out")))
+
+
+def wait_until(stage: Path, state: JobState) -> None:
+    try:
+        wait_for(lambda: job_of(stage).state is state, f"job {state}")
+    except TimeoutError as error:
+        pytest.fail(f"{error}\n{log(stage)}", pytrace=False)
+
+
+def outcome_of_attempt(stage: Path, attempt: int) -> dict:
+    return json.loads((stage / "attempts" / f"{attempt:06d}.outcome.json").read_text())
+
+
+def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undisturbed):
+    stage = submit() / "pretrain"
+    faults.strike(stage, faults.preempt, at_step=2)
+    wait_until(stage, JobState.ENDED)
+
+    saved = outcome_of_attempt(stage, 1)
+    steps = [(event["attempt"], event["step"]) for event in events(stage, "step")]
+    assert saved["kind"] == OutcomeKind.SAVED
+    assert steps == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
+    assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
+    assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
+
+
+def test_signal_during_start_up_is_not_lost(submit, undisturbed):
+    stage = submit() / "pretrain"
+    job = job_of(stage)
+    # The first words in a rank's log come from submitit, long before the pipeline and its handlers are loaded.
+    words = stage / "slurm" / f"{job.id}_1_log.out"
+    wait_for(lambda: words.exists() and words.stat().st_size > 0, "the first line of rank 1")
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    wait_for(lambda: Stage(stage).attempts() == 2, "the next attempt")
+    assert (outcome_of_attempt(stage, 1)["kind"], outcome_of_attempt(stage, 1)["step"]) == (OutcomeKind.SAVED, 0)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+
+
+@pytest.mark.slow
+def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbed):
+    run = submit()
+    stage = run / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 2, "two steps")
+    job = job_of(stage)
+    subprocess.run(["scancel", job.id], check=True)
+    wait_until(stage, JobState.CANCELLED)
+
+    # A requeue would show as WAITING at once, whatever the delay before its next start.
+    assert outcome_of_attempt(stage, 1)["kind"] == OutcomeKind.SAVED
+    time.sleep(1)
+    assert job_of(stage).state is JobState.CANCELLED
+    assert Stage(stage).done() is None
+    # As many ranks on another number of nodes.
+    site = run / "one-node.yaml"
+    site.write_text(yaml.safe_dump({"partition": "high", "nodes": 1, "tasks_per_node": 2}))
+    assert fcmae("resume", run, "--site", site).returncode == 0
+    again = fcmae("resume", run)
+    assert again.returncode == 0
+    assert "to submit" not in again.stdout
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    assert job_of(stage).id != job.id
+
+
+def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit):
+    """Data that changes after it was submitted; nobody can see that before the job starts."""
+    run = submit("defaults.engine.threads=1")
+    (run.parent / "data" / "validation.beton").write_bytes(b"something else")
+    wait_until(run / "pretrain", JobState.FAILED)
+    said = [entry for entry in history.read(run / "pretrain") if entry["event"] == "stopped"][-1]["reason"]
+    assert "validation.beton" in said
+    for name in ("intermediate", "finetune"):
+        wait_until(run / name, JobState.CANCELLED)
+        told = history.read(run / name)[-1]
+        assert told["event"] == "cancelled"
+        assert said in told["reason"]
+    assert f"stage pretrain has ended for good: {said}" in fcmae("logs", run, "pretrain").stdout
+
+
+@pytest.mark.slow
+def test_handoff_that_was_changed_ends_the_next_stage(submit):
+    run = submit("defaults.engine.threads=1")
+    wait_for(lambda: (run / "pretrain" / "DONE").exists(), "the first stage")
+    done = json.loads((run / "pretrain" / "DONE").read_text())
+    (run / "pretrain" / "DONE").write_text(json.dumps({**done, "weights_sha256": "0" * 64}))
+    wait_until(run / "intermediate", JobState.FAILED)
+    assert "weights.safetensors" in history.read(run / "intermediate")[-1]["reason"]
+    wait_until(run / "finetune", JobState.CANCELLED)
+
+
+def held(run: Path) -> Path:
+    """A site whose jobs wait until somebody releases them."""
+    path = run.with_name("held.yaml")
+    path.write_text(yaml.safe_dump({"nodes": 2, "sbatch": {"hold": True}}))
+    return path
+
+
+def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
+    run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))
+    names = ["pretrain", "intermediate", "finetune"]
+    first = {name: job_of(run / name) for name in names}
+    assert {job.state for job in first.values()} == {JobState.WAITING}
+    assert [first[name].after for name in names] == [None, first["pretrain"].id, first["intermediate"].id]
+    # As if the machine that submitted had died, and its notes with it.
+    for name in names:
+        (run / name / "slurm" / "jobs.jsonl").unlink()
+    assert "to submit" not in fcmae("resume", run).stdout
+    # The middle of the chain is gone, and with it what waited for it.
+    scheduler.cancel(first["intermediate"].id)
+    wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "the dependents' end")
+    again = fcmae("resume", run)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("to submit") == 2
+    assert job_of(run / "intermediate").after == first["pretrain"].id
+    assert job_of(run / "finetune").after == job_of(run / "intermediate").id
+    # A job that waits for the wrong one is replaced.
+    stale = job_of(run / "finetune").id
+    subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
+    assert fcmae("resume", run).stdout.count("to submit") == 1
+    assert job_of(run / "finetune").after == job_of(run / "intermediate").id
+    assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
+    assert fcmae("cancel", run).stdout.count("is cancelled") == 3
+    assert not [job for job in scheduler.jobs() if job.live]
+
+
+def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
+    recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
+
+    def refusal(**site: object) -> str:
+        path = tmp_path / "site.yaml"
+        path.write_text(yaml.safe_dump(site))
+        answer = fcmae("submit", recipe, "--site", path, "--out", run)
+        assert answer.returncode == 1
+        assert answer.stderr.startswith("fcmae: ")
+        assert answer.stderr.count("\n") == 1
+        assert not run.exists()
+        return answer.stderr
+
+    assert "there is no partition nowhere" in refusal(partition="nowhere")
+    assert "3 processes do not divide the 4 slots" in refusal(nodes=3)
+    assert "Slurm would refuse stage pretrain" in refusal(nodes=1, tasks_per_node=4, cpus_per_task=4)
+    assert "Slurm would refuse stage pretrain" in refusal(gpus_per_node=2)
+    subprocess.run(["scontrol", "update", "PartitionName=low", "MaxTime=30"], check=True)
+    assert "time_limit_minutes 31 exceeds the 30 of partition low" in refusal(partition="low", time_limit_minutes=31)
+    subprocess.run(["scontrol", "update", "PartitionName=low", "MaxTime=UNLIMITED", "State=DOWN"], check=True)
+    assert "partition low is DOWN" in refusal(partition="low")
+    subprocess.run(["scontrol", "update", "PartitionName=low", "State=UP"], check=True)
+
+
+@pytest.mark.slow
+def test_without_slurmctld_run_and_logs_are_still_there(submit):
+    run = submit()
+    stage = run / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 2, "two steps")
+    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+    try:
+        for command in (["resume", run], ["submit", run / "recipe.yaml", "--site", "devcluster", "--out", run]):
+            answer = fcmae(*command)
+            assert answer.returncode == 1
+            assert answer.stderr.startswith("fcmae: slurmctld does not answer"), answer.stderr
+            assert answer.stderr.count("\n") == 1
+        assert "rank 0" in fcmae("logs", run).stdout or "submitit" in fcmae("logs", run).stdout
+        # The run directory carries the word: the ranks save and stop, and nothing starts them again.
+        assert "slurmctld does not answer" in fcmae("cancel", run).stdout
+        wait_for(lambda: (stage / "attempts" / "000001.outcome.json").exists(), "the stop")
+    finally:
+        subprocess.run([faults.COMMAND, "up"], check=True, capture_output=True)
+    assert outcome_of_attempt(stage, 1)["kind"] in (OutcomeKind.SAVED, OutcomeKind.DONE)
+    wait_until(stage, JobState.FAILED)
+    assert history.read(stage)[-1]["reason"] == "cancelled"
+
+
+def test_forgotten_and_foreign_jobs(slurm):
+    assert scheduler.jobs(ids=["999999999"]) == []
+    with pytest.raises(LaunchError, match="scancel"):
+        scheduler.cancel("not-a-job")
+
+
+def test_sbatch_reads_values_as_they_were_written(slurm, tmp_path):
+    """What the job script quotes for sbatch, which has a parser of its own."""
+    odd = """it's "$(x)" `y` a#b ;&|<>*?!~ é"""
+    site = load_site("devcluster").model_copy(update={"sbatch": {"comment": odd, "hold": True}})
+    stage = tmp_path / "it's a #run" / "pretrain"
+    stage.mkdir(parents=True)
+    id = JobScript(stage, site, tmp_path).submit()
+    try:
+        answer = subprocess.run(["squeue", "-h", "-j", id, "-o", "%k|%Z"], capture_output=True, text=True, check=True)
+        assert answer.stdout.rstrip("\n") == f"{odd}|{stage}"
+    finally:
+        scheduler.cancel(id)

@@ -1,0 +1,129 @@
+"""The job script: to the letter for three sites, and read back by bash for any."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.script import JobScript
+from cluster.site import OURS, Site, load_site
+from pipeline.errors import RecipeError
+from pipeline.recipe.files import validate
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+@pytest.mark.parametrize(
+    ("site", "stage", "after"),
+    [("generic", "finetune", "41"), ("preemptible", "pretrain", None), ("pyxis", "a-b", "7")],
+)
+def test_script_to_the_letter(monkeypatch, site, stage, after):
+    """Look at what changed, then: FCMAE_GOLDEN=write python -m pytest tests/unit/cluster/test_script.py"""
+    monkeypatch.setattr(sys, "executable", "/opt/fcmae/bin/python")
+    profile = load_site(str(GOLDEN / "pyxis.yaml") if site == "pyxis" else site)
+    text = JobScript(Path("/runs/my huge") / stage, profile.for_stage(stage), Path("/runs/my huge/code/0123"), after)
+    golden = GOLDEN / f"{site}.sh"
+    assert text.text() == golden.read_text()
+
+
+# What breaks quoting is likelier than in plain text.
+quoting = st.text(st.sampled_from("""ab -'"`$(){};|&<>#*?!~=%,:/é"""), min_size=1, max_size=12)
+nasty = st.one_of(*[quoting] * 12, st.text(min_size=1, max_size=3))
+name = st.from_regex(r"[A-Z_][A-Z0-9_]{0,6}", fullmatch=True)
+# Bash keeps these to itself, or for its own behaviour.
+SHELLS_OWN = re.compile("UID|EUID|PPID|GID|BASH.*|SHELLOPTS|IFS|_|PATH|HOME|PWD|OLDPWD|SHLVL|LC_.*|LANG|RANDOM|PS[0-9]|"
+                        "SECONDS|LINENO|FUNCNAME|GROUPS|DIRSTACK|POSIX.*|OPTIND|OPTERR|COLUMNS|LINES|ENV|COMP_.*|EPOCH.*|"
+                        "HIST.*|TERM|TZ|SRANDOM|COPROC|PIPES.*|GLOBIG.*|TMOUT|EXECIGN.*|FIGNORE")  # fmt: skip
+
+
+def test_pattern_of_the_shells_own_names():
+    assert SHELLS_OWN.fullmatch("BASH_ENV")
+    assert not SHELLS_OWN.fullmatch("NCCL_DEBUG")
+
+
+profiles = st.fixed_dictionaries(
+    {},
+    optional={
+        "partition": nasty, "account": nasty, "qos": nasty, "constraint": nasty, "local_scratch": nasty,
+        "exclude": st.lists(nasty, max_size=2), "modules": st.lists(nasty, max_size=2),
+        "source": st.lists(nasty, max_size=2), "environment": st.dictionaries(name, nasty, max_size=2),
+        "sbatch": st.dictionaries(st.from_regex(r"[a-z][a-z0-9-]{0,7}", fullmatch=True), nasty, max_size=2),
+        "container": st.fixed_dictionaries({
+            "kind": st.sampled_from(["pyxis", "apptainer"]), "image": nasty, "python": nasty,
+            "mounts": st.lists(nasty, max_size=2),
+        }),
+    },
+)  # fmt: skip
+STUBS = """
+srun() { printf '%s\\0' "$@" >"$RECORD/srun"; /usr/bin/env -0 >"$RECORD/environment"; return 3; }
+module() { printf '%s\\0' "$@" >>"$RECORD/module"; }
+source() { printf '%s\\0' "$@" >>"$RECORD/source"; }
+squeue() { :; }
+date() { echo 5; }
+"""
+
+
+def record(folder: Path, name: str) -> list[str]:
+    path = folder / name
+    return path.read_text().split("\0")[:-1] if path.exists() else []
+
+
+@settings(max_examples=60, deadline=None)
+@given(raw=profiles)
+def test_no_field_reaches_a_shell_unquoted(raw):
+    """Bash runs the script with stand-ins for srun, module and source: each value arrives as it was, and nothing else
+    happens."""
+    try:
+        site: Site = validate(Site, raw, "site")
+    except RecipeError:  # tests of the site say which
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        supervisor = here / "python"
+        supervisor.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >{folder}/supervisor\n')
+        supervisor.chmod(0o755)
+        stage, code = here / "it's $(touch run) `touch run`" / "pretrain", here / "co de"
+        stage.mkdir(parents=True)
+        before, sys.executable = sys.executable, str(supervisor)
+        try:
+            text = JobScript(stage, site, code, after="5").text()
+        finally:
+            sys.executable = before
+        found = {p.name for p in here.rglob("*")}
+        run = subprocess.run(
+            ["/bin/bash", "-c", STUBS + text], cwd=stage, env={"RECORD": folder}, capture_output=True, timeout=30
+        )
+        assert run.returncode == 0, run.stderr
+        created = {p.name for p in here.rglob("*")} - found
+        assert created <= {"srun", "environment", "module", "source", "supervisor"}
+        assert record(here, "module") == [word for module in site.modules for word in ("load", module)]
+        assert record(here, "source") == list(site.source)
+        seen = dict(pair.split("=", 1) for pair in record(here, "environment"))
+        for variable, value in site.environment.items():
+            if not SHELLS_OWN.fullmatch(variable) and variable != "PYTHONPATH":
+                assert seen[variable] == value
+        assert seen["PYTHONPATH"].split(":")[0] == str(code)
+        assert record(here, "supervisor") == ["-m", "cluster.supervisor", str(stage), "3", "3"]
+        arguments = record(here, "srun")
+        if site.container:
+            parts = (site.container.image, site.container.python if site.container.kind == "apptainer" else "")
+            mounts = ",".join([f"{stage.parent}:{stage.parent}", *site.container.mounts])
+            assert all(part in arguments or f"--container-image={part}" in arguments for part in parts if part)
+            assert site.container.kind == "apptainer" or f"--container-mounts={mounts}" in arguments
+        assert arguments[-2:] == ["submitit.core._submit", str(stage / "slurm")]
+
+        header = text.partition("\n# setup")[0].splitlines()[3:]
+        assert all(line.startswith("#SBATCH --") for line in header if line)
+        asked = [shlex.split(line.removeprefix("#SBATCH ")) for line in header if line]
+        assert all(len(words) == 1 for words in asked)
+        options = dict(words[0].removeprefix("--").partition("=")[::2] for words in asked)
+        wanted = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
+        wanted |= {"exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
+        assert {n: v for n, v in options.items() if n in wanted} == {n: v for n, v in wanted.items() if v is not None}
+        assert options.keys() <= OURS | site.sbatch.keys()

@@ -1,0 +1,176 @@
+"""What surrounds a job, as far as it can be shown without one: pace, attempts without progress, code, logs, place."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import history, snapshot
+from cluster.launcher import LaunchError
+from cluster.logs import show
+from cluster.slurm import ask, minutes
+from cluster.stopwatch import CANCELLED, Pace, StopWatch
+from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
+from pipeline.tracking.journal import Journal
+from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+
+
+def journal(stage: Path, attempt: int = 1) -> Journal:
+    stage.mkdir(parents=True, exist_ok=True)
+    return Journal(stage / "journal.jsonl", attempt)
+
+
+def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path):
+    stage = tmp_path / "run" / "pretrain"
+    watch = StopWatch(stage, ends_at=1000.0)
+    margin = Pace().stop_seconds()
+    assert not watch.due(1000.0 - margin - 1)
+    with journal(stage) as log:
+        log.write("attempt", step=0, global_batch=32)
+        log.write("step", step=1, images_per_second=8.0)  # 4 s
+        log.write("save", step=1, seconds=30.0)
+    assert watch.due(1000.0 - margin - 2 * 4 - 2 * 30)
+    assert not watch.due(1000.0 - margin - 2 * 4 - 2 * 30 - 1)
+    with journal(stage, 2) as log:  # on more nodes
+        log.write("attempt", step=1, global_batch=32)
+    assert not watch.due(1000.0 - margin - 1)
+    assert not StopWatch(stage, ends_at=None).due(1e12)
+
+
+def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
+    stage = tmp_path / "pretrain"
+    watch = StopWatch(stage, ends_at=None)
+    assert not watch.due(0.0)
+    (tmp_path / CANCELLED).touch()
+    assert watch.due(0.0)
+
+
+def test_attempts_without_progress_are_counted_since_the_last_progress_or_submission(tmp_path):
+    def ends(committed: int) -> int:
+        count = history.fruitless(tmp_path, committed)
+        history.note(tmp_path, "requeued", "1", committed=committed)
+        return count
+
+    history.note(tmp_path, "submitted", "1", committed=-1)
+    assert [ends(-1), ends(-1), ends(5), ends(5), ends(5), ends(6)] == [1, 2, 0, 1, 2, 0]
+    history.note(tmp_path, "submitted", "2", committed=6)
+    assert ends(6) == 1
+    with open(tmp_path / "slurm" / "jobs.jsonl", "a") as file:
+        file.write('{"event": "requ')  # a torn line
+    assert history.fruitless(tmp_path, 6) == 2
+
+
+def test_the_committed_step_is_the_newest_of_any_attempt(tmp_path):
+    assert history.committed_step(tmp_path) == -1
+    with journal(tmp_path) as log:
+        log.write("save", step=20, seconds=1.0)
+        log.write("step", step=25, loss=1.0)
+    with journal(tmp_path, 2) as log:
+        log.write("save", step=15, seconds=1.0)
+    assert history.committed_step(tmp_path) == 20
+
+
+def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
+    folder = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == folder == snapshot.snapshot_path(tmp_path)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    noted = json.loads((folder / "environment.json").read_text())
+    assert noted["interpreter"] == sys.executable
+    assert noted["packages"]["torch"]
+    where = subprocess.run(
+        [sys.executable, "-c", "import cluster.supervisor as s; print(s.__file__)"],
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert where.stdout.startswith(str(folder))
+
+
+def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
+    slurm = {
+        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nowhere[3-4]",
+        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", {**os.environ, **slurm})
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere4.invalid")
+    assert export_rank_environment() == 3
+    place = {n: os.environ[n] for n in ("MASTER_ADDR", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    assert place == {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert os.environ["GLOO_SOCKET_IFNAME"] == interface_towards("127.0.0.1") == "lo"
+    first = os.environ["MASTER_PORT"]
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+    export_rank_environment()
+    assert os.environ["MASTER_PORT"] != first
+
+
+def test_torn_pickles_are_removed_and_nothing_else(tmp_path):
+    for name in ("5_0_result.pkl.save_tmp", "5_submitted.pkl.save_tmp", "5_submitted.pkl"):
+        (tmp_path / name).touch()
+    remove_torn_files(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["5_submitted.pkl"]
+
+
+def test_times_of_slurm_in_minutes():
+    limits = [minutes(text) for text in ("00:30:00", "1-00:00:30", "UNLIMITED")]
+    assert limits == [30, 1440.5, float("inf")]
+
+
+def test_without_slurm_it_is_one_sentence(tmp_path, monkeypatch):
+    recipe = write_tiny_recipe(tmp_path)
+    answer = fcmae("submit", recipe, "--site", "devcluster", "--out", tmp_path / "run", PATH=str(tmp_path))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("fcmae: there is no squeue on PATH")
+    assert answer.stderr.count("\n") == 1
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="there is no scontrol on PATH"):
+        ask("scontrol", "ping")
+
+
+def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path):
+    recipe = write_tiny_recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    shown = fcmae("submit", recipe, "--site", "devcluster", "--out", tmp_path / "run", "--dry-run", PATH=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert shown.stdout.count("#!/bin/bash") == 3
+    assert shown.stdout.count("--dependency=afterok:JOB-OF-") == 2
+    refused = fcmae("submit", recipe, "--site", "devcluster", "--out", "run", "--dry-run", "--from", "finetune")
+    assert "stage finetune starts from intermediate, which is neither done nor queued" in refused.stderr
+
+
+def test_without_submitit_it_is_one_sentence(tmp_path):
+    (tmp_path / "submitit.py").write_text("raise ImportError")
+    answer = fcmae(
+        "submit", write_tiny_recipe(tmp_path), "--site", "devcluster", "--out", tmp_path / "run", "--dry-run",
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', os.getcwd())}",
+    )  # fmt: skip
+    assert answer.stderr == "fcmae: submitit is not installed; run `pip install submitit`, or use `fcmae run`\n"
+
+
+def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
+    run = make_tiny_run(tmp_path)
+    for place, text, age in (
+        ("pretrain/slurm/10_0_log.out", "first\nsecond\n", 30), ("pretrain/slurm/9_0_log.out", "zero\n", 60),
+        ("pretrain/slurm/10_1_log.out", "other\n", 0), ("finetune/logs/rank-0.log", "local\n", 0),
+    ):  # fmt: skip
+        path = run / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (time.time() - age,) * 2)
+    show(run, None, 0, 1, follow=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "==> pretrain/slurm/9_0_log.out <==", "zero", "==> pretrain/slurm/10_0_log.out <==", "second",
+        "==> finetune/logs/rank-0.log <==", "local",
+    ]  # fmt: skip
+    show(run, "pretrain", 1, 5, follow=False)
+    assert capsys.readouterr().out.splitlines()[1:] == ["other"]
+    with pytest.raises(LaunchError, match="there is no stage nope"):
+        show(run, "nope", 0, 5, follow=False)
