@@ -4,6 +4,7 @@ FCMAE := .venv/bin/fcmae
 RUN ?= runs/demo
 NPROC ?= 2
 ARCHIVE ?=
+SHORT ?=
 
 help:  ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +17,10 @@ demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy 
 
 demo-scratch: demo-data  ## the same fine-tuning without the pre-training, to compare
 	$(FCMAE) run recipes/demo-scratch.yaml --out runs/demo-scratch --nproc $(NPROC)
+
+demo-slurm: demo-data  ## the chain on a Slurm of its own, preempted, a node killed: the same bits? (SHORT=1: fewer steps)
+	.venv/bin/python -m tools.demo_slurm recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
+	  --reference $(RUN)$(if $(SHORT),-short) $(if $(SHORT),--short)
 
 demo-data: setup
 	$(FCMAE) prepare cifar10 runs/data $(if $(ARCHIVE),--archive $(ARCHIVE))
@@ -34,4 +39,4 @@ clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find pipeline cluster recipes tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo demo-scratch demo-data test test-slow lint clean
+.PHONY: help setup demo demo-scratch demo-slurm demo-data test test-slow lint clean

@@ -84,10 +84,11 @@ class Queue:
     def _refresh(self, stages: list[str]) -> None:
         if self._asking is None or (not self._asking.is_alive() and time.monotonic() > self._due):
             first, self._due = self._asking is None, time.monotonic() + ASK_SECONDS
+            if first:
+                self.trouble = f"Slurm did not answer within {PATIENCE_SECONDS:g} s"
             # A dead slurmctld holds squeue for a minute: the thread is left behind then.
             self._asking = threading.Thread(target=self._ask, args=[stages], daemon=True)
             self._asking.start()
-            self.trouble = self.trouble or (f"Slurm did not answer within {PATIENCE_SECONDS:g} s" if first else "")
             self._asking.join(PATIENCE_SECONDS if first else 0)
 
     def _ask(self, stages: list[str]) -> None:
@@ -96,7 +97,7 @@ class Queue:
             # The directory comes last: it may hold the separator.
             text = slurm.ask("squeue", "--noheader", "--states=all", f"--name={names}", "--format=%A|%T|%N|%r|%Z")
         except LaunchError as error:
-            self.trouble = str(error)
+            self.trouble = str(error)[:160]
             return
         told: dict[str, QueuedJob] = {}
         for line in text.splitlines():

@@ -38,6 +38,7 @@ class StageStatus:
     eta_seconds: float | None = None  # of this stage, while it runs
     job: str | None = None  # the last one submitted for this stage
     job_state: str = ""  # in Slurm's words; "forgotten", or "unknown" while Slurm does not answer
+    job_reason: str = ""  # why it waits or has failed, in Slurm's words
     nodes: str = ""  # those of the job, else the one of rank 0
     world_size: int | None = None
     attempts: int = 0
@@ -100,7 +101,8 @@ class Follower:
         seen.restart_reasons = ends[:-1]
         seen.last_checkpoint_step, seen.last_checkpoint_age_seconds = _last_checkpoint(self.directory)
         if job:
-            seen.job, seen.job_state, seen.nodes = job.id, job.state, job.nodes or seen.nodes
+            seen.job, seen.job_state, seen.job_reason = job.id, job.state, job.reason
+            seen.nodes = job.nodes or seen.nodes
         if (self.directory / "DONE").exists():
             seen.state = "done"
             result = _json(self.directory / "result.json")

@@ -12,6 +12,7 @@ from cluster.status import StageStatus, State
 
 BAR_WIDTH = 24
 RESTARTS_SHOWN = 3  # of each stage, the last ones
+LINE_CHARACTERS = 150  # of what a restart says; --json has it whole
 COLOUR: dict[State, str] = {
     "waiting": "dim", "queued": "yellow", "starting": "cyan", "running": "cyan", "saved": "yellow", "failed": "red",
     "cancelled": "red", "done": "green", "interrupted": "red",
@@ -47,7 +48,7 @@ def _cells(s: StageStatus) -> dict[str, str]:
     return {
         "stage": escape(s.stage),
         "state": f"[{COLOUR[s.state]}]{s.state}[/]",
-        "job": f"{s.job} {s.job_state.lower()}" if s.job else "",
+        "job": _job(s),
         "nodes": escape(s.nodes) if s.job and s.state != "done" else "",
         "attempt": f"{s.attempts}" if s.attempts > 1 else "",
         "step": of_total(s),
@@ -60,6 +61,13 @@ def _cells(s: StageStatus) -> dict[str, str]:
     }
 
 
+def _job(s: StageStatus) -> str:
+    if s.job is None or s.state == "done":
+        return s.job or ""
+    waits = f" ({s.job_reason})" if s.state == "queued" and s.job_reason else ""
+    return escape(f"{s.job} {s.job_state.lower()}{waits}")
+
+
 def render(statuses: list[StageStatus], trouble: str = "") -> Group:
     """The table, and below it how the attempts of each stage ended, and why Slurm was not asked."""
     lines = []
@@ -67,14 +75,19 @@ def render(statuses: list[StageStatus], trouble: str = "") -> Group:
         ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
         if (hidden := len(ended) - RESTARTS_SHOWN) > 0:
             lines.append(f"{s.stage}, {hidden} earlier attempts: see --json")
-        lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
+        lines += [_shortened(f"{s.stage}, {reason}") for reason in ended[-RESTARTS_SHOWN:]]
     if trouble:
         lines.append(f"from the files alone: {trouble}")
     return Group(stage_table(statuses), *[Text(line, style="dim") for line in lines])
 
 
+def _shortened(line: str) -> str:
+    line = " ".join(line.split())
+    return line if len(line) <= LINE_CHARACTERS else f"{line[: LINE_CHARACTERS - 1]}…"
+
+
 def of_total(s: StageStatus) -> str:
-    return f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "" if s.state == "waiting" else f"{s.step:,}"
+    return f"{s.step:,}/{s.total_steps:,}" if s.total_steps else f"{s.step:,}" if s.step else ""
 
 
 def figure(value: float | None, form: str = "{:.4g}") -> str:

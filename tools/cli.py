@@ -96,6 +96,21 @@ def status(
         console.print(render(statuses, run.queue.trouble))
 
 
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """What this machine has and lacks for the pipeline, and how to get it. Exit code 1 if it cannot run stages."""
+    from cluster.findings import Level, render, to_json
+    from tools.doctor import doctor as examine
+
+    findings = examine()
+    if json:
+        print(to_json(findings))
+    else:
+        Console().print(render(findings))
+    if any(found.level is Level.MISSING for found in findings):
+        raise typer.Exit(1)
+
+
 for command in (cluster_commands.submit, cluster_commands.resume, cluster_commands.logs, cluster_commands.cancel):
     app.command()(command)
 

@@ -22,6 +22,8 @@ from cluster.site import load_site
 from cluster.status import Run, StageStatus
 from cluster.table import render
 from pipeline.errors import UserError
+from pipeline.recipe import load
+from tools.cli import find_recipe
 
 DEVCLUSTER = Path(__file__).parent / "devcluster"
 SITE = "devcluster"
@@ -54,7 +56,9 @@ def demonstrate(recipe: str, out: Path, reference: Path, overrides: list[str]) -
         raise DemoError(f"--out {out} exists; remove it, for the chain must be seen from its start")
     ranks = load_site(SITE).ranks
     # The same number of threads rounds alike: `fcmae run` shares the cores among its ranks.
-    overrides = [*overrides, f"defaults.engine.threads={max(len(os.sched_getaffinity(0)) // ranks, 1)}"]
+    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
+    stages = load(find_recipe(recipe), overrides).stages
+    overrides = [*overrides, *[f"stages.{name}.engine.threads={threads}" for name in stages]]
     say(f"the chain on this machine, undisturbed: {reference}")
     fcmae("run", recipe, "--out", reference, "--nproc", ranks, *overrides)
     was_up = devcluster("status", check=False).returncode == 0

@@ -67,8 +67,12 @@ fi
 stamp="$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16) $EXTRA $PWD"
 if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
   say "Python packages (minutes the first time)"
-  quietly .venv/bin/pip install --disable-pip-version-check -c constraints.txt torch
-  quietly .venv/bin/pip install --disable-pip-version-check -c constraints.txt -e ".[$EXTRA]"
+  # A CUDA build of torch brings the one triton that fits it; ours is for tests beside a build for CPUs.
+  pins=.venv/constraints.txt
+  grep -v '^triton==' constraints.txt >$pins
+  quietly .venv/bin/pip install --disable-pip-version-check -c $pins torch
+  .venv/bin/python -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || pins=constraints.txt
+  quietly .venv/bin/pip install --disable-pip-version-check -c $pins -e ".[$EXTRA]"
   install_ffcv
   .venv/bin/fcmae --help >/dev/null || die "the fcmae command does not start; see $LOG"
   printf '%s' "$stamp" >.venv/stamp

@@ -1,0 +1,73 @@
+"""`fcmae status --watch` of real directories, with a terminal and without."""
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.watch import watch
+from pipeline.stage import write_json
+
+COMMAND = [sys.executable, "-m", "tools.cli", "status", "--watch", "--refresh-seconds", "0.1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text("name: tiny\nstages: {pretrain: {}}\n")
+    return tmp_path
+
+
+def finish(stage: Path) -> None:
+    stage.mkdir(exist_ok=True)
+    write_json(stage / "result.json", {"steps": 10, "metrics": {"top1": 61.5}, "weights_sha256": "c0ffee" * 11})
+    (stage / "DONE").write_text("{}")
+
+
+def test_it_ends_with_the_chain(run):
+    finish(run / "pretrain")
+    console = Console(file=io.StringIO(), width=120)
+    watch(run, console)
+    text = console.file.getvalue()
+    assert str(run) in text
+    assert "top1 61.50 %" in text
+
+
+def test_without_a_terminal_a_table_for_each_change(run):
+    with subprocess.Popen([*COMMAND, run], stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            seen = [watching.stdout.readline() for _ in range(3)]  # where and when, the header, the stage
+            assert "waiting" in seen[2]
+            finish(run / "pretrain")
+            rest = watching.stdout.read()
+            assert watching.wait(timeout=30) == 0
+        finally:
+            watching.kill()
+    assert rest.count("pretrain") == 1
+    assert "\x1b" not in rest
+
+
+def test_a_terminal_is_redrawn_until_ctrl_c(run):
+    own, its = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    with subprocess.Popen([*COMMAND, run], stdin=its, stdout=its, stderr=its, env=environment) as watching:
+        try:
+            text, deadline = b"", time.monotonic() + 60
+            while text.count(b"waiting") < 3 and time.monotonic() < deadline:
+                if select.select([own], [], [], 1)[0]:
+                    text += os.read(own, 65536)
+            assert text.count(b"waiting") >= 3, "drawn again and again"
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(timeout=30) == 0
+        finally:
+            watching.kill()
+            os.close(its)
+            os.close(own)
+    assert b"Traceback" not in text

@@ -1,0 +1,96 @@
+"""The doctor on this machine, and on one where things are missing: hidden, broken or scarce."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.findings import Finding, Level, render
+from tools import doctor
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def examine(monkeypatch: pytest.MonkeyPatch, check, **environment: str) -> list[Finding]:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return list(check())
+
+
+def shadow(folder: Path, module: str, source: str) -> str:
+    """A PYTHONPATH on which `module` is what `source` says."""
+    (folder / module).mkdir()
+    (folder / module / "__init__.py").write_text(source)
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def test_the_whole_command_where_ffcv_is_broken(tmp_path):
+    broken = shadow(tmp_path, "ffcv", "raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
+    # Quick: what else would be imported is hidden too.
+    for module in ("torch", "mlflow", "spconv", "triton", "s3fs"):
+        shadow(tmp_path, module, f"raise ImportError('no {module} today')")
+    ran = subprocess.run(
+        ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", sys.executable, "-m", "tools.cli", "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": broken}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 1, ran.stderr
+    found = {f["check"]: f for f in json.loads(ran.stdout)}
+    assert (found["ffcv"]["level"], found["torch"]["level"]) == ("missing", "missing")
+    assert "libturbojpeg.so.0" in found["ffcv"]["detail"]
+    assert "libturbojpeg0" in found["ffcv"]["remedy"]
+    assert "no torch today" in found["torch"]["detail"]
+    assert (found["python"]["level"], found["open files"]["level"]) == ("ok", "warning")
+    assert found["mlflow"]["level"] == "warning"
+    assert all(f["remedy"] for f in found.values() if f["level"] in ("warning", "missing"))
+
+
+def test_a_crash_while_importing_is_survived(monkeypatch, tmp_path):
+    path = shadow(tmp_path, "ffcv", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    (found,) = examine(monkeypatch, doctor._ffcv, PYTHONPATH=path)
+    assert (found.level, found.detail) == (Level.MISSING, "ended with code -11")
+
+
+def test_optional_packages_are_compared_with_our_pins(monkeypatch, tmp_path):
+    wanted = 'Requires-Dist: deepspeed==0.19.8; extra == "deepspeed"\n'
+    for name, version, rest in (("deepspeed", "0.9.0", ""), ("fcmae", "0.1.0", wanted)):
+        metadata = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{rest}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._pin("deepspeed", "s3") is None
+    (found,) = doctor._deepspeed()
+    assert found.level is Level.WARNING
+    assert "0.9.0; engine.kind: deepspeed is made for 0.19.8" in found.detail
+    assert "fcmae[deepspeed]" in found.remedy
+
+
+def test_slurm_absent_dead_and_mute(monkeypatch, tmp_path):
+    (found,) = examine(monkeypatch, doctor._slurm, PATH=str(tmp_path))
+    assert found.level is Level.SKIPPED
+    for name in doctor.SLURM:
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    (found,) = doctor._slurm()
+    assert found.level is Level.WARNING
+    assert "Unable to contact" in found.detail
+
+
+def test_limits_are_those_of_this_process():
+    found = {f.check: f for f in doctor._limits()}
+    assert found["open files"].value == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    disks = {f.check for f in doctor._disk()}
+    assert disks == {"disk", "temporary files", "/dev/shm"}
+
+
+def test_the_table_has_a_line_for_each_finding_and_its_remedy():
+    from rich.console import Console
+
+    console = Console(width=60, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(render([Finding("a", Level.OK, "fine"), Finding("b", Level.MISSING, "[x] gone", "get [b] now")]))
+    assert [line.split() for line in console.export_text().splitlines()[1:]] == [
+        ["a", "ok", "fine"], ["b", "missing", "[x]", "gone"], ["get", "[b]", "now"],
+    ]  # fmt: skip
