@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.data.beton import Beton
 from pipeline.data.decode import EvaluationPlan, TrainingPlan
 from pipeline.data.loader import ImageLoader, Producer
-from pipeline.data.order import evaluation_order, rank_slots, train_order
+from pipeline.data.order import evaluation_order, ids_of, rank_slots, train_order
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,14 @@ class TrainFeed:
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order = train_order(self._seed, epoch, self.beton.samples, self._global_batch)
-                order, order_epoch = rank_slots(order, self._slots, self._rank, self._world_size), epoch
+                # Contiguous, so that only this rank's part stays in memory for the epoch.
+                order = np.ascontiguousarray(rank_slots(order, self._slots, self._rank, self._world_size))
+                order_epoch = epoch
             numbers = range(self._rank, self._slots, self._world_size)
             for first in range(0, len(numbers), self._slots_per_batch):
                 part = slice(first, first + self._slots_per_batch)
-                yield epoch, order[place, part].reshape(-1), tuple(numbers[part])
+                ids = ids_of(order[place, part].reshape(-1), self._seed, epoch)
+                yield epoch, ids, tuple(numbers[part])
 
 
 class EvaluationFeed:
