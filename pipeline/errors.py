@@ -5,6 +5,10 @@ class UserError(Exception):
     """One sentence that names the field or file, the value and the remedy."""
 
 
+class RetryableError(UserError):
+    """Nothing is wrong with what was asked for: a lost connection, a full disk. Later, or elsewhere, it may work."""
+
+
 class RecipeError(UserError):
     """A recipe, an override or a change on resume that cannot be accepted."""
 

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import sys
+import threading
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,11 +17,12 @@ from torch import nn
 
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.beton import Beton
-from pipeline.data.checks import open_data
+from pipeline.data.cache import Cache
+from pipeline.data.checks import StageData, open_data
 from pipeline.data.feed import Batch, EvaluationFeed, TrainFeed
+from pipeline.data.staging import cache_directory
 from pipeline.engines import Engine, World, create_engine
-from pipeline.errors import UserError
+from pipeline.errors import RetryableError, UserError
 from pipeline.evaluation import evaluate
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
@@ -33,7 +35,13 @@ from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
 from pipeline.trainer import Action, Checkpoints, StepLog, train
 
-EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
+EXIT_CODES = {
+    OutcomeKind.DONE: 0,
+    OutcomeKind.SAVED: 75,
+    OutcomeKind.BAD_NODE: 76,
+    OutcomeKind.RETRY: 77,
+    OutcomeKind.PERMANENT: 1,
+}
 
 
 def run_stage(directory: Path) -> Outcome:
@@ -63,7 +71,7 @@ def run_stage(directory: Path) -> Outcome:
 
 def _failure(error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Outcome(OutcomeKind.PERMANENT, reason)
+    return Outcome(OutcomeKind.RETRY if isinstance(error, RetryableError) else OutcomeKind.PERMANENT, reason)
 
 
 def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
@@ -73,23 +81,26 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
     stop = AgreedStop(request, world.agree)
-    data = open_data(recipe)
-    world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
+    data = _open_data(recipe, world, stop, stack)
+    if data is None:
+        return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}")
+    world.on_main(lambda: stage.pin_data({name: part.beton.sha256 for name, part in data.items()}))
     log_file = _open_journal(stage, world, stop, stack)
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
 
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
     engine = create_engine(objective.build_model(), recipe, world)
-    feed = _train_feed(recipe, data["train"], seed, world)
+    workers = recipe.data.workers or max(world.cores() - 1, 1)
+    feed = _train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
-    validation = _evaluation_feed(recipe, data["validation"], world)
+    validation = _evaluation_feed(recipe, data["validation"], world, workers)
     store = CheckpointStore(
         stage.directory / "checkpoints",
         attempt=stage.attempt,
         group=world.group,
         still_current=stage.still_current,
-        facts={"recipe": recipe.fingerprint(), "data": data["train"].sha256, "engine": recipe.engine.kind},
+        facts={"recipe": recipe.fingerprint(), "data": data["train"].beton.sha256, "engine": recipe.engine.kind},
         on_event=lambda message: log.write("event", level="warning", message=message),
     )
     start = _load(stage, engine, objective, store, log)
@@ -167,9 +178,21 @@ def _load(stage: Stage, engine: Engine, objective: Objective, store: CheckpointS
     return store.restore(engine.state(0)) if resumed else 0
 
 
-def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> TrainFeed:
+def _open_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: ExitStack) -> dict[str, StageData] | None:
+    """The data on every rank's machine; None if the ranks agreed to stop while it was fetched."""
+    given_up = threading.Event()
+    directory = cache_directory(recipe.data.cache_dir)
+    cache = stack.enter_context(Cache(directory, recipe.data.cache_bytes, given_up.is_set))
+    try:
+        return world.on_every_rank(lambda: open_data(recipe, cache), stop)
+    finally:
+        given_up.set()
+
+
+def _train_feed(recipe: StageRecipe, data: StageData, seed: int, world: World, workers: int) -> TrainFeed:
     return TrainFeed(
-        beton,
+        data.beton,
+        subset=data.subset,
         image_size=recipe.data.image_size,
         seed=seed,
         slots=recipe.batch.slots,
@@ -177,7 +200,8 @@ def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> T
         rank=world.rank,
         world_size=world.size,
         slots_per_micro_batch=recipe.batch.micro_slots,
-        workers=recipe.data.workers,
+        workers=workers,
+        device=world.device,
         timeout_seconds=recipe.data.timeout_seconds,
         crop_scale=recipe.data.crop_scale,
         crop_ratio=recipe.data.crop_ratio,
@@ -185,15 +209,17 @@ def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> T
     )
 
 
-def _evaluation_feed(recipe: StageRecipe, beton: Beton, world: World) -> EvaluationFeed:
+def _evaluation_feed(recipe: StageRecipe, data: StageData, world: World, workers: int) -> EvaluationFeed:
     return EvaluationFeed(
-        beton,
+        data.beton,
+        subset=data.subset,
         image_size=recipe.data.image_size,
         crop_pct=recipe.data.crop_pct,
         batch_size=recipe.evaluation.batch,
         rank=world.rank,
         world_size=world.size,
-        workers=recipe.data.workers,
+        workers=workers,
+        device=world.device,
         timeout_seconds=recipe.data.timeout_seconds,
     )
 
@@ -283,7 +309,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         outcome = Outcome(OutcomeKind.PERMANENT)
-    if outcome.kind is OutcomeKind.PERMANENT and outcome.reason:
+    if outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.RETRY) and outcome.reason:
         print(outcome.reason, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

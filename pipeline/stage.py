@@ -31,6 +31,7 @@ class OutcomeKind(StrEnum):
     DONE = "done"
     SAVED = "saved"
     BAD_NODE = "bad_node"
+    RETRY = "retry"  # nothing is wrong with the recipe or the machine: later it may work
     PERMANENT = "permanent"
 
 

@@ -61,7 +61,7 @@ def train(
             checkpoints.save(step, why=stop.reason)
             return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}", step)
         step += 1
-        log.add(step, report, lr)
+        log.add(step, report, lr, feed.take_wait())
 
 
 class Checkpoints:
@@ -101,15 +101,16 @@ class StepLog:
     ):
         self._journal, self._world_sum = journal, world_sum
         self._every, self._global_batch = every_steps, global_batch
-        self._pending: list[tuple[int, Report, float]] = []
+        self._pending: list[tuple[int, Report, float, float]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the throughput."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, report: Report, lr: float) -> None:
-        self._pending.append((step, report, lr))
+    def add(self, step: int, report: Report, lr: float, wait_seconds: float = 0.0) -> None:
+        """`wait_seconds` for data is this rank's share: the sum over ranks is their mean."""
+        self._pending.append((step, report, lr, wait_seconds))
         if len(self._pending) >= self._every:
             self.flush()
 
@@ -121,11 +122,23 @@ class StepLog:
         """
         if not self._pending:
             return
-        losses = self._world_sum(torch.stack([report.loss for _, report, _ in self._pending]).cpu())
-        norms = torch.stack([report.gradient_norm for _, report, _ in self._pending]).cpu()
+        reports = [report for _, report, _, _ in self._pending]
+        losses = torch.stack([report.loss for report in reports]).cpu()
+        waits = torch.tensor([wait for *_, wait in self._pending], dtype=losses.dtype)
+        losses, waits = self._world_sum(torch.stack([losses, waits]))
+        norms = torch.stack([report.gradient_norm for report in reports]).cpu()
         speed = len(self._pending) * self._global_batch / (time.perf_counter() - self._since)
-        for (step, _, lr), loss, norm in zip(self._pending, losses.tolist(), norms.tolist(), strict=True):
-            self.write("step", step=step, loss=loss, lr=lr, gradient_norm=norm, images_per_second=round(speed, 1))
+        figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), strict=True)
+        for (step, _, lr, _), loss, norm, wait in figures:
+            self.write(
+                "step",
+                step=step,
+                loss=loss,
+                lr=lr,
+                gradient_norm=norm,
+                images_per_second=round(speed, 1),
+                data_wait_seconds=round(wait, 4),
+            )
             if not math.isfinite(loss):
                 raise StageError(
                     f"the loss of step {step} is {loss}; lower optimizer.base_lr, lengthen schedule.warmup_epochs or"

@@ -78,7 +78,7 @@ def check(path: str | Path) -> Beton:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; make it with `fcmae prepare SOURCE {path}`")
-    beton = _read_sidecar(path)
+    beton = read_sidecar(path)
     size_bytes = path.stat().st_size
     if size_bytes != beton.size_bytes:
         what = "truncated" if size_bytes < beton.size_bytes else "not the one its side-car describes"
@@ -103,7 +103,13 @@ def verify(path: str | Path) -> Beton:
     return beton
 
 
-def _read_sidecar(path: Path) -> Beton:
+def samples_of(beton: Beton) -> np.ndarray:
+    """The sample table of a checked file, SAMPLE (n,): where each image lies (f0) and its label (f1)."""
+    return np.asarray(np.memmap(beton.path, SAMPLE, "r", _SAMPLES_AT, (beton.samples,)))
+
+
+def read_sidecar(path: Path) -> Beton:
+    """What the side-car of a data file says; the file itself is not looked at. Errors: DataError."""
     sidecar = sidecar_path(path)
     try:
         content = json.loads(sidecar.read_bytes())

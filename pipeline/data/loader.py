@@ -12,7 +12,7 @@ What is replaced, and why (FFCV 1.0.2):
 import atexit
 import queue
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -156,15 +156,20 @@ class ImageLoader(Loader):
 class Producer(EpochIterator):
     """A thread that decodes one batch after another into a ring of buffers.
 
-    work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields
-    (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag); the arrays are overwritten after the next one.
+    work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields what `finish`
+    makes, in the thread, of (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag); the arrays are
+    overwritten by later batches, so it copies what it keeps.
     Errors: whatever went wrong in the thread, raised here; DataError when a batch takes longer than `timeout_seconds`.
     """
 
     def __init__(
-        self, loader: ImageLoader, work: Iterator[tuple[int, np.ndarray, Any]], timeout_seconds: float
+        self,
+        loader: ImageLoader,
+        work: Iterator[tuple[int, np.ndarray, Any]],
+        finish: Callable[..., Any],
+        timeout_seconds: float,
     ) -> None:
-        self.work, self.timeout_seconds = work, timeout_seconds
+        self.work, self.finish, self.timeout_seconds = work, finish, timeout_seconds
         super().__init__(loader, [])
         _live.add(self)
 
@@ -174,7 +179,7 @@ class Producer(EpochIterator):
                 self.loader.images.epoch = epoch
                 slot = number % (self.loader.batches_ahead + 2)
                 images, labels = self.run_pipeline(number, ids, slot, None)
-                if not self._put((images, labels, ids, epoch, tag)):
+                if not self._put(self.finish(images, labels, ids, epoch, tag)):
                     return
             self._put(None)
         except BaseException as error:
@@ -189,7 +194,7 @@ class Producer(EpochIterator):
                 pass
         return False
 
-    def __next__(self) -> tuple:
+    def __next__(self) -> Any:
         waited_seconds = 0.0
         while True:
             try:

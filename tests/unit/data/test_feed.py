@@ -238,10 +238,10 @@ def test_errors_of_the_thread_reach_the_consumer(beton):
     feed = evaluation_feed(beton)
 
     def work():
-        yield 0, np.arange(8), None
+        yield 0, np.arange(8), np.ones(8, bool)
         raise ZeroDivisionError("in the thread")
 
-    producer = Producer(feed._loader, work(), 60)
+    producer = Producer(feed._loader, work(), feed._finish, 60)
     next(producer)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(producer)
@@ -253,9 +253,9 @@ def test_slow_disk_is_an_error_in_time(beton):
 
     def work():
         release.wait(20)
-        yield 0, np.arange(8), None
+        yield 0, np.arange(8), np.ones(8, bool)
 
-    producer = Producer(feed._loader, work(), 0.3)
+    producer = Producer(feed._loader, work(), feed._finish, 0.3)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came from .*a\.beton within 0\.3 s"):
         next(producer)
@@ -269,7 +269,7 @@ def test_silently_ended_thread_is_an_error(beton):
         def run(self):
             pass
 
-    producer = Dying(evaluation_feed(beton)._loader, iter([]), 60)
+    producer = Dying(evaluation_feed(beton)._loader, iter([]), tuple, 60)
     with pytest.raises(DataError, match="ended without a word"):
         next(producer)
 
