@@ -96,7 +96,7 @@ class Cache:
         with self._locked(name, fcntl.LOCK_SH) as lock:
             if not (self.directory / name).exists() or not is_sound(self.directory / name):
                 return False
-            os.utime(lock.fileno())
+            os.utime(lock.fileno(), ns=(time.time_ns(),) * 2)
             self._held[name] = os.fdopen(os.dup(lock.fileno()), "rb")  # the lock lives as long as one of the two
         return True
 
@@ -143,7 +143,7 @@ class Cache:
         return int((self.directory / f"{name}.lock").read_bytes() or 0)
 
     def _try_lock(self, name: str, mode: int = fcntl.LOCK_EX) -> BinaryIO | None:
-        file = (self.directory / f"{name}.lock").open("r+b", buffering=0)
+        file = os.fdopen(os.open(self.directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         try:
             fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,7 +153,6 @@ class Cache:
 
     @contextmanager
     def _locked(self, name: str, mode: int) -> Iterator[BinaryIO]:
-        (self.directory / f"{name}.lock").touch(exist_ok=True)
         began, said = time.monotonic(), False
         while (file := self._try_lock(name, mode)) is None:
             if self.cancelled():

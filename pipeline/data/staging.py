@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 
@@ -23,7 +23,6 @@ from pipeline.data.beton import Beton, check, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
 from pipeline.errors import DataError, RetryableError, UserError
 
-T = TypeVar("T")
 CHUNK_BYTES, CHUNKS_AT_ONCE = 8 << 20, 8  # one stream of an object store is far slower than the network
 REPORT_SECONDS = 10.0
 
@@ -88,7 +87,7 @@ class _Remote:
     def sidecar(self, directory: Path) -> Beton:
         """The description, its side-car written into `directory`."""
         path = directory / self._path.rsplit("/", 1)[-1]
-        content = self._answer(self._ask(self._files.cat_file, sidecar_path(Path(self._path)).as_posix()))
+        content = self._answer(self._ask(self._files.cat_file, f"{self._path}.json"))
         sidecar_path(path).write_bytes(content)
         try:
             return read_sidecar(path)
@@ -135,19 +134,20 @@ class _Remote:
         """The bytes from `start` to `end`, in order, several pieces on their way at a time."""
         asked: deque[queue.Queue] = deque()
         for place in range(start, end, CHUNK_BYTES):
-            asked.append(self._ask(self._files.cat_file, self._path, place, min(place + CHUNK_BYTES, end)))
+            piece = {"start": place, "end": min(place + CHUNK_BYTES, end)}
+            asked.append(self._ask(self._files.cat_file, self._path, **piece))
             if len(asked) == CHUNKS_AT_ONCE:
                 yield self._answer(asked.popleft())
         while asked:
             yield self._answer(asked.popleft())
 
-    def _ask(self, function: Callable[..., T], *arguments: Any) -> queue.Queue:
+    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> queue.Queue:
         """Call in a thread of its own: a server that never answers must not keep this process from ending."""
         box: queue.Queue = queue.Queue(1)
 
         def call() -> None:
             try:
-                box.put(function(*arguments))
+                box.put(function(*arguments, **options))
             except BaseException as error:
                 box.put(error)
 

@@ -123,11 +123,14 @@ def test_ranks_share_the_same_global_batch(beton, expected, world_size):
         feed.close()
 
 
-def test_resume_at_any_step_and_world_size(beton, expected):
-    for step in range(3 * STEPS):
-        feed = train_feed(beton, step % 2, 2)
-        for later in range(step, 3 * STEPS):
-            own = {s: h for s, h in expected[later].items() if s % 2 == step % 2}
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_at_every_step(beton, expected, world_size, workers):
+    for step in range(2 * STEPS):
+        rank = step % world_size
+        feed = train_feed(beton, rank, world_size, workers=workers)
+        for later in range(step, 2 * STEPS):
+            own = {s: h for s, h in expected[later].items() if s % world_size == rank}
             assert slots_of(feed, later) == own
         feed.close()
 
@@ -148,12 +151,13 @@ def test_same_in_another_process(beton, expected):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_feed as t\n"
         "from pipeline.data.beton import check\n"
-        "f = t.train_feed(check(sys.argv[1]), workers=2); print(t.slots_of(f, 5))"
+        "feeds = [t.train_feed(check(sys.argv[1]), rank, 4, workers=2) for rank in range(4)]\n"
+        "print([sorted(p for f in feeds for p in t.slots_of(f, s).items()) for s in range(2, 6)])"
     )  # and the interpreter exits with a live feed
     command = [sys.executable, "-c", code, str(beton.path), str(__import__("pathlib").Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(expected[5])
+    assert done.stdout.strip() == str([sorted(step.items()) for step in expected[2:6]])
     assert done.stderr == ""
 
 

@@ -1,0 +1,58 @@
+"""A run whose data lies in an object store: a local S3 server, read by two ranks of one machine."""
+
+import json
+
+import pytest
+
+from pipeline.stage import OutcomeKind, Stage
+from pipeline.tracking import journal
+from tests.support import fcmae, tiny_data, write_tiny_recipe
+
+pytest.importorskip("moto")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
+
+
+def test_staged_verified_and_trained_on(s3, tmp_path):
+    import fsspec
+
+    tiny_data(tmp_path / "data", train=64, validation=16)
+    recipe = write_tiny_recipe(tmp_path, ["stages.intermediate=null", "stages.finetune=null"])
+    store = fsspec.filesystem("s3")
+    store.mkdir("bucket")
+    store.put(f"{tmp_path}/data/", "bucket/data/", recursive=True)
+    (tmp_path / "data").rename(tmp_path / "away")
+    urls = [f"stages.pretrain.data.{name}=s3://bucket/data/{name}.beton" for name in ("train", "validation")]
+    command = ("run", recipe, "--out", tmp_path / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
+
+    full = fcmae(*command, "stages.pretrain.data.cache_bytes=1000", FCMAE_CACHE_DIR=str(tmp_path / "cache"))
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "but data.cache_bytes is 1000; raise it" in full.stderr
+
+    done = fcmae(*command, FCMAE_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    stage = Stage(tmp_path / "run" / "pretrain")
+    assert stage.last_outcome().kind is OutcomeKind.DONE
+    assert stage.recipe.data.train == "s3://bucket/data/train.beton"
+    cached = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    hashes = json.loads((stage.directory / "data.json").read_text())
+    assert cached == {f"{name}-{sha256[:16]}" for name, sha256 in hashes.items()}
+    steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]
+    assert len(steps) == 2
+    assert all(e["data_wait_seconds"] > 0 for e in steps)
