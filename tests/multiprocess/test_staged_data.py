@@ -28,24 +28,23 @@ def s3(monkeypatch):
     server.stop()
 
 
-def test_staged_verified_and_trained_on(s3, tmp_path):
+def s3_run(directory, *overrides):
+    """A one-epoch stage on two ranks, its data in the store alone."""
     import fsspec
 
-    tiny_data(tmp_path / "data", train=64, validation=16)
-    recipe = write_tiny_recipe(tmp_path, ["stages.intermediate=null", "stages.finetune=null"])
+    tiny_data(directory / "data", train=64, validation=16)
+    recipe = write_tiny_recipe(directory, ["stages.intermediate=null", "stages.finetune=null"])
     store = fsspec.filesystem("s3")
     store.mkdir("bucket")
-    store.put(f"{tmp_path}/data/", "bucket/data/", recursive=True)
-    (tmp_path / "data").rename(tmp_path / "away")
+    store.put(f"{directory}/data/", "bucket/data/", recursive=True)
+    (directory / "data").rename(directory / "away")
     urls = [f"stages.pretrain.data.{name}=s3://bucket/data/{name}.beton" for name in ("train", "validation")]
-    command = ("run", recipe, "--out", tmp_path / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
+    command = ("run", recipe, "--out", directory / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
+    return fcmae(*command, *overrides, FCMAE_CACHE_DIR=str(directory / "cache"))
 
-    full = fcmae(*command, "stages.pretrain.data.cache_bytes=1000", FCMAE_CACHE_DIR=str(tmp_path / "cache"))
-    assert full.returncode == 1
-    assert full.stderr.count("\n") == 1
-    assert "but data.cache_bytes is 1000; raise it" in full.stderr
 
-    done = fcmae(*command, FCMAE_CACHE_DIR=str(tmp_path / "cache"))
+def test_staged_verified_and_trained_on(s3, tmp_path):
+    done = s3_run(tmp_path)
     assert done.returncode == 0, done.stderr
     stage = Stage(tmp_path / "run" / "pretrain")
     assert stage.last_outcome().kind is OutcomeKind.DONE
@@ -56,3 +55,11 @@ def test_staged_verified_and_trained_on(s3, tmp_path):
     steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]
     assert len(steps) == 2
     assert all(e["data_wait_seconds"] > 0 for e in steps)
+
+
+@pytest.mark.slow
+def test_what_fails_on_a_rank_is_one_sentence(s3, tmp_path):
+    full = s3_run(tmp_path, "stages.pretrain.data.cache_bytes=1000")
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "but data.cache_bytes is 1000; raise it" in full.stderr
