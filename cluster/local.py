@@ -123,7 +123,11 @@ class LocalLauncher:
         outcome = stage.last_outcome() if stage.attempts() > attempts_before else None
         # When a rank is killed the others fail for want of it: what they say is not the reason.
         killed = not codes or min(codes) < 0
-        if outcome and not killed and (codes <= {0, 75} or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.RETRY)):
+        if (
+            outcome
+            and not killed
+            and (codes <= {0, 75} or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
+        ):
             return outcome
         ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in self._ended.items())
         logs = stage.directory / "logs"

@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class RetryableError(UserError):
-    """Nothing is wrong with what was asked for: a lost connection, a full disk. Later, or elsewhere, it may work."""
+    """A lost connection, a full disk: what was asked for is right, and later or on another machine it may work."""
 
 
 class RecipeError(UserError):

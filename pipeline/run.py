@@ -35,13 +35,7 @@ from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
 from pipeline.trainer import Action, Checkpoints, StepLog, train
 
-EXIT_CODES = {
-    OutcomeKind.DONE: 0,
-    OutcomeKind.SAVED: 75,
-    OutcomeKind.BAD_NODE: 76,
-    OutcomeKind.RETRY: 77,
-    OutcomeKind.PERMANENT: 1,
-}
+EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
 
 
 def run_stage(directory: Path) -> Outcome:
@@ -71,7 +65,7 @@ def run_stage(directory: Path) -> Outcome:
 
 def _failure(error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Outcome(OutcomeKind.RETRY if isinstance(error, RetryableError) else OutcomeKind.PERMANENT, reason)
+    return Outcome(OutcomeKind.BAD_NODE if isinstance(error, RetryableError) else OutcomeKind.PERMANENT, reason)
 
 
 def _run(stage: Stage, request: StopRequest, stack: ExitStack) -> Outcome:
@@ -309,7 +303,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         outcome = Outcome(OutcomeKind.PERMANENT)
-    if outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.RETRY) and outcome.reason:
+    if outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE) and outcome.reason:
         print(outcome.reason, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -31,7 +31,6 @@ class OutcomeKind(StrEnum):
     DONE = "done"
     SAVED = "saved"
     BAD_NODE = "bad_node"
-    RETRY = "retry"  # nothing is wrong with the recipe or the machine: later it may work
     PERMANENT = "permanent"
 
 

@@ -122,7 +122,7 @@ class Cache:
                     raise RetryableError(
                         f"{name} needs {size_bytes} bytes, {max(on_disk, in_budget)} more than {self.directory} has"
                         " left, and nothing unused is there to evict; try again later, raise data.cache_bytes, or set"
-                        " data.cache_dir or FCMAE_CACHE_DIR to a larger disk"
+                        " data.cache_dir or FCMAE_SCRATCH to a larger disk"
                     )
                 for other, file in evicted.items():
                     for path in (self.directory / other, self.directory / f"{other}.partial"):
@@ -168,6 +168,6 @@ class Cache:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return RetryableError(
                 f"the disk of {self.directory} is full: {name} needs {size_bytes} bytes; free some, or set"
-                " data.cache_dir or FCMAE_CACHE_DIR to a larger one"
+                " data.cache_dir or FCMAE_SCRATCH to a larger one"
             )
-        return DataError(f"{self.directory} cannot be used: {error.strerror}; set data.cache_dir or FCMAE_CACHE_DIR")
+        return DataError(f"{self.directory} cannot be used: {error.strerror}; set data.cache_dir or FCMAE_SCRATCH")

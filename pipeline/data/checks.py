@@ -18,6 +18,7 @@ class StageData:
 
     beton: Beton
     subset: Subset
+    classes: tuple[str, ...]  # those that take part: a label is a place among them
 
 
 def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
@@ -30,15 +31,25 @@ def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
     data = recipe.data
     betons = {name: stage(getattr(data, name), cache, data.timeout_seconds) for name in FILES}
     _check(recipe, betons)
+    fractions = {"train": data.fraction, "validation": 1.0}
     return {
-        "train": StageData(betons["train"], select(betons["train"], data.classes, data.fraction, recipe.seed)),
-        "validation": StageData(betons["validation"], select(betons["validation"], data.classes)),
+        name: StageData(
+            beton,
+            select(beton, data.classes, fractions[name], recipe.seed),
+            tuple(class_counts(beton, data.classes, fractions[name])),
+        )
+        for name, beton in betons.items()
     }
 
 
-def preflight_data(recipe: StageRecipe) -> None:
-    """What can be refused without fetching more than side-cars. Errors: as in `open_data`."""
-    _check(recipe, {name: describe(getattr(recipe.data, name), recipe.data.timeout_seconds) for name in FILES})
+def preflight_data(recipe: StageRecipe) -> tuple[str, ...]:
+    """What can be refused without fetching more than side-cars; the classes that take part.
+
+    Errors: as in `open_data`.
+    """
+    betons = {name: describe(getattr(recipe.data, name), recipe.data.timeout_seconds) for name in FILES}
+    _check(recipe, betons)
+    return tuple(class_counts(betons["train"], recipe.data.classes, 1))
 
 
 def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
@@ -54,12 +65,12 @@ def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                     f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.{name}"
                     f" {getattr(recipe.data, name)} {source} {len(counts)} classes; correct one of them"
                 )
-        for number, names in enumerate(zip(train, validation, strict=True)):
-            if names[0] != names[1]:
-                raise DataError(
-                    f"stage {recipe.name}: class {number} is {names[0]!r} in data.train but {names[1]!r} in"
-                    " data.validation; prepare both from the same classes"
-                )
+        differ = sorted(set(train) ^ set(validation))
+        if list(train) != list(validation):
+            raise DataError(
+                f"stage {recipe.name}: data.train and data.validation hold different classes"
+                f" ({differ[0] if differ else 'the same in another order'}); prepare them with the same class names"
+            )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"

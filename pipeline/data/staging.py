@@ -33,9 +33,9 @@ def is_url(location: str) -> bool:
 
 
 def cache_directory(setting: str | None) -> str:
-    """`data.cache_dir`, else $FCMAE_CACHE_DIR (node-local scratch, say), else the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return setting or os.environ.get("FCMAE_CACHE_DIR") or f"{home}/fcmae"
+    """`data.cache_dir`, else below $FCMAE_SCRATCH (a node's own disk), else in the user's cache directory."""
+    home = os.environ.get("FCMAE_SCRATCH") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return setting or f"{home}/fcmae"
 
 
 def describe(location: str, timeout_seconds: float) -> Beton:

@@ -106,7 +106,7 @@ class Data(Section):
     which data it must hold is fixed by its hash once a stage has started."""
     validation: str = operational(...)
     cache_dir: str | None = operational(None)
-    """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_CACHE_DIR, or ~/.cache/fcmae."""
+    """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_SCRATCH/fcmae, or ~/.cache/fcmae."""
     cache_bytes: int | None = operational(None, ge=1)
     """The most that the copies may take: the least recently used go first. None fills the disk before they go."""
     classes: tuple[str, ...] | None = None

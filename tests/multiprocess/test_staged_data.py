@@ -40,7 +40,7 @@ def s3_run(directory, *overrides):
     (directory / "data").rename(directory / "away")
     urls = [f"stages.pretrain.data.{name}=s3://bucket/data/{name}.beton" for name in ("train", "validation")]
     command = ("run", recipe, "--out", directory / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
-    return fcmae(*command, *overrides, FCMAE_CACHE_DIR=str(directory / "cache"))
+    return fcmae(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
 
 
 def test_staged_verified_and_trained_on(s3, tmp_path):
@@ -49,7 +49,7 @@ def test_staged_verified_and_trained_on(s3, tmp_path):
     stage = Stage(tmp_path / "run" / "pretrain")
     assert stage.last_outcome().kind is OutcomeKind.DONE
     assert stage.recipe.data.train == "s3://bucket/data/train.beton"
-    cached = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    cached = {path.name for path in (tmp_path / "cache" / "fcmae").iterdir() if path.is_dir()}
     hashes = json.loads((stage.directory / "data.json").read_text())
     assert cached == {f"{name}-{sha256[:16]}" for name, sha256 in hashes.items()}
     steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]

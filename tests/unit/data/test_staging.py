@@ -215,11 +215,11 @@ def test_killed_in_the_middle_of_a_copy(source, server, tmp_path):
 
 
 def test_where_copies_go(monkeypatch):
-    monkeypatch.delenv("FCMAE_CACHE_DIR", raising=False)
+    monkeypatch.delenv("FCMAE_SCRATCH", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache_directory(None) == "/x/fcmae"
-    monkeypatch.setenv("FCMAE_CACHE_DIR", "/scratch")
-    assert cache_directory(None) == "/scratch"
+    monkeypatch.setenv("FCMAE_SCRATCH", "/scratch")
+    assert cache_directory(None) == "/scratch/fcmae"
     assert cache_directory("/mine") == "/mine"
 
 
