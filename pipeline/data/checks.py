@@ -42,14 +42,11 @@ def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
     }
 
 
-def preflight_data(recipe: StageRecipe) -> tuple[str, ...]:
-    """What can be refused without fetching more than side-cars; the classes that take part.
-
-    Errors: as in `open_data`.
-    """
+def preflight_data(recipe: StageRecipe) -> dict[str, Beton]:
+    """What can be refused without fetching more than side-cars, and what these say. Errors: as in `open_data`."""
     betons = {name: describe(getattr(recipe.data, name), recipe.data.timeout_seconds) for name in FILES}
     _check(recipe, betons)
-    return tuple(class_counts(betons["train"], recipe.data.classes, 1))
+    return betons
 
 
 def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
