@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.data.checks import open_data
+from pipeline.data.checks import preflight_data
+from pipeline.data.staging import is_url
 from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
 from pipeline.stage import Outcome, OutcomeKind, Stage
@@ -32,8 +33,9 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
 
 
 def resolved(recipe: StageRecipe) -> StageRecipe:
-    """The recipe with its data paths absolute, so that any process in any directory can run the stage."""
-    paths = {name: str(Path(getattr(recipe.data, name)).absolute()) for name in ("train", "validation")}
+    """The recipe with its data paths absolute (URLs are), so that any process in any directory can run the stage."""
+    given = {name: getattr(recipe.data, name) for name in ("train", "validation")}
+    paths = {name: path if is_url(path) else str(Path(path).absolute()) for name, path in given.items()}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
 
 
@@ -75,7 +77,7 @@ def preflight(stages: list[Stage], processes: int) -> None:
             stage.check_free()
             stage.recipe.check_world_size(processes)
             recipe = stage.recipe
-            classes[recipe.name] = set(open_data(recipe)["train"].classes)
+            classes[recipe.name] = set(preflight_data(recipe)["train"].classes)
             if recipe.init.head == "map" and not classes[recipe.name] & classes.get(
                 recipe.previous, classes[recipe.name]
             ):

@@ -17,7 +17,7 @@ from cluster.script import JobScript, job_name
 from cluster.site import Site, load_site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
-from pipeline.data.checks import open_data
+from pipeline.data.checks import preflight_data
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
@@ -89,7 +89,7 @@ def check(planned: list[Planned]) -> None:
     for item in planned:
         if item.missing:
             item.recipe.check_world_size(item.site.ranks)
-            data = open_data(item.recipe)
+            data = preflight_data(item.recipe)
             if (item.directory / "recipe.yaml").exists():
                 stage = Stage(item.directory)
                 stage.check_free()

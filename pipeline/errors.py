@@ -5,6 +5,10 @@ class UserError(Exception):
     """One sentence that names the field or file, the value and the remedy."""
 
 
+class RetryableError(UserError):
+    """A lost connection, a full disk: what was asked for is right, and later or on another machine it may work."""
+
+
 class RecipeError(UserError):
     """A recipe, an override or a change on resume that cannot be accepted."""
 
@@ -13,7 +17,7 @@ class DataError(UserError):
     """A data file that is missing, damaged or not the one the stage was started with."""
 
 
-class DataTimeoutError(DataError):
+class DataTimeoutError(DataError, RetryableError):
     """A batch that did not come in time: perhaps this machine's disk, so worth another attempt."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from pipeline.errors import DataTimeoutError, UserError
+from pipeline.errors import RetryableError, UserError
 from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage import Outcome, OutcomeKind, Stage
 
@@ -25,7 +25,7 @@ def failure(error: BaseException) -> Outcome:
     """The outcome of an attempt that ends with this error."""
     if isinstance(error, PeerLostError):
         return error.outcome
-    if isinstance(error, DataTimeoutError):
+    if isinstance(error, RetryableError):
         return Outcome(OutcomeKind.BAD_NODE, str(error))
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")

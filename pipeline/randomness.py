@@ -13,6 +13,7 @@ import numpy as np
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_UNMIX_1, _UNMIX_2 = np.uint64(pow(int(_MIX_1), -1, 2**64)), np.uint64(pow(int(_MIX_2), -1, 2**64))
 _S27, _S30, _S31, _S11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
 _TO_UNIT = 2.0**-53
 
@@ -29,6 +30,7 @@ class Purpose(IntEnum):
     AUGMENT = 7
     ERASE = 8
     ERASE_NOISE = 9
+    SUBSET = 20
 
 
 def mix64(x):
@@ -37,6 +39,13 @@ def mix64(x):
     z = (z ^ (z >> _S30)) * _MIX_1
     z = (z ^ (z >> _S27)) * _MIX_2
     return z ^ (z >> _S31)
+
+
+def unmix64(z: np.ndarray) -> np.ndarray:
+    """The x of `mix64(x) = z`: the mix is a bijection, so hashes of one number can stand for the number."""
+    for shift, inverse in ((_S31, _UNMIX_2), (_S27, _UNMIX_1), (_S30, np.uint64(1))):
+        z = (z ^ (z >> shift) ^ (z >> (shift + shift))) * inverse
+    return z - _GAMMA
 
 
 def key(*parts) -> np.ndarray:

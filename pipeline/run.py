@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import platform
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +19,10 @@ from torch import nn
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.augment import RandAugment
-from pipeline.data.beton import Beton
-from pipeline.data.checks import open_data
+from pipeline.data.cache import Cache
+from pipeline.data.checks import StageData, open_data
 from pipeline.data.feed import Batch, EvaluationFeed, TrainFeed
+from pipeline.data.staging import cache_directory
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
@@ -78,8 +80,11 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
-    data = open_data(recipe)
-    world.on_main(lambda: stage.pin_data({name: beton.sha256 for name, beton in data.items()}))
+    data = _open_data(recipe, world, stop, stack)
+    if data is None:
+        return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}")
+    identity = {name: part.beton.sha256 for name, part in data.items()}
+    world.on_main(lambda: stage.pin_data(identity))
     log_file = _open_journal(stage, world, stop, stack)
     stack.push(explaining_lost_peers(stage, watchdog))
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
@@ -87,12 +92,13 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
     engine = create_engine(objective.build_model(), recipe, world)
-    feed = _train_feed(recipe, data["train"], seed, world)
+    workers = recipe.data.workers or max(world.cores() - 1, 1)
+    feed = _train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
-    validation = _evaluation_feed(recipe, data["validation"], world)
+    validation = _evaluation_feed(recipe, data["validation"], world, workers)
     facts = {
         "recipe": recipe.fingerprint(),
-        "data": {name: beton.sha256 for name, beton in data.items()},
+        "data": identity,
         "engine": recipe.engine.kind,
         "versions": _versions(),
     }
@@ -239,9 +245,21 @@ def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> W
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)
 
 
-def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> TrainFeed:
+def _open_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: ExitStack) -> dict[str, StageData] | None:
+    """The data on every rank's machine; None if the ranks agreed to stop while it was fetched."""
+    given_up = threading.Event()
+    directory = cache_directory(recipe.data.cache_dir)
+    cache = stack.enter_context(Cache(directory, recipe.data.cache_bytes, given_up.is_set))
+    try:
+        return world.on_every_rank(lambda: open_data(recipe, cache), stop)
+    finally:
+        given_up.set()
+
+
+def _train_feed(recipe: StageRecipe, data: StageData, seed: int, world: World, workers: int) -> TrainFeed:
     return TrainFeed(
-        beton,
+        data.beton,
+        subset=data.subset,
         image_size=recipe.data.image_size,
         seed=seed,
         slots=recipe.batch.slots,
@@ -249,7 +267,8 @@ def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> T
         rank=world.rank,
         world_size=world.size,
         slots_per_micro_batch=recipe.batch.micro_slots,
-        workers=recipe.data.workers,
+        workers=workers,
+        device=world.device,
         timeout_seconds=recipe.data.timeout_seconds,
         crop_scale=recipe.data.crop_scale,
         crop_ratio=recipe.data.crop_ratio,
@@ -259,15 +278,17 @@ def _train_feed(recipe: StageRecipe, beton: Beton, seed: int, world: World) -> T
     )
 
 
-def _evaluation_feed(recipe: StageRecipe, beton: Beton, world: World) -> EvaluationFeed:
+def _evaluation_feed(recipe: StageRecipe, data: StageData, world: World, workers: int) -> EvaluationFeed:
     return EvaluationFeed(
-        beton,
+        data.beton,
+        subset=data.subset,
         image_size=recipe.data.image_size,
         crop_pct=recipe.data.crop_pct,
         batch_size=recipe.evaluation.batch,
         rank=world.rank,
         world_size=world.size,
-        workers=recipe.data.workers,
+        workers=workers,
+        device=world.device,
         timeout_seconds=recipe.data.timeout_seconds,
         skip_damaged=recipe.data.on_damaged == "skip",
     )

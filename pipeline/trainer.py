@@ -73,7 +73,7 @@ def train(
             report = engine.step(batches, objective, step=step, lr=lr, should_stop=stop)
             if report is None:
                 continue
-            log.add(step + 1, report, lr)
+            log.add(step + 1, report, lr, feed.take_wait())
         step += 1
         checkpoints.poll()
 
@@ -97,15 +97,16 @@ class StepLog:
     ):
         self._journal, self._world_sum = journal, world_sum
         self._every, self._global_batch = every_steps, global_batch
-        self._pending: list[tuple[int, Report, float]] = []
+        self._pending: list[tuple[int, Report, float, float]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the throughput."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, report: Report, lr: float) -> None:
-        self._pending.append((step, report, lr))
+    def add(self, step: int, report: Report, lr: float, wait_seconds: float = 0.0) -> None:
+        """`wait_seconds` for data is this rank's share: the sum over ranks is their mean."""
+        self._pending.append((step, report, lr, wait_seconds))
 
     @property
     def is_full(self) -> bool:
@@ -116,16 +117,25 @@ class StepLog:
         """Journal the pending steps, and which of them were refused."""
         if not self._pending:
             return
-        losses = self._world_sum(torch.stack([report.loss for _, report, _ in self._pending]).cpu())
-        norms = torch.stack([report.gradient_norm for _, report, _ in self._pending]).cpu()
-        accepted = torch.stack([report.accepted for _, report, _ in self._pending]).tolist()
+        reports = [report for _, report, _, _ in self._pending]
+        losses = torch.stack([report.loss for report in reports]).cpu()
+        waits = torch.tensor([wait for *_, wait in self._pending], dtype=losses.dtype)
+        losses, waits = self._world_sum(torch.stack([losses, waits]))
+        norms = torch.stack([report.gradient_norm for report in reports]).cpu()
+        accepted = torch.stack([report.accepted for report in reports]).cpu()
         speed = len(self._pending) * self._global_batch / (time.perf_counter() - self._since)
-        for (step, _, lr), loss, norm, made in zip(
-            self._pending, losses.tolist(), norms.tolist(), accepted, strict=True
-        ):
-            refused = {} if made else {"refused": True}
-            rate = round(speed, 1)
-            self.write("step", step=step, loss=loss, lr=lr, gradient_norm=norm, images_per_second=rate, **refused)
+        figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
+        for (step, _, lr, _), loss, norm, wait, made in figures:
+            self.write(
+                "step",
+                step=step,
+                loss=loss,
+                lr=lr,
+                gradient_norm=norm,
+                images_per_second=round(speed, 1),
+                data_wait_seconds=round(wait, 4),
+                **({} if made else {"refused": True}),
+            )
             if not made:
                 message = f"step {step} was not made: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
                 self.write("event", level="warning", message=message)

@@ -88,7 +88,7 @@ def check(path: str | Path) -> Beton:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; make it with `fcmae prepare SOURCE {path}`")
-    beton = _read_sidecar(path)
+    beton = read_sidecar(path)
     size_bytes = path.stat().st_size
     if size_bytes != beton.size_bytes:
         what = "truncated" if size_bytes < beton.size_bytes else "not the one its side-car describes"
@@ -158,7 +158,8 @@ def contents_of(beton: Beton, *modes: int) -> Iterator[tuple[int, memoryview]]:
         yield number, file[start : start + size]
 
 
-def _read_sidecar(path: Path) -> Beton:
+def read_sidecar(path: Path) -> Beton:
+    """What the side-car of a data file says; the file itself is not looked at. Errors: DataError."""
     sidecar = sidecar_path(path)
     try:
         content = json.loads(sidecar.read_bytes())

@@ -1,8 +1,9 @@
 """What the trainer iterates over: this rank's micro-batches, a function of (seed, step, world size) and the file."""
 
 import itertools
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,12 +13,15 @@ from pipeline.data.augment import RandAugment
 from pipeline.data.beton import Beton
 from pipeline.data.decode import EvaluationPlan, TrainingPlan
 from pipeline.data.loader import ImageLoader, Producer
-from pipeline.data.order import evaluation_order, rank_slots, train_order
+from pipeline.data.order import evaluation_order, ids_of, rank_slots, train_order
+from pipeline.data.subset import Subset
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and what they are, in memory of their own (pinned where CUDA is available)."""
+    """Images and labels, on the device or on their way to it, and what they are, on the host; memory of its own."""
 
     images: Tensor  # (n, 3, S, S) uint8, channels last in memory
     labels: Tensor  # (n,) int64
@@ -32,6 +36,7 @@ class TrainFeed:
 
     Each step has `slots` slots of `slot_size` images; this rank has the slots rank, rank + world_size, ... and gets
     them in micro-batches of `slots_per_micro_batch` whole slots (the last of a step may hold fewer).
+    subset: the images that take part, by default all. device: where the batches go, ahead of their use.
     With `skip_damaged` the next image of the file stands in for a damaged one, and `replaced` counts them.
     Errors: RecipeError when the numbers do not fit each other; DataError while iterating, for a damaged sample and for
     a batch that took longer than `timeout_seconds`.
@@ -55,15 +60,21 @@ class TrainFeed:
         timeout_seconds: float,
         rand_augment: RandAugment | None = None,
         skip_damaged: bool = False,
+        subset: Subset | None = None,
+        device: torch.device = CPU,
         batches_ahead: int = 2,
     ) -> None:
         self.beton, self.replaced = beton, 0
+        subset = subset or Subset(beton.samples)
+        self._samples = subset.samples if subset.ids is None else subset.ids
+        self._delivery = _Delivery(device, subset.labels)
+        self._wait_seconds = 0.0
         self._seed, self._slots, self._global_batch = seed, slots, slots * slot_size
         self._rank, self._world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
-        self.steps_per_epoch = beton.samples // self._global_batch
+        self.steps_per_epoch = subset.samples // self._global_batch
         if self.steps_per_epoch == 0:
-            train_order(seed, 0, beton.samples, self._global_batch)  # raises
+            train_order(seed, 0, self._samples, self._global_batch)  # raises
         own = rank_slots(np.empty((0, self._global_batch)), slots, rank, world_size).shape[1]
         self._slots_per_batch = min(slots_per_micro_batch, own)
         self._loader = ImageLoader(
@@ -74,6 +85,7 @@ class TrainFeed:
             workers=workers,
             batches_ahead=batches_ahead,
             skip_damaged=skip_damaged,
+            substitutes=subset.ids,
         )
         self._batches_per_step = -(-own // self._slots_per_batch)
         self._producer: Producer | None = None
@@ -86,13 +98,23 @@ class TrainFeed:
         """
         if self._producer is None or step != self._next_step:
             self.close()
-            self._producer = Producer(self._loader, self._work(step), self._timeout_seconds)
+            self._producer = Producer(self._loader, self._work(step), self._finish, self._timeout_seconds)
         self._next_step = -1
         for _ in range(self._batches_per_step):
-            images, labels, ids, epoch, slots, replaced = next(self._producer)
-            self.replaced += len(replaced)
-            yield _own_batch(images, labels, ids, epoch, slots, np.ones(len(ids), bool))
+            began = time.perf_counter()
+            sent, replaced = next(self._producer)
+            self._wait_seconds += time.perf_counter() - began
+            self.replaced += replaced
+            yield self._delivery.receive(*sent)
         self._next_step = step + 1
+
+    def take_wait(self) -> float:
+        """Seconds spent waiting for batches since the last call, over the world size: the ranks' sum is their mean."""
+        waited, self._wait_seconds = self._wait_seconds, 0.0
+        return waited / self._world_size
+
+    def _finish(self, images, labels, ids, epoch, slots, replaced) -> tuple:
+        return self._delivery.send(images, labels, ids, epoch, slots, np.ones(len(ids), bool)), len(replaced)
 
     def close(self) -> None:
         """Ends the reading ahead and frees its memory; `slots` may be called again."""
@@ -105,12 +127,15 @@ class TrainFeed:
         for step in itertools.count(first_step):
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = train_order(self._seed, epoch, self.beton.samples, self._global_batch)
-                order, order_epoch = rank_slots(order, self._slots, self._rank, self._world_size), epoch
+                order = train_order(self._seed, epoch, self._samples, self._global_batch)
+                # Contiguous, so that only this rank's part stays in memory for the epoch.
+                order = np.ascontiguousarray(rank_slots(order, self._slots, self._rank, self._world_size))
+                order_epoch = epoch
             numbers = range(self._rank, self._slots, self._world_size)
             for first in range(0, len(numbers), self._slots_per_batch):
                 part = slice(first, first + self._slots_per_batch)
-                yield epoch, order[place, part].reshape(-1), tuple(numbers[part])
+                ids = ids_of(order[place, part].reshape(-1), self._seed, epoch)
+                yield epoch, ids, tuple(numbers[part])
 
 
 class EvaluationFeed:
@@ -132,11 +157,17 @@ class EvaluationFeed:
         workers: int,
         timeout_seconds: float,
         skip_damaged: bool = False,
+        subset: Subset | None = None,
+        device: torch.device = CPU,
         batches_ahead: int = 2,
     ) -> None:
         self.beton = beton
-        ids, valid = evaluation_order(beton.samples, batch_size, world_size)
-        self._ids, self._valid = ids[:, rank], valid[:, rank]
+        subset = subset or Subset(beton.samples)
+        places, valid = evaluation_order(subset.samples, batch_size, world_size)
+        self._ids, self._valid = places[:, rank], valid[:, rank]
+        if subset.ids is not None:
+            self._ids = subset.ids[self._ids]
+        self._delivery = _Delivery(device, subset.labels)
         self._timeout_seconds = timeout_seconds
         self._loader = ImageLoader(
             beton,
@@ -146,32 +177,71 @@ class EvaluationFeed:
             workers=workers,
             batches_ahead=batches_ahead,
             skip_damaged=skip_damaged,
+            substitutes=subset.ids,
         )
 
     def __len__(self) -> int:
         return len(self._ids)
 
+    def _finish(self, images, labels, ids, epoch, valid, replaced) -> tuple:
+        valid[replaced] = False
+        return self._delivery.send(images, labels, ids, epoch, (), valid)
+
     def __iter__(self) -> Iterator[Batch]:
         work = ((0, ids, valid) for ids, valid in zip(self._ids, self._valid, strict=True))
-        producer = Producer(self._loader, work, self._timeout_seconds)
+        producer = Producer(self._loader, work, self._finish, self._timeout_seconds)
         try:
-            for images, labels, ids, epoch, valid, replaced in producer:
-                valid[replaced] = False
-                yield _own_batch(images, labels, ids, epoch, (), valid)
+            for sent in producer:
+                yield self._delivery.receive(*sent)
         finally:
             producer.close()
 
 
-def _own_batch(
-    images: np.ndarray, labels: np.ndarray, ids: np.ndarray, epoch: int, slots: tuple[int, ...], valid: np.ndarray
-) -> Batch:
-    own = torch.empty(images.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    np.copyto(own.numpy(), images)  # torch would wake its thread pool for this
-    return Batch(
-        images=own.permute(0, 3, 1, 2),
-        labels=torch.from_numpy(labels[:, 0].copy()),
-        ids=torch.from_numpy(ids.copy()),
-        epoch=epoch,
-        slots=slots,
-        valid=torch.from_numpy(valid.copy()),
-    )
+class _Delivery:
+    """From the loader's buffers to batches on the device: sent off in the loader's thread, received in the trainer's.
+
+    labels: what each label of the file is called here; None keeps them.
+    """
+
+    def __init__(self, device: torch.device, labels: np.ndarray | None) -> None:
+        self._device, self._labels = device, labels
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        ids: np.ndarray,
+        epoch: int,
+        slots: tuple[int, ...],
+        valid: np.ndarray,
+    ) -> tuple[Batch, torch.cuda.Event | None]:
+        """A batch of its own, and what says that it has arrived. Copied beside the training, on another stream."""
+        pinned = self._stream is not None  # only from pinned memory is a copy asynchronous
+        own = torch.empty(images.shape, dtype=torch.uint8, pin_memory=pinned)
+        np.copyto(own.numpy(), images)  # torch would wake its thread pool for this
+        own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=pinned)
+        np.copyto(own_labels.numpy(), labels[:, 0] if self._labels is None else self._labels[labels[:, 0]])
+        batch = Batch(
+            images=own.permute(0, 3, 1, 2),
+            labels=own_labels,
+            ids=torch.from_numpy(ids.copy()),
+            epoch=epoch,
+            slots=slots,
+            valid=torch.from_numpy(valid.copy()),
+        )
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            images_there = batch.images.to(self._device, non_blocking=True)
+            labels_there = batch.labels.to(self._device, non_blocking=True)
+            return replace(batch, images=images_there, labels=labels_there), self._stream.record_event()
+
+    def receive(self, batch: Batch, arrived: torch.cuda.Event | None) -> Batch:
+        """The batch, for the caller's stream, which waits for the copy; the host does not."""
+        if arrived is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(arrived)
+            for tensor in (batch.images, batch.labels):
+                tensor.record_stream(stream)  # its memory belongs to the copying stream until both are through
+        return batch

@@ -13,7 +13,7 @@ import atexit
 import logging
 import queue
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -149,8 +149,10 @@ class ImageLoader(Loader):
         workers: int,
         batches_ahead: int,
         skip_damaged: bool = False,
+        substitutes: np.ndarray | None = None,
     ) -> None:
         self.skip_damaged = skip_damaged
+        self.substitutes = np.arange(beton.samples) if skip_damaged and substitutes is None else substitutes
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, batches_ahead
         self.beton = beton
         self.reader = _MappedReader(beton.path)
@@ -179,8 +181,9 @@ class ImageLoader(Loader):
             if not self.skip_damaged:
                 raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
             one = slice(place, place + 1)
-            for _ in range(self.beton.samples):
-                now[place] = (now[place] + 1) % self.beton.samples
+            following = np.searchsorted(self.substitutes, ids[place], side="right")
+            for distance in range(len(self.substitutes)):
+                now[place] = self.substitutes[(following + distance) % len(self.substitutes)]
                 if not self.images.decode(now[one], images[one], self.reader.metadata["f0"], storage).any():
                     break
             else:
@@ -197,16 +200,21 @@ class ImageLoader(Loader):
 class Producer(EpochIterator):
     """A thread that decodes one batch after another into a ring of buffers.
 
-    work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields
-    (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag, replaced), where `replaced` lists the places of
-    damaged images, in which others are; the arrays are overwritten after the next one.
+    work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields what `finish`
+    makes, in the thread, of (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag, replaced), where
+    `replaced` lists the places of damaged images, in which others are; the arrays are overwritten by later batches, so
+    it copies what it keeps.
     Errors: whatever went wrong in the thread, raised here; DataError when a batch takes longer than `timeout_seconds`.
     """
 
     def __init__(
-        self, loader: ImageLoader, work: Iterator[tuple[int, np.ndarray, Any]], timeout_seconds: float
+        self,
+        loader: ImageLoader,
+        work: Iterator[tuple[int, np.ndarray, Any]],
+        finish: Callable[..., Any],
+        timeout_seconds: float,
     ) -> None:
-        self.work, self.timeout_seconds = work, timeout_seconds
+        self.work, self.finish, self.timeout_seconds = work, finish, timeout_seconds
         super().__init__(loader, [])
         _live.add(self)
 
@@ -217,7 +225,7 @@ class Producer(EpochIterator):
                 slot = number % (self.loader.batches_ahead + 2)
                 images, labels = self.run_pipeline(number, ids, slot, None)
                 ids, replaced = self.loader.replace_damaged(ids, images, labels)
-                if not self._put((images, labels, ids, epoch, tag, replaced)):
+                if not self._put(self.finish(images, labels, ids, epoch, tag, replaced)):
                     return
             self._put(None)
         except BaseException as error:
@@ -232,7 +240,7 @@ class Producer(EpochIterator):
                 pass
         return False
 
-    def __next__(self) -> tuple:
+    def __next__(self) -> Any:
         waited_seconds = 0.0
         while True:
             try:

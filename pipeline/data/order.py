@@ -3,20 +3,37 @@
 import numpy as np
 
 from pipeline.errors import RecipeError
-from pipeline.randomness import Purpose, key
+from pipeline.randomness import Purpose, key, mix64, unmix64
+
+_PART = 1 << 18  # keys hashed at a time, so that what the hash needs beside its result stays in the cache
 
 
-def train_order(seed: int, epoch: int, samples: int, global_batch: int) -> np.ndarray:
-    """The epoch's permutation of the sample ids, cut into global batches: int64 of shape (steps, global_batch).
+def train_order(seed: int, epoch: int, samples: int | np.ndarray, global_batch: int) -> np.ndarray:
+    """The epoch's permutation of the samples, cut into global batches: uint64 keys of shape (steps, global_batch).
 
+    A key is a hash of the sample's id and nothing else that varies, so it tells the id (`ids_of`), and sorting the keys
+    where they lie is the whole permutation: 8 bytes per sample, where a permutation of ids would need 24.
+    samples: how many there are, with the ids 0, 1, ...; or the ids of those that take part.
     The samples that do not fill a last global batch are left out, others in each epoch.
     Errors: RecipeError when there are fewer samples than one global batch.
     """
-    if not 0 < global_batch <= samples:
-        raise RecipeError(f"a global batch of {global_batch} images cannot be drawn from {samples}; make it smaller")
-    steps = samples // global_batch
-    order = np.argsort(key(seed, epoch, np.arange(samples), Purpose.ORDER), kind="stable")
-    return order[: steps * global_batch].reshape(steps, global_batch).astype(np.int64, copy=False)
+    count = len(samples) if isinstance(samples, np.ndarray) else samples
+    if not 0 < global_batch <= count:
+        raise RecipeError(f"a global batch of {global_batch} images cannot be drawn from {count}; make it smaller")
+    keys = np.empty(count, np.uint64)
+    for first in range(0, count, _PART):
+        part = slice(first, min(first + _PART, count))
+        ids = samples[part] if isinstance(samples, np.ndarray) else np.arange(part.start, part.stop)
+        keys[part] = key(seed, epoch, ids, Purpose.ORDER)
+    keys.sort()
+    steps = count // global_batch
+    return keys[: steps * global_batch].reshape(steps, global_batch)
+
+
+def ids_of(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The sample ids, int64, of keys that `train_order` made for that seed and epoch."""
+    before = unmix64(unmix64(keys) ^ mix64(np.uint64([Purpose.ORDER]))) ^ key(seed, epoch)
+    return unmix64(before).astype(np.int64)
 
 
 def rank_slots(order: np.ndarray, slots: int, rank: int, world_size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The process group of a stage: who am I among how many."""
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.collective import from_rank_zero
+from pipeline.collective import from_rank_zero, on_every_rank
 
 T = TypeVar("T")
 
@@ -69,6 +70,20 @@ class World:
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns, or raises, on rank 0; on every rank."""
         return from_rank_zero(work, self.group)
+
+    def on_every_rank(self, work: Callable[[], T], should_stop: Callable[[], bool]) -> T | None:
+        """What `work` returns, or raises, once all ranks have done theirs; None if they agreed to stop before."""
+        return on_every_rank(work, self.group, should_stop)
+
+    def cores(self) -> int:
+        """The cores this rank may use: those of its affinity mask, shared with the ranks that have them too.
+
+        Collective. No launcher needs to say how many ranks a machine has.
+        """
+        own = (socket.gethostname(), os.sched_getaffinity(0))
+        ranks = [own] * self.size
+        dist.all_gather_object(ranks, own, group=self.group)
+        return max(len(own[1]) // sum(host == own[0] and bool(cores & own[1]) for host, cores in ranks), 1)
 
     def leave(self) -> None:
         """Leave the group, so that the process can end."""

@@ -103,8 +103,17 @@ class ClassificationSettings(Section):
 
 class Data(Section):
     train: str = operational(...)
-    """Path of a .beton file; which data it must hold is fixed by its hash once a stage has started."""
+    """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk;
+    which data it must hold is fixed by its hash once a stage has started."""
     validation: str = operational(...)
+    cache_dir: str | None = operational(None)
+    """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_SCRATCH/fcmae, or ~/.cache/fcmae."""
+    cache_bytes: int | None = operational(None, ge=1)
+    """The most that the copies may take: the least recently used go first. None fills the disk before they go."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes that take part; None is all."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of each class's training images that take part, chosen by a hash of the chain's seed."""
     image_size: int = Field(224, ge=1)
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers."""
@@ -118,10 +127,10 @@ class Data(Section):
     """Of a box of noise in a training image, in classification."""
     on_damaged: Literal["refuse", "skip"] = operational("refuse")
     """A damaged image ends the stage, or is replaced by the next one of the file (in evaluation: not counted)."""
-    workers: int = operational(1, ge=1)
-    """Decoding threads of each rank."""
+    workers: int = operational(0, ge=0)
+    """Decoding threads of each rank; 0 takes the cores that the ranks of a machine have each, less one."""
     timeout_seconds: float = operational(120.0, gt=0)
-    """How long a batch may take before the loader is given up."""
+    """How long a batch may take before the loader is given up, and a server of data before it is."""
 
     @field_validator("rand_augment")
     @classmethod

@@ -66,7 +66,7 @@ def test_the_run_directory_keeps_its_contract(chain):
         assert (run / name / result["weights"]).is_file()
         steps = [e for e in journal.read(run / name / "journal.jsonl") if e["kind"] == "step"]
         assert [e["step"] for e in steps] == list(range(1, 13))
-        assert {"attempt", "loss", "lr", "images_per_second"} <= steps[0].keys()
+        assert {"attempt", "loss", "lr", "images_per_second", "data_wait_seconds"} <= steps[0].keys()
         assert (run / name / "curves.png").stat().st_size > 1000
     assert list((run / "pretrain" / "pictures").glob("*.png"))
     shown = json.loads(fcmae("status", run, "--json").stdout)
@@ -83,7 +83,8 @@ def test_the_run_is_in_mlflow(chain):
         child = client.get_run(json.loads((run / name / "mlflow.json").read_text())["run_id"])
         assert child.data.tags["mlflow.parentRunId"] == parent
         assert child.info.status == "FINISHED"
-        assert [m.step for m in client.get_metric_history(child.info.run_id, "train/loss")] == list(range(1, 13))
+        for metric in ("train/loss", "train/data_wait_seconds"):
+            assert [m.step for m in client.get_metric_history(child.info.run_id, metric)] == list(range(1, 13))
     assert any(
         "pictures" in a.path or a.path.endswith(".png")
         for a in client.list_artifacts(json.loads((run / "pretrain" / "mlflow.json").read_text())["run_id"])

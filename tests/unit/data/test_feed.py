@@ -141,11 +141,14 @@ def test_ranks_share_the_same_global_batch(beton, expected, world_size):
         feed.close()
 
 
-def test_resume_at_any_step_and_world_size(beton, expected):
-    for step in range(3 * STEPS):
-        feed = train_feed(beton, step % 2, 2)
-        for later in range(step, 3 * STEPS):
-            own = {s: h for s, h in expected[later].items() if s % 2 == step % 2}
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_at_every_step(beton, expected, world_size, workers):
+    for step in range(2 * STEPS):
+        rank = step % world_size
+        feed = train_feed(beton, rank, world_size, workers=workers)
+        for later in range(step, 2 * STEPS):
+            own = {s: h for s, h in expected[later].items() if s % world_size == rank}
             assert slots_of(feed, later) == own
         feed.close()
 
@@ -166,12 +169,13 @@ def test_same_in_another_process(beton, expected):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_feed as t\n"
         "from pipeline.data.beton import check\n"
-        "f = t.train_feed(check(sys.argv[1]), workers=2); print(t.slots_of(f, 5))"
+        "feeds = [t.train_feed(check(sys.argv[1]), rank, 4, workers=2) for rank in range(4)]\n"
+        "print([sorted(p for f in feeds for p in t.slots_of(f, s).items()) for s in range(2, 6)])"
     )  # and the interpreter exits with a live feed
     command = [sys.executable, "-c", code, str(beton.path), str(__import__("pathlib").Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(expected[5])
+    assert done.stdout.strip() == str([sorted(step.items()) for step in expected[2:6]])
     assert done.stderr == ""
 
 
@@ -299,10 +303,10 @@ def test_errors_of_the_thread_reach_the_consumer(beton):
     feed = evaluation_feed(beton)
 
     def work():
-        yield 0, np.arange(8), None
+        yield 0, np.arange(8), np.ones(8, bool)
         raise ZeroDivisionError("in the thread")
 
-    producer = Producer(feed._loader, work(), 60)
+    producer = Producer(feed._loader, work(), feed._finish, 60)
     next(producer)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(producer)
@@ -314,9 +318,9 @@ def test_slow_disk_is_an_error_in_time(beton):
 
     def work():
         release.wait(20)
-        yield 0, np.arange(8), None
+        yield 0, np.arange(8), np.ones(8, bool)
 
-    producer = Producer(feed._loader, work(), 0.3)
+    producer = Producer(feed._loader, work(), feed._finish, 0.3)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came from .*a\.beton within 0\.3 s"):
         next(producer)
@@ -330,7 +334,7 @@ def test_silently_ended_thread_is_an_error(beton):
         def run(self):
             pass
 
-    producer = Dying(evaluation_feed(beton)._loader, iter([]), 60)
+    producer = Dying(evaluation_feed(beton)._loader, iter([]), tuple, 60)
     with pytest.raises(DataError, match="ended without a word"):
         next(producer)
 

@@ -3,31 +3,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.order import evaluation_order, rank_slots, train_order
+from pipeline.data import order as module
+from pipeline.data.order import evaluation_order, ids_of, rank_slots, train_order
 from pipeline.errors import RecipeError
+from pipeline.randomness import Purpose, key
+
+
+def ids(seed, epoch, samples, global_batch):
+    return ids_of(train_order(seed, epoch, samples, global_batch), seed, epoch)
 
 
 @given(st.integers(0, 2**63), st.integers(0, 10**6), st.integers(1, 300), st.data())
 def test_train_order_is_a_cut_permutation(seed, epoch, samples, data):
     batch = data.draw(st.integers(1, samples))
-    order = train_order(seed, epoch, samples, batch)
+    order = ids(seed, epoch, samples, batch)
     assert order.dtype == np.int64
     assert order.shape == (samples // batch, batch)
     assert len(set(order.flat)) == order.size
     assert order.min() >= 0
     assert order.max() < samples
-    np.testing.assert_array_equal(order, train_order(seed, epoch, samples, batch))
+    whole = np.argsort(key(seed, epoch, np.arange(samples), Purpose.ORDER), kind="stable")
+    np.testing.assert_array_equal(order.reshape(-1), whole[: order.size])
+
+
+def test_hashing_in_parts_changes_nothing(monkeypatch):
+    whole = train_order(5, 2, 1000, 10)
+    monkeypatch.setattr(module, "_PART", 7)
+    np.testing.assert_array_equal(train_order(5, 2, 1000, 10), whole)
+
+
+def test_ids_that_take_part():
+    own = np.array([3, 4, 8, 2**33, 11])
+    assert sorted(ids(1, 2, own, 5)[0]) == sorted(own)
+    assert len(set(ids(1, 2, own, 3)[0]) & set(own.tolist())) == 3
 
 
 def test_seed_and_epoch_are_not_added_up():
-    orders = [train_order(seed, epoch, 1000, 10) for seed, epoch in [(6, 0), (5, 1), (5, 0), (6, 1)]]
+    orders = [ids(seed, epoch, 1000, 10) for seed, epoch in [(6, 0), (5, 1), (5, 0), (6, 1)]]
     for i, a in enumerate(orders):
         for b in orders[:i]:
             assert (a != b).mean() > 0.9
 
 
 def test_every_sample_has_its_turn_in_the_dropped_rest():
-    seen = np.concatenate([train_order(1, epoch, 11, 10)[0] for epoch in range(40)])
+    seen = np.concatenate([ids(1, epoch, 11, 10)[0] for epoch in range(40)])
     assert set(seen) == set(range(11))
 
 

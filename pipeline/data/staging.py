@@ -1,0 +1,180 @@
+"""Data from anywhere to this machine's disk: any fsspec URL, each byte compared with the side-car on its way.
+
+A plain path is read where it lies. A URL (`s3://bucket/train.beton`, `file:///lustre/train.beton`) is copied once per
+machine into a cache, under a name that holds its hash, so that changed data is other data.
+"""
+
+import hashlib
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.data.beton import Beton, check, read_sidecar, sidecar_path
+from pipeline.data.cache import Cache, CancelledError
+from pipeline.errors import DataError, RetryableError, UserError
+
+CHUNK_BYTES, CHUNKS_AT_ONCE = 8 << 20, 8  # one stream of an object store is far slower than the network
+REPORT_SECONDS = 10.0
+
+
+def is_url(location: str) -> bool:
+    """Whether a data path names a place to copy from, not a file to open."""
+    return "://" in location
+
+
+def cache_directory(setting: str | None) -> str:
+    """`data.cache_dir`, else below $FCMAE_SCRATCH (a node's own disk), else in the user's cache directory."""
+    home = os.environ.get("FCMAE_SCRATCH") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return setting or f"{home}/fcmae"
+
+
+def describe(location: str, timeout_seconds: float) -> Beton:
+    """What the side-car of a data file says; of a URL no more than that is read. Errors: as in `stage`."""
+    if not is_url(location):
+        return check(location)
+    with tempfile.TemporaryDirectory() as directory:
+        return _Remote(location, timeout_seconds).sidecar(Path(directory))
+
+
+def stage(location: str, cache: Cache, timeout_seconds: float) -> Beton:
+    """The checked data file, on this machine's disk.
+
+    It stays there until `cache` is closed. Copying goes on where a killed process left it.
+    Errors: DataError when there is no such file, it cannot be reached for a reason that stays, or its bytes are not
+    those of its side-car; RetryableError for a lost connection, a server that says nothing for `timeout_seconds`, a
+    full disk; CancelledError when the cache's owner says so.
+    """
+    if not is_url(location):
+        return check(location)
+    remote = _Remote(location, timeout_seconds)
+    with tempfile.TemporaryDirectory() as directory:
+        beton = remote.sidecar(Path(directory))
+    name = f"{beton.path.stem}-{beton.sha256[:16]}"
+    found = cache.obtain(
+        name, beton.size_bytes, partial(remote.copy, beton, cache.cancelled), partial(_is_sound, beton)
+    )
+    return check(found / beton.path.name)
+
+
+def _is_sound(beton: Beton, directory: Path) -> bool:
+    try:
+        return check(directory / beton.path.name).sha256 == beton.sha256
+    except DataError as error:
+        print(f"{error}: it will be, now", file=sys.stderr)
+        return False
+
+
+class _Remote:
+    """A .beton file and its side-car behind a URL."""
+
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        self.url, self.timeout_seconds = url, timeout_seconds
+        try:
+            self._files, self._path = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"data from {url} cannot be read: {_sentence(error)}") from None
+
+    def sidecar(self, directory: Path) -> Beton:
+        """The description, its side-car written into `directory`."""
+        path = directory / self._path.rsplit("/", 1)[-1]
+        content = self._answer(self._ask(self._files.cat_file, f"{self._path}.json"))
+        sidecar_path(path).write_bytes(content)
+        try:
+            return read_sidecar(path)
+        except DataError as error:
+            raise DataError(f"{self.url}: {error}") from None
+
+    def copy(self, beton: Beton, cancelled: Callable[[], bool], directory: Path) -> None:
+        """Data and side-car into `directory`, going on where an earlier copy was cut off."""
+        path = directory / beton.path.name
+        continued = path.exists()
+        if self._append(beton, path, cancelled) != beton.sha256:
+            path.unlink()
+            # A power cut may have spoilt what was there; the rest of a fresh copy cannot be blamed on that.
+            if not continued or self._append(beton, path, cancelled) != beton.sha256:
+                path.unlink(missing_ok=True)
+                raise DataError(f"the bytes of {self.url} are not those its side-car describes; upload both again")
+        self.sidecar(directory)
+
+    def _append(self, beton: Beton, path: Path, cancelled: Callable[[], bool]) -> str:
+        """Copy what is missing; the hash of the whole."""
+        digest, reported = hashlib.sha256(), time.monotonic()
+        with path.open("a+b") as file:
+            file.truncate(min(file.tell(), beton.size_bytes))
+            file.seek(0)
+            while there := file.read(CHUNK_BYTES):
+                digest.update(there)
+                if cancelled():
+                    raise CancelledError
+            done = file.tell()
+            for chunk in self._chunks(done, beton.size_bytes):
+                if cancelled():
+                    raise CancelledError
+                file.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    print(f"{self.url}: {done / 1e9:.1f} of {beton.size_bytes / 1e9:.1f} GB are here", file=sys.stderr)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, in order, several pieces on their way at a time."""
+        asked: deque[queue.Queue] = deque()
+        for place in range(start, end, CHUNK_BYTES):
+            piece = {"start": place, "end": min(place + CHUNK_BYTES, end)}
+            asked.append(self._ask(self._files.cat_file, self._path, **piece))
+            if len(asked) == CHUNKS_AT_ONCE:
+                yield self._answer(asked.popleft())
+        while asked:
+            yield self._answer(asked.popleft())
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> queue.Queue:
+        """Call in a thread of its own: a server that never answers must not keep this process from ending."""
+        box: queue.Queue = queue.Queue(1)
+
+        def call() -> None:
+            try:
+                box.put(function(*arguments, **options))
+            except BaseException as error:
+                box.put(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        return box
+
+    def _answer(self, box: queue.Queue) -> Any:
+        try:
+            answer = box.get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            raise RetryableError(
+                f"{self.url}: the server has sent nothing for {self.timeout_seconds:g} s; try again later, or raise"
+                " data.timeout_seconds"
+            ) from None
+        if isinstance(answer, BaseException):
+            raise self._explained(answer) from answer
+        return answer
+
+    def _explained(self, error: BaseException) -> UserError:
+        if isinstance(error, FileNotFoundError):
+            return DataError(
+                f"{self.url} or its side-car {self.url}.json does not exist; correct the path, or upload both"
+            )
+        if isinstance(error, (PermissionError, ImportError)) or "Credentials" in type(error).__name__:
+            return DataError(f"{self.url} cannot be read: {_sentence(error)}; correct the credentials or the path")
+        return RetryableError(f"the connection to {self.url} was lost ({_sentence(error)}); try again")
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

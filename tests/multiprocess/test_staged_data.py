@@ -1,0 +1,65 @@
+"""A run whose data lies in an object store: a local S3 server, read by two ranks of one machine."""
+
+import json
+
+import pytest
+
+from pipeline.stage import OutcomeKind, Stage
+from pipeline.tracking import journal
+from tests.support import fcmae, tiny_data, write_tiny_recipe
+
+pytest.importorskip("moto")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
+
+
+def s3_run(directory, *overrides):
+    """A one-epoch stage on two ranks, its data in the store alone."""
+    import fsspec
+
+    tiny_data(directory / "data", train=64, validation=16)
+    recipe = write_tiny_recipe(directory, ["stages.intermediate=null", "stages.finetune=null"])
+    store = fsspec.filesystem("s3")
+    store.mkdir("bucket")
+    store.put(f"{directory}/data/", "bucket/data/", recursive=True)
+    (directory / "data").rename(directory / "away")
+    urls = [f"stages.pretrain.data.{name}=s3://bucket/data/{name}.beton" for name in ("train", "validation")]
+    command = ("run", recipe, "--out", directory / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
+    return fcmae(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
+
+
+def test_staged_verified_and_trained_on(s3, tmp_path):
+    done = s3_run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    stage = Stage(tmp_path / "run" / "pretrain")
+    assert stage.last_outcome().kind is OutcomeKind.DONE
+    assert stage.recipe.data.train == "s3://bucket/data/train.beton"
+    cached = {path.name for path in (tmp_path / "cache" / "fcmae").iterdir() if path.is_dir()}
+    hashes = json.loads((stage.directory / "data.json").read_text())
+    assert cached == {f"{name}-{sha256[:16]}" for name, sha256 in hashes.items()}
+    steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]
+    assert len(steps) == 2
+    assert all(e["data_wait_seconds"] > 0 for e in steps)
+
+
+@pytest.mark.slow
+def test_what_fails_on_a_rank_is_one_sentence(s3, tmp_path):
+    full = s3_run(tmp_path, "stages.pretrain.data.cache_bytes=1000")
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "but data.cache_bytes is 1000; raise it" in full.stderr

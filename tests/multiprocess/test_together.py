@@ -1,0 +1,54 @@
+"""Work that ranks do side by side: what goes wrong for one is known to all, and nobody waits for ever."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+SCRIPT = """
+import threading, time
+from pipeline.engines.world import World
+from pipeline.errors import RetryableError
+world = World.join("cpu")
+say = lambda *words: print(*words, flush=True)
+
+def slow():
+    time.sleep(1.5 * world.rank)
+    return world.rank
+say(world.on_every_rank(slow, lambda: False))
+
+def fail():
+    if world.rank == 1:
+        raise RetryableError("the disk of rank 1 is full")
+    threading.Event().wait()  # for ever
+try:
+    world.on_every_rank(fail, lambda: False)
+except RetryableError as error:
+    say(error)
+
+def forever():
+    threading.Event().wait()
+say(world.on_every_rank(forever, lambda: world.agree(world.rank) == 1))
+say(world.cores())
+"""
+
+
+def test_success_failure_and_stop_are_everyones():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, **place, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 120
+    said = [rank.communicate(timeout=deadline - time.monotonic())[0].splitlines() for rank in ranks]
+    cores = str(max(len(os.sched_getaffinity(0)) // 2, 1))
+    assert said == [[str(rank), "the disk of rank 1 is full", "None", cores] for rank in range(2)]
