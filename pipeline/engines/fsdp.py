@@ -40,6 +40,12 @@ class FSDPEngine(NativeEngine):
         self._callable = model
         return model
 
+    def refresh(self) -> None:
+        # After a forward pass without a backward the model's own parameters stay gathered, as they were then.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _mesh(self) -> DeviceMesh:
         world, ranks = self.world, self.recipe.engine.shard_ranks or self.world.size
         if world.size % ranks:

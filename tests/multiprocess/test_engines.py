@@ -12,8 +12,8 @@ from tests.ranks import on_ranks
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 
 
-def reference(world: World, stage: str, steps: int, directory: Path) -> list[float]:
-    """DDP's losses; its state halfway is saved."""
+def reference(world: World, stage: str, steps: int, directory: Path) -> tuple[list[float], float]:
+    """DDP's losses; its averaged weights' loss halfway on what two ranks see first, where its state is saved."""
     half = train(world, stage_recipe(stage, "ddp"), range(steps // 2), save=directory / "ddp")
     return (
         half.losses + train(world, stage_recipe(stage, "ddp"), range(steps // 2, steps), load=directory / "ddp").losses
@@ -36,8 +36,9 @@ def compare(world: World, stage: str, engine: str, steps: int, directory: Path) 
     asked = iter([False, True])
     stopped = run.engine.step(mine, run.objective, step=half, lr=1e-3, should_stop=lambda: next(asked))
     after_stop = bits(run.engine)
-    with run.engine.evaluating():
-        pass
+    with run.engine.evaluating() as model:
+        sums = run.objective.evaluate(model, mine[0])
+    metric = world_loss(sums["loss"].double())
     after_evaluation = bits(run.engine)
     losses = list(run.losses)
     for step in range(half, steps):
@@ -57,24 +58,26 @@ def compare(world: World, stage: str, engine: str, steps: int, directory: Path) 
         "resumed": [n for n, digest in bits(resumed.engine).items() if digest != end[n]],
         "from_ddp": from_ddp.losses,
         "exported": exported,
+        "metric": metric,
     }
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> tuple[Path, list[float]]:
+def ddp(tmp_path_factory) -> tuple[Path, list[float], float]:
     directory = tmp_path_factory.mktemp("engines")
-    return directory, on_ranks(1, reference, "finetune", 6, directory)[0]
+    return directory, *on_ranks(1, reference, "finetune", 6, directory)[0]
 
 
 @pytest.mark.parametrize("engine", SHARDED)
 def test_sharded_engine_is_ddp(ddp, engine):
-    directory, losses = ddp
+    directory, losses, metric = ddp
     found = on_ranks(2, compare, "finetune", engine, 6, directory)
     assert found[0]["exported"]
     assert not found[1]["exported"]
     for rank in found:
         assert largest_difference(rank["losses"], losses) < 1e-6
         assert largest_difference(rank["from_ddp"], losses[3:]) < 1e-6
+        assert rank["metric"] == pytest.approx(metric, rel=1e-6)
         assert not rank["accepted"]
         assert rank["stopped"]
         assert rank["changed"] == []
