@@ -13,7 +13,7 @@ from cluster import history, queue
 from cluster.queue import Queue
 from cluster.status import Run, status
 from cluster.table import render
-from pipeline.stage import write_exclusively, write_json
+from pipeline.stage import write_json
 from pipeline.tracking.journal import Journal
 
 
@@ -50,7 +50,7 @@ def submit(run: Path, stage: str, job: str) -> None:
 
 def take(stage: Path, number: int, host: str = "n7") -> None:
     (stage / "attempts").mkdir(parents=True, exist_ok=True)
-    write_exclusively(stage / "attempts" / f"{number:06d}.json", {"attempt": number, "host": host, "pid": 1})
+    write_json(stage / "attempts" / f"{number:06d}.json", {"attempt": number, "host": host, "pid": 1})
 
 
 def shown(run: Path) -> str:
