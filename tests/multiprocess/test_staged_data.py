@@ -34,7 +34,7 @@ def s3_run(directory, *overrides):
 
     tiny_data(directory / "data", train=64, validation=16)
     recipe = write_tiny_recipe(directory, ["stages.intermediate=null", "stages.finetune=null"])
-    store = fsspec.filesystem("s3")
+    store = fsspec.filesystem("s3", skip_instance_cache=True)  # each test has a server of its own
     store.mkdir("bucket")
     store.put(f"{directory}/data/", "bucket/data/", recursive=True)
     (directory / "data").rename(directory / "away")
