@@ -1,12 +1,16 @@
 """A run whose data lies in an object store: a local S3 server, read by two ranks of one machine."""
 
 import json
+import signal
+import subprocess
+import time
 
 import pytest
 
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
-from tests.support import fcmae, tiny_data, write_tiny_recipe
+from tests.support import FCMAE, fcmae, tiny_data, write_tiny_recipe
+from tests.unit.data.test_staging import Server
 
 pytest.importorskip("moto")
 
@@ -34,7 +38,7 @@ def s3_run(directory, *overrides):
 
     tiny_data(directory / "data", train=64, validation=16)
     recipe = write_tiny_recipe(directory, ["stages.intermediate=null", "stages.finetune=null"])
-    store = fsspec.filesystem("s3")
+    store = fsspec.filesystem("s3", skip_instance_cache=True)  # each test has a server of its own
     store.mkdir("bucket")
     store.put(f"{directory}/data/", "bucket/data/", recursive=True)
     (directory / "data").rename(directory / "away")
@@ -63,3 +67,25 @@ def test_what_fails_on_a_rank_is_one_sentence(s3, tmp_path):
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
     assert "but data.cache_bytes is 1000; raise it" in full.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_while_data_is_fetched_is_a_stop(tmp_path):
+    recipe = write_tiny_recipe(tmp_path, ["stages.intermediate=null", "stages.finetune=null"])
+    server = Server(tmp_path / "data")
+    server.serves = 0  # it will never send the images
+    overrides = [f"stages.pretrain.data.train={server.url}/train.beton", f"stages.pretrain.data.cache_dir={tmp_path}/c"]
+    process = subprocess.Popen(
+        [*FCMAE, "run", str(recipe), "--out", str(tmp_path / "run"), "--nproc", "2", *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not server.asked:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    server.stop()
+    assert process.returncode == 75, said
+    assert Stage(tmp_path / "run" / "pretrain").last_outcome().reason == "stopped by SIGTERM"

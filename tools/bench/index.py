@@ -1,4 +1,4 @@
-"""What a data set's index costs each rank: `python -m tools.bench.index` (25 s of CPU, 9 GB for FFCV at 14.2 M).
+"""What a data set's index costs each rank: `python -m tools.bench.index` (a minute and a half of CPU, 8 GB for FFCV).
 
 The file is sparse: the index of ImageNet-1K or -22K, real in every byte, and holes where the images would be. Each line
 is a process of its own. Private memory is what every rank of a machine pays again; the file's pages they share.
