@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.data.beton import Beton
 from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, RecipeError, StageError
@@ -76,12 +77,22 @@ def preflight(stages: list[Stage], processes: int) -> None:
         if stage.done() is None:
             stage.check_free()
             stage.recipe.check_world_size(processes)
-            recipe = stage.recipe
-            classes[recipe.name] = set(preflight_data(recipe)["train"].classes)
-            if recipe.init.head == "map" and not classes[recipe.name] & classes.get(
-                recipe.previous, classes[recipe.name]
-            ):
-                raise DataError(
-                    f"stage {recipe.name}: init.head is map, but its data share no class name with {recipe.previous}'s;"
-                    " prepare both with the same kind of names, or make it new"
-                )
+            check_data(stage.recipe, classes)
+
+
+def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:
+    """What the side-cars of a stage's data can be refused for, and what they say.
+
+    classes: of the stages looked at before, by name; this one's are added.
+
+    Raises:
+        UserError: the first one found.
+    """
+    data = preflight_data(recipe)
+    own = classes[recipe.name] = set(recipe.data.classes or data["train"].classes)
+    if recipe.init.head == "map" and not own & classes.get(recipe.previous or "", own):
+        raise DataError(
+            f"stage {recipe.name}: init.head is map, but its data share no class name with {recipe.previous}'s;"
+            " prepare both with the same kind of names, or make it new"
+        )
+    return data

@@ -11,13 +11,12 @@ from pathlib import Path
 import yaml
 
 from cluster import history, slurm, snapshot
-from cluster.chain import open_chain
+from cluster.chain import check_data, open_chain
 from cluster.launcher import LaunchError
 from cluster.script import JobScript, job_name
 from cluster.site import Site, load_site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
-from pipeline.data.checks import preflight_data
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
@@ -86,10 +85,11 @@ def check(planned: list[Planned]) -> None:
     Raises:
         UserError: the first one found.
     """
+    classes: dict[str, set[str]] = {}
     for item in planned:
         if item.missing:
             item.recipe.check_world_size(item.site.ranks)
-            data = preflight_data(item.recipe)
+            data = check_data(item.recipe, classes)
             if (item.directory / "recipe.yaml").exists():
                 stage = Stage(item.directory)
                 stage.check_free()

@@ -184,6 +184,7 @@ class EvaluationFeed:
         return len(self._ids)
 
     def _finish(self, images, labels, ids, epoch, valid, replaced) -> tuple:
+        valid = valid.copy()
         valid[replaced] = False
         return self._delivery.send(images, labels, ids, epoch, (), valid)
 

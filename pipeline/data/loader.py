@@ -152,7 +152,7 @@ class ImageLoader(Loader):
         substitutes: np.ndarray | None = None,
     ) -> None:
         self.skip_damaged = skip_damaged
-        self.substitutes = np.arange(beton.samples) if skip_damaged and substitutes is None else substitutes
+        self.substitutes = substitutes
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, batches_ahead
         self.beton = beton
         self.reader = _MappedReader(beton.path)
@@ -181,9 +181,7 @@ class ImageLoader(Loader):
             if not self.skip_damaged:
                 raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
             one = slice(place, place + 1)
-            following = np.searchsorted(self.substitutes, ids[place], side="right")
-            for distance in range(len(self.substitutes)):
-                now[place] = self.substitutes[(following + distance) % len(self.substitutes)]
+            for now[place] in self._following(ids[place]):
                 if not self.images.decode(now[one], images[one], self.reader.metadata["f0"], storage).any():
                     break
             else:
@@ -191,6 +189,13 @@ class ImageLoader(Loader):
             labels[place] = self.reader.metadata["f1"][now[place]]
             _log.warning("%s; sample %d takes its place", what, now[place])
         return now, places
+
+    def _following(self, sample: int) -> Iterator[int]:
+        """The other images that take part, from the next one of the file on."""
+        ids = self.substitutes
+        total, start = (self.beton.samples, sample) if ids is None else (len(ids), np.searchsorted(ids, sample))
+        for place in range(start + 1, start + total):
+            yield place % total if ids is None else ids[place % total]
 
     def close(self) -> None:
         """Ends the decoder's threads."""
