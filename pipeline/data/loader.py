@@ -181,7 +181,8 @@ class ImageLoader(Loader):
             if not self.skip_damaged:
                 raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
             one = slice(place, place + 1)
-            for now[place] in self._following(ids[place]):
+            for sample in self._following(ids[place]):
+                now[place] = sample
                 if not self.images.decode(now[one], images[one], self.reader.metadata["f0"], storage).any():
                     break
             else:
