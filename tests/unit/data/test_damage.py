@@ -41,7 +41,7 @@ def train(path):
     """An epoch of training's images, as a stage opens and reads them."""
     feed = TrainFeed(
         check(path), image_size=32, seed=0, slots=2, slot_size=8, rank=0, world_size=1, slots_per_micro_batch=2,
-        workers=1, timeout_seconds=60, crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33), flip_probability=0.5,
+        workers=1, timeout_seconds=300, crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33), flip_probability=0.5,
     )  # fmt: skip
     try:
         for step in range(feed.steps_per_epoch):

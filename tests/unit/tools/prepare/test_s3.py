@@ -53,14 +53,14 @@ def test_a_store_that_fails_now_and_then(store, tmp_path, monkeypatch):
     """Two failures are waited out; a store that stays away is no reason to call an image bad."""
     images = class_images(3)
     store.pipe_file(f"{BUCKET}/few.tar", train_tar(images))
-    failures, read = [OSError("reset by peer")] * 2, type(store).cat_file
+    failures, read = [OSError("reset by peer")] * 2, store.cat_file
 
-    def cat_file(self, path, **options):
+    def cat_file(path, **options):
         if failures:
             raise failures.pop()
-        return read(self, path, **options)
+        return read(path, **options)
 
-    monkeypatch.setattr(type(store), "cat_file", cat_file)
+    monkeypatch.setattr(store, "cat_file", cat_file)  # instances are shared by their arguments
     monkeypatch.setattr(sources, "FIRST_PAUSE_SECONDS", 0)
     assert not prepare(f"s3://{BUCKET}/few.tar", tmp_path / "a.beton").counts
     assert not failures
