@@ -14,10 +14,12 @@ SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 
 def reference(world: World, stage: str, steps: int, directory: Path) -> tuple[list[float], float]:
     """DDP's losses; its averaged weights' loss halfway on what two ranks see first, where its state is saved."""
-    half = train(world, stage_recipe(stage, "ddp"), range(steps // 2), save=directory / "ddp")
-    return (
-        half.losses + train(world, stage_recipe(stage, "ddp"), range(steps // 2, steps), load=directory / "ddp").losses
-    )
+    recipe, half = stage_recipe(stage, "ddp"), steps // 2
+    first = train(world, recipe, range(half), save=directory / "ddp")
+    with first.engine.evaluating() as model:
+        metric = sum(float(first.objective.evaluate(model, batch)["loss"]) for batch in batches(recipe, half)[:2])
+    second = train(world, recipe, range(half, steps), load=directory / "ddp")
+    return first.losses + second.losses, metric
 
 
 def compare(world: World, stage: str, engine: str, steps: int, directory: Path) -> dict[str, object]:
