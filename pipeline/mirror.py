@@ -63,15 +63,15 @@ def pull(remote: Folder, directory: Path) -> None:
 
 
 class Uploads:
-    """Sends the files of a working copy to its store, each when it has changed. DONE goes last."""
+    """Sends the files of a working copy that match `pattern` to its store, each when it has changed. DONE goes last."""
 
-    def __init__(self, directory: Path, remote: Folder):
-        self._directory, self._remote = directory, remote
+    def __init__(self, directory: Path, remote: Folder, pattern: str = "**/*"):
+        self._directory, self._remote, self._pattern = directory, remote, pattern
         self._sent: dict[str, tuple[int, int]] = {}
 
     def push(self) -> None:
         """Raises the storage's errors; what was not sent is sent next time."""
-        files = [path for path in self._directory.rglob("*") if path.is_file()]
+        files = [path for path in self._directory.glob(self._pattern) if path.is_file()]
         for path in sorted(files, key=lambda path: (path.name == "DONE", path)):
             name = str(path.relative_to(self._directory))
             about = path.stat()

@@ -54,11 +54,15 @@ def run(
         stage.check_world_size(nproc)
     stages = open_chain(chain, directory)
     preflight(stages, nproc)
-    if remote := remote_of(directory):
-        Uploads(directory, remote).push()
+    remote = remote_of(directory)
+    run_files = Uploads(directory, remote, "*") if remote else None  # each stage sends its own
+    if run_files:
+        run_files.push()
     console = Console()
     with Progress(directory, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
         outcome = run_chain(stages, launcher.run)
+    if run_files:
+        run_files.push()
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
         raise typer.Exit(75)

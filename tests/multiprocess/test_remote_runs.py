@@ -19,9 +19,12 @@ from tests.multiprocess.test_chain import STAGES, start
 from tests.support import fcmae, write_tiny_recipe
 
 
+def names_in(bucket: str) -> list[str]:
+    return fsspec.filesystem("s3", use_listings_cache=False).find(bucket.removeprefix("s3://"))
+
+
 def files_of(bucket: str) -> dict[str, bytes]:
-    s3 = fsspec.filesystem("s3", use_listings_cache=False)
-    return {path: s3.cat_file(path) for path in s3.find(bucket.removeprefix("s3://"))}
+    return {path: fsspec.filesystem("s3").cat_file(path) for path in names_in(bucket)}
 
 
 @pytest.mark.slow
@@ -32,13 +35,15 @@ def test_a_run_in_a_bucket_goes_on_from_another_machine(tmp_path, monkeypatch):
     with flaky_s3(monkeypatch) as (_, url):
         monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / "one"))
         process = start(recipe, f"{url}/run", 2)
-        deadline = time.monotonic() + 240
-        while not any("/intermediate/checkpoints/" in path and path.endswith("COMMIT") for path in files_of(url)):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            deadline = time.monotonic() + 240
+            while not any("/intermediate/checkpoints/" in path and path.endswith("COMMIT") for path in names_in(url)):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(tmp_path / "one")  # with that machine all it had is gone
         monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / "other"))
         done = fcmae("run", recipe, "--out", f"{url}/run", "--nproc", 2)
