@@ -1,5 +1,6 @@
 """Bad steps and ranks that stand still, in real processes."""
 
+import functools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,17 +63,26 @@ def digest(stage: Path) -> str:
     return json.loads((stage / "result.json").read_text())["weights_sha256"]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def undisturbed(request, tmp_path_factory) -> tuple[int, Path]:
-    """A number of ranks, and the stage that met the bad batches and was not interrupted."""
-    stage = make_stage(tmp_path_factory.mktemp("anomalies"))
-    with pytest.MonkeyPatch.context() as patch:
-        assert launch(stage, request.param, BAD_BATCHES, patch).kind is OutcomeKind.DONE
-    return request.param, stage
+@pytest.fixture(scope="module")
+def references(tmp_path_factory) -> Callable[[int], Path]:
+    """The stage on so many ranks that met the bad batches and was not interrupted."""
+
+    @functools.cache
+    def made(processes: int) -> Path:
+        stage = make_stage(tmp_path_factory.mktemp("anomalies"))
+        with pytest.MonkeyPatch.context() as patch:
+            assert launch(stage, processes, BAD_BATCHES, patch).kind is OutcomeKind.DONE
+        return stage
+
+    return made
 
 
-def test_bad_steps_are_refused_and_too_many_take_the_stage_back(undisturbed):
-    stage = undisturbed[1]
+on_one_and_two_ranks = pytest.mark.parametrize("processes", [1, 2])
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_bad_steps_are_refused_and_too_many_take_the_stage_back(references, processes):
+    stage = references(processes)
     found = events(stage)
     refused = [e["step"] for e in found if e["kind"] == "step" and e.get("refused")]
     assert refused == [3, 9, 15, 16]
@@ -86,17 +97,19 @@ def test_bad_steps_are_refused_and_too_many_take_the_stage_back(undisturbed):
     assert Stage(stage).done().step == 24
 
 
-def test_a_rollback_is_as_if_the_steps_had_never_been(undisturbed, tmp_path, monkeypatch):
-    processes, stage = undisturbed
+@pytest.mark.slow
+@on_one_and_two_ranks
+def test_a_rollback_is_as_if_the_steps_had_never_been(references, processes, tmp_path, monkeypatch):
     plain = make_stage(tmp_path)
     assert launch(plain, processes, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
     assert not [e for e in events(plain) if e["kind"] == "rollback"]
-    assert digest(plain) == digest(stage)
+    assert digest(plain) == digest(references(processes))
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(undisturbed, tmp_path):
+@pytest.mark.slow
+@on_one_and_two_ranks
+def test_killed_at_random_moments_it_ends_with_the_same_bits(references, processes, tmp_path):
     """Also saved by SIGTERM, at a step where the undisturbed run has no checkpoint."""
-    processes, reference = undisturbed
     stage, chance = make_stage(tmp_path), random.Random()
     for attempt, how in enumerate(chance.sample([signal.SIGKILL, signal.SIGTERM], 2), start=1):
         process = start(stage, processes, BAD_BATCHES)
@@ -109,9 +122,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(undisturbed, tmp_pa
         process.communicate(timeout=60)
     process = start(stage, processes, BAD_BATCHES)
     assert process.wait(120) == 0, process.stdout.read()
-    assert digest(stage) == digest(reference), [e for e in events(stage) if e["kind"] in ("attempt", "rollback")]
+    assert digest(stage) == digest(references(processes)), [
+        e for e in events(stage) if e["kind"] in ("attempt", "rollback")
+    ]
 
 
+@pytest.mark.slow
 def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path, monkeypatch):
     faults = {"poison": {str(step): "nan" for step in range(7, 25)}}
     outcome = launch(make_stage(tmp_path, "defaults.health.max_rollbacks=2"), 1, faults, monkeypatch)
@@ -121,16 +137,6 @@ def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path, monkeypatch):
     assert "\n" not in outcome.reason
     rollbacks = [(e["step"], e["left_out"]) for e in events(tmp_path / "run" / "finetune") if e["kind"] == "rollback"]
     assert rollbacks == [(0, [5, 8]), (5, [7, 10])]
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory) -> Path:
-    """The stage on two ranks that nothing disturbed."""
-    stage = make_stage(tmp_path_factory.mktemp("calm"))
-    with pytest.MonkeyPatch.context() as patch:
-        assert launch(stage, 2, {}, patch).kind is OutcomeKind.DONE
-    assert not [e for e in events(stage) if e["kind"] in ("rollback", "event")]
-    return stage
 
 
 WATCHED = ["defaults.health.stall_seconds=4", "defaults.tracking.log_every_steps=1"]
@@ -146,51 +152,47 @@ def ranks_of(stage: Path) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-def resumes_to_the_same_bits(stage: Path, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch(stage, 2, {}, monkeypatch).kind is OutcomeKind.DONE
-    assert digest(stage) == digest(calm)
-
-
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_rank_is_named_and_the_run_can_be_retried(calm, tmp_path, monkeypatch, frozen):
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references, tmp_path, monkeypatch, frozen):
     stage = make_stage(tmp_path, *WATCHED)
-    process = start(stage, 2, {})
-    wait_for_step(stage, 7)
+    process = start(stage, 2, BAD_BATCHES)
+    wait_for_step(stage, random.randint(4, 9))
     [victim] = [pid for pid in ranks_of(stage) if f"RANK={frozen}" in environment(pid)]
-    began = time.monotonic()
     os.kill(victim, signal.SIGSTOP)
-    reached = max(e["step"] for e in events(stage) if e["kind"] == "step")  # it is woken, to show its stacks
-    said, _ = process.communicate(timeout=60)
-    took = time.monotonic() - began
+    reached = events(stage)[-1]["step"]  # now: it is woken once more, to show its stacks
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 76, said
     assert f"rank {frozen} on {HOST} gave no sign of life after" in said
     outcome = Stage(stage).last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
-    assert outcome.step in (reached, reached + 1)
+    assert reached <= outcome.step <= reached + 2
     assert f"rank {1 - frozen} waited for it in" in outcome.reason
     for rank in (0, 1):
         assert "pipeline/trainer.py" in stacks(stage, rank)
-    assert took < 30
     assert ranks_of(stage) == []
-    resumes_to_the_same_bits(stage, calm, monkeypatch)
+    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
+    assert digest(stage) == digest(references(2))
 
 
 def environment(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-def test_a_rank_that_hangs_in_its_data_is_named(calm, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_its_data_is_named(references, tmp_path, monkeypatch):
     stage = make_stage(tmp_path, *WATCHED)
-    outcome = launch(stage, 2, {"rank": 1, "sleep": {"8": 1000}}, monkeypatch)
+    outcome = launch(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"8": 1000}}, monkeypatch)
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert outcome.step == 8
     assert f"rank 1 on {HOST} has been in data of step 8 for" in outcome.reason
     assert "rank 0 waited for it in synchronise of step 8" in outcome.reason
     assert "tests/faults.py" in stacks(stage, 1)
     assert ranks_of(stage) == []
-    resumes_to_the_same_bits(stage, calm, monkeypatch)
+    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
+    assert digest(stage) == digest(references(2))
 
 
+@pytest.mark.slow
 def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypatch):
     stage = make_stage(tmp_path, *WATCHED)
     outcome = launch(stage, 2, {"rank": 1, "hang": 8}, monkeypatch)
@@ -200,13 +202,15 @@ def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypat
     assert ranks_of(stage) == []
 
 
-def test_a_slow_rank_raises_no_alarm(calm, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_slow_rank_raises_no_alarm(references, tmp_path, monkeypatch):
     stage = make_stage(tmp_path, *WATCHED)
-    outcome = launch(stage, 2, {"rank": 1, "sleep": {"6": 2.5, "7": 2.5, "8": 2.5}}, monkeypatch)
+    outcome = launch(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"6": 2.5, "7": 2.5, "8": 2.5}}, monkeypatch)
     assert outcome.kind is OutcomeKind.DONE, outcome.reason
-    assert digest(stage) == digest(calm)
+    assert digest(stage) == digest(references(2))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_the_others(tmp_path):
     stage = make_stage(tmp_path, "defaults.tracking.log_every_steps=1")
     process = start(stage, 2, {})
