@@ -69,7 +69,7 @@ def free_ports(count: int) -> int:
     raise RuntimeError(f"no {count} consecutive free ports between 10000 and 32000")
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 180) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 300) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -187,7 +187,7 @@ FAULTS = {
 
 def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> float:
     """Do it to the stage once it has taken so many steps; the seconds from then to the next attempt's first step."""
-    wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}", 240)
+    wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}")
     attempts, began = attempts_of(stage), time.monotonic()
     fault(stage)
     wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")
