@@ -18,7 +18,7 @@ def log_directory(stage_directory: Path) -> Path:
 
 
 def note(stage_directory: Path, event: str, job: str, **fields: Any) -> None:
-    """Append a line: event is submitted, requeued, stopped (given up) or cancelled."""
+    """Append a line: submitted, requeued (asked for: Slurm leaves a cancelled job alone), stopped or cancelled."""
     folder = log_directory(stage_directory)
     folder.mkdir(parents=True, exist_ok=True)
     entry = {"event": event, "time": round(time.time(), 3), "job": job, **fields}

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from pathlib import Path
+from statistics import median
 
 from pipeline.tracking.journal import Event, Tail
 
@@ -20,7 +22,7 @@ class StopWatch(threading.Thread):
         self._cancelled = stage_directory.parent / CANCELLED
         self._tail = Tail(stage_directory / "journal.jsonl")
         self._pace = Pace()
-        self._ends_at = ends_at
+        self._began, self._ends_at = time.time(), ends_at
 
     def run(self) -> None:
         while not self.due(time.time()):
@@ -30,27 +32,32 @@ class StopWatch(threading.Thread):
     def due(self, now: float) -> bool:
         for event in self._tail.poll():
             self._pace.take(event)
-        late = self._ends_at is not None and now >= self._ends_at - self._pace.stop_seconds()
-        return late or self._cancelled.exists()
+        if self._cancelled.exists():
+            return True
+        if self._ends_at is None:
+            return False
+        # Half of the time is for progress, however long saving takes.
+        return now >= max(self._ends_at - self._pace.stop_seconds(), (self._began + self._ends_at) / 2)
 
 
 class Pace:
-    """How long steps and saves of a stage take, from its journal."""
+    """How long steps and saves of a stage take, from its journal. A single hiccup counts for nothing."""
 
     def __init__(self) -> None:
         self._global_batch = 0
-        self._seconds_per_step = 0.0
-        self._seconds_per_save = 0.0
+        self._steps: deque[float] = deque(maxlen=20)
+        self._saves: deque[float] = deque(maxlen=5)
 
     def take(self, event: Event) -> None:
         if event["kind"] == "attempt":
             self._global_batch = event["global_batch"]
-            self._seconds_per_step = self._seconds_per_save = 0.0  # another number of nodes has another pace
+            self._steps.clear()  # another number of nodes has another pace
+            self._saves.clear()
         elif event["kind"] == "step" and event.get("images_per_second"):
-            self._seconds_per_step = max(self._seconds_per_step, self._global_batch / event["images_per_second"])
+            self._steps.append(self._global_batch / event["images_per_second"])
         elif event["kind"] == "save":
-            self._seconds_per_save = max(self._seconds_per_save, event["seconds"])
+            self._saves.append(event["seconds"])
 
     def stop_seconds(self) -> float:
-        """From a signal to the last rank's end, at worst; with nothing measured, the margin alone."""
-        return 2 * self._seconds_per_step + 2 * self._seconds_per_save + 2 * POLL_SECONDS
+        """From a signal to the last rank's end, generously; with nothing measured, the margin alone."""
+        return 2 * sum(median(times) for times in (self._steps, self._saves) if times) + 2 * POLL_SECONDS

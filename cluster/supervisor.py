@@ -40,7 +40,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     fruitless = history.fruitless(directory, committed)
     if fruitless >= attempts_without_progress:
         return give_up(directory, job, f"{fruitless} attempts in a row committed no step after {committed}: {reason}")
-    print(f"stage {directory.name}: {reason}; job {job} is requeued", flush=True)
+    print(f"stage {directory.name}: {reason}; Slurm is asked to run job {job} again", flush=True)
     history.note(directory, "requeued", job, committed=committed, code=code, reason=reason)
     while True:
         try:

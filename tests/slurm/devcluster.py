@@ -69,7 +69,7 @@ def free_ports(count: int) -> int:
     raise RuntimeError(f"no {count} consecutive free ports between 10000 and 32000")
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 180) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 300) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -127,8 +127,12 @@ def preempt(stage: Path) -> None:
 
 
 def time_limit(stage: Path) -> None:
-    """The limit comes so near that Slurm warns at its next look, which is within half a minute."""
-    slurm("scontrol", "update", f"JobId={job_of(stage)}", "TimeLimit=1")
+    """The limit comes so near that Slurm warns, or ends the job, at its next look, which is within half a minute. Until
+    then a rank stands still, or the stage would be done before."""
+    job = job_of(stage)
+    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
+    os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
 
 
 def kill_rank_0(stage: Path) -> None:
@@ -158,7 +162,8 @@ def freeze_node(stage: Path) -> None:
     """Split brain: the node does not answer, its ranks run on."""
     node = nodes_of(job_of(stage))[-1]
     slurm(str(COMMAND), "freeze-node", node)
-    time.sleep(10)
+    wait_for(lambda: "down" in slurm("sinfo", "-h", "-n", node, "-o", "%t"), "slurmctld to notice")
+    time.sleep(5)
     slurm(str(COMMAND), "thaw-node", node)
 
 
@@ -182,7 +187,7 @@ FAULTS = {
 
 def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> float:
     """Do it to the stage once it has taken so many steps; the seconds from then to the next attempt's first step."""
-    wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}", 240)
+    wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}")
     attempts, began = attempts_of(stage), time.monotonic()
     fault(stage)
     wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")

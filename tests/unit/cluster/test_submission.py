@@ -27,19 +27,24 @@ def journal(stage: Path, attempt: int = 1) -> Journal:
 
 
 def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path):
-    stage = tmp_path / "run" / "pretrain"
-    watch = StopWatch(stage, ends_at=1000.0)
+    stage, end = tmp_path / "run" / "pretrain", time.time() + 1000
+    watch = StopWatch(stage, ends_at=end)
     margin = Pace().stop_seconds()
-    assert not watch.due(1000.0 - margin - 1)
+    assert not watch.due(end - margin - 1)
     with journal(stage) as log:
         log.write("attempt", step=0, global_batch=32)
-        log.write("step", step=1, images_per_second=8.0)  # 4 s
-        log.write("save", step=1, seconds=30.0)
-    assert watch.due(1000.0 - margin - 2 * 4 - 2 * 30)
-    assert not watch.due(1000.0 - margin - 2 * 4 - 2 * 30 - 1)
+        for step, speed in enumerate((8.0, 8.0, 0.1), 1):  # 4 s, and once a disk was asleep
+            log.write("step", step=step, images_per_second=speed)
+        log.write("save", step=3, seconds=30.0)
+    assert watch.due(end - margin - 2 * 4 - 2 * 30)
+    assert not watch.due(end - margin - 2 * 4 - 2 * 30 - 1)
     with journal(stage, 2) as log:  # on more nodes
-        log.write("attempt", step=1, global_batch=32)
-    assert not watch.due(1000.0 - margin - 1)
+        log.write("attempt", step=3, global_batch=32)
+    assert not watch.due(end - margin - 1)
+    with journal(stage, 2) as log:
+        log.write("save", step=4, seconds=1e6)
+    assert not watch.due(end - 501)
+    assert watch.due(end - 499)
     assert not StopWatch(stage, ends_at=None).due(1e12)
 
 
