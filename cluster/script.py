@@ -189,6 +189,6 @@ def _executor(folder: Path, python: str) -> Any:
 def _reason(said: str) -> str:
     """sbatch's words without its ornaments."""
     if "temporarily unable to accept job" in said:
-        return "its queue is full; try again later"
+        return "the queue is full; `fcmae resume` goes on from here when there is room"
     found = re.findall(r"error: (.+)", said)
     return " ".join((found[-1] if found else said.strip() or "no reason given").split())

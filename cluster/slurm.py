@@ -83,10 +83,11 @@ def cancel(id: str) -> None:
 
 
 def requeue(id: str) -> None:
-    """Let a running job wait and start again. With `Incomplete` Slurm leaves alone what no longer runs: a plain
-    requeue revives a job that a person has cancelled. One that Slurm has requeued already, as some preemptions do, it
-    leaves alone as well."""
+    """Let a job start again. One that a person has cancelled stays so, and one that Slurm has requeued already, as some
+    preemptions do, is left alone: a plain requeue would revive the first. Only the time limit is no reason to end."""
     ask("scontrol", "requeue", "Incomplete", id)
+    if any(job.reason == "TimeLimit" for job in jobs(ids=[id])):
+        ask("scontrol", "requeue", id)
 
 
 def partition(name: str | None) -> dict[str, str] | None:

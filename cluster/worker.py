@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 # Everything by which a person, a time limit or a preemption asks for a stop.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-PERMANENT, CRASHED = 1, 70  # exit codes of a rank; a stage that is done or saved leaves with 0
+# Exit codes of a rank; done and saved are 0. srun hands on the largest, and fails with 1 for reasons of its own.
+CRASHED, PERMANENT = 70, 78
 
 
 def block_stop_signals() -> str:

@@ -215,6 +215,8 @@ def _open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack
     if not world.is_main:
         return None
     log_file = stack.enter_context(journal.Journal(stage.directory / "journal.jsonl", stage.attempt))
+    for change in journal.changed_versions(log_file.path, _versions()):
+        log_file.write("event", level="warning", message=change)
     tracking = stage.recipe.tracking
     if tracking.mlflow:
         forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,3 +164,12 @@ def steps(events: Iterable[Event]) -> dict[int, Event]:
     """step -> its standing "step" event; of several lines of a step the last."""
     found = {e["step"]: e for e in standing(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)}
     return dict(sorted(found.items()))
+
+
+def changed_versions(path: str | Path, versions: Mapping[str, str]) -> list[str]:
+    """A sentence for each package whose version is not that of the last attempt."""
+    noted = [event["versions"] for event in read(path) if event.get("kind") == "attempt" and "versions" in event]
+    before = noted[-1] if noted else versions
+    names = sorted(before.keys() | versions.keys())
+    changed = [name for name in names if before.get(name) != versions.get(name)]
+    return [f"{name} was {before.get(name, 'absent')}, now it is {versions.get(name, 'absent')}" for name in changed]

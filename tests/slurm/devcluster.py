@@ -127,8 +127,12 @@ def preempt(stage: Path) -> None:
 
 
 def time_limit(stage: Path) -> None:
-    """The limit comes so near that Slurm warns at its next look, which is within half a minute."""
-    slurm("scontrol", "update", f"JobId={job_of(stage)}", "TimeLimit=1")
+    """The limit comes so near that Slurm warns, or ends the job, at its next look, which is within half a minute. Until
+    then a rank stands still, or the stage would be done before."""
+    job = job_of(stage)
+    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
+    os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
 
 
 def kill_rank_0(stage: Path) -> None:
@@ -158,7 +162,8 @@ def freeze_node(stage: Path) -> None:
     """Split brain: the node does not answer, its ranks run on."""
     node = nodes_of(job_of(stage))[-1]
     slurm(str(COMMAND), "freeze-node", node)
-    time.sleep(10)
+    wait_for(lambda: "down" in slurm("sinfo", "-h", "-n", node, "-o", "%t"), "slurmctld to notice")
+    time.sleep(5)
     slurm(str(COMMAND), "thaw-node", node)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.devcluster import FAULTS, strike
-from tests.slurm.matrix import OVERRIDES, STAGES, digests, submit, wait_done
-from tests.support import fcmae, write_tiny_recipe
+from tests.slurm.matrix import STAGES, digests, long_recipe, submit, wait_done
+from tests.support import fcmae
 
 # Two for each stage; every day another stage gets them. Each of them in each stage: python -m tests.slurm.matrix
 STRIKES = ["preempt", "kill_rank_1", "kill_other_node", "restart_slurmctld", "time_limit", "kill_batch_node"]
@@ -15,7 +15,7 @@ STRIKES = ["preempt", "kill_rank_1", "kill_other_node", "restart_slurmctld", "ti
 
 @pytest.mark.slow
 def test_a_chain_that_everything_happens_to_ends_with_the_same_bits(slurm: None, tmp_path: Path) -> None:
-    recipe, run = write_tiny_recipe(tmp_path, OVERRIDES), tmp_path / "run"
+    recipe, run = long_recipe(tmp_path), tmp_path / "run"
     submit(recipe, run)
     today = 2 * (datetime.date.today().toordinal() % len(STAGES))
     strikes = STRIKES[today:] + STRIKES[:today]

@@ -18,10 +18,14 @@ from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
+from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
+from pipeline.tracking import journal
+from pipeline.tracking.journal import steps
 from tests.slurm import devcluster as faults
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+from tools import cluster_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
 LONG = [  # 120 steps, long enough to be stopped in the middle
@@ -37,12 +41,11 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     def submit_chain(*overrides: str, site: object = "devcluster") -> Path:
         recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
-        answer = fcmae("submit", recipe, "--site", site, "--out", run)
-        assert answer.returncode == 0, answer.stderr
+        cluster_commands.submit(str(recipe), str(site), run)
         return run
 
     yield submit_chain
-    fcmae("cancel", run)
+    cluster_commands.cancel(run)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +83,9 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     wait_until(stage, JobState.ENDED)
 
     saved = outcome_of_attempt(stage, 1)
-    steps = [(event["attempt"], event["step"]) for event in events(stage, "step")]
+    taken = [(event["attempt"], event["step"]) for event in events(stage, "step")]
     assert saved["kind"] == OutcomeKind.SAVED
-    assert steps == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
+    assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
 
@@ -114,6 +117,8 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     time.sleep(1)
     assert job_of(stage).state is JobState.CANCELLED
     assert Stage(stage).done() is None
+    path = stage / "journal.jsonl"
+    path.write_text(path.read_text().replace('"numpy":"', '"numpy":"0'))
     # As many ranks on another number of nodes.
     site = run / "one-node.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 1, "tasks_per_node": 2}))
@@ -124,6 +129,7 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
     assert job_of(stage).id != job.id
+    assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
 
 
 def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit):
@@ -159,8 +165,13 @@ def held(run: Path) -> Path:
     return path
 
 
-def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
+def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
+    def said(command: Callable[[Path], None]) -> str:
+        command(run)
+        return capsys.readouterr().out
+
     run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))
+    capsys.readouterr()
     names = ["pretrain", "intermediate", "finetune"]
     first = {name: job_of(run / name) for name in names}
     assert {job.state for job in first.values()} == {JobState.WAITING}
@@ -168,22 +179,21 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path):
     # As if the machine that submitted had died, and its notes with it.
     for name in names:
         (run / name / "slurm" / "jobs.jsonl").unlink()
-    assert "to submit" not in fcmae("resume", run).stdout
-    # The middle of the chain is gone, and with it what waited for it.
+    assert "to submit" not in said(cluster_commands.resume)
+    # Two of three are gone, as when the machine died in the middle of submitting.
+    scheduler.cancel(first["finetune"].id)
     scheduler.cancel(first["intermediate"].id)
-    wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "the dependents' end")
-    again = fcmae("resume", run)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("to submit") == 2
+    wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "their end")
+    assert said(cluster_commands.resume).count("to submit") == 2
     assert job_of(run / "intermediate").after == first["pretrain"].id
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     # A job that waits for the wrong one is replaced.
     stale = job_of(run / "finetune").id
     subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
-    assert fcmae("resume", run).stdout.count("to submit") == 1
+    assert said(cluster_commands.resume).count("to submit") == 1
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
-    assert fcmae("cancel", run).stdout.count("is cancelled") == 3
+    assert said(cluster_commands.cancel).count("is cancelled") == 3
     assert not [job for job in scheduler.jobs() if job.live]
 
 
@@ -193,12 +203,11 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     def refusal(**site: object) -> str:
         path = tmp_path / "site.yaml"
         path.write_text(yaml.safe_dump(site))
-        answer = fcmae("submit", recipe, "--site", path, "--out", run)
-        assert answer.returncode == 1
-        assert answer.stderr.startswith("fcmae: ")
-        assert answer.stderr.count("\n") == 1
+        with pytest.raises(UserError) as refused:
+            cluster_commands.submit(str(recipe), str(path), run)
+        assert "\n" not in str(refused.value)
         assert not run.exists()
-        return answer.stderr
+        return str(refused.value)
 
     assert "there is no partition nowhere" in refusal(partition="nowhere")
     assert "3 processes do not divide the 4 slots" in refusal(nodes=3)
@@ -212,7 +221,7 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_slurmctld_run_and_logs_are_still_there(submit):
+def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbed):
     run = submit()
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
@@ -230,9 +239,19 @@ def test_without_slurmctld_run_and_logs_are_still_there(submit):
         wait_for(lambda: (stage / "attempts" / "000001.outcome.json").exists(), "the stop")
     finally:
         subprocess.run([faults.COMMAND, "up"], check=True, capture_output=True)
-    assert outcome_of_attempt(stage, 1)["kind"] in (OutcomeKind.SAVED, OutcomeKind.DONE)
+    assert outcome_of_attempt(stage, 1)["kind"] == OutcomeKind.SAVED
     wait_until(stage, JobState.FAILED)
     assert history.read(stage)[-1]["reason"] == "cancelled"
+
+    site = run / "more-nodes.yaml"
+    site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
+    cluster_commands.resume(run, str(site))
+    wait_until(stage, JobState.ENDED)
+    resumed = events(stage, "attempt")[1]
+    assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])
+    ours, theirs = (steps(journal.read(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
+    for step in range(resumed["step"] + 1, resumed["step"] + 21):
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
 
 
 def test_forgotten_and_foreign_jobs(slurm):

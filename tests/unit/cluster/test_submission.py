@@ -13,11 +13,12 @@ import pytest
 from cluster import history, snapshot
 from cluster.launcher import LaunchError
 from cluster.logs import show
-from cluster.slurm import ask, minutes
+from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
 from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+from tools.cluster_commands import submit
 
 
 def journal(stage: Path, attempt: int = 1) -> Journal:
@@ -123,36 +124,31 @@ def test_times_of_slurm_in_minutes():
     assert limits == [30, 1440.5, float("inf")]
 
 
-def test_without_slurm_it_is_one_sentence(tmp_path, monkeypatch):
+def test_without_slurm_it_is_one_sentence(tmp_path):
     recipe = write_tiny_recipe(tmp_path)
     answer = fcmae("submit", recipe, "--site", "devcluster", "--out", tmp_path / "run", PATH=str(tmp_path))
     assert answer.returncode == 1
     assert answer.stderr.startswith("fcmae: there is no squeue on PATH")
     assert answer.stderr.count("\n") == 1
+
+
+def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LaunchError, match="there is no scontrol on PATH"):
-        ask("scontrol", "ping")
-
-
-def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path):
-    recipe = write_tiny_recipe(tmp_path)
+    recipe, run = str(write_tiny_recipe(tmp_path)), tmp_path / "run"
     before = sorted(tmp_path.rglob("*"))
-    shown = fcmae("submit", recipe, "--site", "devcluster", "--out", tmp_path / "run", "--dry-run", PATH=str(tmp_path))
-    assert shown.returncode == 0, shown.stderr
+    submit(recipe, "devcluster", run, dry_run=True)
+    shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    assert shown.stdout.count("#!/bin/bash") == 3
-    assert shown.stdout.count("--dependency=afterok:JOB-OF-") == 2
-    refused = fcmae("submit", recipe, "--site", "devcluster", "--out", "run", "--dry-run", "--from", "finetune")
-    assert "stage finetune starts from intermediate, which is neither done nor queued" in refused.stderr
+    assert shown.count("#!/bin/bash") == 3
+    assert shown.count("--dependency=afterok:JOB-OF-") == 2
+    with pytest.raises(LaunchError, match="finetune starts from intermediate, which is neither done nor queued"):
+        submit(recipe, "devcluster", run, dry_run=True, start="finetune")
 
 
-def test_without_submitit_it_is_one_sentence(tmp_path):
-    (tmp_path / "submitit.py").write_text("raise ImportError")
-    answer = fcmae(
-        "submit", write_tiny_recipe(tmp_path), "--site", "devcluster", "--out", tmp_path / "run", "--dry-run",
-        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', os.getcwd())}",
-    )  # fmt: skip
-    assert answer.stderr == "fcmae: submitit is not installed; run `pip install submitit`, or use `fcmae run`\n"
+def test_without_submitit_it_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(LaunchError, match="submitit is not installed; run `pip install submitit`"):
+        submit(str(write_tiny_recipe(tmp_path)), "devcluster", tmp_path / "run", dry_run=True)
 
 
 def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):

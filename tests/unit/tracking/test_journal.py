@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tracking.journal import Journal, Tail, read, steps
+from pipeline.tracking.journal import Journal, Tail, changed_versions, read, steps
 
 
 def test_every_cut_keeps_the_whole_lines_and_only_those(tmp_path: Path) -> None:
@@ -148,3 +148,15 @@ def test_time_and_attempt_are_stamped(tmp_path: Path) -> None:
     (event,) = read(path)
     assert event["attempt"] == 7
     assert before - 1 < event["time"] < time.time() + 1
+
+
+def test_other_versions_than_the_last_attempts_are_told(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    now = {"torch": "2.13", "numpy": "2.1", "numba": "0.61"}
+    assert changed_versions(path, now) == []
+    with Journal(path, 1) as log:
+        log.write("attempt", step=0, versions={"torch": "2.12", "numpy": "2.1", "ffcv": "1.0"})
+        log.write("attempt", step=0)
+    assert changed_versions(path, now) == [
+        "ffcv was 1.0, now it is absent", "numba was absent, now it is 0.61", "torch was 2.12, now it is 2.13",
+    ]  # fmt: skip
