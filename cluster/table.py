@@ -12,7 +12,6 @@ from cluster.status import StageStatus, State
 
 BAR_WIDTH = 24
 RESTARTS_SHOWN = 3  # of each stage, the last ones
-LINE_CHARACTERS = 150  # of what a restart says; --json has it whole
 COLOUR: dict[State, str] = {
     "waiting": "dim", "queued": "yellow", "starting": "cyan", "running": "cyan", "saved": "yellow", "failed": "red",
     "cancelled": "red", "done": "green", "interrupted": "red",
@@ -75,15 +74,12 @@ def render(statuses: list[StageStatus], trouble: str = "") -> Group:
         ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
         if (hidden := len(ended) - RESTARTS_SHOWN) > 0:
             lines.append(f"{s.stage}, {hidden} earlier attempts: see --json")
-        lines += [_shortened(f"{s.stage}, {reason}") for reason in ended[-RESTARTS_SHOWN:]]
+        lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
     if trouble:
         lines.append(f"from the files alone: {trouble}")
-    return Group(stage_table(statuses), *[Text(line, style="dim") for line in lines])
-
-
-def _shortened(line: str) -> str:
-    line = " ".join(line.split())
-    return line if len(line) <= LINE_CHARACTERS else f"{line[: LINE_CHARACTERS - 1]}…"
+    # One row each; --json has them whole.
+    rows = [Text(" ".join(line.split()), style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
+    return Group(stage_table(statuses), *rows)
 
 
 def of_total(s: StageStatus) -> str:

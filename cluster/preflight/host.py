@@ -99,7 +99,7 @@ def _disks(expected: Expectations) -> Iterator[Finding]:
     settings = expected.settings
     places = [("scratch", expected.scratch, True)] if expected.scratch else []
     for name, folder, local in [*places, ("run directory", expected.stage_directory, False)]:
-        answer = _within(settings.disk_timeout_seconds, lambda folder=folder: _probe(folder))
+        answer = _within(settings.disk_timeout_seconds, lambda folder=folder, local=local: _probe(folder, make=local))
         if answer is None:
             detail = f"{folder} did not take 4 MiB within {settings.disk_timeout_seconds:g} s"
             yield Finding(name, Level.BAD_NODE, detail, "the mount may hang: see dmesg there")
@@ -118,8 +118,10 @@ def _disks(expected: Expectations) -> Iterator[Finding]:
                 yield Finding(name, Level.OK, detail, value=free / GIB)
 
 
-def _probe(folder: Path) -> tuple[int, float]:
-    """(free bytes, seconds to write, sync and read back some random bytes)."""
+def _probe(folder: Path, make: bool) -> tuple[int, float]:
+    """(free bytes, seconds to write, sync and read back some random bytes). A folder of ours is made first."""
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     content, began = os.urandom(DISK_PROBE_BYTES), time.perf_counter()
     with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder) as file:
         file.write(content)

@@ -1,0 +1,73 @@
+"""What tools/devcluster does to a cluster, each of it twice."""
+
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.slurm.devcluster import COMMAND, wait_for
+
+
+def run(*command: object) -> str:
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def state(job: str) -> Callable[[str], bool]:
+    return lambda wanted: wanted in run("squeue", "-h", "--states=all", "-j", job, "-o", "%T")
+
+
+@pytest.fixture
+def sleeper(slurm) -> str:
+    """A job on two nodes that sleeps and may be preempted."""
+    job = run("sbatch", "--parsable", "-N2", "--requeue", "--chdir=/", "--output=/dev/null", "--wrap=sleep 600")
+    wait_for(lambda: state(job)("RUNNING"), "the job to run")
+    yield job
+    run("scancel", job)
+
+
+def test_usage():
+    assert "kill-node N" in run(COMMAND, "help")
+    wrong = subprocess.run([COMMAND, "dance"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "kill-node N" in wrong.stderr
+
+
+def test_preempt_takes_every_node_and_gives_them_back(slurm, sleeper):
+    thief = run(COMMAND, "preempt", 1)
+    wait_for(lambda: state(thief)("COMPLETED"), "the end of the job of higher priority")
+    assert "Restarts=1" in run("scontrol", "show", "job", sleeper)
+    wait_for(lambda: state(sleeper)("RUNNING"), "the job to run again")
+
+
+def test_the_controller_dies_and_remembers(slurm, sleeper):
+    time.sleep(6)  # slurmctld writes its state down within five seconds
+    for _ in range(2):
+        run(COMMAND, "kill-controller")
+    assert subprocess.run([COMMAND, "status"], capture_output=True).returncode == 3
+    for _ in range(2):
+        run(COMMAND, "start-controller")
+    wait_for(lambda: not subprocess.run(["squeue"], capture_output=True).returncode, "the controller to answer")
+    assert state(sleeper)("RUNNING"), run("squeue", "--states=all")
+    wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "all nodes")
+
+
+def test_nodes_may_be_told_twice(slurm):
+    for command in ("kill-node", "start-node", "freeze-node", "thaw-node"):
+        for _ in range(2):
+            run(COMMAND, command, "n4")
+    wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "node n4")
+
+
+@pytest.mark.slow
+def test_the_demonstration(slurm, tmp_path):
+    from tests.support import write_tiny_recipe
+    from tools.demo_slurm import DemoError, demonstrate
+
+    changes = ("schedule.epochs=8", "tracking.log_every_steps=1")
+    recipe = write_tiny_recipe(tmp_path, [f"stages.{s}.{c}" for s in ("pretrain", "intermediate") for c in changes])
+    demonstrate(str(recipe), tmp_path / "slurm", tmp_path / "reference", [])
+    with pytest.raises(DemoError, match="exists; remove it"):
+        demonstrate(str(recipe), tmp_path / "slurm", tmp_path / "reference", [])
