@@ -47,6 +47,7 @@ def train(
     rollback is due for is never saved: whoever resumes from before it finds the same.
     """
     step = start
+    stop()  # what came while the stage was set up, before the first batch is waited for
     while True:
         due = [action for action in actions if not stop.number and action.due(step)]
         if due or stop.number or step == last or log.is_full:

@@ -39,7 +39,6 @@ class World:
         where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(where)
-        torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // local_size, 1))
         timeout = timedelta(seconds=timeout_seconds)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
@@ -47,7 +46,9 @@ class World:
             store = dist.HashStore()
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
+        world = cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
+        torch.set_num_threads(threads or world.cores())
+        return world
 
     @property
     def is_main(self) -> bool:
