@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from cluster.launcher import LaunchError
+from cluster.preflight.settings import PreflightSettings
 from pipeline.errors import RecipeError
 from pipeline.recipe.files import validate
 from pipeline.recipe.schema import Section
@@ -90,6 +91,8 @@ class Site(Section):
     """A folder that every node sees by the same path: a relative --out lies in it."""
     sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
     """Further options of sbatch, without their dashes; true for one without value."""
+    preflight: PreflightSettings = PreflightSettings()
+    """What a node must have before a rank trains on it."""
     stages: dict[str, dict[str, Any]] = Field({})
     """stage -> fields that differ there."""
 

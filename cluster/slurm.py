@@ -90,6 +90,11 @@ def requeue(id: str) -> None:
         ask("scontrol", "requeue", id)
 
 
+def exclude(id: str, nodes: Iterable[str]) -> None:
+    """Keep the next start of a waiting job off these nodes, and off no others."""
+    ask("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
+
+
 def partition(name: str | None) -> dict[str, str] | None:
     """The fields of a partition, or of the default one; None if there is none."""
     text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", unless="not found")

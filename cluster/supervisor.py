@@ -14,7 +14,9 @@ from pathlib import Path
 
 from cluster import history, slurm
 from cluster.launcher import LaunchError
+from cluster.preflight.guard import bad_nodes
 from cluster.stopwatch import CANCELLED
+from cluster.submit import stored_site
 from cluster.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.recipe import load
@@ -30,6 +32,9 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         return 0
     outcome = stage.last_outcome()
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
+    avoid = bad_nodes(directory, job)
+    if avoid:
+        reason = "; ".join(f"{node} is a bad node ({why})" for node, why in avoid.items())
     if (directory.parent / CANCELLED).exists():
         print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
         history.note(directory, "stopped", job, reason="cancelled")
@@ -45,6 +50,8 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     while True:
         try:
             slurm.requeue(job)
+            if avoid:
+                slurm.exclude(job, {*avoid, *stored_site(directory.parent).for_stage(directory.name).exclude})
             return 0
         except slurm.NoControllerError as error:
             print(error, flush=True)

@@ -7,9 +7,12 @@ import sys
 import traceback
 import zlib
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.stage import Outcome
 
 # Everything by which a person, a time limit or a preemption asks for a stop.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -55,7 +58,7 @@ class RunStage:
 
             if rank == 0:
                 StopWatch(directory, _job_end()).start()
-            outcome = run_stage(directory)
+            outcome = preflight_outcome(directory) or run_stage(directory)
         except UserError as error:
             leave(PERMANENT, str(error))
         except Exception:
@@ -64,6 +67,27 @@ class RunStage:
         if outcome.kind is OutcomeKind.BAD_NODE:
             code = CRASHED
         leave(code, f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". "))
+
+
+def preflight_outcome(directory: Path) -> "Outcome | None":
+    """Why this rank had better not train, if so. A signal that comes meanwhile waits for `run_stage`."""
+    import submitit
+
+    from cluster.preflight import Expectations
+    from cluster.preflight.guard import guard
+    from cluster.submit import stored_site
+
+    site = stored_site(directory.parent).for_stage(directory.name)
+    scratch = os.environ.get("FCMAE_SCRATCH")
+    expected = Expectations(
+        directory,
+        Path(scratch) if scratch else None,
+        devices=site.gpus_per_node,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        settings=site.preflight,
+    )
+    hosts = submitit.JobEnvironment().hostnames
+    return guard(expected, [host for host in hosts for _ in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
 
 
 def export_rank_environment() -> int:
