@@ -14,7 +14,7 @@ from cluster.launcher import LaunchError
 from cluster.preflight.settings import PreflightSettings
 from pipeline.errors import RecipeError
 from pipeline.recipe.files import validate
-from pipeline.recipe.schema import Section
+from pipeline.recipe.sections import Section
 
 INCLUDED = Path(__file__).parent / "sites"
 # What we set ourselves; a second value would win or lose by its place in the script.

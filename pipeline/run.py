@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import platform
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,15 +17,12 @@ from torch import nn
 
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.augment import RandAugment
-from pipeline.data.cache import Cache
-from pipeline.data.checks import StageData, open_data
-from pipeline.data.feed import Batch, EvaluationFeed, TrainFeed
-from pipeline.data.staging import cache_directory
+from pipeline.data.feed import Batch
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.failures import explaining_lost_peers, failure, leave
+from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health.anomalies import Guard, Rollbacks
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
@@ -34,7 +30,6 @@ from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
-from pipeline.recipe import StageRecipe
 from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
@@ -80,7 +75,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
-    data = _open_data(recipe, world, stop, stack)
+    data = open_stage_data(recipe, world, stop, stack)
     if data is None:
         return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}")
     identity = {name: part.beton.sha256 for name, part in data.items()}
@@ -93,9 +88,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     objective = create_objective(recipe, seed)
     engine = create_engine(objective.build_model(), recipe, world)
     workers = recipe.data.workers or max(world.cores() - 1, 1)
-    feed = _train_feed(recipe, data["train"], seed, world, workers)
+    feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
-    validation = _evaluation_feed(recipe, data["validation"], world, workers)
+    validation = evaluation_feed(recipe, data["validation"], world, workers)
     facts = {
         "recipe": recipe.fingerprint(),
         "data": identity,
@@ -117,7 +112,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         device=str(world.device),
         versions=_versions(),
     )
-    engine.warm_up(_example_batch(recipe), objective)
+    engine.warm_up(example_batch(recipe), objective)
     lower_is_better = objective.metric == "loss"
     events = stage.directory / "journal.jsonl"
     checkpoints = Checkpoints(
@@ -243,67 +238,6 @@ def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> W
 
     directory = stage.directory / "health" / f"{stage.attempt:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)
-
-
-def _open_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: ExitStack) -> dict[str, StageData] | None:
-    """The data on every rank's machine; None if the ranks agreed to stop while it was fetched."""
-    given_up = threading.Event()
-    directory = cache_directory(recipe.data.cache_dir)
-    cache = stack.enter_context(Cache(directory, recipe.data.cache_bytes, given_up.is_set))
-    try:
-        return world.on_every_rank(lambda: open_data(recipe, cache), stop)
-    finally:
-        given_up.set()
-
-
-def _train_feed(recipe: StageRecipe, data: StageData, seed: int, world: World, workers: int) -> TrainFeed:
-    return TrainFeed(
-        data.beton,
-        subset=data.subset,
-        image_size=recipe.data.image_size,
-        seed=seed,
-        slots=recipe.batch.slots,
-        slot_size=recipe.batch.slot,
-        rank=world.rank,
-        world_size=world.size,
-        slots_per_micro_batch=recipe.batch.micro_slots,
-        workers=workers,
-        device=world.device,
-        timeout_seconds=recipe.data.timeout_seconds,
-        crop_scale=recipe.data.crop_scale,
-        crop_ratio=recipe.data.crop_ratio,
-        flip_probability=recipe.data.flip,
-        rand_augment=recipe.data.rand_augment and RandAugment.parse(recipe.data.rand_augment),
-        skip_damaged=recipe.data.on_damaged == "skip",
-    )
-
-
-def _evaluation_feed(recipe: StageRecipe, data: StageData, world: World, workers: int) -> EvaluationFeed:
-    return EvaluationFeed(
-        data.beton,
-        subset=data.subset,
-        image_size=recipe.data.image_size,
-        crop_pct=recipe.data.crop_pct,
-        batch_size=recipe.evaluation.batch,
-        rank=world.rank,
-        world_size=world.size,
-        workers=workers,
-        device=world.device,
-        timeout_seconds=recipe.data.timeout_seconds,
-        skip_damaged=recipe.data.on_damaged == "skip",
-    )
-
-
-def _example_batch(recipe: StageRecipe) -> Batch:
-    n, size = recipe.batch.slot * recipe.batch.micro_slots, recipe.data.image_size
-    return Batch(
-        images=torch.zeros(n, 3, size, size, dtype=torch.uint8),
-        labels=torch.zeros(n, dtype=torch.int64),
-        ids=torch.arange(n),
-        epoch=0,
-        slots=tuple(range(recipe.batch.micro_slots)),
-        valid=torch.ones(n, dtype=torch.bool),
-    )
 
 
 def _open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack) -> journal.Journal | None:

@@ -17,7 +17,7 @@ from pipeline.checkpoint.store import EVER_COMMITTED, CheckpointStore
 from pipeline.engines import Engine, World
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.folder import Folder
-from pipeline.recipe.schema import Checkpoint
+from pipeline.recipe.sections import Checkpoint
 from pipeline.stage import Stage, write_json
 from pipeline.tracking.journal import Event, standing
 

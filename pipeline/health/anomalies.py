@@ -19,7 +19,7 @@ from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
-from pipeline.recipe.schema import Health
+from pipeline.recipe.sections import Health
 from pipeline.saving import Checkpoints
 
 NEVER = -(2**40)  # a step that no window reaches back to

@@ -1,11 +1,12 @@
-"""What to train: typed sections (`schema`), read from YAML (`files`).
+"""What to train: a typed schema of `sections`, read from YAML (`files`).
 
 A recipe is YAML. `extends: other.yaml` starts from another file; `defaults:` is what the stages share; a stage set to
 null is left out. Every key is checked.
 """
 
 from pipeline.recipe.files import dump, load, load_stage
-from pipeline.recipe.schema import ChainRecipe, ClassificationSettings, FCMAESettings, Model, StageRecipe, changes
+from pipeline.recipe.schema import ChainRecipe, StageRecipe, changes
+from pipeline.recipe.sections import ClassificationSettings, FCMAESettings, Model
 
 __all__ = [
     "ChainRecipe",

@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.schema import ChainRecipe, ClassificationSettings, FCMAESettings, Section, StageRecipe
+from pipeline.recipe.schema import ChainRecipe, StageRecipe
+from pipeline.recipe.sections import ClassificationSettings, FCMAESettings, Section
 
 _STAGE_NAME = object()
 

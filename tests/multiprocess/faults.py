@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.checkpoint.store import flatten
 from pipeline.engines import World
 from pipeline.recipe import StageRecipe, load
-from pipeline.recipe.schema import Checkpoint
+from pipeline.recipe.sections import Checkpoint
 from pipeline.saving import Checkpoints, open_store
 from pipeline.stage import Stage
 from tests.support import write_tiny_recipe

@@ -18,7 +18,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.checkpoint.store import flatten
 from pipeline.engines import World
 from pipeline.errors import CheckpointError
-from pipeline.recipe.schema import Checkpoint
+from pipeline.recipe.sections import Checkpoint
 from pipeline.saving import Checkpoints
 from tests.multiprocess import faults
 from tests.multiprocess.flaky_s3 import flaky_s3

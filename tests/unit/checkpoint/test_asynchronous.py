@@ -7,7 +7,7 @@ import torch
 from pipeline.checkpoint.store import flatten
 from pipeline.engines import World
 from pipeline.errors import CheckpointError, OvertakenError
-from pipeline.recipe.schema import Checkpoint
+from pipeline.recipe.sections import Checkpoint
 from pipeline.saving import Checkpoints, best_evaluation
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.health.anomalies import Guard
-from pipeline.recipe.schema import Health
+from pipeline.recipe.sections import Health
 
 
 def make_guard(**settings) -> Guard:

@@ -1,0 +1,282 @@
+"""The sections of a stage's recipe: typed, strict, each field with what it means. A field marked operational says only
+how fast or where a stage runs; it may change on resume.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.data.augment import RandAugment
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """A field that may change on resume: it says how fast or where, not what is computed."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    name: Literal[
+        "convnextv2", "convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano", "convnextv2_tiny",
+        "convnextv2_base", "convnextv2_large", "convnextv2_huge",
+    ] = "convnextv2"  # fmt: skip
+    """A published size, or convnextv2 with depths and dims."""
+    depths: tuple[int, ...] | None = None
+    """Blocks of each stage; None takes the named variant's."""
+    dims: tuple[int, ...] | None = None
+    stem_stride: int = Field(4, ge=1)
+    """Pixels on a side of a stem patch."""
+    response: Literal["grn", "none", "lrn", "bn", "ln", "se", "cbam"] = "grn"
+    """What normalises a block's 4C channels. ConvNeXt V1 is none, with a layer_scale of 1e-6."""
+    grn_aggregation: Literal["l2", "l1", "average"] = "l2"
+    """GRN: how one number is made of a channel's sites."""
+    grn_normaliser: Literal["mean", "sum", "inverse", "standardise"] = "mean"
+    """GRN: a channel's number over the mean of all, over their sum, the inverse of the mean alone, or standardised."""
+    grn_residual: bool = True
+    """GRN: whether its input is added."""
+    layer_scale: float | None = Field(None, gt=0)
+    """Initial value of a factor on each block's branch, as in ConvNeXt V1; null has none."""
+    init: Literal["plain", "official"] = "plain"
+    """Initial weights: normal with deviation 0.02, or the official pre-training's, which starts FCMAE at a loss of 16
+    and overflows half precision. Both are the same in a classifier."""
+    checkpointing: bool = operational(False)
+    """Compute activations inside a block again in the backward pass: less memory, a third more work."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of a cell: of one site of the last stage."""
+        return self.stem_stride * 2 ** (len(self.depths or (1, 1, 1, 1)) - 1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Model":
+        if (self.depths is None) != (self.dims is None) or len(self.depths or ()) != len(self.dims or ()):
+            raise ValueError(
+                f"depths {self.depths} and dims {self.dims} must be given together, one number for each stage"
+            )
+        # Without any key this is a placeholder: a recipe that says nothing of its model is refused when it is used.
+        if self.model_fields_set and (self.name == "convnextv2") != (self.depths is not None):
+            raise ValueError(
+                f"name {self.name} and depths {self.depths} do not go together; convnextv2 needs depths and dims, the"
+                " published sizes have their own"
+            )
+        for name in ("grn_aggregation", "grn_normaliser", "grn_residual"):
+            value = getattr(self, name)
+            if self.response != "grn" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {value} but response is {self.response}; remove it, or make response grn")
+        return self
+
+
+class FCMAESettings(Section):
+    kind: Literal["fcmae"] = "fcmae"
+    mask_ratio: float = Field(0.6, gt=0, lt=1)
+    decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
+    decoder_dim: int = Field(512, ge=1)
+    """Channels at the last stride; a U-Net has half as many at each finer one."""
+    decoder_depth: int = Field(1, ge=1)
+    """Blocks; in a U-Net, at each stride."""
+    normalize_target: bool = True
+    grn_statistics: Literal["image", "batch"] = "image"
+    encoder_leaks: bool = False
+    """The paper's comparison: zero the hidden pixels, then run ordinary convolutions over everything."""
+    encoder_backend: Literal["packed", "masked", "spconv"] = operational("packed")
+    """Equal to rounding; unused if the encoder leaks."""
+
+
+class ClassificationSettings(Section):
+    kind: Literal["classification"] = "classification"
+    classes: int = Field(ge=2)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution; 0 turns it off."""
+    cutmix: float = Field(0.0, ge=0)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    head_init_scale: float = Field(0.001, ge=0)
+
+
+class Data(Section):
+    train: str = operational(...)
+    """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk;
+    which data it must hold is fixed by its hash once a stage has started."""
+    validation: str = operational(...)
+    cache_dir: str | None = operational(None)
+    """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_SCRATCH/fcmae, or ~/.cache/fcmae."""
+    cache_bytes: int | None = operational(None, ge=1)
+    """The most that the copies may take: the least recently used go first. None fills the disk before they go."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes that take part; None is all."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of each class's training images that take part, chosen by a hash of the chain's seed."""
+    image_size: int = Field(224, ge=1)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a training crop covers."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = Field(0.5, ge=0, le=1)
+    crop_pct: float = Field(0.875, gt=0, le=1)
+    """Evaluation: the short side becomes image_size / crop_pct, then the centre is cut; 1 squashes to a square."""
+    rand_augment: str | None = None
+    """Random operations on training images, in timm's notation: rand-m9-mstd0.5-inc1 in all published recipes."""
+    erase_probability: float = Field(0.0, ge=0, le=1)
+    """Of a box of noise in a training image, in classification."""
+    on_damaged: Literal["refuse", "skip"] = operational("refuse")
+    """A damaged image ends the stage, or is replaced by the next one of the file (in evaluation: not counted)."""
+    workers: int = operational(0, ge=0)
+    """Decoding threads of each rank; 0 takes the cores that the ranks of a machine have each, less one."""
+    timeout_seconds: float = operational(120.0, gt=0)
+    """How long a batch may take before the loader is given up, and a server of data before it is."""
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _known_operations(cls, text: str | None) -> str | None:
+        if text is not None:
+            RandAugment.parse(text)
+        return text
+
+
+class Batch(Section):
+    global_batch: int = Field(ge=1)
+    """Images per step."""
+    slot: int = Field(ge=1)
+    """Images per slot: the group within which images are mixed. global_batch must be a multiple."""
+    micro_slots: int = operational(1, ge=1)
+    """Slots that go through the model at once: memory against speed."""
+
+    @property
+    def slots(self) -> int:
+        return self.global_batch // self.slot
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Batch":
+        if self.global_batch % self.slot:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of slot {self.slot}; choose a slot that divides it"
+            )
+        return self
+
+
+class Optimizer(Section):
+    base_lr: float = Field(gt=0)
+    """Learning rate per 256 images: lr = base_lr * global_batch / 256."""
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    layer_decay_groups: Literal["single", "group"] = "single"
+    decay_grn: bool = False
+    """Weight decay on GRN's gamma and beta and on the mask token, as the official pre-training has it."""
+    clip_norm: float | None = Field(None, gt=0)
+
+
+class Schedule(Section):
+    epochs: float = Field(gt=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "Schedule":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
+        return self
+
+
+class Engine(Section):
+    kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
+    """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
+    zero_stage: Literal[1, 2, 3] = operational(2)
+    """deepspeed: moments are shared out; gradients too; parameters too."""
+    shard_ranks: int | None = operational(None, ge=1)
+    """fsdp: ranks among which a copy of the state is shared out, for example those of one node; None takes all."""
+    offload: bool = operational(False)
+    """Keep the state in the host's memory: fsdp parameters and optimizer, deepspeed the optimizer."""
+    compile: bool = operational(False)
+    """torch.compile of every block; needs a C++ compiler on a CPU."""
+    deepspeed: dict[str, Any] = operational({})
+    """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
+    device: Literal["auto", "cpu", "cuda"] = operational("auto")
+    precision: Literal["fp32", "bf16", "bf16_parameters", "fp64"] = "fp32"
+    """bf16 is autocast over fp32 parameters; bf16_parameters also computes and communicates with parameters rounded to
+    bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least."""
+    threads: int = operational(0, ge=0)
+    """Torch threads per rank; 0 shares the machine's cores among its ranks."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> "Engine":
+        if self.kind == "ddp" and self.precision == "bf16_parameters":
+            raise ValueError("kind ddp has no bf16_parameters; take kind fsdp with shard_ranks 1, which replicates too")
+        if self.kind == "deepspeed" and self.precision == "fp64":
+            raise ValueError("kind deepspeed has no precision fp64; take kind ddp or fsdp")
+        if self.kind == "deepspeed" and self.precision == "bf16_parameters" and self.zero_stage == 1:
+            raise ValueError("zero_stage 1 accumulates gradients of bf16_parameters in bf16; take zero_stage 2")
+        return self
+
+
+class Initial(Section):
+    start: Literal["previous", "scratch"] = "previous"
+    """Weights of the stage before, or none."""
+    head: Literal["new", "keep", "map"] = "new"
+    """A new classifier's head, that of the stage before, or its rows for the classes that both have, by name."""
+
+
+class Evaluation(Section):
+    every_epochs: float = operational(1.0, gt=0)
+    batch: int = operational(256, ge=1)
+
+
+class Checkpoint(Section):
+    every_steps: int = operational(500, ge=1)
+    keep_last: int = operational(2, ge=1)
+    keep_every_epochs: float | None = operational(None, gt=0)
+    """Save and keep for good one every so many epochs."""
+    keep_best: bool = operational(True)
+    """Save and keep the one with the best evaluation."""
+    asynchronous: bool = operational(True)
+    """Write while the training goes on."""
+    on_failure: Literal["stop", "continue"] = operational("stop")
+    """When a checkpoint cannot be saved. What a stop or the end of the stage asks for must succeed."""
+    most_fallbacks: int = operational(3, ge=0)
+    """Damaged checkpoints that a resume may set aside before it gives up."""
+    directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
+    """Where they go: an absolute path or a URL, with a folder for each stage below; null is inside the run."""
+
+
+class Health(Section):
+    spike_deviations: float | None = Field(8.0, gt=0)
+    """A step is not made if the logarithm of its loss or gradient norm lies so many standard deviations above the
+    running mean; null refuses only what is not finite."""
+    statistics_steps: int = Field(100, ge=2)
+    """Steps that mean and deviation look back over; before that many nothing is called a spike."""
+    rollback_after: int = Field(5, ge=1)
+    """So many refused steps within window_steps take the stage back to a checkpoint before them."""
+    window_steps: int = Field(100, ge=1)
+    skip_before: int = Field(10, ge=0)
+    """After a rollback, steps left out before the first refused one, beside those up to the last."""
+    max_rollbacks: int = operational(3, ge=0, le=64)
+    stall_seconds: float = operational(600.0, gt=0)
+    """Without progress after which the stage is ended to be retried; five times as long where none can be seen, as in
+    a save."""
+
+    @property
+    def reach_steps(self) -> int:
+        """How many steps before the present a rollback may go back to."""
+        return self.window_steps + self.skip_before
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Health":
+        if self.rollback_after > self.window_steps:
+            raise ValueError(
+                f"rollback_after {self.rollback_after} steps never fall into window_steps {self.window_steps};"
+                " lower the first or raise the second"
+            )
+        return self
+
+
+class Tracking(Section):
+    mlflow: bool = operational(True)
+    mlflow_uri: str | None = operational(None)
+    """None keeps a sqlite store inside the run."""
+    experiment: str = operational("fcmae")
+    log_every_steps: int = operational(10, ge=1)
+    """How often the step losses are read from the device."""
+    pictures: int = operational(8, ge=0)
+    """Images in each reconstruction picture."""
