@@ -48,8 +48,8 @@ def _poison(create: Any) -> Any:
 
 
 def _hinder(create: Any) -> Any:
-    def hindered(recipe: Any, beton: Any, seed: int, world: Any) -> Any:
-        feed = create(recipe, beton, seed, world)
+    def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
+        feed = create(recipe, data, seed, world, workers)
         honest = feed.slots
 
         def slots(step: int) -> Iterator[Any]:
@@ -72,7 +72,7 @@ def main() -> None:
         print(outcome.reason)
         sys.exit(EXIT_CODES[outcome.kind])
     pipeline.run.create_objective = _poison(pipeline.run.create_objective)
-    pipeline.run._train_feed = _hinder(pipeline.run._train_feed)
+    pipeline.run.train_feed = _hinder(pipeline.run.train_feed)
     if stretches := FAULTS.get("left_out"):
         Guard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
     pipeline.run.main()

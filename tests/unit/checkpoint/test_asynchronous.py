@@ -243,8 +243,9 @@ def test_going_back_forgets_what_came_after(open_checkpoints, open_store):
     store = open_store()
     checkpoints = open_checkpoints(store, keep_last=1)
     checkpoints.evaluated(5, 50.0, lower_is_better=False)
-    checkpoints.went_back(3)
+    checkpoints.settle()
     assert store.steps() == [5]
+    checkpoints.went_back(3)
     checkpoints.evaluated(4, 40.0, lower_is_better=False)
     poll_until_settled(checkpoints)
     assert 4 in store.steps()
