@@ -194,6 +194,7 @@ def test_world_sizes_agree(tmp_path, capsys, stage, precision, bound):
         assert difference <= bound
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     recipe, undisturbed = chain
     run = tmp_path / "run"
