@@ -228,14 +228,14 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
     pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
     try:
+        # The run directory carries the word: the ranks save and stop, and nothing starts them again.
+        assert "slurmctld does not answer" in fcmae("cancel", run).stdout
         for command in (["resume", run], ["submit", run / "recipe.yaml", "--site", "devcluster", "--out", run]):
             answer = fcmae(*command)
             assert answer.returncode == 1
             assert answer.stderr.startswith("fcmae: slurmctld does not answer"), answer.stderr
             assert answer.stderr.count("\n") == 1
         assert "rank 0" in fcmae("logs", run).stdout or "submitit" in fcmae("logs", run).stdout
-        # The run directory carries the word: the ranks save and stop, and nothing starts them again.
-        assert "slurmctld does not answer" in fcmae("cancel", run).stdout
         wait_for(lambda: (stage / "attempts" / "000001.outcome.json").exists(), "the stop")
     finally:
         subprocess.run([faults.COMMAND, "up"], check=True, capture_output=True)
