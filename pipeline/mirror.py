@@ -74,9 +74,15 @@ class Uploads:
         files = [path for path in self._directory.glob(self._pattern) if path.is_file()]
         for path in sorted(files, key=lambda path: (path.name == "DONE", path)):
             name = str(path.relative_to(self._directory))
-            about = path.stat()
-            version = (about.st_mtime_ns, about.st_size)
-            if NOT_MIRRORED.intersection(name.split("/")) or name.endswith(".tmp") or self._sent.get(name) == version:
+            if NOT_MIRRORED.intersection(name.split("/")) or name.endswith(".tmp"):
                 continue
-            self._remote.publish(name, path.read_bytes())
+            try:
+                about = path.stat()
+                version = (about.st_mtime_ns, about.st_size)
+                content = None if self._sent.get(name) == version else path.read_bytes()
+            except FileNotFoundError:  # the watchdog takes its own files away when all is well
+                continue
+            if content is None:
+                continue
+            self._remote.publish(name, content)
             self._sent[name] = version
