@@ -79,10 +79,10 @@ class Uploads:
             try:
                 about = path.stat()
                 version = (about.st_mtime_ns, about.st_size)
-                content = None if self._sent.get(name) == version else path.read_bytes()
+                if self._sent.get(name) == version:
+                    continue
+                content = path.read_bytes()
             except FileNotFoundError:  # the watchdog takes its own files away when all is well
-                continue
-            if content is None:
                 continue
             self._remote.publish(name, content)
             self._sent[name] = version

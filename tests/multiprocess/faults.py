@@ -173,6 +173,7 @@ class Count:
     """What the kills hit."""
 
     runs: int = 0
+    killed_runs: int = 0
     kills: int = 0
     in_a_save: int = 0
     in_retention: int = 0
@@ -202,7 +203,21 @@ def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: 
     else:
         raise AssertionError("the run made no progress")
     count.runs += 1
+    count.killed_runs += number > 0
     assert not (stage / "checkpoints" / "quarantine").exists()
+
+
+def torture_runs(directory: Path, killed_runs: int, seed: int, report=lambda count: None) -> Count:
+    """Runs until so many of them were killed, and three saves hit; a run may get through before its first kill."""
+    recipe, chance, count = make_recipe(directory), random.Random(seed), Count()
+    reference = undisturbed(directory, recipe)
+    while count.killed_runs < killed_runs or count.in_a_save < 3:
+        assert count.runs < 3 * killed_runs, (
+            f"the kills must hit the runs and their saves, or this shows nothing: {count}"
+        )
+        torture(directory / f"run-{count.runs}", recipe, reference, chance, count)
+        report(count)
+    return count
 
 
 def look_at_leftovers(checkpoints: Path, attempt: int, count: Count) -> None:
@@ -225,14 +240,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    chance, count = random.Random(given.seed), Count()
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        recipe = make_recipe(directory)
-        reference = undisturbed(directory, recipe)
-        for run in range(given.runs):
-            torture(directory / f"run-{run}", recipe, reference, chance, count)
-            print(json.dumps(vars(count)), flush=True)
+        count = torture_runs(Path(name), given.runs, given.seed, report=lambda count: print(json.dumps(vars(count))))
     print(f"{count.runs} runs ended with the bits of the undisturbed one, after {count.kills} kills")
     return 0
 

