@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.batchnorm import (
-    BatchNorm, affine, counts_batches, fold_after, fold_before, update_running_statistics,
-)  # fmt: skip
+    BatchNorm,
+    affine,
+    counts_batches,
+    fold_after,
+    fold_before,
+    update_running_statistics,
+)
 from pipeline.models.convnextv2 import drop_path_rates, run_block
 from pipeline.models.initialise import initialise
 
@@ -191,8 +196,8 @@ class NCB(nn.Module):
 
 
 class NTB(nn.Module):
-    """Next transformer block: E-MHSA on `shrink` of the channels, MHCA of what it gives on the others, both side by side
-    into a norm and an MLP of twice the width. `keep` is (3, N), or (2, N) without other channels."""
+    """Next transformer block: E-MHSA on `shrink` of the channels, MHCA of what it gives on the others, then both side
+    by side into a norm and an MLP of twice the width. `keep` is (3, N), or (2, N) without other channels."""
 
     def __init__(self, inputs: int, dim: int, stride: int, reduction: int, layers: Layers):
         super().__init__()
@@ -314,7 +319,10 @@ class NextViT(nn.Module):
         return [share * rate for block, rate in rates for share in block.shares]
 
     def forward_features(self, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:
-        """Images (N, 3, H, W) to the map (N, C, h, w) after each stage; `keep` (branches, N) holds drop-path factors."""
+        """Images (N, 3, H, W) to the map (N, C, h, w) after each stage.
+
+        `keep` (branches, N) holds drop-path factors.
+        """
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         rows = None if keep is None else iter(keep.split([len(block.shares) for block in self.features]))
         outputs = []

@@ -1,8 +1,8 @@
 """SLaK (Liu et al. 2022, arXiv 2207.03620) with the official parameter names, shapes and definition order.
 
 ConvNeXt V1 whose depthwise convolution is as large as 51x51, affordable because it is decomposed into two stripes, 51x5
-and 5x51, and a 5x5 beside them. `form="square"` is RepLKNet's (Ding et al. 2022): the whole square with a small one; and
-without a small one plain ConvNeXt at any kernel size, with BatchNorm in place of the bias as in SLaK's comparison.
+and 5x51, and a 5x5 beside them. `form="square"` is RepLKNet's (Ding et al. 2022), the whole square and a small one;
+without the small one, plain ConvNeXt at any kernel size, with BatchNorm in place of the bias as in SLaK's comparison.
 
 The published sizes, 30M for SLaK-T, count 40 % of the weights as absent: dense, as here, it has 50.7M.
 """
