@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.architecture import Architecture, infer
-from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head, read_class_names
+from pipeline.checkpoint.heads import HeadMatch, head_names, map_head, read_class_names
 from pipeline.checkpoint.layouts import Report, from_ours
 from pipeline.checkpoint.loader import load_weights
 from pipeline.checkpoint.weights import FACTS, canonical, publish, read_facts, safetensors_bytes
@@ -103,7 +103,7 @@ def change_head(
     if architecture_of(tensors).decoder:
         kept = {name: name.removeprefix("encoder.") for name in tensors if name.startswith("encoder.")}
     else:
-        kept = {name: name for name in tensors if name not in HEAD}
+        kept = {name: name for name in tensors if name not in head_names(tensors)}
     dropped = tuple(name for name in tensors if name not in kept)
     return {ours: tensors[name] for name, ours in kept.items()}, dropped, None
 
