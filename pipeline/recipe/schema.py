@@ -141,9 +141,14 @@ class ChainRecipe(Section):
     stages: dict[str, StageRecipe]
 
     @model_validator(mode="after")
-    def _heads_to_map(self) -> "ChainRecipe":
+    def _fit_together(self) -> "ChainRecipe":
         for name, stage in self.stages.items():
             before = self.stages.get(stage.previous or "")
+            if before is not None and before.model.family != stage.model.family:
+                raise ValueError(
+                    f"stages.{name}.model.name is {stage.model.name} but the stage before hands on a"
+                    f" {before.model.name}; make them one family, or init.start scratch"
+                )
             if stage.init.head == "map" and (before is None or isinstance(before.objective, FCMAESettings)):
                 raise ValueError(
                     f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
