@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head
+from pipeline.checkpoint.heads import HeadMatch, head_names, map_head
 from pipeline.checkpoint.weights import Transfer, plan_transfer, read_facts, read_weights, write_weights
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
@@ -60,7 +60,7 @@ def _map_head(
     old = read_facts(path).get("classes")
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
-    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in HEAD})
+    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})
 
 
 def _load(

@@ -14,8 +14,7 @@ from pipeline.data.feed import Batch
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
 from pipeline.logical import whole
-from pipeline.models.convnextv2 import Block, Downsample, Stem
-from pipeline.models.decoder import TransformerBlock
+from pipeline.models import UNITS
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -238,4 +237,4 @@ class Engine(ABC):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
-    return [module for module in model.modules() if isinstance(module, Block | TransformerBlock | Stem | Downsample)]
+    return [module for module in model.modules() if isinstance(module, UNITS)]

@@ -21,7 +21,7 @@ class FCMAEObjective:
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
 
     def build_model(self) -> nn.Module:
-        options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
+        options = self.recipe.model.options
         with refused_by_recipe(self.recipe.name):
             encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
             return FCMAE(
