@@ -13,6 +13,7 @@ from pipeline.logical import whole
 from pipeline.objectives import Objective
 from pipeline.optim.pruning import erk_densities, snip_densities, uniform_densities
 from pipeline.optim.sparsity import DynamicSparsity
+from pipeline.sparse.large_kernel import DepthwiseConv2d
 
 
 def start_sparsity(engine: Engine, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
@@ -79,4 +80,7 @@ def _copy(engine: Engine, objective: Objective) -> nn.Module:
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in engine.items().items():
         own[name].copy_(whole(tensor))
+    forms = {name: conv.form for name, conv in engine.module.named_modules() if isinstance(conv, DepthwiseConv2d)}
+    for name, form in forms.items():
+        model.get_submodule(name).form = form
     return model

@@ -28,6 +28,7 @@ from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.initial_masks import start_sparsity
+from pipeline.large_kernels import set_large_kernels
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
@@ -88,6 +89,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
     engine = create_engine(objective.build_model(), recipe, world)
+    if forms := set_large_kernels(stage.directory, engine, objective):
+        log.write("large_kernels", forms=forms)
     workers = recipe.data.workers or max(world.cores() - 1, 1)
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)

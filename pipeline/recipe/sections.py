@@ -165,9 +165,9 @@ class Engine(Section):
     compile: bool = operational(False)
     """torch.compile of every block; needs a C++ compiler on a CPU."""
     large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
-    """How large depthwise convolutions, SLaK's, are computed: by torch, by spectra, by products with banded matrices, by
-    these in one kernel on CUDA. Equal to rounding; measured takes the fastest of each shape, which large_kernels.json
-    then holds for every resume."""
+    """How large depthwise convolutions, SLaK's, are computed: by torch, by spectra, by products with banded matrices,
+    or by these in one kernel on CUDA. Equal to rounding; measured takes the fastest of each shape, which the stage's
+    large_kernels.json holds for every resume."""
     deepspeed: dict[str, Any] = operational({})
     """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")

@@ -3,7 +3,8 @@
 - `native` is torch's; made for small kernels, its backward pass takes seconds on a CPU;
 - `fft` multiplies spectra: its cost hardly depends on the kernel;
 - `banded` takes each line of the kernel along its longer edge as a banded (Toeplitz) matrix and multiplies with that:
-  per output a map's length times the shorter edge, whatever the longer, in dense products that matrix units are made for;
+  per output a map's length times the shorter edge, whatever the longer, in the dense products that machines are
+  made for;
 - `triton` is `banded` in one fused kernel, for CUDA.
 
 Which is fastest depends on shape, type and device, so it is measured (`fastest`), never guessed.
@@ -11,8 +12,7 @@ Which is fastest depends on shape, type and device, so it is measured (`fastest`
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from statistics import median
 from typing import NamedTuple
@@ -136,8 +136,8 @@ def _bands(weight: Tensor, length: int) -> Tensor:
 
 
 def _lines(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W) to (C, N, H, W)."""
-    return x.transpose(0, 1).contiguous()
+    """Maps (N, C, H, W) to (C, N, H, W) in at least fp32: lower types would round the sum of each line."""
+    return x.transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _shifts(kernel_height: int, height: int) -> Iterable[tuple[int, slice, slice]]:
@@ -150,10 +150,10 @@ def _shifts(kernel_height: int, height: int) -> Iterable[tuple[int, slice, slice
 def _banded_forward(x: Tensor, weight: Tensor) -> Tensor:
     if _turned(weight.shape[2:]):
         return _banded_forward(x.transpose(2, 3), weight.transpose(2, 3)).transpose(2, 3)
-    lines, bands = _lines(x), _bands(weight, x.shape[3])
-    wide = torch.promote_types(x.dtype, torch.float32)
+    lines = _lines(x)
+    bands = _bands(weight.to(lines.dtype), x.shape[3])
     channels, images, height, width = lines.shape
-    y = torch.zeros(lines.shape, dtype=wide, device=x.device)
+    y = torch.zeros_like(lines)
     for i, source, target in _shifts(weight.shape[2], height):
         part = lines[:, :, source].reshape(channels, -1, width)
         y[:, :, target] += torch.bmm(part, bands[i]).view(channels, images, -1, width)
@@ -166,11 +166,11 @@ def _banded_of_weight(gradient: Tensor, x: Tensor, kernel: tuple[int, int]) -> T
         return turned.transpose(2, 3)
     inputs, outputs = _lines(x), _lines(gradient)
     channels, _, height, width = inputs.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
     found = []
     for _, source, target in _shifts(kernel[0], height):
-        left = inputs[:, :, source].reshape(channels, -1, width).transpose(1, 2)
-        found.append(_diagonals(torch.bmm(left, outputs[:, :, target].reshape(channels, -1, width)).to(wide), kernel[1]))
+        left = inputs[:, :, source].reshape(channels, -1, width)
+        right = outputs[:, :, target].reshape(channels, -1, width)
+        found.append(_diagonals(torch.bmm(left.transpose(1, 2), right), kernel[1]))
     return torch.stack(found, 1)[:, None]
 
 
@@ -215,3 +215,64 @@ FORMS = {
 def available(device: torch.device) -> list[str]:
     """The forms that this device and installation have."""
     return [form for form in FORMS if form != "triton" or (device.type == "cuda" and find_spec("triton"))]
+
+
+# --- which form
+
+
+def shapes_of(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]]:
+    """The maps' shape and type that `run()`, a forward of `model`, takes each depthwise convolution of `model` to."""
+    found: dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]] = {}
+
+    def note(conv: DepthwiseConv2d, inputs: tuple[Tensor, ...]) -> None:
+        device, dtype = inputs[0].device.type, inputs[0].dtype
+        found[conv] = (
+            inputs[0].shape,
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype,
+        )
+
+    convolutions = [module for module in model.modules() if isinstance(module, DepthwiseConv2d)]
+    handles = [conv.register_forward_pre_hook(note) for conv in convolutions]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def seconds(
+    shape: Sequence[int], kernel: tuple[int, int], dtype: torch.dtype, device: torch.device, form: str, rounds: int
+) -> tuple[float, float]:
+    """Medians of a forward and of a backward pass on maps of `shape`, after one that only counts without `rounds`."""
+    x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(shape[1], 1, *kernel, dtype=dtype, device=device, requires_grad=True)
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(rounds + 1):
+        marks = []
+        synchronise()
+        marks.append(time.perf_counter())
+        y = depthwise(x, weight, None, form)
+        synchronise()
+        marks.append(time.perf_counter())
+        torch.autograd.grad(y, (x, weight), x.detach())
+        synchronise()
+        times.append((marks[1] - marks[0], time.perf_counter() - marks[1]))
+    forward, backward = zip(*(times[1:] or times), strict=True)
+    return median(forward), median(backward)
+
+
+def fastest(
+    shape: Sequence[int], kernel: tuple[int, int], dtype: torch.dtype, device: torch.device, rounds: int = 3
+) -> str:
+    """The form with the shortest forward and backward together, here and now; `native` is tried last, for it may take
+    seconds, and once only if it is hopeless."""
+    best, best_seconds = "native", math.inf
+    for form in sorted(available(device), key=lambda form: form == "native"):
+        if sum(seconds(shape, kernel, dtype, device, form, 0 if form == "native" else 1)) > 3 * best_seconds:
+            continue
+        taken = sum(seconds(shape, kernel, dtype, device, form, rounds))
+        if taken < best_seconds:
+            best, best_seconds = form, taken
+    return best

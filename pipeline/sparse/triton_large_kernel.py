@@ -1,7 +1,7 @@
 """Depthwise convolution with large kernels as Triton kernels: banded matrix products that are summed in registers.
 
-A kernel's line along its longer edge, as a banded (Toeplitz) matrix, takes a line of the map to a line of the output, so
-many lines at once are a product for the matrix units. The bands are read straight from the kernel and never written.
+A kernel's line along its longer edge, as a banded (Toeplitz) matrix, takes a line of the map to a line of the output,
+so many lines at once are a product for the matrix units. The bands are read straight from the kernel and never written.
 Any floating dtype comes in and goes out; sums are fp32 (float64 for float64); no atomics. Maps lie in memory as they
 like. Tested on the CPU by Triton's interpreter (TRITON_INTERPRET=1); its speed on a GPU has not been measured.
 """

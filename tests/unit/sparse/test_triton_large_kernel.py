@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="pip install 'fcmae[kernels]'")
 TOLERANCES = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3}
 
 
-@pytest.mark.parametrize("dtype", ["float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))])
+@pytest.mark.parametrize(
+    "dtype", ["float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))]
+)
 def test_kernels_equal_torch(dtype):
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("triton_large_kernel_check.py")), dtype],
@@ -30,7 +32,7 @@ def test_kernels_equal_torch(dtype):
         assert all(error <= TOLERANCES[dtype] for error in errors.values()), errors
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), pytest.param("fp32", 80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), pytest.param("fp32", 80, marks=SLOW)])
 def test_kernels_compile_to_matrix_products_without_atomics(dtype, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, it warns
