@@ -16,9 +16,10 @@ pytest.importorskip("triton", reason="pip install 'fcmae[kernels]'")
 TOLERANCES = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3}
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))]
-)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=SLOW), pytest.param("float16", marks=SLOW)])
 def test_kernels_equal_torch(dtype):
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("triton_large_kernel_check.py")), dtype],
