@@ -17,6 +17,7 @@ from pipeline.models.batchnorm import BatchNorm, fold_after, with_values
 from pipeline.models.convnextv2 import ConvNeXt
 from pipeline.models.response import EPS
 from pipeline.sparse import DENSE, Layout
+from pipeline.sparse.large_kernel import DepthwiseConv2d
 
 # name: (depths, dims before the width factor)
 VARIANTS = {
@@ -33,9 +34,7 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, dim: int, height: int, width: int):
         super().__init__()
-        # Each axis has its own padding: height // 2 on both, as in the official code, fits squares alone.
-        padding = (height // 2, width // 2)
-        self.conv = nn.Conv2d(dim, dim, (height, width), padding=padding, groups=dim, bias=False)
+        self.conv = DepthwiseConv2d(dim, (height, width), bias=False)
         self.bn = BatchNorm(dim)
 
     def merged(self) -> nn.Conv2d:

@@ -1,5 +1,6 @@
 """Fine-tuning: random erasing, mixup or cutmix inside each slot, label smoothing, drop path."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class ClassificationObjective:
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)
         return (share * own + (1 - share) * other).mean(), {}
+
+    def plain(self) -> "ClassificationObjective":
+        found = copy.copy(self)
+        found.settings = self.settings.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0})
+        return found
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()

@@ -45,6 +45,9 @@ class FCMAEObjective:
         dtype = next(model.parameters()).dtype
         return model(normalise(batch.images, dtype), self.mask(batch)).loss, {}
 
+    def plain(self) -> "FCMAEObjective":
+        return self
+
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         dtype, valid = next(model.parameters()).dtype, batch.valid
         images, mask = normalise(batch.images, dtype), self.mask(batch)

@@ -25,6 +25,7 @@ from pipeline.recipe.sections import (
     Optimizer,
     Schedule,
     Section,
+    Sparsity,
     Tracking,
 )
 
@@ -45,6 +46,8 @@ class StageRecipe(Section):
     """Decay of the moving average of the weights, per step."""
     handoff: Literal["model", "ema"] = "model"
     """Which weights are evaluated and handed on."""
+    sparsity: Sparsity | None = None
+    """Part of the weights at zero; None is dense."""
     init: Initial = Initial()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
@@ -67,9 +70,23 @@ class StageRecipe(Section):
             )
         if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
             raise ValueError("optimizer.layer_decay_groups is group, which is ConvNeXt's; set it to single")
+        if self.sparsity:
+            self._check_sparsity(self.sparsity)
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         return self
+
+    def _check_sparsity(self, sparsity: Sparsity) -> None:
+        if self.engine.kind == "deepspeed":
+            raise ValueError(
+                "engine.kind deepspeed has sent its weights to all ranks before sparsity could zero them; take ddp or"
+                " fsdp, or remove sparsity"
+            )
+        if sparsity.distribution == "handed_on" and self.init.start == "scratch":
+            raise ValueError(
+                "sparsity.distribution is handed_on but init.start is scratch: there are no weights with zeros; take"
+                " snip"
+            )
 
     def _check_fcmae(self, objective: FCMAESettings) -> None:
         if not isinstance(self.model, ConvNeXtModel):

@@ -129,6 +129,30 @@ class Schedule(Section):
         return self
 
 
+class Sparsity(Section):
+    """Part of the weights kept at zero, as SLaK does (arXiv 2207.03620); a stage without this section is dense."""
+
+    sparsity: float = Field(0.4, gt=0, lt=1)
+    """Share of the maskable weights that are zero; SLaK's published models have 0.4."""
+    distribution: Literal["snip", "erk", "uniform", "handed_on"] = "snip"
+    """How it is spread over the layers: by |weight * gradient| on the first global batch, by the layers' shapes, or
+    evenly; handed_on keeps the zeros of the weights that the stage before hands on, whatever their share."""
+    weights: Literal["all", "decomposed"] = "all"
+    """Matrices and convolutions, or SLaK's long thin kernels alone."""
+    update_every_steps: int | None = Field(100, ge=1)
+    """How often zeros are moved; null never does. SLaK-T has 2000, Small and Base 100, of 93,600 steps."""
+    prune_rate: float = Field(0.3, gt=0, le=1)
+    """Share of a layer's weights that are moved, at first: a cosine leads to final_prune_rate. SLaK-T has 0.5."""
+    final_prune_rate: float = Field(0.005, ge=0, le=1)
+    growth: Literal["random", "gradient"] = "random"
+    """Where pruned weights grow again: anywhere, or where the gradient is largest (RigL, arXiv 1911.11134)."""
+    moments: Literal["kept", "zeroed"] = "kept"
+    """Of zero weights: kept, AdamW goes on averaging their gradients, as in the published runs, and what is grown
+    starts warm; zeroed, it starts with none."""
+    export_masks: bool = operational(False)
+    """Write masks.safetensors beside the weights, whose zeros are exact anyway."""
+
+
 class Engine(Section):
     kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
     """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
@@ -140,6 +164,10 @@ class Engine(Section):
     """Keep the state in the host's memory: fsdp parameters and optimizer, deepspeed the optimizer."""
     compile: bool = operational(False)
     """torch.compile of every block; needs a C++ compiler on a CPU."""
+    large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
+    """How large depthwise convolutions, SLaK's, are computed: by torch, by spectra, by products with banded matrices,
+    or by these in one kernel on CUDA. Equal to rounding; measured takes the fastest of each shape, which the stage's
+    large_kernels.json holds for every resume."""
     deepspeed: dict[str, Any] = operational({})
     """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
