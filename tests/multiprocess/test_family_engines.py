@@ -34,7 +34,7 @@ def trained(world: World, family: str, engine: str, precision: str, steps: int) 
 
 @pytest.mark.parametrize("family", MICRO)
 def test_two_ranks_make_what_one_makes(family):
-    """In float64, buffers included; under FSDP, whose blocks are gathered one by one, in fp32 to its rounding."""
+    """In float64, buffers included; FSDP too, which gathers block by block."""
     losses, tensors = on_ranks(1, trained, family, "ddp", "fp64", 6)[0]
     assert sum("running_" in name for name in tensors) > 6
     two_losses, two = on_ranks(2, trained, family, "ddp", "fp64", 6)[0]
