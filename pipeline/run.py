@@ -86,7 +86,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
 
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     workers = recipe.data.workers or max(world.cores() - 1, 1)
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)

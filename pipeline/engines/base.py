@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.data.feed import Batch
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
-from pipeline.logical import whole
+from pipeline.logical import fill, whole
 from pipeline.models.convnextv2 import Block, Downsample, Stem
 from pipeline.models.decoder import TransformerBlock
 from pipeline.objectives import Objective
@@ -50,7 +50,7 @@ class Engine(ABC):
     `guard` may be set at any time; without one a step is made if and only if its loss and gradient norm are finite.
 
     Args:
-        model: with its initial weights, on the CPU.
+        model: on the meta device; its tensors get memory here, and values by `fill`.
         recipe: the stage's.
         world: this process's place.
     """
@@ -60,6 +60,10 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
+        if recipe.engine.compile:
+            # After the placement, whose hooks must stay outside of what is compiled; checkpointing calls what is.
+            for block in blocks(self.module):
+                block.compile()
         settings = recipe.optimizer
         self.groups = parameter_groups(
             self.module.named_parameters(),
@@ -73,6 +77,13 @@ class Engine(ABC):
         self.guard: Guard | None = None
         self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
         self._buffers = StepBuffers(self.module, world.size)
+
+    def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Set tensors of `items()` from whole ones; this rank's part of each is kept. The same values on all ranks."""
+        tensors = self.items()
+        for name, value in values:
+            fill(tensors[name], value)
+        self.refresh()
 
     def attach_components(self) -> None:
         """Components start from the weights of step 0: call this once those are in place, before a restore."""
@@ -117,12 +128,8 @@ class Engine(ABC):
         return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
 
     def _place(self, model: nn.Module) -> nn.Module:
-        """The model where and how its parameters are to lie."""
-        model = model.to(self.world.device, DTYPES[self.recipe.engine.precision])
-        if self.recipe.engine.compile:
-            for block in blocks(model):
-                block.compile()
-        return model
+        """The model where and how its parameters are to lie, without values."""
+        return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""

@@ -67,7 +67,7 @@ _BREAKING = {
 class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         settings = configuration(recipe, world.size)
-        deepspeed = _load(world.device)
+        deepspeed = self._deepspeed = _load(world.device)
         super().__init__(model, recipe, world)
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
@@ -92,6 +92,20 @@ class DeepSpeedEngine(Engine):
         else:
             self._whole_norm = self._zero.scaled_global_norm
             self._zero.scaled_global_norm = lambda: self._norm
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        if self.recipe.engine.zero_stage < 3:
+            return super()._place(model)
+        # One module at a time gets memory and gives most of it back.
+        settings = configuration(self.recipe, self.world.size)
+        self._deepspeed.init_distributed(dist_init_required=False)  # the group is there; this makes DeepSpeed see it
+        share_out = self._deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+        for module in model.modules():
+            module.to_empty(device=self.world.device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(share_out.dtype)
+            share_out._convert_to_zero_parameters(module.parameters(recurse=False))
+        return model
 
     def items(self) -> dict[str, Tensor]:
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}

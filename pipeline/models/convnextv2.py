@@ -127,6 +127,7 @@ class ConvNeXtV2(nn.Module):
             self.norm = nn.LayerNorm(dims[-1], eps=EPS)
             self.head = nn.Linear(dims[-1], num_classes)
         self.init_scales = {"head.weight": head_init_scale}
+        self.seed = seed
         initialise(self, seed)
 
     @property
