@@ -61,9 +61,7 @@ class Engine(ABC):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
         if recipe.engine.compile:
-            # After the placement, whose hooks must stay outside of what is compiled; checkpointing calls what is.
-            for block in blocks(self.module):
-                block.compile()
+            compile_blocks(self.module)
         settings = recipe.optimizer
         self.groups = parameter_groups(
             self.module.named_parameters(),
@@ -219,6 +217,20 @@ class Engine(ABC):
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of every block, after the placement: hooks that gather parameters stay outside of it, and
+    activation checkpointing calls it.
+
+    One compilation serves all blocks of a shape. Shapes differ from stage to stage and hardly within one, so they are
+    compiled as they are, which takes more compilations than dynamo expects of one function. Stems and downsampling
+    layers make the tables of visible cells, which no compiled graph can hold.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks(model):
+        if not isinstance(block, Stem | Downsample):
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
+    """What is gathered as one: every block and downsampling layer. What is left belongs to the model."""
     return [module for module in model.modules() if isinstance(module, Block | TransformerBlock | Stem | Downsample)]

@@ -30,8 +30,6 @@ def differing(world: World) -> dict[str, list[str]]:
             assert gathered.keys() == plain.keys()
             other = [name for name, t in plain.items() if not torch.equal(t.to(gathered[name]), gathered[name])]
             found[f"{stage} {settings}"] = other
-                n for n, t in plain.items() if not torch.equal(t.to(gathered[n]), gathered[n])
-            ]
     return found
 
 
