@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pipeline.errors import StageError
 from pipeline.folder import Folder, is_remote, is_storage_error

@@ -2,7 +2,8 @@
 
 Each rank tells its progress in a small file of the stage, `health/<attempt>/rank-00000.beat`, written by a thread that
 also watches: a rank that has not moved for long looks who is behind. Whoever is silent (stopped, dead, or stuck in code
-that never lets another thread run) or has made the fewest moves is the one the others wait for.
+that never lets another thread run) or has made the fewest moves is the one the others wait for. Where there are no
+others, `sentinel` notices the silence.
 
 A rank only ever counts time during which its own thread ran, so a machine that was suspended raises no alarm.
 """
@@ -143,6 +144,11 @@ class Watchdog:
         if not self._stacks.tell():
             self._path(self.rank, "stacks").unlink(missing_ok=True)
         self._stacks.close()
+
+    @property
+    def beat_file(self) -> Path:
+        """What a rank that is stuck no longer changes."""
+        return self._path(self.rank, "beat")
 
     # -- what the training tells
 
