@@ -30,6 +30,7 @@ BEAT_BYTES = 512  # all beats are as long, so that writing one over another leav
 
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # makes a rank write its stacks, even one that never gives another thread a turn
 PATIENCE = 5  # times stall_seconds, where nothing can be seen to move: loading, compiling, saving, evaluating
+SYNCHRONISE = "synchronise"
 PATIENT = ("start", "save", "evaluate", "roll back", "finish")
 MEET_SECONDS = 10.0  # the most that a rank waits for the others to write their stacks
 
@@ -156,9 +157,9 @@ class Watchdog:
         """This rank begins something else: a move. `step` is the number that the journal has, or will have."""
         beat = self._beat
         step = beat.step if step is None else step
-        if name not in PATIENT and self._first_step is None:
+        if self._first_step is None and name not in (*PATIENT, SYNCHRONISE):  # the ranks meet before they begin, too
             self._first_step = step
-        patient = name in PATIENT or step == self._first_step
+        patient = name in PATIENT or self._first_step in (None, step)
         self._beat = replace(
             beat,
             moves=beat.moves + 1,
@@ -185,7 +186,7 @@ class Watchdog:
 
         def meet(value: int) -> int:
             before = self._beat
-            self.phase("synchronise")
+            self.phase(SYNCHRONISE)
             try:
                 return collective(value)
             finally:
