@@ -86,12 +86,12 @@ def test_bad_steps_are_refused_and_too_many_take_the_stage_back(references, proc
     assert_refused_and_taken_back(references(processes))
 
 
-def assert_refused_and_taken_back(stage: Path) -> None:
+def assert_refused_and_taken_back(stage: Path, norm: str = "nan") -> None:
     found = events(stage)
     refused = [e["step"] for e in found if e["kind"] == "step" and e.get("refused")]
     assert refused == [3, 9, 15, 16]
     told = [e["message"] for e in found if e["kind"] == "event"]
-    assert told[0] == "step 3 was not made: its loss is nan, its gradient norm nan"
+    assert told[0] == f"step 3 was not made: its loss is nan, its gradient norm {norm}"
     [rollback] = [e for e in found if e["kind"] == "rollback"]
     assert (rollback["step"], rollback["left_out"], rollback["rollbacks"]) == (10, [13, 16], 1)
     assert "2 steps from 15 to 16" in rollback["reason"]
@@ -116,7 +116,7 @@ def test_every_engine_refuses_and_goes_back_like_ddp(references, engine, tmp_pat
     settings = [f"defaults.engine.{key}={value}" for key, value in ENGINES[engine].items()]
     stage, plain = make_stage(tmp_path / "stage", *settings), make_stage(tmp_path / "plain", *settings)
     assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
-    assert_refused_and_taken_back(stage)
+    assert_refused_and_taken_back(stage, norm="nan" if engine == "fsdp" else "inf")  # ZeRO does not tell them apart
     losses, expected = (
         [event["loss"] for event in journal.steps(events(s)).values() if not event.get("refused")]
         for s in (stage, references(2))
