@@ -13,6 +13,8 @@ import yaml
 
 from cluster.queue import Queue, QueuedJob, entries
 from pipeline.errors import StageError
+from pipeline.folder import is_remote
+from pipeline.mirror import View
 from pipeline.stage import is_alive
 from pipeline.tracking.journal import Event, Tail, parse, strict
 
@@ -181,15 +183,23 @@ def stage_names(run_directory: str | Path) -> list[str]:
 
 
 class Run:
-    """Follows all stages of a run directory, and their jobs where there are any. StageError if it is none."""
+    """Follows all stages of a run directory or a URL, and their jobs where there are any. StageError if it is none.
+
+    Attributes:
+        name: the run's path or URL, to be shown.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory).resolve()
-        self._followers = [Follower(self.directory / name) for name in stage_names(directory)]
+        self._view = View(str(directory)) if is_remote(directory) else None
+        here = self._view.directory if self._view else Path(directory).resolve()
+        self.name = self._view.url if self._view else str(here)
+        self._followers = [Follower(here / name) for name in stage_names(here)]
         self.queue = Queue([follower.directory for follower in self._followers])
 
     def statuses(self) -> list[StageStatus]:
         """Every stage of the chain, in order, as it stands now. Waits for Slurm's first answer, but not for long."""
+        if self._view:
+            self._view.refresh()
         for follower in self._followers:
             follower.poll()
         jobs = self.queue.jobs()

@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.failures import explaining_lost_peers, failure, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
+from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
@@ -74,6 +75,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
+    # Later than other ranks would notice, and than the stuck one has written its stacks.
+    silent_seconds = 2 * recipe.health.stall_seconds
+    stack.enter_context(sentinel.standing(stage.directory, stage.attempt, watchdog.beat_file, silent_seconds))
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
@@ -88,7 +92,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
 
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     if forms := set_large_kernels(stage.directory, engine, objective):
         log.write("large_kernels", forms=forms)
     workers = recipe.data.workers or max(world.cores() - 1, 1)

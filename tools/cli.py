@@ -76,7 +76,7 @@ def run(
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    directory: Annotated[str, typer.Argument(help="The run directory, or its URL.")],
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Until Ctrl-C, or until all is done.")] = False,
     refresh_seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks of --watch.")] = 2.0,
@@ -209,21 +209,23 @@ def prepare(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A .beton file, a run, a stage or a checkpoint.")],
+    path: Annotated[
+        str, typer.Argument(help="A .beton file, or a run, a stage or a checkpoint: a directory or a URL.")
+    ],
     full: Annotated[bool, typer.Option("--full", help="A .beton file: decode every image too.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 1,
 ) -> None:
     """Compare a file, or what is in a directory, with its hashes. Exit code 1 if anything is damaged."""
-    if path.is_dir():
-        try:
-            from tools.verify_run import verify_run
-        except ImportError:
-            raise UserError(f"{path} is a directory; name a .beton file") from None
+    from pipeline.folder import is_remote
+
+    if is_remote(path) or Path(path).is_dir():
+        from tools.verify_run import verify_run
+
         verify_run(path)
         return
     from tools.verify_beton import verify_beton
 
-    beton, damage = verify_beton(path, full=full, workers=workers)
+    beton, damage = verify_beton(Path(path), full=full, workers=workers)
     for sentence in damage:
         print(sentence)
     if damage:
