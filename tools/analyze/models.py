@@ -1,0 +1,191 @@
+"""The models that an analysis is asked for, by words: `runs/demo label="FCMAE"`, `timm:resnet50 pretrained=true`.
+
+The first word is a weights file of any layout that `fcmae convert` reads, a run or stage directory, `timm:NAME`, or one
+of our models by name, with random weights. Words after it are options: `label=...` is the name in the figure,
+`entry=...` the key of a checkpoint to read, all others are arguments of the model.
+"""
+
+import importlib
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from pipeline.checkpoint import read_facts, read_weights
+from pipeline.checkpoint.loader import load_weights
+from pipeline.errors import CheckpointError, StageError, UserError
+from pipeline.models import create_model
+from pipeline.objectives.base import MEAN, STD
+from pipeline.stage import WEIGHTS, Done
+
+RANDOM = "random weights"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode. `weights` says where they come from; `mean` and `std` are of levels in 0..255;
+    `classes` are the names of its outputs where they are known."""
+
+    label: str
+    model: nn.Module
+    weights: str
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    classes: tuple[str, ...] = ()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to the input of the model, on its device."""
+        parameter = next(self.model.parameters())
+        mean, std = (torch.tensor(values).to(parameter).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (images.to(parameter) - mean) / std
+
+    def described(self) -> dict[str, Any]:
+        """For the numbers beside a figure."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {"label": self.label, "weights": self.weights, "parameters": parameters}
+
+
+def open_model(words: str, image_size: int, device: torch.device | str = "cpu") -> Subject:
+    """The model that the words name; some of timm's are built for one image size.
+
+    Raises:
+        UserError: if there is no such model or file, or an option does not fit.
+    """
+    name, *rest = shlex.split(words) or [""]
+    if wrong := next((word for word in rest if "=" not in word), None):
+        raise UserError(
+            f"model {words!r}: {wrong!r} is no option; write KEY=VALUE, and quote the model as one argument"
+        )
+    options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
+    label = options.pop("label", None)
+    if name.startswith("timm:"):
+        subject = _timm(name.removeprefix("timm:"), options, image_size)
+    elif Path(name).is_dir():
+        subject = _directory(Path(name), options)
+    elif Path(name).suffix or "/" in name:
+        subject = _file(name, options, None)
+    else:
+        subject = _random(name, options)
+    subject.model.to(device).eval()
+    if label is None:
+        return subject
+    return Subject(str(label), *(getattr(subject, f) for f in ("model", "weights", "mean", "std", "classes")))
+
+
+def _random(name: str, options: dict[str, Any]) -> Subject:
+    gain = options.pop("gain", None)
+    try:
+        model = create_model(name, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name}: {error}") from error
+    if gain is None:
+        return Subject(name, model, RANDOM)
+    keep_variance(model, float(gain))
+    return Subject(name, model, f"{RANDOM} (gain {gain})")
+
+
+@torch.no_grad()
+def keep_variance(model: nn.Module, gain: float, seed: int = 0) -> None:
+    """Random weights of deviation gain / sqrt(inputs of the layer), and layer scales of 1.
+
+    Initial values for training are far smaller: their blocks add next to nothing, and every receptive field would be
+    that of the patches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.normal_(0, gain / math.sqrt(module.weight[0].numel()), generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma") and parameter.ndim == 1:
+            parameter.fill_(1)
+
+
+def _directory(directory: Path, options: dict[str, Any]) -> Subject:
+    """The last finished stage of a run, or a finished stage."""
+    stage = directory
+    if not (directory / "DONE").is_file():
+        recipe = directory / "recipe.yaml"
+        content = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+        stages = content.get("stages") if isinstance(content, dict) else None
+        finished = [directory / name for name in stages or () if (directory / name / "DONE").is_file()]
+        if not finished:
+            raise StageError(
+                f"{directory} holds no finished stage; name a weights file, `fcmae checkpoint export` takes one out of"
+                " a checkpoint"
+            )
+        stage = finished[-1]
+    done = Done(**yaml.safe_load((stage / "DONE").read_text()))
+    subject = _file(str(stage / WEIGHTS), options, done.weights_sha256)
+    stage = stage.resolve()
+    return Subject(f"{stage.parent.name}/{stage.name}", subject.model, subject.weights, classes=subject.classes)
+
+
+def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
+    """Files of ours say the form of the model, which tensors cannot in full; others tell it by their shapes."""
+    entry = options.pop("entry", None)
+    if options:
+        raise UserError(f"model {path}: {next(iter(options))} does not go with weights, which say what they are")
+    try:
+        facts = read_facts(path) if Path(path).suffix == ".safetensors" else {}
+    except CheckpointError:
+        facts = {}
+    if "model" in facts:
+        tensors, form = read_weights(path, sha256), dict(facts["model"])
+    else:
+        loaded = load_weights(path, entry, sha256)
+        tensors, form = loaded.tensors, {"name": "convnextv2", **loaded.report.architecture.model_options}
+    if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
+        tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
+    form["num_classes"] = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    try:
+        model = create_model(**{key: value for key, value in form.items() if value is not None})
+        model.load_state_dict({name: tensors[name].float() for name in model.state_dict()})
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the model that it names ({error}); export it again") from error
+    return Subject(Path(path).stem, model, str(path), classes=tuple(facts.get("classes", ())))
+
+
+def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:
+    timm = import_timm()
+    try:
+        config = timm.get_pretrained_cfg(name)
+        if config and config.fixed_input_size:
+            options.setdefault("img_size", image_size)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"timm cannot make the model {name}: {reason}; `timm.list_models()` lists them") from error
+    source = options.get("checkpoint_path") or ("timm's weights" if options.get("pretrained") else RANDOM)
+    mean, std = (tuple(255 * value for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
+    return Subject(name, model, str(source), mean, std)
+
+
+def import_timm() -> ModuleType:
+    """Raises UserError without timm."""
+    try:
+        import_torchvision()
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError(f"models of timm need that package ({error}); run: pip install timm") from error
+
+
+def import_torchvision() -> None:
+    """timm imports it where it is; a build for another torch misses its own operators, none of which is used here."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        global _operators  # the definitions live as long as this object
+        _operators = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            _operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
