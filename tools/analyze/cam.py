@@ -83,31 +83,36 @@ def analyse(
 
 def draw(numbers: dict[str, Any], images: Images, heats: Sequence[Tensor]) -> "Figure":
     """A row for each image, a column for each model: the photograph in grey under the heat."""
-    models, count = numbers["models"], len(images.pixels)
-    cell = min(WIDTH_INCHES / (len(models) + 1), 1.25)
+    from matplotlib.cm import ScalarMappable
+
+    models, count, heat_colours = numbers["models"], len(images.pixels), "inferno"
+    cell = min((WIDTH_INCHES - 0.7) / (len(models) + 1), 1.5)
     with paper_style():
-        figure = new_figure((cell + 0.17) * count + 0.7)
+        figure = new_figure((cell + 0.2) * count + 0.7, (cell + 0.03) * (len(models) + 1) + 0.7)
         grid = figure.subplots(count, len(models) + 1, squeeze=False)
         for row, axes in enumerate(grid):
             photograph = images.pixels[row].permute(1, 2, 0).numpy()
-            grey = photograph @ [0.299, 0.587, 0.114]
             axes[0].imshow(photograph)
-            axes[0].set_xlabel(_short(numbers["labels"][row]), fontsize=7, labelpad=2)
+            if len(images.classes) > 1:
+                axes[0].set_xlabel(_short(numbers["labels"][row]), fontsize=7, labelpad=2)
             for axis, model, heat in zip(axes[1:], models, heats, strict=True):
-                axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-                shown = axis.imshow(heat[row], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+                axis.imshow(photograph @ [0.299, 0.587, 0.114], cmap="gray", vmin=0, vmax=255)
+                # Where there is no heat, the photograph stays as bright as it is.
+                shown = heat[row].numpy()
+                axis.imshow(shown, cmap=heat_colours, vmin=0, vmax=1, alpha=0.8 * shown**0.5)
                 said = model["images"][row]
-                axis.set_xlabel(f"{_short(said['class'])}, {said['probability']:.0%}", fontsize=7, labelpad=2)
+                axis.set_xlabel(f"{_short(said['class'])}, {said['probability']:.1%}", fontsize=7, labelpad=2)
             for axis in axes:
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
         for axis, title in zip(grid[0], ["image", *(model["label"] for model in models)], strict=True):
             axis.set_title(title)
-        bar = figure.colorbar(shown, ax=list(grid.ravel()), shrink=min(1.0, 2 / count), aspect=25, pad=0.02)
-        bar.set_label("heat, over its maximum in the image")
-        caption(figure, f"below each: the class looked for ({numbers['class_looked_for']})", said_of(models))
+        bar = figure.colorbar(ScalarMappable(cmap=heat_colours), ax=list(grid.ravel()), aspect=30, pad=0.02)
+        bar.set_label("heat (share of its maximum)")
+        looked_for = f"below each: the {numbers['class_looked_for']} class, looked for, and its probability"
+        caption(figure, looked_for.replace("label class", "labelled class"), said_of(models))
         return figure
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return name if len(name) <= 12 else f"{name[:11]}…"

@@ -39,10 +39,12 @@ class Layer:
 
 def family_of(model: nn.Module) -> Family:
     """Raises UserError for a network of a family without an adapter."""
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise UserError(f"there is no adapter for models of class {name}; the analyses know {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    kind = type(model)
+    known = TIMM if kind.__module__.partition(".")[0] == "timm" else OURS
+    if kind.__name__ not in known:
+        names = ", ".join([*OURS, *(f"timm's {name}" for name in TIMM)])
+        raise UserError(f"there is no adapter for models of class {kind.__name__}; the analyses know {names}")
+    return known[kind.__name__]
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -114,9 +116,10 @@ def _timm_stages(model: Any) -> list[list[nn.Module]]:
     return [list(stage.blocks) for stage in model.stages]
 
 
-FAMILIES = {
+OURS = {
     "ConvNeXtV2": Family(lambda model: [list(stage) for stage in model.stages], ("pwconv2",), _channels_last),
-    # timm's
+}
+TIMM = {
     "ConvNeXt": Family(_timm_stages, ("mlp.fc2",), _channels_first),
     "NextViT": Family(_timm_stages, ("mlp.fc2",), _channels_first),
     "ResNet": Family(

@@ -66,7 +66,7 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
     label = options.pop("label", None)
     if name.startswith("timm:"):
         subject = _timm(name.removeprefix("timm:"), options, image_size)
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():
         subject = _directory(Path(name), options)
     elif Path(name).suffix or "/" in name:
         subject = _file(name, options, None)

@@ -97,7 +97,9 @@ def draw(numbers: dict[str, Any]) -> "Figure":
             side = picture.shape[0]
             edge = [-(side // 2) - 0.5, side - side // 2 - 0.5]
             box = [2 * value / side for value in (*edge, *edge)]
-            drawn = axis.imshow(picture, cmap="cividis", vmin=low, vmax=high, extent=box, interpolation="nearest")
+            drawn = axis.imshow(
+                picture.numpy(), cmap="cividis", vmin=low, vmax=high, extent=box, interpolation="nearest"
+            )
             axis.set(title=model["label"], xticks=[-1, 0, 1], yticks=[-1, 0, 1] if axis is axes[0] else [])
             axis.grid(False)
         axes[0].set_ylabel("frequency (π)")

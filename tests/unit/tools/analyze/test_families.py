@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.models import create_model
+from tests.oracles import oracle
+from tools.analyze.families import family_of, layers_of, stage_ends, watching
+
+TIMM = {
+    "resnet18": {},
+    "convnext_atto": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 56},
+    "nextvit_small": {},
+    "vit_tiny_patch16_224": {"img_size": 48},
+}
+
+
+def maps_of(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    maps, family = [], family_of(model)
+    ends = {end.stage: end.block for end in stage_ends(model)}
+    with torch.no_grad(), watching(ends, lambda stage, x: maps.append(family.to_map(model, x))):
+        model(images)
+    return maps
+
+
+def test_maps_of_our_stages_are_the_models_own():
+    model = create_model("convnextv2", depths=(1, 2), dims=(8, 16), num_classes=4, stem_stride=2).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.forward_features(images)
+    assert all(map(torch.equal, maps_of(model, images), expected))
+    assert [layer.reader for layer in layers_of(model)] == [b.pwconv2 for s in model.stages for b in s]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_maps_of_timms_stages_are_the_ones_that_timm_gives(name):
+    timm = oracle("timm", always_in_ci=True)
+    model = timm.create_model(name, num_classes=3, **TIMM[name]).eval()
+    images = torch.randn(2, 3, TIMM[name].get("img_size", 64), TIMM[name].get("img_size", 64))
+    maps = maps_of(model, images)
+    with torch.no_grad():
+        theirs = model.forward_intermediates(images, intermediates_only=True)
+    assert len(maps) == len(stage_ends(model))
+    for ours, expected in zip(maps, theirs[-len(maps) :], strict=True):
+        assert torch.equal(ours, expected)
+    assert all(layer.reader is not None for layer in layers_of(model))
+
+
+def test_unknown_families_are_named():
+    with pytest.raises(UserError, match="no adapter for models of class Linear"):
+        family_of(torch.nn.Linear(1, 1))
