@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from tools.analyze.families import family_of, stage_ends, watching
-from tools.analyze.figure import caption, line_styles, new_figure, paper_style, said_of
+from tools.analyze.figure import WIDTH_INCHES, caption, legend, line_styles, new_figure, paper_style, said_of
 from tools.analyze.images import Images
 from tools.analyze.models import Subject
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
+BRIGHTEST = 0.995  # quantile at which the colours end: single pixels would leave the others in the dark
 _SHOWN_PIXELS = 256  # of a heat map in the figure
 
 
@@ -103,18 +104,19 @@ def draw(numbers: dict[str, Any], fields: Sequence[NDArray[np.float64]]) -> "Fig
     models, size = numbers["models"], numbers["images"]["image_size"]
     columns = min(len(models), 4)
     rows = math.ceil(len(models) / columns)
+    side = WIDTH_INCHES / columns
     with paper_style():
-        figure = new_figure(0.4 + 5.0 / columns * rows + 2.4)
-        above, below = figure.subfigures(2, 1, height_ratios=[5.0 / columns * rows, 2.5])
+        figure = new_figure((side + 0.1) * rows + 0.65 + 2.9)
+        above, below = figure.subfigures(2, 1, height_ratios=[(side + 0.1) * rows + 0.65, 2.9])
         axes = above.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
         for axis, model, field in zip(axes, models, fields, strict=False):
             axis.set_title(model["label"])
-            picture = axis.imshow(_pooled(field), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            shown = _pooled(field)
+            picture = axis.imshow(shown / np.quantile(shown, BRIGHTEST), cmap="magma", vmin=0, vmax=1)
         bar = above.colorbar(picture, ax=list(axes), location="bottom", fraction=0.06, pad=0.02, aspect=40)
-        bar.set_label("contribution of a pixel, log10(d + 1) over its maximum")
-        bar.ax.tick_params(labelsize=7)
+        bar.set_label(f"contribution of a pixel (share of its {BRIGHTEST} quantile)")
         axis = below.subplots()
         for style, model in zip(line_styles(), models, strict=False):
             shares = np.array(model["centred_shares"])
@@ -125,7 +127,7 @@ def draw(numbers: dict[str, Any], fields: Sequence[NDArray[np.float64]]) -> "Fig
             axis.axhline(100 * threshold, color="#888888", linewidth=0.7, linestyle=":")
         axis.set(xlabel="area of the centred square (% of the image)", ylabel="share of the sum (%)")
         axis.set(xlim=(-1, 101), ylim=(0, 103))
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend(below, axis)
         images = f"{numbers['images']['count']} images at {size} px"
         caption(below, f"{images}; dotted: the thresholds {', '.join(map(str, THRESHOLDS))}", said_of(models))
         return figure
