@@ -7,6 +7,7 @@ block gives. Adapters go by the name of the class, so that none of these package
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,15 +113,27 @@ def _tokens(model: Any, x: Tensor) -> Tensor:
     return patches.transpose(1, 2).unflatten(2, tuple(model.patch_embed.grid_size))
 
 
+def _stages(model: Any) -> list[list[nn.Module]]:
+    return [list(stage) for stage in model.stages]
+
+
 def _timm_stages(model: Any) -> list[list[nn.Module]]:
     return [list(stage.blocks) for stage in model.stages]
 
 
+def _nextvit_stages(model: Any) -> list[list[nn.Module]]:
+    blocks = iter(model.features)
+    return [list(islice(blocks, depth)) for depth in model.depths]
+
+
 OURS = {
-    "ConvNeXtV2": Family(lambda model: [list(stage) for stage in model.stages], ("pwconv2",), _channels_last),
+    "ConvNeXtV2": Family(_stages, ("pwconv2",), _channels_last),
+    "SLaK": Family(_stages, ("pwconv2",), _channels_last),
+    "NextViT": Family(_nextvit_stages, ("mlp.conv2",), _channels_first),
 }
 TIMM = {
     "ConvNeXt": Family(_timm_stages, ("mlp.fc2",), _channels_first),
+    "EfficientNet": Family(lambda model: [list(stage) for stage in model.blocks], ("conv_pwl",), _channels_first),
     "NextViT": Family(_timm_stages, ("mlp.fc2",), _channels_first),
     "ResNet": Family(
         lambda model: [list(getattr(model, f"layer{number}")) for number in range(1, 5)],

@@ -2,12 +2,14 @@
 
 The first word is a weights file of any layout that `fcmae convert` reads, a run or stage directory, `timm:NAME`, or one
 of our models by name, with random weights. Words after it are options: `label=...` is the name in the figure,
-`entry=...` the key of a checkpoint to read, all others are arguments of the model.
+`entry=...` the key of a checkpoint to read, `weights=FILE` fills one of timm's models, `gain=1` draws random weights
+that keep the variance, and all others are arguments of the model.
 """
 
 import importlib
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +20,14 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.checkpoint import read_facts, read_weights
-from pipeline.checkpoint.loader import load_weights
+from pipeline.checkpoint.loader import load_tensors, load_weights
 from pipeline.errors import CheckpointError, StageError, UserError
 from pipeline.models import create_model
 from pipeline.objectives.base import MEAN, STD
 from pipeline.stage import WEIGHTS, Done
 
 RANDOM = "random weights"
+HEADS = ("head.weight", "proj_head.0.weight")
 
 
 @dataclass(frozen=True)
@@ -139,20 +142,25 @@ def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
         tensors, form = read_weights(path, sha256), dict(facts["model"])
     else:
         loaded = load_weights(path, entry, sha256)
-        tensors, form = loaded.tensors, {"name": "convnextv2", **loaded.report.architecture.model_options}
+        architecture = loaded.report.architecture
+        tensors, form = (
+            loaded.tensors,
+            {"name": getattr(architecture, "family", "convnextv2"), **architecture.model_options},
+        )
     if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
         tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
-    form["num_classes"] = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    head = next((tensors[name] for name in HEADS if name in tensors), ())
+    options = {key: value for key, value in form.items() if value is not None} | {"num_classes": len(head)}
     try:
-        model = create_model(**{key: value for key, value in form.items() if value is not None})
-        model.load_state_dict({name: tensors[name].float() for name in model.state_dict()})
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the model that it names ({error}); export it again") from error
+        model = create_model(**options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is of a model that cannot be made ({error}); export it again") from error
+    _fill(model, path, tensors)
     return Subject(Path(path).stem, model, str(path), classes=tuple(facts.get("classes", ())))
 
 
 def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:
-    timm = import_timm()
+    timm, path = import_timm(), options.pop("weights", None)
     try:
         config = timm.get_pretrained_cfg(name)
         if config and config.fixed_input_size:
@@ -163,9 +171,23 @@ def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"timm cannot make the model {name}: {reason}; `timm.list_models()` lists them") from error
-    source = options.get("checkpoint_path") or ("timm's weights" if options.get("pretrained") else RANDOM)
+    if path is not None:  # not by timm's checkpoint_path, which in older versions unpickles anything
+        _fill(model, path, load_tensors(path)[0])
+    source = path or ("timm's weights" if options.get("pretrained") else RANDOM)
     mean, std = (tuple(255 * value for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
     return Subject(name, model, str(source), mean, std)
+
+
+def _fill(model: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every floating tensor of the model from those of the file, of which it may need fewer. Counters stay 0."""
+    floating = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    if missing := [name for name in floating if name not in tensors]:
+        raise CheckpointError(f"{path} lacks {missing[0]} of the model; name the model that the weights are of")
+    try:
+        model.load_state_dict({name: tensors[name].float() for name in floating}, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: {reason.removesuffix('.')}; name the model that the weights are of") from error
 
 
 def import_timm() -> ModuleType:

@@ -87,6 +87,25 @@ def test_timms_models_are_built_for_the_image_size():
     assert found.mean == pytest.approx((127.5,) * 3)
 
 
+@torch.no_grad()
+def test_timms_models_take_weights_from_a_file(tmp_path):
+    timm = oracle("timm", always_in_ci=True)
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    torch.save(
+        {"state_dict": {f"module.{name}": t for name, t in model.state_dict().items() if t.ndim}}, tmp_path / "r.pt"
+    )
+    found = open_model(f"timm:resnet10t num_classes=3 weights={tmp_path}/r.pt", 32)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(found.model(images), model(images))
+    for words, sentence in (
+        ("resnet10t num_classes=4", "size mismatch for fc"),
+        ("resnet18 num_classes=3", "lacks"),
+    ):
+        with pytest.raises(UserError, match=sentence) as raised:
+            open_model(f"timm:{words} weights={tmp_path}/r.pt", 32)
+        assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
