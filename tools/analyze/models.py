@@ -7,10 +7,11 @@ that keep the variance, and all others are arguments of the model.
 """
 
 import importlib
+import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,12 +61,11 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
     Raises:
         UserError: if there is no such model or file, or an option does not fit.
     """
-    name, *rest = shlex.split(words) or [""]
-    if wrong := next((word for word in rest if "=" not in word), None):
-        raise UserError(
-            f"model {words!r}: {wrong!r} is no option; write KEY=VALUE, and quote the model as one argument"
-        )
-    options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
+    try:
+        name, *rest = shlex.split(words) or [""]
+        options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"model {words!r} has no form NAME KEY=VALUE ...; quote it as one argument") from None
     label = options.pop("label", None)
     if name.startswith("timm:"):
         subject = _timm(name.removeprefix("timm:"), options, image_size)
@@ -76,20 +76,18 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
     else:
         subject = _random(name, options)
     subject.model.to(device).eval()
-    if label is None:
-        return subject
-    return Subject(str(label), *(getattr(subject, f) for f in ("model", "weights", "mean", "std", "classes")))
+    return subject if label is None else replace(subject, label=str(label))
 
 
 def _random(name: str, options: dict[str, Any]) -> Subject:
     gain = options.pop("gain", None)
     try:
         model = create_model(name, **options)
+        if gain is None:
+            return Subject(name, model, RANDOM)
+        keep_variance(model, float(gain))
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name}: {error}") from error
-    if gain is None:
-        return Subject(name, model, RANDOM)
-    keep_variance(model, float(gain))
     return Subject(name, model, f"{RANDOM} (gain {gain})")
 
 
@@ -123,10 +121,10 @@ def _directory(directory: Path, options: dict[str, Any]) -> Subject:
                 " a checkpoint"
             )
         stage = finished[-1]
-    done = Done(**yaml.safe_load((stage / "DONE").read_text()))
+    done = Done(**json.loads((stage / "DONE").read_text()))
     subject = _file(str(stage / WEIGHTS), options, done.weights_sha256)
     stage = stage.resolve()
-    return Subject(f"{stage.parent.name}/{stage.name}", subject.model, subject.weights, classes=subject.classes)
+    return replace(subject, label=f"{stage.parent.name}/{stage.name}")
 
 
 def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
@@ -142,11 +140,8 @@ def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
         tensors, form = read_weights(path, sha256), dict(facts["model"])
     else:
         loaded = load_weights(path, entry, sha256)
-        architecture = loaded.report.architecture
-        tensors, form = (
-            loaded.tensors,
-            {"name": getattr(architecture, "family", "convnextv2"), **architecture.model_options},
-        )
+        tensors, architecture = loaded.tensors, loaded.report.architecture
+        form = {"name": getattr(architecture, "family", "convnextv2"), **architecture.model_options}
     if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
         tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
     head = next((tensors[name] for name in HEADS if name in tensors), ())
