@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tools.analyze.models import import_torchvision
+from tools.analyze.timm_import import import_torchvision
 
 
 def oracle(name: str, *, always_in_ci: bool) -> ModuleType:

@@ -6,14 +6,12 @@ of our models by name, with random weights. Words after it are options: `label=.
 that keep the variance, and all others are arguments of the model.
 """
 
-import importlib
 import json
 import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from pipeline.errors import CheckpointError, StageError, UserError
 from pipeline.models import create_model
 from pipeline.objectives.base import MEAN, STD
 from pipeline.stage import WEIGHTS, Done
+from tools.analyze.timm_import import import_timm
 
 RANDOM = "random weights"
 HEADS = ("head.weight", "proj_head.0.weight")
@@ -183,26 +182,3 @@ def _fill(model: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path}: {reason.removesuffix('.')}; name the model that the weights are of") from error
-
-
-def import_timm() -> ModuleType:
-    """Raises UserError without timm."""
-    try:
-        import_torchvision()
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise UserError(f"models of timm need that package ({error}); run: pip install timm") from error
-
-
-def import_torchvision() -> None:
-    """timm imports it where it is; a build for another torch misses its own operators, none of which is used here."""
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        global _operators  # the definitions live as long as this object
-        _operators = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            _operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
