@@ -109,8 +109,8 @@ def draw(numbers: dict[str, Any], images: Images, heats: Sequence[Tensor]) -> "F
             axis.set_title(title)
         bar = figure.colorbar(ScalarMappable(cmap=heat_colours), ax=list(grid.ravel()), aspect=30, pad=0.02)
         bar.set_label("heat (share of its maximum)")
-        looked_for = f"below each: the {numbers['class_looked_for']} class, looked for, and its probability"
-        caption(figure, looked_for.replace("label class", "labelled class"), said_of(models))
+        which = {"predicted": "the predicted one", "label": "the image's label"}[numbers["class_looked_for"]]
+        caption(figure, f"below each: the class looked for ({which}) and its probability", said_of(models))
         return figure
 
 
