@@ -140,7 +140,7 @@ def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
     else:
         loaded = load_weights(path, entry, sha256)
         tensors, architecture = loaded.tensors, loaded.report.architecture
-        form = {"name": getattr(architecture, "family", "convnextv2"), **architecture.model_options}
+        form = {"name": architecture.family, **architecture.model_options}
     if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
         tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
     head = next((tensors[name] for name in HEADS if name in tensors), ())

@@ -24,13 +24,24 @@ def maps_of(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return maps
 
 
-def test_maps_of_our_stages_are_the_models_own():
-    model = create_model("convnextv2", depths=(1, 2), dims=(8, 16), num_classes=4, stem_stride=2).eval()
+OURS = {
+    "convnextv2": {"depths": (1, 2), "dims": (8, 16), "stem_stride": 2},
+    "slak": {"depths": (1, 2), "dims": (8, 16), "stem_stride": 2, "kernel_sizes": (9, 7)},
+    "nextvit": {"depths": (1, 2), "dims": (16, 24), "stem_stride": 2, "pattern": "CH", "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_maps_of_our_stages_are_the_models_own(name):
+    model = create_model(name, num_classes=4, **OURS[name]).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model.forward_features(images)
     assert all(map(torch.equal, maps_of(model, images), expected))
-    assert [layer.reader for layer in layers_of(model)] == [b.pwconv2 for s in model.stages for b in s]
+    layers = layers_of(model)
+    assert [layer.stage for layer in layers] == [0, 1, 1]
+    shapes = [layer.reader.weight.shape for layer in layers]
+    assert all(shape[1] >= 2 * shape[0] for shape in shapes)  # an MLP's second layer
 
 
 @pytest.mark.parametrize("name", TIMM)

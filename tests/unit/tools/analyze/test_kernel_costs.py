@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models import create_model
 from tools.analyze.kernels import analyse, cost, draw, stage_kernels
 
 # Parameters as counted from the official modules, and 10^9 multiply-adds at 224 px as fvcore counts them, which adds
@@ -22,6 +25,33 @@ def test_formulas_give_the_official_counts(form, size, width, parameters, giga_m
     assert found.parameters == parameters
     assert found.macs / 1e9 == pytest.approx(giga_macs, rel=0.006)
     assert found.macs / 1e9 < giga_macs
+
+
+def counted(model: nn.Module, image_size: int) -> int:
+    """Multiply-adds of the convolutions and linear layers that one image goes through, by the shapes they see."""
+    macs = 0
+
+    def add(module: nn.Module, given: tuple, output: Tensor) -> None:
+        nonlocal macs
+        channels_last = isinstance(module, nn.Linear)
+        places = output.numel() // output.shape[-1 if channels_last else 1]
+        macs += places * module.weight.numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add)
+    model(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    return macs
+
+
+@pytest.mark.parametrize("size", [7, 13, 31, 51])
+@pytest.mark.parametrize("form", ["square", "decomposed"])
+def test_formulas_give_what_a_model_has_and_counts(form, size):
+    with torch.device("meta"):
+        model = create_model("slak_tiny", width=1.0, form=form, kernel_sizes=stage_kernels(size)).eval()
+    found = cost(form, size)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.macs == counted(model, 224)
 
 
 @pytest.mark.parametrize("what", ["parameters", "macs"])
