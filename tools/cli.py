@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.errors import RecipeError, UserError
 from tools import checkpoint, cluster_commands
+from tools.analyze import commands as analyze
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +23,7 @@ app = typer.Typer(
 
 
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(analyze.app, name="analyze")
 
 
 @app.command()
