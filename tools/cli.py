@@ -38,7 +38,7 @@ def run(
     ] = 1,
 ) -> None:
     """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 76 worth
-    another try (a rank was lost, or stood still), 1 failed."""
+    another try (a rank was lost, or stood still), 77 ended at a stage that is off track (`gate.stop`), 1 failed."""
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
     from cluster.progress import Progress
@@ -311,7 +311,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
 

@@ -19,6 +19,7 @@ from pipeline.recipe.sections import (
     Engine,
     Evaluation,
     FCMAESettings,
+    Gate,
     Health,
     Initial,
     Model,
@@ -50,6 +51,7 @@ class StageRecipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
+    gate: Gate = Gate()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -63,6 +65,8 @@ class StageRecipe(Section):
         return self
 
     def _check_fcmae(self, objective: FCMAESettings) -> None:
+        if self.gate.metric not in (None, "loss"):
+            raise ValueError(f"gate.metric is {self.gate.metric}; pre-training is judged by loss")
         if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"
