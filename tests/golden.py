@@ -44,9 +44,8 @@ def image(number: int, size: int = 32) -> tuple[np.ndarray, int]:
     shift, period = (int(v) for v in draw[:2] % np.uint64(16))
     bands = (x * (label % 4) + y * (label % 3) + (x * y // 8) * (label // 5) + shift) * (6 + label) % (40 + period)
     noise = (draw[4:] % np.uint64(48)).astype(np.int64).reshape(size, size, 3)
-    return (40 + 3 * bands[..., None] // 2 + noise + 8 * np.arange(3) * (label % 3)).clip(0, 255).astype(
-        np.uint8
-    ), label
+    pixels = 40 + 3 * bands[..., None] // 2 + noise + 8 * np.arange(3) * (label % 3)
+    return pixels.clip(0, 255).astype(np.uint8), label
 
 
 def measure(directory: Path) -> dict[str, Any]:
@@ -96,9 +95,8 @@ def machine() -> dict[str, str]:
 
 def differences(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """A sentence for each stage that is not as the file has it, and one for other data."""
-    said = (
-        [] if golden["data"] == found["data"] else ["the images are others: they, or the .beton format, have changed"]
-    )
+    other = golden["data"] != found["data"]
+    said = ["the images are others: they, or the .beton format, have changed"] if other else []
     same = golden["machine"] == found["machine"]
     allowed = 0.0 if same else TOLERANCE
     for stage in golden["losses"].keys() | found["losses"].keys():
