@@ -21,8 +21,8 @@ def write_report(runs: Sequence[str], out: Path | None, *, markdown: bool, compa
     from tools.report.page import page
 
     if compare != (len(runs) > 1):
-        given = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
-        raise StageError(f"{given} were given: a report is of one, and --compare needs two or more")
+        given = "1 run was given" if len(runs) == 1 else f"{len(runs)} runs were given"
+        raise StageError(f"{given}: a report is of one, and --compare needs two or more")
     directories = [working_copy(run).resolve() for run in runs]
     name = ("comparison" if compare else "report") + (".md" if markdown else ".html")
     # For a URL in the current directory: its copy is nobody's place to look.

@@ -177,7 +177,7 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
     return Attempt(
         number=number,
         started=began or (times[0] if times else None),
-        ended=times[-1] if times else None,
+        ended=max(times, default=None),
         host=str(begin.get("host") or entry.get("host") or ""),
         job=str(entry.get("job") or ""),
         ranks=begin.get("world_size") or entry.get("world_size") or 1,

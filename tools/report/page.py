@@ -1,10 +1,9 @@
 """The page of one run: what was asked for, what was done, what came out, and how it compares with the paper."""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
-
-import yaml
 
 from cluster.table import duration
 from pipeline.health.gates import OFF_TRACK, ON_TRACK, UNPUBLISHED
@@ -42,7 +41,7 @@ def page(run: RunFacts) -> Document:
         ]
     sections.append(Section("Recipe", list(recipe(run))))
     if stages:
-        sections += [Section("Data", [data(run)]), Section("Environment", list(environment(run)))]
+        sections += [Section("Data", list(data(run))), Section("Environment", list(environment(run)))]
     written = time.strftime("%Y-%m-%d %H:%M %Z")
     return Document(
         title=run.name,
@@ -245,24 +244,32 @@ def recipe(run: RunFacts) -> Iterator[Any]:
     yield Fold("fingerprints: equal ones are the same experiment", [Table(["stage", "sha256"], fingerprints)])
 
 
-def data(run: RunFacts) -> Table:
+def data(run: RunFacts) -> Iterator[Any]:
     """The data files of the stages, each once."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    used: dict[tuple[str, str], tuple[dict[str, Any], list[str]]] = {}
     for stage in run.stages:
-        for name, facts in stage.latest("data").items():
-            if isinstance(facts, dict):
-                made = ", ".join(f"{k} {v}" for k, v in facts.get("settings", {}).items() if v is not None)
-                counts = [f"{facts['images']:,} of {facts['samples']:,}", f"{facts['classes']:,}"]
-                key = (name, facts["sha256"])
-                stages = f"{rows[key][1]}, {stage.name}" if key in rows else stage.name
-                where = f"{facts['path']} ({made})" if made else facts["path"]
-                rows[key] = [name, stages, *counts, facts["sha256"], where]
-        pinned = stage.directory / "data.json"
-        if not stage.latest("data") and pinned.exists():
-            for name, digest in yaml.safe_load(pinned.read_text()).items():
-                rows.setdefault((name, digest), [name, stage.name, "", "", digest, ""])
-    headers = ["file", "stages", "images", "classes", "sha256", "where, and how it was made"]
-    return Table(headers, list(rows.values()), ("images", "classes"))
+        for name, facts in _files(stage).items():
+            used.setdefault((name, facts["sha256"]), (facts, []))[1].append(stage.name)
+    rows = []
+    for (name, digest), (facts, stages) in used.items():
+        images = f"{facts['images']:,} of {facts['samples']:,}" if "images" in facts else ""
+        rows.append([name, ", ".join(stages), images, f"{facts.get('classes', ''):,}" if images else "", digest[:16]])
+    yield Table(["file", "stages", "images", "classes", "sha256"], rows, ("images", "classes"))
+    lines = []
+    for (_, digest), (facts, _) in used.items():
+        made = [f"{key} {value}" for key, value in facts.get("settings", {}).items() if value is not None]
+        lines.append(f"{digest}  {facts.get('path', '')}")
+        lines += [f"    {line}" for line in made or ["not noted how it was made"]]
+    yield Fold("whole hashes, paths, and how the files were made", [Code("\n".join(lines))])
+
+
+def _files(stage: StageFacts) -> dict[str, dict[str, Any]]:
+    """What the journal says of the stage's data; in an older run only the hashes that it is held to."""
+    noted = {name: facts for name, facts in stage.latest("data").items() if isinstance(facts, dict)}
+    pinned = stage.directory / "data.json"
+    if noted or not pinned.exists():
+        return noted
+    return {name: {"sha256": digest} for name, digest in json.loads(pinned.read_text()).items()}
 
 
 def environment(run: RunFacts) -> Iterator[Any]:

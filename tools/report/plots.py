@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours as the SVG has them by itself, and the page's names for them, which differ between light and dark.
-INK, LINE, PALE = "#55534e", "#e4e2dc", "#c3d2e2"
+INK, LINE, PALE, PAPER = "#55534e", "#e4e2dc", "#c3d2e2", "#ffffff"
 SERIES = ("#1f5a96", "#b4532a", "#2a7f4f", "#7a4f9a", "#8a6d3b", "#3a8a94")
-NAMES = {INK: "--ink-soft", LINE: "--line", PALE: "--pale"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
+NAMES = {INK: "--ink-soft", LINE: "--line", PALE: "--pale", PAPER: "--paper"}
+NAMES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 LARGEST_BYTES = 400_000  # of a PNG; a larger one is embedded as JPEG
 
 Curve = tuple[str, Sequence[dict], Sequence[tuple[int, float]]]  # name, step events, (step, metric)
