@@ -53,10 +53,10 @@ def results(runs: Sequence[RunFacts], names: Sequence[str]) -> Table:
     """A row for each figure, a column for each run, and one for what is published where all agree on it."""
     rows: list[Row] = []
     found = [{(row[0], row[1]): row[2] for row in final_table(run).rows} for run in runs]
-    for key in dict.fromkeys(key for table in found for key in table):
-        rows.append([*key, *(table.get(key, "") for table in found)])
     for stage in stage_names(runs):
         at = [next((s for s in run.stages if s.name == stage), None) for run in runs]
+        for key in dict.fromkeys(key for table in found for key in table if key[0] == stage):
+            rows.append([*key, *(table.get(key, "") for table in found)])
         rows.append([stage, "verdict", *(verdict_cell(s) if s else "" for s in at)])
     rows.append(["all", "running", *(duration(sum(s.seconds for s in run.stages)) for run in runs)])
     for gpu, unit in ((True, "GPU-hours"), (False, "core-hours")):
@@ -100,7 +100,8 @@ def overlaid(runs: Sequence[RunFacts], names: Sequence[str], stage: str) -> Pict
     evaluated = [metric(s.kept) for _, s in there]
     judged_by = next((name for name, _ in evaluated if name), "loss")
     lines = [(name, s.steps, points) for (name, s), (_, points) in zip(there, evaluated, strict=True)]
-    return Picture(f"{stage}-compared", "Smoothed losses", curves(lines, judged_by, {}, [], salt=stage))
+    caption = "Smoothed losses" if len(there) > 1 else f"Only {there[0][0]} has this stage"
+    return Picture(f"{stage}-compared", caption, curves(lines, judged_by, {}, [], salt=stage))
 
 
 def surroundings(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Any]:
