@@ -16,7 +16,7 @@ COLOUR: dict[State, str] = {
     "waiting": "dim", "queued": "yellow", "starting": "cyan", "running": "cyan", "saved": "yellow", "failed": "red",
     "cancelled": "red", "done": "green", "interrupted": "red",
 }  # fmt: skip
-LEFT = ("stage", "state", "job", "nodes", "result", "verdict")
+LEFT = ("stage", "state", "job", "nodes", "result", "track")
 
 
 def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
@@ -57,7 +57,7 @@ def _cells(s: StageStatus) -> dict[str, str]:
         "ETA": duration(s.eta_seconds),
         "checkpoint": duration(s.last_checkpoint_age_seconds) if s.state != "done" else "",
         "result": metrics_text(s.metrics),
-        "verdict": {None: "", True: "[green]on track[/]", False: "[red]off track[/]"}[s.on_track],
+        "track": {None: "", True: "[green]on[/]", False: "[red]off[/]"}[s.on_track],
     }
 
 

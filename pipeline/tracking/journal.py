@@ -88,12 +88,12 @@ class Journal:
         if written != len(line):
             os.ftruncate(self._file.fileno(), self._file.tell() - (written or 0))
             raise OSError(errno.ENOSPC, "the journal line could not be written whole", str(self.path))
-        self._note(strict(event))
+        self._note(event)
 
     def write_changed(self, kind: str, **fields: Any) -> None:
         """Appends the line unless the last one of its kind says the same."""
         known = {k: v for k, v in self._latest.get(kind, {}).items() if k not in ("kind", "time", "attempt")}
-        if known != strict(fields):
+        if strict(known) != strict(fields):
             self.write(kind, **fields)
 
     def has(self, kind: str, step: int) -> bool:
