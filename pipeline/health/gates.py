@@ -29,6 +29,8 @@ DEVIATIONS = 3.0  # by which accuracy must exceed guessing, in standard deviatio
 WORSE = 1.3  # validation loss of a reconstruction over its training loss, whose zoomed crops are easier to paint
 FALL_POINTS = 1.0  # of top-1 below its best evaluation
 
+Metrics = list[dict[str, float]]  # of each evaluation, in order
+
 
 @dataclass(frozen=True)
 class Check:
@@ -68,7 +70,8 @@ def judge(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     kept = standing(events)
     lines = steps(kept)
     made = {step: e["loss"] for step, e in lines.items() if not e.get("refused") and _number(e.get("loss"))}
-    evaluations = [(e["step"], e["metrics"]) for e in kept if e.get("kind") == "evaluate"]
+    found = [e.get("metrics") for e in kept if e.get("kind") == "evaluate"]
+    evaluations = [metrics for metrics in found if isinstance(metrics, dict)]
     begun = next((e for e in reversed(kept) if e.get("kind") == "attempt"), {})
     data = next((e for e in reversed(kept) if e.get("kind") == "data"), {})
     checks = [_loss(made), _lost_steps(kept, lines, made)]
@@ -137,7 +140,7 @@ def _lost_steps(kept: list[Event], lines: Mapping[int, Event], made: Mapping[int
     return Check("steps made", lost <= MOST_LOST * last and rollbacks <= MOST_ROLLBACKS, told)
 
 
-def _painting(recipe: StageRecipe, evaluations: list) -> Check:
+def _painting(recipe: StageRecipe, evaluations: Metrics) -> Check:
     loss = _last(evaluations, "loss")
     if loss is None or not recipe.objective.normalize_target:
         why = "no evaluation yet" if loss is None else "its loss is known for normalised targets only"
@@ -148,7 +151,7 @@ def _painting(recipe: StageRecipe, evaluations: list) -> Check:
     return Check("better than grey", loss < 0.99 * grey, told)
 
 
-def _reconstruction_gap(made: Mapping[int, float], evaluations: list) -> Check:
+def _reconstruction_gap(made: Mapping[int, float], evaluations: Metrics) -> Check:
     loss = _last(evaluations, "loss")
     if loss is None or len(made) < FEWEST_STEPS:
         return Check("validation near training", None, "too little to compare")
@@ -157,7 +160,7 @@ def _reconstruction_gap(made: Mapping[int, float], evaluations: list) -> Check:
     return Check("validation near training", loss <= WORSE * training, told)
 
 
-def _guessing(classes: int, evaluations: list, images: int | None) -> Check:
+def _guessing(classes: int, evaluations: Metrics, images: int | None) -> Check:
     top1 = _last(evaluations, "top1")
     if top1 is None:
         return Check("better than guessing", None, "no evaluation yet")
@@ -167,7 +170,7 @@ def _guessing(classes: int, evaluations: list, images: int | None) -> Check:
     return Check("better than guessing", top1 > bound, f"top-1 is {top1:.2f} %; guessing reaches {bound:.2f} %")
 
 
-def _validation_gap(classes: int, made: Mapping[int, float], evaluations: list) -> Check:
+def _validation_gap(classes: int, made: Mapping[int, float], evaluations: Metrics) -> Check:
     name, loss = "validation near training", _last(evaluations, "loss")
     if loss is None or len(made) < FEWEST_STEPS:
         return Check(name, None, "too little to compare")
@@ -175,7 +178,8 @@ def _validation_gap(classes: int, made: Mapping[int, float], evaluations: list) 
     told = f"validation loss {loss:.4g}, training loss {training:.4g}"
     if loss > uniform > training:
         return Check(name, False, f"{told}, where naming no class costs {uniform:.4g}: are both files of one kind?")
-    best, last = max(m["top1"] for _, m in evaluations), evaluations[-1][1]["top1"]
+    top1 = [metrics["top1"] for metrics in evaluations if _number(metrics.get("top1"))]
+    best, last = max(top1, default=0.0), top1[-1] if top1 else 0.0
     if best - last > FALL_POINTS:
         return Check(name, False, f"top-1 has fallen from {best:.2f} to {last:.2f} %")
     return Check(name, True, told)
@@ -201,7 +205,7 @@ def loss_at(made: Mapping[int, float], step: int, over: int = 20) -> float:
     return fmean(values) if values else math.nan
 
 
-def _gate(recipe: StageRecipe, evaluations: list) -> Check:
+def _gate(recipe: StageRecipe, evaluations: Metrics) -> Check:
     gate = recipe.gate
     if gate.metric is None:
         return Check("gate", None, "the recipe asks for nothing")
@@ -214,7 +218,7 @@ def _gate(recipe: StageRecipe, evaluations: list) -> Check:
     return Check("gate", passed, f"{gate.metric} is {value:.4g}, the recipe asks for {asked}")
 
 
-def _published(recipe: StageRecipe, evaluations: list) -> Check:
+def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
     gate, top1 = recipe.gate, _last(evaluations, "top1")
     if gate.published is None:
         fcmae = isinstance(recipe.objective, FCMAESettings)
@@ -225,8 +229,8 @@ def _published(recipe: StageRecipe, evaluations: list) -> Check:
     return Check("published value", top1 >= gate.published - gate.published_within, f"{told} points below")
 
 
-def _last(evaluations: list, metric: str) -> float | None:
-    return next((float(m[metric]) for _, m in reversed(evaluations) if _number(m.get(metric))), None)
+def _last(evaluations: Metrics, metric: str) -> float | None:
+    return next((float(m[metric]) for m in reversed(evaluations) if _number(m.get(metric))), None)
 
 
 def _number(value: Any) -> bool:

@@ -173,7 +173,7 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
     steps = [event["step"] for event in own if event.get("kind") == "step"]
     started = entry.get("started")
     began = datetime.fromisoformat(started).timestamp() if started else None
-    times = [event["time"] for event in own]
+    times = [event["time"] for event in own if "time" in event]
     return Attempt(
         number=number,
         started=began or (times[0] if times else None),

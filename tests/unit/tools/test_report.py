@@ -10,10 +10,13 @@ import yaml
 from PIL import Image
 
 from cluster.origin import read_origin, write_origin
+from pipeline.folder import Folder
+from pipeline.mirror import Uploads
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.pictures import reconstruction
 from tests.support import make_tiny_run
+from tools.report import write_report
 from tools.report.compare import comparison, labels
 from tools.report.facts import gather
 from tools.report.page import page
@@ -143,3 +146,12 @@ def test_a_sheet_fits_the_page_and_keeps_every_image(tmp_path, images, size):
     assert len(content) <= LARGEST_BYTES or shown.format == "JPEG"
     assert shown.width >= shown.height
     assert shown.width * shown.height >= 0.5 * whole.width * whole.height or shown.format == "JPEG"
+
+
+def test_a_run_on_an_object_store_is_reported_from_a_copy(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / "mirror"))
+    url = "memory://bucket/chain"
+    Uploads(run, Folder.at(url)).push()
+    out = write_report([url], tmp_path / "page.html", markdown=False, compare=False)
+    assert "node1" in out.read_text()
+    assert "1 of 3 stages are done" in out.read_text()
