@@ -50,6 +50,8 @@ class StageStatus:
     last_checkpoint_age_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the result, before that of the last evaluation
     weights_sha256: str | None = None
+    on_track: bool | None = None  # the verdict on a finished stage
+    verdict: str = ""  # in words
 
 
 class Follower:
@@ -111,6 +113,8 @@ class Follower:
             seen.step = _count(result.get("steps")) or seen.step
             seen.total_steps = seen.total_steps or seen.step
             seen.weights_sha256 = result.get("weights_sha256")
+            verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
+            seen.on_track, seen.verdict = verdict.get("on_track"), str(verdict.get("sentence", ""))
             seen.metrics = _numbers(result.get("metrics")) or seen.metrics
         else:
             if attempts:

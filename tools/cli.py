@@ -40,9 +40,10 @@ def run(
     ] = 1,
 ) -> None:
     """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 76 worth
-    another try (a rank was lost, or stood still), 1 failed."""
+    another try (a rank was lost, or stood still), 77 ended at a stage that is off track (`gate.stop`), 1 failed."""
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
+    from cluster.origin import write_origin
     from cluster.progress import Progress
     from cluster.status import status
     from cluster.table import render
@@ -55,6 +56,7 @@ def run(
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
     stages = open_chain(chain, directory)
+    write_origin(directory, find_recipe(recipe), overrides or [])
     preflight(stages, nproc)
     remote = remote_of(directory)
     run_files = Uploads(directory, remote, "*") if remote else None  # each stage sends its own
@@ -100,6 +102,19 @@ def status(
         print(view.to_json(statuses))
     else:
         console.print(render(statuses, run.queue.trouble))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="The run directory; with --compare several.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default DIR/report.html.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, with the pictures beside it.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Several runs side by side.")] = False,
+) -> None:
+    """A run as one page to keep and to send: recipe, data, environment, attempts, curves, pictures, cost, result."""
+    from tools.report import write_report
+
+    print(f"{write_report(runs, out, markdown=markdown, compare=compare)} is written")
 
 
 @app.command()
@@ -315,7 +330,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
 
