@@ -137,7 +137,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
-    """Write a merged model as ONNX, of `images` (batch, channels, size, size); `external` puts the weights beside it."""
+    """Write a merged model as ONNX, of `images` (batch, 3, size, size); `external` puts the weights beside it."""
     images = torch.zeros(2, model.in_channels, size, size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
