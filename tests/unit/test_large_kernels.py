@@ -53,8 +53,6 @@ def test_a_form_that_is_named_is_taken_everywhere_or_refused(world, tmp_path):
     engine, objective = build(world, "banded")
     assert set_large_kernels(tmp_path, engine, objective) == {}
     assert set(forms(engine)) == {"banded"}
-    with pytest.raises(
-        RecipeError, match="triton, which needs a GPU and Triton; choose one of native"
-    ):
+    with pytest.raises(RecipeError, match="triton, which needs a GPU and Triton; choose one of native"):
         set_large_kernels(tmp_path, *build(world, "triton"))
     assert not list(tmp_path.iterdir())
