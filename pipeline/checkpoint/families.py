@@ -94,7 +94,7 @@ class NextViTArchitecture(FamilyArchitecture):
 
     stem_dim: int = 64
     pattern: str = "CHHH"
-    convolutions_per_transformer: int = 4
+    convolutions_per_transformer: int | tuple[int, ...] = 4
     shrink: float = 0.75
     head_dim: int = 32
     normalisation: str = "batch"
@@ -152,9 +152,11 @@ def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
     ends = [*starts[1:], len(widths)]
     kinds = [tuple(transformers[start:end]) for start, end in zip(starts, ends, strict=True)]
     pattern = "".join("C" if not any(kind) else "T" if all(kind) else "H" for kind in kinds)
-    hybrid = [kind for kind in kinds if any(kind) and not all(kind)]
-    groups = {kind.index(True) for kind in hybrid if kind.index(True) < len(kind) - 1}
-    longest = max((len(kind) - 1 for kind in hybrid), default=0)
+    # In a stage with one transformer block, the last one, any larger number says the same as its own.
+    groups = tuple(
+        kind.index(True) if letter == "H" and any(kind[:-1]) else max(4, len(kind) - 1) if letter == "H" else 4
+        for kind, letter in zip(kinds, pattern, strict=True)
+    )
     attention = next((block for block, is_one in zip(blocks, transformers, strict=True) if is_one), None)
     shrink = 0.75
     if attention:
@@ -166,7 +168,7 @@ def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
         in_channels=shapes.size(stem, 4, 1),
         stem_dim=shapes.size(stem, 4, 0),
         pattern=pattern,
-        convolutions_per_transformer=min(groups, default=max(4, longest)),
+        convolutions_per_transformer=groups[0] if len(set(groups)) == 1 else groups,
         shrink=shrink,
         head_dim=shapes.size(f"{convolution}mhca.group_conv3x3.weight", 4, 1),
         normalisation="batch" if "stem.0.norm.running_mean" in shapes.named else "layer",

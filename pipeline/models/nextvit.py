@@ -241,8 +241,8 @@ class NextViT(nn.Module):
         stem_dim: channels of the stem.
         pattern: a letter for each stage: C, convolution blocks alone; H, hybrid; T, transformer blocks alone. The
             released models are "CHHH"; the paper's text, a transformer block at the end of each stage, is "HHHH".
-        convolutions_per_transformer: N of the paper's (NCB x N + NTB) x L in hybrid stages: every (N+1)-th block is a
-            transformer block, and so is the last. L follows from the depth.
+        convolutions_per_transformer: N of the paper's (NCB x N + NTB) x L, of all hybrid stages or one for each stage:
+            every (N+1)-th block is a transformer block, and so is the last. L follows from the depth.
         shrink: share r of a transformer block's channels that has self-attention; with 1 there is no convolution in it.
         norm, activation: "batch" and "relu", fast when deployed; or "layer", "gelu".
         pooling: see `Attention`.
@@ -261,7 +261,7 @@ class NextViT(nn.Module):
         stem_stride: int = 4,
         stem_dim: int = 64,
         pattern: str = "CHHH",
-        convolutions_per_transformer: int = 4,
+        convolutions_per_transformer: int | Sequence[int] = 4,
         shrink: float = 0.75,
         norm: str = "batch",
         activation: str = "relu",
@@ -283,7 +283,11 @@ class NextViT(nn.Module):
             )
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride is {stem_stride}; choose 1, 2 or 4")
-        kinds, widths = _blocks(depths, dims, pattern, convolutions_per_transformer)
+        groups = convolutions_per_transformer
+        groups = [groups] * len(depths) if isinstance(groups, int) else groups
+        if len(groups) != len(depths):
+            raise ValueError(f"convolutions_per_transformer {tuple(groups)} and depths {tuple(depths)} must be as many")
+        kinds, widths = _blocks(depths, dims, pattern, groups)
         if wrong := [width for width in widths if width % head_dim]:
             raise ValueError(f"a block has {wrong[0]} channels, no multiple of head_dim {head_dim}; change dims")
         self.depths, self.dims = tuple(depths), tuple(dims)
@@ -349,10 +353,12 @@ class NextViT(nn.Module):
         return self.eval()
 
 
-def _blocks(depths: Sequence[int], dims: Sequence[int], pattern: str, group: int) -> tuple[list[type], list[int]]:
+def _blocks(
+    depths: Sequence[int], dims: Sequence[int], pattern: str, groups: Sequence[int]
+) -> tuple[list[type], list[int]]:
     """Class and channels of each block, in order."""
     kinds: list[type] = []
-    for depth, letter in zip(depths, pattern, strict=True):
+    for depth, letter, group in zip(depths, pattern, groups, strict=True):
         if letter == "H" and depth > group + 1 and depth % (group + 1):
             raise ValueError(
                 f"depths {tuple(depths)}: a hybrid stage of {depth} blocks is no whole number of groups of {group}"

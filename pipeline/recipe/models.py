@@ -116,8 +116,8 @@ class NextViTModel(Model):
     pattern: str = Field("CHHH", pattern="^[CHT]+$")
     """A letter for each stage: C convolution blocks, H hybrid, T transformer blocks. CHHH is what was released, HHHH
     what the paper's text describes."""
-    convolutions_per_transformer: int = Field(4, ge=1)
-    """N of the paper's (NCB x N + NTB) x L; L follows from the depths."""
+    convolutions_per_transformer: int | tuple[int, ...] = 4
+    """N of the paper's (NCB x N + NTB) x L, of all hybrid stages or one for each stage; L follows from the depths."""
     shrink: float = Field(0.75, gt=0, le=1)
     """Share r of a transformer block's channels that has self-attention."""
     norm: Literal["batch", "layer"] = "batch"

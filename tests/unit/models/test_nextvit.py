@@ -40,7 +40,7 @@ def trained(name="nextvit", classes=5, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+                parameter.normal_(0, 0.5 * parameter[0].numel() ** -0.5, generator=generator)
     return scatter_norms(model)
 
 
@@ -54,7 +54,7 @@ def test_timm_gives_the_same_logits_before_and_after_merging():
     theirs.load_state_dict({name: tensor.clone() for name, tensor in pairs}, assign=True)
     expected = theirs.eval()(IMAGES)
     logits = model(IMAGES)
-    assert 0.1 < logits.abs().max() < 100
+    assert 0.1 < logits.abs().max() < 10
     assert (logits - expected).abs().max() <= 1e-12
     merged = model.merge_batchnorm()(IMAGES)
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
@@ -88,7 +88,7 @@ def test_options_learn_and_merging_is_exact(options):
     with torch.no_grad():
         before = model.eval()(IMAGES)
         after = model.merge_batchnorm()(IMAGES)
-    assert before.abs().max() > 0.1
+    assert before.abs().max() > 0.01
     assert (after - before).abs().max() <= 1e-12
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
     assert [tuple(x.shape[2:]) for x in model.forward_features(IMAGES)] == [(32, 32), (16, 16), (8, 8)]
@@ -109,7 +109,7 @@ def test_pooling():
     x = torch.arange(2 * 6 * 5, dtype=torch.float64).view(1, 2, 6, 5)
     for pooling, expected in (
         ("1d", F.avg_pool1d(x.flatten(2), 4)),
-        ("2d", F.avg_pool2d(F.pad(x, (0, 1), mode="replicate"), 2).flatten(2)),
+        ("2d", F.avg_pool2d(F.pad(x, (0, 1, 0, 0), mode="replicate"), 2).flatten(2)),
     ):
         attention = Attention(2, 2, Layers(pooling=pooling, head_dim=2)).double()
         seen = []
