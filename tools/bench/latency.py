@@ -3,7 +3,8 @@
 BatchNorm is merged, weights are random, outputs are compared. Batch and resolution are those of Next-ViT's published
 latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), at 224 and 384 pixels. onnxruntime and torch run on this machine's
 CPU in fp32. TensorRT is measured by its own `trtexec`, CoreML on a Mac; on Linux the CoreML model is only made. What is
-absent is said in one line. Each figure is the median of its rounds.
+absent is said in one line. Each figure is the median of its rounds; with one thread it is CPU time, which other work on
+the machine hardly changes.
 """
 
 import argparse
@@ -29,13 +30,13 @@ MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]
 
 
-def milliseconds(work: Callable[[], object], rounds: int) -> float:
+def milliseconds(work: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """The median of `rounds` after one that counts for nothing."""
     times = []
     for _ in range(rounds + 1):
-        began = time.perf_counter()
+        began = clock()
         work()
-        times.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (clock() - began))
     return median(times[1:])
 
 
@@ -80,11 +81,12 @@ def measure(name: str, batch: int, size: int, rounds: int, threads: int) -> str:
         trace(model, path, size, external=True)
         session = onnx_session(path, threads)
         inputs, expected = {"images": images.numpy()}, plain(images)
+        clock = time.process_time if threads == 1 else time.perf_counter
         difference = (torch.from_numpy(session.run(None, inputs)[0]) - expected).abs().max().item()
         assert difference <= ONNX_TOLERANCE * max(1.0, expected.abs().max().item()), difference
         figures = [
-            f"{milliseconds(lambda: session.run(None, inputs), rounds):.0f}",
-            f"{milliseconds(lambda: model(images), rounds):.0f}",
+            f"{milliseconds(lambda: session.run(None, inputs), rounds, clock):.0f}",
+            f"{milliseconds(lambda: model(images), rounds, clock):.0f}",
             on_tensorrt(path, batch, size) if shutil.which("trtexec") else "-",
             on_coreml(model, images, rounds) if find_spec("coremltools") else "-",
         ]
@@ -105,7 +107,7 @@ def main() -> None:
         print("TensorRT is left out: there is no trtexec on the path; run this where TensorRT is installed.")
     if not find_spec("coremltools"):
         print("CoreML is left out: coremltools is not installed; run pip install coremltools, on a Mac to measure.")
-    print(f"milliseconds, median of {given.rounds}, {given.threads} thread")
+    print(f"milliseconds, median of {given.rounds}, {given.threads} thread{'s' * (given.threads > 1)}")
     print("| model | batch | pixels | onnxruntime | torch | TensorRT fp16 | CoreML | difference |")
     print("|---|---|---|---|---|---|---|---|")
     for name in given.models:
