@@ -246,7 +246,8 @@ def _absent(architecture: Architecture | FamilyArchitecture) -> list[str]:
     if architecture.decoder:
         return []
     whole = replace(architecture, norm=True, classes=architecture.classes or 1)
-    return [name for name in shapes_of(whole) if name not in shapes_of(architecture)]
+    here = shapes_of(architecture)
+    return [name for name in shapes_of(whole) if name not in here]
 
 
 def from_ours(
