@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.convnextv2 import ConvNeXtV2, update_running_statistics
+from pipeline.models.batchnorm import update_running_statistics
+from pipeline.models.convnextv2 import ConvNeXtV2
 from pipeline.models.decoder import create_decoder
 from pipeline.models.initialise import initialise
 from pipeline.models.response import GRN
@@ -74,7 +75,6 @@ class FCMAE(nn.Module):
         for module in encoder.modules():
             if isinstance(module, GRN):
                 module.across_images = grn_statistics == "batch"
-        self.seed = seed
         initialise(self, seed)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
