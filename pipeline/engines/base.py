@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.feed import Batch
+from pipeline.engines.blocks import compile_blocks
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
 from pipeline.logical import fill, whole
-from pipeline.models import UNITS
-from pipeline.models.convnextv2 import Downsample, Stem
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -80,7 +79,7 @@ class Engine(ABC):
         self._buffers = StepBuffers(self.module, world.size)
 
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Set parameters and buffers from whole ones, the same on all ranks; this rank's part of each is kept."""
+        """Set parameters and buffers from whole ones, of which this rank's part is kept. Alike on all ranks."""
         tensors = {**dict(self.module.named_buffers()), **self.items()}
         for name, value in values:
             fill(tensors[name], value)
@@ -239,22 +238,3 @@ class Engine(ABC):
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the forward of every block, after the placement: hooks that gather parameters stay outside of it, and
-    activation checkpointing calls it.
-
-    One compilation serves all blocks of a shape. Shapes differ from stage to stage and hardly within one, so they are
-    compiled as they are, which takes more compilations than dynamo expects of one function. Stems and downsampling
-    layers make the tables of visible cells, which no compiled graph can hold.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks(model):
-        if not isinstance(block, Stem | Downsample):
-            block.forward = torch.compile(block.forward, dynamic=False)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
-    return [module for module in model.modules() if isinstance(module, UNITS)]
