@@ -100,10 +100,11 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
 
 
 def _kind(path: str | os.PathLike, data: bytes) -> str:
-    if data[:4] == _ZIP or data[:1] == b"\x80":
-        kind = "PyTorch pickle"
-    elif data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
+    # A safetensors file begins with the length of its header, and some lengths begin as a pickle does.
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
         kind = "safetensors"
+    elif data[:4] == _ZIP or data[:1] == b"\x80":
+        kind = "PyTorch pickle"
     else:
         start = f"begins with {data[:20]!r}" if data else "is empty"
         raise CheckpointError(f"{path} {start}, so it is neither safetensors nor a PyTorch pickle; fetch it again")
