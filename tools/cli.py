@@ -280,6 +280,42 @@ def export(
 
 
 @app.command()
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of an included recipe.")],
+    site: Annotated[str, typer.Option(help="A YAML file that describes the cluster, or an included example.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Instead of the site's.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU's (or rank's) hour.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Images in a data file that is not here: N for all training files, or FILE=N; repeatable."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Make some real steps of each stage here, and correct the estimate.")
+    ] = False,
+    formulas: Annotated[bool, typer.Option("--formulas", help="Show how each figure comes about.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes. Nothing starts."""
+    from cluster.site import load_site
+    from pipeline.recipe import load
+    from tools.estimate import estimate as reckon
+    from tools.estimate_table import render, to_json
+
+    profile = load_site(site)
+    found = reckon(
+        load(find_recipe(recipe), overrides or []), profile, nodes=nodes, images=images or (), measured_here=measure
+    )
+    console = Console()
+    if json:
+        print(to_json(found, price))
+    else:
+        (console if console.is_terminal else Console(width=180)).print(render(found, price, formulas))
+
+
+@app.command()
 def recipes() -> None:
     """The recipes that are included."""
     for path in sorted(_included().rglob("*.yaml")):
