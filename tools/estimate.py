@@ -191,9 +191,7 @@ def _stage(
         correction = memory_correction(recipe, model, here(recipe.batch.micro_slots), measured)
     options = []
     for checkpointing in (False, True):
-        changed = recipe.model_copy(
-            update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})}
-        )
+        changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
         growth = own if checkpointing == recipe.model.checkpointing else Growth(changed, device)
         for name in ENGINES:
             if reason := _unsupported(recipe, name):
@@ -320,4 +318,3 @@ def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFi
     if count is None:
         return DataFile(path, None, None, False)
     return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)
-

@@ -136,16 +136,20 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
                 f"{stage.recipe.name}: measured on this machine's {m.device}: {m.images} images in {m.step_seconds:.3f} s,"
                 f" torch allocated {m.allocated_bytes / GIB:.3f} GiB, the process had {m.resident_bytes / GIB:.3f} GiB"
                 f" resident; activations corrected by {stage.memory_correction:.3f}"
-                + ("" if "measured" in (stage.speed or ("", ""))[1] else "; hours are not, for the site has another device")
+                + (
+                    ""
+                    if "measured" in (stage.speed or ("", ""))[1]
+                    else "; hours are not, for the site has another device"
+                )
             )
         for what, file in (("train", stage.train), ("validation", stage.validation)):
             if file.images is None:
                 cost = "steps and hours are unknown" if what == "train" else "evaluation is not in the hours"
-                lines.append(
-                    f"{stage.recipe.name}: {file.path} is not here, so {cost}; give --images {file.path}=N"
-                )
+                lines.append(f"{stage.recipe.name}: {file.path} is not here, so {cost}; give --images {file.path}=N")
             elif not file.known:
-                lines.append(f"{stage.recipe.name}: {file.path} reckoned as {file.images:,} images of {IMAGE_BYTES:,} B")
+                lines.append(
+                    f"{stage.recipe.name}: {file.path} reckoned as {file.images:,} images of {IMAGE_BYTES:,} B"
+                )
         if stage.memory_bytes is None:
             lines.append(f"{stage.recipe.name}: the site does not say what memory a rank has (gpu.memory_gib)")
     lines.append(f"of a GPU's memory {RESERVE:.0%} are used: the rest is for CUDA, NCCL and what the allocator wastes")

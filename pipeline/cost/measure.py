@@ -55,7 +55,7 @@ def measure(recipe: StageRecipe, steps: int = 3) -> Measured:
 def _measure(recipe: StageRecipe, world: World, steps: int) -> Measured:
     objective = create_objective(recipe, seed=0)
     cuda = world.device.type == "cuda"
-    recorder = None if cuda else _CPUMemory()
+    recorder = None if cuda else CPUMemory()
     with recorder or torch.cuda.device(world.device):
         engine = create_engine(objective.build_model(), recipe, world)
         engine.attach_components()
@@ -90,12 +90,13 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-class _CPUMemory:
-    """The CPU allocator's own account, as torch's profiler hears it from the allocator."""
+class CPUMemory:
+    """The CPU allocator's own account, as torch's profiler hears it from the allocator: of what is allocated inside the
+    context, the most at once, and what is still there at its end."""
 
-    peak_bytes = 0
+    peak_bytes = held_bytes = 0
 
-    def __enter__(self) -> "_CPUMemory":
+    def __enter__(self) -> "CPUMemory":
         self._profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
@@ -106,7 +107,6 @@ class _CPUMemory:
         self._profile.__exit__(*error)
         events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
-        total = 0
         for event in events:
-            total += event.nbytes()
-            self.peak_bytes = max(self.peak_bytes, total)
+            self.held_bytes += event.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)

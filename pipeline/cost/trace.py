@@ -7,6 +7,7 @@ what an allocator wastes. Autocast does not exist on the meta device, so `_Devic
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.engines.base import DTYPES
@@ -143,6 +144,7 @@ class _Live(TorchDispatchMode):
         self.macs = self.norm_macs = 0
         self._bytes = [0, 0]
         self._kind: dict[int, int] = {}  # of each storage: 0 activation, 1 gradient
+        self._watched: dict[int, weakref.ref] = {}
         # Views of weights are no new memory.
         own = [*model.parameters(), *model.buffers()]
         self._kind |= {tensor.untyped_storage()._cdata: 2 for tensor in own}
@@ -154,8 +156,8 @@ class _Live(TorchDispatchMode):
             self.macs += _MACS[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.aten.native_layer_norm:
             self.norm_macs += NORM_MACS_PER_ELEMENT * out[0].numel()
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._note(tensor.untyped_storage())
         return out
 
@@ -164,10 +166,11 @@ class _Live(TorchDispatchMode):
         if key not in self._kind:
             self._kind[key] = 0
             self._bytes[0] += storage.nbytes()
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
+            self._watched[key] = weakref.ref(storage, partial(self._gone, key, storage.nbytes()))
             self.timeline.append((self._bytes[0], self._bytes[1]))
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: weakref.ref) -> None:
+        del self._watched[key]
         self._bytes[self._kind.pop(key)] -= size
 
     def is_gradient(self, parameter: Tensor) -> None:
@@ -202,7 +205,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
         wrong = isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64)
         return value.to(dtype) if wrong else value
 
-    return torch.utils._pytree.tree_map(to, values)
+    return tree_map(to, values)
 
 
 def _halves(flops: Callable[..., int]) -> Callable[..., int]:

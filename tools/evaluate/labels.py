@@ -71,7 +71,7 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
     right = torch.zeros(beton.samples, len(outputs), dtype=torch.bool)
     rows = np.repeat(np.arange(len(listed)), lengths)
     right[torch.from_numpy(rows), torch.tensor([places[answer] for answer in flat.tolist()], dtype=torch.int64)] = True
-    labels = torch.from_numpy(np.asarray(samples_of(beton)["f1"]))
+    labels = torch.from_numpy(samples_of(beton)["f1"].astype(np.int64))
     counted = right.any(1)
     agree = right[counted].gather(1, labels[counted, None]).float().mean().item() if counted.any() else 0.0
     if agree < LEAST_AGREEMENT:

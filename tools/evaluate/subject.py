@@ -66,7 +66,10 @@ def open_subject(
         stage = _stage(Path(path))
         tensors, which = _of_stage(stage, ema)
         recipe, data = stage.recipe, stage.recipe.data
-        facts = {"model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}), "image_size": data.image_size}
+        facts = {
+            "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
+            "image_size": data.image_size,
+        }
         handed_on = stage.directory / "weights.safetensors"
         names = data.classes or (read_facts(handed_on).get("classes") if handed_on.exists() else None)
         facts["classes"] = names
