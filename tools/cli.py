@@ -298,7 +298,7 @@ def estimate(
     formulas: Annotated[bool, typer.Option("--formulas", help="Show how each figure comes about.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes. Nothing starts."""
+    """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes."""
     from cluster.site import load_site
     from pipeline.recipe import load
     from tools.estimate import estimate as reckon

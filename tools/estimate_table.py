@@ -97,8 +97,8 @@ def explained(stage: StageEstimate, price: float | None) -> list[str]:
     recipe, best = stage.recipe, stage.chosen
     lines = [
         f"P = {stage.parameters:,}; N = {stage.ranks} ranks",
-        f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) + 5"
-        f" for each element of a LayerNorm = {stage.published_macs / 1e9:.3f}"
+        f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) +"
+        f" 5 for each element of a LayerNorm = {stage.published_macs / 1e9:.3f}"
         + ("; the encoder on its visible cells alone" if recipe.objective.kind == "fcmae" else ""),
         f"checkpoint = P x (weights, two moments{', moving average' if recipe.ema else ''}) ="
         f" {stage.checkpoint_bytes:,} B; kept = that x (keep_last {recipe.checkpoint.keep_last}"
@@ -133,9 +133,9 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
         if stage.measured:
             m = stage.measured
             lines.append(
-                f"{stage.recipe.name}: measured on this machine's {m.device}: {m.images} images in {m.step_seconds:.3f} s,"
-                f" torch allocated {m.allocated_bytes / GIB:.3f} GiB, the process had {m.resident_bytes / GIB:.3f} GiB"
-                f" resident; activations corrected by {stage.memory_correction:.3f}"
+                f"{stage.recipe.name}: measured on this machine's {m.device}: {m.images} images in {m.step_seconds:.3f}"
+                f" s, torch allocated {m.allocated_bytes / GIB:.3f} GiB, the process had"
+                f" {m.resident_bytes / GIB:.3f} GiB resident; activations corrected by {stage.memory_correction:.3f}"
                 + (
                     ""
                     if "measured" in (stage.speed or ("", ""))[1]

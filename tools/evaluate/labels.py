@@ -40,8 +40,8 @@ def outputs_of(data: Sequence[str], head: Sequence[str] | None, outputs: int) ->
         return list(range(outputs))
     known = f"named {head[0]!r}, ..." if head else "whose names are not known"
     raise DataError(
-        f"the data has {len(data)} classes ({data[0]!r}, ...) and the classifier {outputs}, {known}; give --classes with"
-        " the names of the classifier's classes, of the same kind as the data's"
+        f"the data has {len(data)} classes ({data[0]!r}, ...) and the classifier {outputs}, {known}; give --classes"
+        " with the names of the classifier's classes, of the same kind as the data's"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a weights file of any layout, a stage's directory, or a run's; as a model with what is known of it."""
+"""What is evaluated: a weights file of any layout, a stage's directory, or a run's; as a model, with what is known."""
 
 import os
 import re
