@@ -182,7 +182,7 @@ class _Live(TorchDispatchMode):
 
 
 class _Device(TorchFunctionMode):
-    """Lets meta tensors take the ways of a device: its autocast, and on a GPU what is done whole instead of in parts."""
+    """Lets meta tensors take a device's ways: its autocast, and on a GPU what is done whole instead of in parts."""
 
     def __init__(self, device: str, precision: str):
         super().__init__()
