@@ -54,6 +54,7 @@ def sized(name: EngineName) -> StageRecipe:
     return stage(options={"dims": [32, 64]}, engine=section, ema=0.9)
 
 
+@pytest.mark.slow
 def test_engines_hold_the_state_that_the_formulas_say():
     recipes = {name: sized(name) for name in ENGINES}
     for found in on_ranks(2, held, recipes):
