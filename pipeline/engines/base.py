@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -153,13 +153,8 @@ class Engine(ABC):
         return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
-        device = self.world.device
-        return replace(
-            batch,
-            images=batch.images.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
-        )
+        """The batch with images and labels on the device."""
+        return batch.to(self.world.device)
 
     def precision(self) -> torch.autocast:
         """The autocast of a forward pass."""
