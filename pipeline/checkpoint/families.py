@@ -139,7 +139,8 @@ def infer_slak(shapes: Shapes) -> SLaKArchitecture:
 def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
     """From our names. Raises CheckpointError if a tensor that tells a size is not there.
 
-    A stage begins where the channels of its convolution blocks, three quarters of a transformer block's, change.
+    A stage begins where the channels of its convolution blocks, three quarters of a transformer block's, change; or
+    where they are their size alone is halved.
     """
     stem = "stem.0.conv.weight"
     blocks = [f"features.{index}." for index in range(shapes.count("features."))]
@@ -148,7 +149,9 @@ def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
         shapes.size(f"{block}norm2.weight", 1, 0) * 3 // 4 if transformer else shapes.size(f"{block}norm.weight", 1, 0)
         for block, transformer in zip(blocks, transformers, strict=True)
     ]
-    starts = [i for i, width in enumerate(widths) if i == 0 or width != widths[i - 1]]
+    embeds = [shapes.named.get(f"{block}patch_embed.conv.weight", (1, 0)) for block in blocks]
+    halves = [embed[0] == embed[1] for embed in embeds]  # with as many channels as before it is there to halve
+    starts = [i for i, width in enumerate(widths) if i == 0 or width != widths[i - 1] or halves[i]]
     ends = [*starts[1:], len(widths)]
     kinds = [tuple(transformers[start:end]) for start, end in zip(starts, ends, strict=True)]
     pattern = "".join("C" if not any(kind) else "T" if all(kind) else "H" for kind in kinds)

@@ -17,7 +17,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # The demo's recipe on tiny images, of tiny dims.
 MICRO = {
     "demo-slak": ["defaults.model.dims=[6,8,10]", "stages.intermediate.sparsity.update_every_steps=4"],
-    "demo-nextvit": ["defaults.model.dims=[12,12,24]", "defaults.model.head_dim=4", "defaults.model.stem_dim=8"],
+    "demo-nextvit": ["defaults.model.dims=[12,24,36]", "defaults.model.head_dim=4", "defaults.model.stem_dim=8"],
 }
 
 

@@ -21,6 +21,7 @@ SHAPES = [
     ("nextvit", {}),
     ("nextvit", {"pattern": "HT", "depths": (4, 3), "convolutions_per_transformer": 1}),
     ("nextvit", {"pattern": "CC", "in_channels": 1}),
+    ("nextvit", {"pattern": "CH", "dims": (12, 12)}),
     ("nextvit", {"shrink": 0.5, "norm": "layer", "num_classes": 0}),
 ]
 
