@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.cost.trace import Trace, meta_model
-from pipeline.engines.base import DTYPES, blocks
+from pipeline.engines.base import DTYPES
+from pipeline.engines.blocks import blocks
 from pipeline.engines.fsdp import sharded_dim
 from pipeline.recipe import StageRecipe
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint.heads import HEAD
+from pipeline.checkpoint.families import COUNTER
+from pipeline.checkpoint.heads import head_names
 from pipeline.checkpoint.loader import load_weights
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.weights import encoder_to_classifier, read_facts, read_weights
 from pipeline.errors import CheckpointError
-from pipeline.models import VARIANTS, create_model
+from pipeline.models import VARIANTS, ConvNeXtV2, create_model
 from pipeline.saving import checkpoint_home
 from pipeline.stage import Stage
 from tools.checkpoint import read as read_checkpoint
@@ -104,18 +105,20 @@ def build(tensors: Mapping[str, Tensor], options: Mapping[str, Any] | None) -> t
     """
     if any(name.startswith("encoder.") for name in tensors):
         tensors = {k: v for k, v in encoder_to_classifier(tensors).items() if not k.startswith(_OUTSIDE_ENCODER)}
-    if HEAD[0] not in tensors:  # a norm without a head belongs to no model here
+    head = head_names(tensors)[0]
+    if head not in tensors:  # a norm without a head belongs to no model here
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm.")}
-    classes = len(tensors[HEAD[0]]) if HEAD[0] in tensors else 0
+    classes = len(tensors[head]) if head in tensors else 0
     with torch.device("meta"):  # initial values would be thrown away
         if options:
             chosen = {key: value for key, value in options.items() if key != "name" and value is not None}
             model = create_model(options["name"], num_classes=classes, **chosen)
         else:
-            model = create_model("convnextv2", **architecture_of(tensors).model_options)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    shape = model.depths, model.dims
-    v2 = model.response.kind == "grn"
+            architecture = architecture_of(tensors)
+            model = create_model(architecture.family, **architecture.model_options)
+    counters = {name: torch.zeros((), dtype=torch.long) for name in model.state_dict() if name.endswith(COUNTER)}
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()} | counters, assign=True)
+    shape, v2 = (model.depths, model.dims), isinstance(model, ConvNeXtV2) and model.response.kind == "grn"
     return model.eval(), next((name for name, known in VARIANTS.items() if v2 and known == shape), None)
 
 
