@@ -55,10 +55,14 @@ class RunStage:
             from cluster.stopwatch import StopWatch
             from pipeline.run import run_stage
             from pipeline.stage import OutcomeKind
+            from pipeline.tracking.startup import startup
 
+            startup.lap("imports")
             if rank == 0:
                 StopWatch(directory, _job_end()).start()
-            outcome = preflight_outcome(directory) or run_stage(directory)
+            outcome = preflight_outcome(directory)
+            startup.lap("preflight")
+            outcome = outcome or run_stage(directory)
         except UserError as error:
             leave(PERMANENT, str(error))
         except Exception:

@@ -34,6 +34,7 @@ from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
+from pipeline.tracking.startup import startup
 from pipeline.trainer import Action, StepLog, train
 
 
@@ -45,6 +46,7 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
     `leave` is then called on every rank that still runs, in a thread, with the outcome, and must end the process.
     """
     request = StopRequest().install()
+    startup.lap("imports")
     try:
         stage = Stage(directory)
     except UserError as error:
@@ -70,16 +72,20 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
     stack.callback(world.leave)
     recipe.check_world_size(world.size)
-    stage.attempt = world.on_main(lambda: stage.take(world.size))
+    threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.threads_before(world.size)))
+    torch.set_num_threads(threads)
+    stage.attempt = world.on_main(lambda: stage.take(world.size, threads))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
+    startup.lap("group")
     data = open_stage_data(recipe, world, stop, stack)
     if data is None:
         return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}")
     identity = {name: part.beton.sha256 for name, part in data.items()}
     world.on_main(lambda: stage.pin_data(identity))
+    startup.lap("data")
     log_file = _open_journal(stage, world, stop, stack)
     stack.push(explaining_lost_peers(stage, watchdog))
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
@@ -91,6 +97,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
     validation = evaluation_feed(recipe, data["validation"], world, workers)
+    startup.lap("model")
     facts = {
         "recipe": recipe.fingerprint(),
         "data": identity,
@@ -101,6 +108,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     classes = data["train"].classes
     start, resumed = _load(stage, engine, objective, store, log, classes)
     guard: Guard = engine.guard
+    startup.lap("weights")
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     log.write(
         "attempt",
@@ -113,6 +121,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         versions=_versions(),
     )
     engine.warm_up(example_batch(recipe), objective)
+    startup.lap("warm-up")
     lower_is_better = objective.metric == "loss"
     events = stage.directory / "journal.jsonl"
     checkpoints = Checkpoints(

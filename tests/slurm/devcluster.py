@@ -83,9 +83,9 @@ def events(stage: Path, kind: str) -> list[dict]:
 
 
 def steps_taken(stage: Path) -> int:
-    """Steps that the running attempt has journalled."""
-    attempts = events(stage, "attempt")
-    return sum(e["attempt"] == attempts[-1]["attempt"] for e in events(stage, "step")) if attempts else 0
+    """Steps that the newest attempt has journalled."""
+    attempt = attempts_of(stage)
+    return sum(e["attempt"] == attempt for e in events(stage, "step"))
 
 
 def slurm(*command: str) -> str:
@@ -103,9 +103,21 @@ def nodes_of(job: str) -> list[str]:
     return slurm("scontrol", "show", "hostnames", slurm("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
 
 
+def pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def pid_space(pid: int) -> str:
+    """The namespace of a process: that of its node."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
+
+
 def rank_pid(job: str, rank: int) -> int:
-    """The process of a rank, wherever it runs on this machine."""
-    for entry in Path("/proc").glob("[0-9]*"):
+    """The process of a rank of the job's last start, wherever it runs on this machine."""
+    for entry in (Path("/proc") / str(pid) for pid in sorted(pids(), reverse=True)):
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
             command = (entry / "cmdline").read_bytes()
@@ -158,13 +170,28 @@ def _kill_node(node: str) -> None:
     slurm(str(COMMAND), "start-node", node)
 
 
-def freeze_node(stage: Path) -> None:
-    """Split brain: the node does not answer, its ranks run on."""
-    node = nodes_of(job_of(stage))[-1]
-    slurm(str(COMMAND), "freeze-node", node)
-    wait_for(lambda: "down" in slurm("sinfo", "-h", "-n", node, "-o", "%t"), "slurmctld to notice")
-    time.sleep(5)
-    slurm(str(COMMAND), "thaw-node", node)
+def freeze_nodes(stage: Path) -> None:
+    """Split brain: the job's machines stand still, with all that runs there. Once the job runs elsewhere they wake up,
+    and what is left of the old attempt goes on beside the new one until Slurm gets hold of it."""
+    job, before = job_of(stage), attempts_of(stage)
+    ranks = [rank_pid(job, rank) for rank in (0, 1)]
+    spaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in ranks}
+    others = [pid for pid in pids() if pid not in ranks and pid_space(pid) in spaces]
+    for pid in ranks + others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: attempts_of(stage) > before and (steps_taken(stage) or is_done(stage)), "the job elsewhere")
+    finally:
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(3)  # what they would do, they do before anybody can end them
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
+def interrupt(stage: Path) -> None:
+    """Somebody's Ctrl-C reaches one rank."""
+    os.kill(rank_pid(job_of(stage), 1), signal.SIGINT)
 
 
 def restart_slurmctld(stage: Path) -> None:
@@ -180,7 +207,8 @@ def restart_slurmctld(stage: Path) -> None:
 FAULTS = {
     f.__name__: f
     for f in (
-        preempt, time_limit, kill_rank_0, kill_rank_1, kill_batch_node, kill_other_node, freeze_node, restart_slurmctld,
+        preempt, time_limit, kill_rank_0, kill_rank_1, kill_batch_node, kill_other_node, freeze_nodes,
+        restart_slurmctld, interrupt,
     )
 }  # fmt: skip
 
@@ -191,9 +219,13 @@ def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> flo
     attempts, began = attempts_of(stage), time.monotonic()
     fault(stage)
     wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")
-    wait_for(lambda: len(events(stage, "attempt")) > attempts and steps_taken(stage), "its first step")
+    wait_for(lambda: steps_taken(stage) or is_done(stage), "its first step")
     return time.monotonic() - began
 
 
 def attempts_of(stage: Path) -> int:
     return len(list((stage / "attempts").glob("??????.json")))
+
+
+def is_done(stage: Path) -> bool:
+    return (stage / "DONE").exists()

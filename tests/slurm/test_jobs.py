@@ -29,7 +29,7 @@ from tools import cluster_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
 LONG = [  # 120 steps, long enough to be stopped in the middle
-    "defaults.engine.threads=1", "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
+    "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
     "stages.pretrain.schedule.epochs=20",
 ]  # fmt: skip
 
