@@ -14,14 +14,12 @@ from cluster import history, slurm, snapshot
 from cluster.chain import check_data, open_chain
 from cluster.launcher import LaunchError
 from cluster.script import JobScript, job_name
-from cluster.site import Site, load_site
+from cluster.site import SITE, Site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
-
-SITE = "site.yaml"
 
 
 @dataclass(frozen=True)
@@ -198,14 +196,3 @@ def cancel(run: Path, stages: list[str]) -> list[str]:
         return [f"{error}; until then running stages save and stop within seconds, and none that starts later goes on"]
     said = [f"{name}: job {job.id} is cancelled ({job.state} until now)" for name, job in live.items()]
     return said or ["no job of this run waits or runs"]
-
-
-def stored_site(run: Path) -> Site:
-    """The site that a run was last submitted to.
-
-    Raises:
-        LaunchError: if it never was.
-    """
-    if not (run / SITE).exists():
-        raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
-    return load_site(str(run / SITE))

@@ -10,13 +10,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster import history, slurm
 from cluster.launcher import LaunchError
 from cluster.preflight.guard import bad_nodes
+from cluster.site import stored_site
 from cluster.stopwatch import CANCELLED
-from cluster.submit import stored_site
 from cluster.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.recipe import load
@@ -30,7 +32,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     directory = stage.directory
     if stage.done():
         return 0
-    outcome = stage.last_outcome()
+    outcome = stage.last_outcome() if _is_of(stage.last_attempt(), job) else None
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     avoid = bad_nodes(directory, job)
     if avoid:
@@ -61,6 +63,12 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
             print(error, flush=True)
             history.note(directory, "stopped", job, reason=str(error))
             return 1
+
+
+def _is_of(attempt: Mapping[str, Any] | None, job: str) -> bool:
+    """Whether this start of the job got so far as to take the stage."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return attempt is not None and (attempt["job"], attempt["restart_count"]) == (job, restarts)
 
 
 def give_up(directory: Path, job: str, reason: str) -> int:

@@ -79,7 +79,7 @@ def preflight_outcome(directory: Path) -> "Outcome | None":
 
     from cluster.preflight import Expectations
     from cluster.preflight.guard import guard
-    from cluster.submit import stored_site
+    from cluster.site import stored_site
 
     site = stored_site(directory.parent).for_stage(directory.name)
     scratch = os.environ.get("FCMAE_SCRATCH")

@@ -170,7 +170,7 @@ class Stage:
 
     def check_free(self) -> None:
         """Raise StageError if a live process holds the stage. May watch another machine's for some heartbeats."""
-        owner = self._last_attempt()
+        owner = self.last_attempt()
         if owner and self.last_outcome() is None and self._lives(owner):
             raise StageError(
                 f"stage {self.recipe.name} is being run by process {owner['pid']} on {owner['host']};"
@@ -223,7 +223,8 @@ class Stage:
         entry = json.loads(content)
         return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
 
-    def _last_attempt(self) -> dict[str, Any] | None:
+    def last_attempt(self) -> dict[str, Any] | None:
+        """Who has taken the stage last, and when."""
         number = self.attempts()
         content = self._attempts_file(f"{number:06d}.json") if number else None
         return json.loads(content) if content else None

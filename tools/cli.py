@@ -101,6 +101,23 @@ def status(
 
 
 @app.command()
+def times(
+    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Where the time goes between a stop and the next step, and in the start of each attempt."""
+    from cluster import times as view
+    from cluster.status import stage_names
+
+    stages = [directory.resolve() / name for name in stage_names(directory)]
+    if json:
+        print(view.to_json(stages))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=160)).print(view.render(stages))
+
+
+@app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """What this machine has and lacks for the pipeline, and how to get it. Exit code 1 if it cannot run stages."""
     from cluster.findings import Level, render, to_json

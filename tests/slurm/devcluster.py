@@ -7,7 +7,8 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.tracking import journal
@@ -98,6 +99,11 @@ def job_of(stage: Path) -> str:
     return next(line.partition("|")[0] for line in lines if line.partition("|")[2] == str(stage.resolve()))
 
 
+def end_of(job: str) -> float:
+    """When its time limit ends a job, in epoch seconds."""
+    return datetime.fromisoformat(slurm("squeue", "-h", "-j", job, "-o", "%e").strip()).timestamp()
+
+
 def nodes_of(job: str) -> list[str]:
     """The nodes of a job, that of its batch script first."""
     return slurm("scontrol", "show", "hostnames", slurm("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
@@ -145,6 +151,18 @@ def time_limit(stage: Path) -> None:
     clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
     os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
     slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+
+
+def hang_beyond_time_limit(stage: Path) -> None:
+    """A rank hangs, whatever it is told, until the limit has come and Slurm has killed everything."""
+    job = job_of(stage)
+    rank = rank_pid(job, 1)
+    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(rank, signal.SIGSTOP)  # again and again: Slurm's signals come with a SIGCONT
+            time.sleep(0.005)
 
 
 def kill_rank_0(stage: Path) -> None:

@@ -18,6 +18,7 @@ from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
+from cluster.times import handovers
 from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
@@ -88,6 +89,67 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
+    (handover,) = handovers(stage)
+    assert handover.stop + handover.save < 10
+    assert min(handover.requeue, handover.queue, handover.start) > 0
+
+
+@pytest.mark.slow
+def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbed):
+    stage = submit() / "pretrain"
+    faults.strike(stage, faults.freeze_nodes, at_step=25)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    first, second = events(stage, "attempt")
+    assert second["step"] == 20
+    late = [event for event in events(stage, "step") if event["attempt"] == 1 and event["time"] > second["time"]]
+    assert late, "the old attempt has not gone on; it proves nothing"
+    assert max(event["step"] for event in events(stage, "save") if event["attempt"] == first["attempt"]) == 20
+    assert not list((stage / "checkpoints").glob("step-*[!0]0.000001"))
+
+
+def short_limit(run: Path, **settings: object) -> Path:
+    """A site whose jobs may run for a minute. Slurm's own warning would come too late."""
+    path = run.with_name("short.yaml")
+    path.write_text(yaml.safe_dump({"nodes": 2, "time_limit_minutes": 1, "stop_before_end_seconds": 1, **settings}))
+    return path
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
+    stage = submit(site=short_limit(tmp_path / "run")) / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 2, "two steps")
+    job, ends_at = faults.job_of(stage), time.time() + 60
+    rank = faults.rank_pid(job, 1)
+    os.kill(rank, signal.SIGSTOP)  # or the stage would be done before
+    try:
+        ends_at = faults.end_of(job)
+        time.sleep(max(ends_at - 12 - time.time(), 0))
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    wait_for(lambda: Stage(stage).attempts() == 2, "the next attempt")
+    (stop,) = events(stage, "stop")
+    assert stop["reason"] == "SIGUSR1"  # not Slurm's
+    assert stop["time"] < ends_at
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+
+
+@pytest.mark.slow
+def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undisturbed, tmp_path):
+    """No rank can save: a node hangs until Slurm kills all, the batch script too."""
+    run = submit()
+    stage = run / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 25, "25 steps")
+    faults.hang_beyond_time_limit(stage)
+    wait_until(stage, JobState.FAILED)
+    assert "TIMEOUT" in subprocess.run(["squeue", "-h", "--states=all", "-j", job_of(stage).id, "-o", "%T"],
+                                       capture_output=True, text=True).stdout  # fmt: skip
+    assert Stage(stage).last_outcome() is None
+    cluster_commands.resume(run)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    assert events(stage, "attempt")[1]["step"] == 20
 
 
 def test_signal_during_start_up_is_not_lost(submit, undisturbed):

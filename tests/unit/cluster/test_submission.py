@@ -99,6 +99,27 @@ def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
     assert where.stdout.startswith(str(folder))
 
 
+def test_the_snapshot_brings_compiled_code_that_numba_takes(tmp_path):
+    """Or every rank of every new run would compile for 20 s."""
+    code = """
+import sys
+import numpy as np
+from pipeline.data import checksum
+checksum.checksum(np.arange(9, dtype=np.uint8))
+print(checksum.__file__, sum(checksum.checksum.stats.cache_hits.values()))
+"""
+
+    def hits(folder: Path) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout.startswith(str(folder))
+        return int(ran.stdout.split()[-1])
+
+    root = Path(snapshot.__file__).parents[1]
+    hits(root)
+    assert hits(snapshot.take(tmp_path)) == 1
+
+
 def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
     slurm = {
         "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",

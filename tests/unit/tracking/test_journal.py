@@ -160,3 +160,17 @@ def test_other_versions_than_the_last_attempts_are_told(tmp_path):
     assert changed_versions(path, now) == [
         "ffcv was 1.0, now it is absent", "numba was absent, now it is 0.61", "torch was 2.12, now it is 2.13",
     ]  # fmt: skip
+
+
+def test_what_a_replaced_attempt_still_writes_does_not_count(tmp_path):
+    """A machine that stood still wakes up after its successor has begun."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, 1) as old, Journal(path, 2) as new:
+        old.write("step", step=1, loss=1.0)
+        old.write("step", step=2, loss=0.9)
+        new.write("attempt", step=1)
+        new.write("step", step=2, loss=0.5)
+        old.write("step", step=3, loss=0.8)
+        old.write("rollback", step=0)
+        new.write("step", step=3, loss=0.4)
+    assert {step: event["loss"] for step, event in steps(read(path)).items()} == {1: 1.0, 2: 0.5, 3: 0.4}
