@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -99,6 +100,13 @@ def job_of(stage: Path) -> str:
     return next(line.partition("|")[0] for line in lines if line.partition("|")[2] == str(stage.resolve()))
 
 
+def restarts(job: str) -> int:
+    """How often Slurm has started the job again; -1 if it does not answer."""
+    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    found = re.search(r" Restarts=(\d+)", answer.stdout)
+    return int(found[1]) if found else -1
+
+
 def end_of(job: str) -> float:
     """When its time limit ends a job, in epoch seconds."""
     return datetime.fromisoformat(slurm("squeue", "-h", "-j", job, "-o", "%e").strip()).timestamp()
@@ -149,8 +157,11 @@ def time_limit(stage: Path) -> None:
     then a rank stands still, or the stage would be done before."""
     job = job_of(stage)
     clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
+    before = restarts(job)
     os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
     slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+    wait_for(lambda: restarts(job) > before or is_done(stage), "the restart after the time limit")
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
 
 def hang_beyond_time_limit(stage: Path) -> None:

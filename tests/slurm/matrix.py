@@ -15,7 +15,6 @@ chain.
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from tests.slurm.devcluster import (
     is_done,
     job_of,
     rank_pid,
+    restarts,
     steps_taken,
     strike,
     wait_for,
@@ -122,13 +122,6 @@ def strikes(stage: Path, at_step: int) -> bool:
         return False
 
 
-def restarts(job: str) -> int:
-    """How often Slurm has started the job again; -1 if it does not answer."""
-    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
-    found = re.search(r" Restarts=(\d+)", answer.stdout)
-    return int(found[1]) if found else -1
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
@@ -136,6 +129,7 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", type=int, choices=range(4), default=list(range(4)))
     parser.add_argument("--storm", type=int, metavar="COUNT", help="this instead, under the first of the settings")
     parser.add_argument("--seed", type=int, default=0, help="of the storm")
+    parser.add_argument("--directory", type=Path, help="where to work; it stays, and its reference is used again")
     given = parser.parse_args()
     failed = 0
 
@@ -145,9 +139,10 @@ def main() -> int:
         return one(recipe, run, given.stages, fault)
 
     with tempfile.TemporaryDirectory(prefix="fcmae-matrix-") as folder:
-        base = Path(folder)
+        base = given.directory.resolve() if given.directory else Path(folder)
+        base.mkdir(parents=True, exist_ok=True)
         kept = STAGES[: STAGES.index(given.stages[-1]) + 1]
-        recipe = long_recipe(base, kept, epochs=40 if (given.storm or 0) > 8 else 20)
+        recipe = long_recipe(base, kept, epochs=30 if (given.storm or 0) > 8 else 20)
         reference = base / "reference"
         fcmae("run", recipe, "--out", reference, "--nproc", 2).check_returncode()
         for number in given.settings:
