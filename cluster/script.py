@@ -192,7 +192,7 @@ def _executor(folder: Path, python: str) -> Any:
 
 def _reason(said: str) -> str:
     """sbatch's words without its ornaments."""
-    if "temporarily unable to accept job" in said:
-        return "the queue is full; `fcmae resume` goes on from here when there is room"
+    if "temporarily una" in said:  # sbatch: unable to accept job; sbatch --test-only: Resource ... unavailable
+        return "the queue is full; the same command goes on from here when there is room"
     found = re.findall(r"error: (.+)", said)
     return " ".join((found[-1] if found else said.strip() or "no reason given").split())

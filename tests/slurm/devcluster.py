@@ -143,6 +143,16 @@ def rank_pid(job: str, rank: int) -> int:
     raise LookupError(f"no process of rank {rank} of job {job}")
 
 
+def allow_jobs(count: int) -> None:
+    """So many jobs may the cluster have, ended ones included; slurmctld must start anew to know it."""
+    configuration = Path(os.environ["SLURM_CONF"])
+    lines = [line for line in configuration.read_text().splitlines() if not line.startswith("MaxJobCount")]
+    configuration.write_text("\n".join([*lines, f"MaxJobCount={count}"]) + "\n")
+    slurm(str(COMMAND), "kill-controller")
+    slurm(str(COMMAND), "start-controller")
+    wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "all nodes")
+
+
 # -- Faults. Each is done to a running stage and returns at once; the stage must then end by itself.
 
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -42,6 +43,7 @@ from tests.slurm.devcluster import (
 from tests.support import fcmae, write_tiny_recipe
 
 STAGES = ("pretrain", "intermediate", "finetune")
+PATIENCE_SECONDS = 900
 SHARED = (
     "defaults.tracking.log_every_steps=1",
     "defaults.checkpoint.every_steps=20",
@@ -49,9 +51,9 @@ SHARED = (
 )
 
 
-def long_recipe(directory: Path, stages: Sequence[str] = STAGES, epochs: int = 20) -> Path:
-    """The tiny chain's first stages, six steps an epoch: long enough to be struck in the middle."""
-    epochs = [f"stages.{stage}" + (f".schedule.epochs={epochs}" if stage in stages else "=null") for stage in STAGES]
+def long_recipe(directory: Path, stages: Sequence[str] = STAGES) -> Path:
+    """The tiny chain's first stages, 120 steps each: long enough to be struck in the middle."""
+    epochs = [f"stages.{stage}" + (".schedule.epochs=20" if stage in stages else "=null") for stage in STAGES]
     return write_tiny_recipe(directory, [*SHARED, *epochs])
 
 
@@ -66,7 +68,7 @@ def submit(recipe: Path, run: Path, site: object = "devcluster") -> None:
 
 
 def wait_done(run: Path, last: str = STAGES[-1]) -> None:
-    wait_for((run / last / "DONE").exists, "the chain's end", 300)
+    wait_for((run / last / "DONE").exists, "the chain's end", PATIENCE_SECONDS)
 
 
 def story(stage: Path) -> str:
@@ -88,29 +90,38 @@ def one(recipe: Path, run: Path, stages: list[str], fault: str) -> list[str]:
 
 
 def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] = tuple(FAULTS)) -> list[str]:
-    """A chain that suffers so many faults, spread over its stages, at steps drawn at random; a line about each. All of
-    `faults` come once before one comes again. The chain is submitted once, and nobody helps it."""
+    """A chain that suffers so many faults, spread over its stages, at steps drawn at random; a line about each, printed
+    too as they come. All of `faults` come once before one comes again. The chain is submitted once, and nobody helps
+    it."""
     draw, stages = random.Random(seed), [run / name for name in load(recipe).stages]
     site = run.with_name(f"{run.name}-site.yaml")
     patient = {"attempts_without_progress": 20}  # several faults before the first checkpoint are bad luck here
     site.write_text(yaml.safe_dump({**load_site("devcluster").model_dump(mode="json"), **patient}))
     submit(recipe, run, site)
+    most = min(25, 120 * len(stages) * 7 // (10 * count))  # so that a stage is not done before its last fault
     told: list[str] = []
     while len(told) < count:
         for fault in draw.sample(faults, min(len(faults), count - len(told))):
             stage = stages[len(told) * len(stages) // count]
-            at_step = draw.choice([0, *[draw.randint(1, 25)] * 4])  # 0: in the middle of its start
-            wait_for(lambda stage=stage, at_step=at_step: is_done(stage) or strikes(stage, at_step), f"step {at_step}")
+            at_step = draw.choice([0, *[draw.randint(1, most)] * 4])  # 0: in the middle of its start
+            ready = partial(strikes, stage, at_step)
+            wait_for(lambda stage=stage, ready=ready: is_done(stage) or ready(), f"step {at_step}", PATIENCE_SECONDS)
             if is_done(stage):
                 raise RuntimeError(f"{stage.name} was done before all {count} faults had come; give it more epochs")
             job, clock = job_of(stage), time.monotonic()
             before = restarts(job)
             FAULTS[fault](stage)
-            wait_for(lambda job=job, before=before: restarts(job) > before, f"the restart after {fault}")
+            restarted = partial(restarted_since, job, before)
+            wait_for(restarted, f"the restart after {fault}", PATIENCE_SECONDS)
             seconds = time.monotonic() - clock
             told.append(f"{fault} in {stage.name}, {at_step} steps after its start: requeued after {seconds:.0f} s")
+            print(f"  {len(told)}. {told[-1]}", flush=True)
     wait_done(run, stages[-1].name)
     return [*told, *[f"{stage.name} {story(stage)}" for stage in stages]]
+
+
+def restarted_since(job: str, before: int) -> bool:
+    return restarts(job) > before
 
 
 def strikes(stage: Path, at_step: int) -> bool:
@@ -142,7 +153,7 @@ def main() -> int:
         base = given.directory.resolve() if given.directory else Path(folder)
         base.mkdir(parents=True, exist_ok=True)
         kept = STAGES[: STAGES.index(given.stages[-1]) + 1]
-        recipe = long_recipe(base, kept, epochs=30 if (given.storm or 0) > 8 else 20)
+        recipe = long_recipe(base, kept)
         reference = base / "reference"
         fcmae("run", recipe, "--out", reference, "--nproc", 2).check_returncode()
         for number in given.settings:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import history
+from cluster import history, script
 from cluster import slurm as scheduler
 from cluster.launcher import LaunchError
 from cluster.local import LocalLauncher
@@ -108,31 +108,28 @@ def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbe
     assert not list((stage / "checkpoints").glob("step-*[!0]0.000001"))
 
 
-def short_limit(run: Path, **settings: object) -> Path:
-    """A site whose jobs may run for a minute. Slurm's own warning would come too late."""
-    path = run.with_name("short.yaml")
-    path.write_text(yaml.safe_dump({"nodes": 2, "time_limit_minutes": 1, "stop_before_end_seconds": 1, **settings}))
-    return path
-
-
 @pytest.mark.slow
 def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
-    stage = submit(site=short_limit(tmp_path / "run")) / "pretrain"
+    """By the ranks themselves: slurmctld, which would warn them, is away, and the requeue must wait for it."""
+    site = tmp_path / "minute.yaml"
+    site.write_text(yaml.safe_dump({"nodes": 2, "time_limit_minutes": 1, "stop_before_end_seconds": 10}))
+    stage = submit(site=site) / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
-    job, ends_at = faults.job_of(stage), time.time() + 60
-    rank = faults.rank_pid(job, 1)
+    job = faults.job_of(stage)
+    ends_at, rank = faults.end_of(job), faults.rank_pid(job, 1)
+    subprocess.run([faults.COMMAND, "kill-controller"], check=True)
     os.kill(rank, signal.SIGSTOP)  # or the stage would be done before
     try:
-        ends_at = faults.end_of(job)
-        time.sleep(max(ends_at - 12 - time.time(), 0))
-    finally:
+        time.sleep(max(ends_at - 11 - time.time(), 0))
         os.kill(rank, signal.SIGCONT)
-    wait_for(lambda: Stage(stage).attempts() == 2, "the next attempt")
+        wait_for(lambda: events(stage, "stop"), "the stop")
+    finally:
+        subprocess.run([faults.COMMAND, "start-controller"], check=True)
     (stop,) = events(stage, "stop")
-    assert stop["reason"] == "SIGUSR1"  # not Slurm's
-    assert stop["time"] < ends_at
+    assert (stop["reason"], stop["asked"] < ends_at) == ("SIGUSR1", True)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
+    assert events(stage, "attempt")[1]["step"] == stop["step"]
 
 
 @pytest.mark.slow
@@ -280,6 +277,22 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     subprocess.run(["scontrol", "update", "PartitionName=low", "MaxTime=UNLIMITED", "State=DOWN"], check=True)
     assert "partition low is DOWN" in refusal(partition="low")
     subprocess.run(["scontrol", "update", "PartitionName=low", "State=UP"], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SBATCH_SECONDS", 4)
+    recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
+    with faults.devcluster(tmp_path / "slurm", 0, 1):
+        faults.allow_jobs(1)
+        with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: the queue is full; the same"):
+            cluster_commands.submit(str(recipe), str(held(run)), run)
+        faults.allow_jobs(3)
+        with pytest.raises(LaunchError, match=r"^sbatch refused stage \w+: the queue is full; the same command"):
+            cluster_commands.submit(str(recipe), str(held(run)), run)
+        faults.allow_jobs(100)
+        cluster_commands.resume(run)
+        assert len([job for job in scheduler.jobs() if job.state is JobState.WAITING]) == 3
 
 
 @pytest.mark.slow

@@ -177,6 +177,18 @@ def test_without_submitit_it_is_one_sentence(tmp_path, monkeypatch):
         submit(str(write_tiny_recipe(tmp_path)), "devcluster", tmp_path / "run", dry_run=True)
 
 
+def test_a_time_limit_that_steps_and_saves_do_not_fit_in_is_one_sentence(tmp_path):
+    run = make_tiny_run(tmp_path)
+    with journal(run / "pretrain") as log:
+        log.write("attempt", step=0, global_batch=32)
+        log.write("step", step=1, images_per_second=8.0)
+        log.write("save", step=1, seconds=21.0)
+    site = tmp_path / "site.yaml"
+    site.write_text("nodes: 2\ntime_limit_minutes: 1\nstop_before_end_seconds: 10\n")
+    with pytest.raises(LaunchError, match=r"stage pretrain: time_limit_minutes 1 is too short, for .* 60 s to stop"):
+        submit(str(tmp_path / "tiny.yaml"), str(site), run, dry_run=True)
+
+
 def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
     run = make_tiny_run(tmp_path)
     for place, text, age in (

@@ -64,11 +64,11 @@ def test_a_real_start_is_measured_from_its_process_on(tmp_path):
     run = make_tiny_run(tmp_path, ["stages.intermediate=null", "stages.finetune=null", *short])
     began = time.time()
     subprocess.run([sys.executable, "-m", "pipeline.run", str(run / "pretrain")], check=True)
+    seconds = time.time() - began
     told = json.loads(fcmae("times", run, "--json").stdout)
     assert told["handovers"] == []
     (start,) = told["starts"]
     assert list(start["laps"]) == ["imports", "group", "data", "model", "weights", "warm-up", "first step"]
     assert sum(start["laps"].values()) == pytest.approx(start["seconds"], abs=0.01)
     assert 0.5 < start["cpu_seconds"] < 60
-    assert start["laps"]["imports"] < start["seconds"] < time.time() - began + 0.1
-    assert "a start by its parts" in fcmae("times", run).stdout
+    assert start["laps"]["imports"] < start["seconds"] < seconds + 0.1
