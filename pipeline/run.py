@@ -200,7 +200,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         world.on_main(lambda: _finish(stage, weights, objective, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
-    if world.is_main:
+    # Not when stopped: a grace period is short, and the plotting library alone takes a second of it.
+    if world.is_main and outcome.kind is OutcomeKind.DONE:
         pictures.curves(stage.directory / "journal.jsonl", stage.directory / "curves.png")
         log.write("picture", step=outcome.step, path="curves.png")
     return outcome
