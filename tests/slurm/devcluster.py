@@ -236,6 +236,7 @@ def interrupt(stage: Path) -> None:
 def restart_slurmctld(stage: Path) -> None:
     """It dies, and while it is away a rank is told to stop: the requeue must wait for it."""
     pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+    time.sleep(6)  # slurmctld writes its state down within five seconds; a job it forgot to have started it holds
     rank = rank_pid(job_of(stage), 1)
     os.kill(pid, signal.SIGKILL)
     os.kill(rank, signal.SIGUSR2)

@@ -31,6 +31,7 @@ from pipeline.tracking import journal
 from tests.slurm.devcluster import (
     FAULTS,
     PREEMPTION,
+    attempts_of,
     devcluster,
     is_done,
     job_of,
@@ -100,16 +101,17 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
     submit(recipe, run, site)
     most = min(25, 120 * len(stages) * 7 // (10 * count))  # so that a stage is not done before its last fault
     told: list[str] = []
+    struck: dict[Path, int] = {}  # the newest attempt when the last fault came
     while len(told) < count:
         for fault in draw.sample(faults, min(len(faults), count - len(told))):
             stage = stages[len(told) * len(stages) // count]
             at_step = draw.choice([0, *[draw.randint(1, most)] * 4])  # 0: in the middle of its start
-            ready = partial(strikes, stage, at_step)
+            ready = partial(strikes, stage, at_step, struck.get(stage, 0))
             wait_for(lambda stage=stage, ready=ready: is_done(stage) or ready(), f"step {at_step}", PATIENCE_SECONDS)
             if is_done(stage):
                 raise RuntimeError(f"{stage.name} was done before all {count} faults had come; give it more epochs")
             job, clock = job_of(stage), time.monotonic()
-            before = restarts(job)
+            before, struck[stage] = restarts(job), attempts_of(stage)
             FAULTS[fault](stage)
             restarted = partial(restarted_since, job, before)
             wait_for(restarted, f"the restart after {fault}", PATIENCE_SECONDS)
@@ -124,11 +126,12 @@ def restarted_since(job: str, before: int) -> bool:
     return restarts(job) > before
 
 
-def strikes(stage: Path, at_step: int) -> bool:
-    """Whether the stage's newest start has made so many steps; with none asked for, whether its ranks are there."""
+def strikes(stage: Path, at_step: int, struck: int) -> bool:
+    """Whether an attempt after `struck` has made so many steps; with none asked for, whether the job's ranks exist."""
     try:
         job = job_of(stage)
-        return all(rank_pid(job, rank) for rank in (0, 1)) and (at_step == 0 or steps_taken(stage) >= at_step)
+        begun = at_step == 0 or (attempts_of(stage) > struck and steps_taken(stage) >= at_step)
+        return begun and all(rank_pid(job, rank) for rank in (0, 1))
     except (LookupError, StopIteration, subprocess.CalledProcessError):
         return False
 
