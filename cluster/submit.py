@@ -33,7 +33,7 @@ class Planned:
     done: bool = False
     job: Job | None = None
     replaces: Job | None = None
-    """A job that waits for one which is gone."""
+    """A job that waits for one which is gone, or that Slurm holds because it could not start it."""
 
     @property
     def missing(self) -> bool:
@@ -58,6 +58,8 @@ def plan(
         begun = begun or name == start
         directory, before = run / name, found.get(recipe.previous or "")
         job, replaces = jobs.get(name), None
+        if job and job.reason == slurm.LAUNCH_FAILED:
+            job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job
         item = Planned(name, directory, recipe, site.for_stage(name), (directory / "DONE").exists(), job, replaces)
@@ -165,7 +167,7 @@ def submit(
             continue
         if item.replaces:
             slurm.cancel(item.replaces.id)
-            history.note(item.directory, "cancelled", item.replaces.id, reason="the job that it waited for is gone")
+            history.note(item.directory, "cancelled", item.replaces.id, reason="another takes its place")
         before = item.recipe.previous
         after = ids.get(before) if before else None
         id = ids[item.name] = JobScript(item.directory, item.site, code, after).submit()

@@ -143,14 +143,20 @@ def rank_pid(job: str, rank: int) -> int:
     raise LookupError(f"no process of rank {rank} of job {job}")
 
 
-def allow_jobs(count: int) -> None:
-    """So many jobs may the cluster have, ended ones included; slurmctld must start anew to know it."""
-    configuration = Path(os.environ["SLURM_CONF"])
-    lines = [line for line in configuration.read_text().splitlines() if not line.startswith("MaxJobCount")]
-    configuration.write_text("\n".join([*lines, f"MaxJobCount={count}"]) + "\n")
-    slurm(str(COMMAND), "kill-controller")
+def controller_pid() -> int:
+    return int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+
+
+def configure(**settings: object) -> None:
+    """Change the cluster's configuration. Its slurmctld starts anew, for not everything is read again without."""
+    path = Path(os.environ["SLURM_CONF"])
+    lines = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
+    path.write_text("\n".join([*lines, *[f"{name}={value}" for name, value in settings.items()]]) + "\n")
+    slurm("scontrol", "shutdown", "slurmctld")  # it writes its state down, unlike one that is killed
+    wait_for(lambda: not Path(f"/proc/{controller_pid()}").exists(), "the end of slurmctld")
     slurm(str(COMMAND), "start-controller")
     wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "all nodes")
+    slurm("scontrol", "reconfigure")
 
 
 # -- Faults. Each is done to a running stage and returns at once; the stage must then end by itself.
@@ -235,11 +241,12 @@ def interrupt(stage: Path) -> None:
 
 def restart_slurmctld(stage: Path) -> None:
     """It dies, and while it is away a rank is told to stop: the requeue must wait for it."""
-    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
-    time.sleep(6)  # slurmctld writes its state down within five seconds; a job it forgot to have started it holds
     rank = rank_pid(job_of(stage), 1)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(rank, signal.SIGSTOP)  # or the stage might be done before
+    time.sleep(6)  # slurmctld writes its state down within five seconds; a job it forgot to have started it holds
+    os.kill(controller_pid(), signal.SIGKILL)
     os.kill(rank, signal.SIGUSR2)
+    os.kill(rank, signal.SIGCONT)
     time.sleep(5)
     slurm(str(COMMAND), "up")
 

@@ -287,15 +287,33 @@ def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkey
     monkeypatch.setattr(script, "SBATCH_SECONDS", 4)
     recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
     with faults.devcluster(tmp_path / "slurm", 0, 1):
-        faults.allow_jobs(1)
+        faults.configure(MaxJobCount=1)
         with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: the queue is full; the same"):
             cluster_commands.submit(str(recipe), str(held(run)), run)
-        faults.allow_jobs(3)
+        faults.configure(MaxJobCount=3)
         with pytest.raises(LaunchError, match=r"^sbatch refused stage \w+: the queue is full; the same command"):
             cluster_commands.submit(str(recipe), str(held(run)), run)
-        faults.allow_jobs(100)
+        faults.configure(MaxJobCount=100)
         cluster_commands.resume(run)
         assert len([job for job in scheduler.jobs() if job.state is JobState.WAITING]) == 3
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path, monkeypatch):
+    """A node that fails to start a job is drained and the job held, for ever."""
+    recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
+    with faults.devcluster(tmp_path / "slurm", 0, 1):
+        faults.configure(Prolog="/bin/false")
+        cluster_commands.submit(str(recipe), "devcluster", run)
+        held = job_of(run / "pretrain").id
+        wait_for(lambda: job_of(run / "pretrain").reason == scheduler.LAUNCH_FAILED, "the hold")
+        faults.configure(Prolog="/bin/true")
+        subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
+        cluster_commands.resume(run)
+        wait_for(lambda: job_of(run / "pretrain").state is JobState.RUNNING, "the new job")
+        assert job_of(run / "pretrain").id != held
+        assert scheduler.jobs(ids=[held])[0].state is JobState.CANCELLED
+        cluster_commands.cancel(run)
 
 
 @pytest.mark.slow
@@ -303,8 +321,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
     run = submit()
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
-    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
-    os.kill(pid, signal.SIGKILL)
+    os.kill(faults.controller_pid(), signal.SIGKILL)
     try:
         # The run directory carries the word: the ranks save and stop, and nothing starts them again.
         assert "slurmctld does not answer" in fcmae("cancel", run).stdout
