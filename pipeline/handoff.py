@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head
+from pipeline.checkpoint.heads import HeadMatch, head_names, map_head
 from pipeline.checkpoint.weights import Transfer, plan_transfer, read_facts, read_weights, write_weights
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.logical import fill, whole
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
+
+MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _map_head(
     old = read_facts(path).get("classes")
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
-    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in HEAD})
+    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})
 
 
 def _load(
@@ -72,8 +74,8 @@ def _load(
 
 
 def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
-    """Write the weights that were evaluated, with the names of their classes; returns the result's entries about them.
-    Collective.
+    """Write the weights that were evaluated, with the names of their classes, and the masks of sparsity if the recipe
+    asks for them; returns the result's entries about the weights. Collective.
     """
     recipe = stage.recipe
     facts = {
@@ -90,4 +92,7 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
     with engine.evaluating():
         weights = engine.gather()
     digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS, weights, facts))
+    if recipe.sparsity and recipe.sparsity.export_masks:
+        masks = {name: whole(mask) for name, mask in engine.component("sparsity").state().items()}
+        engine.world.on_main(lambda: write_weights(stage.directory / MASKS, masks, {**facts, "weights": "masks"}))
     return {"weights": WEIGHTS, "weights_kind": recipe.handoff, "weights_sha256": digest}
