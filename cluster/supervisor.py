@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluster.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.recipe import load
 from pipeline.stage import Stage
+from pipeline.tracking.startup import JOB_STARTED
 
 RETRY_SECONDS = 5
 
@@ -32,7 +34,13 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     directory = stage.directory
     if stage.done():
         return 0
-    outcome = stage.last_outcome() if _is_of(stage.last_attempt(), job) else None
+    last = stage.last_attempt()
+    ours = last is not None and (last["job"], last["restart_count"]) == (job, _restarts())
+    if last is not None and not ours and _began_after_us(last):
+        # This machine stood still, and Slurm has long since started the job elsewhere: a requeue would end that.
+        print(f"stage {directory.name}: attempt {last['attempt']} on {last['host']} has taken over; this one just ends")
+        return 1
+    outcome = stage.last_outcome() if ours else None  # a start that got not so far has not said how it ended
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     avoid = bad_nodes(directory, job)
     if avoid:
@@ -65,10 +73,12 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
             return 1
 
 
-def _is_of(attempt: Mapping[str, Any] | None, job: str) -> bool:
-    """Whether this start of the job got so far as to take the stage."""
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return attempt is not None and (attempt["job"], attempt["restart_count"]) == (job, restarts)
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _began_after_us(attempt: Mapping[str, Any]) -> bool:
+    return datetime.fromisoformat(attempt["started"]).timestamp() > float(os.environ.get(JOB_STARTED, "inf"))
 
 
 def give_up(directory: Path, job: str, reason: str) -> int:
