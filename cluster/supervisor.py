@@ -21,7 +21,8 @@ from cluster.preflight.guard import bad_nodes
 from cluster.site import stored_site
 from cluster.stopwatch import CANCELLED
 from cluster.worker import PERMANENT, STOP_SIGNALS
-from pipeline.errors import UserError
+from pipeline.errors import OffTrackError, UserError
+from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import load
 from pipeline.stage import Stage
 from pipeline.tracking.startup import JOB_STARTED
@@ -33,6 +34,10 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     """The exit code of the job: 0 if the stage is done or goes on, 1 if it ends here, which cancels its dependents."""
     directory = stage.directory
     if stage.done():
+        try:
+            refuse_off_track(stage)
+        except OffTrackError as error:
+            return give_up(directory, job, str(error))
         return 0
     last = stage.last_attempt()
     ours = last is not None and (last["job"], last["restart_count"]) == (job, _restarts())

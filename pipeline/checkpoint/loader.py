@@ -54,14 +54,26 @@ def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha
         CheckpointError: one sentence, if the file is missing, damaged, mislabelled or of another family, or if one
             tensor is not accounted for.
     """
-    data = read_bytes(path, expected_sha256)
-    content = _decode(path, data)
+    tensors, chosen, ignored = load_tensors(path, entry, expected_sha256)
     try:
-        tensors, chosen, ignored = _choose(content, entry)
-        found, report = to_ours(_unwrapped(tensors))
+        found, report = to_ours(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return Loaded(found, report.layout, replace(report, entry=chosen, ignored=ignored))
+
+
+def load_tensors(
+    path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    """The tensors of any model's weights under the file's names, the key they were found under, and the other keys; see
+    `load_weights`. Raises CheckpointError.
+    """
+    content = _decode(path, read_bytes(path, expected_sha256))
+    try:
+        tensors, chosen, ignored = _choose(content, entry)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return _unwrapped(tensors), chosen, ignored
 
 
 def _decode(path: str | os.PathLike, data: bytes) -> Any:
@@ -88,10 +100,11 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
 
 
 def _kind(path: str | os.PathLike, data: bytes) -> str:
-    if data[:4] == _ZIP or data[:1] == b"\x80":
-        kind = "PyTorch pickle"
-    elif data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
+    # A safetensors file begins with the length of its header, and some lengths begin as a pickle does.
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
         kind = "safetensors"
+    elif data[:4] == _ZIP or data[:1] == b"\x80":
+        kind = "PyTorch pickle"
     else:
         start = f"begins with {data[:20]!r}" if data else "is empty"
         raise CheckpointError(f"{path} {start}, so it is neither safetensors nor a PyTorch pickle; fetch it again")

@@ -94,6 +94,9 @@ def _spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         # The objective's keys depend on its kind, so defaults for it cannot apply to every stage.
         spread[name] = {"name": name, "seed": seed, "previous": before, **_merge(defaults, stage)}
         previous = name
+    published, gate = raw.get("published"), spread[previous].get("gate") or {}
+    if isinstance(published, dict) and published.get("top1") is not None and isinstance(gate, dict):
+        spread[previous]["gate"] = {"published": published["top1"], **gate}  # the paper's value is the last stage's
     return {**raw, "stages": spread}
 
 

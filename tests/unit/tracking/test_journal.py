@@ -174,3 +174,12 @@ def test_what_a_replaced_attempt_still_writes_does_not_count(tmp_path):
         old.write("rollback", step=0)
         new.write("step", step=3, loss=0.4)
     assert {step: event["loss"] for step, event in steps(read(path)).items()} == {1: 1.0, 2: 0.5, 3: 0.4}
+
+
+def test_what_has_not_changed_is_not_written_again_by_this_attempt_or_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    for attempt, packages in enumerate([{"torch": "1"}, {"torch": "1"}, {"torch": "2"}], 1):
+        with Journal(path, attempt) as journal:
+            for _ in range(2):
+                journal.write_changed("environment", packages=packages, cores=(0, 1), load=math.inf)
+    assert [(e["attempt"], e["packages"]["torch"]) for e in read(path)] == [(1, "1"), (3, "2")]
