@@ -13,6 +13,7 @@ from cluster.history import log_directory
 from cluster.launcher import LaunchError
 from cluster.site import Site
 from cluster.worker import RunStage, block_stop_signals
+from pipeline.tracking.startup import JOB_STARTED
 
 SBATCH_SECONDS = 60  # a full queue makes sbatch try again for minutes; nobody need wait for that
 
@@ -126,10 +127,13 @@ def job_name(stage_directory: Path) -> str:
 
 
 def _setup(site: Site, code: Path) -> list[str]:
-    exports = dict(site.environment)
+    # Threads decide how sums are rounded: as many as cores, like the ranks of `fcmae run`, whatever the shell that
+    # submits has in its environment.
+    exports = {"OMP_NUM_THREADS": str(site.cpus_per_task), **site.environment}
     if site.local_scratch:
         exports["FCMAE_SCRATCH"] = site.local_scratch
     return [
+        f"export {JOB_STARTED}=$(date +%s.%3N)",
         # Whatever the shell is told, its ranks are told too; it lives on to see to what becomes of them.
         "trap : TERM INT USR1 USR2",
         *[f"module load {shlex.quote(name)}" for name in site.modules],
@@ -188,7 +192,7 @@ def _executor(folder: Path, python: str) -> Any:
 
 def _reason(said: str) -> str:
     """sbatch's words without its ornaments."""
-    if "temporarily unable to accept job" in said:
-        return "the queue is full; `fcmae resume` goes on from here when there is room"
+    if "temporarily una" in said:  # sbatch: unable to accept job; sbatch --test-only: Resource ... unavailable
+        return "the queue is full; the same command goes on from here when there is room"
     found = re.findall(r"error: (.+)", said)
     return " ".join((found[-1] if found else said.strip() or "no reason given").split())

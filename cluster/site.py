@@ -16,6 +16,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
 
+SITE = "site.yaml"  # in a run directory: the one that it was last submitted to
 INCLUDED = Path(__file__).parent / "sites"
 # What we set ourselves; a second value would win or lose by its place in the script.
 OURS = {
@@ -177,3 +178,14 @@ def check_path(path: Path) -> Path:
     if odd is not None:
         raise LaunchError(f"--out {str(path)!r} holds {odd!r}, which Slurm or Python would misread; choose another")
     return path
+
+
+def stored_site(run: Path) -> Site:
+    """The site that a run was last submitted to.
+
+    Raises:
+        LaunchError: if it never was.
+    """
+    if not (run / SITE).exists():
+        raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
+    return load_site(str(run / SITE))

@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.launcher import LaunchError
 
 TIMEOUT_SECONDS = 60
+LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
 
 
 class JobState(StrEnum):

@@ -65,6 +65,7 @@ class Follower:
         self._recent: deque[tuple[float, int, float, float | None]] = deque(maxlen=RATE_LINES)
         self._batch: float | None = None
         self._end = ""
+        self._attempt = 0  # the newest in the journal
 
     def poll(self) -> list[Event]:
         """The journal's new lines, taken into account by the next `status`."""
@@ -75,6 +76,10 @@ class Follower:
 
     def _take(self, event: Event) -> None:
         seen, kind, step = self._seen, event.get("kind"), _count(event.get("step"))
+        attempt = _count(event.get("attempt")) or self._attempt
+        if attempt < self._attempt:
+            return  # of a machine that woke up when others had taken over
+        self._attempt = attempt
         if kind == "attempt":
             self._recent.clear()
             self._batch = _number(event.get("global_batch"))

@@ -15,7 +15,8 @@ CANCELLED = "CANCELLED"  # a file in the run directory: `fcmae cancel` without s
 
 
 class StopWatch(threading.Thread):
-    """Sends SIGUSR2 to its own process, as Slurm would, when the stage must stop. Rank 0 keeps it; the ranks agree."""
+    """Sends SIGUSR1 to its own process when the stage must stop (Slurm's own warnings are other signals). Rank 0 keeps
+    it; the ranks agree."""
 
     def __init__(self, stage_directory: Path, ends_at: float | None) -> None:
         super().__init__(daemon=True)
@@ -27,7 +28,7 @@ class StopWatch(threading.Thread):
     def run(self) -> None:
         while not self.due(time.time()):
             time.sleep(POLL_SECONDS)
-        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     def due(self, now: float) -> bool:
         for event in self._tail.poll():

@@ -14,15 +14,13 @@ from cluster import history, slurm, snapshot
 from cluster.chain import check_data, open_chain
 from cluster.launcher import LaunchError
 from cluster.script import JobScript, job_name
-from cluster.site import Site, load_site
+from cluster.site import SITE, Site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
-
-SITE = "site.yaml"
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Planned:
     done: bool = False
     job: Job | None = None
     replaces: Job | None = None
-    """A job that waits for one which is gone."""
+    """A job that waits for one which is gone, or that Slurm holds because it could not start it."""
 
     @property
     def missing(self) -> bool:
@@ -61,6 +59,8 @@ def plan(
         begun = begun or name == start
         directory, before = run / name, found.get(recipe.previous or "")
         job, replaces = jobs.get(name), None
+        if job and job.reason == slurm.LAUNCH_FAILED:
+            job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job
         item = Planned(name, directory, recipe, site.for_stage(name), (directory / "DONE").exists(), job, replaces)
@@ -170,7 +170,7 @@ def submit(
             continue
         if item.replaces:
             slurm.cancel(item.replaces.id)
-            history.note(item.directory, "cancelled", item.replaces.id, reason="the job that it waited for is gone")
+            history.note(item.directory, "cancelled", item.replaces.id, reason="another takes its place")
         before = item.recipe.previous
         after = ids.get(before) if before else None
         id = ids[item.name] = JobScript(item.directory, item.site, code, after).submit()
@@ -201,14 +201,3 @@ def cancel(run: Path, stages: list[str]) -> list[str]:
         return [f"{error}; until then running stages save and stop within seconds, and none that starts later goes on"]
     said = [f"{name}: job {job.id} is cancelled ({job.state} until now)" for name, job in live.items()]
     return said or ["no job of this run waits or runs"]
-
-
-def stored_site(run: Path) -> Site:
-    """The site that a run was last submitted to.
-
-    Raises:
-        LaunchError: if it never was.
-    """
-    if not (run / SITE).exists():
-        raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
-    return load_site(str(run / SITE))

@@ -10,18 +10,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cluster import history, slurm
 from cluster.launcher import LaunchError
 from cluster.preflight.guard import bad_nodes
+from cluster.site import stored_site
 from cluster.stopwatch import CANCELLED
-from cluster.submit import stored_site
 from cluster.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import OffTrackError, UserError
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import load
 from pipeline.stage import Stage
+from pipeline.tracking.startup import JOB_STARTED
 
 RETRY_SECONDS = 5
 
@@ -35,7 +39,13 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         except OffTrackError as error:
             return give_up(directory, job, str(error))
         return 0
-    outcome = stage.last_outcome()
+    last = stage.last_attempt()
+    ours = last is not None and (last["job"], last["restart_count"]) == (job, _restarts())
+    if last is not None and not ours and _began_after_us(last):
+        # This machine stood still, and Slurm has long since started the job elsewhere: a requeue would end that.
+        print(f"stage {directory.name}: attempt {last['attempt']} on {last['host']} has taken over; this one just ends")
+        return 1
+    outcome = stage.last_outcome() if ours else None  # a start that got not so far has not said how it ended
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     avoid = bad_nodes(directory, job)
     if avoid:
@@ -66,6 +76,14 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
             print(error, flush=True)
             history.note(directory, "stopped", job, reason=str(error))
             return 1
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _began_after_us(attempt: Mapping[str, Any]) -> bool:
+    return datetime.fromisoformat(attempt["started"]).timestamp() > float(os.environ.get(JOB_STARTED, "inf"))
 
 
 def give_up(directory: Path, job: str, reason: str) -> int:

@@ -55,10 +55,14 @@ class RunStage:
             from cluster.stopwatch import StopWatch
             from pipeline.run import run_stage
             from pipeline.stage import OutcomeKind
+            from pipeline.tracking.startup import startup
 
+            startup.lap("imports")
             if rank == 0:
                 StopWatch(directory, _job_end()).start()
-            outcome = preflight_outcome(directory) or run_stage(directory)
+            outcome = preflight_outcome(directory)
+            startup.lap("preflight")
+            outcome = outcome or run_stage(directory)
         except UserError as error:
             leave(PERMANENT, str(error))
         except Exception:
@@ -75,7 +79,7 @@ def preflight_outcome(directory: Path) -> "Outcome | None":
 
     from cluster.preflight import Expectations
     from cluster.preflight.guard import guard
-    from cluster.submit import stored_site
+    from cluster.site import stored_site
 
     site = stored_site(directory.parent).for_stage(directory.name)
     scratch = os.environ.get("FCMAE_SCRATCH")

@@ -43,6 +43,7 @@ from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.forwarder import start_forwarder
+from pipeline.tracking.startup import startup
 from pipeline.trainer import Action, StepLog, train
 
 
@@ -54,6 +55,7 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
     `leave` is then called on every rank that still runs, in a thread, with the outcome, and must end the process.
     """
     request = StopRequest().install()
+    startup.lap("imports")
     try:
         stage = Stage(directory)
     except UserError as error:
@@ -79,7 +81,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
     stack.callback(world.leave)
     recipe.check_world_size(world.size)
-    stage.attempt = world.on_main(lambda: stage.take(world.size))
+    threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.threads_before(world.size)))
+    torch.set_num_threads(threads)
+    stage.attempt = world.on_main(lambda: stage.take(world.size, threads))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
     # Later than other ranks would notice, and than the stuck one has written its stacks.
     silent_seconds = 2 * recipe.health.stall_seconds
@@ -87,11 +91,13 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
+    startup.lap("group")
     data = open_stage_data(recipe, world, stop, stack)
     if data is None:
         return Outcome(OutcomeKind.SAVED, f"stopped by {stop.reason}")
     identity = {name: part.beton.sha256 for name, part in data.items()}
     world.on_main(lambda: stage.pin_data(identity))
+    startup.lap("data")
     log_file = _open_journal(stage, world, stop, stack)
     stack.push(explaining_lost_peers(stage, watchdog))
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
@@ -105,6 +111,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
     validation = evaluation_feed(recipe, data["validation"], world, workers)
+    startup.lap("model")
     facts = {
         "recipe": recipe.fingerprint(),
         "data": identity,
@@ -116,6 +123,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
     start, resumed = _load(stage, engine, objective, store, log, classes, feed, last)
     guard: Guard = engine.guard
+    startup.lap("weights")
     log.write(
         "attempt",
         step=start,
@@ -133,6 +141,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         log_file.write_changed("environment", commit=commit(), **software(), **machine())
         log_file.write_changed("data", **{name: _data_facts(recipe, name, part) for name, part in data.items()})
     engine.warm_up(example_batch(recipe), objective)
+    startup.lap("warm-up")
     lower_is_better = objective.metric == "loss"
     events = stage.directory / "journal.jsonl"
     checkpoints = Checkpoints(
@@ -211,7 +220,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         world.on_main(lambda: _finish(stage, weights, objective, log, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
-    if world.is_main:
+    # Not when stopped: a grace period is short, and the plotting library alone takes a second of it.
+    if world.is_main and outcome.kind is OutcomeKind.DONE:
         pictures.curves(stage.directory / "journal.jsonl", stage.directory / "curves.png")
         log.write("picture", step=outcome.step, path="curves.png")
     return outcome

@@ -105,8 +105,8 @@ class Stage:
 
     # -- attempts
 
-    def take(self, world_size: int) -> int:
-        """Number this attempt, by exclusive creation of its file.
+    def take(self, world_size: int, threads: int | None = None) -> int:
+        """Number this attempt, by exclusive creation of its file. `threads` are noted for the next one.
 
         Raises:
             StageError: if a live process holds the stage.
@@ -122,6 +122,7 @@ class Stage:
             "pid_start_time": start_time(os.getpid()),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "world_size": world_size,
+            "threads": threads,
             "job": os.environ.get("SLURM_JOB_ID"),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "heartbeat_seconds": self.heartbeat_seconds,
@@ -136,6 +137,14 @@ class Stage:
         self.attempt = number
         self._list_attempts()
         return number
+
+    def threads_before(self, world_size: int) -> int | None:
+        """What the newest attempt on as many ranks has noted: other threads would round otherwise."""
+        for number in range(self.attempts(), 0, -1):
+            entry = json.loads(self._attempts_file(f"{number:06d}.json") or b"{}")
+            if entry.get("world_size") == world_size and entry.get("threads"):
+                return entry["threads"]
+        return None
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -161,7 +170,7 @@ class Stage:
 
     def check_free(self) -> None:
         """Raise StageError if a live process holds the stage. May watch another machine's for some heartbeats."""
-        owner = self._last_attempt()
+        owner = self.last_attempt()
         if owner and self.last_outcome() is None and self._lives(owner):
             raise StageError(
                 f"stage {self.recipe.name} is being run by process {owner['pid']} on {owner['host']};"
@@ -214,7 +223,8 @@ class Stage:
         entry = json.loads(content)
         return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
 
-    def _last_attempt(self) -> dict[str, Any] | None:
+    def last_attempt(self) -> dict[str, Any] | None:
+        """Who has taken the stage last, and when."""
         number = self.attempts()
         content = self._attempts_file(f"{number:06d}.json") if number else None
         return json.loads(content) if content else None

@@ -16,6 +16,7 @@ from pipeline.objectives import Objective
 from pipeline.saving import Checkpoints
 from pipeline.stage import Outcome, OutcomeKind
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.startup import startup
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def train(
                 action.run(step)
                 log.restart_clock()
         if stop.number or step == last:
+            if stop.number:
+                log.write("stop", step=step, reason=stop.reason, asked=round(stop.asked, 3))
             watchdog.phase("save", step)
             checkpoints.save(step, why=stop.reason if stop.number else "end")
             if stop.number:
@@ -75,6 +78,8 @@ def train(
             if report is None:
                 continue
             log.add(step + 1, report, lr, feed.take_wait())
+            if startup.running:
+                log.write("started", step=step + 1, **startup.end("first step"))
         step += 1
         checkpoints.poll()
 

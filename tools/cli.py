@@ -105,6 +105,23 @@ def status(
 
 
 @app.command()
+def times(
+    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Where the time goes between a stop and the next step, and in the start of each attempt."""
+    from cluster import times as view
+    from cluster.status import stage_names
+
+    stages = [directory.resolve() / name for name in stage_names(directory)]
+    if json:
+        print(view.to_json(stages))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=160)).print(view.render(stages))
+
+
+@app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="The run directory; with --compare several.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; by default DIR/report.html.")] = None,

@@ -56,14 +56,13 @@ def resume(
     ] = None,
 ) -> None:
     """Submit what is missing: stages that are neither done nor on their way. Safe at any time."""
-    from cluster import submit as jobs
-    from cluster.site import check_path, load_site
+    from cluster.site import check_path, load_site, stored_site
     from cluster.status import stage_names
     from pipeline.recipe import load
 
     run = check_path(directory.resolve())
     stage_names(run)
-    _submit(load(run / "recipe.yaml"), run, load_site(site) if site else jobs.stored_site(run), None)
+    _submit(load(run / "recipe.yaml"), run, load_site(site) if site else stored_site(run), None)
 
 
 def cancel(directory: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:

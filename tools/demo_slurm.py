@@ -22,8 +22,6 @@ from cluster.site import load_site
 from cluster.status import Run, StageStatus
 from cluster.table import render
 from pipeline.errors import UserError
-from pipeline.recipe import load
-from tools.cli import find_recipe
 
 DEVCLUSTER = Path(__file__).parent / "devcluster"
 SITE = "devcluster"
@@ -55,10 +53,8 @@ def demonstrate(recipe: str, out: Path, reference: Path, overrides: list[str]) -
     if out.exists():
         raise DemoError(f"--out {out} exists; remove it, for the chain must be seen from its start")
     ranks = load_site(SITE).ranks
-    # The same number of threads rounds alike: `fcmae run` shares the cores among its ranks.
-    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
-    stages = load(find_recipe(recipe), overrides).stages
-    overrides = [*overrides, *[f"stages.{name}.engine.threads={threads}" for name in stages]]
+    # The same number of threads rounds alike: the site gives a rank one core, `fcmae run` its share of this machine's.
+    os.environ["OMP_NUM_THREADS"] = str(load_site(SITE).cpus_per_task)
     say(f"the chain on this machine, undisturbed: {reference}")
     fcmae("run", recipe, "--out", reference, "--nproc", ranks, *overrides)
     was_up = devcluster("status", check=False).returncode == 0

@@ -47,7 +47,7 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
         world = cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
-        torch.set_num_threads(threads or world.cores())
+        torch.set_num_threads(threads or world.threads())
         return world
 
     @property
@@ -85,6 +85,18 @@ class World:
         ranks = [own] * self.size
         dist.all_gather_object(ranks, own, group=self.group)
         return max(len(own[1]) // sum(host == own[0] and bool(cores & own[1]) for host, cores in ranks), 1)
+
+    def threads(self, before: int | None = None) -> int:
+        """How many threads torch takes on each rank: what its launcher grants in OMP_NUM_THREADS, else its cores.
+
+        The number decides how sums are rounded. So all ranks take the least that any of them has, and `before`, the
+        number of an earlier attempt, is kept where there are so many. Collective.
+        """
+        cores, granted = self.cores(), os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        own = int(granted) if granted.isdigit() and int(granted) else cores
+        if before and self.agree(int(before > max(own, cores))) == 0:
+            return before
+        return -self.agree(-own)
 
     def leave(self) -> None:
         """Leave the group, so that the process can end."""

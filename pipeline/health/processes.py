@@ -17,6 +17,12 @@ def start_time(pid: int) -> int:
     return 0 if state in "ZX" else int(fields[18])
 
 
+def age_seconds(pid: int) -> float:
+    """How long a process has been running."""
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return max(uptime - start_time(pid) / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
 def die_with_parent() -> None:
     """Be killed when the process that started this one ends, however it ends (Linux)."""
     parent = os.getppid()

@@ -1,16 +1,17 @@
 """A stop asked for by a signal. The handler sets an integer; the ranks agree on it between slots."""
 
 import signal
+import time
 from collections.abc import Callable
 
 
 class StopRequest:
-    """The number of the signal that asked for a stop; 0 while none did."""
+    """The number of the signal that asked for a stop, 0 while none did, and when it came (epoch seconds)."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.time = 0, 0.0
 
     def install(self) -> "StopRequest":
         for number in self.SIGNALS:
@@ -20,7 +21,8 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.number = self.number or number
+        if not self.number:
+            self.number, self.time = number, time.time()
 
 
 def signal_name(number: int) -> str:
@@ -29,14 +31,22 @@ def signal_name(number: int) -> str:
 
 
 class AgreedStop:
-    """The ranks' common answer to "shall we stop?". Every rank must ask equally often: `agree` is collective."""
+    """The ranks' common answer to "shall we stop?". Every rank must ask equally often: `agree` is collective.
+
+    Attributes:
+        number: the agreed signal, 0 while there is none.
+        asked: when the first rank got it, in epoch seconds.
+    """
 
     def __init__(self, request: StopRequest, agree: Callable[[int], int]):
         self._request, self._agree = request, agree
-        self.number = 0
+        self.number, self.asked = 0, 0.0
 
     def __call__(self) -> bool:
-        self.number = self.number or self._agree(self._request.number)
+        if not self.number and (number := self._agree(self._request.number)):
+            now = time.time()
+            own = self._request.time or now
+            self.number, self.asked = number, now - self._agree(int((now - own) * 1000)) / 1000
         return self.number != 0
 
     @property

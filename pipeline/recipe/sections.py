@@ -175,7 +175,8 @@ class Engine(Section):
     """bf16 is autocast over fp32 parameters; bf16_parameters also computes and communicates with parameters rounded to
     bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least."""
     threads: int = operational(0, ge=0)
-    """Torch threads per rank; 0 shares the machine's cores among its ranks."""
+    """Torch threads per rank. 0 takes those of the attempt before; at first OMP_NUM_THREADS, which
+    `fcmae run` and a site set to the cores of a rank; without it the machine's cores, shared among its ranks."""
 
     @model_validator(mode="after")
     def _supported(self) -> "Engine":

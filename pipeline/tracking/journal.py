@@ -162,9 +162,15 @@ def read(path: str | Path) -> list[Event]:
 
 
 def standing(events: Iterable[Event]) -> list[Event]:
-    """The events without those that a resume or a rollback to an earlier step has withdrawn."""
+    """The events without those that a resume or a rollback to an earlier step has withdrawn, and without what an
+    attempt wrote that did not know yet that it had been replaced."""
     kept: list[Event] = []
+    newest = 0
     for event in events:
+        if isinstance(attempt := event.get("attempt"), int):
+            if attempt < newest:
+                continue
+            newest = attempt
         if event.get("kind") in REWINDS and isinstance(start := event.get("step"), int):
             kept = [e for e in kept if not isinstance(e.get("step"), int) or e["step"] <= start]
         kept.append(event)

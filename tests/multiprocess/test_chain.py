@@ -73,6 +73,20 @@ def test_the_run_directory_keeps_its_contract(chain):
     assert [(s["stage"], s["state"], s["step"]) for s in shown] == [(name, "done", 12) for name in STAGES]
 
 
+def test_every_start_is_timed(chain):
+    told = json.loads(fcmae("times", chain[1], "--json").stdout)
+    assert told["handovers"] == []
+    assert [(start["stage"], start["attempt"]) for start in told["starts"]] == [(name, 1) for name in STAGES]
+    for start in told["starts"]:
+        began = journal.read(chain[1] / start["stage"] / "journal.jsonl")[0]["time"]
+        assert list(start["laps"]) == ["imports", "group", "data", "model", "weights", "warm-up", "first step"]
+        assert sum(start["laps"].values()) == pytest.approx(start["seconds"], abs=0.01)
+        assert start["cpu_seconds"] > 0.5
+        # The process is older than its journal, but not older than its stage.
+        event = next(e for e in journal.read(chain[1] / start["stage"] / "journal.jsonl") if e["kind"] == "started")
+        assert (chain[1] / "recipe.yaml").stat().st_mtime - 1 < event["time"] - start["seconds"] < began
+
+
 def test_the_run_is_in_mlflow(chain):
     import mlflow
 

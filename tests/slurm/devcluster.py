@@ -2,12 +2,14 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.tracking import journal
@@ -83,9 +85,9 @@ def events(stage: Path, kind: str) -> list[dict]:
 
 
 def steps_taken(stage: Path) -> int:
-    """Steps that the running attempt has journalled."""
-    attempts = events(stage, "attempt")
-    return sum(e["attempt"] == attempts[-1]["attempt"] for e in events(stage, "step")) if attempts else 0
+    """Steps that the newest attempt has journalled."""
+    attempt = attempts_of(stage)
+    return sum(e["attempt"] == attempt for e in events(stage, "step"))
 
 
 def slurm(*command: str) -> str:
@@ -98,14 +100,38 @@ def job_of(stage: Path) -> str:
     return next(line.partition("|")[0] for line in lines if line.partition("|")[2] == str(stage.resolve()))
 
 
+def restarts(job: str) -> int:
+    """How often Slurm has started the job again; -1 if it does not answer."""
+    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    found = re.search(r" Restarts=(\d+)", answer.stdout)
+    return int(found[1]) if found else -1
+
+
+def end_of(job: str) -> float:
+    """When its time limit ends a job, in epoch seconds."""
+    return datetime.fromisoformat(slurm("squeue", "-h", "-j", job, "-o", "%e").strip()).timestamp()
+
+
 def nodes_of(job: str) -> list[str]:
     """The nodes of a job, that of its batch script first."""
     return slurm("scontrol", "show", "hostnames", slurm("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
 
 
+def pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def pid_space(pid: int) -> str:
+    """The namespace of a process: that of its node."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
+
+
 def rank_pid(job: str, rank: int) -> int:
-    """The process of a rank, wherever it runs on this machine."""
-    for entry in Path("/proc").glob("[0-9]*"):
+    """The process of a rank of the job's last start, wherever it runs on this machine."""
+    for entry in (Path("/proc") / str(pid) for pid in sorted(pids(), reverse=True)):
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
             command = (entry / "cmdline").read_bytes()
@@ -115,6 +141,22 @@ def rank_pid(job: str, rank: int) -> int:
         if wanted <= set(environment) and b"submitit.core._submit" in command and b"srun" not in command:
             return int(entry.name)
     raise LookupError(f"no process of rank {rank} of job {job}")
+
+
+def controller_pid() -> int:
+    return int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+
+
+def configure(**settings: object) -> None:
+    """Change the cluster's configuration. Its slurmctld starts anew, for not everything is read again without."""
+    path = Path(os.environ["SLURM_CONF"])
+    lines = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
+    path.write_text("\n".join([*lines, *[f"{name}={value}" for name, value in settings.items()]]) + "\n")
+    slurm("scontrol", "shutdown", "slurmctld")  # it writes its state down, unlike one that is killed
+    wait_for(lambda: not Path(f"/proc/{controller_pid()}").exists(), "the end of slurmctld")
+    slurm(str(COMMAND), "start-controller")
+    wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "all nodes")
+    slurm("scontrol", "reconfigure")
 
 
 # -- Faults. Each is done to a running stage and returns at once; the stage must then end by itself.
@@ -131,8 +173,23 @@ def time_limit(stage: Path) -> None:
     then a rank stands still, or the stage would be done before."""
     job = job_of(stage)
     clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
+    before = restarts(job)
     os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
     slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+    wait_for(lambda: restarts(job) > before or is_done(stage), "the restart after the time limit")
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+
+def hang_beyond_time_limit(stage: Path) -> None:
+    """A rank hangs, whatever it is told, until the limit has come and Slurm has killed everything."""
+    job = job_of(stage)
+    rank = rank_pid(job, 1)
+    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(rank, signal.SIGSTOP)  # again and again: Slurm's signals come with a SIGCONT
+            time.sleep(0.005)
 
 
 def kill_rank_0(stage: Path) -> None:
@@ -158,21 +215,38 @@ def _kill_node(node: str) -> None:
     slurm(str(COMMAND), "start-node", node)
 
 
-def freeze_node(stage: Path) -> None:
-    """Split brain: the node does not answer, its ranks run on."""
-    node = nodes_of(job_of(stage))[-1]
-    slurm(str(COMMAND), "freeze-node", node)
-    wait_for(lambda: "down" in slurm("sinfo", "-h", "-n", node, "-o", "%t"), "slurmctld to notice")
-    time.sleep(5)
-    slurm(str(COMMAND), "thaw-node", node)
+def freeze_nodes(stage: Path) -> None:
+    """Split brain: the job's machines stand still, with all that runs there. Once the job runs elsewhere they wake up,
+    and what is left of the old attempt goes on beside the new one until Slurm gets hold of it."""
+    job, before = job_of(stage), attempts_of(stage)
+    ranks = [rank_pid(job, rank) for rank in (0, 1)]
+    spaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in ranks}
+    others = [pid for pid in pids() if pid not in ranks and pid_space(pid) in spaces]
+    for pid in ranks + others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: attempts_of(stage) > before and (steps_taken(stage) or is_done(stage)), "the job elsewhere")
+    finally:
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(3)  # what they would do, they do before anybody can end them
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
+def interrupt(stage: Path) -> None:
+    """Somebody's Ctrl-C reaches one rank."""
+    os.kill(rank_pid(job_of(stage), 1), signal.SIGINT)
 
 
 def restart_slurmctld(stage: Path) -> None:
     """It dies, and while it is away a rank is told to stop: the requeue must wait for it."""
-    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
     rank = rank_pid(job_of(stage), 1)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(rank, signal.SIGSTOP)  # or the stage might be done before
+    time.sleep(6)  # slurmctld writes its state down within five seconds; a job it forgot to have started it holds
+    os.kill(controller_pid(), signal.SIGKILL)
     os.kill(rank, signal.SIGUSR2)
+    os.kill(rank, signal.SIGCONT)
     time.sleep(5)
     slurm(str(COMMAND), "up")
 
@@ -180,7 +254,8 @@ def restart_slurmctld(stage: Path) -> None:
 FAULTS = {
     f.__name__: f
     for f in (
-        preempt, time_limit, kill_rank_0, kill_rank_1, kill_batch_node, kill_other_node, freeze_node, restart_slurmctld,
+        preempt, time_limit, kill_rank_0, kill_rank_1, kill_batch_node, kill_other_node, freeze_nodes,
+        restart_slurmctld, interrupt,
     )
 }  # fmt: skip
 
@@ -191,9 +266,13 @@ def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> flo
     attempts, began = attempts_of(stage), time.monotonic()
     fault(stage)
     wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")
-    wait_for(lambda: len(events(stage, "attempt")) > attempts and steps_taken(stage), "its first step")
+    wait_for(lambda: steps_taken(stage) or is_done(stage), "its first step")
     return time.monotonic() - began
 
 
 def attempts_of(stage: Path) -> int:
     return len(list((stage / "attempts").glob("??????.json")))
+
+
+def is_done(stage: Path) -> bool:
+    return (stage / "DONE").exists()

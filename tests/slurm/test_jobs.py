@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import history
+from cluster import history, script
 from cluster import slurm as scheduler
 from cluster.launcher import LaunchError
 from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
+from cluster.times import handovers
 from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
@@ -29,7 +30,7 @@ from tools import cluster_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
 LONG = [  # 120 steps, long enough to be stopped in the middle
-    "defaults.engine.threads=1", "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
+    "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
     "stages.pretrain.schedule.epochs=20",
 ]  # fmt: skip
 
@@ -88,6 +89,67 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
+    (handover,) = handovers(stage)
+    assert handover.stop + handover.save < 10
+    assert min(handover.queue, handover.start) > 0
+
+
+@pytest.mark.slow
+def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbed):
+    stage = submit() / "pretrain"
+    faults.strike(stage, faults.freeze_nodes, at_step=25)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    first, second = events(stage, "attempt")
+    assert 20 <= second["step"] <= 25
+    assert "is not committed: a newer attempt than 1 has taken the stage" in outcome_of_attempt(stage, 1)["reason"]
+    saved = [event["step"] for event in events(stage, "save") if event["attempt"] == first["attempt"]]
+    assert max(saved) == second["step"]
+    assert not [entry for entry in history.read(stage) if entry["event"] in ("requeued", "stopped")]  # Slurm did it
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
+    """By the ranks themselves: slurmctld, which would warn them, is away, and the requeue must wait for it."""
+    site = tmp_path / "minute.yaml"
+    limits = {"time_limit_minutes": 1, "stop_before_end_seconds": 10, "attempts_without_progress": 10}
+    site.write_text(yaml.safe_dump({"nodes": 2, **limits}))
+    stage = submit(site=site) / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 2, "two steps")
+    job = job_of(stage).id
+    ends_at, rank = faults.end_of(job), faults.rank_pid(job, 1)
+    subprocess.run([faults.COMMAND, "kill-controller"], check=True)
+    os.kill(rank, signal.SIGSTOP)  # or the stage would be done before
+    try:
+        time.sleep(max(ends_at - 11 - time.time(), 0))
+        os.kill(rank, signal.SIGCONT)
+        wait_for(lambda: events(stage, "stop"), "the stop")
+    finally:
+        subprocess.run([faults.COMMAND, "start-controller"], check=True)
+    stop = events(stage, "stop")[-1]
+    assert (stop["reason"], stop["asked"] < ends_at) == ("SIGUSR1", True)
+    wait_for(lambda: history.read(stage)[-1]["event"] == "requeued", "the requeue")
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    assert events(stage, "attempt")[-1]["step"] == stop["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undisturbed, tmp_path):
+    """No rank can save: a node hangs until Slurm kills all, the batch script too."""
+    run = submit()
+    stage = run / "pretrain"
+    wait_for(lambda: steps_taken(stage) >= 25, "25 steps")
+    faults.hang_beyond_time_limit(stage)
+    wait_until(stage, JobState.FAILED)
+    assert "TIMEOUT" in subprocess.run(["squeue", "-h", "--states=all", "-j", job_of(stage).id, "-o", "%T"],
+                                       capture_output=True, text=True).stdout  # fmt: skip
+    assert Stage(stage).last_outcome() is None
+    cluster_commands.resume(run)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    assert events(stage, "attempt")[1]["step"] == 20
 
 
 def test_signal_during_start_up_is_not_lost(submit, undisturbed):
@@ -221,12 +283,45 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SBATCH_SECONDS", 4)
+    recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
+    with faults.devcluster(tmp_path / "slurm", 0, 1):
+        faults.configure(MaxJobCount=1)
+        with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: the queue is full; the same"):
+            cluster_commands.submit(str(recipe), str(held(run)), run)
+        faults.configure(MaxJobCount=3)
+        with pytest.raises(LaunchError, match=r"^sbatch refused stage \w+: the queue is full; the same command"):
+            cluster_commands.submit(str(recipe), str(held(run)), run)
+        faults.configure(MaxJobCount=100)
+        cluster_commands.resume(run)
+        assert len([job for job in scheduler.jobs() if job.state is JobState.WAITING]) == 3
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path, monkeypatch):
+    """A node that fails to start a job is drained and the job held, for ever."""
+    recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
+    with faults.devcluster(tmp_path / "slurm", 0, 1):
+        faults.configure(Prolog="/bin/false")
+        cluster_commands.submit(str(recipe), "devcluster", run)
+        held = job_of(run / "pretrain").id
+        wait_for(lambda: job_of(run / "pretrain").reason == scheduler.LAUNCH_FAILED, "the hold")
+        faults.configure(Prolog="/bin/true")
+        subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
+        cluster_commands.resume(run)
+        wait_for(lambda: job_of(run / "pretrain").state is JobState.RUNNING, "the new job")
+        assert job_of(run / "pretrain").id != held
+        assert scheduler.jobs(ids=[held])[0].state is JobState.CANCELLED
+        cluster_commands.cancel(run)
+
+
+@pytest.mark.slow
 def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbed):
     run = submit()
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
-    pid = int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
-    os.kill(pid, signal.SIGKILL)
+    os.kill(faults.controller_pid(), signal.SIGKILL)
     try:
         # The run directory carries the word: the ranks save and stop, and nothing starts them again.
         assert "slurmctld does not answer" in fcmae("cancel", run).stdout

@@ -5,25 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.devcluster import FAULTS, strike
-from tests.slurm.matrix import STAGES, digests, long_recipe, submit, wait_done
+from tests.slurm.devcluster import FAULTS
+from tests.slurm.matrix import digests, long_recipe, storm
 from tests.support import fcmae
 
-# Two for each stage; every day another stage gets them. Each of them in each stage: python -m tests.slurm.matrix
-STRIKES = ["preempt", "kill_rank_1", "kill_other_node", "restart_slurmctld", "time_limit", "kill_batch_node"]
+# These take a minute each and have tests of their own in test_jobs.py. Each fault in each stage, and longer storms:
+# python -m tests.slurm.matrix
+ELSEWHERE = ("freeze_nodes", "time_limit")
 
 
 @pytest.mark.slow
-def test_a_chain_that_everything_happens_to_ends_with_the_same_bits(slurm: None, tmp_path: Path) -> None:
+def test_a_chain_in_a_storm_ends_with_the_same_bits(slurm: None, tmp_path: Path) -> None:
+    """Six events, every day others, in other stages and at other steps."""
     recipe, run = long_recipe(tmp_path), tmp_path / "run"
-    submit(recipe, run)
-    today = 2 * (datetime.date.today().toordinal() % len(STAGES))
-    strikes = STRIKES[today:] + STRIKES[:today]
+    faults = [fault for fault in FAULTS if fault not in ELSEWHERE]
     try:
-        for stage in STAGES:
-            strike(run / stage, FAULTS[strikes.pop()], at_step=25)
-            strike(run / stage, FAULTS[strikes.pop()], at_step=5)
-        wait_done(run)
+        storm(recipe, run, 6, datetime.date.today().toordinal(), faults)
     finally:
         fcmae("cancel", run)
     assert fcmae("run", recipe, "--out", tmp_path / "reference", "--nproc", 2).returncode == 0

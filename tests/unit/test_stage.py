@@ -148,3 +148,11 @@ def test_reopening_takes_operational_changes_only(tmp_path):
 def test_no_stage(tmp_path):
     with pytest.raises(StageError, match="is no stage"):
         Stage(tmp_path)
+
+
+def test_threads_are_those_of_the_newest_attempt_on_as_many_ranks(stage):
+    assert stage.threads_before(2) is None
+    for world_size, threads in ((2, 3), (4, 1), (2, None), (8, 5)):
+        stage.take(world_size, threads)
+        stage.record(Outcome(OutcomeKind.SAVED))
+    assert [Stage(stage.directory).threads_before(size) for size in (1, 2, 4, 8)] == [None, 3, 1, 5]

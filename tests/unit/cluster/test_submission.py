@@ -99,6 +99,27 @@ def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
     assert where.stdout.startswith(str(folder))
 
 
+def test_the_snapshot_brings_compiled_code_that_numba_takes(tmp_path):
+    """Or every rank of every new run would compile for 20 s."""
+    code = """
+import sys
+import numpy as np
+from pipeline.data import checksum
+checksum.checksum(np.arange(9, dtype=np.uint8))
+print(checksum.__file__, sum(checksum.checksum.stats.cache_hits.values()))
+"""
+
+    def hits(folder: Path) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout.startswith(str(folder))
+        return int(ran.stdout.split()[-1])
+
+    root = Path(snapshot.__file__).parents[1]
+    hits(root)
+    assert hits(snapshot.take(tmp_path)) == 1
+
+
 def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
     slurm = {
         "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
@@ -154,6 +175,18 @@ def test_without_submitit_it_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(LaunchError, match="submitit is not installed; run `pip install submitit`"):
         submit(str(write_tiny_recipe(tmp_path)), "devcluster", tmp_path / "run", dry_run=True)
+
+
+def test_a_time_limit_that_steps_and_saves_do_not_fit_in_is_one_sentence(tmp_path):
+    run = make_tiny_run(tmp_path)
+    with journal(run / "pretrain") as log:
+        log.write("attempt", step=0, global_batch=32)
+        log.write("step", step=1, images_per_second=8.0)
+        log.write("save", step=1, seconds=21.0)
+    site = tmp_path / "site.yaml"
+    site.write_text("nodes: 2\ntime_limit_minutes: 1\nstop_before_end_seconds: 10\n")
+    with pytest.raises(LaunchError, match=r"stage pretrain: time_limit_minutes 1 is too short, for .* 60 s to stop"):
+        submit(str(tmp_path / "tiny.yaml"), str(site), run, dry_run=True)
 
 
 def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):

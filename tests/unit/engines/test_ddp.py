@@ -149,3 +149,13 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_slots(recipe_file,
     for name, buffer in states[0].items():
         assert torch.allclose(buffer, states[1][name], rtol=1e-6), name
         assert buffer.abs().sum() > 0
+
+
+def test_threads_are_what_is_granted_and_those_before_where_there_are_so_many(world, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = world.cores()
+    assert world.threads() == cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert (world.threads(), world.threads(before=cores), world.threads(before=cores + 1)) == (1, cores, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", f"{cores + 1},2")  # threads in threads
+    assert (world.threads(), world.threads(before=cores + 1)) == (cores + 1, cores + 1)

@@ -162,6 +162,20 @@ def test_other_versions_than_the_last_attempts_are_told(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_a_replaced_attempt_still_writes_does_not_count(tmp_path):
+    """A machine that stood still wakes up after its successor has begun."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, 1) as old, Journal(path, 2) as new:
+        old.write("step", step=1, loss=1.0)
+        old.write("step", step=2, loss=0.9)
+        new.write("attempt", step=1)
+        new.write("step", step=2, loss=0.5)
+        old.write("step", step=3, loss=0.8)
+        old.write("rollback", step=0)
+        new.write("step", step=3, loss=0.4)
+    assert {step: event["loss"] for step, event in steps(read(path)).items()} == {1: 1.0, 2: 0.5, 3: 0.4}
+
+
 def test_what_has_not_changed_is_not_written_again_by_this_attempt_or_the_next(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     for attempt, packages in enumerate([{"torch": "1"}, {"torch": "1"}, {"torch": "2"}], 1):

@@ -19,8 +19,10 @@
 #SBATCH --time=1440
 
 # setup
+export FCMAE_JOB_STARTED=$(date +%s.%3N)
 trap : TERM INT USR1 USR2
 module load cuda
+export OMP_NUM_THREADS=12
 export NCCL_DEBUG=WARN
 export FCMAE_SCRATCH='/scratch/$USER'
 export PYTHONPATH='/runs/my huge/code/0123'${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1

@@ -20,10 +20,12 @@
 #SBATCH --time=60
 
 # setup
+export FCMAE_JOB_STARTED=$(date +%s.%3N)
 trap : TERM INT USR1 USR2
 module load gcc/13
 module load 'it'"'"'s'
 source /etc/site.sh
+export OMP_NUM_THREADS=1
 export NAME='$(touch /tmp/x)'
 export PYTHONPATH='/runs/my huge/code/0123'${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}"

@@ -1,0 +1,45 @@
+"""What becomes of a job whose ranks have ended, where no Slurm is needed to tell."""
+
+import time
+
+import pytest
+
+from cluster import history, slurm
+from cluster.supervisor import conclude
+from cluster.worker import PERMANENT
+from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.tracking.startup import JOB_STARTED
+from tests.support import make_tiny_run
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setenv(JOB_STARTED, str(time.time() - 5))
+    return Stage(make_tiny_run(tmp_path) / "pretrain")
+
+
+@pytest.mark.parametrize(("job", "restarts"), [("7", "1"), ("8", "0")])
+@pytest.mark.parametrize("code", [PERMANENT, 70])
+def test_a_job_that_was_overtaken_leaves_the_stage_to_its_successor(stage, monkeypatch, job, restarts, code):
+    """Neither does it end the stage for good, nor ask Slurm to start the job again, which would end the new start."""
+    stage.take(world_size=1)
+    stage.record(Outcome(OutcomeKind.PERMANENT, "step 25 is not committed: a newer attempt has taken the stage"))
+    with monkeypatch.context() as other:
+        other.setenv("SLURM_JOB_ID", job)
+        other.setenv("SLURM_RESTART_COUNT", restarts)
+        Stage(stage.directory).take(world_size=1)
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
+    assert conclude(stage, code, "7", 3) == 1
+    assert history.read(stage.directory) == []
+
+
+def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before(stage, monkeypatch):
+    stage.take(world_size=1)
+    stage.record(Outcome(OutcomeKind.PERMANENT, "the attempt before"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
+    monkeypatch.setenv("PATH", "")  # no Slurm: it cancels no dependents
+    assert conclude(stage, PERMANENT, "7", 3) == 1
+    assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 78 and left no word"
