@@ -90,7 +90,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     workers = recipe.data.workers or max(world.cores() - 1, 1)
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
-    validation = evaluation_feed(recipe, data["validation"], world, workers)
+    validation = evaluation_feed(recipe, data["validation"], world, workers) if "validation" in data else None
     facts = {
         "recipe": recipe.fingerprint(),
         "data": identity,
@@ -173,7 +173,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             Action(due=save_due, run=report_damaged),
             Action(
                 due=lambda step: (
-                    (step == last or (step > 0 and step % every_steps == 0))
+                    validation is not None
+                    and (step == last or (step > 0 and step % every_steps == 0))
                     and not world.on_main(lambda: log.has("evaluate", step))
                 ),
                 run=run_evaluation,
@@ -213,12 +214,14 @@ def _load(
     engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
     engine.components.append(guard)
     if received is not None:
-        store.parents = [f"weights of sha256 {stage.previous().done().weights_sha256}"]
+        store.parents = [f"weights of sha256 {received.sha256}"]
         transfer, head = received.transfer, received.head
         mapped = {"head_mapped": len(head.matched), "head_initialised": head.unmatched} if head else {}
         log.write(
             "handoff",
             step=0,
+            source=received.source,
+            sha256=received.sha256,
             loaded=len(transfer.loaded),
             initialised=transfer.initialised,
             dropped=transfer.dropped,
@@ -285,7 +288,8 @@ def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model:
 def _finish(stage: Stage, weights: dict[str, Any], objective: Objective, step: int, world_size: int) -> None:
     events = journal.read(stage.directory / "journal.jsonl")
     recipe = stage.recipe
-    metrics = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step][-1]
+    evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
+    metrics = evaluations[-1] if evaluations else {}
     spans: dict[int, list[float]] = {}
     for event in events:
         spans.setdefault(event["attempt"], []).append(event["time"])
@@ -296,7 +300,7 @@ def _finish(stage: Stage, weights: dict[str, Any], objective: Objective, step: i
         "images_seen": step * recipe.batch.global_batch,
         "world_size": world_size,
         "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
-        "metrics": {objective.metric: metrics[objective.metric], **metrics},
+        "metrics": {name: metrics[name] for name in sorted(metrics, key=lambda name: name != objective.metric)},
         **weights,
     }
     stage.finish(result, step)

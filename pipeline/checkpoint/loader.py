@@ -53,7 +53,11 @@ def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha
         CheckpointError: one sentence, if the file is missing, damaged, mislabelled or of another family, or if one
             tensor is not accounted for.
     """
-    data = read_bytes(path, expected_sha256)
+    return decode_weights(path, read_bytes(path, expected_sha256), entry)
+
+
+def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> Loaded:
+    """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
     content = _decode(path, data)
     try:
         tensors, chosen, ignored = _choose(content, entry)

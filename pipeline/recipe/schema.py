@@ -29,6 +29,9 @@ from pipeline.recipe.sections import (
 )
 
 
+GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
+
+
 class StageRecipe(Section):
     """Everything one stage does. `name`, `seed` and `previous` are filled in from the chain."""
 
@@ -58,6 +61,12 @@ class StageRecipe(Section):
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
         if self.model.response == "bn" and self.batch.micro_slots != 1:
             raise ValueError(f"batch.micro_slots is {self.batch.micro_slots} but bn counts one slot; set it to 1")
+        made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
+        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
+            raise ValueError(
+                "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of Base, Large and Huge; this"
+                f" model is {self.model.name} {self.model.depths or ''}".rstrip() + ": set it to single"
+            )
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         return self
@@ -119,18 +128,36 @@ class StageRecipe(Section):
             )
 
 
+class Published(Section):
+    """What somebody else got with this recipe: ImageNet-1K, single crop, percent."""
+
+    top1: float | None = None
+    source: str
+    """Where that is printed."""
+    timm_top1: float | None = None
+    """timm's own evaluation of the released weights, at the recipe's last image size."""
+    timm_top5: float | None = None
+    weights: str | None = None
+    """URL of the released weights."""
+    remark: str | None = None
+
+
 class ChainRecipe(Section):
     """A named chain of stages, in order."""
 
     name: str
     seed: int = 0
+    published: Published | None = None
+    """To compare with; no part of the experiment."""
     stages: dict[str, StageRecipe]
 
     @model_validator(mode="after")
     def _heads_to_map(self) -> "ChainRecipe":
         for name, stage in self.stages.items():
             before = self.stages.get(stage.previous or "")
-            if stage.init.head == "map" and (before is None or isinstance(before.objective, FCMAESettings)):
+            if stage.init.head == "map" and stage.init.weights is None and (
+                before is None or isinstance(before.objective, FCMAESettings)
+            ):
                 raise ValueError(
                     f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
                 )
