@@ -6,6 +6,7 @@ Values and the places they come from (`pipeline.recipe.sources`) are trees of th
 import json
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,18 +71,27 @@ def read_tree(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] =
         raise RecipeError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds a {type(tree).__name__}; a recipe is a mapping of keys to values")
-    bases = tree.pop("extends", None) or []
+    bases = tree.get("extends") or []
     names = [bases] if isinstance(bases, str) else bases
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of such")
     below: dict[str, Any] = {}
     for name in names:
         below = _merge(below, read_tree(path.parent / name, parse, (*seen, path)))
-    return _merge(below, tree)
+    merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
+    if "published" in tree:
+        merged["published"] = tree["published"]  # a result holds for one recipe: no part of another's is left
+    return merged
 
 
 def _values(path: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Recipes share their parts, and YAML is slow to read."""
+    return OmegaConf.create(text)
 
 
 def _merge(base: Any, change: Any) -> Any:
