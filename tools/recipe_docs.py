@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.recipe import StageRecipe, load
 from pipeline.recipe.schema import leaves
-from pipeline.recipe.sources import sources
+from pipeline.recipe.sources import Source, sources
 from tools.included import SIZES, find_recipe, included_recipes
 
 
@@ -35,7 +35,8 @@ class Conflict:
 
 def read_conflicts(path: Path) -> dict[str, Conflict]:
     """C1, C2, ... -> what they are about."""
-    return {key: Conflict(**entry) for key, entry in yaml.safe_load(path.read_text()).items()}
+    entries = yaml.safe_load(path.read_text())
+    return {key: Conflict(**{name: str(value) for name, value in entry.items()}) for key, entry in entries.items()}
 
 
 def mentioned(comments: Iterable[str]) -> list[str]:
@@ -58,8 +59,10 @@ def page() -> str:
     """The page, in Markdown."""
     parts = [(Path(__file__).parent / "recipe_docs.md").read_text().rstrip()]
     parts += ["## Results", _results()]
+    shared: set[Source | None] = set()
     for title, stage, pattern, sizes in CHAPTERS:
-        parts += [f"## {title}", _chapter(stage, {size: find_recipe(pattern.format(size)) for size in sizes})]
+        recipes = {size: find_recipe(pattern.format(size)) for size in sizes}
+        parts += [f"## {title}", _chapter(stage, recipes, shared)]
     conflicts = read_conflicts(find_recipe("convnextv2/huge").parent / "conflicts.yaml")
     parts += ["## Conflicts and gaps", _conflicts(conflicts)]
     return "\n\n".join(parts) + "\n"
@@ -69,7 +72,7 @@ def _results() -> str:
     rows = []
     for name, path in included_recipes().items():
         result = load(path).published
-        if name.startswith("convnextv2/") and result is not None:
+        if name.startswith("convnextv2/") and "/options/" not in name and result is not None:
             timm = f"{result.timm_top1:.3f}" if result.timm_top1 else ""
             top5 = f"{result.timm_top5:.3f}" if result.timm_top5 else ""
             weights = f"[file]({result.weights})" if result.weights else ""
@@ -77,23 +80,26 @@ def _results() -> str:
     return _markdown(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
 
 
-def _chapter(stage: str, recipes: dict[str, Path]) -> str:
-    """A row for each field: one value where all sizes agree, else one for each."""
-    values, given = {}, {}
-    for size, path in recipes.items():
-        values[size] = dict(told_values(load(path).stages[stage]))
-        given[size] = sources(path)
-    rows = []
+def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -> str:
+    """One table of what all sizes have in common, one of what differs; without what is in `shared`, which grows."""
+    values = {size: dict(told_values(load(path).stages[stage])) for size, path in recipes.items()}
+    given = {size: sources(path) for size, path in recipes.items()}
+    common, own, seen = [], [], set()
     for field in values[next(iter(values))]:
-        of_size = {size: values[size][field] for size in recipes}
-        key = f"stages.{stage}.{field}"
-        told = [given[size][key].comment if key in given[size] else "default" for size in recipes]
-        source = " / ".join(dict.fromkeys(told))
-        if len(set(of_size.values())) == 1:
-            rows.append([f"`{field}`", next(iter(of_size.values())), source])
+        found = [given[size].get(f"stages.{stage}.{field}") for size in recipes]
+        if set(found) <= shared:
+            continue
+        seen |= set(found)
+        source = " / ".join(dict.fromkeys(source.comment if source else "default" for source in found))
+        cells = [values[size][field] for size in recipes]
+        if len(set(cells)) == 1:
+            common.append([f"`{field}`", cells[0], source])
         else:
-            rows.append([f"`{field}`", ", ".join(f"{size} {value}" for size, value in of_size.items()), source])
-    return _markdown(["field", "value", "source"], rows)
+            own.append([f"`{field}`", *cells, source])
+    shared |= seen
+    tables = [_markdown(["field", "all sizes", "source"], common)]
+    tables += [_markdown(["field", *recipes, "source"], own)] if own else []
+    return "\n\n".join(tables)
 
 
 def told_values(stage: StageRecipe) -> Iterable[tuple[str, str]]:

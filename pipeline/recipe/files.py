@@ -20,6 +20,8 @@ from pipeline.recipe.schema import ChainRecipe, StageRecipe
 from pipeline.recipe.sections import ClassificationSettings, FCMAESettings, Section
 
 _STAGE_NAME = object()
+LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
+"""The included recipes: data here, and nothing that is imported."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
@@ -77,11 +79,17 @@ def read_tree(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] =
         raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of such")
     below: dict[str, Any] = {}
     for name in names:
-        below = _merge(below, read_tree(path.parent / name, parse, (*seen, path)))
+        below = _merge(below, read_tree(_base(path, name), parse, (*seen, path)))
     merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
     if "published" in tree:
         merged["published"] = tree["published"]  # a result holds for one recipe: no part of another's is left
     return merged
+
+
+def _base(path: Path, name: str) -> Path:
+    """The file that a recipe extends: beside it, or an included one by name."""
+    beside = path.parent / name
+    return next((p for p in (beside, LIBRARY / name, LIBRARY / f"{name}.yaml") if p.is_file()), beside)
 
 
 def _values(path: Path) -> Any:
