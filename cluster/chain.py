@@ -11,7 +11,7 @@ from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.folder import Folder
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage import INIT, Outcome, OutcomeKind, Stage
 
 
 def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
@@ -98,20 +98,25 @@ def preflight(stages: list[Stage], processes: int) -> None:
         if stage.done() is None:
             stage.check_free()
             stage.recipe.check_world_size(processes)
+            check_weights(stage.recipe, stage.directory)
             check_data(stage.recipe, classes)
 
 
+def check_weights(recipe: StageRecipe, directory: Path) -> None:
+    """Raise CheckpointError unless the weights that the stage begins with are there; asked until it has begun."""
+    weights = recipe.init.weights
+    if weights is not None and not (directory / INIT).exists() and not Folder.at(weights).exists():
+        raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
+
+
 def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:
-    """What a stage's files can be refused for, and what the side-cars of its data say.
+    """What the side-cars of a stage's data can be refused for, and what they say.
 
     classes: of the stages looked at before, by name; this one's are added.
 
     Raises:
         UserError: the first one found.
     """
-    weights = recipe.init.weights
-    if weights is not None and not Folder.at(weights).exists():
-        raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
     data = preflight_data(recipe)
     own = classes[recipe.name] = set(recipe.data.classes or data["train"].classes)
     if recipe.init.head == "map" and recipe.previous and not own & classes.get(recipe.previous, own):

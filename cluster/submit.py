@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from cluster import history, slurm, snapshot
-from cluster.chain import check_data, open_chain
+from cluster.chain import check_data, check_weights, open_chain
 from cluster.launcher import LaunchError
 from cluster.script import JobScript, job_name
 from cluster.site import Site, load_site
@@ -89,6 +89,7 @@ def check(planned: list[Planned]) -> None:
     for item in planned:
         if item.missing:
             item.recipe.check_world_size(item.site.ranks)
+            check_weights(item.recipe, item.directory)
             data = check_data(item.recipe, classes)
             if (item.directory / "recipe.yaml").exists():
                 stage = Stage(item.directory)

@@ -32,6 +32,7 @@ from pipeline.mirror import Uploads, pull, remote_of
 from pipeline.recipe import StageRecipe, changes, dump, load_stage
 
 WEIGHTS = "weights.safetensors"
+INIT = "init.json"
 
 
 class OutcomeKind(StrEnum):
@@ -259,7 +260,7 @@ class Stage:
         Raises:
             CheckpointError: if the file is another one now.
         """
-        record = self.directory / "init.json"
+        record = self.directory / INIT
         if not record.exists():
             write_json(record, {"weights": path, "sha256": sha256})
             return

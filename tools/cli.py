@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline.errors import UserError
 from tools import checkpoint, cluster_commands, recipe_commands
 from tools.included import find_recipe
+from tools.study import commands as study_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(recipe_commands.app, name="recipe")
+app.add_typer(study_commands.app, name="study")
 
 
 @app.command()

@@ -30,17 +30,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
     Raises:
         RecipeError: naming the file and field, the value, and what would be accepted.
     """
+    return validate(ChainRecipe, spread(read_mapping(path, overrides), path), str(path))
+
+
+def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a YAML file, what it extends below it, `key=value` above it. Errors: as `load`."""
     raw = read_tree(path, _values)
-    if overrides:
-        wrong = [text for text in overrides if "=" not in text]
-        if wrong:
-            raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
-        try:
-            merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-            raw = OmegaConf.to_container(merged, resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
-    return validate(ChainRecipe, spread(raw, path), str(path))
+    if not overrides:
+        return raw
+    wrong = [text for text in overrides if "=" not in text]
+    if wrong:
+        raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
 
 
 def load_stage(path: Path) -> StageRecipe:

@@ -1,0 +1,72 @@
+"""The runs of a study: one after the other here, or all as jobs of Slurm."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.chain import open_chain, preflight, resolved, run_chain
+from cluster.local import LocalLauncher
+from cluster.site import Site, check_path
+from pipeline.errors import StageError
+from pipeline.stage import Outcome, OutcomeKind
+from tools.study.definition import Cell, Study, cells, dump_study
+
+STUDY = "study.yaml"
+Report = Callable[[str], None]
+
+
+def run_study(study: Study, directory: Path, processes: int, report: Report) -> Outcome:
+    """Run what is not done yet. An arm that fails does not keep the others from running; a stop, or a lost rank, ends it.
+
+    Raises:
+        UserError: before anything starts, if a recipe, its data or its directory is refused.
+    """
+    opened = {cell: open_chain(study.chain(cell.arm, cell.seed), cell.directory) for cell in _prepared(study, directory)}
+    for stages in opened.values():
+        preflight(stages, processes)
+    failed: list[str] = []
+    with LocalLauncher(processes) as launcher:
+        for number, (cell, stages) in enumerate(opened.items(), 1):
+            told = f"{number}/{len(opened)} {cell.arm}, seed {cell.seed}"
+            if all(stage.done() for stage in stages):
+                report(f"{told}: done before")
+                continue
+            report(f"{told}: {' > '.join(stage.recipe.name for stage in stages)}")
+            outcome = run_chain(stages, launcher.run)
+            if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
+                return outcome
+            if outcome.kind is not OutcomeKind.DONE:
+                failed.append(f"{cell.arm} with seed {cell.seed}: {outcome.reason}")
+                report(f"{told}: failed, {outcome.reason}")
+    if failed:
+        return Outcome(OutcomeKind.PERMANENT, "; ".join(failed))
+    return Outcome(OutcomeKind.DONE)
+
+
+def submit_study(study: Study, directory: Path, site: Site, report: Report) -> None:
+    """Submit what is neither done nor on its way; everything is checked before the first job is queued.
+
+    Raises:
+        UserError: the first thing that is refused.
+    """
+    from cluster import submit as jobs
+    from cluster.snapshot import snapshot_path
+
+    check_path(directory)
+    planned = {}
+    for cell in _prepared(study, directory):
+        chain = study.chain(cell.arm, cell.seed)
+        chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
+        planned[cell] = chain, jobs.plan(chain, cell.directory, site)
+        jobs.check(planned[cell][1])
+    for cell, (_, plan) in list(planned.items())[:1]:
+        jobs.check_with_slurm(plan, snapshot_path(cell.directory))
+    for cell, (chain, plan) in planned.items():
+        jobs.submit(chain, cell.directory, site, plan, lambda said, cell=cell: report(f"{cell.arm} {cell.seed} {said}"))
+
+
+def _prepared(study: Study, directory: Path) -> list[Cell]:
+    try:
+        dump_study(study, directory / STUDY)
+    except OSError as error:
+        raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
+    return list(cells(study, directory))
