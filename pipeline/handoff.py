@@ -61,9 +61,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     return _take(str(path), done.weights_sha256, weights, stage, engine, objective, classes)
 
 
-def _receive_file(
-    stage: Stage, path: str, engine: Engine, objective: Objective, classes: Sequence[str]
-) -> Received:
+def _receive_file(stage: Stage, path: str, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received:
     """The same file on every rank and at every start: its hash is fixed by the first rank of the first one."""
     data = read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()

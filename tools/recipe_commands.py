@@ -103,8 +103,8 @@ def diff(
     from tools.included import find_recipe
 
     chains = [load(find_recipe(name)) for name in (first, second)]
-    sides = [
-        {f"{name}.{field}": value for name, stage in chain.stages.items() for field, value in _values(stage, everything)}
+    sides: list[dict[str, Any]] = [
+        {f"{name}.{field}": v for name, stage in chain.stages.items() for field, v in _values(stage, everything)}
         for chain in chains
     ]
     only = [chain.stages.keys() - other.stages.keys() for chain, other in (chains, chains[::-1])]

@@ -91,10 +91,11 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
 
 
 def _kind(path: str | os.PathLike, data: bytes) -> str:
-    if data[:4] == _ZIP or data[:1] == b"\x80":
-        kind = "PyTorch pickle"
-    elif data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
+    # The length of a header may begin with a pickle's first byte, so this comes first.
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
         kind = "safetensors"
+    elif data[:4] == _ZIP or data[:1] == b"\x80":
+        kind = "PyTorch pickle"
     else:
         start = f"begins with {data[:20]!r}" if data else "is empty"
         raise CheckpointError(f"{path} {start}, so it is neither safetensors nor a PyTorch pickle; fetch it again")

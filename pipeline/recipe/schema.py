@@ -28,7 +28,6 @@ from pipeline.recipe.sections import (
     Tracking,
 )
 
-
 GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
 
 
@@ -65,7 +64,8 @@ class StageRecipe(Section):
         if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
             raise ValueError(
                 "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of Base, Large and Huge; this"
-                f" model is {self.model.name} {self.model.depths or ''}".rstrip() + ": set it to single"
+                f" model is {self.model.name} {self.model.depths or ''}".rstrip()
+                + ": set it to single"
             )
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
@@ -155,8 +155,10 @@ class ChainRecipe(Section):
     def _heads_to_map(self) -> "ChainRecipe":
         for name, stage in self.stages.items():
             before = self.stages.get(stage.previous or "")
-            if stage.init.head == "map" and stage.init.weights is None and (
-                before is None or isinstance(before.objective, FCMAESettings)
+            if (
+                stage.init.head == "map"
+                and stage.init.weights is None
+                and (before is None or isinstance(before.objective, FCMAESettings))
             ):
                 raise ValueError(
                     f"stages.{name}.init.head is map but no stage of classification is before it; make it new"

@@ -231,8 +231,8 @@ class Initial(Section):
     head: Literal["new", "keep", "map"] = "new"
     """A new classifier's head, that of the stage before, or its rows for the classes that both have, by name."""
     response: Literal["keep", "new"] = "keep"
-    """What normalises the blocks' channels: that of the weights, or new where this model has another (`model.response`),
-    and then the weights' is dropped."""
+    """What normalises the blocks' channels: that of the weights, or, where this model has another (`model.response`),
+    a new one, and that of the weights is dropped."""
 
     @model_validator(mode="after")
     def _weights_have_a_file(self) -> "Initial":

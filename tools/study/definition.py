@@ -19,7 +19,7 @@ from tools.included import find_recipe
 class Arm(Section):
     recipe: str | None = None
     """Another recipe than the study's."""
-    change: dict[str, Any] = {}
+    change: dict[str, Any] = Field(default_factory=dict)
     """`stages.pretrain.objective.mask_ratio: 0.5`: values by the keys that `key=value` takes."""
     published: float | None = None
     """Top-1 that others got."""
@@ -42,7 +42,7 @@ class Study(Section):
     """Where the published values are printed."""
     recipe: str
     """Path or name of the recipe that arms change."""
-    change: dict[str, Any] = {}
+    change: dict[str, Any] = Field(default_factory=dict)
     """Of all arms, below their own."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     arms: dict[str, Arm] = Field(min_length=1)

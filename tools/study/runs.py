@@ -15,12 +15,13 @@ Report = Callable[[str], None]
 
 
 def run_study(study: Study, directory: Path, processes: int, report: Report) -> Outcome:
-    """Run what is not done yet. An arm that fails does not keep the others from running; a stop, or a lost rank, ends it.
+    """Run what is not done yet. An arm that fails keeps none from running; a stop, or a lost rank, ends the study.
 
     Raises:
         UserError: before anything starts, if a recipe, its data or its directory is refused.
     """
-    opened = {cell: open_chain(study.chain(cell.arm, cell.seed), cell.directory) for cell in _prepared(study, directory)}
+    planned = _prepared(study, directory)
+    opened = {cell: open_chain(study.chain(cell.arm, cell.seed), cell.directory) for cell in planned}
     for stages in opened.values():
         preflight(stages, processes)
     failed: list[str] = []

@@ -111,7 +111,8 @@ def test_conflicts_name_options_that_exist():
 
 
 def test_variants_are_those_of_the_paper():
-    published = {f"convnextv2_{size}": (tuple(depths), tuple(dims)) for size, (depths, dims) in TABLES["variants"].items()}
+    variants = TABLES["variants"].items()
+    published = {f"convnextv2_{size}": (tuple(depths), tuple(dims)) for size, (depths, dims) in variants}
     assert {name: VARIANTS[name] for name in published} == published
     for size in SIZES:
         assert {stage.model.name for stage in chain(size).stages.values()} == {f"convnextv2_{size}"}

@@ -16,13 +16,11 @@ from tools import cli
 def said(capsys, monkeypatch, *arguments: object) -> str:
     """What the command prints; a refusal's sentence."""
     monkeypatch.setattr(sys, "argv", ["fcmae", "recipe", *map(str, arguments)])
-    try:
+    with pytest.raises(SystemExit) as end:
         cli.main()
-    except SystemExit as end:
-        printed = capsys.readouterr()
-        assert bool(end.code) == bool(printed.err), printed
-        return printed.err or printed.out
-    raise AssertionError("the command did not end")
+    printed = capsys.readouterr()
+    assert bool(end.value.code) == bool(printed.err), printed
+    return printed.err or printed.out
 
 
 def squeezed(text: str) -> list[str]:
@@ -51,9 +49,7 @@ def test_diff_prints_only_what_differs(capsys, monkeypatch):
 
 def test_list_has_the_published_results(capsys, monkeypatch):
     lines = squeezed(said(capsys, monkeypatch, "list"))
-    assert (
-        "convnextv2/huge-22k-512 FCMAE 1600 > 22K 90 > 1K 30, 512 88.9 paper T5, T15, README 88.860 98.740" in lines
-    )
+    assert "convnextv2/huge-22k-512 FCMAE 1600 > 22K 90 > 1K 30, 512 88.9 paper T5, T15, README 88.860 98.740" in lines
     assert any(line.startswith("demo ") for line in lines)
 
 
@@ -81,7 +77,7 @@ def test_sources_tell_file_line_and_conflict(capsys, monkeypatch):
         ("stages.finetune.data.crop_scale=[0.5,1.5]", "crop_scale: [0.5, 1.5] asks for a crop larger than the image"),
         ("stages.finetune.data.crop_pct=1.5", "crop_pct is 1.5: input should be less than or equal to 1"),
         ("stages.intermediate.batch.slot=48", "global_batch 4096 is not a multiple of slot 48"),
-        ("init=weights.pt stages.pretrain.init.start=scratch", "start scratch and weights weights.pt do not go together"),
+        ("init=x.pt stages.pretrain.init.start=scratch", "start scratch and weights x.pt do not go together"),
         ("--nproc 48", "48 processes do not divide the 128 slots"),
     ],
 )

@@ -66,9 +66,13 @@ def test_arms_change_the_recipe_and_the_command_line_changes_all(study_file):
 )
 def test_a_wrong_study_is_one_sentence(study_file, change, sentence):
     study_file.write_text(yaml.safe_dump({**yaml.safe_load(study_file.read_text()), **change}))
-    with pytest.raises(RecipeError) as error:
+
+    def first_chain():
         study = load_study(study_file)
-        study.chain(next(iter(study.arms)), 0)
+        return study.chain(next(iter(study.arms)), 0)
+
+    with pytest.raises(RecipeError) as error:
+        first_chain()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
