@@ -243,16 +243,16 @@ class Stage:
             DataError: naming the file whose hash differs.
         """
         path = self.directory / "data.json"
-        if not path.exists():
-            write_json(path, dict(identity))
-            return
-        for name, expected in json.loads(path.read_text()).items():
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        for name, expected in known.items():
             # Evaluation may be turned off, and on again, for it changes nothing that is trained.
             if identity.get(name, expected) != expected:
                 raise DataError(
                     f"stage {self.recipe.name} was started with data.{name} of sha256 {expected[:12]}, but the file now"
                     f" has {identity[name][:12]}; give it the same data, or start another --out"
                 )
+        if identity.keys() - known.keys():
+            write_json(path, {**known, **identity})
 
     def pin_weights(self, path: str, sha256: str) -> None:
         """Remember the weights of `init.weights` at the first start; refuse others later.

@@ -64,8 +64,7 @@ class StageRecipe(Section):
         if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
             raise ValueError(
                 "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of Base, Large and Huge; this"
-                f" model is {self.model.name} {self.model.depths or ''}".rstrip()
-                + ": set it to single"
+                f" model is {self.model.name}: set it to single"
             )
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)

@@ -59,9 +59,16 @@ class Study(Section):
         changed = {**self.change, **self.arms[arm].change, "seed": seed, "name": f"{self.name}-{arm}-{seed}"}
         dotted = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
         try:
-            return load(find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides])
+            chain = load(find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides])
         except RecipeError as error:
             raise RecipeError(f"study {self.name}, arm {arm}: {error}") from None
+        *_, last = chain.stages.values()
+        if last.data.validation is None:
+            raise RecipeError(
+                f"study {self.name}, arm {arm}: stages.{last.name}.data.validation is null, so there would be no result"
+                " to compare; name a file"
+            )
+        return chain
 
 
 @dataclass(frozen=True)

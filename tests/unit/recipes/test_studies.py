@@ -62,6 +62,10 @@ def test_arms_change_the_recipe_and_the_command_line_changes_all(study_file):
         ({"arms": {"a/b": {}}}, "arm 'a/b' must be made of letters"),
         ({"arms": {"a": {"change": {"stages.pretrain.objective.mask_ratio": 2}}}}, "study s, arm a: "),
         ({"recipe": "nowhere"}, "there is no recipe nowhere"),
+        (
+            {"change": {"defaults.data.validation": None}},
+            "finetune.data.validation is null, so there would be no result",
+        ),
     ],
 )
 def test_a_wrong_study_is_one_sentence(study_file, change, sentence):
