@@ -29,8 +29,17 @@ ENGINES = {
     "fsdp": {"kind": "fsdp"},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
-    "zero3": {"kind": "deepspeed", "zero_stage": 3},
-}
+    "zero3": {
+        "kind": "deepspeed", "zero_stage": 3,
+        # DeepSpeed's own buckets, of 500 million elements, and gathered parameters take more than the model's share.
+        "deepspeed": {
+            "zero_optimization": {
+                "reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 20_000_000,
+                "stage3_max_live_parameters": 50_000_000, "stage3_max_reuse_distance": 50_000_000,
+            },
+        },
+    },
+}  # fmt: skip
 # Published: FCMAE and ImageNet-22K at 224 pixels, ImageNet-1K at 512; images at once, per rank.
 STAGES = {
     "pretrain": {
