@@ -5,7 +5,9 @@ to a list of conflicts beside the recipes.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,15 @@ def sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, Source]:
     Raises:
         RecipeError: as `load`.
     """
-    tree = read_tree(path, _parse)
+    tree = deepcopy(read_tree(path, lambda file: _parse(file, file.read_text(encoding="utf-8"))))
     for override in overrides:
         _set(tree, override)
     return dict(_leaves(spread(tree, path)))
 
 
-def _parse(path: Path) -> Any:
+@lru_cache(maxsize=64)
+def _parse(path: Path, text: str) -> Any:
     """The file's tree, with a Source in place of each value; a null in place of a stage stays one."""
-    text = path.read_text()
     root, comments = yaml.compose(text), _comments(text)
 
     def walk(node: yaml.Node, keys: tuple[str, ...]) -> Any:

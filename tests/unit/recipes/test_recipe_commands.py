@@ -11,6 +11,7 @@ from pipeline.recipe import load
 from pipeline.recipe.sources import sources
 from tests.support import tiny_image
 from tools import cli
+from tools.included import find_recipe
 
 
 def said(capsys, monkeypatch, *arguments: object) -> str:
@@ -55,7 +56,9 @@ def test_list_has_the_published_results(capsys, monkeypatch):
 
 def test_sources_tell_file_line_and_conflict(capsys, monkeypatch):
     lines = squeezed(said(capsys, monkeypatch, "show", "base", "--sources", "stages.finetune.schedule.epochs=30"))
-    assert "optimizer.base_lr 0.000625 TRAINING; C1 base.yaml:18" in lines
+    written = find_recipe("base").read_text().splitlines()
+    number = 1 + next(i for i, line in enumerate(written) if "base_lr" in line)
+    assert f"optimizer.base_lr 0.000625 TRAINING; C1 base.yaml:{number}" in lines
     assert "schedule.epochs 30 command line" in lines
     conflict = " ".join(lines)[" ".join(lines).index("C1 base learning rate") :]
     assert "Paper: 6.25e-3 for Base and Large" in conflict
