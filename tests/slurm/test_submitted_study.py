@@ -16,7 +16,12 @@ def test_a_submitted_study_ends_in_a_table(slurm: None, tmp_path: Path) -> None:
         "name": "mixing",
         "about": "Does mixing help?",
         "recipe": str(write_tiny_recipe(tmp_path)),
-        "change": {"stages.pretrain": None, "stages.finetune": None, "stages.intermediate.schedule.epochs": 1},
+        "change": {
+            "stages.pretrain": None,
+            "stages.finetune": None,
+            "stages.intermediate.schedule.epochs": 1,
+            "stages.intermediate.data.timeout_seconds": 600,  # numba compiles anew in every new place of the code
+        },
         "arms": {"mixed": {}, "plain": {"change": {"stages.intermediate.objective.mixup": 0.0}}},
     }
     path, out, site = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "site.yaml"
@@ -32,7 +37,8 @@ def test_a_submitted_study_ends_in_a_table(slurm: None, tmp_path: Path) -> None:
         ]
         again = fcmae("study", "submit", path, "--site", site, "--out", out)
         assert (again.returncode, again.stdout) == (0, "")
-        wait_for(lambda: all((run / "intermediate" / "DONE").exists() for run in runs), "both arms", 300)
+        wait_for(lambda: all((run / "intermediate" / "DONE").exists() for run in runs), "both arms", 500)
+        assert [path.name for path in out.glob("code/*")] == [path.name for path in out.rglob("code/*")]
     finally:
         for run in runs:
             fcmae("cancel", run)

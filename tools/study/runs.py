@@ -49,8 +49,8 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     Raises:
         UserError: the first thing that is refused.
     """
+    from cluster import snapshot
     from cluster import submit as jobs
-    from cluster.snapshot import snapshot_path
 
     check_path(directory)
     planned = {}
@@ -59,10 +59,13 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
         chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
         planned[cell] = chain, jobs.plan(chain, cell.directory, site)
         jobs.check(planned[cell][1])
-    for cell, (_, plan) in list(planned.items())[:1]:
-        jobs.check_with_slurm(plan, snapshot_path(cell.directory))
+    # What Slurm refuses, it refuses of all arms alike.
+    first = next(iter(planned.values()))[1]
+    jobs.check_with_slurm(first, snapshot.snapshot_path(directory))
+    code = snapshot.take(directory)  # for all of them, so that what numba compiles is compiled once
     for cell, (chain, plan) in planned.items():
-        jobs.submit(chain, cell.directory, site, plan, lambda said, cell=cell: report(f"{cell.arm} {cell.seed} {said}"))
+        told = f"{cell.arm} {cell.seed}"
+        jobs.submit(chain, cell.directory, site, plan, lambda said, told=told: report(f"{told} {said}"), code)
 
 
 def _prepared(study: Study, directory: Path) -> list[Cell]:
