@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head
+from pipeline.checkpoint.heads import HeadMatch, head_names, map_head
 from pipeline.checkpoint.loader import decode_weights
 from pipeline.checkpoint.weights import (
     Transfer,
@@ -22,6 +22,8 @@ from pipeline.errors import CheckpointError, StageError
 from pipeline.logical import fill, whole
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
+
+MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _map_head(
         old = None
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
-    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in HEAD})
+    return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})
 
 
 def _load(
@@ -117,8 +119,8 @@ def _load(
 
 
 def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
-    """Write the weights that were evaluated, with the names of their classes; returns the result's entries about them.
-    Collective.
+    """Write the weights that were evaluated, with the names of their classes, and the masks of sparsity if the recipe
+    asks for them; returns the result's entries about the weights. Collective.
     """
     recipe = stage.recipe
     facts = {
@@ -135,4 +137,7 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
     with engine.evaluating():
         weights = engine.gather()
     digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS, weights, facts))
+    if recipe.sparsity and recipe.sparsity.export_masks:
+        masks = {name: whole(mask) for name, mask in engine.component("sparsity").state().items()}
+        engine.world.on_main(lambda: write_weights(stage.directory / MASKS, masks, {**facts, "weights": "masks"}))
     return {"weights": WEIGHTS, "weights_kind": recipe.handoff, "weights_sha256": digest}

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     ERASE = 8
     ERASE_NOISE = 9
     SUBSET = 20
+    SPARSITY = 30
 
 
 def mix64(x):

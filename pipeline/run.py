@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.feed import Batch
+from pipeline.data.feed import Batch, TrainFeed
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
@@ -27,6 +27,8 @@ from pipeline.health.anomalies import Guard, Rollbacks
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
+from pipeline.initial_masks import start_sparsity
+from pipeline.large_kernels import set_large_kernels
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
@@ -87,6 +89,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
     engine = create_engine(objective.build_model(), recipe, world)
+    if forms := set_large_kernels(stage.directory, engine, objective):
+        log.write("large_kernels", forms=forms)
     workers = recipe.data.workers or max(world.cores() - 1, 1)
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
@@ -99,9 +103,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     }
     store = open_store(stage, world, facts, lambda message: log.write("event", level="warning", message=message))
     classes = data["train"].classes
-    start, resumed = _load(stage, engine, objective, store, log, classes)
-    guard: Guard = engine.guard
     last = math.ceil(recipe.schedule.epochs * feed.steps_per_epoch)
+    start, resumed = _load(stage, engine, objective, store, log, classes, feed, last)
+    guard: Guard = engine.guard
     log.write(
         "attempt",
         step=start,
@@ -205,12 +209,14 @@ def _load(
     store: CheckpointStore,
     log: StepLog,
     classes: tuple[str, ...],
+    feed: TrainFeed,
+    last: int,
 ) -> tuple[int, bool]:
     """Weights and optimizer from the newest checkpoint, else from the stage before; the number of finished steps, and
     whether they come from a checkpoint."""
     resumed = store.ever_committed()
     received = None if resumed else handoff.receive(stage, engine, objective, classes)
-    engine.attach_components()
+    engine.attach_components(last)
     engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
     engine.components.append(guard)
     if received is not None:
@@ -227,6 +233,8 @@ def _load(
             dropped=transfer.dropped,
             **mapped,
         )
+    if stage.recipe.sparsity and not resumed:
+        log.write("sparsity", step=0, densities=start_sparsity(engine, objective, feed.slots(0)))
     start = store.restore(engine.state(0)) if resumed else 0
     engine.refresh()
     guard.restored()

@@ -5,13 +5,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.checkpoint.architecture import Architecture, infer
-from pipeline.checkpoint.heads import HEAD, HeadMatch, map_head, read_class_names
+from pipeline.checkpoint.families import FamilyArchitecture
+from pipeline.checkpoint.heads import HeadMatch, head_names, map_head, read_class_names
 from pipeline.checkpoint.layouts import Report, from_ours
 from pipeline.checkpoint.loader import load_weights
 from pipeline.checkpoint.weights import FACTS, canonical, publish, read_facts, safetensors_bytes
@@ -64,11 +66,11 @@ def convert(
     """
     check_destination(destination, (".safetensors", *PICKLES), overwrite)
     loaded = load_weights(source, entry)
-    refuse_own_forms(source)
+    refuse_own_forms(source, loaded.report.architecture.untold)
     tensors, dropped, match = change_head(loaded.tensors, head, classes)
     architecture = architecture_of(tensors)
     tensors, homeless = from_ours(tensors, architecture, to)
-    report = replace(loaded.report, dropped=(*dropped, *homeless))
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *homeless))
     if destination.suffix == ".safetensors":
         # transformers refuses files whose metadata names no format; a second key would make the bytes vary.
         metadata = {"format": "pt"} if to == "transformers" else {FACTS: canonical(facts(source, architecture, to))}
@@ -103,30 +105,32 @@ def change_head(
     if architecture_of(tensors).decoder:
         kept = {name: name.removeprefix("encoder.") for name in tensors if name.startswith("encoder.")}
     else:
-        kept = {name: name for name in tensors if name not in HEAD}
+        kept = {name: name for name in tensors if name not in head_names(tensors)}
     dropped = tuple(name for name in tensors if name not in kept)
     return {ours: tensors[name] for name, ours in kept.items()}, dropped, None
 
 
-def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture:
+def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture | FamilyArchitecture:
     """What our tensors say about their model."""
     return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
 
 
-def refuse_own_forms(source: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights trained with a form of GRN whose tensors look like everybody's: other code
-    would read them without a word and compute something else.
+def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raises CheckpointError for weights trained with forms of their own while their tensors look like everybody's:
+    other code would read them without a word and compute something else. `untold` has the published values of what
+    tensors do not tell beside the form of GRN.
     """
+    published = {**PUBLISHED_GRN, **untold}
     model = _known(source).get("model")
-    for name, published in PUBLISHED_GRN.items() if isinstance(model, dict) else ():
-        if model.get(name, published) != published:
+    for name, value in published.items() if isinstance(model, dict) else ():
+        if model.get(name, value) != value:
             raise CheckpointError(
                 f"{source} was trained with model.{name} {model[name]}, which no other code computes (theirs is"
-                f" {published}); keep the file as it is, or export it as safetensors, which says so"
+                f" {value}); keep the file as it is, or export it as safetensors, which says so"
             )
 
 
-def facts(source: str | os.PathLike, architecture: Architecture, layout: str) -> dict[str, Any]:
+def facts(source: str | os.PathLike, architecture: Architecture | FamilyArchitecture, layout: str) -> dict[str, Any]:
     """What the source says about itself, if it is a file of ours, with the shape and layout of what is written."""
     return {**_known(source), "layout": layout, "architecture": _plain(architecture)}
 
@@ -139,7 +143,7 @@ def _known(source: str | os.PathLike) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _plain(architecture: Architecture) -> dict[str, Any]:
+def _plain(architecture: Architecture | FamilyArchitecture) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(architecture).items()}
 
 

@@ -1,5 +1,6 @@
 """Weights for use elsewhere: `fcmae export` to safetensors, ONNX, or a folder that timm loads."""
 
+import copy
 import json
 import math
 import os
@@ -11,14 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.families import FamilyArchitecture
+from pipeline.checkpoint.heads import head_names
 from pipeline.checkpoint.layouts import Report, from_ours
 from pipeline.checkpoint.loader import Loaded, load_weights
 from pipeline.checkpoint.weights import FACTS, canonical, publish, safetensors_bytes, write_weights
 from pipeline.errors import CheckpointError, UserError
-from pipeline.models import ConvNeXtV2, create_model
+from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
 from tools.convert import architecture_of, change_head, check_destination, facts, refuse_own_forms
 
 Format = Literal["safetensors", "onnx", "timm"]
@@ -55,7 +58,8 @@ def export(
 
     - "safetensors": our names, with one metadata key, `fcmae`: sorted JSON of what the weights are.
     - "onnx": images (batch, 3, R, R) to logits, or without a head to the last map (batch, C, h, w); the batch is free,
-      R is `image_size`. It is compared with onnxruntime before it is written; above 2 GB, weights lie in OUT.data.
+      R is `image_size`. BatchNorms, and SLaK's small kernels, are merged into their neighbours. It is compared with
+      onnxruntime, unmerged, before it is written; above 2 GB, weights lie in OUT.data.
     - "timm": a folder with model.safetensors and config.json.
 
     Args:
@@ -73,22 +77,31 @@ def export(
         check_destination(destination, (".safetensors",), overwrite)
         write_weights(destination, loaded.tensors, about)
         return Export(loaded.report, (destination,))
-    refuse_own_forms(source)
     if kind == "onnx":
+        refuse_own_forms(source)
         check_destination(destination, (".onnx",), overwrite)
-        return _onnx(loaded, destination, size)
+        return _onnx(loaded, destination, size, about.get("model"))
+    refuse_own_forms(source, loaded.report.architecture.untold)
     return _timm(loaded, destination, size, about, overwrite)
 
 
-def build(tensors: Mapping[str, Tensor], architecture: Architecture) -> ConvNeXtV2:
-    """The model of these weights in evaluation mode; without a head it gives the last map."""
+def build(
+    tensors: Mapping[str, Tensor], architecture: Architecture | FamilyArchitecture, known: Any = None
+) -> ConvNeXtV2 | SLaK | NextViT:
+    """The model of these weights in evaluation mode; without a head it gives the last map.
+
+    `known` is the model section of the recipe that made them, for what the tensors do not tell; else that is as
+    published.
+    """
+    known = known if isinstance(known, Mapping) else {}
+    told = {name: known.get(name, published) for name, published in architecture.untold.items()}
     with torch.device("meta"):  # initial values would be thrown away
-        model = create_model("convnextv2", **architecture.model_options)
-    model.load_state_dict(tensors, assign=True)
+        model = create_model(architecture.family, **architecture.model_options, **told)
+    model.load_state_dict(from_ours(tensors, architecture, "official")[0], assign=True)
     return model.eval()
 
 
-def _onnx(loaded: Loaded, destination: Path, size: int) -> Export:
+def _onnx(loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -97,17 +110,18 @@ def _onnx(loaded: Loaded, destination: Path, size: int) -> Export:
             f"ONNX needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
     tensors, dropped, _ = change_head(loaded.tensors, "drop" if loaded.report.architecture.decoder else "keep")
-    if "head.weight" not in tensors:  # a norm without a head has no place in a model that gives maps
+    if head_names(tensors)[0] not in tensors:  # a norm without a head has no place in a model that gives maps
         dropped += tuple(name for name in tensors if name.startswith("norm."))
     tensors = {name: tensor.float() for name, tensor in tensors.items() if name not in dropped}
-    report, model = replace(loaded.report, dropped=dropped), build(tensors, architecture_of(tensors))
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped))
+    model = build(tensors, architecture_of(tensors), known)
     if size < model.stride:
         raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
     bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
         path = Path(folder) / destination.name  # its name is written into it when the weights lie beside it
-        _trace(model, path, size, external=bytes_total > _ONE_FILE_BYTES)
+        _trace(_merged(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         difference = max(_compare(model, session, batch, size) for batch in (1, 3))
         del session
@@ -117,7 +131,12 @@ def _onnx(loaded: Loaded, destination: Path, size: int) -> Export:
     return Export(report, tuple(destination.parent / file.name for file in files), difference)
 
 
-def _trace(model: ConvNeXtV2, path: Path, size: int, *, external: bool) -> None:
+def _merged(model: nn.Module) -> nn.Module:
+    """A copy to deploy; the model itself if there is nothing to merge."""
+    return copy.deepcopy(model).merge_batchnorm() if hasattr(model, "merge_batchnorm") else model
+
+
+def _trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
     images = torch.zeros(2, model.in_channels, size, size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
@@ -135,7 +154,7 @@ def _trace(model: ConvNeXtV2, path: Path, size: int, *, external: bool) -> None:
 
 
 @torch.no_grad()
-def _compare(model: ConvNeXtV2, session: Any, batch: int, size: int) -> float:
+def _compare(model: nn.Module, session: Any, batch: int, size: int) -> float:
     """The largest difference of outputs. Raises UserError above the tolerance."""
     images = torch.randn(batch, model.in_channels, size, size, generator=torch.Generator().manual_seed(batch))
     ours = model(images)
@@ -161,9 +180,9 @@ def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], ove
         raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
     report, notes = loaded.report, []
     tensors, dropped = from_ours(loaded.tensors, report.architecture, "timm")
-    report = replace(report, dropped=dropped)
+    report = replace(report, dropped=(*report.dropped, *dropped))
     width = report.architecture.dims[-1]
-    if "head.norm.weight" not in tensors:
+    if report.architecture.family == "convnextv2" and "head.norm.weight" not in tensors:
         tensors |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
         notes.append("added: head.norm.weight (ones), head.norm.bias (zeros), which timm has behind every encoder")
     config = _timm_config(report.architecture, size)
@@ -180,7 +199,7 @@ def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], ove
     return Export(report, (weights, folder / "config.json"), notes=tuple(notes))
 
 
-def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
+def _timm_config(architecture: Architecture | FamilyArchitecture, size: int) -> dict[str, Any]:
     """What timm reads beside the weights. Other shapes than the published are arguments of its tiny model."""
     from pipeline.objectives.base import MEAN, STD  # here, for it loads FFCV
 
@@ -202,7 +221,7 @@ def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_pct": 0.875 if size < 384 else 1.0,
             "crop_mode": "center" if size < 384 else "squash",
-            "first_conv": "stem.0",
+            "first_conv": "stem.0.conv" if architecture.family == "nextvit" else "stem.0",
             "classifier": "head.fc",
         },
     }

@@ -25,7 +25,8 @@ def included_studies() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of an included one: convnextv2/huge, or huge where only one is called so.
+    """A recipe by path, or by the name of an included one: slak/tiny; huge-22k-512 where only one is called so, and base
+    for ConvNeXt V2's.
 
     Raises:
         RecipeError: if there is neither.
@@ -42,7 +43,10 @@ def _find(name: str, known: dict[str, Path], what: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     asked = name.removesuffix(".yaml").removeprefix("recipes/")
-    found = [known[asked]] if asked in known else [p for n, p in known.items() if n.rpartition("/")[2] == asked]
+    for full in (asked, f"convnextv2/{asked}"):
+        if full in known:
+            return known[full]
+    found = [path for own, path in known.items() if own.rpartition("/")[2] == asked]
     if len(found) == 1:
         return found[0]
     near = [n for n in known if n.rpartition("/")[2] == asked] or get_close_matches(asked, known, n=3, cutoff=0.4)

@@ -1,14 +1,14 @@
 """What the tensors of a ConvNeXt say about its shape, and what the shape says about them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pipeline.errors import CheckpointError
+from pipeline.checkpoint.families import FamilyArchitecture, infer_nextvit, infer_slak, is_nextvit
+from pipeline.checkpoint.shapes import Shape, Shapes
 from pipeline.models import VARIANTS
 
-Shape = tuple[int, ...]
 _LAYER_SCALE = re.compile(r"\.\d+\.gamma$")
 _DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
 
@@ -17,6 +17,9 @@ _DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
 class Architecture:
     """Depths and dims of the stages; whether there is a final norm; classes of the head, 0 for none; width and number
     of blocks of FCMAE's decoder, None for none; V1's blocks have a layer scale where V2's have GRN."""
+
+    family: ClassVar[str] = "convnextv2"
+    untold: ClassVar[Mapping[str, Any]] = {}
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -52,8 +55,10 @@ class Architecture:
         return f"{name} with {self.classes} classes" if self.classes else f"{name} without head"
 
 
-def shapes_of(architecture: Architecture) -> dict[str, Shape]:
+def shapes_of(architecture: Architecture | FamilyArchitecture) -> dict[str, Shape]:
     """Our name and shape of every tensor, in the order of the official model's state dict."""
+    if isinstance(architecture, FamilyArchitecture):
+        return architecture.shapes()
     a = architecture
     encoder: dict[str, Shape] = {}
     _layer(encoder, "downsample_layers.0.0", (a.dims[0], a.in_channels, a.stem_stride, a.stem_stride))
@@ -98,49 +103,30 @@ def _block(shapes: dict[str, Shape], name: str, dim: int, v1: bool) -> None:
     _layer(shapes, f"{name}.pwconv2", (dim, 4 * dim))
 
 
-def infer(shapes: Mapping[str, Shape], layout: str) -> Architecture:
+def infer(shapes: Mapping[str, Shape], layout: str) -> Architecture | FamilyArchitecture:
     """The architecture that our names and shapes tell; whether all of them agree with it is for the caller to check.
 
     Raises:
         CheckpointError: if a stage or block number is left out, or a tensor that tells a width is not there.
     """
-    encoder = "encoder." if any(name.startswith("encoder.") for name in shapes) else ""
-
-    def size(name: str, rank: int, axis: int) -> int:
-        shape = shapes.get(name)
-        if shape is None or len(shape) != rank or 0 in shape:
-            found = "absent" if shape is None else shape
-            raise CheckpointError(
-                f"{name} is {found} in the file, but tells the shape of the model and must have {rank} axes in the "
-                f"{layout} layout, the nearest one; fetch the file again"
-            )
-        return shape[axis]
-
-    stages = _count(shapes, f"{encoder}downsample_layers.", layout)
+    read = Shapes(shapes, layout)
+    if is_nextvit(shapes):
+        return infer_nextvit(read)
+    if any(".large_kernel." in name for name in shapes):
+        return infer_slak(read)
+    encoder = "encoder." if read.has("encoder.") else ""
+    stages = read.count(f"{encoder}downsample_layers.")
     stem = f"{encoder}downsample_layers.0.0.weight"
     downs = [f"{encoder}downsample_layers.{stage}.1.weight" for stage in range(1, stages)]
-    has_head = any(name.startswith("head.") for name in shapes)
+    has_head = read.has("head.")
     has_decoder = any(map(_DECODER.fullmatch, shapes))
     return Architecture(
-        depths=tuple(_count(shapes, f"{encoder}stages.{stage}.", layout) for stage in range(stages)),
-        dims=tuple(size(name, 4, 0) for name in (stem, *downs)),
-        in_channels=size(stem, 4, 1),
-        stem_stride=size(stem, 4, 2),
-        norm=has_head or any(name.startswith("norm.") for name in shapes),
-        classes=size("head.weight", 2, 0) if has_head else 0,
-        decoder=(size("proj.weight", 4, 0), _count(shapes, "decoder.", layout)) if has_decoder else None,
+        depths=tuple(read.count(f"{encoder}stages.{stage}.") for stage in range(stages)),
+        dims=tuple(read.size(name, 4, 0) for name in (stem, *downs)),
+        in_channels=read.size(stem, 4, 1),
+        stem_stride=read.size(stem, 4, 2),
+        norm=has_head or read.has("norm."),
+        classes=read.size("head.weight", 2, 0) if has_head else 0,
+        decoder=(read.size("proj.weight", 4, 0), read.count("decoder.")) if has_decoder else None,
         v1=any(map(_LAYER_SCALE.search, shapes)),
     )
-
-
-def _count(names: Iterable[str], prefix: str, layout: str) -> int:
-    """How many numbers follow the prefix; they must be 0, 1, 2, ..."""
-    numbers = {int(name.removeprefix(prefix).partition(".")[0]) for name in names if name.startswith(prefix)}
-    for number in range(max(len(numbers), 1)):
-        if number not in numbers:
-            later = f", though {prefix}{max(numbers)} is there" if numbers else ""
-            raise CheckpointError(
-                f"{prefix}{number} is absent in the file{later}; the {layout} layout, the nearest one, numbers without "
-                "gaps, so fetch the file again"
-            )
-    return len(numbers)

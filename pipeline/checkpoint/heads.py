@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,12 @@ from torch import Tensor
 from pipeline.checkpoint.weights import read_bytes
 from pipeline.errors import CheckpointError
 
-HEAD = ("head.weight", "head.bias")
+_HEADS = (("head.weight", "head.bias"), ("proj_head.0.weight", "proj_head.0.bias"))
+
+
+def head_names(names: Container[str]) -> tuple[str, str]:
+    """The head's weight and bias among the names: Next-ViT's, or else what all others have."""
+    return _HEADS[1] if _HEADS[1][0] in names else _HEADS[0]
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,13 @@ def map_head(
         CheckpointError: without a head, if `old` is not as long as the head, if a name is there twice, or if no name
             is in both lists.
     """
-    if missing := [name for name in HEAD if name not in tensors]:
+    head = head_names(tensors)
+    if missing := [name for name in head if name not in tensors]:
         raise CheckpointError(f"{missing[0]} is absent, so there is no head to map; use weights of a classifier")
-    rows = len(tensors["head.weight"])
+    rows = len(tensors[head[0]])
     if len(old) != rows:
         raise CheckpointError(
-            f"head.weight has {rows} rows but {len(old)} class names were given for it; give the names of the data "
+            f"{head[0]} has {rows} rows but {len(old)} class names were given for it; give the names of the data "
             "that it was trained on, in its order"
         )
     for names in (old, new):
@@ -68,7 +74,7 @@ def map_head(
     there = torch.tensor([row for row, name in enumerate(new) if name in row_of])
     here = torch.tensor([row_of[name] for name in matched])
     result = dict(tensors)
-    for name in HEAD:
+    for name in head:
         tensor = tensors[name]
         rows = tensor.new_zeros(len(new), *tensor.shape[1:]) if fresh is None else fresh[name].cpu()
         result[name] = rows.index_copy(0, there, tensor[here].to(rows.dtype))

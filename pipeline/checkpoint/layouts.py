@@ -1,4 +1,5 @@
-"""Names and shapes of ConvNeXt weights, V2 and V1, in every layout in use, and the way between each of them and ours.
+"""Names and shapes of weights in every layout in use, and the way between each of them and ours: of ConvNeXts, V2 and
+V1, below; of SLaK and Next-ViT, whose layouts are the official one and Next-ViT's in timm, see `families`.
 
 Ours are the names and shapes of the official fine-tuning code, and for FCMAE the same below `encoder.` beside
 `mask_token`, `proj`, `decoder` and `pred`. The layouts:
@@ -19,9 +20,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from pipeline.checkpoint.architecture import Architecture, infer, shapes_of
+from pipeline.checkpoint.families import COUNTER, FamilyArchitecture, is_nextvit, nextvit_names, nextvit_timm_name
 from pipeline.errors import CheckpointError
 
 LAYOUTS = ("official dense", "fcmae", "official sparse", "timm", "transformers")
@@ -34,6 +37,8 @@ _FIELDS = {
     "{b}": r"(?P<b>0|[1-9]\d{0,2})",
     "{i}": r"(?P<i>[01])",
     "{p}": r"(?P<p>weight|bias)",
+    "{k}": r"(?P<k>LoRA1|LoRA2|lkb_origin|small_conv)",
+    "{v}": r"(?P<v>weight|bias|running_mean|running_var)",
 }
 _BLOCK_NAMES = (
     ("gamma", "gamma", "layer_scale_parameter"),
@@ -59,6 +64,8 @@ _NAMES = (  # the first row that fits counts
     ),
     ("norm.{p}", "head.norm.{p}", "layernorm.{p}"),
     ("head.{p}", "head.fc.{p}", "classifier.{p}"),
+    ("stages.{s}.{b}.large_kernel.{k}.conv.weight", None, None),
+    ("stages.{s}.{b}.large_kernel.{k}.bn.{v}", None, None),
 )
 _HF = re.compile(r"^convnext(v2)?\.")  # what transformers puts before all names but the classifier's
 _BLOCK = r"(?:(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias)|grn\.(?:gamma|beta)|gamma)"
@@ -73,8 +80,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-_RULES = {layout: [(_pattern(row[i]), row[0]) for row in _NAMES] for i, layout in enumerate(_COLUMNS)}
-_BACK = {layout: [(_pattern(row[0]), row[i]) for row in _NAMES] for i, layout in enumerate(_COLUMNS)}
+_RULES = {layout: [(_pattern(row[i]), row[0]) for row in _NAMES if row[i]] for i, layout in enumerate(_COLUMNS)}
+_BACK = {layout: [(_pattern(row[0]), row[i]) for row in _NAMES if row[i]] for i, layout in enumerate(_COLUMNS)}
 
 
 def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
@@ -94,6 +101,8 @@ def our_name(name: str, layout: str) -> str | None:
         plain = _SPARSE_PART.sub("", name)
         plain = plain.removesuffix("kernel") + "weight" if plain.endswith(".kernel") else plain
         return plain if _rename(plain, dense) else our_name(plain, "fcmae")
+    if layout == "official dense":
+        name = re.sub(r"\.large_kernel\.Decom(?=[12]\.)", ".large_kernel.LoRA", name)
     if layout == "transformers":
         name = _HF.sub("", name)  # its model without the classifier has no such prefix
     return _rename(name, _RULES[layout])
@@ -104,7 +113,7 @@ class Report:
     """Every tensor of a file: where it went, and what a whole model would have beside it."""
 
     layout: str
-    architecture: Architecture
+    architecture: Architecture | FamilyArchitecture
     names: Mapping[str, str]
     """The file's name of each tensor, and ours."""
     reshaped: tuple[str, ...] = ()
@@ -140,8 +149,13 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     Raises:
         CheckpointError: with the tensor's name, its shape and the nearest layout, if anything is not as it must be.
     """
-    layout = _recognise(tensors)
-    names = {name: our_name(name, layout) for name in tensors}
+    counters = tuple(name for name in tensors if name.endswith(COUNTER))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
+    if is_nextvit(tensors):
+        layout, names = nextvit_names(tensors)
+    else:
+        layout = _recognise(tensors)
+        names = {name: our_name(name, layout) for name in tensors}
     if layout != "official dense" and all(ours.startswith("encoder.") for ours in names.values()):
         names = {name: ours.removeprefix("encoder.") for name, ours in names.items()}
     if outside := _outside(names):
@@ -164,6 +178,7 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
         architecture,
         names,
         tuple(ours for ours in found if found[ours] is not tensors[sources[ours]]),
+        counters,
         missing=tuple(_absent(architecture)),
     )
     return {name: found[name] for name in shapes_of(architecture)}, report
@@ -227,23 +242,26 @@ def _check(tensors: Mapping[str, Tensor], sources: Mapping[str, str], architectu
             )
 
 
-def _absent(architecture: Architecture) -> list[str]:
+def _absent(architecture: Architecture | FamilyArchitecture) -> list[str]:
     if architecture.decoder:
         return []
     whole = replace(architecture, norm=True, classes=architecture.classes or 1)
-    return [name for name in shapes_of(whole) if name not in shapes_of(architecture)]
+    here = shapes_of(architecture)
+    return [name for name in shapes_of(whole) if name not in here]
 
 
 def from_ours(
-    tensors: Mapping[str, Tensor], architecture: Architecture, layout: str
+    tensors: Mapping[str, Tensor], architecture: Architecture | FamilyArchitecture, layout: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Our tensors in the names and shapes of "official", "timm" or "transformers", and the names that have no place.
 
     FCMAE keeps everything in "official"; timm and transformers have no place for what follows its encoder.
 
     Raises:
-        CheckpointError: for a shape that timm cannot build.
+        CheckpointError: for a shape that timm cannot build, or a family that the others do not have.
     """
+    if isinstance(architecture, FamilyArchitecture):
+        return _family_from_ours(tensors, architecture, layout), ()
     if layout == "official":
         return dict(tensors), ()
     if layout == "timm" and (len(architecture.dims), architecture.stem_stride) != (4, 4):
@@ -270,3 +288,19 @@ def _fold(name: str, tensor: Tensor, architecture: Architecture) -> Tensor:
     if architecture.variant in _CONV_MLP and ".pwconv" in name and tensor.ndim == 2:
         return tensor[..., None, None]
     return tensor
+
+
+def _family_from_ours(
+    tensors: Mapping[str, Tensor], architecture: FamilyArchitecture, layout: str
+) -> dict[str, Tensor]:
+    if layout != "official" and not (architecture.family == "nextvit" and layout == "timm"):
+        raise CheckpointError(f"{layout} has no {architecture.family}; convert it to official")
+    if layout == "timm" and architecture.variant is None:
+        raise CheckpointError(
+            f"timm builds the published sizes of Next-ViT alone, and this is {architecture}; convert it to official"
+        )
+    names = architecture.shapes(counters=True)
+    whole = {name: tensors[name] if name in tensors else torch.zeros((), dtype=torch.int64) for name in names}
+    if layout == "official":
+        return whole
+    return {nextvit_timm_name(name, architecture.depths): tensor for name, tensor in whole.items()}

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.families import COUNTER
 from pipeline.checkpoint.layouts import Report, to_ours
 from pipeline.checkpoint.weights import read_bytes
 from pipeline.errors import CheckpointError
@@ -141,6 +142,8 @@ def _problem(name: Any, value: Any) -> str | None:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return f"is a {type(value).__name__} and not a named tensor"
     shape = tuple(value.shape)
+    if name.endswith(COUNTER) and value.dtype is torch.int64 and shape == ():
+        return None
     if value.dtype not in _DTYPES or value.layout is not torch.strided or value.device.type != "cpu":
         return f"{shape} holds {value.dtype} ({value.layout}, {value.device}) and not plain floating-point numbers"
     if not value.isfinite().all():

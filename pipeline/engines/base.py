@@ -14,12 +14,14 @@ from pipeline.data.feed import Batch
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
 from pipeline.logical import whole
-from pipeline.models.convnextv2 import Block, Downsample, Stem
-from pipeline.models.decoder import TransformerBlock
+from pipeline.models import UNITS
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
+from pipeline.optim.sparsity import DynamicSparsity
+from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
+from pipeline.recipe.sections import Sparsity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16_parameters": torch.float32, "fp64": torch.float64}
 
@@ -74,9 +76,28 @@ class Engine(ABC):
         self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
         self._buffers = StepBuffers(self.module, world.size)
 
-    def attach_components(self) -> None:
-        """Components start from the weights of step 0: call this once those are in place, before a restore."""
-        self.components = [EMA(self.items(), self.recipe.ema, self._accepted)] if self.recipe.ema else []
+    def attach_components(self, total_steps: int = 1) -> None:
+        """Components start from the weights of step 0: call this once those are in place, before a restore.
+
+        total_steps: of the stage, for what follows a schedule.
+        """
+        average = EMA(self.items(), self.recipe.ema, self._accepted) if self.recipe.ema else None
+        sparsity = self._sparsity(self.recipe.sparsity, average, total_steps) if self.recipe.sparsity else None
+        self.components = [component for component in (sparsity, average) if component]
+
+    def _sparsity(self, settings: Sparsity, average: EMA | None, total_steps: int) -> DynamicSparsity:
+        parameters = dict(self.module.named_parameters())
+        moments = {name: (e["exp_avg"], e["exp_avg_sq"]) for name, e in self._optimizer_state().items()}
+        return DynamicSparsity(
+            settings,
+            self.items(),
+            average.state() if average else {},
+            moments,
+            lambda name: parameters[name].grad,
+            seed=text_key(self.recipe.seed, self.recipe.name),
+            total_steps=total_steps,
+            accepted=self._accepted,
+        )
 
     def step(
         self,
@@ -104,6 +125,8 @@ class Engine(ABC):
             self._buffers.after_micro_batch(1 / total)
         norm = self._gradient_norm()
         self._accepted.copy_(self._accept(loss, norm))
+        for component in self.components:
+            component.before_update(step + 1)
         self._update(lr, norm)
         self._buffers.finish(self._accepted)
         for component in self.components:
@@ -214,4 +237,4 @@ class Engine(ABC):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
-    return [module for module in model.modules() if isinstance(module, Block | TransformerBlock | Stem | Downsample)]
+    return [module for module in model.modules() if isinstance(module, UNITS)]

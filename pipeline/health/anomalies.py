@@ -19,6 +19,7 @@ from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
+from pipeline.optim.ema import Component
 from pipeline.recipe.sections import Health
 from pipeline.saving import Checkpoints
 
@@ -27,7 +28,7 @@ MOST_ROLLBACKS = 64  # places in the checkpoint; health.max_rollbacks cannot be 
 SMALLEST_DEVIATION = (0.02, 0.1)  # of the logarithms of loss and gradient norm: less is no spike, however calm it was
 
 
-class Guard:
+class Guard(Component):
     """An engine's guard, and the component that keeps what it knows in the checkpoint.
 
     It holds an exponential mean and variance of the logarithms of loss and gradient norm. Values far out count as if

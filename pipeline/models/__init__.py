@@ -3,30 +3,59 @@
 from difflib import get_close_matches
 from typing import Any
 
-from pipeline.models.convnextv2 import VARIANTS, ConvNeXtV2
+from torch import nn
+
+from pipeline.models import nextvit, slak
+from pipeline.models.convnextv2 import VARIANTS, Block, ConvNeXtV2, Downsample, Stem
+from pipeline.models.decoder import TransformerBlock
 from pipeline.models.initialise import initial_values, initialise
+from pipeline.models.nextvit import NextViT
+from pipeline.models.slak import SLaK
+
+# The class of a family, and depths and dims of its published sizes.
+FAMILIES: dict[str, tuple[type[nn.Module], dict[str, tuple]]] = {
+    "convnextv2": (ConvNeXtV2, VARIANTS),
+    "slak": (SLaK, slak.VARIANTS),
+    "nextvit": (NextViT, nextvit.VARIANTS),
+}
+# What an engine gathers, or compiles, as one.
+UNITS = (Block, Downsample, Stem, TransformerBlock, slak.Block, nextvit.NCB, nextvit.NTB)
 
 
-def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2:
-    """A ConvNeXt V2 by name: "convnextv2_tiny", or "convnextv2" with `depths` and `dims`.
+def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2 | SLaK | NextViT:
+    """A model by name: a published size such as "convnextv2_tiny", "slak_small" or "nextvit_base", or a family
+    ("convnextv2", "slak", "nextvit") with `depths` and `dims`.
 
-    `num_classes=0` gives the encoder alone. Further options are those of `ConvNeXtV2`; with `response="none",
-    layer_scale=1e-6` the blocks are ConvNeXt V1's.
+    `num_classes=0` gives the encoder alone. Further options are those of the family's class; with `response="none",
+    layer_scale=1e-6` the blocks of "convnextv2" are ConvNeXt V1's.
 
     Raises:
         ValueError: for a name that does not exist, or depths and dims that do not go with it.
     """
-    if name == "convnextv2":
+    kind, variants = FAMILIES.get(name.partition("_")[0], (None, {}))
+    if kind is not None and "_" not in name:
         if not ("depths" in options and "dims" in options):
-            raise ValueError("model convnextv2 needs depths and dims, for example depths=(2, 2, 6, 2), dims=(40, ...)")
-        return ConvNeXtV2(num_classes=num_classes, **options)
-    if name not in VARIANTS:
-        near = get_close_matches(name, VARIANTS, n=3) or VARIANTS
+            raise ValueError(f"model {name} needs depths and dims, for example depths=(2, 2, 6, 2), dims=(40, ...)")
+        return kind(num_classes=num_classes, **options)
+    if name not in variants:
+        names = [known for _, sizes in FAMILIES.values() for known in sizes]
+        near = get_close_matches(name, names, n=3) or names
         raise ValueError(f"there is no model {name!r}; choose one of {', '.join(near)}")
     if "depths" in options or "dims" in options:
-        raise ValueError(f"model {name} has depths and dims of its own; leave them out, or take the name convnextv2")
-    depths, dims = VARIANTS[name]
-    return ConvNeXtV2(depths=depths, dims=dims, num_classes=num_classes, **options)
+        family = name.partition("_")[0]
+        raise ValueError(f"model {name} has depths and dims of its own; leave them out, or take the name {family}")
+    depths, dims = variants[name]
+    return kind(depths=depths, dims=dims, num_classes=num_classes, **options)
 
 
-__all__ = ["VARIANTS", "ConvNeXtV2", "create_model", "initial_values", "initialise"]
+__all__ = [
+    "FAMILIES",
+    "UNITS",
+    "VARIANTS",
+    "ConvNeXtV2",
+    "NextViT",
+    "SLaK",
+    "create_model",
+    "initial_values",
+    "initialise",
+]

@@ -1,6 +1,6 @@
 """ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808) with the official parameter names, shapes and definition order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.models.batchnorm import counts_batches, update_running_statistics
 from pipeline.models.initialise import SCHEMES, initialise
-from pipeline.models.response import EPS, BatchNorm, Response
+from pipeline.models.response import EPS, Response
 from pipeline.sparse import DENSE, Layout
 
 # name: (depths, dims), paper A.1
@@ -70,37 +71,32 @@ class Downsample(nn.Sequential):
         return layout.down(self[1], self[0](x))
 
 
-class ConvNeXtV2(nn.Module):
-    """The encoder, and the classifier unless `num_classes` is 0 (then neither the final norm nor the head exists).
-
-    ConvNeXt V1 (Liu et al. 2022) is `response="none", layer_scale=1e-6`, with the official V1 names.
+class ConvNeXt(nn.Module):
+    """Stem, stages of blocks with downsampling between, and the classifier unless `num_classes` is 0 (then neither the
+    final norm nor the head exists). What a block is, the family says.
 
     Args:
         depths: blocks of each stage; the published models have four stages, small images want fewer.
         dims: channels of each stage.
+        block: from the number of a stage and its channels to one of its blocks, called with (x, layout, keep).
         num_classes: outputs of the head.
         stem_stride: pixels on a side of a stem patch; 4 for ImageNet, less for small images.
-        response: what is in the blocks' response-normalisation slot: grn, none, lrn, bn, ln, se or cbam.
-        grn_aggregation, grn_normaliser, grn_residual: the forms of GRN that its paper compares, see `Response`.
-        layer_scale: initial value of V1's factor on each block's branch; None has none.
         checkpointing: compute the activations inside a block again in the backward pass instead of keeping them.
         head_init_scale: factor on the head's initial weights; 0.001 when fine-tuning.
         init: scheme of the initial weights, "plain" or "official" (see `initialise`; they differ in FCMAE only).
         seed: of the initial weights.
     """
 
+    head_prefix = "head."
+
     def __init__(
         self,
         depths: Sequence[int],
         dims: Sequence[int],
+        block: Callable[[int, int], nn.Module],
         num_classes: int = 1000,
         in_channels: int = 3,
         stem_stride: int = 4,
-        response: str = "grn",
-        grn_aggregation: str = "l2",
-        grn_normaliser: str = "mean",
-        grn_residual: bool = True,
-        layer_scale: float | None = None,
         checkpointing: bool = False,
         head_init_scale: float = 1.0,
         init: str = "plain",
@@ -113,26 +109,30 @@ class ConvNeXtV2(nn.Module):
             raise ValueError(f"init is {init!r}; choose one of {', '.join(SCHEMES)}")
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
-        self.response = Response(response, grn_aggregation, grn_normaliser, grn_residual)
-        self.layer_scale, self.checkpointing, self.init = layer_scale, checkpointing, init
+        self.checkpointing, self.init = checkpointing, init
         stem = Stem(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         self.downsample_layers = nn.ModuleList([stem])
         for below, dim in pairwise(dims):
             self.downsample_layers.append(Downsample(nn.LayerNorm(below, eps=EPS), nn.Conv2d(below, dim, 2, 2)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(dim, self.response, layer_scale) for _ in range(depth)])
-            for depth, dim in zip(depths, dims, strict=True)
+            nn.Sequential(*[block(stage, dim) for _ in range(depth)])
+            for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True))
         )
         if num_classes:
             self.norm = nn.LayerNorm(dims[-1], eps=EPS)
             self.head = nn.Linear(dims[-1], num_classes)
         self.init_scales = {"head.weight": head_init_scale}
+        self.counts_batches = counts_batches(self)
         initialise(self, seed)
 
     @property
     def stride(self) -> int:
         """Pixels on a side of one site of the last map; with masks, of one cell."""
         return self.stem_stride * 2 ** (len(self.depths) - 1)
+
+    def drop_path_rates(self, rate: float) -> list[float]:
+        """Of each row of `keep`."""
+        return drop_path_rates(self.depths, rate)
 
     def stage_outputs(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> list[Tensor]:
         """Images (N, 3, H, W) to the features after each stage, as they lie in `layout`.
@@ -159,9 +159,37 @@ class ConvNeXtV2(nn.Module):
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Images (N, 3, H, W) to logits (N, classes); to the last map (N, C, h, w) when there is no head."""
         x = self.features(images, keep=keep)
-        if self.response.kind == "bn":
+        if self.counts_batches:
             update_running_statistics(self)
         return self.head(self.norm(x.mean((1, 2)))) if self.num_classes else x.permute(0, 3, 1, 2)
+
+
+class ConvNeXtV2(ConvNeXt):
+    """The published family. ConvNeXt V1 (Liu et al. 2022) is `response="none", layer_scale=1e-6`, with the official V1
+    names.
+
+    Args:
+        depths, dims, num_classes, and further options: see `ConvNeXt`.
+        response: what is in the blocks' response-normalisation slot: grn, none, lrn, bn, ln, se or cbam.
+        grn_aggregation, grn_normaliser, grn_residual: the forms of GRN that its paper compares, see `Response`.
+        layer_scale: initial value of V1's factor on each block's branch; None has none.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        num_classes: int = 1000,
+        response: str = "grn",
+        grn_aggregation: str = "l2",
+        grn_normaliser: str = "mean",
+        grn_residual: bool = True,
+        layer_scale: float | None = None,
+        **options: Any,
+    ):
+        slot = Response(response, grn_aggregation, grn_normaliser, grn_residual)
+        super().__init__(depths, dims, lambda stage, dim: Block(dim, slot, layer_scale), num_classes, **options)
+        self.response, self.layer_scale = slot, layer_scale
 
 
 def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
@@ -170,13 +198,6 @@ def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
         # No block draws random numbers, and saving a GPU's generator state would wait for the GPU.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
-
-
-def update_running_statistics(model: nn.Module) -> None:
-    """To be called at the end of a model's forward, outside of what activation checkpointing runs twice."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.update_running()
 
 
 def drop_path_rates(depths: Sequence[int], rate: float) -> list[float]:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.convnextv2 import ConvNeXtV2, update_running_statistics
+from pipeline.models.batchnorm import update_running_statistics
+from pipeline.models.convnextv2 import ConvNeXtV2
 from pipeline.models.decoder import create_decoder
 from pipeline.models.initialise import initialise
 from pipeline.models.response import GRN

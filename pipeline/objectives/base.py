@@ -26,6 +26,9 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over the batch's images, and further scalars by name. All randomness is hashed from the batch."""
 
+    def plain(self) -> "Objective":
+        """The same on images that are not mixed and labels that are not smoothed: it says what a weight is worth."""
+
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch's valid images, and their `count`."""
 

@@ -1,5 +1,6 @@
 """Fine-tuning: random erasing, mixup or cutmix inside each slot, label smoothing, drop path."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from pipeline.checkpoint.weights import encoder_to_classifier
 from pipeline.data.erase import RandomErasing
 from pipeline.data.feed import Batch
 from pipeline.models import create_model
-from pipeline.models.convnextv2 import drop_path_rates
 from pipeline.objectives.base import normalise, refused_by_recipe
 from pipeline.recipe import StageRecipe
 
@@ -26,16 +26,16 @@ class ClassificationObjective:
         self._erase = RandomErasing(seed, recipe.data.erase_probability)
 
     def build_model(self) -> nn.Module:
-        options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
         with refused_by_recipe(self.recipe.name):
             model = create_model(
                 self.recipe.model.name,
                 num_classes=self.settings.classes,
                 head_init_scale=self.settings.head_init_scale,
                 seed=self.seed,
-                **options,
+                **self.recipe.model.options,
             )
-        self._rates = np.array(drop_path_rates(model.depths, self.settings.drop_path))
+        self._rates = np.array(model.drop_path_rates(self.settings.drop_path))
+        self._head = model.head_prefix
         return model
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,6 +52,11 @@ class ClassificationObjective:
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)
         return (share * own + (1 - share) * other).mean(), {}
+
+    def plain(self) -> "ClassificationObjective":
+        found = copy.copy(self)
+        found.settings = self.settings.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0})
+        return found
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
@@ -75,8 +80,8 @@ class ClassificationObjective:
     def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
         if any(name.startswith("encoder.") for name in weights):
             return encoder_to_classifier(weights), ("mask_token", "proj.", "decoder.", "pred."), ("norm.", "head.")
-        head = ("head.",) if self.recipe.init.head == "new" else ()
-        if any(name.startswith(("norm.", "head.")) for name in weights):
+        head = (self._head,) if self.recipe.init.head == "new" else ()
+        if any(name.startswith(("norm.", self._head)) for name in weights):
             return weights, head, head
         return weights, (), (*head, "norm.")  # an encoder alone, as FCMAE weights are released
 
@@ -100,7 +105,7 @@ class ClassificationObjective:
     def _keep(
         self, step: int, slots: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
-        """Drop-path factors (blocks, n), by hash of (seed, step, slot)."""
+        """Drop-path factors (branches, n), by hash of (seed, step, slot)."""
         if not self._rates.any():
             return None
         keys = randomness.key(self.seed, step, np.array(slots), randomness.Purpose.DROP_PATH)

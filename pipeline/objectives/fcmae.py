@@ -21,7 +21,7 @@ class FCMAEObjective:
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
 
     def build_model(self) -> nn.Module:
-        options = self.recipe.model.model_dump(exclude={"name"}, exclude_none=True)
+        options = self.recipe.model.options
         with refused_by_recipe(self.recipe.name):
             encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
             return FCMAE(
@@ -44,6 +44,9 @@ class FCMAEObjective:
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         dtype = next(model.parameters()).dtype
         return model(normalise(batch.images, dtype), self.mask(batch)).loss, {}
+
+    def plain(self) -> "FCMAEObjective":
+        return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         dtype, valid = next(model.parameters()).dtype, batch.valid

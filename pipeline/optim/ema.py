@@ -10,9 +10,12 @@ from pipeline.logical import local
 
 
 class Component(Protocol):
-    """Acts after each update; its state is part of the checkpoint."""
+    """Acts around each update; its state is part of the checkpoint."""
 
     name: str
+
+    def before_update(self, step: int) -> None:
+        """Before update number `step`: the gradients are there, not yet clipped, and gone after it."""
 
     def after_update(self, step: int) -> None:
         """`step` counts finished updates, this one included."""
@@ -21,7 +24,7 @@ class Component(Protocol):
         """Tensors by logical name; restored in place."""
 
 
-class EMA:
+class EMA(Component):
     """average = decay * average + (1 - decay) * weights, from the weights of step 0 on.
 
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.

@@ -17,8 +17,15 @@ class Group:
 
 
 def layer_number(name: str, depths: Sequence[int]) -> int:
-    """The "single" layer id of the official fine-tuning code: 1 for the stem, one per block, last for norm and head."""
+    """The "single" layer id of the official fine-tuning code: 1 for the stem, one per block, last for norm and head.
+
+    Next-ViT, which has no published one, is given the like: its blocks are counted through in `features`.
+    """
     part = name.split(".")
+    if part[0] == "stem":
+        return 1
+    if part[0] == "features":
+        return int(part[1]) + 1
     if part[0] == "downsample_layers":
         return sum(depths[: int(part[1])]) + 1
     if part[0] == "stages":

@@ -6,14 +6,17 @@ others got. Every key is checked.
 """
 
 from pipeline.recipe.files import dump, load, load_stage
+from pipeline.recipe.models import ConvNeXtModel, NextViTModel, SLaKModel
 from pipeline.recipe.schema import ChainRecipe, StageRecipe, changes
-from pipeline.recipe.sections import ClassificationSettings, FCMAESettings, Model
+from pipeline.recipe.sections import ClassificationSettings, FCMAESettings
 
 __all__ = [
     "ChainRecipe",
     "ClassificationSettings",
+    "ConvNeXtModel",
     "FCMAESettings",
-    "Model",
+    "NextViTModel",
+    "SLaKModel",
     "StageRecipe",
     "changes",
     "dump",

@@ -4,7 +4,7 @@ Values and the places they come from (`pipeline.recipe.sources`) are trees of th
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ChainRecipe, StageRecipe
-from pipeline.recipe.sections import ClassificationSettings, FCMAESettings, Section
+from pipeline.recipe.sections import Section
 
 _STAGE_NAME = object()
 LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
 """The included recipes: data here, and nothing that is imported."""
+_TAGGED = ("objective", "model")  # one of several sections, told by the value of a key of it
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
@@ -154,8 +155,15 @@ def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
 
 def _sentence(kind: type[Section], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = [str(part) for part in first["loc"] if part not in ("fcmae", "classification")]
+    where = [str(part) for _, part, is_tag in _walk(kind, first["loc"]) if not is_tag]
     field, value = ".".join(where), first.get("input")
+    if first["type"] == "union_tag_not_found":
+        return f"{field}.{first['ctx']['discriminator'][1:-1]} is missing; give it a value"
+    if first["type"] == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
+        near = get_close_matches(first["ctx"]["tag"], known, n=3, cutoff=0.5) or known
+        key = first["ctx"]["discriminator"][1:-1]
+        return f"{field}.{key} is {first['ctx']['tag']!r}; choose one of {', '.join(near)}"
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
         near = get_close_matches(where[-1], known, n=3, cutoff=0.5) or sorted(known)
@@ -169,26 +177,32 @@ def _sentence(kind: type[Section], error: ValidationError) -> str:
 
 
 def _known_keys(kind: type[Section], location: Sequence[str | int]) -> set[str]:
+    *_, (current, _, _) = _walk(kind, (*location, None))
+    return {name for section in _sections(current) for name in section.model_fields}
+
+
+def _walk(kind: type[Section], location: Sequence[str | int | None]) -> Iterator[tuple[Any, Any, bool]]:
+    """For each part of an error's location: the annotation it is part of, the part, and whether it is no key but the
+    tag that pydantic puts behind one to say which section was meant."""
     current: Any = kind
-    for part in location:
+    for before, part in zip((None, *location), location, strict=False):
+        fields = {name: field for section in _sections(current) for name, field in section.model_fields.items()}
+        meant = [s for s in _sections(current) if any(part in get_args(f.annotation) for f in s.model_fields.values())]
+        is_tag = before in _TAGGED and len(_sections(current)) > 1 and part not in fields and bool(meant)
+        yield current, part, is_tag
         if current is ChainRecipe and part == "stages":
             current = _STAGE_NAME  # the next part is a stage's name
         elif current is _STAGE_NAME:
             current = StageRecipe
-        else:
-            sections = [current, *get_args(current)]
-            fields = {
-                name: f
-                for s in sections
-                if isinstance(s, type) and issubclass(s, Section)
-                for name, f in s.model_fields.items()
-            }
-            if part in fields:
-                current = fields[part].annotation
-            elif part in ("fcmae", "classification"):
-                current = {"fcmae": FCMAESettings, "classification": ClassificationSettings}[str(part)]
-    sections = [current, *get_args(current)]
-    return {name for s in sections if isinstance(s, type) and issubclass(s, Section) for name in s.model_fields}
+        elif is_tag:
+            current = meant[0]
+        elif part in fields:
+            current = fields[part].annotation
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    kinds = (annotation, *get_args(annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.models import ConvNeXtModel, NextViTModel, SLaKModel
 from pipeline.recipe.sections import (
     Batch,
     Checkpoint,
@@ -21,14 +22,14 @@ from pipeline.recipe.sections import (
     FCMAESettings,
     Health,
     Initial,
-    Model,
     Optimizer,
     Schedule,
     Section,
+    Sparsity,
     Tracking,
 )
 
-GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
+GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
 
 
 class StageRecipe(Section):
@@ -38,7 +39,7 @@ class StageRecipe(Section):
     seed: int = 0
     previous: str | None = None
     objective: FCMAESettings | ClassificationSettings = Field(discriminator="kind")
-    model: Model = Model()
+    model: ConvNeXtModel | SLaKModel | NextViTModel = Field(ConvNeXtModel(), discriminator="name")
     data: Data
     batch: Batch
     optimizer: Optimizer
@@ -47,6 +48,8 @@ class StageRecipe(Section):
     """Decay of the moving average of the weights, per step."""
     handoff: Literal["model", "ema"] = "model"
     """Which weights are evaluated and handed on."""
+    sparsity: Sparsity | None = None
+    """Part of the weights at zero; None is dense."""
     init: Initial = Initial()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
@@ -58,19 +61,47 @@ class StageRecipe(Section):
     def _consistent(self) -> "StageRecipe":
         if self.handoff == "ema" and self.ema is None:
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
-        if self.model.response == "bn" and self.batch.micro_slots != 1:
-            raise ValueError(f"batch.micro_slots is {self.batch.micro_slots} but bn counts one slot; set it to 1")
-        made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
-        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
+        if self.model.counts_batches and self.batch.micro_slots != 1:
             raise ValueError(
-                "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of Base, Large and Huge; this"
-                f" model is {self.model.name}: set it to single"
+                f"batch.micro_slots is {self.batch.micro_slots} but the model's BatchNorm counts one slot; set it to 1"
             )
+        if self.data.image_size < self.model.stride:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is less than the stride of the model, {self.model.stride};"
+                " choose a larger one, or a smaller model.stem_stride"
+            )
+        made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
+        if self.optimizer.layer_decay_groups == "group" and (
+            self.model.family == "nextvit" or self.model.depths not in made_for
+        ):
+            raise ValueError(
+                "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of ConvNeXt's Base, Large and"
+                f" Huge; this model is {self.model.name}: set it to single"
+            )
+        if self.sparsity:
+            self._check_sparsity(self.sparsity)
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         return self
 
+    def _check_sparsity(self, sparsity: Sparsity) -> None:
+        if self.engine.kind == "deepspeed":
+            raise ValueError(
+                "engine.kind deepspeed has sent its weights to all ranks before sparsity could zero them; take ddp or"
+                " fsdp, or remove sparsity"
+            )
+        if sparsity.distribution == "handed_on" and self.init.start == "scratch":
+            raise ValueError(
+                "sparsity.distribution is handed_on but init.start is scratch: there are no weights with zeros; take"
+                " snip"
+            )
+
     def _check_fcmae(self, objective: FCMAESettings) -> None:
+        if not isinstance(self.model, ConvNeXtModel):
+            raise ValueError(
+                f"objective.kind is fcmae, which hides cells from a ConvNeXt, and model.name is {self.model.name};"
+                " choose convnextv2, or the objective classification"
+            )
         if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"
@@ -151,9 +182,14 @@ class ChainRecipe(Section):
     stages: dict[str, StageRecipe]
 
     @model_validator(mode="after")
-    def _heads_to_map(self) -> "ChainRecipe":
+    def _fit_together(self) -> "ChainRecipe":
         for name, stage in self.stages.items():
             before = self.stages.get(stage.previous or "")
+            if before is not None and before.model.family != stage.model.family:
+                raise ValueError(
+                    f"stages.{name}.model.name is {stage.model.name} but the stage before hands on a"
+                    f" {before.model.name}; make them one family, or init.start scratch"
+                )
             if (
                 stage.init.head == "map"
                 and stage.init.weights is None

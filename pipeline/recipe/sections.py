@@ -18,57 +18,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Model(Section):
-    name: Literal[
-        "convnextv2", "convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano", "convnextv2_tiny",
-        "convnextv2_base", "convnextv2_large", "convnextv2_huge",
-    ] = "convnextv2"  # fmt: skip
-    """A published size, or convnextv2 with depths and dims."""
-    depths: tuple[int, ...] | None = None
-    """Blocks of each stage; None takes the named variant's."""
-    dims: tuple[int, ...] | None = None
-    stem_stride: int = Field(4, ge=1)
-    """Pixels on a side of a stem patch."""
-    response: Literal["grn", "none", "lrn", "bn", "ln", "se", "cbam"] = "grn"
-    """What normalises a block's 4C channels. ConvNeXt V1 is none, with a layer_scale of 1e-6."""
-    grn_aggregation: Literal["l2", "l1", "average"] = "l2"
-    """GRN: how one number is made of a channel's sites."""
-    grn_normaliser: Literal["mean", "sum", "inverse", "standardise"] = "mean"
-    """GRN: a channel's number over the mean of all, over their sum, the inverse of the mean alone, or standardised."""
-    grn_residual: bool = True
-    """GRN: whether its input is added."""
-    layer_scale: float | None = Field(None, gt=0)
-    """Initial value of a factor on each block's branch, as in ConvNeXt V1; null has none."""
-    init: Literal["plain", "official"] = "plain"
-    """Initial weights: normal with deviation 0.02, or the official pre-training's, which starts FCMAE at a loss of 16
-    and overflows half precision. Both are the same in a classifier."""
-    checkpointing: bool = operational(False)
-    """Compute activations inside a block again in the backward pass: less memory, a third more work."""
-
-    @property
-    def stride(self) -> int:
-        """Pixels on a side of a cell: of one site of the last stage."""
-        return self.stem_stride * 2 ** (len(self.depths or (1, 1, 1, 1)) - 1)
-
-    @model_validator(mode="after")
-    def _whole(self) -> "Model":
-        if (self.depths is None) != (self.dims is None) or len(self.depths or ()) != len(self.dims or ()):
-            raise ValueError(
-                f"depths {self.depths} and dims {self.dims} must be given together, one number for each stage"
-            )
-        # Without any key this is a placeholder: a recipe that says nothing of its model is refused when it is used.
-        if self.model_fields_set and (self.name == "convnextv2") != (self.depths is not None):
-            raise ValueError(
-                f"name {self.name} and depths {self.depths} do not go together; convnextv2 needs depths and dims, the"
-                " published sizes have their own"
-            )
-        for name in ("grn_aggregation", "grn_normaliser", "grn_residual"):
-            value = getattr(self, name)
-            if self.response != "grn" and value != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is {value} but response is {self.response}; remove it, or make response grn")
-        return self
-
-
 class FCMAESettings(Section):
     kind: Literal["fcmae"] = "fcmae"
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -191,6 +140,30 @@ class Schedule(Section):
         return self
 
 
+class Sparsity(Section):
+    """Part of the weights kept at zero, as SLaK does (arXiv 2207.03620); a stage without this section is dense."""
+
+    sparsity: float = Field(0.4, gt=0, lt=1)
+    """Share of the maskable weights that are zero; SLaK's published models have 0.4."""
+    distribution: Literal["snip", "erk", "uniform", "handed_on"] = "snip"
+    """How it is spread over the layers: by |weight * gradient| on the first global batch, by the layers' shapes, or
+    evenly; handed_on keeps the zeros of the weights that the stage before hands on, whatever their share."""
+    weights: Literal["all", "decomposed"] = "all"
+    """Matrices and convolutions, or SLaK's long thin kernels alone."""
+    update_every_steps: int | None = Field(100, ge=1)
+    """How often zeros are moved; null never does. SLaK-T has 2000, Small and Base 100, of 93,600 steps."""
+    prune_rate: float = Field(0.3, gt=0, le=1)
+    """Share of a layer's weights that are moved, at first: a cosine leads to final_prune_rate. SLaK-T has 0.5."""
+    final_prune_rate: float = Field(0.005, ge=0, le=1)
+    growth: Literal["random", "gradient"] = "random"
+    """Where pruned weights grow again: anywhere, or where the gradient is largest (RigL, arXiv 1911.11134)."""
+    moments: Literal["kept", "zeroed"] = "kept"
+    """Of zero weights: kept, AdamW goes on averaging their gradients, as in the published runs, and what is grown
+    starts warm; zeroed, it starts with none."""
+    export_masks: bool = operational(False)
+    """Write masks.safetensors beside the weights, whose zeros are exact anyway."""
+
+
 class Engine(Section):
     kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
     """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
@@ -202,6 +175,10 @@ class Engine(Section):
     """Keep the state in the host's memory: fsdp parameters and optimizer, deepspeed the optimizer."""
     compile: bool = operational(False)
     """torch.compile of every block; needs a C++ compiler on a CPU."""
+    large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
+    """How large depthwise convolutions, SLaK's, are computed: by torch, by spectra, by products with banded matrices,
+    or by these in one kernel on CUDA. Equal to rounding; measured takes the fastest of each shape, which the stage's
+    large_kernels.json holds for every resume."""
     deepspeed: dict[str, Any] = operational({})
     """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")

@@ -1,6 +1,7 @@
 """Small models and masks that the tests of this folder share."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
@@ -26,3 +27,23 @@ def tiny_fcmae(backend: str = "packed", decoder: str = "convnext", decoder_dim: 
     shape = {"depths": (1, 1, 1), "dims": (6, 8, 10), "stem_stride": 2, "num_classes": 0}
     encoder = create_model("convnextv2", **shape | options)
     return FCMAE(encoder, backend, decoder=decoder, decoder_dim=decoder_dim, cell=encoder.stride)
+
+
+def scatter_norms(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
+    """The model with BatchNorms as if trained: at their initial values errors of merging would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.uniform_(0.5, 1.5, generator=generator)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def multiply_adds(model: torch.nn.Module, image_size: int) -> float:
+    """GMACs of an image by torch's counter; the model is on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops() / 2e9

@@ -11,7 +11,7 @@ from pipeline.models.decoder import KINDS as DECODERS
 from pipeline.models.initialise import SCHEMES
 from pipeline.models.response import AGGREGATIONS, KINDS, NORMALISERS
 from pipeline.objectives import create_objective
-from pipeline.recipe import FCMAESettings, Model, StageRecipe, changes, load
+from pipeline.recipe import ConvNeXtModel, FCMAESettings, StageRecipe, changes, load
 from tests.support import write_tiny_recipe
 from tests.unit.objectives.test_objectives import batch
 
@@ -28,11 +28,11 @@ def stage_with(recipe_file, name: str, *overrides: str) -> StageRecipe:
 @pytest.mark.parametrize(
     ("section", "field", "values"),
     [
-        (Model, "name", ("convnextv2", *VARIANTS)),
-        (Model, "response", KINDS),
-        (Model, "grn_aggregation", AGGREGATIONS),
-        (Model, "grn_normaliser", NORMALISERS),
-        (Model, "init", SCHEMES),
+        (ConvNeXtModel, "name", ("convnextv2", *VARIANTS)),
+        (ConvNeXtModel, "response", KINDS),
+        (ConvNeXtModel, "grn_aggregation", AGGREGATIONS),
+        (ConvNeXtModel, "grn_normaliser", NORMALISERS),
+        (ConvNeXtModel, "init", SCHEMES),
         (FCMAESettings, "decoder", DECODERS),
     ],
 )
@@ -92,7 +92,7 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
             ["stages.pretrain.objective.decoder=unet", "stages.pretrain.objective.decoder_dim=15"],
             "decoder_dim 15 is not a multiple of 2",
         ),
-        (["defaults.model.response=bn", "defaults.batch.micro_slots=2"], "micro_slots is 2 but bn counts one slot"),
+        (["defaults.model.response=bn", "defaults.batch.micro_slots=2"], "BatchNorm counts one slot"),
         (
             ["stages.pretrain.objective.grn_statistics=batch", "defaults.batch.micro_slots=2"],
             "micro_slots is 2 but grn_statistics batch counts one slot",

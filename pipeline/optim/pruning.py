@@ -1,0 +1,103 @@
+"""Which weights of a layer are zero, and how that changes: pure functions, the same on any device.
+
+The method is SLaK's (Liu et al. 2022, arXiv 2207.03620): layer-wise densities from SNIP (Lee et al. 2019), then, every
+so many steps, the smallest weights of each layer are pruned and as many grown elsewhere. Counts here are exact, where
+the released code draws each weight by itself.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+DENSE_FROM = 0.99  # a layer this dense is left dense for good, as in the released code
+
+
+def prune_rate(step: int, total_steps: int, first: float, last: float) -> float:
+    """Share of a layer's weights that are moved after `step`: a cosine from `first` to `last` over the stage."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+
+
+def snip_densities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """Each layer's share of the scores above a threshold that int(total * (1 - sparsity)) of all scores reach.
+
+    scores: |weight * gradient| of each weight.
+    """
+    every = torch.cat([score.flatten() for score in scores.values()])
+    reach = max(int(every.numel() * (1 - sparsity)), 1)
+    threshold = every.kthvalue(every.numel() - reach + 1).values
+    return {name: (score > threshold).sum().item() / score.numel() for name, score in scores.items()}
+
+
+def erk_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
+    """Densities in proportion to (sum of a layer's dimensions / product), at most 1 (Evci et al. 2020, RigL)."""
+    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    wanted = (1 - sparsity) * sum(sizes.values())
+    dense: set[str] = set()
+    while True:
+        rest = raw.keys() - dense
+        share = (wanted - sum(sizes[n] for n in dense)) / sum(raw[n] * sizes[n] for n in raw if n in rest)
+        over = {name for name in rest if raw[name] * share > 1}
+        if not over:
+            return {name: 1.0 if name in dense else raw[name] * share for name in raw}
+        most = max(raw[name] for name in over)
+        dense |= {name for name in over if raw[name] == most}
+
+
+def uniform_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
+    """The same density everywhere."""
+    return dict.fromkeys(shapes, 1 - sparsity)
+
+
+def random_mask(shape: Shape, density: float, key: int, device: torch.device) -> Tensor:
+    """Bool tensor with exactly round(density * size) places True, chosen by hash; all of them from DENSE_FROM on."""
+    count = math.prod(shape)
+    if density >= DENSE_FROM:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return smallest(hashes(key, count, device), round(density * count)).view(shape)
+
+
+def pruned(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
+    """The mask without its ceil(rate * count) smallest weights."""
+    count = math.ceil(rate * int(mask.sum()))
+    magnitudes = torch.where(mask, weight.abs(), torch.inf)
+    return mask & ~smallest(magnitudes.flatten(), count).view(mask.shape)
+
+
+def grown(mask: Tensor, count: int, scores: Tensor) -> Tensor:
+    """The mask and the `count` places outside of it with the smallest scores (int64, or floating), in its shape."""
+    last = torch.iinfo(torch.int64).max if scores.dtype == torch.int64 else torch.inf
+    return mask | smallest(torch.where(mask, last, scores.view(mask.shape)).flatten(), count).view(mask.shape)
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """Bool tensor that marks exactly `count` of the 1-D `values`: the smallest, of equal ones the first."""
+    if not count:
+        return torch.zeros_like(values, dtype=torch.bool)
+    bound = values.kthvalue(count).values
+    below, equal = values < bound, values == bound
+    return below | (equal & (equal.cumsum(0) <= count - below.sum()))
+
+
+def hashes(key: int, count: int, device: torch.device) -> Tensor:
+    """(count,) int64, all different: number n is a hash of (key, n). `randomness.mix64`, made where the weights are."""
+    return _mix64(_mix64(torch.arange(count, device=device)) ^ _signed(key))
+
+
+def _mix64(x: Tensor) -> Tensor:
+    z = x + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """To the right; int64 would drag its sign along."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,138 @@
+"""Dynamic sparsity: a component that keeps part of the weights at zero, and moves the zeros now and then."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import RecipeError
+from pipeline.logical import fill, local, whole
+from pipeline.optim.ema import Component
+from pipeline.optim.pruning import grown, hashes, prune_rate, pruned, random_mask
+from pipeline.randomness import Purpose, key, text_key
+from pipeline.recipe.sections import Sparsity
+
+DECOMPOSED = "large_kernel.LoRA"  # in the official names of SLaK's long thin kernels
+
+
+def maskable(weights: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+    """What sparsity is about: matrices and convolutions, never biases, norms, GRN's or LayerScale's factors.
+
+    Raises:
+        RecipeError: if `which` is "decomposed" and there are none.
+    """
+    found = {name: w for name, w in weights.items() if name.endswith(".weight") and w.ndim in (2, 4)}
+    if which == "decomposed":
+        found = {name: weight for name, weight in found.items() if DECOMPOSED in name}
+        if not found:
+            raise RecipeError(
+                f"sparsity.weights is decomposed but this model has no {DECOMPOSED}*; take model slak, or all"
+            )
+    return found
+
+
+class DynamicSparsity(Component):
+    """Masked weights are zero after every update, in the average too; it must come before the average's component.
+
+    A weight that is grown starts at zero, and its average at its first value. Gradients stay dense: they are what
+    gradient growth looks at, and part of the norm that is reported and clipped.
+
+    All tensors are logical ones, see `pipeline.logical`. When zeros are moved, each layer is gathered whole on every
+    rank, one after the other, so that all decide alike; else nothing is communicated, and nobody waits for the device.
+
+    Args:
+        weights: the live ones by name.
+        averages: their moving averages, or none.
+        moments: the optimizer's, by name of the weight.
+        gradient: the gradient of a weight by name, once it is summed over slots and ranks.
+        seed: what is random is a hash of it, the step, and the weight's name and place.
+        total_steps: of the stage. After the last one nothing is moved: what was grown then would never be trained.
+        accepted: 0-dim bool tensor that tells after each step whether it was made.
+    """
+
+    name = "sparsity"
+
+    def __init__(
+        self,
+        settings: Sparsity,
+        weights: Mapping[str, Tensor],
+        averages: Mapping[str, Tensor],
+        moments: Mapping[str, Iterable[Tensor]],
+        gradient: Callable[[str], Tensor],
+        *,
+        seed: int,
+        total_steps: int,
+        accepted: Tensor,
+    ):
+        self.settings, self._seed, self._total, self._accepted = settings, seed, total_steps, accepted
+        self.weights = maskable(weights, settings.weights)
+        self._averages = {name: averages[name] for name in self.weights if name in averages}
+        self._moments = {name: list(moments[name]) if settings.moments == "zeroed" else [] for name in self.weights}
+        self._gradient, self._gradients = gradient, {}
+        self._masks = {name: torch.ones_like(w.detach(), dtype=torch.bool) for name, w in self.weights.items()}
+
+    def start(self, densities: Mapping[str, float]) -> None:
+        """Random masks of these densities by weight's name."""
+        for name, mask in self._masks.items():
+            drawn = random_mask(tuple(mask.shape), densities[name], self._key(name, 0), local(mask).device)
+            fill(mask, drawn)
+            self._apply(name)
+
+    def start_from_zeros(self) -> None:
+        """Weights that are zero stay zero: for those of a stage that was sparse itself."""
+        for name, weight in self.weights.items():
+            local(self._masks[name]).copy_(local(weight.detach()) != 0)
+
+    def before_update(self, step: int) -> None:
+        if self._is_due(step) and self.settings.growth == "gradient":
+            self._gradients = {name: self._gradient(name) for name in self.weights}
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        if self._is_due(step) and bool(self._accepted):
+            for name in self.weights:
+                self._move(name, step)
+        self._gradients = {}
+        for name in self.weights:
+            self._apply(name)
+
+    def state(self) -> dict[str, Tensor]:
+        """True where a weight is trained."""
+        return self._masks
+
+    def densities(self) -> dict[str, float]:
+        """Share of each layer's weights that are trained. Collective; waits for the device."""
+        return {name: whole(mask).sum().item() / mask.numel() for name, mask in self._masks.items()}
+
+    def _is_due(self, step: int) -> bool:
+        every = self.settings.update_every_steps
+        return every is not None and step % every == 0 and step < self._total
+
+    def _move(self, name: str, step: int) -> None:
+        mask = whole(self._masks[name])
+        if mask.all():
+            return
+        rate = prune_rate(step, self._total, self.settings.prune_rate, self.settings.final_prune_rate)
+        kept = pruned(whole(self.weights[name].detach()), mask, rate)
+        count = int(mask.sum()) - int(kept.sum())  # now, for `mask` may be what is filled next
+        fill(self._masks[name], kept)
+        self._apply(name)  # what is pruned and grown at once starts at zero as well
+        if self._gradients:
+            scores = -whole(self._gradients[name]).abs()
+        else:
+            scores = hashes(self._key(name, step), mask.numel(), mask.device)
+        fill(self._masks[name], grown(kept, count, scores))
+
+    @torch.no_grad()
+    def _apply(self, name: str) -> None:
+        mask, weight = local(self._masks[name]), local(self.weights[name].detach())
+        zeros = ~mask
+        for tensor in (weight, *(local(moment) for moment in self._moments[name])):
+            tensor.masked_fill_(zeros, 0)
+        if name in self._averages:
+            average = local(self._averages[name])
+            average.masked_fill_(zeros, 0)
+            average.copy_(torch.where(mask & (average == 0), weight, average))
+
+    def _key(self, name: str, step: int) -> int:
+        return int(key(self._seed, step, text_key(name), Purpose.SPARSITY))

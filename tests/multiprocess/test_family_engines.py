@@ -1,0 +1,61 @@
+"""SLaK and Next-ViT in the engines: BatchNorm's buffers do not depend on ranks, and a resume has the same bits."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.engines import World
+from pipeline.logical import whole
+from tests.engines import bits, largest_difference, stage_recipe, train
+from tests.ranks import on_ranks
+
+MICRO = {
+    "slak": {
+        "name": "slak", "depths": [1, 2], "dims": [6, 10], "stem_stride": 2,
+        "kernel_sizes": [9, 7], "small_kernel": 3, "checkpointing": True,
+    },
+    "nextvit": {
+        "name": "nextvit", "depths": [1, 2], "dims": [12, 24], "stem_stride": 2, "stem_dim": 8, "head_dim": 4,
+        "pattern": "CH", "checkpointing": True,
+    },
+}  # fmt: skip
+
+
+def recipe_of(family: str, engine: str, precision: str = "fp32"):
+    kind = {**({"kind": engine}), "precision": precision}
+    recipe = stage_recipe("finetune", kind, model={"depths": None}).model_dump(mode="json")
+    return type(stage_recipe("finetune", kind)).model_validate({**recipe, "model": MICRO[family]}, strict=False)
+
+
+def trained(world: World, family: str, engine: str, precision: str, steps: int) -> tuple[list[float], dict]:
+    run = train(world, recipe_of(family, engine, precision), range(steps))
+    return run.losses, {name: whole(tensor).detach().double() for name, tensor in run.engine.items().items()}
+
+
+@pytest.mark.parametrize("family", MICRO)
+def test_two_ranks_make_what_one_makes(family):
+    """In float64, buffers included; FSDP too, which gathers block by block."""
+    losses, tensors = on_ranks(1, trained, family, "ddp", "fp64", 6)[0]
+    assert sum("running_" in name for name in tensors) > 6
+    two_losses, two = on_ranks(2, trained, family, "ddp", "fp64", 6)[0]
+    assert largest_difference(two_losses, losses) <= 1e-10
+    for name, tensor in tensors.items():
+        assert (two[name] - tensor).abs().max() <= 1e-10, name
+    assert largest_difference(on_ranks(2, trained, family, "fsdp", "fp64", 6)[0][0], losses) <= 1e-10
+
+
+def interrupted(world: World, family: str, directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the state's tensors, and of those that have other bits after a resume halfway."""
+    recipe = recipe_of(family, "ddp")
+    train(world, recipe, range(3), save=directory)
+    found = bits(train(world, recipe, range(3, 6), load=directory).engine)
+    expected = bits(train(world, recipe, range(6)).engine)
+    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
+
+
+@pytest.mark.parametrize("family", MICRO)
+def test_a_resume_has_the_same_bits(tmp_path, family):
+    names, other = on_ranks(2, interrupted, family, tmp_path)[0]
+    assert any(name.startswith("ema.") and "running_var" in name for name in names)
+    assert any(name.startswith("model.") and "running_mean" in name for name in names)
+    assert other == []
