@@ -71,9 +71,9 @@ class StageRecipe(Section):
                 " choose a larger one, or a smaller model.stem_stride"
             )
         made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
-        if self.optimizer.layer_decay_groups == "group" and (
-            self.model.family == "nextvit" or self.model.depths not in made_for
-        ):
+        if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
+            raise ValueError("optimizer.layer_decay_groups is group, which is ConvNeXt's; set it to single")
+        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
             raise ValueError(
                 "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of ConvNeXt's Base, Large and"
                 f" Huge; this model is {self.model.name}: set it to single"
@@ -169,6 +169,9 @@ class Published(Section):
     timm_top5: float | None = None
     weights: str | None = None
     """URL of the released weights."""
+    parameters: str | None = None
+    multiply_adds: str | None = None
+    """Of an image; both as printed."""
     remark: str | None = None
 
 

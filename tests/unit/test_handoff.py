@@ -17,7 +17,7 @@ from tools.convert import convert
 CLASSES = ("a", "b", "c", "d")
 FOUR_STAGES = [  # timm builds no others
     "defaults.model.depths=[1,1,1,1]", "defaults.model.dims=[8,16,24,32]", "defaults.model.stem_stride=4",
-    "defaults.data.image_size=64",
+    "defaults.data.image_size=64", "stages.finetune.data.image_size=64",
 ]  # fmt: skip
 FILES = {"official": "weights.pth", "timm": "weights.safetensors", "transformers": "weights.bin"}
 
