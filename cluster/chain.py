@@ -10,6 +10,7 @@ from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.folder import Folder
+from pipeline.health.gates import judge_again, refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
 from pipeline.stage import INIT, Outcome, OutcomeKind, Stage
 
@@ -33,7 +34,10 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
         dump(recipe.model_copy(update={"stages": stages}), known)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
-    return [Stage.create(directory / name, stage) for name, stage in stages.items()]
+    made = [Stage.create(directory / name, stage) for name, stage in stages.items()]
+    for stage in made:
+        judge_again(stage)
+    return made
 
 
 def resolved(recipe: StageRecipe) -> StageRecipe:
@@ -78,12 +82,16 @@ def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome
     """Run the stages that are not done, one after the other; the first outcome other than done ends it.
 
     Each stage verifies for itself what it starts from: the order here is only a convenience.
+
+    Raises:
+        OffTrackError: at a stage that is done, off track, and whose gate is to stop the chain then.
     """
     for stage in stages:
         if stage.done() is None:
             outcome = launch(stage.directory)
             if outcome.kind is not OutcomeKind.DONE:
                 return outcome
+        refuse_off_track(stage)
     return Outcome(OutcomeKind.DONE)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -127,12 +128,14 @@ class LocalLauncher:
         if codes == {0} and (done := stage.done()):
             return Outcome(OutcomeKind.DONE, step=done.step)
         outcome = stage.last_outcome() if stage.attempts() > attempts_before else None
-        # When a rank is killed the others fail for want of it: what they say is not the reason.
+        # When a rank is killed the others fail for want of it: what they say is not the reason, unless they know of it.
         killed = {rank: code for rank, code in self._ended.items() if code < 0}
         told = outcome and (codes <= {0, 75} or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
         if outcome and told and codes and not killed:
             return outcome
         ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in (killed or self._ended).items())
+        if outcome and outcome.kind is OutcomeKind.BAD_NODE and killed:
+            return replace(outcome, reason=f"{outcome.reason} ({ends})")
         logs = stage.directory / "logs"
         return Outcome(
             OutcomeKind.BAD_NODE if killed else OutcomeKind.PERMANENT,

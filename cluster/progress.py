@@ -110,6 +110,8 @@ def _sentence(event: Event, terse: bool) -> str:
         case "attempt":
             start = f"resumed at step {step}" if step else "started"
             return f"{start}, attempt {event.get('attempt')}, world size {event.get('world_size', '?')}"
+        case "verdict" if not event.get("on_track"):
+            return str(event.get("sentence"))
         case "end" if event.get("outcome") != "done":
             return f"{event.get('outcome')} at step {step}: {event.get('reason', '')}"
         case "evaluate" if not terse and isinstance(metrics := event.get("metrics"), dict):

@@ -1,32 +1,20 @@
 """The code of a run, kept beside it: a job that is requeued weeks later runs what was submitted."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
-import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pipeline
+from pipeline.environment import SNAPSHOT, commit, software
 
 ROOMS = ("pipeline", "recipes", "cluster", "tools")
 
 
-def environment() -> dict[str, object]:
-    """The interpreter and the version of every package it sees."""
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {
-        "interpreter": sys.executable,
-        "python": platform.python_version(),
-        "packages": dict(sorted(packages.items())),
-    }
-
-
 def snapshot_path(run: Path) -> Path:
     """Where this code with these versions goes: named by content, so that what did not change is kept once."""
-    digest = hashlib.sha256(json.dumps(environment()).encode())
+    digest = hashlib.sha256(json.dumps(software()).encode())
     for path in _files():
         digest.update(f"{path.relative_to(_root())}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return run / "code" / digest.hexdigest()[:12]
@@ -43,7 +31,7 @@ def take(run: Path) -> Path:
             copy = aside / path.relative_to(_root())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-        (aside / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        (aside / SNAPSHOT).write_text(json.dumps({**software(), "commit": commit(_root())}, indent=2) + "\n")
         try:
             aside.rename(folder)
         except OSError:  # somebody else was quicker

@@ -13,6 +13,8 @@ import yaml
 
 from cluster.queue import Queue, QueuedJob, entries
 from pipeline.errors import StageError
+from pipeline.folder import is_remote
+from pipeline.mirror import View
 from pipeline.stage import is_alive
 from pipeline.tracking.journal import Event, Tail, parse, strict
 
@@ -48,6 +50,8 @@ class StageStatus:
     last_checkpoint_age_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the result, before that of the last evaluation
     weights_sha256: str | None = None
+    on_track: bool | None = None  # the verdict on a finished stage
+    verdict: str = ""  # in words
 
 
 class Follower:
@@ -109,6 +113,8 @@ class Follower:
             seen.step = _count(result.get("steps")) or seen.step
             seen.total_steps = seen.total_steps or seen.step
             seen.weights_sha256 = result.get("weights_sha256")
+            verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
+            seen.on_track, seen.verdict = verdict.get("on_track"), str(verdict.get("sentence", ""))
             seen.metrics = _numbers(result.get("metrics")) or seen.metrics
         else:
             if attempts:
@@ -181,15 +187,23 @@ def stage_names(run_directory: str | Path) -> list[str]:
 
 
 class Run:
-    """Follows all stages of a run directory, and their jobs where there are any. StageError if it is none."""
+    """Follows all stages of a run directory or a URL, and their jobs where there are any. StageError if it is none.
+
+    Attributes:
+        name: the run's path or URL, to be shown.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory).resolve()
-        self._followers = [Follower(self.directory / name) for name in stage_names(directory)]
+        self._view = View(str(directory)) if is_remote(directory) else None
+        here = self._view.directory if self._view else Path(directory).resolve()
+        self.name = self._view.url if self._view else str(here)
+        self._followers = [Follower(here / name) for name in stage_names(here)]
         self.queue = Queue([follower.directory for follower in self._followers])
 
     def statuses(self) -> list[StageStatus]:
         """Every stage of the chain, in order, as it stands now. Waits for Slurm's first answer, but not for long."""
+        if self._view:
+            self._view.refresh()
         for follower in self._followers:
             follower.poll()
         jobs = self.queue.jobs()

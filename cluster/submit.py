@@ -17,6 +17,7 @@ from cluster.script import JobScript, job_name
 from cluster.site import Site, load_site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
+from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
@@ -80,13 +81,15 @@ def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
 
 
 def check(planned: list[Planned]) -> None:
-    """Everything that can be refused before queueing.
+    """Everything that can be refused before queueing: what is done and off track, where the recipe wants to stop, too.
 
     Raises:
         UserError: the first one found.
     """
     classes: dict[str, set[str]] = {}
     for item in planned:
+        if item.done:
+            refuse_off_track(Stage(item.directory), item.recipe)
         if item.missing:
             item.recipe.check_world_size(item.site.ranks)
             check_weights(item.recipe, item.directory)

@@ -18,7 +18,8 @@ from cluster.preflight.guard import bad_nodes
 from cluster.stopwatch import CANCELLED
 from cluster.submit import stored_site
 from cluster.worker import PERMANENT, STOP_SIGNALS
-from pipeline.errors import UserError
+from pipeline.errors import OffTrackError, UserError
+from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import load
 from pipeline.stage import Stage
 
@@ -29,6 +30,10 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     """The exit code of the job: 0 if the stage is done or goes on, 1 if it ends here, which cancels its dependents."""
     directory = stage.directory
     if stage.done():
+        try:
+            refuse_off_track(stage)
+        except OffTrackError as error:
+            return give_up(directory, job, str(error))
         return 0
     outcome = stage.last_outcome()
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"

@@ -16,7 +16,7 @@ COLOUR: dict[State, str] = {
     "waiting": "dim", "queued": "yellow", "starting": "cyan", "running": "cyan", "saved": "yellow", "failed": "red",
     "cancelled": "red", "done": "green", "interrupted": "red",
 }  # fmt: skip
-LEFT = ("stage", "state", "job", "nodes", "result")
+LEFT = ("stage", "state", "job", "nodes", "result", "track")
 
 
 def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
@@ -57,6 +57,7 @@ def _cells(s: StageStatus) -> dict[str, str]:
         "ETA": duration(s.eta_seconds),
         "checkpoint": duration(s.last_checkpoint_age_seconds) if s.state != "done" else "",
         "result": metrics_text(s.metrics),
+        "track": {None: "", True: "[green]on[/]", False: "[red]off[/]"}[s.on_track],
     }
 
 
@@ -75,6 +76,8 @@ def render(statuses: list[StageStatus], trouble: str = "") -> Group:
         if (hidden := len(ended) - RESTARTS_SHOWN) > 0:
             lines.append(f"{s.stage}, {hidden} earlier attempts: see --json")
         lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
+        if s.on_track is False:
+            lines.append(f"{s.stage}, {s.verdict}")
     if trouble:
         lines.append(f"from the files alone: {trouble}")
     # One row each; --json has them whole.

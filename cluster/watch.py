@@ -43,5 +43,5 @@ def watch(run_directory: str | Path, console: Console, refresh_seconds: float = 
 
 def frame(run: Run, statuses: list[StageStatus]) -> Group:
     """One picture of the run."""
-    head = Text(f"{run.directory}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
+    head = Text(f"{run.name}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
     return Group(head, render(statuses, run.queue.trouble))

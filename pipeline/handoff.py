@@ -19,6 +19,7 @@ from pipeline.checkpoint.weights import (
 )
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
+from pipeline.health.gates import refuse_off_track
 from pipeline.logical import fill, whole
 from pipeline.objectives import Objective
 from pipeline.stage import WEIGHTS, Stage
@@ -45,6 +46,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
 
     Raises:
         StageError: if the stage before is not done.
+        OffTrackError: if it is off track and its gate is to stop the chain.
         CheckpointError: if its weights are not the ones its DONE marker names, or those of `init.weights` not the ones
             of the first start, or a tensor is unaccounted for.
     """
@@ -58,6 +60,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         raise StageError(
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
+    refuse_off_track(before)
     path = before.directory / done.weights
     weights = read_weights(path, done.weights_sha256)
     return _take(str(path), done.weights_sha256, weights, stage, engine, objective, classes)

@@ -7,7 +7,8 @@ mirrored but written to the store itself: the attempts and the checkpoints.
 
 import hashlib
 import os
-from pathlib import Path
+import tempfile
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import StageError
 from pipeline.folder import Folder, is_remote, is_storage_error
@@ -36,8 +37,12 @@ def working_copy(run: str | os.PathLike) -> Path:
     except Exception as error:
         if not is_storage_error(error):
             raise
-        raise StageError(f"{url} cannot be read ({type(error).__name__}: {error}); repair the storage") from error
+        raise _unreadable(url, error) from error
     return directory
+
+
+def _unreadable(url: str, error: Exception) -> StageError:
+    return StageError(f"{url} cannot be read ({type(error).__name__}: {error}); repair the storage")
 
 
 def remote_of(directory: Path) -> Folder | None:
@@ -60,6 +65,59 @@ def pull(remote: Folder, directory: Path) -> None:
             content, goal = remote.read(name), directory / name
             if not (goal.is_file() and goal.read_bytes().startswith(content)):
                 Folder.at(goal.parent).publish(goal.name, content)
+
+
+class View:
+    """A copy of the small files that tell how a remote run or stage stands, to look at while others write there.
+
+    It lies in a temporary folder that goes with this object. No tensors are fetched: of a checkpoint only whether it is
+    committed. Files have the time at which the store got them.
+
+    Raises:
+        StageError: if the store cannot be read, or there is no run or stage at the URL.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._remote, self._versions = Folder.at(self.url), dict[str, tuple[object, ...]]()
+        self._temporary = tempfile.TemporaryDirectory(prefix="fcmae-view-")
+        self.directory = Path(self._temporary.name) / (self.url.rpartition("/")[2] or "run")
+        (self.directory.parent / MARKER).write_text(self.url)
+        self.refresh()
+        if not (self.directory / "recipe.yaml").is_file():
+            raise StageError(f"{url} is no run directory: it has no recipe.yaml; give the --out of `fcmae run`")
+
+    def refresh(self) -> None:
+        """Fetch what has changed."""
+        fs, root = self._remote.fs, self._remote.path
+        try:
+            fs.invalidate_cache(root)
+            for path, about in fs.find(root, detail=True).items():
+                name = path[len(root) :].lstrip("/")
+                version = tuple(about.get(key) for key in ("size", "ETag", "LastModified", "mtime", "created"))
+                if _tells(PurePosixPath(name)) and self._versions.get(name) != version:
+                    self._fetch(name, path)
+                    self._versions[name] = version
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            raise _unreadable(self.url, error) from error
+
+    def _fetch(self, name: str, path: str) -> None:
+        goal, fs = self.directory / name, self._remote.fs
+        try:
+            content, written = fs.cat_file(path), fs.modified(path).timestamp()
+        except FileNotFoundError:  # pruned in the meantime
+            return
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        goal.write_bytes(content)
+        os.utime(goal, (written, written))
+
+
+def _tells(name: PurePosixPath) -> bool:
+    if "checkpoints" in name.parts:
+        return name.name == "COMMIT"
+    return name.name in ("recipe.yaml", "DONE") or name.suffix in (".json", ".jsonl", ".heartbeat")
 
 
 class Uploads:

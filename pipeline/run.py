@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import math
+import os
 import platform
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,13 +19,17 @@ from torch import nn
 
 from pipeline import handoff
 from pipeline.checkpoint.store import CheckpointStore
+from pipeline.data.checks import StageData
 from pipeline.data.feed import Batch, TrainFeed
 from pipeline.engines import Engine, World, create_engine
+from pipeline.environment import commit, machine, software
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.failures import explaining_lost_peers, failure, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
+from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
+from pipeline.health.gates import judge
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
@@ -32,6 +38,7 @@ from pipeline.large_kernels import set_large_kernels
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
+from pipeline.recipe import StageRecipe
 from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
@@ -74,6 +81,9 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     recipe.check_world_size(world.size)
     stage.attempt = world.on_main(lambda: stage.take(world.size))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
+    # Later than other ranks would notice, and than the stuck one has written its stacks.
+    silent_seconds = 2 * recipe.health.stall_seconds
+    stack.enter_context(sentinel.standing(stage.directory, stage.attempt, watchdog.beat_file, silent_seconds))
     if world.is_main:
         stack.enter_context(stage.beating())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
@@ -88,7 +98,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
 
     seed = text_key(recipe.seed, recipe.name)
     objective = create_objective(recipe, seed)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     if forms := set_large_kernels(stage.directory, engine, objective):
         log.write("large_kernels", forms=forms)
     workers = recipe.data.workers or max(world.cores() - 1, 1)
@@ -114,8 +124,14 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         global_batch=recipe.batch.global_batch,
         objective=recipe.objective.kind,
         device=str(world.device),
+        threads=torch.get_num_threads(),
+        host=os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
+        job=os.environ.get("SLURM_JOB_ID"),
         versions=_versions(),
     )
+    if log_file:
+        log_file.write_changed("environment", commit=commit(), **software(), **machine())
+        log_file.write_changed("data", **{name: _data_facts(recipe, name, part) for name, part in data.items()})
     engine.warm_up(example_batch(recipe), objective)
     lower_is_better = objective.metric == "loss"
     events = stage.directory / "journal.jsonl"
@@ -193,7 +209,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     watchdog.phase("finish", outcome.step)
     if outcome.kind is OutcomeKind.DONE:
         weights = handoff.hand_on(stage, engine, last, classes)
-        world.on_main(lambda: _finish(stage, weights, objective, last, world.size))
+        world.on_main(lambda: _finish(stage, weights, objective, log, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
     if world.is_main:
@@ -293,9 +309,12 @@ def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model:
         log.write("picture", step=step, path=str(path.relative_to(stage.directory)))
 
 
-def _finish(stage: Stage, weights: dict[str, Any], objective: Objective, step: int, world_size: int) -> None:
+def _finish(
+    stage: Stage, weights: dict[str, Any], objective: Objective, log: StepLog, step: int, world_size: int
+) -> None:
     events = journal.read(stage.directory / "journal.jsonl")
-    recipe = stage.recipe
+    recipe, verdict = stage.recipe, judge(stage.recipe, events).entry()
+    log.write("verdict", step=step, **verdict)
     evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
     metrics = evaluations[-1] if evaluations else {}
     spans: dict[int, list[float]] = {}
@@ -310,8 +329,22 @@ def _finish(stage: Stage, weights: dict[str, Any], objective: Objective, step: i
         "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
         "metrics": {name: metrics[name] for name in sorted(metrics, key=lambda name: name != objective.metric)},
         **weights,
+        "verdict": verdict,
     }
     stage.finish(result, step)
+
+
+def _data_facts(recipe: StageRecipe, name: str, part: StageData) -> dict[str, Any]:
+    beton = part.beton
+    return {
+        "path": getattr(recipe.data, name),
+        "sha256": beton.sha256,
+        "samples": beton.samples,
+        "images": part.subset.samples if part.subset.ids is None else len(part.subset.ids),
+        "classes": len(part.classes),
+        "bytes": beton.size_bytes,
+        "settings": beton.settings,
+    }
 
 
 def _versions() -> dict[str, str]:

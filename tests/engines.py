@@ -81,7 +81,7 @@ def train(
 ) -> Trained:
     """Make the steps, from a checkpoint or from scratch; the directories are those of a `CheckpointStore`."""
     objective = create_objective(recipe, seed=4)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()
     if load:
         assert store(load, world).restore(engine.state(0)) == steps.start

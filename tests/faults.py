@@ -5,6 +5,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
     left_out   [[first, last]]: steps left out from the start
     rank       the rank that the following happen to
     sleep      {step: seconds}: loading the step's first micro-batch takes so long
+    hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hang       step: its loading never returns, and never lets another thread run
 
 `python -m tests.faults launch STAGE PROCESSES` is the launcher of such ranks; its exit code is the outcome's.
@@ -13,6 +14,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
 import ctypes
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -65,12 +67,22 @@ def _hinder(create: Any) -> Any:
     return hindered
 
 
+def _rename_host(name: str) -> None:
+    clone_new_uts, clone_new_user = 0x04000000, 0x10000000
+    unshare = ctypes.CDLL(None, use_errno=True).unshare
+    if unshare(clone_new_uts) and unshare(clone_new_user | clone_new_uts):
+        raise OSError(ctypes.get_errno(), "no namespace of host names")
+    socket.sethostname(name)
+
+
 def main() -> None:
     if sys.argv[1] == "launch":
         with FaultyLauncher(int(sys.argv[3])) as launcher:
             outcome = launcher.run(Path(sys.argv[2]))
         print(outcome.reason)
         sys.exit(EXIT_CODES[outcome.kind])
+    if name := FAULTS.get("hosts", {}).get(os.environ["RANK"]):
+        _rename_host(name)
     pipeline.run.create_objective = _poison(pipeline.run.create_objective)
     pipeline.run.train_feed = _hinder(pipeline.run.train_feed)
     if stretches := FAULTS.get("left_out"):

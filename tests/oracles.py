@@ -7,30 +7,18 @@ from types import ModuleType
 import pytest
 import torch
 
+from tools.analyze.timm_import import import_torchvision
+
 
 def oracle(name: str, *, always_in_ci: bool) -> ModuleType:
     """The package, or a skipped test where it is not installed; in CI that is an error for what the test extra has."""
     try:
-        _import_torchvision()
+        import_torchvision()
         return importlib.import_module(name)
     except ImportError as error:
         if always_in_ci and os.environ.get("CI"):
             raise
         pytest.skip(f"{name} is not installed ({error})")
-
-
-def _import_torchvision() -> None:
-    """Both packages import torchvision where it is, and a build for another torch misses its own operators."""
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        global _library  # the definitions live as long as this object
-        _library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
 
 
 def randomise(tensors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:

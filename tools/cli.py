@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from tools import checkpoint, cluster_commands, recipe_commands
+from tools.analyze import commands as analyze
 from tools.included import find_recipe
 from tools.study import commands as study_commands
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(recipe_commands.app, name="recipe")
 app.add_typer(study_commands.app, name="study")
+app.add_typer(analyze.app, name="analyze")
 
 
 @app.command()
@@ -41,9 +43,10 @@ def run(
     ] = 1,
 ) -> None:
     """Run a chain of stages on this machine, or resume it from where it is. Exit codes: 0 done, 75 saved, 76 worth
-    another try (a rank was lost, or stood still), 1 failed."""
+    another try (a rank was lost, or stood still), 77 ended at a stage that is off track (`gate.stop`), 1 failed."""
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
+    from cluster.origin import write_origin
     from cluster.progress import Progress
     from cluster.status import status
     from cluster.table import render
@@ -56,6 +59,7 @@ def run(
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
     stages = open_chain(chain, directory)
+    write_origin(directory, find_recipe(recipe), overrides or [])
     preflight(stages, nproc)
     remote = remote_of(directory)
     run_files = Uploads(directory, remote, "*") if remote else None  # each stage sends its own
@@ -79,7 +83,7 @@ def run(
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(help="The run directory.")],
+    directory: Annotated[str, typer.Argument(help="The run directory, or its URL.")],
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Until Ctrl-C, or until all is done.")] = False,
     refresh_seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks of --watch.")] = 2.0,
@@ -101,6 +105,19 @@ def status(
         print(view.to_json(statuses))
     else:
         console.print(render(statuses, run.queue.trouble))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="The run directory; with --compare several.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default DIR/report.html.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, with the pictures beside it.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Several runs side by side.")] = False,
+) -> None:
+    """A run as one page to keep and to send: recipe, data, environment, attempts, curves, pictures, cost, result."""
+    from tools.report import write_report
+
+    print(f"{write_report(runs, out, markdown=markdown, compare=compare)} is written")
 
 
 @app.command()
@@ -212,21 +229,23 @@ def prepare(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A .beton file, a run, a stage or a checkpoint.")],
+    path: Annotated[
+        str, typer.Argument(help="A .beton file, or a run, a stage or a checkpoint: a directory or a URL.")
+    ],
     full: Annotated[bool, typer.Option("--full", help="A .beton file: decode every image too.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 1,
 ) -> None:
     """Compare a file, or what is in a directory, with its hashes. Exit code 1 if anything is damaged."""
-    if path.is_dir():
-        try:
-            from tools.verify_run import verify_run
-        except ImportError:
-            raise UserError(f"{path} is a directory; name a .beton file") from None
+    from pipeline.folder import is_remote
+
+    if is_remote(path) or Path(path).is_dir():
+        from tools.verify_run import verify_run
+
         verify_run(path)
         return
     from tools.verify_beton import verify_beton
 
-    beton, damage = verify_beton(path, full=full, workers=workers)
+    beton, damage = verify_beton(Path(path), full=full, workers=workers)
     for sentence in damage:
         print(sentence)
     if damage:
@@ -288,7 +307,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
 

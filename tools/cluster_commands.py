@@ -30,6 +30,7 @@ def submit(
     """Queue the stages of a recipe as Slurm jobs that go on by themselves until all is done."""
     from cluster import submit as jobs
     from cluster.chain import resolved
+    from cluster.origin import write_origin
     from cluster.site import check_path, load_site
     from cluster.snapshot import snapshot_path
     from pipeline.recipe import load
@@ -45,6 +46,7 @@ def submit(
             print(text)
         return
     _submit(chain, run, profile, start)
+    write_origin(run, find_recipe(recipe), overrides or [])
 
 
 def resume(

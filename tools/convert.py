@@ -73,7 +73,11 @@ def convert(
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *homeless))
     if destination.suffix == ".safetensors":
         # transformers refuses files whose metadata names no format; a second key would make the bytes vary.
-        metadata = {"format": "pt"} if to == "transformers" else {FACTS: canonical(facts(source, architecture, to))}
+        metadata = (
+            {"format": "pt"}
+            if to == "transformers"
+            else {FACTS: canonical(facts(source, architecture, to, read_class_names(classes[1]) if classes else None))}
+        )
         data = safetensors_bytes(tensors, metadata)
     else:
         data = _pickle({"model": tensors} if to == "official" else tensors)
@@ -130,9 +134,22 @@ def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = Mapp
             )
 
 
-def facts(source: str | os.PathLike, architecture: Architecture | FamilyArchitecture, layout: str) -> dict[str, Any]:
-    """What the source says about itself, if it is a file of ours, with the shape and layout of what is written."""
-    return {**_known(source), "layout": layout, "architecture": _plain(architecture)}
+def facts(
+    source: str | os.PathLike,
+    architecture: Architecture | FamilyArchitecture,
+    layout: str,
+    classes: list[str] | None = None,
+) -> dict[str, Any]:
+    """What the source says about itself, if it is a file of ours, with the shape and layout of what is written.
+
+    classes: the names of the rows of a head that was mapped. A head that is gone takes its names along.
+    """
+    known = _known(source)
+    if classes is not None:
+        known["classes"] = classes
+    elif not architecture.classes:
+        known.pop("classes", None)
+    return {**known, "layout": layout, "architecture": _plain(architecture)}
 
 
 def _known(source: str | os.PathLike) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def included_studies() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of an included one: slak/tiny; huge-22k-512 where only one is called so, and base
-    for ConvNeXt V2's.
+    """A recipe by path, or by the name of an included one: slak/tiny; huge-22k-512 where only one is called so; base is
+    ConvNeXt V2's.
 
     Raises:
         RecipeError: if there is neither.

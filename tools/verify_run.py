@@ -10,6 +10,7 @@ from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
 from pipeline.checkpoint.weights import read_weights
 from pipeline.errors import CheckpointError, StageError, UserError
 from pipeline.folder import Folder
+from pipeline.mirror import View
 from pipeline.recipe import load
 from pipeline.saving import checkpoint_home
 from pipeline.stage import Stage
@@ -57,6 +58,9 @@ def examine(directory: str | Path) -> Iterator[Finding]:
         yield from checkpoints(folder)
     elif "recipe.yaml" in inside and folder.local:
         yield from _stages(Path(folder.path))
+    elif "recipe.yaml" in inside:
+        view = View(folder.url)
+        yield from _stages(view.directory)
     else:
         raise StageError(f"{directory} is no run, stage or checkpoint of ours; correct the path")
 
@@ -96,19 +100,20 @@ def _stages(directory: Path) -> Iterator[Finding]:
 
 def _stage(directory: Path) -> Iterator[Finding]:
     stage = Stage(directory)
+    home = stage.remote or Folder.at(stage.directory)
     if not stage.attempts():
-        yield Finding(str(directory), True, "not begun")
+        yield Finding(str(home), True, "not begun")
         return
     yield from checkpoints(checkpoint_home(stage))
-    yield _journal(directory / "journal.jsonl")
+    yield _journal(directory / "journal.jsonl", str(home / "journal.jsonl"))
     try:
         done, result = stage.done(), stage.result()
     except (ValueError, TypeError) as error:
-        yield Finding(str(directory / "DONE"), False, f"DONE or result.json cannot be read ({error})")
+        yield Finding(str(home / "DONE"), False, f"DONE or result.json cannot be read ({error})")
         return
     if done is None:
         return
-    weights = str(directory / done.weights)
+    weights = str(home / done.weights)
     try:
         read_weights(weights, done.weights_sha256)
     except CheckpointError as error:
@@ -118,9 +123,9 @@ def _stage(directory: Path) -> Iterator[Finding]:
         yield Finding(weights, agrees, "as DONE says" if agrees else "DONE and result.json name other weights")
 
 
-def _journal(path: Path) -> Finding:
+def _journal(path: Path, name: str) -> Finding:
     lines = path.read_bytes().splitlines() if path.exists() else []
     bad = [number for number, line in enumerate(lines, 1) if parse(line) is None]
     if bad and bad != [len(lines)]:  # the last may be torn: the next attempt cuts it off
-        return Finding(str(path), False, f"line {bad[0]} is no JSON object")
-    return Finding(str(path), True, f"{len(lines)} lines")
+        return Finding(name, False, f"line {bad[0]} is no JSON object")
+    return Finding(name, True, f"{len(lines)} lines")

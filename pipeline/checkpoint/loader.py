@@ -59,13 +59,32 @@ def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha
 
 def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> Loaded:
     """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
-    content = _decode(path, data)
+    tensors, chosen, ignored = _tensors(path, data, entry)
     try:
-        tensors, chosen, ignored = _choose(content, entry)
-        found, report = to_ours(_unwrapped(tensors))
+        found, report = to_ours(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return Loaded(found, report.layout, replace(report, entry=chosen, ignored=ignored))
+
+
+def load_tensors(
+    path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    """The tensors of any model's weights under the file's names, the key they were found under, and the other keys; see
+    `load_weights`. Raises CheckpointError.
+    """
+    return _tensors(path, read_bytes(path, expected_sha256), entry)
+
+
+def _tensors(
+    path: str | os.PathLike, data: bytes, entry: str | None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    content = _decode(path, data)
+    try:
+        tensors, chosen, ignored = _choose(content, entry)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return _unwrapped(tensors), chosen, ignored
 
 
 def _decode(path: str | os.PathLike, data: bytes) -> Any:

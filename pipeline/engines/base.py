@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pipeline.data.feed import Batch
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
-from pipeline.logical import whole
+from pipeline.logical import fill, whole
 from pipeline.models import UNITS
+from pipeline.models.convnextv2 import Downsample, Stem
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -52,7 +53,7 @@ class Engine(ABC):
     `guard` may be set at any time; without one a step is made if and only if its loss and gradient norm are finite.
 
     Args:
-        model: with its initial weights, on the CPU.
+        model: on the meta device; its tensors get memory here, and values by `fill`.
         recipe: the stage's.
         world: this process's place.
     """
@@ -62,6 +63,8 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
+        if recipe.engine.compile:
+            compile_blocks(self.module)
         settings = recipe.optimizer
         self.groups = parameter_groups(
             self.module.named_parameters(),
@@ -75,6 +78,13 @@ class Engine(ABC):
         self.guard: Guard | None = None
         self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
         self._buffers = StepBuffers(self.module, world.size)
+
+    def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Set parameters and buffers from whole ones, the same on all ranks; this rank's part of each is kept."""
+        tensors = {**dict(self.module.named_buffers()), **self.items()}
+        for name, value in values:
+            fill(tensors[name], value)
+        self.refresh()
 
     def attach_components(self, total_steps: int = 1) -> None:
         """Components start from the weights of step 0: call this once those are in place, before a restore.
@@ -140,12 +150,8 @@ class Engine(ABC):
         return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
 
     def _place(self, model: nn.Module) -> nn.Module:
-        """The model where and how its parameters are to lie."""
-        model = model.to(self.world.device, DTYPES[self.recipe.engine.precision])
-        if self.recipe.engine.compile:
-            for block in blocks(model):
-                block.compile()
-        return model
+        """The model where and how its parameters are to lie, without values."""
+        return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
@@ -233,6 +239,20 @@ class Engine(ABC):
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of every block, after the placement: hooks that gather parameters stay outside of it, and
+    activation checkpointing calls it.
+
+    One compilation serves all blocks of a shape. Shapes differ from stage to stage and hardly within one, so they are
+    compiled as they are, which takes more compilations than dynamo expects of one function. Stems and downsampling
+    layers make the tables of visible cells, which no compiled graph can hold.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks(model):
+        if not isinstance(block, Stem | Downsample):
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

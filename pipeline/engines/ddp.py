@@ -18,7 +18,7 @@ class DDPEngine(NativeEngine):
         super().__init__(model, recipe, world)
         # Gradients of channels-last convolutions have other strides than DDP's buckets: copied, and no cause for alarm.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        self._callable = DistributedDataParallel(self.module, forward_sync_buffers=False)
+        self._callable = DistributedDataParallel(self.module, forward_sync_buffers=False, init_sync=False)
 
     def _synchronising(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self._callable.no_sync()

@@ -6,12 +6,7 @@ on the same ranks only and believe what is half-written, are not used. State lie
 world as `FlatShard`s. That takes knowledge of DeepSpeed's insides, hence one version.
 """
 
-import importlib.metadata
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,53 +16,17 @@ from pipeline.data.feed import Batch
 from pipeline.engines.adamw import AdamW
 from pipeline.engines.base import Engine
 from pipeline.engines.buffers import StepBuffers
+from pipeline.engines.deepspeed_settings import configuration, load
 from pipeline.engines.world import World
-from pipeline.errors import RecipeError
 from pipeline.logical import FlatShard
 from pipeline.objectives import Objective
 from pipeline.recipe import StageRecipe
-
-VERSION = "0.19.8"
-
-# What a user may not set in engine.deepspeed, and what says it instead.
-_TAKEN = {
-    "train_batch_size": "batch.global_batch",
-    "train_micro_batch_size_per_gpu": "batch.slot and batch.micro_slots",
-    "gradient_accumulation_steps": "batch.micro_slots and the number of processes",
-    "managed_gradient_accumulation": "batch.micro_slots and the number of processes",
-    "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-    "amp": "engine.precision",
-    "torch_autocast": "engine.precision",
-    "data_types": "engine.precision",
-    "checkpoint": "checkpoint",
-    "compile": "engine.compile",
-    "activation_checkpointing": "model.checkpointing",
-    "zero_force_ds_cpu_optimizer": "optimizer",
-    "zero_optimization.stage": "engine.zero_stage",
-    "zero_optimization.offload_optimizer": "engine.offload",
-    "zero_optimization.offload_param": "engine.offload",
-    "zero_optimization.cpu_offload": "engine.offload",
-    "zero_optimization.compute_grad_norm": "optimizer.clip_norm",
-}
-# What would change what is computed, or where the state lies, behind the recipe's back.
-_BREAKING = {
-    "data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue", "compression_training",
-    "sparse_gradients", "sparse_attention", "autotuning", "elasticity", "gradient_allreduce_op", "hybrid_engine",
-    "zero_optimization.zenflow", "zero_optimization.round_robin_gradients", "zero_optimization.zero_hpz_partition_size",
-    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients",
-    "zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.legacy_stage1",
-    "zero_optimization.elastic_checkpoint", "zero_optimization.load_from_fp32_weights",
-}  # fmt: skip
 
 
 class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         settings = configuration(recipe, world.size)
-        deepspeed = _load(world.device)
+        deepspeed = load(world.device)
         super().__init__(model, recipe, world)
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
@@ -92,6 +51,22 @@ class DeepSpeedEngine(Engine):
         else:
             self._whole_norm = self._zero.scaled_global_norm
             self._zero.scaled_global_norm = lambda: self._norm
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        if self.recipe.engine.zero_stage < 3:
+            return super()._place(model)
+        import deepspeed
+
+        # One module at a time gets memory and gives most of it back.
+        settings = configuration(self.recipe, self.world.size)
+        deepspeed.init_distributed(dist_init_required=False)  # the group is there; this makes DeepSpeed see it
+        share_out = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+        for module in model.modules():
+            module.to_empty(device=self.world.device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(share_out.dtype)
+            share_out._convert_to_zero_parameters(module.parameters(recurse=False))
+        return model
 
     def items(self) -> dict[str, Tensor]:
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
@@ -188,60 +163,3 @@ class _Loss(nn.Module):
     def forward(self, objective: Objective, batch: Batch, step: int, precision: torch.autocast) -> Tensor:
         with precision:
             return objective.loss(self.model, batch, step)[0]
-
-
-def configuration(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a stage: the user's settings, then the recipe's.
-
-    Raises:
-        RecipeError: naming a setting that is not the user's to make here.
-    """
-    mine, batch = recipe.engine.deepspeed, recipe.batch
-    zero = mine.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        raise RecipeError(f"engine.deepspeed.zero_optimization is {zero!r}; give it settings by name")
-    for key in [*mine, *(f"zero_optimization.{key}" for key in zero)]:
-        if key in _TAKEN:
-            raise RecipeError(f"engine.deepspeed.{key} is said by {_TAKEN[key]}; remove it there")
-        if key in _BREAKING:
-            raise RecipeError(
-                f"engine.deepspeed.{key} would change what is computed or saved, unseen by the recipe; remove it"
-            )
-    micro = batch.slot * batch.micro_slots
-    low = recipe.engine.precision == "bf16_parameters"
-    ours: dict[str, Any] = {
-        "train_batch_size": batch.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch.global_batch // micro // world_size,
-        "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
-        "zero_optimization": {"overlap_comm": False, **zero, "stage": recipe.engine.zero_stage},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # it is torch's, under another name
-        "bf16": {"enabled": low},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    if recipe.engine.offload:
-        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    return {"steps_per_print": 10**9, "communication_data_type": "fp32", **mine, **ours}
-
-
-def _load(device: torch.device) -> ModuleType:
-    try:
-        found = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise RecipeError(
-            "engine.kind is deepspeed, which is not installed; run `pip install 'fcmae[deepspeed]'`, or choose fsdp"
-        ) from None
-    if found != VERSION:
-        raise RecipeError(
-            f"engine.kind is deepspeed, which works with version {VERSION} and {found} is installed; run"
-            " `pip install 'fcmae[deepspeed]'`, or choose fsdp"
-        )
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at start
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
-    return deepspeed

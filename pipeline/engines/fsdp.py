@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from pipeline.engines.base import blocks
+from pipeline.engines.base import DTYPES, blocks
 from pipeline.engines.native import NativeEngine
 from pipeline.errors import RecipeError
 
@@ -26,7 +26,7 @@ class FSDPEngine(NativeEngine):
             param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if settings.offload else OffloadPolicy()
-        model = super()._place(model)
+        model = model.to(DTYPES[settings.precision])
         # Features are views, and nothing here writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in [*blocks(model), model]:
@@ -37,6 +37,10 @@ class FSDPEngine(NativeEngine):
                 offload_policy=offload,
                 shard_placement_fn=lambda parameter: Shard(sharded_dim(parameter.shape, ranks)),
             )
+        model.to_empty(device="cpu" if settings.offload else self.world.device)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer.to(self.world.device)
         self._callable = model
         return model
 

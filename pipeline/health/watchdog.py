@@ -2,7 +2,8 @@
 
 Each rank tells its progress in a small file of the stage, `health/<attempt>/rank-00000.beat`, written by a thread that
 also watches: a rank that has not moved for long looks who is behind. Whoever is silent (stopped, dead, or stuck in code
-that never lets another thread run) or has made the fewest moves is the one the others wait for.
+that never lets another thread run) or has made the fewest moves is the one the others wait for. Where there are no
+others, `sentinel` notices the silence.
 
 A rank only ever counts time during which its own thread ran, so a machine that was suspended raises no alarm.
 """
@@ -29,6 +30,7 @@ BEAT_BYTES = 512  # all beats are as long, so that writing one over another leav
 
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # makes a rank write its stacks, even one that never gives another thread a turn
 PATIENCE = 5  # times stall_seconds, where nothing can be seen to move: loading, compiling, saving, evaluating
+SYNCHRONISE = "synchronise"
 PATIENT = ("start", "save", "evaluate", "roll back", "finish")
 MEET_SECONDS = 10.0  # the most that a rank waits for the others to write their stacks
 
@@ -144,15 +146,20 @@ class Watchdog:
             self._path(self.rank, "stacks").unlink(missing_ok=True)
         self._stacks.close()
 
+    @property
+    def beat_file(self) -> Path:
+        """What a rank that is stuck no longer changes."""
+        return self._path(self.rank, "beat")
+
     # -- what the training tells
 
     def phase(self, name: str, step: int | None = None) -> None:
         """This rank begins something else: a move. `step` is the number that the journal has, or will have."""
         beat = self._beat
         step = beat.step if step is None else step
-        if name not in PATIENT and self._first_step is None:
+        if self._first_step is None and name not in (*PATIENT, SYNCHRONISE):  # the ranks meet before they begin, too
             self._first_step = step
-        patient = name in PATIENT or step == self._first_step
+        patient = name in PATIENT or self._first_step in (None, step)
         self._beat = replace(
             beat,
             moves=beat.moves + 1,
@@ -179,7 +186,7 @@ class Watchdog:
 
         def meet(value: int) -> int:
             before = self._beat
-            self.phase("synchronise")
+            self.phase(SYNCHRONISE)
             try:
                 return collective(value)
             finally:

@@ -140,6 +140,9 @@ def spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         filled = {"init": init} if init else {}
         found[name] = {"name": name, "seed": seed, "previous": before, **stage, **filled}
         previous = name
+    published, gate = raw.get("published"), found[previous].get("gate") or {}
+    if isinstance(published, dict) and published.get("top1") is not None and isinstance(gate, dict):
+        found[previous]["gate"] = {"published": published["top1"], **gate}  # the paper's value is the last stage's
     return {**raw, "stages": found}
 
 

@@ -20,6 +20,7 @@ from pipeline.recipe.sections import (
     Engine,
     Evaluation,
     FCMAESettings,
+    Gate,
     Health,
     Initial,
     Optimizer,
@@ -55,6 +56,7 @@ class StageRecipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
+    gate: Gate = Gate()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -102,6 +104,8 @@ class StageRecipe(Section):
                 f"objective.kind is fcmae, which hides cells from a ConvNeXt, and model.name is {self.model.name};"
                 " choose convnextv2, or the objective classification"
             )
+        if self.gate.metric not in (None, "loss"):
+            raise ValueError(f"gate.metric is {self.gate.metric}; pre-training is judged by loss")
         if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"

@@ -271,6 +271,35 @@ class Health(Section):
         return self
 
 
+class Gate(Section):
+    """What a finished stage must reach to be called on track, beside what every stage must."""
+
+    metric: Literal["top1", "top5", "loss"] | None = operational(None)
+    """The evaluation's figure that at_least and at_most are about."""
+    at_least: float | None = operational(None)
+    at_most: float | None = operational(None)
+    loss_at: dict[int, float] = operational({})
+    """A measured reference curve: step -> mean training loss of the 20 steps up to it."""
+    loss_within: float = operational(0.05, gt=0)
+    """How far off the training loss may be there, as a share of it."""
+    of_steps: int | None = operational(None, ge=1)
+    """The length of the run that loss_at was measured on: a run of another length is not compared with it."""
+    published: float | None = operational(None)
+    """The published final top-1 of this stage; the last stage of a chain takes it from the chain's `published`."""
+    published_within: float = operational(0.5, ge=0)
+    """How many points below it the result may be."""
+    stop: bool = operational(False)
+    """Whether the chain ends where this stage is off track; without, the verdict is only told."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Gate":
+        if (self.metric is None) != (self.at_least is None and self.at_most is None):
+            raise ValueError(f"metric {self.metric} needs at_least or at_most, and these need a metric; give both")
+        if self.loss_at and self.of_steps is None:
+            raise ValueError("loss_at needs of_steps, the number of steps of the run that it was measured on")
+        return self
+
+
 class Tracking(Section):
     mlflow: bool = operational(True)
     mlflow_uri: str | None = operational(None)

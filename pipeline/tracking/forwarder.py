@@ -167,11 +167,13 @@ class Forwarder:
             for key in ("attempt", "world_size", "global_batch", "objective", "device", "versions"):
                 if key in event:
                     self.tags[key] = event[key] if isinstance(event[key], str) else json.dumps(event[key])
+        if kind == "verdict":
+            self.tags["verdict"] = str(event.get("sentence"))
         if kind in ("attempt", "end"):
             self.last = event
         if kind == "picture" and isinstance(event.get("step"), int) and event["step"] >= self.logged.get("picture", 0):
             self.pictures.append(event)
-        if kind in ("event", "attempt", "rollback", "handoff", "end"):
+        if kind in ("event", "attempt", "rollback", "handoff", "verdict", "end"):
             self.messages.append(json.dumps(event, ensure_ascii=False))
 
     def send_picture(self, event: Event) -> None:

@@ -70,6 +70,7 @@ class Journal:
         self.path = Path(path)
         self.attempt = attempt
         self._written: set[tuple[str, int]] = set()
+        self._latest: dict[str, Event] = {}
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         data = self.path.read_bytes()
         keep = _whole(data)
@@ -89,12 +90,20 @@ class Journal:
             raise OSError(errno.ENOSPC, "the journal line could not be written whole", str(self.path))
         self._note(event)
 
+    def write_changed(self, kind: str, **fields: Any) -> None:
+        """Appends the line unless the last one of its kind says the same."""
+        known = {k: v for k, v in self._latest.get(kind, {}).items() if k not in ("kind", "time", "attempt")}
+        if strict(known) != strict(fields):
+            self.write(kind, **fields)
+
     def has(self, kind: str, step: int) -> bool:
         """Whether a standing line of this kind and step exists, written by this attempt or an earlier one."""
         return (kind, step) in self._written
 
     def _note(self, event: Event) -> None:
         kind, step = event.get("kind"), event.get("step")
+        if isinstance(kind, str):
+            self._latest[kind] = event
         if not isinstance(kind, str) or not isinstance(step, int):
             return
         if kind in REWINDS:

@@ -70,14 +70,14 @@ def curves(journal_path: str | Path, path: str | Path) -> None:
 
     events = read(journal_path)
     kept = list(steps(events).values())
-    name, evaluated = _metric(standing(events))
+    name, evaluated = metric(standing(events))
     panels = 3 if evaluated else 2
     figure = Figure(figsize=(8, 1.2 + 2.1 * panels), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.subplots(panels, 1, sharex=True, height_ratios=[1.6, 1, 0.8] if evaluated else [1.6, 0.8])
 
-    x, loss = _series(kept, "loss")
+    x, loss = series(kept, "loss")
     axes[0].plot(x, loss, color=RAW, linewidth=0.9, label="as logged")
-    axes[0].plot(x, _smoothed(loss), color=SMOOTH, linewidth=1.8, label="smoothed")
+    axes[0].plot(x, smoothed(loss), color=SMOOTH, linewidth=1.8, label="smoothed")
     axes[0].set_title(f"{Path(journal_path).resolve().parent.name}: training loss")
     shown = loss[np.isfinite(loss)]
     if len(shown):
@@ -91,18 +91,19 @@ def curves(journal_path: str | Path, path: str | Path) -> None:
     if evaluated:
         axes[1].plot(*zip(*evaluated, strict=True), color=METRIC, marker="o", markersize=3.5, linewidth=1.4)
         axes[1].set_title(f"evaluation: {name}, last {evaluated[-1][1]:.4g}")
-    axes[-1].plot(*_series(kept, "lr"), color=RATE, linewidth=1.4)
+    axes[-1].plot(*series(kept, "lr"), color=RATE, linewidth=1.4)
     axes[-1].set_title("learning rate")
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes[-1].set_xlabel("step")
     resumed = [e["step"] for e in events if e.get("kind") == "attempt" and _number(e.get("step")) and e["step"] > 0]
     for axis in axes:
-        _plain(axis, resumed)
+        plain(axis, resumed)
     with _whole(path) as part:
         FigureCanvasAgg(figure).print_figure(part, format="png", dpi=130)
 
 
-def _plain(axis: "Axes", resumed: Sequence[int]) -> None:
+def plain(axis: "Axes", resumed: Sequence[int]) -> None:
+    """Take away what is not data, and dot the steps of resumes."""
     axis.title.set(fontsize=10, color="#333333")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, which="both", color="#e6e6e6", linewidth=0.8)
@@ -117,7 +118,7 @@ def _tidy(value: float) -> bool:
     return value > 0 and round(value / 10 ** math.floor(math.log10(value)), 6) in (1, 2, 5)
 
 
-def _metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
+def metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
     """The metric that the evaluations are judged by, and its (step, value): top1 if there is one, else the loss."""
     lines = [e for e in events if e.get("kind") == "evaluate" and _number(e.get("step"))]
     found = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
@@ -126,7 +127,8 @@ def _metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
     return name, sorted((step, float(m[name])) for step, m in found.items() if _number(m.get(name)))
 
 
-def _series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps, and the values of a field, of the events that have it."""
     pairs = [(e["step"], e[name]) for e in events if _number(e.get(name))]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
@@ -136,7 +138,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weighted mean over about a fiftieth of the curve; from both sides, since a one-sided mean lags a falling loss."""
     keep = 1 - 1 / max(2.0, len(values) / 50)
     finite = np.isfinite(values)

@@ -83,6 +83,7 @@ def test_the_run_is_in_mlflow(chain):
         child = client.get_run(json.loads((run / name / "mlflow.json").read_text())["run_id"])
         assert child.data.tags["mlflow.parentRunId"] == parent
         assert child.info.status == "FINISHED"
+        assert child.data.tags["verdict"] == json.loads((run / name / "result.json").read_text())["verdict"]["sentence"]
         for metric in ("train/loss", "train/data_wait_seconds"):
             assert [m.step for m in client.get_metric_history(child.info.run_id, metric)] == list(range(1, 13))
     assert any(

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal
+from tests.engines import ENGINES
 from tests.faults import FaultyLauncher
 from tests.support import make_tiny_run
 
@@ -52,7 +53,7 @@ def events(stage: Path) -> list[dict]:
     return journal.read(stage / "journal.jsonl")
 
 
-def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 120) -> None:
+def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not any(e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt for e in events(stage)):
         assert time.monotonic() < deadline, f"step {step} did not come"
@@ -82,12 +83,15 @@ on_one_and_two_ranks = pytest.mark.parametrize("processes", [1, 2])
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bad_steps_are_refused_and_too_many_take_the_stage_back(references, processes):
-    stage = references(processes)
+    assert_refused_and_taken_back(references(processes))
+
+
+def assert_refused_and_taken_back(stage: Path, norm: str = "nan") -> None:
     found = events(stage)
     refused = [e["step"] for e in found if e["kind"] == "step" and e.get("refused")]
     assert refused == [3, 9, 15, 16]
     told = [e["message"] for e in found if e["kind"] == "event"]
-    assert told[0] == "step 3 was not made: its loss is nan, its gradient norm nan"
+    assert told[0] == f"step 3 was not made: its loss is nan, its gradient norm {norm}"
     [rollback] = [e for e in found if e["kind"] == "rollback"]
     assert (rollback["step"], rollback["left_out"], rollback["rollbacks"]) == (10, [13, 16], 1)
     assert "2 steps from 15 to 16" in rollback["reason"]
@@ -104,6 +108,22 @@ def test_a_rollback_is_as_if_the_steps_had_never_been(references, processes, tmp
     assert launch(plain, processes, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
     assert not [e for e in events(plain) if e["kind"] == "rollback"]
     assert digest(plain) == digest(references(processes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_every_engine_refuses_and_goes_back_like_ddp(references, engine, tmp_path, monkeypatch):
+    settings = [f"defaults.engine.{key}={value}" for key, value in ENGINES[engine].items()]
+    stage, plain = make_stage(tmp_path / "stage", *settings), make_stage(tmp_path / "plain", *settings)
+    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
+    assert_refused_and_taken_back(stage, norm="nan" if engine == "fsdp" else "inf")  # ZeRO does not tell them apart
+    losses, expected = (
+        [event["loss"] for event in journal.steps(events(s)).values() if not event.get("refused")]
+        for s in (stage, references(2))
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert launch(plain, 2, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
+    assert digest(plain) == digest(stage)
 
 
 @pytest.mark.slow
@@ -160,7 +180,7 @@ def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references,
     [victim] = [pid for pid in ranks_of(stage) if f"RANK={frozen}" in environment(pid)]
     os.kill(victim, signal.SIGSTOP)
     reached = events(stage)[-1]["step"]  # now: it is woken once more, to show its stacks
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=400)
     assert process.returncode == 76, said
     assert f"rank {frozen} on {HOST} gave no sign of life after" in said
     outcome = Stage(stage).last_outcome()
@@ -199,6 +219,44 @@ def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypat
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert f"rank 1 on {HOST} gave no sign of life after" in outcome.reason
     assert "tests/faults.py" in stacks(stage, 1)
+    assert ranks_of(stage) == []
+
+
+@pytest.mark.slow
+def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
+    stage = make_stage(tmp_path, *WATCHED)
+    process = start(stage, 1, {"rank": 0, "hang": 8})
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 76, said
+    sentence = f"rank 0 on {HOST} gave no sign of life for 8 s after"
+    assert sentence in said
+    outcome = Stage(stage).last_outcome()
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert outcome.reason.startswith(sentence)
+    assert outcome.step == 8
+    assert "tests/faults.py" in stacks(stage, 0)
+    assert subprocess.run(["pgrep", "-f", str(stage)], capture_output=True).stdout == b"", "nobody is left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_on_another_host_is_named(tmp_path, blow):
+    """Two host names, so the ranks know of one another what the files of the stage say, and no more."""
+    stage = make_stage(tmp_path, *WATCHED)
+    process = start(stage, 2, {"hosts": {"0": "node-a", "1": "node-b"}})
+    wait_for_step(stage, 5)
+    [victim] = [pid for pid in ranks_of(stage) if "RANK=1" in environment(pid)]
+    os.kill(victim, blow)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 76, said
+    outcome = Stage(stage).last_outcome()
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    if blow is signal.SIGSTOP:
+        assert "rank 1 on node-b gave no sign of life after" in outcome.reason
+        assert "; rank 0 waited for it in" in outcome.reason
+        assert "pipeline/trainer.py" in stacks(stage, 0)
+    else:
+        assert "rank 1 on node-b was lost in" in outcome.reason
     assert ranks_of(stage) == []
 
 

@@ -55,6 +55,11 @@ def test_a_run_in_a_bucket_goes_on_from_another_machine(tmp_path, monkeypatch):
             assert json.loads(found[path])["weights_sha256"] == expected["weights_sha256"]
             assert path.replace("result.json", "DONE") in found
             assert path.replace("result.json", "weights.safetensors") in found
+        seen = json.loads(fcmae("status", f"{url}/run", "--json").stdout)
+        assert [(s["stage"], s["state"]) for s in seen] == [(name, "done") for name in STAGES]
+        verified = fcmae("verify", f"{url}/run")
+        assert verified.returncode == 0, verified.stdout
+        assert verified.stdout.count("weights.safetensors: as DONE says") == len(STAGES)
         attempts = [path for path in found if "/intermediate/attempts/" in path and path.endswith("2.json")]
         assert attempts, "the second machine took the stage"
         secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()

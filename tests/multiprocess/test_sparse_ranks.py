@@ -20,7 +20,7 @@ def build(world: World, engine: str, growth: str):
     settings = {"kind": engine, "precision": "fp64"}
     recipe = stage_recipe("finetune", settings, sparsity={"update_every_steps": 2, "growth": growth})
     objective = create_objective(recipe, seed=4)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components(TOTAL)
     return engine, objective
 

@@ -51,7 +51,7 @@ def main() -> None:
         if name == "bare":
             contestants[name] = bare_loop(objective.build_model(), objective, batch)
             continue
-        engine = create_engine(objective.build_model(), recipe, world)
+        engine = create_engine(objective.build_model, recipe, world)
 
         def step(number: int, engine=engine, objective=objective, batch=batch) -> None:
             engine.step([batch], objective, step=number, lr=1e-4, should_stop=lambda: False)

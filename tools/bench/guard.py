@@ -63,7 +63,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     world, recipe = World.join(threads=1), make_recipe()
     objective = create_objective(recipe, seed=1)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     guard, batch = Guard(recipe.health, world.device), make_batch()
     with tempfile.TemporaryDirectory() as folder, Watchdog(Path(folder), 0, 1, 600.0, print) as watchdog:
         seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -98,7 +98,7 @@ def run_rank(rank: int, ranks: int, recipe: StageRecipe, folder: Path, steps: ra
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
 
     objective = create_objective(recipe, seed=0)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()
     facts = {"recipe": recipe.name}
     store = CheckpointStore(

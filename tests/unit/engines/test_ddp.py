@@ -27,7 +27,7 @@ def world():
 def trained(recipe_file, world, stage: str, steps: int, *overrides: str):
     recipe = load(recipe_file, [f"stages.{stage}.{o}" for o in overrides]).stages[stage]
     objective = create_objective(recipe, seed=4)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()
     losses = [
         engine.step(batches(recipe, s), objective, step=s, lr=1e-3, should_stop=lambda: False).loss.item()
@@ -94,7 +94,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, worl
     for clip in ("null", "0.001"):
         recipe = load(recipe_file, [f"stages.finetune.optimizer.clip_norm={clip}"]).stages["finetune"]
         objective = create_objective(recipe, seed=4)
-        engine = create_engine(objective.build_model(), recipe, world)
+        engine = create_engine(objective.build_model, recipe, world)
         engine.attach_components()
         reports.append(engine.step(batches(recipe, 0), objective, step=0, lr=1e-3, should_stop=lambda: False))
     assert reports[0].gradient_norm.item() == pytest.approx(reports[1].gradient_norm.item())
@@ -140,7 +140,7 @@ def test_running_statistics_do_not_depend_on_the_order_of_the_slots(recipe_file,
     for order in (1, -1):
         recipe = load(recipe_file, ["stages.finetune.model.response=bn"]).stages["finetune"]
         objective = create_objective(recipe, seed=4)
-        engine = create_engine(objective.build_model(), recipe, world)
+        engine = create_engine(objective.build_model, recipe, world)
         engine.warm_up(batches(recipe, 9)[0], objective)
         assert all(torch.equal(b, torch.zeros_like(b)) for name, b in engine.items().items() if "running_mean" in name)
         engine.step(batches(recipe, 0)[::order], objective, step=0, lr=0.0, should_stop=lambda: False)

@@ -69,6 +69,9 @@ def test_patience_is_for_the_first_step_and_for_what_shows_no_progress(tmp_path)
 
     assert of([]) == 50
     assert of([("data", 5), ("update", 5)]) == 50
+    assert of([("synchronise", 0), ("data", 1)]) == 50, "the ranks meet before the first step"
+    assert of([("synchronise", 0), ("data", 1), ("synchronise", 1)]) == 50
+    assert of([("synchronise", 0), ("data", 1), ("synchronise", 2)]) == 10
     assert of([("data", 5), ("data", 6)]) == 10
     assert of([("data", 5), ("data", 6), ("save", 6)]) == 50
 

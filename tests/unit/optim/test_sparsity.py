@@ -30,7 +30,7 @@ def world():
 def build(world, sparsity, engine="ddp", **changes):
     recipe = stage_recipe("finetune", engine, sparsity={**SPARSITY, **sparsity}, **changes)
     objective = create_objective(recipe, seed=4)
-    engine = create_engine(objective.build_model(), recipe, world)
+    engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components(TOTAL)
     return engine, objective
 

@@ -1,7 +1,10 @@
 """`fcmae verify` of directories and `fcmae checkpoint`, on a stage whose checkpoints were really saved."""
 
 import json
+import tempfile
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from pipeline.saving import open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from tests.support import make_tiny_run
 from tools.checkpoint import app
+from tools.cli import app as cli
 from tools.verify_run import examine, verify_run
 
 
@@ -101,6 +105,50 @@ def test_a_checkpoint_and_a_folder_of_them_are_verified(stage, broken):
     commit.unlink()
     assert "not committed" in next(examine(checkpoint_of(stage, 30))).word
     commit.write_bytes(kept)
+
+
+@pytest.fixture
+def remote(stage):
+    """The same run in an object store."""
+    store = fsspec.filesystem("memory")
+    store.put(str(stage.directory.parent), "/bucket/run", recursive=True)
+    yield store
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote):
+    def fcmae(*arguments):
+        return CliRunner().invoke(cli, [*arguments, "memory://bucket/run"])
+
+    here = CliRunner().invoke(cli, ["status", "--json", str(stage.directory.parent)])
+    there = fcmae("status", "--json")
+    assert there.exit_code == 0, there.output
+    ages = [[s.pop("last_checkpoint_age_seconds") for s in json.loads(r.output)] for r in (here, there)]
+    seen = [[{**s, "last_checkpoint_age_seconds": 0} for s in json.loads(r.output)] for r in (here, there)]
+    assert seen[0] == seen[1]
+    assert seen[1][1]["state"] == "done"
+    assert (ages[1][0], ages[1][1] < 600) == (None, True)
+    whole = fcmae("verify")
+    assert whole.exit_code == 0, whole.output
+    assert whole.output.count("ok      memory://") == 8
+    assert "memory:///bucket/run/intermediate/weights.safetensors: as DONE says" in whole.output
+    for name in ("weights.safetensors", f"checkpoints/{checkpoint_of(stage, 20).name}/__0_0.distcp"):
+        path = f"/bucket/run/intermediate/{name}"
+        good = remote.cat_file(path)
+        remote.pipe_file(path, good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match="1 damaged"):
+            verify_run("memory://bucket/run")
+        with pytest.raises(CheckpointError, match="1 damaged"):
+            verify_run("memory://bucket/run/intermediate")
+        remote.pipe_file(path, good)
+    assert not list(Path(tempfile.gettempdir()).glob("fcmae-view-*")), "nothing is left behind"
+
+
+def test_a_url_without_a_run_is_one_sentence(remote):
+    done = CliRunner().invoke(cli, ["status", "memory://bucket"])
+    assert str(done.exception) == (
+        "memory://bucket is no run directory: it has no recipe.yaml; give the --out of `fcmae run`"
+    )
 
 
 def test_what_is_nothing_of_ours_is_refused(tmp_path):

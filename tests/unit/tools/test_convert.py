@@ -56,6 +56,21 @@ def test_facts_of_ours_stay_and_say_what_was_written(tmp_path):
     assert facts["architecture"]["classes"] == 3
 
 
+def test_the_names_of_classes_are_those_of_the_head_that_is_written(tmp_path):
+    source = tmp_path / "w.safetensors"
+    write_weights(source, weights(CLASSIFIER), {"stage": "finetune", "classes": ["a", "b", "c"]})
+    (tmp_path / "old.txt").write_text("a\nb\nc\n")
+    (tmp_path / "new.json").write_text(json.dumps(["c", "d"]))
+    found = {}
+    for head, classes in (("keep", None), ("drop", None), ("map", (tmp_path / "old.txt", tmp_path / "new.json"))):
+        convert(source, tmp_path / f"{head}.safetensors", "official", head=head, classes=classes)
+        found[head] = read_facts(tmp_path / f"{head}.safetensors")
+    assert found["keep"]["classes"] == ["a", "b", "c"]
+    assert "classes" not in found["drop"]
+    assert found["map"]["classes"] == ["c", "d"]
+    assert {facts["stage"] for facts in found.values()} == {"finetune"}
+
+
 def test_a_form_of_grn_that_others_would_compute_differently_is_refused(tmp_path):
     write_weights(tmp_path / "w.safetensors", weights(CLASSIFIER), {"model": {"grn_normaliser": "sum"}})
     with pytest.raises(

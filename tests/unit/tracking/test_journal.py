@@ -160,3 +160,12 @@ def test_other_versions_than_the_last_attempts_are_told(tmp_path):
     assert changed_versions(path, now) == [
         "ffcv was 1.0, now it is absent", "numba was absent, now it is 0.61", "torch was 2.12, now it is 2.13",
     ]  # fmt: skip
+
+
+def test_what_has_not_changed_is_not_written_again_by_this_attempt_or_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    for attempt, packages in enumerate([{"torch": "1"}, {"torch": "1"}, {"torch": "2"}], 1):
+        with Journal(path, attempt) as journal:
+            for _ in range(2):
+                journal.write_changed("environment", packages=packages, cores=(0, 1), load=math.inf)
+    assert [(e["attempt"], e["packages"]["torch"]) for e in read(path)] == [(1, "1"), (3, "2")]

@@ -1,0 +1,44 @@
+"""torch.compile of every block, with FSDP's hooks outside and activation checkpointing around it: the same losses."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.engines import World
+from tests.engines import bits, largest_difference, stage_recipe, train
+from tests.ranks import on_ranks
+
+STEPS = 4
+
+
+def compare(world: World, engine: dict, directory: Path) -> dict[str, object]:
+    """Losses without and with compilation, of a resume, and what dynamo did."""
+    from torch._dynamo.utils import counters
+
+    def recipe(compiled: bool):
+        return stage_recipe("pretrain", {**engine, "compile": compiled}, model={"checkpointing": True})
+
+    plain = train(world, recipe(False), range(STEPS)).losses
+    straight = train(world, recipe(True), range(STEPS))
+    train(world, recipe(True), range(STEPS // 2), save=directory)
+    resumed = train(world, recipe(True), range(STEPS // 2, STEPS), load=directory)
+    uncompiled = train(world, recipe(False), range(STEPS // 2, STEPS), load=directory)
+    return {
+        "plain": plain,
+        "compiled": straight.losses,
+        "resumed": bits(resumed.engine) == bits(straight.engine),
+        "uncompiled": uncompiled.losses,
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": dict(counters["graph_break"]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_compiled_blocks_have_the_losses_of_plain_ones(tmp_path, engine):
+    for found in on_ranks(2, compare, {"kind": engine}, tmp_path):
+        assert found["graphs"] == 3, "one for each stage, and the decoder's"
+        assert found["breaks"] == {}
+        assert largest_difference(found["compiled"], found["plain"]) < 1e-6
+        assert largest_difference(found["uncompiled"], found["plain"][STEPS // 2 :]) < 1e-6
+        assert found["resumed"]

@@ -1,0 +1,63 @@
+"""A real process that never lets another thread run, and one that does, with a sentinel beside each."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.stage import OutcomeKind, Stage
+from tests.support import make_tiny_run
+
+RANK = """
+import ctypes, sys, time
+from pathlib import Path
+from pipeline.health import sentinel
+from pipeline.health.watchdog import Watchdog
+
+stage, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
+with Watchdog(stage / "health", 3, 4, 1.0, print) as watchdog:
+    watchdog.poll_seconds = 0.05
+    with sentinel.standing(stage, 1, watchdog.beat_file, 1.5):
+        watchdog.phase("data", 7)
+        if hangs:
+            time.sleep(0.5)
+            ctypes.PyDLL(None).sleep(1000)
+        for _ in range(50):
+            watchdog.phase("data", 8)
+            time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def stage(tmp_path) -> Stage:
+    stage = Stage(make_tiny_run(tmp_path) / "finetune")
+    stage.take(4)
+    return stage
+
+
+def run_rank(stage: Stage, how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RANK, str(stage.directory), how]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
+
+
+def test_a_rank_that_never_lets_another_thread_run_is_ended_and_named(stage):
+    done = run_rank(stage, "hangs")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    outcome = stage.last_outcome()
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert "gave no sign of life for 2 s after data of step 7, in code that lets no other thread run" in outcome.reason
+    assert outcome.reason.startswith("rank 3 on ")
+    assert outcome.step == 7
+    assert outcome.reason in done.stderr
+    stacks = (stage.directory / "health" / "rank-00003.stacks").read_text()
+    assert 'File "<string>", line' in stacks
+
+
+def test_a_rank_that_beats_is_left_alone_and_its_sentinel_goes_with_it(stage):
+    done = run_rank(stage, "beats")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert stage.last_outcome() is None
+    found = subprocess.run(["pgrep", "-f", f"sentinel .*{stage.directory}"], capture_output=True, text=True)
+    assert found.stdout == ""

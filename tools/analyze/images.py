@@ -1,0 +1,68 @@
+"""The images of an analysis: spread over the classes of a .beton file, decoded as an evaluation does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """`pixels` is uint8 (n, 3, size, size), `labels` int64 (n,); `classes` are the names of the labels."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+    sha256: str
+
+    def described(self) -> dict[str, Any]:
+        """For the numbers beside a figure."""
+        size, classes = self.pixels.shape[-1], len(set(self.labels.tolist()))
+        return {
+            "count": len(self.pixels), "image_size": size, "classes": classes, "file": self.source,
+            "sha256": self.sha256,
+        }  # fmt: skip
+
+
+def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) -> Images:
+    """`count` images, or all if there are fewer: the first of each class, then the second of each, ...
+
+    crop_pct: of the short side, as in an evaluation; 1 squashes the whole image into the square.
+
+    Raises:
+        DataError: if the file is missing or damaged.
+    """
+    from pipeline.data.beton import check, samples_of
+    from pipeline.data.feed import EvaluationFeed
+    from pipeline.data.subset import Subset
+
+    beton = check(path)
+    ids = spread(np.asarray(samples_of(beton)["f1"]), count)
+    feed = EvaluationFeed(
+        beton,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        batch_size=min(len(ids), 32),
+        rank=0,
+        world_size=1,
+        workers=1,
+        timeout_seconds=300,
+        subset=Subset(len(ids), ids),
+    )
+    batches = list(feed)
+    pixels, labels = (
+        torch.cat([getattr(batch, name)[batch.valid] for batch in batches]) for name in ("images", "labels")
+    )
+    return Images(pixels, labels, beton.classes, path.name, beton.sha256)
+
+
+def spread(labels: np.ndarray, count: int) -> np.ndarray:
+    """Places of `count` labels, ascending, of as many different classes as there are: int64."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    place_in_class = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return np.sort(order[np.argsort(place_in_class, kind="stable")[:count]])

@@ -1,0 +1,184 @@
+"""The models that an analysis is asked for, by words: `runs/demo label="FCMAE"`, `timm:resnet50 pretrained=true`.
+
+The first word is a weights file of any layout that `fcmae convert` reads, a run or stage directory, `timm:NAME`, or one
+of our models by name, with random weights. Words after it are options: `label=...` is the name in the figure,
+`entry=...` the key of a checkpoint to read, `weights=FILE` fills one of timm's models, `gain=1` draws random weights
+that keep the variance, and all others are arguments of the model.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from pipeline.checkpoint import read_facts, read_weights
+from pipeline.checkpoint.loader import load_tensors, load_weights
+from pipeline.errors import CheckpointError, StageError, UserError
+from pipeline.models import create_model
+from pipeline.objectives.base import MEAN, STD
+from pipeline.stage import WEIGHTS, Done
+from tools.analyze.timm_import import import_timm
+
+RANDOM = "random weights"
+HEADS = ("head.weight", "proj_head.0.weight")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode. `weights` says where they come from; `mean` and `std` are of levels in 0..255;
+    `classes` are the names of its outputs where they are known."""
+
+    label: str
+    model: nn.Module
+    weights: str
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    classes: tuple[str, ...] = ()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to the input of the model, on its device."""
+        parameter = next(self.model.parameters())
+        mean, std = (torch.tensor(values).to(parameter).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (images.to(parameter) - mean) / std
+
+    def described(self) -> dict[str, Any]:
+        """For the numbers beside a figure."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {"label": self.label, "weights": self.weights, "parameters": parameters}
+
+
+def open_model(words: str, image_size: int, device: torch.device | str = "cpu") -> Subject:
+    """The model that the words name; some of timm's are built for one image size.
+
+    Raises:
+        UserError: if there is no such model or file, or an option does not fit.
+    """
+    try:
+        name, *rest = shlex.split(words) or [""]
+        options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"model {words!r} has no form NAME KEY=VALUE ...; quote it as one argument") from None
+    label = options.pop("label", None)
+    if name.startswith("timm:"):
+        subject = _timm(name.removeprefix("timm:"), options, image_size)
+    elif name and Path(name).is_dir():
+        subject = _directory(Path(name), options)
+    elif Path(name).suffix or "/" in name:
+        subject = _file(name, options, None)
+    else:
+        subject = _random(name, options)
+    subject.model.to(device).eval()
+    return subject if label is None else replace(subject, label=str(label))
+
+
+def _random(name: str, options: dict[str, Any]) -> Subject:
+    gain = options.pop("gain", None)
+    try:
+        model = create_model(name, **options)
+        if gain is None:
+            return Subject(name, model, RANDOM)
+        keep_variance(model, float(gain))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name}: {error}") from error
+    return Subject(name, model, f"{RANDOM} (gain {gain})")
+
+
+@torch.no_grad()
+def keep_variance(model: nn.Module, gain: float, seed: int = 0) -> None:
+    """Random weights of deviation gain / sqrt(inputs of the layer), and layer scales of 1.
+
+    Initial values for training are far smaller: their blocks add next to nothing, and every receptive field would be
+    that of the patches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.normal_(0, gain / math.sqrt(module.weight[0].numel()), generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma") and parameter.ndim == 1:
+            parameter.fill_(1)
+
+
+def _directory(directory: Path, options: dict[str, Any]) -> Subject:
+    """The last finished stage of a run, or a finished stage."""
+    stage = directory
+    if not (directory / "DONE").is_file():
+        recipe = directory / "recipe.yaml"
+        content = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+        stages = content.get("stages") if isinstance(content, dict) else None
+        finished = [directory / name for name in stages or () if (directory / name / "DONE").is_file()]
+        if not finished:
+            raise StageError(
+                f"{directory} holds no finished stage; name a weights file, `fcmae checkpoint export` takes one out of"
+                " a checkpoint"
+            )
+        stage = finished[-1]
+    done = Done(**json.loads((stage / "DONE").read_text()))
+    subject = _file(str(stage / WEIGHTS), options, done.weights_sha256)
+    stage = stage.resolve()
+    return replace(subject, label=f"{stage.parent.name}/{stage.name}")
+
+
+def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
+    """Files of ours say the form of the model, which tensors cannot in full; others tell it by their shapes."""
+    entry = options.pop("entry", None)
+    if options:
+        raise UserError(f"model {path}: {next(iter(options))} does not go with weights, which say what they are")
+    try:
+        facts = read_facts(path) if Path(path).suffix == ".safetensors" else {}
+    except CheckpointError:
+        facts = {}
+    if "model" in facts:
+        tensors, form = read_weights(path, sha256), dict(facts["model"])
+    else:
+        loaded = load_weights(path, entry, sha256)
+        tensors, architecture = loaded.tensors, loaded.report.architecture
+        form = {"name": architecture.family, **architecture.model_options}
+    if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
+        tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
+    head = next((tensors[name] for name in HEADS if name in tensors), ())
+    options = {key: value for key, value in form.items() if value is not None} | {"num_classes": len(head)}
+    try:
+        model = create_model(**options)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is of a model that cannot be made ({error}); export it again") from error
+    _fill(model, path, tensors)
+    return Subject(Path(path).stem, model, str(path), classes=tuple(facts.get("classes", ())))
+
+
+def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:
+    timm, path = import_timm(), options.pop("weights", None)
+    try:
+        config = timm.get_pretrained_cfg(name)
+        if config and config.fixed_input_size:
+            options.setdefault("img_size", image_size)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"timm cannot make the model {name}: {reason}; `timm.list_models()` lists them") from error
+    if path is not None:  # not by timm's checkpoint_path, which in older versions unpickles anything
+        _fill(model, path, load_tensors(path)[0])
+    source = path or ("timm's weights" if options.get("pretrained") else RANDOM)
+    mean, std = (tuple(255 * value for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
+    return Subject(name, model, str(source), mean, std)
+
+
+def _fill(model: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Every floating tensor of the model from those of the file, of which it may need fewer. Counters stay 0."""
+    floating = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    if missing := [name for name in floating if name not in tensors]:
+        raise CheckpointError(f"{path} lacks {missing[0]} of the model; name the model that the weights are of")
+    try:
+        model.load_state_dict({name: tensors[name].float() for name in floating}, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: {reason.removesuffix('.')}; name the model that the weights are of") from error

@@ -1,0 +1,127 @@
+"""Curves as SVG in the colours of the page, and sheets of pictures in a shape that fits it."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.tracking.pictures import CAPTION, GAP, plain, series, smoothed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours as the SVG has them by itself, and the page's names for them, which differ between light and dark.
+INK, LINE, PALE, PAPER = "#55534e", "#e4e2dc", "#c3d2e2", "#ffffff"
+SERIES = ("#1f5a96", "#b4532a", "#2a7f4f", "#7a4f9a", "#8a6d3b", "#3a8a94")
+NAMES = {INK: "--ink-soft", LINE: "--line", PALE: "--pale", PAPER: "--paper"}
+NAMES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
+LARGEST_BYTES = 400_000  # of a PNG; a larger one is embedded as JPEG
+
+Curve = tuple[str, Sequence[dict], Sequence[tuple[int, float]]]  # name, step events, (step, metric)
+
+
+def themed(svg: str) -> str:
+    """The SVG element with the page's colours instead of its own."""
+    for colour, name in NAMES.items():
+        svg = svg.replace(colour, f"var({name})")
+    return svg[svg.index("<svg") :]
+
+
+def curves(runs: Sequence[Curve], metric: str, marks: Mapping[int, float], resumed: Sequence[int], salt: str) -> str:
+    """Loss, evaluations, speed and learning rate over the steps, as SVG.
+
+    runs: one is drawn raw and smoothed; several are overlaid, smoothed. marks: a reference curve, step -> loss.
+    resumed: steps of resumes, dotted. salt: makes the ids inside differ from another SVG's on the same page.
+    """
+    figure = _figure(salt)
+    (loss, speed), (evaluated, rate) = figure.subplots(2, 2, sharex=True, height_ratios=[1.35, 1]).T
+    for (name, events, points), colour in zip(runs, _colours(len(runs)), strict=True):
+        x, y = series(events, "loss")
+        if len(runs) == 1:
+            loss.plot(x, y, color=PALE, linewidth=0.8)
+        loss.plot(x, smoothed(y), color=colour, linewidth=1.5, label=name)
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        evaluated.plot(steps, values, color=colour, marker="o", markersize=3.2, linewidth=1.2)
+        x, y = series(events, "images_per_second")
+        speed.plot(x, y, color=colour, linewidth=1.1)
+        rate.plot(*series(events, "lr"), color=colour, linewidth=1.2)
+    if marks:
+        loss.plot(list(marks), list(marks.values()), "D", color=SERIES[1], markersize=4, label="reference", zorder=5)
+    shown = np.concatenate([line.get_ydata() for line in loss.lines] or [np.empty(0)]).astype(float)
+    if len(shown := shown[np.isfinite(shown)]):
+        low, high = np.percentile(shown, [0, 99.5])
+        if low > 0 and high > 4 * low:
+            loss.set_yscale("log")
+    if marks or len(runs) > 1:
+        loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    speed.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    titles = ((loss, "training loss"), (evaluated, f"evaluation: {metric}"), (speed, "images per second"))
+    for axis, title in (*titles, (rate, "learning rate")):
+        axis.set_title(title)
+        _calm(axis, resumed)
+    if not any(points for _, _, points in runs):
+        evaluated.text(0.5, 0.5, "none yet", transform=evaluated.transAxes, ha="center", color=INK, fontsize=9)
+    for axis in (speed, rate):
+        axis.set_xlabel("step", fontsize=8.5, color=INK)
+    return _svg(figure, salt)
+
+
+def _figure(salt: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.6, 4.5), layout="constrained")
+
+
+def _colours(count: int) -> list[str]:
+    return [SERIES[i % len(SERIES)] for i in range(count)]
+
+
+def _calm(axis: "Axes", resumed: Sequence[int]) -> None:
+    plain(axis, resumed)
+    axis.grid(False, which="minor")
+    axis.grid(True, axis="y", which="major", color=LINE, linewidth=0.8)
+    axis.grid(False, axis="x")
+    axis.title.set(fontsize=9.5, color=INK, ha="left", x=0.0)
+    axis.tick_params(which="both", labelsize=8, colors=INK, length=0)
+    for spine in axis.spines.values():
+        spine.set(visible=False)
+
+
+def _svg(figure: "Figure", salt: str) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    stream = io.StringIO()
+    # Text as text, in the font of the page; no date and no random ids, so that the same run gives the same page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def sheet(path: Path) -> bytes:
+    """A reconstruction picture, PNG or JPEG: a tall one is cut, and its lower half put beside the upper one."""
+    from PIL import Image
+
+    whole = Image.open(path).convert("RGB")
+    row = (whole.width - GAP) // 3  # images are square: a row is as high as a column is wide
+    rows = round((whole.height - CAPTION) / row)
+    if rows > 3:
+        upper = (rows + 1) // 2
+        cut = CAPTION + upper * row
+        wide = Image.new("RGB", (2 * whole.width + 2 * GAP, cut), "white")
+        wide.paste(whole.crop((0, 0, whole.width, cut)), (0, 0))
+        wide.paste(whole.crop((0, 0, whole.width, CAPTION)), (whole.width + 2 * GAP, 0))
+        wide.paste(whole.crop((0, cut, whole.width, whole.height)), (whole.width + 2 * GAP, CAPTION))
+        whole = wide
+    png = io.BytesIO()
+    whole.save(png, "PNG", optimize=True)
+    if png.tell() <= LARGEST_BYTES:
+        return png.getvalue()
+    jpeg = io.BytesIO()
+    whole.thumbnail((1600, 1600))
+    whole.save(jpeg, "JPEG", quality=88)
+    return jpeg.getvalue()
