@@ -56,10 +56,8 @@ class Study(Section):
         Raises:
             RecipeError: naming study and arm.
         """
-        changed = {**self.change, **self.arms[arm].change, "seed": seed, "name": f"{self.name}-{arm}-{seed}"}
-        dotted = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
         try:
-            chain = load(find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides])
+            chain = load(*self.origin(arm, seed))
         except RecipeError as error:
             raise RecipeError(f"study {self.name}, arm {arm}: {error}") from None
         *_, last = chain.stages.values()
@@ -69,6 +67,12 @@ class Study(Section):
                 " to compare; name a file"
             )
         return chain
+
+    def origin(self, arm: str, seed: int) -> tuple[Path, list[str]]:
+        """The recipe's file of an arm, and all changes to it as `key=value`."""
+        changed = {**self.change, **self.arms[arm].change, "seed": seed, "name": f"{self.name}-{arm}-{seed}"}
+        dotted = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+        return find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cluster.chain import open_chain, preflight, resolved, run_chain
 from cluster.local import LocalLauncher
+from cluster.origin import write_origin
 from cluster.site import Site, check_path
 from pipeline.errors import StageError
 from pipeline.stage import Outcome, OutcomeKind
@@ -22,7 +23,8 @@ def run_study(study: Study, directory: Path, processes: int, report: Report) -> 
     """
     planned = _prepared(study, directory)
     opened = {cell: open_chain(study.chain(cell.arm, cell.seed), cell.directory) for cell in planned}
-    for stages in opened.values():
+    for cell, stages in opened.items():
+        write_origin(cell.directory, *study.origin(cell.arm, cell.seed))
         preflight(stages, processes)
     failed: list[str] = []
     with LocalLauncher(processes) as launcher:
@@ -66,6 +68,7 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     for cell, (chain, plan) in planned.items():
         told = f"{cell.arm} {cell.seed}"
         jobs.submit(chain, cell.directory, site, plan, lambda said, told=told: report(f"{told} {said}"), code)
+        write_origin(cell.directory, *study.origin(cell.arm, cell.seed))
 
 
 def _prepared(study: Study, directory: Path) -> list[Cell]:
