@@ -38,7 +38,7 @@ def begin(tmp_path, world):
         shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
         stage = Stage.create(tmp_path / "run" / name, recipe)
         objective = create_objective(recipe, seed=5)
-        return stage, create_engine(objective.build_model(), recipe, world), objective
+        return stage, create_engine(objective.build_model, recipe, world), objective
 
     return make
 
