@@ -57,6 +57,18 @@ class Container(Section):
     """The interpreter inside."""
 
 
+class GPU(Section):
+    """What a GPU can do by its data sheet: `fcmae estimate` reckons with it, nothing else does."""
+
+    name: Text
+    memory_gib: float = Field(gt=0)
+    bf16_tflops: float = Field(gt=0)
+    """Of dense matrix products, 10^12 floating-point operations a second; a multiply-add is two."""
+    fp32_tflops: float = Field(gt=0)
+    utilisation: float = Field(0.25, gt=0, le=1)
+    """The share of that which training is assumed to reach: a guess until `fcmae estimate --measure` has run there."""
+
+
 class Site(Section):
     partition: SbatchText | None = None
     """Where to queue; null leaves it to the cluster."""
@@ -64,6 +76,8 @@ class Site(Section):
     qos: SbatchText | None = None
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
+    gpu: GPU | None = None
+    """Their kind, for estimates."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks on each node; null is one for each GPU, or one on a node without."""
     cpus_per_task: int = Field(1, ge=1)

@@ -49,15 +49,8 @@ def export(
 
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; choose another name, or give --overwrite")
+    tensors, facts = read(checkpoint, ema)
     folder = Folder.at(checkpoint)
-    facts = _verified_facts(folder)
-    tensors = {
-        name.removeprefix("ema." if ema else "model."): tensor
-        for name, tensor in _load(folder).items()
-        if name.startswith("ema." if ema else "model.")
-    }
-    if not tensors:
-        raise CheckpointError(f"{checkpoint} holds no moving average; leave --ema out")
     told = {"checkpoint": folder.path.rpartition("/")[2], "weights": "ema" if ema else "model", **facts}
     print(f"{destination} is ready: {len(tensors)} tensors, sha256 {write_weights(destination, tensors, told)}")
 
@@ -117,6 +110,22 @@ def _home(directory: Path) -> Any:
     if (directory / "recipe.yaml").is_file() and not (directory / "attempts").exists():
         raise StageError(f"{directory} is a run, or a stage that has not begun; name one of its stages that has")
     return checkpoint_home(Stage(directory))
+
+
+def read(checkpoint: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of a committed checkpoint, or their moving average, after verifying it; and what it says of itself.
+
+    Raises:
+        CheckpointError: if it is not committed, damaged, or has no average.
+    """
+    from pipeline.folder import Folder
+
+    folder, prefix = Folder.at(checkpoint), "ema." if ema else "model."
+    facts = _verified_facts(folder)
+    tensors = {name.removeprefix(prefix): t for name, t in _load(folder).items() if name.startswith(prefix)}
+    if not tensors:
+        raise CheckpointError(f"{checkpoint} holds no moving average; leave --ema out")
+    return tensors, facts
 
 
 def _verified_facts(folder: Any) -> dict[str, Any]:

@@ -301,6 +301,100 @@ def export(
     print(tool.export(source, destination, kind, image_size=image_size, entry=entry, overwrite=overwrite))
 
 
+@app.command()
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of an included recipe.")],
+    site: Annotated[str, typer.Option(help="A YAML file that describes the cluster, or an included example.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Instead of the site's.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU's (or rank's) hour.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Images in a data file that is not here: N for all training files, or FILE=N; repeatable."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Make some real steps of each stage here, and correct the estimate.")
+    ] = False,
+    formulas: Annotated[bool, typer.Option("--formulas", help="Show how each figure comes about.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes."""
+    from cluster.site import load_site
+    from pipeline.recipe import load
+    from tools.estimate import estimate as reckon
+    from tools.estimate_table import render, to_json
+
+    profile = load_site(site)
+    found = reckon(
+        load(find_recipe(recipe), overrides or []), profile, nodes=nodes, images=images or (), measured_here=measure
+    )
+    console = Console()
+    if json:
+        print(to_json(found, price))
+    else:
+        (console if console.is_terminal else Console(width=180)).print(render(found, price, formulas))
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[
+        str, typer.Argument(help="A weights file of any layout that `convert` reads, a run, or a stage's directory.")
+    ],
+    data: Annotated[str, typer.Option(help="Images, as `fcmae prepare` writes them.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels on a side; by default the stage's, or what the file says, or 224.")
+    ] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(min=0.1, max=1, help="1 squashes; by default 0.875, from 384 px on 1.")
+    ] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--raw", help="Where there are both: the moving average, or the weights.")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Names of the classifier's classes: by line, a JSON list, or a .beton's side-car."),
+    ] = None,
+    real: Annotated[
+        str | None, typer.Option(help="ImageNet-ReaL's real.json, for the validation images in their order.")
+    ] = None,
+    knn: Annotated[
+        str | None, typer.Option(help="Training images: their 20 nearest vote, and no head is needed.")
+    ] = None,
+    all_outputs: Annotated[
+        bool, typer.Option("--all-outputs", help="Answers among all the classifier's classes, not the data's alone.")
+    ] = False,
+    benchmark: Annotated[
+        Literal["val", "v2", "a", "r", "sketch"] | None,
+        typer.Option(help="Which of ImageNet's these images are, to compare; by default val if there are 50,000."),
+    ] = None,
+    chain: Annotated[
+        Literal["in1k", "in22k_in1k"] | None, typer.Option(help="Which published weights to compare with.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast, instead of fp32.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Top-1 and top-5 of weights on prepared images, compared with what was published for such weights."""
+    from tools.evaluate.report import compared, to_json
+    from tools.evaluate.run import Job, run
+
+    job = Job(
+        weights, data, image_size=image_size, crop_pct=crop_pct, ema=ema, classes=classes, real=real, knn=knn,
+        all_outputs=all_outputs, batch=batch, bf16=bf16,
+    )  # fmt: skip
+    result = run(job, nproc)
+    verdicts = [] if knn else compared(result, "real" if real else benchmark, chain)
+    if json:
+        print(to_json(result, verdicts))
+        return
+    print(result)
+    for verdict in verdicts:
+        print(verdict)
+
+
 def main() -> None:
     """Errors of the user end in one sentence and exit code 1, not in a traceback."""
     try:

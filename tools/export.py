@@ -121,7 +121,7 @@ def _onnx(loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
         path = Path(folder) / destination.name  # its name is written into it when the weights lie beside it
-        _trace(_merged(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
+        trace(merged(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         difference = max(_compare(model, session, batch, size) for batch in (1, 3))
         del session
@@ -131,12 +131,13 @@ def _onnx(loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
     return Export(report, tuple(destination.parent / file.name for file in files), difference)
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def merged(model: nn.Module) -> nn.Module:
     """A copy to deploy; the model itself if there is nothing to merge."""
     return copy.deepcopy(model).merge_batchnorm() if hasattr(model, "merge_batchnorm") else model
 
 
-def _trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
+def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
+    """Write a merged model as ONNX, of `images` (batch, 3, size, size); `external` puts the weights beside it."""
     images = torch.zeros(2, model.in_channels, size, size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself

@@ -111,7 +111,7 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
 
 
 def _kind(path: str | os.PathLike, data: bytes) -> str:
-    # The length of a header may begin with a pickle's first byte, so this comes first.
+    # A safetensors file begins with the length of its header, and some lengths begin as a pickle does.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
         kind = "safetensors"
     elif data[:4] == _ZIP or data[:1] == b"\x80":

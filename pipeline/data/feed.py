@@ -30,6 +30,11 @@ class Batch:
     slots: tuple[int, ...]  # the global numbers of the whole slots inside, in order; none in evaluation
     valid: Tensor  # (n,) bool: False marks an image that only fills an evaluation batch
 
+    def to(self, device: torch.device) -> "Batch":
+        """With images and labels on the device; ids and validity stay on the host, where they are used."""
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
 
 class TrainFeed:
     """Training images of one rank, step by step, for any number of epochs.

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.feed import Batch
+from pipeline.engines.blocks import compile_blocks
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.world import World
 from pipeline.logical import fill, whole
-from pipeline.models import UNITS
-from pipeline.models.convnextv2 import Downsample, Stem
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -80,7 +79,7 @@ class Engine(ABC):
         self._buffers = StepBuffers(self.module, world.size)
 
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Set parameters and buffers from whole ones, the same on all ranks; this rank's part of each is kept."""
+        """Set parameters and buffers from whole ones, of which this rank's part is kept. Alike on all ranks."""
         tensors = {**dict(self.module.named_buffers()), **self.items()}
         for name, value in values:
             fill(tensors[name], value)
@@ -154,13 +153,8 @@ class Engine(ABC):
         return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with images and labels on the device; ids and validity stay on the host, where they are used."""
-        device = self.world.device
-        return replace(
-            batch,
-            images=batch.images.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
-        )
+        """The batch with images and labels on the device."""
+        return batch.to(self.world.device)
 
     def precision(self) -> torch.autocast:
         """The autocast of a forward pass."""
@@ -239,22 +233,3 @@ class Engine(ABC):
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the forward of every block, after the placement: hooks that gather parameters stay outside of it, and
-    activation checkpointing calls it.
-
-    One compilation serves all blocks of a shape. Shapes differ from stage to stage and hardly within one, so they are
-    compiled as they are, which takes more compilations than dynamo expects of one function. Stems and downsampling
-    layers make the tables of visible cells, which no compiled graph can hold.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks(model):
-        if not isinstance(block, Stem | Downsample):
-            block.forward = torch.compile(block.forward, dynamic=False)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered, and compiled, as one: every block and downsampling layer. What is left belongs to the model."""
-    return [module for module in model.modules() if isinstance(module, UNITS)]

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from pipeline.engines.base import DTYPES, blocks
+from pipeline.engines.base import DTYPES
+from pipeline.engines.blocks import blocks
 from pipeline.engines.native import NativeEngine
 from pipeline.errors import RecipeError
 

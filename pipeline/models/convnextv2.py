@@ -123,7 +123,6 @@ class ConvNeXt(nn.Module):
             self.head = nn.Linear(dims[-1], num_classes)
         self.init_scales = {"head.weight": head_init_scale}
         self.counts_batches = counts_batches(self)
-        self.seed = seed
         initialise(self, seed)
 
     @property

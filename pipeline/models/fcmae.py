@@ -75,7 +75,6 @@ class FCMAE(nn.Module):
         for module in encoder.modules():
             if isinstance(module, GRN):
                 module.across_images = grn_statistics == "batch"
-        self.seed = seed
         initialise(self, seed)
 
     def grid(self, images: Tensor) -> tuple[int, int]:

@@ -32,9 +32,11 @@ _UNTOUCHED = re.compile(r"(decoder\.\d+\.pwconv[12])\.(weight|bias)")
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Set all parameters and buffers of `model` in place. On the meta device this does nothing: call it again when
-    the tensors have memory (after `to_empty`), and they are those of a model built there at once.
+    """Set all parameters and buffers of `model` in place. On the meta device only the seed is noted, in
+    `model.seed`: call it again when the tensors have memory (after `to_empty`), and they are those of a model built
+    there at once.
     """
+    model.seed = seed
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if any(tensor.is_meta for tensor in tensors.values()):
         return

@@ -310,7 +310,6 @@ class NextViT(nn.Module):
             self.proj_head = nn.Sequential(nn.Linear(widths[-1], num_classes))
         self.init_scales = {"proj_head.0.weight": head_init_scale}
         self.counts_batches = counts_batches(self)
-        self.seed = seed
         initialise(self, seed)
 
     @property

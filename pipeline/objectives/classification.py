@@ -60,19 +60,12 @@ class ClassificationObjective:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
-        valid = batch.valid.to(logits.device)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
-        return {
-            "top1": (ranked[:, 0] & valid).sum(),
-            "top5": (ranked.any(1) & valid).sum(),
-            "loss": (loss * valid).sum(),
-            "count": valid.sum(),
-        }
+        valid = batch.valid.to(logits.device)
+        return {**top_sums(logits, batch.labels, valid), "loss": (loss * valid).sum()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        count = sums["count"]
-        return {"top1": 100 * sums["top1"] / count, "top5": 100 * sums["top5"] / count, "loss": sums["loss"] / count}
+        return {**top_metrics(sums), "loss": sums["loss"] / sums["count"]}
 
     def paint(self, model: nn.Module, batch: Batch) -> None:
         return None
@@ -113,6 +106,21 @@ class ClassificationObjective:
         rates = self._rates[None, :, None]
         keep = ((draws >= rates) / (1 - rates)).transpose(1, 0, 2).reshape(len(self._rates), -1)
         return torch.from_numpy(keep).to(dtype).to(device, non_blocking=True)
+
+
+def top_sums(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """How many of the `valid` (n,) images have a right class first, and among the first five.
+
+    right: int64 (n,), each image's class; or bool (n, classes), where several may be right.
+    """
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hit = right.gather(1, ranked) if right.dtype == torch.bool else ranked == right[:, None]
+    return {"top1": (hit[:, 0] & valid).sum(), "top5": (hit.any(1) & valid).sum(), "count": valid.sum()}
+
+
+def top_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """In percent."""
+    return {name: 100 * sums[name] / sums["count"] for name in ("top1", "top5")}
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def depthwise(conv: nn.Conv2d, x: Tensor, plan: Plan) -> Tensor:
     assert conv.kernel_size == (2 * REACH + 1, 2 * REACH + 1)
     dtype = x.dtype
     # Autocast does not see into custom operators.
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     return _depthwise(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), *plan)
 
 

@@ -89,13 +89,17 @@ def _reachable(weight: Tensor, x: Tensor) -> Tensor:
 def _spectrum_size(size: int, kernel: int) -> int:
     """A quick length of transform, long enough that what wraps around is cut off: size + kernel // 2 at least."""
     length = size + kernel // 2
-    while any(length % p == 0 and p > 5 for p in _primes(length)):
+    while not _is_smooth(length):
         length += 1
     return length
 
 
-def _primes(number: int) -> Iterable[int]:
-    return (p for p in range(2, number + 1) if number % p == 0 and all(p % q for q in range(2, math.isqrt(p) + 1)))
+def _is_smooth(number: int) -> bool:
+    """Whether it has no prime factors but 2, 3 and 5."""
+    for prime in (2, 3, 5):
+        while number % prime == 0:
+            number //= prime
+    return number == 1
 
 
 def _transform(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -233,7 +233,7 @@ def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
     outcome = Stage(stage).last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert outcome.reason.startswith(sentence)
-    assert outcome.step == 8
+    assert outcome.step in (7, 8)  # the last beat may be older than the last move
     assert "tests/faults.py" in stacks(stage, 0)
     assert subprocess.run(["pgrep", "-f", str(stage)], capture_output=True).stdout == b"", "nobody is left"
 

@@ -219,3 +219,15 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
     assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes_of(MODEL)
     if kind == "zip":
         assert_same(tensors, TENSORS)
+
+
+def test_a_safetensors_file_may_begin_as_a_pickle_does(tmp_path):
+    """Its first byte is the low one of its header's length: here 0x80, a pickle's."""
+    tensors = TENSORS
+    for padding in range(256):
+        data = safetensors.torch.save(tensors, {"padding": "x" * padding})
+        if data[0] == 0x80:
+            (tmp_path / "w.safetensors").write_bytes(data)
+            assert load_weights(tmp_path / "w.safetensors").tensors.keys() == tensors.keys()
+            return
+    raise AssertionError("no padding makes such a header")

@@ -102,7 +102,7 @@ def test_onnx_of_an_encoder_with_its_weights_beside_it(tmp_path, monkeypatch):
 
 def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch, exported):
     torch.save({**weights(CLASSIFIER), "head.bias": weights(CLASSIFIER)["head.bias"] + 0.01}, tmp_path / "w.pt")
-    monkeypatch.setattr(tool, "_trace", lambda model, path, *_, **__: shutil.copy(exported[0], path))
+    monkeypatch.setattr(tool, "trace", lambda model, path, *_, **__: shutil.copy(exported[0], path))
     with pytest.raises(UserError, match=r"onnxruntime differs from the model by 1\.00e-02 at batch 1"):
         export(tmp_path / "w.pt", tmp_path / "m.onnx", "onnx", image_size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]

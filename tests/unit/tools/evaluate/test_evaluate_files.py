@@ -1,0 +1,200 @@
+"""From JPEGs and a weights file to accuracies, against Pillow and torch alone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.checkpoint.weights import write_weights
+from pipeline.errors import CheckpointError, DataError, UserError
+from pipeline.models import create_model
+from pipeline.recipe import load
+from pipeline.stage import Stage
+from tests.archives import class_images, write_folder
+from tests.oracles import randomise
+from tests.support import fcmae, tiny_recipe
+from tools.evaluate.run import Job, run
+from tools.evaluate.subject import default_crop, open_subject
+from tools.prepare.run import prepare
+
+SIZE, PER_CLASS = 32, 4
+WNIDS = ("n01440764", "n01443537", "n02085620", "n04399382")
+HEAD = (*WNIDS[:3], "n00000001", "n00000002", "n09999999")  # knows three of the four, and three others
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, data.beton, and weights of a classifier of HEAD with an average beside them."""
+    place = tmp_path_factory.mktemp("evaluate")
+    write_folder(place / "images", class_images(PER_CLASS, WNIDS))
+    prepare(place / "images", place / "data.beton")
+    model = create_model("convnextv2", len(HEAD), depths=(1, 1), dims=(8, 16))
+    states = [randomise(model.state_dict(), seed) for seed in (0, 1)]
+    raw, average = ({name: 3 * tensor.float() for name, tensor in state.items()} for state in states)
+    torch.save({"model": raw, "model_ema": average}, place / "weights.pt")
+    (place / "head.txt").write_text("\n".join(HEAD))
+    return place
+
+
+def by_hand(place: Path, entry: str, squash: bool = False) -> np.ndarray:
+    """Logits (images, outputs)."""
+    model = create_model("convnextv2", len(HEAD), depths=(1, 1), dims=(8, 16)).eval()
+    model.load_state_dict(torch.load(place / "weights.pt")[entry])
+    with torch.no_grad():
+        return np.concatenate([model(x).numpy() for x in pixels(place, squash)])
+
+
+def pixels(place: Path, squash: bool = False, size: int = SIZE) -> Iterator[torch.Tensor]:
+    """What a model is given, image by image, in the order of classes and names."""
+    for path in sorted((place / "images").glob("*/*")):
+        image = Image.open(path).convert("RGB")
+        if squash:
+            image = image.resize((size, size), Image.BICUBIC)
+        else:
+            short = int(size / 0.875)
+            width, height = (short * side // min(image.size) for side in image.size)
+            image = image.resize((width, height), Image.BICUBIC)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = image.crop((left, top, left + size, top + size))
+        x = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        yield ((x - mean) / deviation)[None]
+
+
+LABELS = np.repeat(np.arange(len(WNIDS)), PER_CLASS)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("squash", [False, True])
+def test_subset_accuracy_is_that_of_a_plain_loop(place, ema, squash):
+    logits = by_hand(place, "model_ema" if ema else "model", squash=squash)
+    among = np.concatenate([logits[:, :3], np.full((len(logits), 1), -np.inf)], 1)  # no output for the fourth class
+    job = Job(
+        str(place / "weights.pt"),
+        str(place / "data.beton"),
+        image_size=SIZE,
+        crop_pct=1.0 if squash else None,
+        ema=ema,
+        classes=str(place / "head.txt"),
+        batch=5,
+        device="cpu",
+    )
+    result = run(job)
+    assert result.metrics["top1"] == pytest.approx(100 * (among.argmax(1) == LABELS).mean())
+    assert result.metrics["images"] == len(LABELS)
+    assert result.missing == ("n04399382",)
+    assert result.weights == ("model_ema" if ema else "model")
+    if not ema and not squash:
+        assert 0 < result.metrics["top1"] < 100
+
+
+def test_real_answers_of_files(place, tmp_path):
+    logits = by_hand(place, "model")[:, :4]
+    head = tmp_path / "head.txt"
+    head.write_text("\n".join((*WNIDS, "n1", "n2")))
+    answers = [[int(label)] if number % 3 else [] for number, label in enumerate(LABELS)]
+    answers[1].append(int(logits[1].argmin()))
+    (tmp_path / "real.json").write_text(json.dumps(answers))
+    job = Job(
+        str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, classes=str(head),
+        real=str(tmp_path / "real.json"), device="cpu",
+    )  # fmt: skip
+    found = run(job)
+    right = [row.argmax() in answer for row, answer in zip(logits, answers, strict=True) if answer]
+    assert found.metrics["images"] == len(right)
+    assert found.metrics["top1"] == pytest.approx(100 * np.mean(right))
+
+
+@pytest.mark.slow
+def test_processes_share_the_images_out_once(place):
+    job = Job(
+        str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, classes=str(place / "head.txt"), batch=3,
+        device="cpu",
+    )  # fmt: skip
+    assert run(job, 3).metrics == pytest.approx(run(job).metrics)
+    neighbours = Job(
+        str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, knn=str(place / "data.beton"), batch=3,
+        device="cpu",
+    )  # fmt: skip
+    assert run(neighbours, 2).metrics == pytest.approx(run(neighbours).metrics)
+    with pytest.raises(UserError, match="give --classes"):
+        run(Job(job.weights, job.data, image_size=SIZE, device="cpu"), 2)
+
+
+def test_neighbours_of_files(place):
+    model = create_model("convnextv2", len(HEAD), depths=(1, 1), dims=(8, 16)).eval()
+    model.load_state_dict(torch.load(place / "weights.pt")["model"])
+    with torch.no_grad():
+        found = torch.cat([model.norm(model.features(x).mean((1, 2))) for x in pixels(place)])
+    found = torch.nn.functional.normalize(found)
+    votes = np.zeros((len(LABELS), len(WNIDS)))  # of all sixteen, for there are fewer than twenty
+    for image, similarities in enumerate((found @ found.t()).tolist()):
+        for label, similarity in zip(LABELS, similarities, strict=True):
+            votes[image, label] += np.exp(similarity / 0.07)
+    data = str(place / "data.beton")
+    result = run(Job(str(place / "weights.pt"), data, image_size=SIZE, knn=data, device="cpu"))
+    assert result.metrics["top1"] == pytest.approx(100 * (votes.argmax(1) == LABELS).mean())
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A finished stage of the tiny chain, whose recipe has a form of GRN and a crop of its own."""
+    raw = tiny_recipe(tmp_path)
+    raw["defaults"]["model"]["grn_normaliser"] = "sum"
+    raw["defaults"]["data"]["crop_pct"] = 0.9
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    recipe = load(path).stages["intermediate"]
+    stage = Stage.create(tmp_path / "run" / "intermediate", recipe)
+    model = create_model("convnextv2", 4, depths=(1, 2), dims=(8, 16), stem_stride=2, grn_normaliser="sum")
+    tensors = randomise(model.state_dict())
+    facts = {"model": recipe.model.model_dump(mode="json"), "image_size": 16, "classes": list("abcd"), "weights": "ema"}
+    digest = write_weights(stage.directory / "weights.safetensors", tensors, facts)
+    stage.finish({"weights": "weights.safetensors", "weights_sha256": digest}, 1)
+    return stage
+
+
+def test_a_stage_and_its_run_are_evaluated_as_they_were_trained(stage):
+    images = torch.randn(2, 3, 16, 16)
+    for path in (stage.directory, stage.directory.parent):
+        subject = open_subject(str(path))
+        assert (subject.image_size, subject.crop_pct, subject.weights) == (16, 0.9, "ema")
+        assert subject.class_names == tuple("abcd")
+        assert subject.model.stages[0][0].grn.normaliser == "sum"
+        # A file of ours says the same but for the crop.
+        alone = open_subject(str(stage.directory / "weights.safetensors"))
+        assert (alone.image_size, alone.class_names) == (16, tuple("abcd"))
+        torch.testing.assert_close(alone.model(images), subject.model(images), rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="no checkpoint; leave --ema and --raw out"):
+        open_subject(str(stage.directory), ema=False)
+    assert open_subject(str(stage.directory), image_size=384).crop_pct == 1.0
+
+
+def test_sizes_and_crops(place):
+    assert (default_crop(224), default_crop(288), default_crop(384), default_crop(512)) == (0.875, 0.875, 1.0, 1.0)
+    official = place / "convnextv2_atto_22k_384_ema.pt"
+    official.write_bytes((place / "weights.pt").read_bytes())
+    subject = open_subject(str(official))
+    assert (subject.image_size, subject.crop_pct) == (384, 1.0)
+
+
+def test_what_cannot_be_evaluated(place, tmp_path):
+    data = str(place / "data.beton")
+    encoder = create_model("convnextv2", 0, depths=(1, 1), dims=(8, 16)).state_dict()
+    torch.save(encoder, tmp_path / "encoder.pt")
+    with pytest.raises(DataError, match="has no head, so it gives no classes; give --knn"):
+        run(Job(str(tmp_path / "encoder.pt"), data, image_size=SIZE, device="cpu"))
+    with pytest.raises(CheckpointError, match="leave --ema out"):
+        open_subject(str(tmp_path / "encoder.pt"), ema=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no finished stage"):
+        open_subject(str(tmp_path / "empty"))
+    done = fcmae("evaluate", tmp_path / "encoder.pt", "--data", tmp_path / "none.beton")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "does not exist" in done.stderr

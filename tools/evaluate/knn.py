@@ -1,0 +1,84 @@
+"""Weighted nearest neighbours on pooled features: what pre-training has learned, without training a head.
+
+The 20 training images nearest by cosine vote for their class, each with exp(similarity / 0.07) (Wu et al. 2018,
+arXiv 1805.01978; k and the temperature as DINO uses them).
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.data.feed import Batch, EvaluationFeed
+from pipeline.engines import World
+from pipeline.evaluation import FixedModel
+from pipeline.objectives.base import normalise
+from pipeline.objectives.classification import top_metrics, top_sums
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+_PART = 1 << 16  # bank rows compared at a time
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (n, 3, H, W) to unit vectors (n, C): the last map's mean, with the final norm if there is one."""
+    maps = model.features(normalise(images, next(model.parameters()).dtype))
+    pooled = maps.mean((1, 2))
+    if model.num_classes:
+        pooled = model.norm(pooled)
+    return F.normalize(pooled.float(), dim=1)
+
+
+def make_bank(subject: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, Tensor]:
+    """Features (images, C) and labels (images,) of every image of the feed, on every rank, in the file's order."""
+    found, labels, ids = [], [], []
+    with subject.evaluating() as model:
+        for batch in feed:
+            batch = subject.to_device(batch)
+            found.append(features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
+            labels.append(batch.labels.cpu()[batch.valid])
+            ids.append(batch.ids[batch.valid])
+    parts = [torch.cat(part) for part in (found, labels, ids)]
+    whole = [_gather(part, subject.world) for part in parts]
+    order = whole[2].argsort()  # so that ties fall alike on any number of ranks
+    return whole[0][order].to(subject.world.device), whole[1][order].to(subject.world.device)
+
+
+def _gather(part: Tensor, world: World) -> Tensor:
+    """The ranks' rows, one below the other."""
+    if world.size == 1:
+        return part
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(part)]), group=world.group)
+    longest = int(max(sizes))
+    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=world.group)
+    return torch.cat([rows[: int(size)] for rows, size in zip(parts, sizes, strict=True)])
+
+
+class Neighbours:
+    """Counts the images whose neighbours' vote is right."""
+
+    def __init__(self, bank: Tensor, labels: Tensor, classes: int):
+        self._bank, self._labels, self._classes = bank, labels, classes
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        votes = vote(features(model, batch.images), self._bank, self._labels, self._classes)
+        return top_sums(votes, batch.labels, batch.valid.to(votes.device))
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {**top_metrics(sums), "images": int(sums["count"])}
+
+
+def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Each query's (n, C) votes for each class, (n, classes)."""
+    best = queries.new_full((len(queries), 0), 0.0)
+    whose = labels.new_zeros(len(queries), 0)
+    for first in range(0, len(bank), _PART):
+        near, place = (queries @ bank[first : first + _PART].t()).topk(min(NEIGHBOURS, len(bank) - first, _PART), dim=1)
+        best, whose = torch.cat([best, near], 1), torch.cat([whose, labels[first + place]], 1)
+        best, place = best.topk(min(NEIGHBOURS, best.shape[1]), dim=1)
+        whose = whose.gather(1, place)
+    return best.new_zeros(len(queries), classes).scatter_add_(1, whose, (best / TEMPERATURE).exp())

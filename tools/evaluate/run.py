@@ -1,0 +1,167 @@
+"""Evaluate on one process or several of this machine."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from pipeline.checkpoint.heads import read_class_names
+from pipeline.data.beton import Beton, check
+from pipeline.data.feed import EvaluationFeed
+from pipeline.engines import World
+from pipeline.errors import DataError, UserError
+from pipeline.evaluation import FixedModel, evaluate
+from tools.evaluate.knn import Neighbours, make_bank
+from tools.evaluate.labels import Answers, outputs_of, real_answers
+from tools.evaluate.subject import Subject, open_subject
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `fcmae evaluate` is asked."""
+
+    weights: str
+    data: str
+    image_size: int | None = None
+    crop_pct: float | None = None
+    ema: bool | None = None
+    classes: str | None = None
+    """A file of the names of the classifier's classes."""
+    real: str | None = None
+    all_outputs: bool = False
+    """Answers among all of the classifier's classes, not the data's alone."""
+    knn: str | None = None
+    """Training images for nearest neighbours, instead of the classifier."""
+    batch: int = 64
+    bf16: bool = False
+    device: str = "auto"
+    timeout_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """`metrics` in percent, and what was evaluated how."""
+
+    metrics: dict[str, float]
+    subject: str
+    variant: str | None
+    weights: str
+    image_size: int
+    crop_pct: float
+    classes: int
+    """Of the data, among which the answers are."""
+    missing: tuple[str, ...]
+    """Those that the classifier does not have: their images are all wrong."""
+    data: str
+    data_sha256: str
+
+    def __str__(self) -> str:
+        resized = "squashed" if self.crop_pct == 1 else f"cut from {int(self.image_size / self.crop_pct)}"
+        lines = [
+            f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}",
+            f"{self.metrics['images']:,} images of {self.classes:,} classes, {self.image_size} px {resized}:"
+            f" top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
+        ]
+        if self.missing:
+            lines.append(
+                f"{len(self.missing)} of the classes are not the classifier's ({', '.join(self.missing[:5])}"
+                f"{', ...' if len(self.missing) > 5 else ''}): their images count as wrong"
+            )
+        return "\n".join(lines)
+
+
+def run(job: Job, processes: int = 1) -> Result:
+    """Evaluate; every image counts once, whatever the number of processes.
+
+    Raises:
+        UserError: if weights and data do not go together, or cannot be read.
+    """
+    if processes == 1:
+        return _rank(0, job)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(_spawned, (processes, port, job, answers), nprocs=processes)
+    except mp.ProcessRaisedException:
+        if answers.empty():
+            raise
+    except mp.ProcessExitedException as error:
+        raise UserError(f"a process of the evaluation has ended: {error}; try a smaller --batch") from None
+    answer = answers.get()
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return answer
+
+
+def _spawned(rank: int, processes: int, port: int, job: Job, answers: Any) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    try:
+        result = _rank(rank, job)
+    except UserError as error:
+        answers.put(str(error))
+        raise
+    if rank == 0:
+        answers.put(result)
+
+
+def _rank(rank: int, job: Job) -> Result:
+    subject = open_subject(job.weights, ema=job.ema, image_size=job.image_size, crop_pct=job.crop_pct)
+    beton = check(job.data)
+    world = World.join(job.device, timeout_seconds=job.timeout_seconds)
+    try:
+        model = FixedModel(subject.model, world, job.bf16)
+        outputs: list[int | None] = list(range(len(beton.classes)))
+        if job.knn:
+            train = check(job.knn)
+            if train.classes != beton.classes:
+                raise DataError(f"{job.knn} and {job.data} hold different classes; prepare them with the same names")
+            bank = make_bank(model, _feed(job, subject, train, world))
+            scorer: Any = Neighbours(*bank, len(beton.classes))
+        else:
+            if not subject.classes:
+                raise DataError(
+                    f"{job.weights} has no head, so it gives no classes; give --knn TRAIN.beton to vote by neighbours"
+                )
+            names = read_class_names(job.classes) if job.classes else subject.class_names
+            outputs = outputs_of(beton.classes, names, subject.classes)
+            real = real_answers(job.real, beton, outputs) if job.real else None
+            scorer = Answers(outputs, real, restricted=not job.all_outputs)
+        metrics = evaluate(model, scorer, _feed(job, subject, beton, world))
+        assert metrics is not None
+    finally:
+        world.leave()
+    missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
+    return Result(
+        metrics,
+        str(job.weights),
+        subject.name,
+        subject.weights,
+        subject.image_size,
+        subject.crop_pct,
+        len(beton.classes),
+        missing,
+        str(Path(job.data)),
+        beton.sha256,
+    )
+
+
+def _feed(job: Job, subject: Subject, beton: Beton, world: World) -> EvaluationFeed:
+    return EvaluationFeed(
+        beton,
+        image_size=subject.image_size,
+        crop_pct=subject.crop_pct,
+        batch_size=job.batch,
+        rank=world.rank,
+        world_size=world.size,
+        workers=max(world.cores() - 1, 1),
+        timeout_seconds=job.timeout_seconds,
+        device=world.device if world.device.type == "cuda" else torch.device("cpu"),
+    )
