@@ -1,15 +1,18 @@
 """A chain of stages as a run directory: which stage is next, and whether what it starts from is there."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.data.beton import Beton
 from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
-from pipeline.errors import DataError, RecipeError, StageError
+from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
+from pipeline.folder import Folder
 from pipeline.health.gates import judge_again, refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage import INIT, Outcome, OutcomeKind, Stage
 
 
 def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
@@ -38,10 +41,28 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
 
 
 def resolved(recipe: StageRecipe) -> StageRecipe:
-    """The recipe with its data paths absolute (URLs are), so that any process in any directory can run the stage."""
-    given = {name: getattr(recipe.data, name) for name in ("train", "validation")}
-    paths = {name: path if is_url(path) else str(Path(path).absolute()) for name, path in given.items()}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+    """The recipe with its paths absolute (URLs are) and without variables, so that any process in any directory can run
+    the stage.
+
+    Raises:
+        RecipeError: if a variable in a path is not set.
+    """
+    data = {name: _absolute(recipe, f"data.{name}", getattr(recipe.data, name)) for name in ("train", "validation")}
+    init = {"weights": _absolute(recipe, "init.weights", recipe.init.weights)}
+    sections = {"data": recipe.data.model_copy(update=data), "init": recipe.init.model_copy(update=init)}
+    return recipe.model_copy(update=sections)
+
+
+def _absolute(recipe: StageRecipe, field: str, path: str | None) -> str | None:
+    if path is None:
+        return None
+    path = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\{?(\w+)", path):
+        raise RecipeError(
+            f"stage {recipe.name}: {field} is {path}, but ${unset[1]} is not set; export it, or give"
+            f" stages.{recipe.name}.{field}=PATH"
+        )
+    return path if is_url(path) else str(Path(path).absolute())
 
 
 def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], directory: Path) -> None:
@@ -85,7 +106,15 @@ def preflight(stages: list[Stage], processes: int) -> None:
         if stage.done() is None:
             stage.check_free()
             stage.recipe.check_world_size(processes)
+            check_weights(stage.recipe, stage.directory)
             check_data(stage.recipe, classes)
+
+
+def check_weights(recipe: StageRecipe, directory: Path) -> None:
+    """Raise CheckpointError unless the weights that the stage begins with are there; asked until it has begun."""
+    weights = recipe.init.weights
+    if weights is not None and not (directory / INIT).exists() and not Folder.at(weights).exists():
+        raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
 
 
 def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:
@@ -98,7 +127,7 @@ def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, B
     """
     data = preflight_data(recipe)
     own = classes[recipe.name] = set(recipe.data.classes or data["train"].classes)
-    if recipe.init.head == "map" and not own & classes.get(recipe.previous or "", own):
+    if recipe.init.head == "map" and recipe.previous and not own & classes.get(recipe.previous, own):
         raise DataError(
             f"stage {recipe.name}: init.head is map, but its data share no class name with {recipe.previous}'s;"
             " prepare both with the same kind of names, or make it new"

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from cluster import history, slurm, snapshot
-from cluster.chain import check_data, open_chain
+from cluster.chain import check_data, check_weights, open_chain
 from cluster.launcher import LaunchError
 from cluster.script import JobScript, job_name
 from cluster.site import SITE, Site
@@ -92,6 +92,7 @@ def check(planned: list[Planned]) -> None:
             refuse_off_track(Stage(item.directory), item.recipe)
         if item.missing:
             item.recipe.check_world_size(item.site.ranks)
+            check_weights(item.recipe, item.directory)
             data = check_data(item.recipe, classes)
             if (item.directory / "recipe.yaml").exists():
                 stage = Stage(item.directory)
@@ -152,9 +153,16 @@ def _check_partition(item: Planned) -> None:
 
 
 def submit(
-    chain: ChainRecipe, run: Path, site: Site, planned: list[Planned], report: Callable[[str], None]
+    chain: ChainRecipe,
+    run: Path,
+    site: Site,
+    planned: list[Planned],
+    report: Callable[[str], None],
+    code: Path | None = None,
 ) -> dict[str, str]:
     """Make or reopen the run directory and submit what is missing; stage -> job id. `report` gets a sentence a job.
+
+    code: the snapshot that the jobs run, if several runs share one; by default one is taken beside the run.
 
     Raises:
         UserError: if the directory belongs to another recipe, cannot be written, or Slurm refuses a job. What was
@@ -163,7 +171,7 @@ def submit(
     open_chain(chain, run)
     (run / SITE).write_text(yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False))
     (run / CANCELLED).unlink(missing_ok=True)
-    code = snapshot.take(run)
+    code = code or snapshot.take(run)
     ids = {item.name: item.job.id for item in planned if item.job}
     for item in planned:
         if not item.missing:

@@ -1,14 +1,22 @@
-"""From one stage to the next: a weights file named by hash, every tensor of it accounted for."""
+"""From one stage to the next, or from others' weights to a stage: a file named by hash, every tensor accounted for."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.checkpoint.heads import HeadMatch, head_names, map_head
-from pipeline.checkpoint.weights import Transfer, plan_transfer, read_facts, read_weights, write_weights
+from pipeline.checkpoint.loader import decode_weights
+from pipeline.checkpoint.weights import (
+    Transfer,
+    plan_transfer,
+    read_bytes,
+    read_facts,
+    read_weights,
+    write_weights,
+)
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.health.gates import refuse_off_track
@@ -21,14 +29,17 @@ MASKS = "masks.safetensors"
 
 @dataclass(frozen=True)
 class Received:
-    """What became of each tensor, and of each class if the head was mapped."""
+    """From which file, what became of each tensor, and of each class if the head was mapped."""
 
+    source: str
+    sha256: str
     transfer: Transfer
     head: HeadMatch | None
 
 
 def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received | None:
-    """Load what the stage before has finished into the engine; None if this stage starts from scratch.
+    """Load what the stage before has finished, or the weights of `init.weights`, into the engine; None if this stage
+    starts from scratch.
 
     classes: the names of this stage's classes, in order: with `init.head: map` the rows of those that the stage before
     had too are taken over, and the others keep their initial values.
@@ -36,8 +47,11 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     Raises:
         StageError: if the stage before is not done.
         OffTrackError: if it is off track and its gate is to stop the chain.
-        CheckpointError: if its weights are not the ones its DONE marker names, or a tensor is unaccounted for.
+        CheckpointError: if its weights are not the ones its DONE marker names, or those of `init.weights` not the ones
+            of the first start, or a tensor is unaccounted for.
     """
+    if stage.recipe.init.weights is not None:
+        return _receive_file(stage, stage.recipe.init.weights, engine, objective, classes)
     before = stage.previous()
     if before is None:
         return None
@@ -48,19 +62,50 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         )
     refuse_off_track(before)
     path = before.directory / done.weights
-    weights, drop, fresh = objective.receive(read_weights(path, done.weights_sha256))
+    weights = read_weights(path, done.weights_sha256)
+    return _take(str(path), done.weights_sha256, weights, stage, engine, objective, classes)
+
+
+def _receive_file(stage: Stage, path: str, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received:
+    """The same file on every rank and at every start: its hash is fixed by the first rank of the first one."""
+    data = read_bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    engine.world.on_main(lambda: stage.pin_weights(path, digest))
+    return _take(path, digest, decode_weights(path, data).tensors, stage, engine, objective, classes)
+
+
+def _take(
+    path: str,
+    sha256: str,
+    weights: Mapping[str, Tensor],
+    stage: Stage,
+    engine: Engine,
+    objective: Objective,
+    classes: Sequence[str],
+) -> Received:
+    weights, drop, fresh = objective.receive(weights)
+    if stage.recipe.init.response == "new":
+        drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
     head = None
     if stage.recipe.init.head == "map":
         weights, head = _map_head(path, weights, engine.items(), classes)
     transfer = _load(engine.items(), weights, drop, fresh)
     engine.refresh()
-    return Received(transfer, head)
+    return Received(path, sha256, transfer, head)
+
+
+def _responses(names: Iterable[str]) -> list[str]:
+    """The tensors that normalise the blocks' channels: GRN's, or those in its slot."""
+    return [name for name in names if name.split(".")[-2:-1] in (["grn"], ["response"])]
 
 
 def _map_head(
-    path: Path, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]
+    path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], HeadMatch]:
-    old = read_facts(path).get("classes")
+    try:
+        old = read_facts(path).get("classes")
+    except CheckpointError:  # others' weights
+        old = None
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
     return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})

@@ -110,7 +110,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     workers = recipe.data.workers or max(world.cores() - 1, 1)
     feed = train_feed(recipe, data["train"], seed, world, workers)
     stack.callback(feed.close)
-    validation = evaluation_feed(recipe, data["validation"], world, workers)
+    validation = evaluation_feed(recipe, data["validation"], world, workers) if "validation" in data else None
     startup.lap("model")
     facts = {
         "recipe": recipe.fingerprint(),
@@ -202,7 +202,8 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             Action(due=save_due, run=report_damaged),
             Action(
                 due=lambda step: (
-                    (step == last or (step > 0 and step % every_steps == 0))
+                    validation is not None
+                    and (step == last or (step > 0 and step % every_steps == 0))
                     and not world.on_main(lambda: log.has("evaluate", step))
                 ),
                 run=run_evaluation,
@@ -245,12 +246,14 @@ def _load(
     engine.guard = guard = Guard(stage.recipe.health, engine.world.device)
     engine.components.append(guard)
     if received is not None:
-        store.parents = [f"weights of sha256 {stage.previous().done().weights_sha256}"]
+        store.parents = [f"weights of sha256 {received.sha256}"]
         transfer, head = received.transfer, received.head
         mapped = {"head_mapped": len(head.matched), "head_initialised": head.unmatched} if head else {}
         log.write(
             "handoff",
             step=0,
+            source=received.source,
+            sha256=received.sha256,
             loaded=len(transfer.loaded),
             initialised=transfer.initialised,
             dropped=transfer.dropped,
@@ -322,7 +325,8 @@ def _finish(
     events = journal.read(stage.directory / "journal.jsonl")
     recipe, verdict = stage.recipe, judge(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
-    metrics = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step][-1]
+    evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
+    metrics = evaluations[-1] if evaluations else {}
     spans: dict[int, list[float]] = {}
     for event in events:
         spans.setdefault(event["attempt"], []).append(event["time"])
@@ -333,7 +337,7 @@ def _finish(
         "images_seen": step * recipe.batch.global_batch,
         "world_size": world_size,
         "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
-        "metrics": {objective.metric: metrics[objective.metric], **metrics},
+        "metrics": {name: metrics[name] for name in sorted(metrics, key=lambda name: name != objective.metric)},
         **weights,
         "verdict": verdict,
     }

@@ -1,7 +1,7 @@
 """A stage is a directory. Whoever has the path can continue it, and nothing half-done in it is believed.
 
 recipe.yaml                 what to do, resolved
-data.json                   hashes of the data it was started with
+data.json, init.json        hashes of the data, and of the weights of others, that it was started with
 attempts/000001.json        who took the stage when (created exclusively: the number is the fencing token)
 attempts/000001.heartbeat   changes while that attempt lives
 attempts/000001.outcome.json  how that attempt ended
@@ -25,13 +25,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError, RecipeError, StageError
+from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.folder import Folder
 from pipeline.health.processes import start_time
 from pipeline.mirror import Uploads, pull, remote_of
 from pipeline.recipe import StageRecipe, changes, dump, load_stage
 
 WEIGHTS = "weights.safetensors"
+INIT = "init.json"
 
 
 class OutcomeKind(StrEnum):
@@ -252,15 +253,33 @@ class Stage:
             DataError: naming the file whose hash differs.
         """
         path = self.directory / "data.json"
-        if not path.exists():
-            write_json(path, dict(identity))
-            return
-        for name, expected in json.loads(path.read_text()).items():
-            if identity.get(name) != expected:
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        for name, expected in known.items():
+            # Evaluation may be turned off, and on again, for it changes nothing that is trained.
+            if identity.get(name, expected) != expected:
                 raise DataError(
                     f"stage {self.recipe.name} was started with data.{name} of sha256 {expected[:12]}, but the file now"
-                    f" has {str(identity.get(name))[:12]}; give it the same data, or start another --out"
+                    f" has {identity[name][:12]}; give it the same data, or start another --out"
                 )
+        if identity.keys() - known.keys():
+            write_json(path, {**known, **identity})
+
+    def pin_weights(self, path: str, sha256: str) -> None:
+        """Remember the weights of `init.weights` at the first start; refuse others later.
+
+        Raises:
+            CheckpointError: if the file is another one now.
+        """
+        record = self.directory / INIT
+        if not record.exists():
+            write_json(record, {"weights": path, "sha256": sha256})
+            return
+        expected = json.loads(record.read_text())["sha256"]
+        if sha256 != expected:
+            raise CheckpointError(
+                f"stage {self.recipe.name} was started with init.weights of sha256 {expected[:12]}, but {path} now has"
+                f" {sha256[:12]}; give it the same weights, or start another --out"
+            )
 
     # -- the end
 

@@ -1,6 +1,5 @@
 """The `fcmae` command."""
 
-import importlib.resources
 import signal
 import sys
 from enum import StrEnum
@@ -10,9 +9,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from pipeline.errors import RecipeError, UserError
-from tools import checkpoint, cluster_commands
+from pipeline.errors import UserError
+from tools import checkpoint, cluster_commands, recipe_commands
 from tools.analyze import commands as analyze
+from tools.included import find_recipe
+from tools.study import commands as study_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -23,13 +24,15 @@ app = typer.Typer(
 
 
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(recipe_commands.app, name="recipe")
+app.add_typer(study_commands.app, name="study")
 app.add_typer(analyze.app, name="analyze")
 
 
 @app.command()
 def run(
     recipe: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of an included recipe (see `fcmae recipes`).")
+        str, typer.Argument(help="A YAML file, or the name of an included recipe (see `fcmae recipe list`).")
     ],
     out: Annotated[str, typer.Option(help="The run directory: made, or continued. A path, or a URL such as s3://...")],
     overrides: Annotated[
@@ -407,32 +410,6 @@ def evaluate(
     print(result)
     for verdict in verdicts:
         print(verdict)
-
-
-@app.command()
-def recipes() -> None:
-    """The recipes that are included."""
-    for path in sorted(_included().rglob("*.yaml")):
-        print(path.relative_to(_included()).with_suffix(""))
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of an included one.
-
-    Raises:
-        RecipeError: if there is neither.
-    """
-    included = _included() / f"{name.removesuffix('.yaml').removeprefix('recipes/')}.yaml"
-    for path in (Path(name), included):
-        if path.is_file():
-            return path
-    raise RecipeError(
-        f"there is no recipe {name}, neither as a file nor by that name; `fcmae recipes` lists the included ones"
-    )
-
-
-def _included() -> Path:
-    return Path(str(importlib.resources.files("recipes")))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def submit(
     from cluster.site import check_path, load_site
     from cluster.snapshot import snapshot_path
     from pipeline.recipe import load
-    from tools.cli import find_recipe
+    from tools.included import find_recipe
 
     chain, profile = load(find_recipe(recipe), overrides or []), load_site(site)
     chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})

@@ -54,7 +54,12 @@ def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha
         CheckpointError: one sentence, if the file is missing, damaged, mislabelled or of another family, or if one
             tensor is not accounted for.
     """
-    tensors, chosen, ignored = load_tensors(path, entry, expected_sha256)
+    return decode_weights(path, read_bytes(path, expected_sha256), entry)
+
+
+def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> Loaded:
+    """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
+    tensors, chosen, ignored = _tensors(path, data, entry)
     try:
         found, report = to_ours(tensors)
     except CheckpointError as error:
@@ -68,7 +73,13 @@ def load_tensors(
     """The tensors of any model's weights under the file's names, the key they were found under, and the other keys; see
     `load_weights`. Raises CheckpointError.
     """
-    content = _decode(path, read_bytes(path, expected_sha256))
+    return _tensors(path, read_bytes(path, expected_sha256), entry)
+
+
+def _tensors(
+    path: str | os.PathLike, data: bytes, entry: str | None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    content = _decode(path, data)
     try:
         tensors, chosen, ignored = _choose(content, entry)
     except CheckpointError as error:

@@ -9,8 +9,6 @@ from pipeline.data.subset import Subset, class_counts, select
 from pipeline.errors import DataError
 from pipeline.recipe import ClassificationSettings, StageRecipe
 
-FILES = ("train", "validation")
-
 
 @dataclass(frozen=True)
 class StageData:
@@ -29,7 +27,7 @@ def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
         RetryableError: if one cannot be fetched now.
     """
     data = recipe.data
-    betons = {name: stage(getattr(data, name), cache, data.timeout_seconds) for name in FILES}
+    betons = {name: stage(path, cache, data.timeout_seconds) for name, path in _files(recipe).items()}
     _check(recipe, betons)
     fractions = {"train": data.fraction, "validation": 1.0}
     return {
@@ -42,28 +40,36 @@ def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
     }
 
 
+def _files(recipe: StageRecipe) -> dict[str, str]:
+    """Paths or URLs of the data that the stage has, by name: train, and unless it evaluates nothing validation."""
+    paths = {"train": recipe.data.train, "validation": recipe.data.validation}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
 def preflight_data(recipe: StageRecipe) -> dict[str, Beton]:
     """What can be refused without fetching more than side-cars, and what these say. Errors: as in `open_data`."""
-    betons = {name: describe(getattr(recipe.data, name), recipe.data.timeout_seconds) for name in FILES}
+    timeout_seconds = recipe.data.timeout_seconds
+    betons = {name: describe(path, timeout_seconds) for name, path in _files(recipe).items()}
     _check(recipe, betons)
     return betons
 
 
 def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
-    train, validation = (
-        class_counts(betons[name], recipe.data.classes, recipe.data.fraction if name == "train" else 1)
-        for name in FILES
-    )
+    found = {
+        name: class_counts(beton, recipe.data.classes, recipe.data.fraction if name == "train" else 1)
+        for name, beton in betons.items()
+    }
+    train, validation = found["train"], found.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
-        for name, counts in (("train", train), ("validation", validation)):
+        for name, counts in found.items():
             if len(counts) != recipe.objective.classes:
                 source = "leaves" if recipe.data.classes else "holds"
                 raise DataError(
                     f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.{name}"
                     f" {getattr(recipe.data, name)} {source} {len(counts)} classes; correct one of them"
                 )
-        differ = sorted(set(train) ^ set(validation))
-        if list(train) != list(validation):
+        if validation is not None and list(train) != list(validation):
+            differ = sorted(set(train) ^ set(validation))
             raise DataError(
                 f"stage {recipe.name}: data.train and data.validation hold different classes"
                 f" ({differ[0] if differ else 'the same in another order'}); prepare them with the same class names"

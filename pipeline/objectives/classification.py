@@ -74,7 +74,9 @@ class ClassificationObjective:
         if any(name.startswith("encoder.") for name in weights):
             return encoder_to_classifier(weights), ("mask_token", "proj.", "decoder.", "pred."), ("norm.", "head.")
         head = (self._head,) if self.recipe.init.head == "new" else ()
-        return weights, head, head
+        if any(name.startswith(("norm.", self._head)) for name in weights):
+            return weights, head, head
+        return weights, (), (*head, "norm.")  # an encoder alone, as FCMAE weights are released
 
     def _mix(self, step: int, slot: int, size: int) -> "Mix":
         """The slot's mix-up or cut-mix, by hash of (seed, step, slot)."""

@@ -66,7 +66,11 @@ class FCMAEObjective:
         return mask, denormalise(model.paint(images, mask, model(images, mask).prediction))
 
     def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-        return weights, (), ()
+        if any(name.startswith("encoder.") for name in weights):
+            return weights, (), ()
+        head = {name: tensor for name, tensor in weights.items() if name.startswith(("norm.", "head."))}
+        encoder = {f"encoder.{name}": tensor for name, tensor in weights.items() if name not in head}
+        return encoder | head, ("norm.", "head."), ("mask_token", "proj.", "decoder.", "pred.")
 
 
 def random_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:

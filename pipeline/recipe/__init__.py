@@ -1,7 +1,8 @@
 """What to train: a typed schema of `sections`, read from YAML (`files`).
 
-A recipe is YAML. `extends: other.yaml` starts from another file; `defaults:` is what the stages share; a stage set to
-null is left out. Every key is checked.
+A recipe is YAML. `extends: other.yaml` starts from another file, or a list of them; `defaults:` is what the stages
+share; a stage set to null is left out; `init:` names weights that the first stage begins with; `published:` tells what
+others got. Every key is checked.
 """
 
 from pipeline.recipe.files import dump, load, load_stage

@@ -1,8 +1,12 @@
-"""Recipes as YAML files: `extends`, shared `defaults`, `key=value` overrides, and errors that name the field."""
+"""Recipes as YAML files: `extends`, shared `defaults`, `key=value` overrides, and errors that name the field.
+
+Values and the places they come from (`pipeline.recipe.sources`) are trees of the same shape, merged by the same code.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +20,8 @@ from pipeline.recipe.schema import ChainRecipe, StageRecipe
 from pipeline.recipe.sections import Section
 
 _STAGE_NAME = object()
+LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
+"""The included recipes: data here, and nothing that is imported."""
 _TAGGED = ("objective", "model")  # one of several sections, told by the value of a key of it
 
 
@@ -25,22 +31,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
     Raises:
         RecipeError: naming the file and field, the value, and what would be accepted.
     """
-    raw = _read(path, seen=())
-    if overrides:
-        wrong = [text for text in overrides if "=" not in text]
-        if wrong:
-            raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
-        try:
-            merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
-            raw = OmegaConf.to_container(merged, resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
-    return validate(ChainRecipe, _spread(raw, path), str(path))
+    return validate(ChainRecipe, spread(read_mapping(path, overrides), path), str(path))
+
+
+def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a YAML file, what it extends below it, `key=value` above it. Errors: as `load`."""
+    raw = read_tree(path, _values)
+    if not overrides:
+        return raw
+    wrong = [text for text in overrides if "=" not in text]
+    if wrong:
+        raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
 
 
 def load_stage(path: Path) -> StageRecipe:
     """Read the resolved recipe of one stage."""
-    return validate(StageRecipe, _read(path, seen=()), str(path))
+    return validate(StageRecipe, read_tree(path, _values), str(path))
 
 
 def dump(recipe: Section, path: Path) -> None:
@@ -51,24 +62,50 @@ def dump(recipe: Section, path: Path) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_tree(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What `parse` makes of a recipe file, merged over that of the files it extends, the later ones over the earlier.
+
+    Raises:
+        RecipeError: if a file is missing, is no YAML or no mapping, or extends itself.
+    """
     path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        tree = parse(path)
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}; `fcmae recipes` lists the ones that are included") from None
+        raise RecipeError(f"there is no recipe {path}; `fcmae recipe list` shows the included ones") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds a {type(raw).__name__}; a recipe is a mapping of keys to values")
-    base = raw.pop("extends", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
-    return _merge(_read(path.parent / base, (*seen, path)), raw)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds a {type(tree).__name__}; a recipe is a mapping of keys to values")
+    bases = tree.get("extends") or []
+    names = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of such")
+    below: dict[str, Any] = {}
+    for name in names:
+        below = _merge(below, read_tree(_base(path, name), parse, (*seen, path)))
+    merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
+    if "published" in tree:
+        merged["published"] = tree["published"]  # a result holds for one recipe: no part of another's is left
+    return merged
+
+
+def _base(path: Path, name: str) -> Path:
+    """The file that a recipe extends: beside it, or an included one by name."""
+    beside = path.parent / name
+    return next((p for p in (beside, LIBRARY / name, LIBRARY / f"{name}.yaml") if p.is_file()), beside)
+
+
+def _values(path: Path) -> Any:
+    return OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Recipes share their parts, and YAML is slow to read."""
+    return OmegaConf.create(text)
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -77,27 +114,36 @@ def _merge(base: Any, change: Any) -> Any:
     return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
 
 
-def _spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Give every stage the shared defaults, its name, the seed, and the stage before it."""
+def spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Give every stage the shared defaults, its name, the seed, and the stage before it; the first one `init`, the
+    weights that the chain begins with."""
     raw = dict(raw)
-    defaults, stages = raw.pop("defaults", None) or {}, raw.get("stages")
+    defaults, stages, weights = raw.pop("defaults", None) or {}, raw.get("stages"), raw.pop("init", None)
     if not isinstance(stages, dict) or not any(stages.values()):
         raise RecipeError(f"{path}: stages is {stages!r}; a recipe needs at least one stage, as a mapping of names")
-    seed, spread, previous = raw.get("seed", 0), {}, None
+    seed, found, previous = raw.get("seed", 0), {}, None
     for name, stage in stages.items():
         if stage is None:
             continue
         if not str(name).replace("-", "").replace("_", "").isalnum():
             raise RecipeError(f"{path}: stage name {name!r} must be made of letters, digits, - and _")
-        start = (stage.get("init") or {}).get("start") if isinstance(stage, dict) else None
-        before = None if start == "scratch" else previous
+        if not isinstance(stage, dict):
+            raise RecipeError(f"{path}: stages.{name} is {stage!r}; it must be a mapping of keys to values, or null")
         # The objective's keys depend on its kind, so defaults for it cannot apply to every stage.
-        spread[name] = {"name": name, "seed": seed, "previous": before, **_merge(defaults, stage)}
+        stage = _merge(defaults, stage)
+        init = stage.get("init") or {}
+        if weights is not None and previous is None:
+            init = {**init, "weights": weights}
+        if init.get("weights") is not None:
+            init = {"start": "file", **init}
+        before = previous if init.get("start", "previous") == "previous" else None
+        filled = {"init": init} if init else {}
+        found[name] = {"name": name, "seed": seed, "previous": before, **stage, **filled}
         previous = name
-    published, gate = raw.get("published"), spread[previous].get("gate") or {}
+    published, gate = raw.get("published"), found[previous].get("gate") or {}
     if isinstance(published, dict) and published.get("top1") is not None and isinstance(gate, dict):
-        spread[previous]["gate"] = {"published": published["top1"], **gate}  # the paper's value is the last stage's
-    return {**raw, "stages": spread}
+        found[previous]["gate"] = {"published": published["top1"], **gate}  # the paper's value is the last stage's
+    return {**raw, "stages": found}
 
 
 def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:

@@ -30,6 +30,8 @@ from pipeline.recipe.sections import (
     Tracking,
 )
 
+GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
+
 
 class StageRecipe(Section):
     """Everything one stage does. `name`, `seed` and `previous` are filled in from the chain."""
@@ -70,8 +72,14 @@ class StageRecipe(Section):
                 f"data.image_size {self.data.image_size} is less than the stride of the model, {self.model.stride};"
                 " choose a larger one, or a smaller model.stem_stride"
             )
+        made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
         if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
             raise ValueError("optimizer.layer_decay_groups is group, which is ConvNeXt's; set it to single")
+        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
+            raise ValueError(
+                "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of ConvNeXt's Base, Large and"
+                f" Huge; this model is {self.model.name}: set it to single"
+            )
         if self.sparsity:
             self._check_sparsity(self.sparsity)
         if isinstance(self.objective, FCMAESettings):
@@ -154,11 +162,30 @@ class StageRecipe(Section):
             )
 
 
+class Published(Section):
+    """What somebody else got with this recipe: ImageNet-1K, single crop, percent."""
+
+    top1: float | None = None
+    source: str
+    """Where that is printed."""
+    timm_top1: float | None = None
+    """timm's own evaluation of the released weights, at the recipe's last image size."""
+    timm_top5: float | None = None
+    weights: str | None = None
+    """URL of the released weights."""
+    parameters: str | None = None
+    multiply_adds: str | None = None
+    """Of an image; both as printed."""
+    remark: str | None = None
+
+
 class ChainRecipe(Section):
     """A named chain of stages, in order."""
 
     name: str
     seed: int = 0
+    published: Published | None = None
+    """To compare with; no part of the experiment."""
     stages: dict[str, StageRecipe]
 
     @model_validator(mode="after")
@@ -170,7 +197,11 @@ class ChainRecipe(Section):
                     f"stages.{name}.model.name is {stage.model.name} but the stage before hands on a"
                     f" {before.model.name}; make them one family, or init.start scratch"
                 )
-            if stage.init.head == "map" and (before is None or isinstance(before.objective, FCMAESettings)):
+            if (
+                stage.init.head == "map"
+                and stage.init.weights is None
+                and (before is None or isinstance(before.objective, FCMAESettings))
+            ):
                 raise ValueError(
                     f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
                 )

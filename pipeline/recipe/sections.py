@@ -4,7 +4,7 @@ how fast or where a stage runs; it may change on resume.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.data.augment import RandAugment
 
@@ -48,8 +48,10 @@ class ClassificationSettings(Section):
 class Data(Section):
     train: str = operational(...)
     """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk;
-    which data it must hold is fixed by its hash once a stage has started."""
-    validation: str = operational(...)
+    which data it must hold is fixed by its hash once a stage has started. Both may hold $VARIABLES of the machine that
+    starts the chain."""
+    validation: str | None = operational(None)
+    """None evaluates nothing: the stage ends with its last weights, and has no best checkpoint."""
     cache_dir: str | None = operational(None)
     """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_SCRATCH/fcmae, or ~/.cache/fcmae."""
     cache_bytes: int | None = operational(None, ge=1)
@@ -75,6 +77,15 @@ class Data(Section):
     """Decoding threads of each rank; 0 takes the cores that the ranks of a machine have each, less one."""
     timeout_seconds: float = operational(120.0, gt=0)
     """How long a batch may take before the loader is given up, and a server of data before it is."""
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _rising(cls, span: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < span[0] <= span[1]:
+            raise ValueError(f"{list(span)} is no range; give two numbers above 0, the smaller one first")
+        if info.field_name == "crop_scale" and span[1] > 1:
+            raise ValueError(f"{list(span)} asks for a crop larger than the image; 1.0 is the whole of it")
+        return span
 
     @field_validator("rand_augment")
     @classmethod
@@ -190,10 +201,22 @@ class Engine(Section):
 
 
 class Initial(Section):
-    start: Literal["previous", "scratch"] = "previous"
-    """Weights of the stage before, or none."""
+    start: Literal["previous", "scratch", "file"] = "previous"
+    """Weights of the stage before, none, or those of `weights`."""
+    weights: str | None = operational(None)
+    """Path or URL of weights in any layout that `fcmae convert` reads, with which this stage starts instead of those of
+    the stage before; which they are is fixed by their hash at the first start."""
     head: Literal["new", "keep", "map"] = "new"
     """A new classifier's head, that of the stage before, or its rows for the classes that both have, by name."""
+    response: Literal["keep", "new"] = "keep"
+    """What normalises the blocks' channels: that of the weights, or, where this model has another (`model.response`),
+    a new one, and that of the weights is dropped."""
+
+    @model_validator(mode="after")
+    def _weights_have_a_file(self) -> "Initial":
+        if (self.start == "file") != (self.weights is not None):
+            raise ValueError(f"start {self.start} and weights {self.weights} do not go together; give weights alone")
+        return self
 
 
 class Evaluation(Section):

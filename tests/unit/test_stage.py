@@ -124,6 +124,16 @@ def test_data_is_pinned(stage):
         stage.pin_data({"train": "a" * 64, "validation": "c" * 64})
 
 
+def test_evaluation_may_be_turned_off_and_on_but_not_to_other_data(stage):
+    stage.pin_data({"train": "a" * 64})
+    stage.pin_data({"train": "a" * 64, "validation": "b" * 64})
+    stage.pin_data({"train": "a" * 64})
+    with pytest.raises(DataError, match=r"data.validation of sha256 bbbb"):
+        stage.pin_data({"train": "a" * 64, "validation": "c" * 64})
+    with pytest.raises(DataError, match=r"data.train of sha256 aaaa"):
+        stage.pin_data({"train": "d" * 64})
+
+
 def test_done_names_what_was_written(stage):
     assert stage.done() is None
     stage.finish({"weights": "weights.safetensors", "weights_sha256": "ab", "metrics": {"top1": 1.0}}, step=12)

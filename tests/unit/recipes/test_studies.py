@@ -1,0 +1,105 @@
+"""Studies: every included arm can be run, and the table says what the runs' files say."""
+
+import json
+import statistics
+
+import pytest
+import yaml
+
+from cluster.chain import open_chain
+from pipeline.errors import RecipeError
+from tests.support import write_tiny_recipe
+from tools.included import find_study, included_studies
+from tools.study.definition import cells, dump_study, load_study
+from tools.study.runs import STUDY
+from tools.study.table import markdown, open_study, rows, to_json
+
+
+@pytest.mark.parametrize("name", included_studies())
+def test_every_arm_is_a_recipe_of_its_own(name):
+    study = load_study(find_study(name))
+    chains = {arm: study.chain(arm, 0) for arm in study.arms}
+    trained = {arm: tuple(stage.fingerprint() for stage in chain.stages.values()) for arm, chain in chains.items()}
+    assert len(set(trained.values())) == len(trained), "two arms are the same"
+    for arm, chain in chains.items():
+        published = chain.published and chain.published.top1
+        if not study.change and not study.arms[arm].change and study.arms[arm].published is not None:
+            assert published == study.arms[arm].published, arm
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    recipe = write_tiny_recipe(tmp_path)
+    path = tmp_path / "study.yaml"
+    arms = {
+        "plain": {"published": 50.0},
+        "mixed": {"change": {"stages.finetune.objective.mixup": 0.4}, "remark": "more mixing"},
+    }
+    rival = {"name": "somebody", "top1": 49.0, "source": "a paper"}
+    content = {"name": "s", "about": "Does it?", "recipe": str(recipe), "seeds": [0, 1], "arms": arms}
+    path.write_text(yaml.safe_dump({**content, "references": [rival]}, sort_keys=False))
+    return path
+
+
+def test_arms_change_the_recipe_and_the_command_line_changes_all(study_file):
+    study = load_study(study_file, ["stages.pretrain=null", "seeds=[4]"])
+    assert study.seeds == (4,)
+    chain = study.chain("mixed", 4)
+    assert (chain.name, chain.seed, list(chain.stages)) == ("s-mixed-4", 4, ["intermediate", "finetune"])
+    assert chain.stages["finetune"].objective.mixup == 0.4
+    assert study.chain("plain", 4).stages["finetune"].objective.mixup == 0.8
+    assert list(load_study(study_file, ["arms.mixed=null"]).arms) == ["plain"]
+    above = load_study(study_file, ["stages.finetune.objective.mixup=0.1"])
+    assert above.chain("mixed", 0).stages["finetune"].objective.mixup == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"arms": {"a": {"chnage": {}}}}, "unknown key arms.a.chnage; did you mean change"),
+        ({"arms": {}}, "arms"),
+        ({"seeds": []}, "seeds"),
+        ({"arms": {"a/b": {}}}, "arm 'a/b' must be made of letters"),
+        ({"arms": {"a": {"change": {"stages.pretrain.objective.mask_ratio": 2}}}}, "study s, arm a: "),
+        ({"recipe": "nowhere"}, "there is no recipe nowhere"),
+        (
+            {"change": {"defaults.data.validation": None}},
+            "finetune.data.validation is null, so there would be no result",
+        ),
+    ],
+)
+def test_a_wrong_study_is_one_sentence(study_file, change, sentence):
+    study_file.write_text(yaml.safe_dump({**yaml.safe_load(study_file.read_text()), **change}))
+
+    def first_chain():
+        study = load_study(study_file)
+        return study.chain(next(iter(study.arms)), 0)
+
+    with pytest.raises(RecipeError) as error:
+        first_chain()
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_is_made_of_the_results(study_file, tmp_path):
+    study, out = load_study(study_file), tmp_path / "out"
+    dump_study(study, out / STUDY)
+    given = {("plain", 0): 40.0, ("plain", 1): 43.0, ("mixed", 0): 51.5}
+    for cell in cells(study, out):
+        stages = open_chain(study.chain(cell.arm, cell.seed), cell.directory)
+        value = given.get((cell.arm, cell.seed))
+        for number, stage in enumerate(stages):
+            if value is not None:
+                result = {"seconds": 60.0 * (number + 1), "metrics": {"top1": value, "loss": 1.0}}
+                stage.finish({**result, "weights": "w", "weights_sha256": "0"}, 1)
+    again = open_study(out)
+    assert again == study
+    plain, mixed = rows(again, out)
+    assert (plain.mean, plain.deviation) == (statistics.fmean([40, 43]), statistics.stdev([40, 43]))
+    assert (mixed.mean, mixed.deviation, mixed.results) == (51.5, None, (51.5,))
+    assert plain.seconds == 60 + 120 + 180
+    lines = markdown(again, [plain, mixed]).splitlines()
+    assert lines[2] == "| plain | 41.50 ± 2.12 | 2/2 | 50.0 | -8.50 | 6.0 |  |"
+    assert lines[3] == "| mixed | 51.50 | 1/2 |  |  | 6.0 | more mixing |"
+    assert lines[4] == "| somebody |  |  | 49.0 |  |  | a paper |"
+    assert json.loads(to_json(again, [plain, mixed]))["arms"][0]["mean"] == 41.5
