@@ -57,7 +57,7 @@ def _measure(recipe: StageRecipe, world: World, steps: int) -> Measured:
     cuda = world.device.type == "cuda"
     recorder = None if cuda else CPUMemory()
     with recorder or torch.cuda.device(world.device):
-        engine = create_engine(objective.build_model(), recipe, world)
+        engine = create_engine(objective.build_model, recipe, world)
         engine.attach_components()
         engine.warm_up(example_batch(recipe), objective)
         if cuda:

@@ -28,7 +28,7 @@ def build(world, large_kernels: str):
     recipe = stage_recipe("finetune", {"kind": "ddp", "large_kernels": large_kernels}).model_dump(mode="json")
     recipe = StageRecipe.model_validate_json(json.dumps({**recipe, "model": SLAK}))
     objective = create_objective(recipe, seed=4)
-    return create_engine(objective.build_model(), recipe, world), objective
+    return create_engine(objective.build_model, recipe, world), objective
 
 
 def forms(engine) -> list[str]:

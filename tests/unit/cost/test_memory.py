@@ -41,7 +41,7 @@ def held(world: World, recipes: dict[str, StageRecipe]) -> dict[str, int]:
     found, alive = {}, []  # one that went would count against the next
     for name, recipe in recipes.items():
         with CPUMemory() as account:
-            engine = create_engine(create_objective(recipe, seed=0).build_model(), recipe, world)
+            engine = create_engine(create_objective(recipe, seed=0).build_model, recipe, world)
             engine.attach_components()
         alive.append(engine)
         found[name] = account.held_bytes
