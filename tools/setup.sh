@@ -60,7 +60,7 @@ if command -v apt-get >/dev/null; then
   debian_packages g++ make pkg-config python3-dev libturbojpeg0-dev libopencv-imgproc-dev
   case ",$EXTRA," in *,test,*) debian_packages slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge ;; esac
 else
-  say "no apt-get: g++, pkg-config, libturbojpeg and OpenCV's imgproc headers must be there already (see README)"
+  say "no apt-get: g++, pkg-config, libturbojpeg and OpenCV's imgproc headers must be there already (see docs/install.md)"
 fi
 
 # What was installed is remembered by content: a second run costs nothing, a changed pin installs again.
