@@ -125,7 +125,7 @@ def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = Mapp
     tensors do not tell beside the form of GRN.
     """
     published = {**PUBLISHED_GRN, **untold}
-    model = _known(source).get("model")
+    model = known_facts(source).get("model")
     for name, value in published.items() if isinstance(model, dict) else ():
         if model.get(name, value) != value:
             raise CheckpointError(
@@ -144,7 +144,7 @@ def facts(
 
     classes: the names of the rows of a head that was mapped. A head that is gone takes its names along.
     """
-    known = _known(source)
+    known = known_facts(source)
     if classes is not None:
         known["classes"] = classes
     elif not architecture.classes:
@@ -152,7 +152,8 @@ def facts(
     return {**known, "layout": layout, "architecture": _plain(architecture)}
 
 
-def _known(source: str | os.PathLike) -> dict[str, Any]:
+def known_facts(source: str | os.PathLike) -> dict[str, Any]:
+    """What a file of ours says about itself; of others, nothing."""
     try:
         known = read_facts(source)
     except CheckpointError:

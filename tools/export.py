@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.families import FamilyArchitecture
-from pipeline.checkpoint.heads import head_names
 from pipeline.checkpoint.layouts import Report, from_ours
 from pipeline.checkpoint.loader import Loaded, load_weights
 from pipeline.checkpoint.weights import FACTS, canonical, publish, safetensors_bytes, write_weights
 from pipeline.errors import CheckpointError, UserError
-from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
-from tools.convert import architecture_of, change_head, check_destination, facts, refuse_own_forms
+from tools.convert import check_destination, facts, refuse_own_forms
+from tools.weights_model import build, placed
 
 Format = Literal["safetensors", "onnx", "timm"]
 ONNX_TOLERANCE = 1e-4  # of the largest output; fp32 in another order of sums differs by about 1e-6
@@ -80,28 +79,12 @@ def export(
     if kind == "onnx":
         refuse_own_forms(source)
         check_destination(destination, (".onnx",), overwrite)
-        return _onnx(loaded, destination, size, about.get("model"))
+        return _onnx(source, loaded, destination, size, about.get("model"))
     refuse_own_forms(source, loaded.report.architecture.untold)
     return _timm(loaded, destination, size, about, overwrite)
 
 
-def build(
-    tensors: Mapping[str, Tensor], architecture: Architecture | FamilyArchitecture, known: Any = None
-) -> ConvNeXtV2 | SLaK | NextViT:
-    """The model of these weights in evaluation mode; without a head it gives the last map.
-
-    `known` is the model section of the recipe that made them, for what the tensors do not tell; else that is as
-    published.
-    """
-    known = known if isinstance(known, Mapping) else {}
-    told = {name: known.get(name, published) for name, published in architecture.untold.items()}
-    with torch.device("meta"):  # initial values would be thrown away
-        model = create_model(architecture.family, **architecture.model_options, **told)
-    model.load_state_dict(from_ours(tensors, architecture, "official")[0], assign=True)
-    return model.eval()
-
-
-def _onnx(loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
+def _onnx(source: str | os.PathLike, loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -109,12 +92,8 @@ def _onnx(loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
         raise UserError(
             f"ONNX needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
-    tensors, dropped, _ = change_head(loaded.tensors, "drop" if loaded.report.architecture.decoder else "keep")
-    if head_names(tensors)[0] not in tensors:  # a norm without a head has no place in a model that gives maps
-        dropped += tuple(name for name in tensors if name.startswith("norm."))
-    tensors = {name: tensor.float() for name, tensor in tensors.items() if name not in dropped}
-    report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped))
-    model = build(tensors, architecture_of(tensors), known)
+    model = build(loaded.tensors, known, str(source))
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *placed(loaded.tensors)[1]))
     if size < model.stride:
         raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
     bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())

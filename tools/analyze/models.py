@@ -6,7 +6,6 @@ of our models by name, with random weights. Words after it are options: `label=.
 that keep the variance, and all others are arguments of the model.
 """
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -18,16 +17,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipeline.checkpoint import read_facts, read_weights
-from pipeline.checkpoint.loader import load_tensors, load_weights
-from pipeline.errors import CheckpointError, StageError, UserError
+from pipeline.checkpoint.loader import load_tensors
+from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
 from pipeline.objectives.base import MEAN, STD
-from pipeline.stage import WEIGHTS, Done
 from tools.analyze.timm_import import import_timm
+from tools.weights_model import build, open_weights
 
 RANDOM = "random weights"
-HEADS = ("head.weight", "proj_head.0.weight")
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,8 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
     label = options.pop("label", None)
     if name.startswith("timm:"):
         subject = _timm(name.removeprefix("timm:"), options, image_size)
-    elif name and Path(name).is_dir():
-        subject = _directory(Path(name), options)
-    elif Path(name).suffix or "/" in name:
-        subject = _file(name, options, None)
+    elif name and (Path(name).is_dir() or Path(name).suffix or "/" in name):
+        subject = _weights(name, options)
     else:
         subject = _random(name, options)
     subject.model.to(device).eval()
@@ -106,51 +101,15 @@ def keep_variance(model: nn.Module, gain: float, seed: int = 0) -> None:
             parameter.fill_(1)
 
 
-def _directory(directory: Path, options: dict[str, Any]) -> Subject:
-    """The last finished stage of a run, or a finished stage."""
-    stage = directory
-    if not (directory / "DONE").is_file():
-        recipe = directory / "recipe.yaml"
-        content = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
-        stages = content.get("stages") if isinstance(content, dict) else None
-        finished = [directory / name for name in stages or () if (directory / name / "DONE").is_file()]
-        if not finished:
-            raise StageError(
-                f"{directory} holds no finished stage; name a weights file, `fcmae checkpoint export` takes one out of"
-                " a checkpoint"
-            )
-        stage = finished[-1]
-    done = Done(**json.loads((stage / "DONE").read_text()))
-    subject = _file(str(stage / WEIGHTS), options, done.weights_sha256)
-    stage = stage.resolve()
-    return replace(subject, label=f"{stage.parent.name}/{stage.name}")
-
-
-def _file(path: str, options: dict[str, Any], sha256: str | None) -> Subject:
-    """Files of ours say the form of the model, which tensors cannot in full; others tell it by their shapes."""
+def _weights(path: str, options: dict[str, Any]) -> Subject:
     entry = options.pop("entry", None)
     if options:
         raise UserError(f"model {path}: {next(iter(options))} does not go with weights, which say what they are")
-    try:
-        facts = read_facts(path) if Path(path).suffix == ".safetensors" else {}
-    except CheckpointError:
-        facts = {}
-    if "model" in facts:
-        tensors, form = read_weights(path, sha256), dict(facts["model"])
-    else:
-        loaded = load_weights(path, entry, sha256)
-        tensors, architecture = loaded.tensors, loaded.report.architecture
-        form = {"name": architecture.family, **architecture.model_options}
-    if any(name.startswith("encoder.") for name in tensors):  # of FCMAE only the encoder is looked at
-        tensors = {n.removeprefix("encoder."): tensor for n, tensor in tensors.items() if n.startswith("encoder.")}
-    head = next((tensors[name] for name in HEADS if name in tensors), ())
-    options = {key: value for key, value in form.items() if value is not None} | {"num_classes": len(head)}
-    try:
-        model = create_model(**options)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is of a model that cannot be made ({error}); export it again") from error
-    _fill(model, path, tensors)
-    return Subject(Path(path).stem, model, str(path), classes=tuple(facts.get("classes", ())))
+    opened = open_weights(path, entry=entry)
+    model = build(opened.tensors, opened.facts.get("model"), opened.source)
+    stage = opened.stage and opened.stage.resolve()
+    label = f"{stage.parent.name}/{stage.name}" if stage else Path(path).stem
+    return Subject(label, model, opened.source, classes=tuple(opened.facts.get("classes") or ()))
 
 
 def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:

@@ -10,7 +10,7 @@ from pipeline.checkpoint.weights import read_facts, write_weights
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
 from tests.oracles import oracle
-from tests.unit.checkpoint.test_families import assert_same, build, ours
+from tests.unit.checkpoint.test_families import MICRO, assert_same, build, ours
 from tests.unit.models.tiny_models import scatter_norms
 from tools.convert import convert
 from tools.export import export
@@ -35,7 +35,7 @@ def trained(family, **options):
 )
 def test_onnx_of_own_forms_is_the_model_merged(tmp_path, family, own):
     model, source = trained(family, **own), tmp_path / "weights.safetensors"
-    write_weights(source, ours(model), {"model": {"name": family, **own}, "image_size": 32})
+    write_weights(source, ours(model), {"model": {"name": family, **MICRO[family], **own}, "image_size": 32})
     done = export(source, tmp_path / "m.onnx", "onnx")
     assert done.max_difference < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.checkpoint.weights import write_weights
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
-from pipeline.recipe import load
+from pipeline.recipe import dump, load
 from pipeline.stage import Stage
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
@@ -149,8 +149,10 @@ def stage(tmp_path):
     raw["defaults"]["data"]["crop_pct"] = 0.9
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw))
-    recipe = load(path).stages["intermediate"]
+    chain = load(path)
+    recipe = chain.stages["intermediate"]
     stage = Stage.create(tmp_path / "run" / "intermediate", recipe)
+    dump(chain, tmp_path / "run" / "recipe.yaml")
     model = create_model("convnextv2", 4, depths=(1, 2), dims=(8, 16), stem_stride=2, grn_normaliser="sum")
     tensors = randomise(model.state_dict())
     facts = {"model": recipe.model.model_dump(mode="json"), "image_size": 16, "classes": list("abcd"), "weights": "ema"}
