@@ -1,7 +1,8 @@
-"""The published accuracies of `recipes/convnextv2/published.yaml`, and whether a measured one agrees."""
+"""The published accuracies of released weights, most from the included recipes, and whether a measured one agrees."""
 
 import importlib.resources
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -9,8 +10,10 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
+from pipeline.recipe import load
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
+from tools.included import included_recipes
 
 TOLERANCE = 0.1
 """Percentage points beside the statistical error: other decoders and resizers move as much (Pillow against OpenCV)."""
@@ -46,16 +49,32 @@ class Published(Section):
 
 
 class Table(Section):
-    sources: dict[str, str]
     images: dict[Benchmark, int]
     results: tuple[Published, ...]
 
 
 @cache
 def table() -> Table:
-    """The whole file."""
+    """Of each recipe whose result was released as weights, and of `recipes/convnextv2/published.yaml`."""
     text = importlib.resources.files("recipes").joinpath("convnextv2/published.yaml").read_text()
-    return validate(Table, yaml.safe_load(text), "published.yaml")
+    others = validate(Table, yaml.safe_load(text), "published.yaml")
+    return others.model_copy(update={"results": (*_of_recipes(), *others.results)})
+
+
+def _of_recipes() -> Iterator[Published]:
+    for name, path in included_recipes().items():
+        if not name.startswith("convnextv2/") or "/options/" in name:  # options inherit another recipe's result
+            continue
+        recipe = load(path)
+        if (found := recipe.published) and found.weights and found.top1 and found.timm_top1:
+            *before, last = recipe.stages.values()
+            yield Published(
+                model=last.model.name,
+                chain="in1k" if len(before) == 1 else "in22k_in1k",
+                image_size=last.data.image_size,
+                paper=Score(top1=found.top1),
+                timm=Score(top1=found.timm_top1, top5=found.timm_top5),
+            )
 
 
 def published(model: str | None, image_size: int, data: Benchmark = "val", chain: str | None = None) -> list[Published]:

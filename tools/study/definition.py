@@ -22,7 +22,7 @@ class Arm(Section):
     change: dict[str, Any] = Field(default_factory=dict)
     """`stages.pretrain.objective.mask_ratio: 0.5`: values by the keys that `key=value` takes."""
     published: float | None = None
-    """Top-1 that others got."""
+    """Top-1 that others got; by default, of an arm that changes nothing, the recipe's."""
     remark: str = ""
 
 
@@ -74,6 +74,14 @@ class Study(Section):
         dotted = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
         return find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides]
 
+    def published(self, arm: str) -> float | None:
+        """Top-1 that others got, of the arm or its unchanged recipe."""
+        own = self.arms[arm]
+        if own.published is not None or own.change or self.change:
+            return own.published
+        found = load(find_recipe(own.recipe or self.recipe)).published
+        return found.top1 if found else None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -111,4 +119,6 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def dump_study(study: Study, path: Path) -> None:
     """Write it beside its runs, so that their table needs nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: arm.model_copy(update={"published": study.published(name)}) for name, arm in study.arms.items()}
+    study = study.model_copy(update={"arms": whole})
     path.write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
