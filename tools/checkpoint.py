@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import CheckpointError, StageError
+from tools.tables import plain_table
 
 app = typer.Typer(no_args_is_help=True, help="The checkpoints of a stage: list, export weights, prune.")
 Where = Annotated[Path, typer.Argument(metavar="STAGE", help="The directory of a stage, as in runs/demo/finetune.")]
@@ -22,9 +22,8 @@ def ls(stage: Where) -> None:
     from pipeline.folder import Folder
 
     folder = _home(stage)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("checkpoint", "saved for", "MB", "ranks", "engine", "state"):
-        table.add_column(column, justify="right" if column in ("MB", "ranks") else "left", no_wrap=True)
+    columns = ("checkpoint", "saved for", "MB", "ranks", "engine", "state")
+    table = plain_table(*columns, right=("MB", "ranks"), no_wrap=True)
     for name in sorted(filter(None, map(CheckpointName.parse, folder.entries()))):
         inside: Folder = folder / str(name)
         manifest, problems = read_committed(inside, name) if (inside / "COMMIT").exists() else (None, [])

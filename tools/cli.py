@@ -14,6 +14,7 @@ from tools import checkpoint, cluster_commands, recipe_commands
 from tools.analyze import commands as analyze
 from tools.included import find_recipe
 from tools.study import commands as study_commands
+from tools.tables import wide_console
 
 app = typer.Typer(
     add_completion=False,
@@ -93,9 +94,7 @@ def status(
     from cluster.table import render
     from cluster.watch import watch as watch_run
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file or a pipe is no terminal of 80 columns
+    console = wide_console()
     if watch and not json:
         watch_run(directory, console, refresh_seconds)
         return
@@ -120,8 +119,7 @@ def times(
     if json:
         print(view.to_json(stages))
     else:
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(view.render(stages))
+        wide_console().print(view.render(stages))
 
 
 @app.command()
@@ -347,11 +345,10 @@ def estimate(
     found = reckon(
         load(find_recipe(recipe), overrides or []), profile, nodes=nodes, images=images or (), measured_here=measure
     )
-    console = Console()
     if json:
         print(to_json(found, price))
     else:
-        (console if console.is_terminal else Console(width=180)).print(render(found, price, formulas))
+        wide_console(180).print(render(found, price, formulas))
 
 
 @app.command()

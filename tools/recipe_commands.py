@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
     from pipeline.recipe import ChainRecipe, StageRecipe
@@ -28,12 +29,13 @@ def list_recipes() -> None:
     from pipeline.recipe import load
     from tools.included import included_recipes
 
-    table = _table("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5", right=(2, 4, 5))
+    columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
+    table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
     for name, path in included_recipes().items():
         chain = load(path)
         told = " > ".join(_in_short(stage) for stage in chain.stages.values())
         table.add_row(name, told, *_result(chain.published))
-    console = _console()
+    console = wide_console()
     console.print(table)
     console.print(
         "top-1 is what the paper prints for ImageNet-1K, timm's what it measured with the released weights; no number"
@@ -52,7 +54,7 @@ def show(
     from pipeline.recipe import load
     from tools.included import find_recipe
 
-    path, console = find_recipe(name), _console()
+    path, console = find_recipe(name), wide_console()
     chain = load(path, overrides or [])
     top1, printed, timm, top5 = _result(chain.published)
     if chain.published:
@@ -62,7 +64,7 @@ def show(
         _show_sources(console, chain, path, overrides or [], everything)
         return
     stages = {name: dict(_values(stage, everything)) for name, stage in chain.stages.items()}
-    table = _table("field", *stages)
+    table = plain_table("field", *stages)
     for field in dict.fromkeys(field for values in stages.values() for field in values):
         table.add_row(field, *(_told(values[field]) if field in values else "" for values in stages.values()))
     console.print(table)
@@ -76,7 +78,7 @@ def _show_sources(console: Console, chain: "ChainRecipe", path: Path, overrides:
     given = sources(path, overrides)
     comments = []
     for name, stage in chain.stages.items():
-        table = _table("field", "value", "source", "line")
+        table = plain_table("field", "value", "source", "line")
         table.title, table.title_justify = f"stage {name}", "left"
         for field, value in _values(stage, everything):
             source = given.get(f"stages.{name}.{field}")
@@ -108,7 +110,7 @@ def diff(
         for chain in chains
     ]
     only = [chain.stages.keys() - other.stages.keys() for chain, other in (chains, chains[::-1])]
-    table = _table("field", chains[0].name, chains[1].name)
+    table = plain_table("field", chains[0].name, chains[1].name)
     for name in (n for chain in chains for n in chain.stages if n in only[0] | only[1]):
         table.add_row(f"stage {name}", *("-" if name in only[1 - side] else "yes" for side in (0, 1)))
     for field in dict.fromkeys([*sides[0], *sides[1]]):
@@ -116,7 +118,7 @@ def diff(
             before, after = (_told(side[field]) if field in side else "-" for side in sides)
             if before != after:
                 table.add_row(field, before, after)
-    console = _console()
+    console = wide_console()
     console.print(table if table.rows else "no difference" + ("" if everything else " in what is trained"))
 
 
@@ -198,15 +200,3 @@ def _told(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_told(v) for v in value) + "]"
     return "none" if value is None else str(value)
-
-
-def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place in right else "left", overflow="fold")
-    return table
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=160, highlight=False)  # a file or pipe has no width

@@ -11,6 +11,7 @@ from pipeline.recipe import StageRecipe, load
 from pipeline.recipe.schema import leaves
 from pipeline.recipe.sources import Source, sources
 from tools.included import SIZES, find_recipe, included_recipes
+from tools.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _results() -> str:
             top5 = f"{result.timm_top5:.3f}" if result.timm_top5 else ""
             weights = f"[file]({result.weights})" if result.weights else ""
             rows.append([name, f"{result.top1:.1f}", result.source, timm, top5, weights])
-    return _markdown(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
+    return markdown_table(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
 
 
 def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -> str:
@@ -97,8 +98,8 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -
         else:
             own.append([f"`{field}`", *cells, source])
     shared |= seen
-    tables = [_markdown(["field", "all sizes", "source"], common)]
-    tables += [_markdown(["field", *recipes, "source"], own)] if own else []
+    tables = [markdown_table(["field", "all sizes", "source"], common)]
+    tables += [markdown_table(["field", *recipes, "source"], own)] if own else []
     return "\n\n".join(tables)
 
 
@@ -114,9 +115,4 @@ def _conflicts(conflicts: dict[str, Conflict]) -> str:
         [key, c.about, c.paper, c.others, c.choice + (f": {c.reason}" if c.reason else ""), c.options]
         for key, c in conflicts.items()
     ]
-    return _markdown(["", "about", "paper", "others", "here", "options"], rows)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(["", "about", "paper", "others", "here", "options"], rows)

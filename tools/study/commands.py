@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, help="Studies: a recipe's arms over seeds, beside published values.")
 
@@ -76,6 +75,7 @@ def table(
 ) -> None:
     """Mean and deviation over the seeds, beside the published value. Arms that are not done are empty."""
     from tools.study import table as view
+    from tools.tables import wide_console
 
     study = view.open_study(directory)
     found = view.rows(study, directory)
@@ -84,5 +84,4 @@ def table(
     elif markdown:
         print(view.markdown(study, found))
     else:
-        console = Console(highlight=False)
-        (console if console.is_terminal else Console(width=140, highlight=False)).print(view.render(study, found))
+        wide_console(140).print(view.render(study, found))

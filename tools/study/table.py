@@ -11,6 +11,7 @@ from rich.table import Table
 from pipeline.errors import StageError
 from tools.study.definition import Study, cells, load_study
 from tools.study.runs import STUDY
+from tools.tables import markdown_table, plain_table
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ def _result(run: Path) -> tuple[str, float, float] | None:
 
 def render(study: Study, found: list[Row]) -> Table:
     """For people."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=study.about, title_justify="left")
-    for column in HEADER:
-        table.add_column(column, justify="left" if column in ("arm", "remark") else "right")
+    table = plain_table(*HEADER, right=HEADER[1:-1], title=study.about, title_justify="left")
     for cells_of_row in _cells(study, found):
         table.add_row(*cells_of_row)
     return table
@@ -96,8 +95,7 @@ HEADER = ("arm", "result", "seeds", "published", "difference", "minutes", "remar
 
 def markdown(study: Study, found: list[Row]) -> str:
     """For a page."""
-    lines = [HEADER, ("---",) + ("---:",) * 5 + ("---",), *_cells(study, found)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(HEADER, _cells(study, found), right=HEADER[1:-1])
 
 
 def to_json(study: Study, found: list[Row]) -> str:

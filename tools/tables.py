@@ -1,0 +1,27 @@
+"""Tables for people: in a terminal, in a pipe, in a page of Markdown."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def wide_console(width: int = 160) -> Console:
+    """Standard output; a file or a pipe, which has no width, gets one of so many columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=width, highlight=False)
+
+
+def plain_table(*columns: str, right: Collection[str] = (), no_wrap: bool = False, **options: Any) -> Table:
+    """Without lines; `right` names the columns that are flush right, `options` are those of rich's Table."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", **options)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=no_wrap)
+    return table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> str:
+    """GitHub's."""
+    lines = [header, ["---:" if column in right else "---" for column in header], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
