@@ -1,35 +1,25 @@
 """Run or resume one stage, given nothing but its directory: `python -m pipeline.run DIRECTORY`, one process a rank."""
 
-import importlib.metadata
 import math
-import os
-import platform
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from pipeline import handoff
+from pipeline import handoff, records
+from pipeline.actions import Actions
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.checks import StageData
-from pipeline.data.feed import Batch, TrainFeed
+from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, World, create_engine
-from pipeline.environment import commit, machine, software
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluate
 from pipeline.failures import explaining_lost_peers, failure, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
-from pipeline.health.gates import judge
 from pipeline.health.processes import die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
@@ -38,13 +28,11 @@ from pipeline.large_kernels import set_large_kernels
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
-from pipeline.recipe import StageRecipe
 from pipeline.saving import Checkpoints, best_evaluation, open_store
 from pipeline.stage import Outcome, OutcomeKind, Stage
 from pipeline.tracking import journal, pictures
-from pipeline.tracking.forwarder import start_forwarder
 from pipeline.tracking.startup import startup
-from pipeline.trainer import Action, StepLog, train
+from pipeline.trainer import StepLog, train
 
 
 def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outcome:
@@ -98,7 +86,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     identity = {name: part.beton.sha256 for name, part in data.items()}
     world.on_main(lambda: stage.pin_data(identity))
     startup.lap("data")
-    log_file = _open_journal(stage, world, stop, stack)
+    log_file = records.open_journal(stage, world, stop, stack)
     stack.push(explaining_lost_peers(stage, watchdog))
     log = StepLog(log_file, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
 
@@ -116,7 +104,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         "recipe": recipe.fingerprint(),
         "data": identity,
         "engine": recipe.engine.kind,
-        "versions": _versions(),
+        "versions": records.versions(),
     }
     store = open_store(stage, world, facts, lambda message: log.write("event", level="warning", message=message))
     classes = data["train"].classes
@@ -124,22 +112,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     start, resumed = _load(stage, engine, objective, store, log, classes, feed, last)
     guard: Guard = engine.guard
     startup.lap("weights")
-    log.write(
-        "attempt",
-        step=start,
-        total_steps=last,
-        world_size=world.size,
-        global_batch=recipe.batch.global_batch,
-        objective=recipe.objective.kind,
-        device=str(world.device),
-        threads=torch.get_num_threads(),
-        host=os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
-        job=os.environ.get("SLURM_JOB_ID"),
-        versions=_versions(),
-    )
-    if log_file:
-        log_file.write_changed("environment", commit=commit(), **software(), **machine())
-        log_file.write_changed("data", **{name: _data_facts(recipe, name, part) for name, part in data.items()})
+    records.write_attempt(log_file, recipe, data, world, step=start, total_steps=last)
     engine.warm_up(example_batch(recipe), objective)
     startup.lap("warm-up")
     lower_is_better = objective.metric == "loss"
@@ -157,28 +130,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     )
     stack.callback(checkpoints.close)
 
-    def save(step: int) -> None:
-        watchdog.phase("save", step)
-        checkpoints.save(step, why="end" if step == last else "due", wait=False)
-
-    def run_evaluation(step: int) -> None:
-        watchdog.phase("evaluate", step)
-        look = partial(_picture, stage, objective, log, step)
-        metrics = evaluate(engine, objective, validation, stop, look)
-        if metrics is not None:
-            log.write("evaluate", step=step, metrics=metrics)
-            checkpoints.evaluated(step, metrics[objective.metric], lower_is_better)
-
-    def report_damaged(step: int) -> None:
-        replaced = int(world.sum(torch.tensor(feed.replaced)))
-        if replaced:
-            message = f"{replaced} damaged images were replaced in this attempt; each is in its rank's log"
-            log.write("event", level="warning", message=message, step=step, replaced=replaced)
-
-    def save_due(step: int) -> bool:
-        return step == last or checkpoints.due(step)
-
-    every_steps = max(round(recipe.evaluation.every_epochs * feed.steps_per_epoch), 1)
+    actions = Actions(stage, engine, objective, feed, validation, checkpoints, log, stop, watchdog, last)
     outcome = train(
         start=start,
         last=last,
@@ -193,22 +145,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
             lr=recipe.learning_rate,
             min_lr=recipe.schedule.min_lr,
         ),
-        actions=[
-            Action(
-                # Also before the first step: a rollback may have to go back so far.
-                due=save_due,
-                run=save,
-            ),
-            Action(due=save_due, run=report_damaged),
-            Action(
-                due=lambda step: (
-                    validation is not None
-                    and (step == last or (step > 0 and step % every_steps == 0))
-                    and not world.on_main(lambda: log.has("evaluate", step))
-                ),
-                run=run_evaluation,
-            ),
-        ],
+        actions=actions.all(),
         checkpoints=checkpoints,
         rollbacks=Rollbacks(guard, engine, store, checkpoints, log.write),
         log=log,
@@ -218,7 +155,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     watchdog.phase("finish", outcome.step)
     if outcome.kind is OutcomeKind.DONE:
         weights = handoff.hand_on(stage, engine, last, classes)
-        world.on_main(lambda: _finish(stage, weights, objective, log, last, world.size))
+        world.on_main(lambda: records.write_result(stage, weights, objective.metric, log, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
     stage.record(outcome)
     # Not when stopped: a grace period is short, and the plotting library alone takes a second of it.
@@ -275,91 +212,6 @@ def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> W
 
     directory = stage.directory / "health" / f"{stage.attempt:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)
-
-
-def _open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack) -> journal.Journal | None:
-    """Rank 0's journal, followed by MLflow's forwarder. The stack ends both, with the reason of a failure in them."""
-    if not world.is_main:
-        return None
-    log_file = stack.enter_context(journal.Journal(stage.directory / "journal.jsonl", stage.attempt))
-    for change in journal.changed_versions(log_file.path, _versions()):
-        log_file.write("event", level="warning", message=change)
-    tracking = stage.recipe.tracking
-    if tracking.mlflow:
-        forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)
-        # A grace period is for the checkpoint; what MLflow has not got by then, the next attempt sends.
-        stack.callback(lambda: forwarder.finish(10 if stop.number else 60))
-
-    def end_in_failure(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            outcome = failure(error)
-            stage.record(outcome)
-            log_file.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
-
-    stack.push(end_in_failure)
-    return log_file
-
-
-def _picture(stage: Stage, objective: Objective, log: StepLog, step: int, model: nn.Module, batch: Batch) -> None:
-    count = stage.recipe.tracking.pictures
-    batch = replace(
-        batch,
-        images=batch.images[:count],
-        labels=batch.labels[:count],
-        ids=batch.ids[:count],
-        valid=batch.valid[:count],
-    )
-    painted = objective.paint(model, batch) if count else None
-    if painted is not None and log.is_main:
-        path = stage.directory / "pictures" / f"step-{step:09d}.png"
-        path.parent.mkdir(exist_ok=True)
-        pictures.reconstruction(
-            batch.images[:count].cpu().numpy(), painted[0].cpu().numpy(), painted[1].cpu().numpy(), path
-        )
-        log.write("picture", step=step, path=str(path.relative_to(stage.directory)))
-
-
-def _finish(
-    stage: Stage, weights: dict[str, Any], objective: Objective, log: StepLog, step: int, world_size: int
-) -> None:
-    events = journal.read(stage.directory / "journal.jsonl")
-    recipe, verdict = stage.recipe, judge(stage.recipe, events).entry()
-    log.write("verdict", step=step, **verdict)
-    evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
-    metrics = evaluations[-1] if evaluations else {}
-    spans: dict[int, list[float]] = {}
-    for event in events:
-        spans.setdefault(event["attempt"], []).append(event["time"])
-    result = {
-        "stage": recipe.name,
-        "objective": recipe.objective.kind,
-        "steps": step,
-        "images_seen": step * recipe.batch.global_batch,
-        "world_size": world_size,
-        "seconds": round(sum(times[-1] - times[0] for times in spans.values()), 1),
-        "metrics": {name: metrics[name] for name in sorted(metrics, key=lambda name: name != objective.metric)},
-        **weights,
-        "verdict": verdict,
-    }
-    stage.finish(result, step)
-
-
-def _data_facts(recipe: StageRecipe, name: str, part: StageData) -> dict[str, Any]:
-    beton = part.beton
-    return {
-        "path": getattr(recipe.data, name),
-        "sha256": beton.sha256,
-        "samples": beton.samples,
-        "images": part.subset.samples if part.subset.ids is None else len(part.subset.ids),
-        "classes": len(part.classes),
-        "bytes": beton.size_bytes,
-        "settings": beton.settings,
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("fcmae", "torch", "numpy", "numba", "ffcv")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def main() -> None:
