@@ -36,6 +36,7 @@ ENGINES = {
             "zero_optimization": {
                 "reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 20_000_000,
                 "stage3_max_live_parameters": 50_000_000, "stage3_max_reuse_distance": 50_000_000,
+                "sub_group_size": 20_000_000,
             },
         },
     },
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--where", help="where the checkpoints go: three times the parameters in fp32")
     options = parser.parse_args()
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # the ranks': freed tensors go back to the system
     free = shutil.disk_usage(options.where or tempfile.gettempdir()).free / 2**30
     print(f"{options.model}, {options.ranks} ranks of one thread; {free:.0f} GiB of disk free")
     print(
