@@ -67,7 +67,10 @@ class FlatShard(Tensor):
         position = 0
         for offsets, sizes in self._boxes:
             if torch.Size(offsets) == index.offset:
-                return self.local.narrow(0, position, prod(sizes)).view(sizes)
+                part = self.local.narrow(0, position, prod(sizes)).view(sizes)
+                # Of what is a part of a larger storage torch's writer makes a copy, and keeps all copies to the end:
+                # twice the memory. Through numpy the same bytes are a storage of their own.
+                return torch.from_numpy(part.numpy()) if part.device.type == "cpu" else part
             position += prod(sizes)
         raise KeyError(f"no part of this shard begins at {index.offset}")
 

@@ -58,3 +58,14 @@ def test_what_some_runs_saved_others_load(tmp_path, shape):
     dcp.load({"t": plain}, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(plain, content)
     assert whole(plain) is plain
+
+
+def test_a_run_is_saved_from_where_it_lies():
+    """Torch's writer copies what is part of a larger storage, and keeps the copies of a whole save."""
+    flat = torch.arange(20.0)
+    shard = FlatShard(flat.narrow(0, 5, 7), 3, (2, 3, 4))
+    for item in shard.__create_write_items__("x", None):
+        part = shard.__get_tensor_shard__(item.index)
+        assert part.untyped_storage().nbytes() == 4 * part.numel()
+        part.add_(1)
+    assert flat[5:12].tolist() == list(range(6, 13))
