@@ -149,7 +149,7 @@ def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undistu
     cluster_commands.resume(run)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
-    assert events(stage, "attempt")[1]["step"] == 20
+    assert events(stage, "attempt")[1]["step"] in (20, 25)  # the last save may have ended between two signals
 
 
 def test_signal_during_start_up_is_not_lost(submit, undisturbed):

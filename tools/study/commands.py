@@ -23,7 +23,7 @@ def list_studies() -> None:
 
     for name, path in included_studies().items():
         study = load_study(path)
-        print(f"{name}: {study.about} {len(study.arms)} arms, {len(study.seeds)} seeds, {study.recipe}")
+        print(f"{name}: {study.about} {len(study.arms)} arms, {len(study.seeds)} seed{"s" * (len(study.seeds) > 1)}, {study.recipe}")
 
 
 @app.command()
