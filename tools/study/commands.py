@@ -23,7 +23,8 @@ def list_studies() -> None:
 
     for name, path in included_studies().items():
         study = load_study(path)
-        print(f"{name}: {study.about} {len(study.arms)} arms, {len(study.seeds)} seed{"s" * (len(study.seeds) > 1)}, {study.recipe}")
+        seeds = "1 seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
+        print(f"{name}: {study.about} {len(study.arms)} arms, {seeds}, {study.recipe}")
 
 
 @app.command()
