@@ -29,13 +29,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.seen = (torch.zeros_like(weight.detach()), torch.ones_like(weight.detach()))
         return F.batch_norm(x, *self.seen, weight, bias, training=True, momentum=1.0, eps=self.eps)
 
-    @torch.no_grad()
-    def update_running(self) -> None:
-        """Move the running statistics towards those of the last forward."""
-        if self.training and self.seen is not None:
-            self.running_mean.lerp_(self.seen[0].to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(self.seen[1].to(self.running_var.dtype), self.momentum)
-            self.seen = None
+    update_running = ResponseBatchNorm.update_running
 
 
 def counts_batches(model: nn.Module) -> bool:
