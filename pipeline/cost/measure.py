@@ -91,10 +91,10 @@ def available_bytes() -> int:
 
 
 class CPUMemory:
-    """The CPU allocator's own account, as torch's profiler hears it from the allocator: of what is allocated inside the
-    context, the most at once, and what is still there at its end."""
+    """The CPU allocator's own account, as torch's profiler hears it from the allocator: the most that is allocated at
+    once inside the context. It misses what other threads free, as gloo's do."""
 
-    peak_bytes = held_bytes = 0
+    peak_bytes = 0
 
     def __enter__(self) -> "CPUMemory":
         self._profile = torch.profiler.profile(
@@ -107,6 +107,7 @@ class CPUMemory:
         self._profile.__exit__(*error)
         events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
+        allocated = 0
         for event in events:
-            self.held_bytes += event.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+            allocated += event.nbytes()
+            self.peak_bytes = max(self.peak_bytes, allocated)

@@ -1,6 +1,5 @@
 """Engines: who holds the parameters and does one optimizer step. The recipe's `engine.kind` names one."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,6 @@ def create_engine(build: Callable[[], nn.Module], recipe: StageRecipe, world: Wo
         model, blank = build(), build()
     engine = _KINDS[recipe.engine.kind](model, recipe, world)
     engine.fill(initial_values(blank, blank.seed))
-    gc.collect()  # DeepSpeed leaves whole tensors in reference cycles, which nothing would collect for a long time
     return engine
 
 

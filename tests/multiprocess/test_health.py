@@ -225,7 +225,7 @@ def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
     stage = make_stage(tmp_path, *WATCHED)
-    process = start(stage, 1, {"rank": 0, "hang": 8})
+    process = start(stage, 1, {"rank": 0, "hang": 8, "sleep": {"7": 1}})  # several beats tell of step 7
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 76, said
     sentence = f"rank 0 on {HOST} gave no sign of life for 8 s after"

@@ -1,10 +1,13 @@
 """What is reckoned, against what torch's allocator says of real engines and real steps."""
 
+import gc
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from pipeline.cost.measure import CPUMemory, measure
+from pipeline.cost.measure import measure
 from pipeline.cost.memory import ENGINES, EngineName, Model, memory, model_state, with_engine
 from pipeline.cost.trace import trace_evaluation, trace_step
 from pipeline.engines import World, create_engine
@@ -38,14 +41,24 @@ def test_a_real_step_allocates_what_is_predicted(kind, name, images):
 
 
 def held(world: World, recipes: dict[str, StageRecipe]) -> dict[str, int]:
-    found, alive = {}, []  # one that went would count against the next
+    """Bytes of all storages of this process that its tensors use: an allocator's account misses what gloo's threads
+    free."""
+    found: dict[str, int] = {}
+    alive = [storages()]
     for name, recipe in recipes.items():
-        with CPUMemory() as account:
-            engine = create_engine(create_objective(recipe, seed=0).build_model, recipe, world)
-            engine.attach_components()
-        alive.append(engine)
-        found[name] = account.held_bytes
+        engine = create_engine(create_objective(recipe, seed=0).build_model, recipe, world)
+        engine.attach_components()
+        now = storages()
+        found[name] = sum(size for address, size in now.items() if address not in alive[-1])
+        alive += [engine, now]  # one that went would leave its addresses to the next
     return found
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def sized(name: EngineName) -> StageRecipe:
@@ -63,9 +76,10 @@ def test_engines_hold_the_state_that_the_formulas_say():
         for name, recipe in recipes.items():
             terms = model_state(recipe, Model.of(recipe), 2)
             # Zero3's partition of gradients and its bucket are there from the start, stage 1's and 2's are not.
-            waits = () if name == "zero3" else (*PASSING, "ZeRO's bucket")
+            # DDP keeps its buckets where Python does not see them; the steps above count them.
+            waits = () if name == "zero3" else (*PASSING, "ZeRO's bucket", "DDP's buckets")
             said = sum(t.bytes for t in terms if t.name not in waits and t.name != "gathered")
-            assert found[name] == pytest.approx(said, rel=0.05), name
+            assert found[name] == pytest.approx(said, rel=0.001), name
 
 
 def test_state_of_huge_as_it_is_known():
