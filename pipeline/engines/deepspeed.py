@@ -26,7 +26,7 @@ from pipeline.recipe import StageRecipe
 class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
         settings = configuration(recipe, world.size)
-        deepspeed = load(world.device)
+        deepspeed = load(world.device, world.local_rank)
         super().__init__(model, recipe, world)
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)

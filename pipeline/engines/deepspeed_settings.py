@@ -85,7 +85,7 @@ def configuration(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
     return {"steps_per_print": 10**9, "communication_data_type": "fp32", **mine, **ours}
 
 
-def load(device: torch.device) -> ModuleType:
+def load(device: torch.device, local_rank: int) -> ModuleType:
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -98,6 +98,7 @@ def load(device: torch.device) -> ModuleType:
             " `pip install 'fcmae[deepspeed]'`, or choose fsdp"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # it insists, also where there is one process
     import deepspeed
     import deepspeed.ops
 

@@ -68,6 +68,7 @@ def test_whole_and_damaged(archives, tmp_path):
     assert fcmae("verify", tmp_path / "nowhere.beton").returncode == 1
 
 
+@pytest.mark.slow
 def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     """As from 22K to 1K, with classes that 22K lacks. The second stage learns nothing, so that its rows can be seen."""
     images = class_images(24, OTHER, start=5000)

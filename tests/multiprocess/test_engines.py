@@ -1,5 +1,8 @@
 """FSDP and ZeRO against DDP in real processes: the same curve, the same checkpoint, nothing changed by a bad step."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,15 @@ def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
     assert {"model", "optim", "ema"} <= {name.split(".")[0] for name in names}
     assert any("running_mean" in name for name in names)
     assert other == []
+
+
+def test_deepspeed_alone_needs_no_launcher():
+    """A world of one without a launcher's variables."""
+    code = (
+        "import os; from pipeline.engines import World; from tests.engines import stage_recipe, train;"
+        "run = train(World.join('cpu', threads=1), stage_recipe('finetune', 'zero3'), range(1));"
+        "print(len(run.losses), flush=True); os._exit(0)"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("RANK")}
+    answer = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert answer.stdout == "1\n", answer.stderr

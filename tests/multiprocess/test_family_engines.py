@@ -7,7 +7,7 @@ import pytest
 from pipeline.engines import World
 from pipeline.logical import whole
 from pipeline.recipe import StageRecipe
-from tests.engines import bits, largest_difference, stage_recipe, train
+from tests.engines import ENGINES, bits, largest_difference, stage_recipe, train
 from tests.ranks import on_ranks
 
 MICRO = {
@@ -23,7 +23,7 @@ MICRO = {
 
 
 def recipe_of(family: str, engine: str, precision: str = "fp32") -> StageRecipe:
-    return stage_recipe("finetune", {"kind": engine, "precision": precision}, model=MICRO[family])
+    return stage_recipe("finetune", {**ENGINES[engine], "precision": precision}, model=MICRO[family])
 
 
 def trained(world: World, family: str, engine: str, precision: str, steps: int) -> tuple[list[float], dict]:
@@ -44,18 +44,37 @@ def test_two_ranks_make_what_one_makes(family):
     assert largest_difference(on_ranks(2, trained, family, "fsdp", "fp64", 6)[0][0], losses) <= 1e-10
 
 
-def interrupted(world: World, family: str, directory: Path) -> tuple[list[str], list[str]]:
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", MICRO)
+def test_sharded_engines_are_ddp(family, precision):
+    """bf16 has 8 bits: what two ranks add in another order differs in the last of them."""
+    losses, tensors = on_ranks(1, trained, family, "ddp", precision, 6)[0]
+    apart = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    for engine in ("fsdp", "zero1", "zero2", "zero3"):
+        found, others = on_ranks(2, trained, family, engine, precision, 6)[0]
+        assert largest_difference(found, losses) <= apart, engine
+        for name, tensor in tensors.items():
+            if "running_" in name:
+                assert abs(others[name] - tensor).max() <= apart * max(abs(tensor).max(), 1), (engine, name)
+
+
+def interrupted(world: World, family: str, engine: str, precision: str, directory: Path) -> tuple[list[str], list[str]]:
     """Names of the state's tensors, and of those that have other bits after a resume halfway."""
-    recipe = recipe_of(family, "ddp")
+    recipe = recipe_of(family, engine, precision)
     train(world, recipe, range(3), save=directory)
     found = bits(train(world, recipe, range(3, 6), load=directory).engine)
     expected = bits(train(world, recipe, range(6)).engine)
     return list(expected), [name for name, digest in expected.items() if found[name] != digest]
 
 
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("ddp", "fp32")] + [pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ENGINES],
+)
 @pytest.mark.parametrize("family", MICRO)
-def test_a_resume_has_the_same_bits(tmp_path, family):
-    names, other = on_ranks(2, interrupted, family, tmp_path)[0]
+def test_a_resume_has_the_same_bits(tmp_path, family, engine, precision):
+    names, other = on_ranks(2, interrupted, family, engine, precision, tmp_path)[0]
     assert any(name.startswith("ema.") and "running_var" in name for name in names)
     assert any(name.startswith("model.") and "running_mean" in name for name in names)
     assert other == []

@@ -172,7 +172,8 @@ def ranks_of(stage: Path) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references, tmp_path, monkeypatch, frozen):
     stage = make_stage(tmp_path, *WATCHED)
     process = start(stage, 2, BAD_BATCHES)

@@ -152,6 +152,7 @@ def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undistu
     assert events(stage, "attempt")[1]["step"] in (20, 25)  # the last save may have ended between two signals
 
 
+@pytest.mark.slow
 def test_signal_during_start_up_is_not_lost(submit, undisturbed):
     stage = submit() / "pretrain"
     job = job_of(stage)
@@ -218,6 +219,16 @@ def test_handoff_that_was_changed_ends_the_next_stage(submit):
     wait_until(run / "intermediate", JobState.FAILED)
     assert "weights.safetensors" in history.read(run / "intermediate")[-1]["reason"]
     wait_until(run / "finetune", JobState.CANCELLED)
+
+
+@pytest.mark.slow
+def test_a_stage_off_track_ends_the_chain_where_its_gate_says_so(submit):
+    gate = "stages.pretrain.gate={metric: loss, at_most: 0.5, stop: true}"
+    run = submit("stages.finetune=null", "defaults.engine.threads=1", gate)
+    wait_until(run / "intermediate", JobState.CANCELLED)
+    assert Stage(run / "pretrain").done()
+    assert Stage(run / "intermediate").attempts() == 0
+    assert "stage pretrain is off track" in history.read(run / "intermediate")[-1]["reason"]
 
 
 def held(run: Path) -> Path:

@@ -61,4 +61,4 @@ def test_a_precision_that_an_engine_has_not_is_refused(engine, remedy):
 def test_another_version_is_refused_before_it_is_imported(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
     with pytest.raises(RecipeError, match=r"works with version 0\.19\.8 and 0\.20\.0 is installed"):
-        load(torch.device("cpu"))
+        load(torch.device("cpu"), 0)
