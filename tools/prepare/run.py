@@ -205,5 +205,8 @@ def _digests(source: str | None) -> frozenset[bytes]:
     if source.endswith(".beton"):
         return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(check(source), JPEG))
     images = open_source(source, unlabelled=True)
-    readable = (item.place for item in images.items if not isinstance(item.place, str))
-    return frozenset(hashlib.sha256(images.reader.read(place)).digest() for place in readable)
+    readable = [item for item in images.items if not isinstance(item.place, str)]
+    try:
+        return frozenset(hashlib.sha256(images.reader.read(item.place)).digest() for item in readable)
+    except OSError as error:
+        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; mend that") from None

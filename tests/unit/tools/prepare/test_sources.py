@@ -4,6 +4,9 @@ import io
 import json
 import os
 import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -23,7 +26,7 @@ from tests.archives import (
 )
 from tools.prepare.detect import open_source
 from tools.prepare.labels import read_synsets
-from tools.prepare.run import prepare
+from tools.prepare.run import _digests, prepare
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
@@ -342,3 +345,29 @@ def test_names_that_are_no_text(images, tmp_path):
     os.rename(source / WNIDS[1], os.fsencode(source) + b"/caf\xe9")
     with pytest.raises(DataError, match="has a name that is no UTF-8; rename it"):
         prepare(source, tmp_path / "b.beton", on_bad="skip")
+
+
+@contextmanager
+def as_nobody():
+    """Root may read everything."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+def test_what_may_not_be_read_is_one_sentence(images):
+    with tempfile.TemporaryDirectory() as place:  # a test's own is closed to others
+        os.chmod(place, 0o755)
+        folder = write_folder(Path(place) / "train", images)
+        (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").chmod(0)
+        refused = r"train, whose images are to be left out, cannot be read: .*Permission denied"
+        with as_nobody(), pytest.raises(DataError, match=refused):
+            _digests(str(folder))
+        (folder / WNIDS[0]).chmod(0)
+        with as_nobody(), pytest.raises(DataError, match=f"{WNIDS[0]} cannot be listed: Permission denied"):
+            open_source(str(folder))
+        (folder / WNIDS[0]).chmod(0o755)
