@@ -65,5 +65,6 @@ def uniform(keys: np.ndarray, count: int) -> np.ndarray:
 
 def text_key(*parts: object) -> int:
     """A 63-bit key of text (a tensor's name, say); the same on every machine and in every process."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    # Names of files need not be text.
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -85,7 +85,13 @@ def check(path: str | Path) -> Beton:
     Errors: DataError when either is missing or they disagree (another size, damaged header, samples or allocation
     table). Damage inside an image is found by `verify`, or by the decoder when it comes to it.
     """
-    path = Path(path)
+    try:
+        return _check(Path(path))
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror}; mend that, or name another") from None
+
+
+def _check(path: Path) -> Beton:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; make it with `fcmae prepare SOURCE {path}`")
     beton = read_sidecar(path)

@@ -6,7 +6,9 @@ What is replaced, and why (FFCV 1.0.2):
 - its pipelines are compiled anew in each process (4 to 6 s): ours call compiled code that is cached on disk;
 - an exception in its thread leaves the consumer waiting for ever: here it is raised in the consumer;
 - it sets torch's thread count, at import, in the constructor and in its thread: here that is left alone;
-- its epoch's length is that of the first epoch: here a producer runs through any work it is given.
+- its epoch's length is that of the first epoch: here a producer runs through any work it is given;
+- its thread decodes inside a CUDA stream, and on leaving that makes GPU 0 its own, where every rank of a machine then
+  has a context of some hundred MB, as has a process that was told to stay on the CPU: here no GPU is touched.
 """
 
 import atexit
@@ -41,14 +43,14 @@ def _harmless_import() -> Iterator[None]:
 
 
 with _harmless_import():
-    from ffcv.loader import Loader
-    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.loader import Loader, epoch_iterator
     from ffcv.pipeline import Compiler, PipelineSpec
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.graph import Graph
     from ffcv.pipeline.operation import Operation
     from ffcv.reader import Reader
 
+epoch_iterator.IS_CUDA = False
 _log = logging.getLogger(__name__)
 _live: weakref.WeakSet = weakref.WeakSet()
 
@@ -203,7 +205,7 @@ class ImageLoader(Loader):
         self.images.decoder.close()
 
 
-class Producer(EpochIterator):
+class Producer(epoch_iterator.EpochIterator):
     """A thread that decodes one batch after another into a ring of buffers.
 
     work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields what `finish`

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.collective import from_rank_zero, on_every_rank
+from pipeline.errors import RecipeError
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class World:
         """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
         Without them this is a world of one. One rank per GPU; on CPUs the machine's cores are shared by its ranks.
+        Errors: RecipeError if a GPU is asked for and there is none for this process.
         """
         place = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
         local_rank = int(os.environ.get("LOCAL_RANK", place["RANK"]))
@@ -38,6 +40,12 @@ class World:
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
+            seen = torch.cuda.device_count()
+            if local_rank >= seen:
+                raise RecipeError(
+                    f"process {local_rank} of this machine has no GPU, for torch sees {seen}; start no more processes"
+                    " than there are GPUs, or set engine.device to cpu"
+                )
             torch.cuda.set_device(where)
         timeout = timedelta(seconds=timeout_seconds)
         if "MASTER_ADDR" in os.environ:

@@ -37,7 +37,7 @@ class VisibleCells:
         self.images, self.grid, self.device = mask.shape[0], grid, device or mask.device
         self._host_ids = (~host).nonzero()[:, 1].view(self.images, self.visible)
         self._tables: dict[tuple, Tensor] = {}
-        self.mask = mask.to(self.device, non_blocking=True)
+        self.mask = _sent(mask, self.device)
 
     def tokens(self, side: int) -> int:
         """How many visible sites the whole batch has: N*K*side*side."""
@@ -86,7 +86,7 @@ class VisibleCells:
             found = near < self.tokens(side)
             pairs = torch.zeros(2, near.numel(), dtype=torch.int64)
             pairs[:, : int(found.sum())] = torch.stack((near[found], found.nonzero()[:, 1]))
-            self._tables[key] = pairs.to(self.device, non_blocking=True)
+            self._tables[key] = _sent(pairs, self.device)
             self._tables["counts", side, reach] = found.sum(1)
         return self._tables[key], self._tables["counts", side, reach]
 
@@ -98,7 +98,7 @@ class VisibleCells:
 
     def _table(self, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self._tables:
-            self._tables[key] = compute().to(self.device, non_blocking=True)
+            self._tables[key] = _sent(compute(), self.device)
         return self._tables[key]
 
     def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
@@ -118,3 +118,9 @@ class VisibleCells:
         owner = number[image[..., None, None], y[..., None], x[:, :, None, :]].flatten(0, 1)
         token = (owner * side + inside[:, None]) * side + inside
         return token.masked_fill(owner < 0, self.tokens(side))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device. To a GPU by way of pinned memory, for else a large copy waits for the work before it."""
+    from_pinned = device.type == "cuda" and not x.is_cuda
+    return (x.pin_memory() if from_pinned else x).to(device, non_blocking=True)

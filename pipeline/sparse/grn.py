@@ -25,7 +25,7 @@ class _GRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, across_images, eps):
         rows = x.flatten(1, -2)
-        square = _wide(rows).new_empty(len(rows), 1, rows.shape[-1])
+        square = rows.new_empty(len(rows), 1, rows.shape[-1], dtype=torch.promote_types(rows.dtype, torch.float32))
         for part, here in _parts(rows, square):
             torch.sum(_wide(part).square(), 1, keepdim=True, out=here)
         energy = (square.sum(0, keepdim=True) if across_images else square).sqrt()

@@ -19,6 +19,8 @@ from tools.evaluate.knn import Neighbours, make_bank
 from tools.evaluate.labels import Answers, outputs_of, real_answers
 from tools.evaluate.subject import Subject, open_subject
 
+POLL_SECONDS = 0.1
+
 
 @dataclass(frozen=True)
 class Job:
@@ -86,17 +88,26 @@ def run(job: Job, processes: int = 1) -> Result:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     answers = mp.get_context("spawn").SimpleQueue()
+    answer: Result | str | None = None
     try:
-        mp.spawn(_spawned, (processes, port, job, answers), nprocs=processes)
+        context = mp.spawn(_spawned, (processes, port, job, answers), nprocs=processes, join=False)
+        # A process cannot end before its answer is taken: one with many names is longer than a pipe holds.
+        while not context.join(POLL_SECONDS):
+            answer = answer or _taken(answers)
     except mp.ProcessRaisedException:
-        if answers.empty():
+        answer = answer or _taken(answers)
+        if answer is None:
             raise
     except mp.ProcessExitedException as error:
         raise UserError(f"a process of the evaluation has ended: {error}; try a smaller --batch") from None
-    answer = answers.get()
+    answer = answer or _taken(answers)
     if isinstance(answer, str):
         raise UserError(answer)
     return answer
+
+
+def _taken(answers: Any) -> Result | str | None:
+    return None if answers.empty() else answers.get()
 
 
 def _spawned(rank: int, processes: int, port: int, job: Job, answers: Any) -> None:

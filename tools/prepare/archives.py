@@ -1,5 +1,6 @@
 """Tar archives, read where they lie: every member is found once, then any process reads any image by its offset."""
 
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,12 +42,19 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> Source:
     with open_stream(fs, path) as stream:
         members = _members(stream, path)
     found: dict[str, list[Member]] = {}
+    parents: dict[str, str] = {}
     for member in members:
-        folder = base(member.name.rpartition("/")[0])
+        parent = posixpath.normpath(member.name.rpartition("/")[0])
+        folder = base(parent)
         if is_image(member.name) and folder in ("", "."):
             raise DataError(
                 f"{path} holds images without class folders ({member.name}); name their classes by --labels, or pass"
                 " --unlabelled to pre-train on them"
+            )
+        if is_image(member.name) and parents.setdefault(folder, parent) != parent:
+            raise DataError(
+                f"{path} holds two folders of class {folder}, {parents[folder]} and {parent}, such as those of training"
+                " and validation; unpack it and name one folder of classes"
             )
         found.setdefault(folder, []).append(member)
     parts = [(name, path, found[name]) for name in sorted(found) if any(is_image(m.name) for m in found[name])]

@@ -1,5 +1,6 @@
 """Which kind of source a path or URL is."""
 
+from dataclasses import replace
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -8,7 +9,7 @@ from pipeline.errors import DataError
 from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
 from tools.prepare.labels import apply_labels, read_labels
 from tools.prepare.parquet import parquet_files
-from tools.prepare.sources import Source, base, class_folders, flat_folder, is_hidden, is_image, listing, locate
+from tools.prepare.sources import Item, Source, base, class_folders, flat_folder, is_hidden, is_image, listing, locate
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -65,9 +66,16 @@ def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unla
         return parquet_files(fs, parquet, unlabelled)
     folders = [entry for entry in entries if _is_folder(fs, entry) and not is_image(entry["name"])]
     if tars := [name for name in names if name.endswith(".tar")]:
+        if folders:
+            raise DataError(
+                f"source {source} holds both archives ({base(tars[0])}, ...) and folders"
+                f" ({base(folders[0]['name'])}, ...); which are the classes? Move the others away"
+            )
         return class_tars(fs, tars)
     if folders and not (labelled and any(map(is_image, names))):
-        return class_folders(fs, folders)
+        found = class_folders(fs, folders)
+        strays = [Item(base(name), 0, "it lies in no class folder") for name in names if is_image(name)]
+        return replace(found, items=[*found.items, *strays])
     if not any(map(is_image, names)):
         packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
         hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"

@@ -53,7 +53,14 @@ def read_labels(path: str) -> Labels:
     if words and all(len(parts) == 1 for parts in words):
         return Labels(path, tuple(lines), {}, {})
     if words and all(len(parts) >= 2 for parts in words):
-        return Labels(path, None, {_stem(parts[0]): parts[1] for parts in words}, {})
+        by_stem: dict[str, str] = {}
+        for name, label, *_ in words:
+            if by_stem.setdefault(_stem(name), label) != label:
+                raise DataError(
+                    f"labels {path} give {_stem(name)} two classes, {by_stem[_stem(name)]} and {label}; folders do not"
+                    " count, so give each image a name of its own"
+                )
+        return Labels(path, None, by_stem, {})
     raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each; write one of these")
 
 

@@ -68,6 +68,8 @@ def prepare(
     if destination.exists() and not overwrite and not (directory / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
     images = open_source(str(source), labels, unlabelled)
+    if odd := next((name for name in images.classes if name.encode(errors="replace").decode() != name), None):
+        raise DataError(f"class {odd!r} of {source} has a name that is no UTF-8; rename it")
     if descriptions is not None:
         known = read_descriptions(descriptions)
         images = replace(images, descriptions={name: known[name] for name in images.classes if name in known})
@@ -131,7 +133,7 @@ def _plan(source: Source, exclusion: Exclusion, settings: dict, part_samples: in
         json.dumps([source.stamp, source.classes, source.descriptions, settings, part_samples], sort_keys=True).encode()
     )
     for item in source.items:
-        digest.update(f"{item.name}\0{item.label}\n".encode())
+        digest.update(f"{item.name}\0{item.label}\n".encode(errors="surrogateescape"))
     for excluded in sorted(exclusion.digests):
         digest.update(excluded)
     digest.update("\n".join(sorted(exclusion.names)).encode())
@@ -180,7 +182,8 @@ def _report_path(destination: Path) -> Path:
 def _write_report(destination: Path, source: Source, notes: Sequence[Note]) -> None:
     ignored = [Note(name, "ignored", "its name is not an image's") for name in source.ignored]
     aside = destination.with_name(f"{destination.name}.parts") / "report"
-    with aside.open("w") as file:
+    # A file's name need not be text: its bytes that are none become JSON's own escapes.
+    with aside.open("w", errors="backslashreplace") as file:
         file.writelines(json.dumps(note._asdict(), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
     aside.replace(_report_path(destination))
 
@@ -202,5 +205,8 @@ def _digests(source: str | None) -> frozenset[bytes]:
     if source.endswith(".beton"):
         return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(check(source), JPEG))
     images = open_source(source, unlabelled=True)
-    readable = (item.place for item in images.items if not isinstance(item.place, str))
-    return frozenset(hashlib.sha256(images.reader.read(place)).digest() for place in readable)
+    readable = [item for item in images.items if not isinstance(item.place, str)]
+    try:
+        return frozenset(hashlib.sha256(images.reader.read(item.place)).digest() for item in readable)
+    except OSError as error:
+        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; mend that") from None

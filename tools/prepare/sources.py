@@ -36,7 +36,7 @@ class Reader(Protocol):
 
         Raises:
             OSError: if they cannot be read, by no fault of the network.
-            DataError: if the network stays away, which says nothing about the image.
+            DataError: if the network stays away or the store refuses us, which says nothing about the image.
         """
 
 
@@ -78,12 +78,13 @@ def patiently(fs: AbstractFileSystem, path: str, action: Any) -> Any:
     for attempt in range(1, READ_TRIES + 1):
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             raise
         except Exception as error:
             if isinstance(fs, LocalFileSystem):
                 raise
-            if attempt == READ_TRIES:
+            # A store that refuses what it has listed does not know us any more: no fault of the file's.
+            if attempt == READ_TRIES or isinstance(error, PermissionError):
                 raise DataError(f"{path} cannot be read ({error}); the same command continues from here") from None
             time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
@@ -120,8 +121,15 @@ def is_image(path: str) -> bool:
 
 
 def listing(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
-    """What lies in a folder, sorted by name; the folder itself, which object stores list too, left out."""
-    entries = patiently(fs, path, lambda: fs.ls(path, detail=True))
+    """What lies in a folder, sorted by name; the folder itself, which object stores list too, left out.
+
+    Raises:
+        DataError: if it cannot be listed.
+    """
+    try:
+        entries = patiently(fs, path, lambda: fs.ls(path, detail=True))
+    except OSError as error:
+        raise DataError(f"{path} cannot be listed: {error.strerror or error}; mend that, or name another") from None
     return sorted((e for e in entries if e["name"].rstrip("/") != path.rstrip("/")), key=lambda e: base(e["name"]))
 
 

@@ -264,3 +264,17 @@ def test_existing_and_unwritable_destinations(path, tmp_path):
     with BetonWriter(path, ["x"], 1, overwrite=True) as writer:
         writer.add(PIXELS[0], 0)
     assert verify(path).samples == 1
+
+
+def test_a_file_that_may_not_be_read(path):
+    path.chmod(0)
+    path.parent.chmod(0)
+    was = os.geteuid()
+    if was == 0:  # root may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(DataError, match=r"data file .*beton cannot be read: Permission denied"):
+            check(path)
+    finally:
+        os.seteuid(was)
+        path.parent.chmod(0o700)

@@ -344,3 +344,21 @@ def test_numbers_that_do_not_fit(beton):
         train_feed(beton, slots=4, slot_size=70)
     with pytest.raises(RecipeError, match="world size 3 does not divide slots=4"):
         train_feed(beton, 0, 3)
+
+
+def test_reading_ahead_touches_no_gpu(beton):
+    """Where torch says that there are GPUs, FFCV's thread would enter a CUDA stream and leave a context on GPU 0."""
+    script = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True  # here it is a lie, so any touch of a GPU raises
+from pipeline.data.beton import check
+from pipeline.data.feed import EvaluationFeed
+feed = EvaluationFeed(
+    check(sys.argv[1]), image_size=24, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1, timeout_seconds=60
+)
+assert sum(int(batch.valid.sum()) for batch in feed) == 70
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", script, beton.path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.models.response import GRN
 from pipeline.sparse import DENSE
@@ -79,3 +80,22 @@ def test_only_its_input_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(x, DENSE)
     assert [t.data_ptr() for t in kept if t.numel() > 2 * 64] == [x.data_ptr()]
+
+
+def test_no_copy_of_all_features_in_fp32():
+    """Of one part at a time at most: at 512 px the whole would be gigabytes."""
+
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                self.found = max(self.found, result.numel())
+            return result
+
+    x = torch.randn(3, CACHE_BYTES // 256 + 1, 128, dtype=torch.bfloat16, requires_grad=True)
+    gamma, beta = torch.randn(2, 128, requires_grad=True)
+    with Largest() as largest:
+        grn(x, gamma, beta, False, EPS).backward(torch.ones_like(x))
+    assert largest.found == x[0].numel()

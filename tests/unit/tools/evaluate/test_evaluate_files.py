@@ -1,6 +1,9 @@
 """From JPEGs and a weights file to accuracies, against Pillow and torch alone."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import yaml
 from PIL import Image
 
 from pipeline.checkpoint.weights import write_weights
+from pipeline.data.beton import BetonWriter
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import dump, load
@@ -124,6 +128,34 @@ def test_processes_share_the_images_out_once(place):
     assert run(neighbours, 2).metrics == pytest.approx(run(neighbours).metrics)
     with pytest.raises(UserError, match="give --classes"):
         run(Job(job.weights, job.data, image_size=SIZE, device="cpu"), 2)
+
+
+@pytest.mark.slow
+def test_an_answer_longer_than_a_pipe_arrives(place, tmp_path):
+    """The names of the classes that the classifier does not have: with 22K's, a quarter of a megabyte."""
+    names = [HEAD[0], *(f"{number:0100d}" for number in range(1000))]
+    with BetonWriter(tmp_path / "many.beton", names, 4) as writer:
+        for number in range(4):
+            writer.add(np.full((SIZE, SIZE, 3), number, np.uint8), number)
+    script = tmp_path / "evaluate.py"
+    script.write_text(LONG_ANSWER)
+    asked = [place / "weights.pt", tmp_path / "many.beton", place / "head.txt"]
+    # In a process of its own, for what must not happen is that it waits for ever.
+    done = subprocess.run(
+        [sys.executable, script, *asked], env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=120, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["4", "1000"]
+
+
+LONG_ANSWER = f"""
+import sys
+from tools.evaluate.run import Job, run
+if __name__ == "__main__":
+    weights, data, head = sys.argv[1:]
+    found = run(Job(weights, data, image_size={SIZE}, classes=head, device="cpu"), 2)
+    print(found.metrics["images"], len(found.missing))
+"""
 
 
 def test_neighbours_of_files(place):

@@ -67,6 +67,9 @@ def test_a_store_that_fails_now_and_then(store, tmp_path, monkeypatch):
     failures += [OSError("reset by peer")] * 99
     with pytest.raises(sources.DataError, match=r"reset by peer.*the same command continues from here"):
         prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
+    failures[:] = [PermissionError("InvalidAccessKeyId")]  # credentials that have run out
+    with pytest.raises(sources.DataError, match=r"InvalidAccessKeyId.*the same command continues from here"):
+        prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     failures.clear()
     prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     assert (tmp_path / "b.beton").read_bytes() == (tmp_path / "a.beton").read_bytes()

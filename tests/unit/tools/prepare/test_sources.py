@@ -4,6 +4,9 @@ import io
 import json
 import os
 import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -23,7 +26,7 @@ from tests.archives import (
 )
 from tools.prepare.detect import open_source
 from tools.prepare.labels import read_synsets
-from tools.prepare.run import prepare
+from tools.prepare.run import _digests, prepare
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
@@ -291,3 +294,80 @@ def test_a_devkit_that_is_none(val):
     write_folder(directory / "folders", {"cats": {"a.jpg": b""}})
     with pytest.raises(DataError, match="has its own; leave them out"):
         prepare(directory / "folders", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
+
+
+def test_images_beside_class_folders_are_not_lost_without_a_word(images, tmp_path):
+    source = write_folder(tmp_path / "train", images)
+    (source / "stray.jpg").write_bytes(images[WNIDS[0]][f"{WNIDS[0]}_0.JPEG"])
+    with pytest.raises(DataError, match=r"1 bad images in .*: stray.jpg \(it lies in no class folder\)"):
+        prepare(source, tmp_path / "a.beton", unlabelled=True)
+    found = prepare(source, tmp_path / "a.beton", on_bad="skip")
+    assert found.beton.samples == 12
+    assert found.counts == {("left out", "it lies in no class folder"): 1}
+
+
+def test_an_archive_beside_class_folders_does_not_replace_them(images, tmp_path):
+    source = write_folder(tmp_path / "train", images)
+    (source / "old.tar").write_bytes(tar(images[WNIDS[0]]))
+    with pytest.raises(DataError, match=rf"holds both archives \(old.tar, ...\) and folders \({WNIDS[0]}, ...\)"):
+        prepare(source, tmp_path / "a.beton")
+
+
+def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
+    splits = {
+        f"set/{split}/{wnid}/{name}": c
+        for split in ("train", "val")
+        for wnid in images
+        for name, c in images[wnid].items()
+    }
+    (tmp_path / "set.tar").write_bytes(tar(splits))
+    with pytest.raises(
+        DataError, match=f"two folders of class {WNIDS[0]}, set/train/{WNIDS[0]} and set/val/{WNIDS[0]}"
+    ):
+        prepare(tmp_path / "set.tar", tmp_path / "a.beton")
+
+
+def test_labels_that_give_a_name_two_classes(images, tmp_path):
+    (tmp_path / "labels.txt").write_text("a/1.jpg cat\nb/1.jpg dog\n")
+    (tmp_path / "flat.tar").write_bytes(tar({"a/1.jpg": b"", "b/1.jpg": b""}))
+    with pytest.raises(DataError, match="give 1 two classes, cat and dog"):
+        prepare(tmp_path / "flat.tar", tmp_path / "a.beton", labels=str(tmp_path / "labels.txt"))
+
+
+def test_names_that_are_no_text(images, tmp_path):
+    source = write_folder(tmp_path / "train", images)
+    odd = os.fsencode(source / WNIDS[0]) + b"/caf\xe9.jpg"
+    with open(odd, "wb") as file:
+        file.write(b"no image")
+    found = prepare(source, tmp_path / "a.beton", on_bad="skip")
+    (note,) = [json.loads(line) for line in found.report.read_text().splitlines()]
+    assert note == {"name": os.fsdecode(b"n01440764/caf\xe9.jpg"), "outcome": "left out", "why": "not an image"}
+    os.rename(source / WNIDS[1], os.fsencode(source) + b"/caf\xe9")
+    with pytest.raises(DataError, match="has a name that is no UTF-8; rename it"):
+        prepare(source, tmp_path / "b.beton", on_bad="skip")
+
+
+@contextmanager
+def as_nobody():
+    """Root may read everything."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+def test_what_may_not_be_read_is_one_sentence(images):
+    with tempfile.TemporaryDirectory() as place:  # a test's own is closed to others
+        os.chmod(place, 0o755)
+        folder = write_folder(Path(place) / "train", images)
+        (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").chmod(0)
+        refused = r"train, whose images are to be left out, cannot be read: .*Permission denied"
+        with as_nobody(), pytest.raises(DataError, match=refused):
+            _digests(str(folder))
+        (folder / WNIDS[0]).chmod(0)
+        with as_nobody(), pytest.raises(DataError, match=f"{WNIDS[0]} cannot be listed: Permission denied"):
+            open_source(str(folder))
+        (folder / WNIDS[0]).chmod(0o755)
