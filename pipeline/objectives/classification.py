@@ -46,7 +46,8 @@ class ClassificationObjective:
         mixes = [self._mix(step, slot, images.shape[-1]) for slot in batch.slots]
         images = torch.cat([mix.images(x) for mix, x in zip(mixes, images.split(size), strict=True)])
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
-        share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size).to(device)
+        share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size)
+        share = share.to(device, non_blocking=True)
         logits = model(images, self._keep(step, batch.slots, size, dtype, device)).to(dtype)
         # Cross entropy is linear in the target, so mixing two losses is mixing two smoothed targets.
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
