@@ -16,7 +16,7 @@ from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
-from pipeline.failures import explaining_lost_peers, failure, leave
+from pipeline.failures import explaining_lost_peers, failure, is_out_of_memory, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
@@ -56,7 +56,8 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
     except BaseException as error:
         outcome = failure(error)
         stage.record(outcome)
-        if outcome.kind is OutcomeKind.PERMANENT and not isinstance(error, UserError):
+        told = isinstance(error, UserError) or is_out_of_memory(error)
+        if outcome.kind is OutcomeKind.PERMANENT and not told:
             raise
     stage.record(outcome)
     return outcome
