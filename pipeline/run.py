@@ -4,7 +4,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     # The watchdog knows more than a collective that has waited long enough, so it comes first.
     patience_seconds = 1.5 * PATIENCE * recipe.health.stall_seconds
     world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
-    stack.callback(world.leave)
+    stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
     recipe.check_world_size(world.size)
     threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.threads_before(world.size)))
     torch.set_num_threads(threads)
@@ -207,9 +207,12 @@ def _load(
 
 def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> Watchdog:
     def end(sentence: str, step: int) -> None:
-        stage.record(Outcome(OutcomeKind.BAD_NODE, sentence, step))
+        outcome = Outcome(OutcomeKind.BAD_NODE, sentence, step)
         print(sentence, file=sys.stderr)
-        leave(stage.last_outcome())
+        with suppress(Exception):  # whatever the stage's disk says, the process must end
+            stage.record(outcome)
+            outcome = stage.last_outcome() or outcome
+        leave(outcome)
 
     directory = stage.directory / "health" / f"{stage.attempt:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)

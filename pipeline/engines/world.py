@@ -116,7 +116,11 @@ class World:
             return before
         return -self.agree(-own)
 
-    def leave(self) -> None:
-        """Leave the group, so that the process can end."""
-        if dist.is_initialized():
+    def leave(self, broken: bool = False) -> None:
+        """Leave the group, so that the process can end.
+
+        A `broken` one is left as it is on GPUs: nccl would wait in there for what ranks that are gone have not sent.
+        The process must then end at once.
+        """
+        if dist.is_initialized() and not (broken and self.device.type == "cuda"):
             dist.destroy_process_group()

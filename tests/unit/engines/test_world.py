@@ -1,5 +1,6 @@
 """Joining a group: what a rank without a GPU is told, and how long groups wait that are made later."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -31,3 +32,16 @@ def test_beside_a_gpu_the_cpu_can_talk_too():
     """FSDP and ZeRO sum and gather what they have offloaded where it lies."""
     found = dist.distributed_c10d.BackendConfig(dist.Backend(backends(torch.device("cuda", 1))))
     assert found.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_nccl_is_not_asked_to_wait_for_ranks_that_are_gone():
+    threads = torch.get_num_threads()
+    world = World.join("cpu", threads=1)
+    try:
+        replace(world, device=torch.device("cuda", 0)).leave(broken=True)
+        assert dist.is_initialized()
+        world.leave(broken=True)
+        assert not dist.is_initialized()
+    finally:
+        world.leave()
+        torch.set_num_threads(threads)
