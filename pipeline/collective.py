@@ -1,5 +1,6 @@
 """What ranks decide together: everybody learns what came of it, also what went wrong."""
 
+import pickle
 from collections.abc import Callable
 from threading import Thread
 from typing import TypeVar
@@ -13,14 +14,15 @@ T = TypeVar("T")
 def from_rank_zero(work: Callable[[], T], group: dist.ProcessGroup) -> T:
     """What `work` returns, or raises, on rank 0; the other ranks do not call it. Collective over a CPU group."""
     outcome: list = [None, None]
+    own: Exception | None = None
     if dist.get_rank(group) == 0:
         try:
             outcome = [work(), None]
         except Exception as error:  # the other ranks wait for it
-            outcome = [None, error]
+            own, outcome = error, [None, _portable(error)]
     dist.broadcast_object_list(outcome, group_src=0, group=group)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise own or outcome[1]
     return outcome[0]
 
 
@@ -51,9 +53,18 @@ def on_every_rank(
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
         if worst == failed:
             errors: list[BaseException | None] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(errors, error, group=group)
+            dist.all_gather_object(errors, error and _portable(error), group=group)
             raise error or next(other for other in errors if other)
         if worst == done:
             return outcome[0][0]
         if should_stop():
             return None
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or what it says, where it cannot be sent to other ranks: those of some libraries cannot be rebuilt."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

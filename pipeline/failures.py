@@ -1,6 +1,7 @@
 """What an error means for the stage: the outcome it is recorded as, and the exit code that a launcher sees."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -11,6 +12,8 @@ from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage import Outcome, OutcomeKind, Stage
 
 EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
+
+_CUDA_ASSERT = 710  # cudaErrorAssert
 
 
 class PeerLostError(Exception):
@@ -29,8 +32,32 @@ def failure(error: BaseException) -> Outcome:
         return Outcome(OutcomeKind.BAD_NODE, str(error))
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")
+    if is_broken_device(error):
+        return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {_first_line(error)}")
+    if is_out_of_memory(error):
+        remedy = "lower batch.micro_slots, set model.checkpointing, or share the state out with engine.kind fsdp"
+        return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({_first_line(error)})")
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return Outcome(OutcomeKind.PERMANENT, reason)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory did not suffice."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def is_broken_device(error: BaseException) -> bool:
+    """Whether the error is a GPU's own: what it has lost or cannot reach, perhaps not on another machine."""
+    import torch
+
+    # A kernel's assertion is no such thing: a label that is out of range is so everywhere.
+    return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def explaining_lost_peers(

@@ -4,7 +4,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
-from pipeline.failures import explaining_lost_peers, failure, leave
+from pipeline.failures import explaining_lost_peers, failure, is_out_of_memory, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
@@ -56,7 +56,8 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
     except BaseException as error:
         outcome = failure(error)
         stage.record(outcome)
-        if outcome.kind is OutcomeKind.PERMANENT and not isinstance(error, UserError):
+        told = isinstance(error, UserError) or is_out_of_memory(error)
+        if outcome.kind is OutcomeKind.PERMANENT and not told:
             raise
     stage.record(outcome)
     return outcome
@@ -67,7 +68,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     # The watchdog knows more than a collective that has waited long enough, so it comes first.
     patience_seconds = 1.5 * PATIENCE * recipe.health.stall_seconds
     world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
-    stack.callback(world.leave)
+    stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
     recipe.check_world_size(world.size)
     threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.threads_before(world.size)))
     torch.set_num_threads(threads)
@@ -206,9 +207,12 @@ def _load(
 
 def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> Watchdog:
     def end(sentence: str, step: int) -> None:
-        stage.record(Outcome(OutcomeKind.BAD_NODE, sentence, step))
+        outcome = Outcome(OutcomeKind.BAD_NODE, sentence, step)
         print(sentence, file=sys.stderr)
-        leave(stage.last_outcome())
+        with suppress(Exception):  # whatever the stage's disk says, the process must end
+            stage.record(outcome)
+            outcome = stage.last_outcome() or outcome
+        leave(outcome)
 
     directory = stage.directory / "health" / f"{stage.attempt:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)

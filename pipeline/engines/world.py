@@ -9,11 +9,17 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from pipeline.collective import from_rank_zero, on_every_rank
 from pipeline.errors import RecipeError
 
 T = TypeVar("T")
+
+
+def backends(device: torch.device) -> str:
+    """The default group's, for tensors on `device` and on the CPU: there lies what an engine offloads."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class World:
         """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
         Without them this is a world of one. One rank per GPU; on CPUs the machine's cores are shared by its ranks.
-        Errors: RecipeError if a GPU is asked for and there is none for this process.
+
+        Raises:
+            RecipeError: if this rank is to have a GPU and there is none for it.
         """
         place = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
         local_rank = int(os.environ.get("LOCAL_RANK", place["RANK"]))
@@ -43,16 +51,18 @@ class World:
             seen = torch.cuda.device_count()
             if local_rank >= seen:
                 raise RecipeError(
-                    f"process {local_rank} of this machine has no GPU, for torch sees {seen}; start no more processes"
-                    " than there are GPUs, or set engine.device to cpu"
+                    f"device is {device} and this machine shows {seen} GPUs to its {local_size} processes; run one"
+                    " process for each GPU, or set engine.device to cpu"
                 )
             torch.cuda.set_device(where)
         timeout = timedelta(seconds=timeout_seconds)
+        # Engines make groups of their own: by torch's defaults those would give up before the watchdog can tell why.
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+            dist.init_process_group(backends(where), timeout=timeout)
         else:
             store = dist.HashStore()
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backends(where), store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
         world = cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
         torch.set_num_threads(threads or world.threads())
@@ -106,7 +116,11 @@ class World:
             return before
         return -self.agree(-own)
 
-    def leave(self) -> None:
-        """Leave the group, so that the process can end."""
-        if dist.is_initialized():
+    def leave(self, broken: bool = False) -> None:
+        """Leave the group, so that the process can end.
+
+        A `broken` one is left as it is on GPUs: nccl would wait in there for what ranks that are gone have not sent.
+        The process must then end at once.
+        """
+        if dist.is_initialized() and not (broken and self.device.type == "cuda"):
             dist.destroy_process_group()

@@ -50,7 +50,7 @@ class Spconv(Packed):
         if side not in self._down:
             reached, pairs, counts = self._index_pairs(side, size=2, submanifold=False)
             assert torch.equal(reached, self._indices[side // 2])
-            self._down[side] = pairs.to(x.device), counts
+            self._down[side] = pairs.to(x.device, non_blocking=True), counts
         weight = conv.weight.permute(0, 2, 3, 1)  # spconv wants the channels last
         y = _Convolution.apply(
             self.sparse_tensor(x).features, weight, *self._down[side], self.visible.tokens(side // 2)
@@ -60,7 +60,7 @@ class Spconv(Packed):
     def sparse_tensor(self, x: Tensor) -> SparseConvTensor:
         """Features as spconv's own tensor; do not use its `dense()`, which indexes in a way that torch gives up."""
         v, side = self.visible, self._side(x)
-        indices = self._indices[side].to(x.device)
+        indices = self._indices[side].to(x.device, non_blocking=True)
         return SparseConvTensor(x.flatten(0, 1), indices, [v.grid[0] * side, v.grid[1] * side], v.images)
 
     def _prepare(self, side: int) -> None:
@@ -68,7 +68,7 @@ class Spconv(Packed):
             v, offsets = self.visible, 2 * REACH * (REACH + 1)
             shape = [v.images, v.grid[0] * side, v.grid[1] * side]
             rows = v.host_sites(side).sort().values
-            self._orders[side] = rows.to(v.device)
+            self._orders[side] = rows.to(v.device, non_blocking=True)
             # Image, row and column of each token; int32 and contiguous, or spconv reads garbage.
             place = (rows // (shape[1] * shape[2]), rows // shape[2] % shape[1], rows % shape[2])
             self._indices[side] = torch.stack(place, 1).int().contiguous()
@@ -78,7 +78,7 @@ class Spconv(Packed):
             used = torch.cat([pairs[:, offset, :count] for offset, count in enumerate(counts.tolist())], 1)
             padded = torch.zeros(2, offsets * v.tokens(side), dtype=torch.int64)
             padded[:, : used.shape[1]] = used
-            self._plans[side] = Plan("pairs", [padded.to(v.device), counts], shape)
+            self._plans[side] = Plan("pairs", [padded.to(v.device, non_blocking=True), counts], shape)
 
     def _rows(self, side: int) -> Tensor:
         return self._orders[side]

@@ -27,6 +27,21 @@ try:
 except RetryableError as error:
     say(error)
 
+class OddError(Exception):  # as clients of object stores have them
+    def __init__(self, url, reason):
+        super().__init__(f"{url} says {reason}")
+
+def odd():
+    raise OddError("s3://bucket", "no")
+try:
+    world.on_main(odd)
+except Exception as error:
+    say("no" in str(error) and "s3://bucket" in str(error))
+try:
+    world.on_every_rank(odd if world.rank else lambda: None, lambda: False)
+except Exception as error:
+    say("no" in str(error) and "s3://bucket" in str(error))
+
 def forever():
     threading.Event().wait()
 say(world.on_every_rank(forever, lambda: world.agree(world.rank) == 1))
@@ -51,4 +66,4 @@ def test_success_failure_and_stop_are_everyones():
     deadline = time.monotonic() + 120
     said = [rank.communicate(timeout=deadline - time.monotonic())[0].splitlines() for rank in ranks]
     cores = str(max(len(os.sched_getaffinity(0)) // 2, 1))
-    assert said == [[str(rank), "the disk of rank 1 is full", "None", cores] for rank in range(2)]
+    assert said == [[str(rank), "the disk of rank 1 is full", "True", "True", "None", cores] for rank in range(2)]

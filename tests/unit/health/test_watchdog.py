@@ -4,9 +4,14 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from pipeline import run
+from pipeline.engines import World
 from pipeline.health.watchdog import Beat, Watchdog, blame, is_broken_collective
+from pipeline.stage import Outcome, OutcomeKind, Stage
+from tests.support import make_tiny_run
 
 
 def beats(*changes: dict) -> dict[int, Beat]:
@@ -91,3 +96,18 @@ def test_what_a_lost_peer_looks_like(error, broken):
     wrapped = ValueError("while saving")
     wrapped.__cause__ = error
     assert is_broken_collective(wrapped) is broken
+
+
+def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path, monkeypatch):
+    """Also where a newer attempt has taken the stage meanwhile, or its disk takes no word."""
+    stage = Stage(make_tiny_run(tmp_path) / "pretrain")
+    stage.take(world_size=1)
+    left = []
+    end = run._watchdog(stage, World(0, 0, 1, 1, torch.device("cpu"), None), left.append)._on_stall
+    monkeypatch.setattr("pipeline.stage.is_alive", lambda owner: False)
+    Stage(stage.directory).take(world_size=1)
+    end("rank 0 stands still", 3)
+    (stage.directory / "attempts").rename(stage.directory / "gone")
+    (stage.directory / "attempts").touch()
+    end("rank 0 stands still", 3)
+    assert left == 2 * [Outcome(OutcomeKind.BAD_NODE, "rank 0 stands still", 3)]
