@@ -12,7 +12,7 @@ help:  ## these targets
 setup:  ## Debian packages, .venv, pinned Python packages
 	@./tools/setup.sh
 
-demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy (ten minutes on 2 cores)
+demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy (seven minutes on 2 cores)
 	$(FCMAE) run recipes/demo.yaml --out $(RUN) --nproc $(NPROC)
 
 demo-scratch: demo-data  ## the same fine-tuning without the pre-training, to compare

@@ -1,11 +1,14 @@
 """The job script of a stage, made by submitit: one srun task per rank, and after them the supervisor."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,13 @@ class JobScript:
 
     def __init__(self, stage_directory: Path, site: Site, code: Path, after: str | None = None):
         self.stage_directory, self.site = stage_directory, site
-        self._executor = _executor(log_directory(stage_directory), _python(site, stage_directory))
+        self._executor = _executor(log_directory(stage_directory), _python(site, stage_directory, code))
         self._executor.update_parameters(
-            **{name: value for name, value in _parameters(stage_directory, site, after).items() if value is not None},
+            **{
+                name: value
+                for name, value in _parameters(stage_directory, site, code, after).items()
+                if value is not None
+            },
             wckey=None,
             setup=_setup(site, code),
             teardown=[
@@ -56,13 +63,14 @@ class JobScript:
             file.write(self.text())
             file.flush()
             try:
-                answer = subprocess.run(
-                    ["sbatch", "--test-only", file.name],
-                    capture_output=True,
-                    text=True,
-                    timeout=SBATCH_SECONDS,
-                    check=False,
-                )
+                with _outside_of_any_job():
+                    answer = subprocess.run(
+                        ["sbatch", "--test-only", file.name],
+                        capture_output=True,
+                        text=True,
+                        timeout=SBATCH_SECONDS,
+                        check=False,
+                    )
             except FileNotFoundError:
                 raise LaunchError(
                     "there is no sbatch on PATH; submit from a machine of the Slurm cluster, or use `fcmae run`"
@@ -83,13 +91,14 @@ class JobScript:
         if not shutil.which("sbatch"):
             raise LaunchError("there is no sbatch on PATH; submit from a machine of the Slurm cluster")
         try:
-            job = self._executor.submit(RunStage(self.stage_directory))
+            with _outside_of_any_job():
+                job = self._executor.submit(RunStage(self.stage_directory))
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(f"sbatch refused stage {self.stage_directory.name}: {_reason(str(error))}") from None
         return str(job.job_id)
 
 
-def _parameters(stage_directory: Path, site: Site, after: str | None) -> dict[str, Any]:
+def _parameters(stage_directory: Path, site: Site, code: Path, after: str | None) -> dict[str, Any]:
     return {
         "job_name": job_name(stage_directory),
         "partition": site.partition,
@@ -112,12 +121,13 @@ def _parameters(stage_directory: Path, site: Site, after: str | None) -> dict[st
             "requeue": True,
             "kill-on-invalid-dep": "yes",
         },
-        # One dead rank ends the others, which would wait for it. And since Slurm 22.05 srun does not inherit sbatch's
-        # CPUs per task.
+        # One dead rank ends the others, which would wait for it. Since Slurm 22.05 srun does not inherit sbatch's CPUs
+        # per task. And after `sbatch --export=NONE` it would withhold from the ranks what this script exports.
         "srun_args": [
             "--kill-on-bad-exit=1",
+            "--export=ALL",
             f"--cpus-per-task={site.cpus_per_task}",
-            *_pyxis(site, stage_directory),
+            *_pyxis(site, stage_directory, code),
         ],
     }
 
@@ -145,30 +155,43 @@ def _setup(site: Site, code: Path) -> list[str]:
     ]
 
 
-def _pyxis(site: Site, stage_directory: Path) -> list[str]:
+def _pyxis(site: Site, stage_directory: Path, code: Path) -> list[str]:
     if site.container is None or site.container.kind != "pyxis":
         return []
     return [
         f"--container-image={site.container.image}",
-        f"--container-mounts={','.join(_mounts(site, stage_directory))}",
+        f"--container-mounts={','.join(_mounts(site, stage_directory, code))}",
     ]
 
 
-def _python(site: Site, stage_directory: Path) -> str:
+def _python(site: Site, stage_directory: Path, code: Path) -> str:
     """The command that starts a rank's interpreter, for a shell."""
     container, command = site.container, [sys.executable]
     if container is not None:
         command = [container.python]
         if container.kind == "apptainer":
             gpus = ["--nv"] if site.gpus_per_node else []
-            binds = [f"--bind={mount}" for mount in _mounts(site, stage_directory)]
+            binds = [f"--bind={mount}" for mount in _mounts(site, stage_directory, code)]
             command = ["apptainer", "exec", *gpus, *binds, container.image, container.python]
     return shlex.join([*command, "-IS", "-c", block_stop_signals()])
 
 
-def _mounts(site: Site, stage_directory: Path) -> list[str]:
+def _mounts(site: Site, stage_directory: Path, code: Path) -> list[str]:
     run = stage_directory.parent
-    return [f"{run}:{run}", *site.container.mounts]
+    own = [run] if code.is_relative_to(run) else [run, code]  # the runs of a study share theirs
+    return [*(f"{folder}:{folder}" for folder in own), *site.container.mounts]
+
+
+@contextmanager
+def _outside_of_any_job() -> Iterator[None]:
+    """Hide the job that we are submitted from: sbatch would hand its memory, CPUs and tasks on to our srun."""
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [name for name in os.environ if inside and name.startswith("SLURM_") and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _executor(folder: Path, python: str) -> Any:

@@ -24,6 +24,7 @@ OURS = {
     "kill-on-invalid-dep", "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos",
     "requeue", "no-requeue", "signal", "time", "array", "wrap",
 }  # fmt: skip
+BINDING = {"gpu-bind", "gpus-per-task", "ntasks-per-gpu"}
 
 
 def _printable(text: str) -> str:
@@ -118,8 +119,18 @@ class Site(Section):
                 f"stop_before_end_seconds {self.stop_before_end_seconds} leaves no time to train within"
                 f" time_limit_minutes {self.time_limit_minutes}; lower the first or raise the second"
             )
+        if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
+            raise ValueError(
+                f"tasks_per_node {self.tasks_per_node} exceeds gpus_per_node {self.gpus_per_node}, and each rank needs"
+                " a GPU of its own; lower it, or leave it out"
+            )
         if doubled := sorted(OURS & self.sbatch.keys()):
             raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
+        if binding := sorted(BINDING & self.sbatch.keys()):
+            raise ValueError(
+                f"sbatch.{binding[0]} would hide GPUs from ranks, which take the one of their own number on the node;"
+                " remove it"
+            )
         for name in self.stages:
             self.for_stage(name)
         return self

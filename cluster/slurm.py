@@ -11,6 +11,12 @@ from cluster.launcher import LaunchError
 TIMEOUT_SECONDS = 60
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
 
+# What slurm_strerror says when slurmctld is down, busy, or just being replaced by its backup.
+AWAY = (
+    "Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes were transmitted",
+    "Communication connection failure", "Message send failure", "Message receive failure", "standby mode",
+)  # fmt: skip
+
 
 class JobState(StrEnum):
     """What Slurm says of a job. Whether the *stage* is finished, only its DONE marker says."""
@@ -26,12 +32,16 @@ _STATES = {
     "PENDING": JobState.WAITING,
     "REQUEUED": JobState.WAITING,
     "REQUEUE_HOLD": JobState.WAITING,
+    "REQUEUE_FED": JobState.WAITING,
+    "SPECIAL_EXIT": JobState.WAITING,
     "SUSPENDED": JobState.WAITING,
     "CONFIGURING": JobState.WAITING,
     "RUNNING": JobState.RUNNING,
     "COMPLETING": JobState.RUNNING,
     "SIGNALING": JobState.RUNNING,
     "STOPPED": JobState.RUNNING,
+    "STAGE_OUT": JobState.RUNNING,
+    "RESIZING": JobState.RUNNING,
     "COMPLETED": JobState.ENDED,
     "CANCELLED": JobState.CANCELLED,
 }
@@ -134,6 +144,6 @@ def ask(*command: str, unless: str = "") -> str:
     said = " ".join((answer.stderr.strip() or answer.stdout).split())
     if unless and unless in said:
         return ""
-    if "Unable to contact slurm controller" in said or "Connection refused" in said or "timed out" in said:
+    if any(words in said for words in AWAY):
         raise NoControllerError(f"slurmctld does not answer ({command[0]}: {said}); try again when it is back")
     raise LaunchError(f"{' '.join(command[:2])} failed: {said or f'exit code {answer.returncode}'}")

@@ -17,6 +17,7 @@ from cluster.script import JobScript, job_name
 from cluster.site import SITE, Site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
+from pipeline.folder import Folder
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
@@ -110,7 +111,7 @@ def check_with_slurm(planned: list[Planned], code: Path) -> None:
     """
     for item in planned:
         if item.missing:
-            _check_partition(item)
+            check_partition(item)
             JobScript(item.directory, item.site, code).test()
 
 
@@ -133,23 +134,38 @@ def _check_time(item: Planned) -> None:
         )
 
 
-def _check_partition(item: Planned) -> None:
-    site = item.site
-    partition = slurm.partition(site.partition)
-    if partition is None:
-        remedy = "see `sinfo` for those there are" if site.partition else "name one, there is no default here"
-        raise LaunchError(f"stage {item.name}: there is no partition {site.partition}; {remedy}")
+def check_partition(item: Planned) -> None:
+    """Refuse a partition that is not there or, of several, limits by which none would ever start the job.
+
+    Raises:
+        LaunchError: with what the first one is refused for.
+    """
+    refused = []
+    for name in item.site.partition.split(",") if item.site.partition else [None]:
+        partition = slurm.partition(name)
+        if partition is None:
+            remedy = "see `sinfo` for those there are" if name else "name one, there is no default here"
+            raise LaunchError(f"stage {item.name}: there is no partition {name}; {remedy}")
+        refused.append(_refusal(item, partition))
+    if all(refused):
+        raise LaunchError(f"stage {item.name}: {refused[0]}")
+
+
+def _refusal(item: Planned, partition: dict[str, str]) -> str:
     # Slurm accepts these and lets them wait for ever, unless the cluster is configured to refuse.
-    limit = slurm.minutes(partition.get("MaxTime", ""))
-    if site.time_limit_minutes > limit:
-        raise LaunchError(
-            f"stage {item.name}: time_limit_minutes {site.time_limit_minutes} exceeds the {limit:.0f} of partition"
-            f" {partition['PartitionName']}; lower it, stages go on in as many runs as they need"
+    name, asked, limit = (
+        partition["PartitionName"],
+        item.site.time_limit_minutes,
+        slurm.minutes(partition.get("MaxTime", "")),
+    )
+    if asked > limit:
+        return (
+            f"time_limit_minutes {asked} exceeds the {limit:.0f} of partition {name}; lower it, stages go on in as many"
+            " runs as they need"
         )
     if partition.get("State", "UP") != "UP":
-        raise LaunchError(
-            f"stage {item.name}: partition {partition['PartitionName']} is {partition['State']}; use another"
-        )
+        return f"partition {name} is {partition['State']}; use another"
+    return ""
 
 
 def submit(
@@ -169,7 +185,8 @@ def submit(
             submitted before stays so, and the same command goes on from there.
     """
     open_chain(chain, run)
-    (run / SITE).write_text(yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False))
+    # At once: a job that starts in this moment reads it, and half a site would end its stage for good.
+    Folder.at(run).publish(SITE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
     (run / CANCELLED).unlink(missing_ok=True)
     code = code or snapshot.take(run)
     ids = {item.name: item.job.id for item in planned if item.job}

@@ -21,7 +21,7 @@ from cluster.preflight.guard import bad_nodes
 from cluster.site import stored_site
 from cluster.stopwatch import CANCELLED
 from cluster.worker import PERMANENT, STOP_SIGNALS
-from pipeline.errors import OffTrackError, UserError
+from pipeline.errors import OffTrackError, StageError, UserError
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import load
 from pipeline.stage import Stage
@@ -48,13 +48,18 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     outcome = stage.last_outcome() if ours else None  # a start that got not so far has not said how it ended
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     avoid = bad_nodes(directory, job)
-    if avoid:
-        reason = "; ".join(f"{node} is a bad node ({why})" for node, why in avoid.items())
+    if now := bad_nodes(directory, job, _restarts()):
+        reason = "; ".join(f"{node} is a bad node ({why})" for node, why in now.items())
     if (directory.parent / CANCELLED).exists():
         print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
         history.note(directory, "stopped", job, reason="cancelled")
         return 1
     if code == PERMANENT:
+        try:
+            stage.check_free()
+        except StageError as error:  # the stage is another's, and so are those that wait for it
+            print(f"{error}; this job just ends")
+            return 1
         return give_up(directory, job, reason)
     committed = history.committed_step(directory)
     fruitless = history.fruitless(directory, committed)

@@ -113,11 +113,9 @@ def wait(run: Run, what: str, condition: Callable[[dict[str, StageStatus]], bool
         if condition(statuses):
             return statuses
         if lost := [s for s in statuses.values() if s.state in ("failed", "cancelled")]:
-            raise DemoError(
-                f"stage {lost[0].stage} has {lost[0].state}: {lost[0].reason}; see `fcmae logs {run.directory}`"
-            )
+            raise DemoError(f"stage {lost[0].stage} has {lost[0].state}: {lost[0].reason}; see `fcmae logs {run.name}`")
         time.sleep(0.3)
-    raise DemoError(f"waited an hour in vain until {what}; see `fcmae status {run.directory}`")
+    raise DemoError(f"waited an hour in vain until {what}; see `fcmae status {run.name}`")
 
 
 def compare(out: Path, reference: Path) -> None:

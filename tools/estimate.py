@@ -1,6 +1,7 @@
 """What a chain will cost, before a GPU is asked for: `fcmae estimate`."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ class StageEstimate:
     published_macs: float
     """Of a forward pass of one image, as tables of models count; of FCMAE visible cells and decoder."""
     train: DataFile
-    validation: DataFile
+    validation: DataFile | None
+    """None for a stage that evaluates nothing."""
     options: tuple[Option, ...]
     chosen: Option | None
     """The recommended one; None if none fits."""
@@ -107,7 +109,8 @@ class StageEstimate:
         if self.steps is None or self.chosen is None:
             return None
         trained = self.steps * self.recipe.batch.global_batch * self.chosen.training_macs
-        return 2 * (trained + self.evaluations * (self.validation.images or 0) * self.forward_macs)
+        evaluated = self.validation.images if self.validation else 0
+        return 2 * (trained + self.evaluations * (evaluated or 0) * self.forward_macs)
 
     @property
     def tflops(self) -> float | None:
@@ -210,7 +213,7 @@ def _stage(
         model.parameters,
         first.published_macs,
         _data_file(recipe, "train", counts),
-        _data_file(recipe, "validation", counts),
+        _data_file(recipe, "validation", counts) if recipe.data.validation else None,
         tuple(options),
         None,
         first.forward_macs / first.images,
@@ -309,7 +312,7 @@ def _counts(images: Sequence[str]) -> dict[str, int]:
 
 def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile:
     data = recipe.data
-    path = getattr(data, name)
+    path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
     fraction = data.fraction if name == "train" else 1.0
     if not is_url(path) and Path(path).is_file():
         beton = read_sidecar(Path(path))

@@ -112,7 +112,8 @@ def explained(stage: StageEstimate, price: float | None) -> list[str]:
             f" {stage.steps:,}"
         )
         if best and stage.hours is not None:
-            evaluated = f"{stage.evaluations} x {stage.validation.images or 0:,} x {stage.forward_macs / 1e9:.2f}"
+            images = stage.validation.images if stage.validation else 0
+            evaluated = f"{stage.evaluations} x {images or 0:,} x {stage.forward_macs / 1e9:.2f}"
             lines += [
                 f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {evaluated}) GMACs ="
                 f" {stage.work:.3e}",
@@ -143,6 +144,8 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
                 )
             )
         for what, file in (("train", stage.train), ("validation", stage.validation)):
+            if file is None:
+                continue
             if file.images is None:
                 cost = "steps and hours are unknown" if what == "train" else "evaluation is not in the hours"
                 lines.append(f"{stage.recipe.name}: {file.path} is not here, so {cost}; give --images {file.path}=N")
@@ -205,7 +208,7 @@ def _money(stage: StageEstimate, price: float | None) -> float | None:
 
 
 def _data_bytes(stage: StageEstimate) -> int | None:
-    sizes = [file.bytes for file in (stage.train, stage.validation) if file.bytes is not None]
+    sizes = [file.bytes for file in (stage.train, stage.validation) if file and file.bytes is not None]
     return sum(sizes) if sizes else None
 
 

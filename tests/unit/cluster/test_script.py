@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.script import JobScript
-from cluster.site import OURS, Site, load_site
+from cluster.site import OURS, Container, Site, load_site
 from pipeline.errors import RecipeError
 from pipeline.recipe.files import validate
 
@@ -116,7 +116,7 @@ def test_no_field_reaches_a_shell_unquoted(raw):
         arguments = record(here, "srun")
         if site.container:
             parts = (site.container.image, site.container.python if site.container.kind == "apptainer" else "")
-            mounts = ",".join([f"{stage.parent}:{stage.parent}", *site.container.mounts])
+            mounts = ",".join([f"{stage.parent}:{stage.parent}", f"{code}:{code}", *site.container.mounts])
             assert all(part in arguments or f"--container-image={part}" in arguments for part in parts if part)
             assert site.container.kind == "apptainer" or f"--container-mounts={mounts}" in arguments
         assert arguments[-2:] == ["submitit.core._submit", str(stage / "slurm")]
@@ -130,3 +130,28 @@ def test_no_field_reaches_a_shell_unquoted(raw):
         wanted |= {"exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
         assert {n: v for n, v in options.items() if n in wanted} == {n: v for n, v in wanted.items() if v is not None}
         assert options.keys() <= OURS | site.sbatch.keys()
+
+
+def test_a_container_sees_the_code_that_the_runs_of_a_study_share():
+    stage, code = Path("/study/arm/seed-0/pretrain"), Path("/study/code/0123")
+    for kind in ("pyxis", "apptainer"):
+        site = Site(container=Container(kind=kind, image="x"))
+        assert f"{code}:{code}" in JobScript(stage, site, code).text()
+        assert "/code/" not in JobScript(stage, site, stage.parent / "code/0123").text().partition("srun")[2]
+
+
+def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, monkeypatch):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv >>{tmp_path}/environment\necho Submitted batch job 5\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    script = JobScript(tmp_path / "run" / "pretrain", Site(memory_gb_per_node=1), tmp_path / "code")
+    script.test()
+    assert script.submit() == "5"
+    seen = (tmp_path / "environment").read_text()
+    assert seen.count("SLURM_CONF=") == 2
+    assert "SLURM_MEM_PER_CPU" not in seen
+    assert os.environ["SLURM_JOB_ID"] == "4"

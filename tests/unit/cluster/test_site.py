@@ -47,6 +47,8 @@ def test_a_stage_may_differ(tmp_path):
         ({"sbatch": {"wrap": "rm"}}, r"sbatch\.wrap is set by fcmae itself"),
         ({"sbatch": {"a b": "rm"}}, r"sbatch\.a b"),
         ({"sbatch": {"array": "1-3"}}, r"sbatch\.array is set by fcmae itself"),
+        ({"sbatch": {"gpus-per-task": 1}}, r"sbatch\.gpus-per-task would hide GPUs"),
+        ({"gpus_per_node": 2, "tasks_per_node": 4}, "tasks_per_node 4 exceeds gpus_per_node 2"),
         ({"time_limit_minutes": 2, "stop_before_end_seconds": 120}, "stop_before_end_seconds 120 leaves no time"),
         ({"stages": {"finetune": {"nodez": 1}}}, "stages.finetune: unknown key nodez; did you mean nodes"),
         ({"stages": {"finetune": {"run_root": "/x"}}}, "stages.finetune.run_root cannot differ by stage"),

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster import history, snapshot
+from cluster import history, queue, slurm, snapshot
 from cluster.launcher import LaunchError
 from cluster.logs import show
+from cluster.site import Site
 from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
+from cluster.submit import Planned, check_partition, live_jobs
 from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
@@ -54,6 +56,50 @@ def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
     assert not watch.due(0.0)
     (tmp_path / CANCELLED).touch()
     assert watch.due(0.0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "slurm_requeue error: Socket timed out on send/recv operation",
+        "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "slurm_load_jobs error: Slurm backup controller in standby mode",
+        "slurm_update error: Message receive failure",
+    ],
+)
+def test_a_controller_that_is_away_or_busy_is_asked_again(words):
+    """The supervisor gives a job up for anything else that Slurm says."""
+    with pytest.raises(slurm.NoControllerError, match="try again"):
+        slurm.ask("sh", "-c", f"echo '{words}' >&2; exit 1")
+    with pytest.raises(LaunchError, match="Invalid job id") as refused:
+        slurm.ask("sh", "-c", "echo 'slurm_requeue error: Invalid job id specified' >&2; exit 1")
+    assert not isinstance(refused.value, slurm.NoControllerError)
+
+
+@pytest.mark.parametrize("state", [*queue.WAITING, *queue.RUNNING])
+def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state):
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
+    assert list(live_jobs(Path("/runs/a"), ["pretrain"])) == ["pretrain"]
+
+
+def test_a_partition_may_be_several(monkeypatch, tmp_path):
+    known = {"long": "UNLIMITED", "short": "01:00:00", "quick": "00:30:00"}
+
+    def ask(*command: str, unless: str) -> str:
+        name = command[3]
+        return f"PartitionName={name} State=UP MaxTime={known[name]}" if name in known else ""
+
+    def check(partition: str, minutes: int) -> None:
+        site = Site(partition=partition, time_limit_minutes=minutes)
+        check_partition(Planned("pretrain", tmp_path, None, site))
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    check("short,long", 600)
+    with pytest.raises(LaunchError, match="there is no partition nowhere"):
+        check("long,nowhere", 10)
+    with pytest.raises(LaunchError, match="600 exceeds the 60 of partition short"):
+        check("short,quick", 600)
 
 
 def test_attempts_without_progress_are_counted_since_the_last_progress_or_submission(tmp_path):

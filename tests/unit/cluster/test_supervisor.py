@@ -5,9 +5,10 @@ import time
 import pytest
 
 from cluster import history, slurm
+from cluster.site import SITE
 from cluster.supervisor import conclude
 from cluster.worker import PERMANENT
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage import Outcome, OutcomeKind, Stage, write_json
 from pipeline.tracking.startup import JOB_STARTED
 from tests.support import make_tiny_run
 
@@ -43,3 +44,30 @@ def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before
     monkeypatch.setenv("PATH", "")  # no Slurm: it cancels no dependents
     assert conclude(stage, PERMANENT, "7", 3) == 1
     assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 78 and left no word"
+
+
+def test_a_job_that_finds_the_stage_in_other_hands_leaves_it_to_them(stage, monkeypatch):
+    """Submitted twice at the same moment: what waits for the one that trains must not be cancelled."""
+    with monkeypatch.context() as other:
+        other.setenv("SLURM_JOB_ID", "6")
+        stage.take(world_size=1)  # by this process, which lives
+    monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
+    assert conclude(stage, PERMANENT, "7", 3) == 1
+    assert history.read(stage.directory) == []
+
+
+def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, monkeypatch):
+    folder = stage.directory / "slurm" / "bad-nodes"
+    folder.mkdir(parents=True)
+    write_json(folder / "7.0.0.json", [{"node": "n3", "check": "disk", "detail": "full"}])
+    (stage.directory.parent / SITE).write_text("nodes: 1\n")
+    asked = []
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: asked.append(command) or "")
+    history.note(stage.directory, "submitted", "7", committed=-1)
+    assert conclude(stage, 70, "7", 9) == 0
+    assert "n3 is a bad node (disk: full)" in history.read(stage.directory)[-1]["reason"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert conclude(stage, 70, "7", 9) == 0
+    assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 70 and left no word"
+    assert asked[-1][-1] == "ExcNodeList=n3"  # still kept off it

@@ -94,6 +94,18 @@ def test_data_that_is_not_here_must_be_told(chain):
         estimate(away, site(), images=["b.beton=many"])
 
 
+def test_files_by_variables_and_no_validation(chain, monkeypatch):
+    """As the published recipes have it: $FCMAE_DATA, and nothing to evaluate ImageNet-22K on."""
+    stage = chain.stages["finetune"]
+    train = Path(stage.data.train)
+    monkeypatch.setenv("FCMAE_DATA", str(train.parent))
+    data = stage.data.model_copy(update={"train": f"$FCMAE_DATA/{train.name}", "validation": None})
+    (found,) = estimate(chain.model_copy(update={"stages": {"f": stage.model_copy(update={"data": data})}}), site())
+    assert (found.train.images, found.train.known, found.validation) == (192, True, None)
+    assert "is not here" not in shown([found], formulas=True)
+    assert json.loads(to_json([found], None))[0]["data_bytes"] == train.stat().st_size
+
+
 def test_nodes_that_do_not_divide(chain):
     (stage, *_) = estimate(chain, site(), nodes=3)
     assert (stage.site.nodes, stage.ranks) == (2, 4)

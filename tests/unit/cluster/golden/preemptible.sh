@@ -28,7 +28,7 @@ export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLU
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output '/runs/my huge/pretrain/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv '--bind=/runs/my huge:/runs/my huge' --bind=/data:/data /shared/images/fcmae.sif python3 -IS -c 'import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15, 10, 12]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' -u -m submitit.core._submit '/runs/my huge/pretrain/slurm'
+srun --unbuffered --output '/runs/my huge/pretrain/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --export=ALL --cpus-per-task=8 apptainer exec --nv '--bind=/runs/my huge:/runs/my huge' --bind=/data:/data /shared/images/fcmae.sif python3 -IS -c 'import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15, 10, 12]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' -u -m submitit.core._submit '/runs/my huge/pretrain/slurm'
 
 
 # teardown

@@ -32,7 +32,7 @@ export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLU
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output '/runs/my huge/a-b/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --cpus-per-task=1 '--container-image=registry#fcmae:1' '--container-mounts=/runs/my huge:/runs/my huge,/data:/data:ro' python3 -IS -c 'import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15, 10, 12]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' -u -m submitit.core._submit '/runs/my huge/a-b/slurm'
+srun --unbuffered --output '/runs/my huge/a-b/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --export=ALL --cpus-per-task=1 '--container-image=registry#fcmae:1' '--container-mounts=/runs/my huge:/runs/my huge,/data:/data:ro' python3 -IS -c 'import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15, 10, 12]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' -u -m submitit.core._submit '/runs/my huge/a-b/slurm'
 
 
 # teardown
