@@ -34,12 +34,9 @@ class JobScript:
     def __init__(self, stage_directory: Path, site: Site, code: Path, after: str | None = None):
         self.stage_directory, self.site = stage_directory, site
         self._executor = _executor(log_directory(stage_directory), _python(site, stage_directory, code))
+        parameters = _parameters(stage_directory, site, code, after)
         self._executor.update_parameters(
-            **{
-                name: value
-                for name, value in _parameters(stage_directory, site, code, after).items()
-                if value is not None
-            },
+            **{name: value for name, value in parameters.items() if value is not None},
             wckey=None,
             setup=_setup(site, code),
             teardown=[

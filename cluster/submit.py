@@ -153,11 +153,8 @@ def check_partition(item: Planned) -> None:
 
 def _refusal(item: Planned, partition: dict[str, str]) -> str:
     # Slurm accepts these and lets them wait for ever, unless the cluster is configured to refuse.
-    name, asked, limit = (
-        partition["PartitionName"],
-        item.site.time_limit_minutes,
-        slurm.minutes(partition.get("MaxTime", "")),
-    )
+    name, asked = partition["PartitionName"], item.site.time_limit_minutes
+    limit = slurm.minutes(partition.get("MaxTime", ""))
     if asked > limit:
         return (
             f"time_limit_minutes {asked} exceeds the {limit:.0f} of partition {name}; lower it, stages go on in as many"

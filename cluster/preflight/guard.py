@@ -57,9 +57,8 @@ def _note(stage_directory: Path, findings: list[Finding]) -> None:
 def bad_nodes(stage_directory: Path, job: str, restart: int | None = None) -> dict[str, str]:
     """node -> what is wrong there, as noted by one start of this job, or by any."""
     found: dict[str, str] = {}
-    for path in sorted(
-        (stage_directory / "slurm" / "bad-nodes").glob(f"{job}.{'*' if restart is None else restart}.*.json")
-    ):
+    starts = "*" if restart is None else restart
+    for path in sorted((stage_directory / "slurm" / "bad-nodes").glob(f"{job}.{starts}.*.json")):
         for entry in json.loads(path.read_text()):
             found.setdefault(entry["node"], f"{entry['check']}: {entry['detail']}")
     return found
