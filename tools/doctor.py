@@ -73,9 +73,8 @@ def _compiler() -> Iterator[Finding]:
     if shutil.which("g++"):
         yield Finding("g++", Level.OK, shutil.which("g++") or "")
     else:
-        yield Finding(
-            "g++", Level.WARNING, "not on PATH", "needed to build FFCV and by torch.compile: apt-get install g++"
-        )
+        remedy = "needed to build FFCV, by torch.compile and by Triton's kernels: apt-get install g++"
+        yield Finding("g++", Level.WARNING, "not on PATH", remedy)
 
 
 def _deepspeed() -> Iterator[Finding]:

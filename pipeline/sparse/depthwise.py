@@ -11,7 +11,6 @@ No variant uses atomics or an order of sums that may change between runs.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.sparse.geometry import VisibleCells
+from pipeline.sparse.triton_support import runs_triton
 
 # The fastest variant by (device type, sites on a cell's side), as `python -m tools.bench.encoder --depthwise` prints
 # it; measured forward and backward in fp32 on one thread of an AMD EPYC with AVX-512. No GPU has been measured.
@@ -45,7 +45,7 @@ def fastest(device: torch.device, side: int) -> str:
     """The variant for cells of side*side sites: measured if it was, else that of the nearest side that was."""
     measured = [known for kind, known in FASTEST if kind == device.type]
     if not measured:  # a GPU: unmeasured, chosen because it moves the least memory
-        return "triton" if device.type == "cuda" and find_spec("triton") else "scatter"
+        return "triton" if runs_triton(device) else "scatter"
     return FASTEST[device.type, min(measured, key=lambda known: abs(known - side))]
 
 

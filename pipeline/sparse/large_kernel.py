@@ -13,12 +13,13 @@ Which is fastest depends on shape, type and device, so it is measured (`fastest`
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.sparse.triton_support import runs_triton
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -217,7 +218,7 @@ FORMS = {
 
 def available(device: torch.device) -> list[str]:
     """The forms that this device and installation have."""
-    return [form for form in FORMS if form != "triton" or (device.type == "cuda" and find_spec("triton"))]
+    return [form for form in FORMS if form != "triton" or runs_triton(device)]
 
 
 # --- which form
