@@ -43,5 +43,5 @@ def show(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -
         if not follow or finished:
             break
         time.sleep(POLL_SECONDS)
-    if not offsets:
-        print(f"rank {rank} has not written anything yet")
+    if last is None:
+        print(f"rank {rank} has not printed anything yet")

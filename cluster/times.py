@@ -114,7 +114,8 @@ def render(stages: list[Path]) -> Group:
     for s in found:
         parts = [f"{s.laps[lap]:.1f}" if lap in s.laps else "" for lap in laps]
         beginnings.add_row(s.stage, str(s.attempt), *parts, f"{s.seconds:.1f}", f"{s.cpu_seconds:.1f}")
-    return Group(*[table for table in (between, beginnings) if table.row_count])
+    tables = [table for table in (between, beginnings) if table.row_count]
+    return Group(*tables or ["no attempt has made its first step yet"])
 
 
 def to_json(stages: list[Path]) -> str:

@@ -1,11 +1,13 @@
 """Where the time between a stop and the next step goes, from files as the pipeline writes them."""
 
+import io
 import time
 
 import pytest
+from rich.console import Console
 
 from cluster import history
-from cluster.times import handovers, starts
+from cluster.times import handovers, render, starts
 from pipeline.tracking.journal import Journal
 
 
@@ -53,3 +55,9 @@ def test_a_stop_with_notice_and_one_without(tmp_path, clock):
     assert (second.why, second.stop, second.save, second.requeue) == ("killed or lost", None, None, None)
     assert (second.queue, second.start) == (15.0, 4.0)
     assert [(start.attempt, start.seconds) for start in starts(tmp_path)] == [(1, 3.0), (2, 6.0), (3, 4.0)]
+
+
+def test_a_run_that_has_only_begun_is_told_so(tmp_path):
+    console = Console(file=io.StringIO())
+    console.print(render([tmp_path / "pretrain"]))
+    assert console.file.getvalue() == "no attempt has made its first step yet\n"
