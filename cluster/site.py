@@ -4,6 +4,8 @@ No field is ever read by a shell: all reach the job script quoted. Whoever needs
 and names it under `source`.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,10 +41,19 @@ def _no_escape(text: str) -> str:
     return text
 
 
+def _expanded(text: str) -> str:
+    path = os.path.expanduser(os.path.expandvars(text))
+    if re.search(r"\$\{?\w", path):
+        raise ValueError("names an environment variable that is not set here; set it, or write the path out")
+    return path
+
+
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
 """Anything on one line."""
 SbatchText = Annotated[Text, AfterValidator(_no_escape)]
 """Anything that sbatch reads back as it was written."""
+Place = Annotated[Text, AfterValidator(_expanded)]
+"""A path that every node sees. ~ and $NAMES are replaced where the site is read, before anything is submitted."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 
@@ -97,13 +108,13 @@ class Site(Section):
     """Nodes to stay away from."""
     modules: tuple[Text, ...] = ()
     """`module load` each, in this order."""
-    source: tuple[Text, ...] = ()
+    source: tuple[Place, ...] = ()
     """Shell files that the job script sources before it starts the ranks."""
     environment: dict[Variable, Annotated[str, AfterValidator(_printable)]] = Field({})
     container: Container | None = None
     local_scratch: Text | None = None
     """A folder on the node's own disk. $NAMES of environment variables are replaced inside the job, by Python."""
-    run_root: Text | None = None
+    run_root: Place | None = None
     """A folder that every node sees by the same path: a relative --out lies in it."""
     sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
     """Further options of sbatch, without their dashes; true for one without value."""

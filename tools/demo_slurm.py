@@ -10,6 +10,7 @@ they differ. The reference is run first where it is not done. `make demo-slurm` 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ SHORT = [
     f"stages.{stage}.{change}"
     for stage in ("pretrain", "intermediate", "finetune")
     for change in (
-        "schedule.epochs=0.2", "schedule.warmup_epochs=0.05", "checkpoint.every_steps=20", "gate.metric=null",
-        "gate.at_least=null",
+        "schedule.epochs=0.4", "schedule.warmup_epochs=0.05", "checkpoint.every_steps=20", "tracking.log_every_steps=5",
+        "gate.metric=null", "gate.at_least=null",
     )
 ]  # fmt: skip
 
@@ -65,7 +66,7 @@ def demonstrate(recipe: str, out: Path, reference: Path, overrides: list[str]) -
     fcmae("run", recipe, "--out", reference, "--nproc", ranks, *overrides)
     was_up = devcluster("status", check=False).returncode == 0
     devcluster("up")
-    os.environ["SLURM_CONF"] = devcluster("env").stdout.partition("=")[2].strip()
+    os.environ["SLURM_CONF"] = shlex.split(devcluster("env").stdout)[1].partition("=")[2]
     try:
         disturb(recipe, out, overrides)
     finally:
@@ -80,24 +81,36 @@ def disturb(recipe: str, out: Path, overrides: list[str]) -> None:
     fcmae("submit", recipe, "--site", SITE, "--out", out, *overrides)
     run = Run(out)
     first, second = (s.stage for s in run.statuses()[:2])
-    trains = wait(run, f"{first} trains", lambda s: training(s[first]))[first]
+    trains = until_training(run, first)
     say(f"{first} is at step {trains.step}: a job of higher priority takes every node")
     devcluster("preempt")
-    back = wait(run, f"{first} trains again", lambda s: training(s[first], attempt=trains.attempts + 1))[first]
+    back = until_training(run, first, attempt=trains.attempts + 1)
     say(f"{first} goes on, attempt {back.attempts}; {back.restart_reasons[-1]}")
-    trains = wait(run, f"{second} trains", lambda s: training(s[second]))[second]
+    trains = until_training(run, second)
     node = newest_host(out / second)
     say(f"{second} is at step {trains.step}: node {node} loses its power")
     devcluster("kill-node", node)
-    back = wait(run, f"{second} trains again", lambda s: training(s[second], attempt=trains.attempts + 1))[second]
+    back = until_training(run, second, attempt=trains.attempts + 1)
     say(f"{second} goes on, attempt {back.attempts}, on {back.nodes}; {back.restart_reasons[-1]}")
     devcluster("start-node", node)
     wait(run, "the chain is done", lambda s: all(stage.state == "done" for stage in s.values()))
 
 
-def training(s: StageStatus, attempt: int = 1) -> bool:
-    """Whether it makes steps in this attempt or a later one. One that was too quick to be seen counts."""
-    return s.attempts >= attempt and (s.state == "done" or (s.state == "running" and s.step > 0 and s.loss is not None))
+def until_training(run: Run, stage: str, attempt: int = 1) -> StageStatus:
+    """The stage, as soon as it makes steps in this attempt or a later one.
+
+    Raises:
+        DemoError: if it is done before it has come to that attempt: then what should have disturbed it came too late.
+    """
+
+    def seen(s: StageStatus) -> bool:
+        trains = s.state == "running" and s.step > 0 and s.loss is not None
+        return s.state == "done" or (trains and s.attempts >= attempt)
+
+    found = wait(run, f"{stage} trains, attempt {attempt}", lambda statuses: seen(statuses[stage]))[stage]
+    if found.attempts < attempt:
+        raise DemoError(f"stage {stage} was done before anything could happen to it; give it more epochs")
+    return found
 
 
 def newest_host(stage: Path) -> str:

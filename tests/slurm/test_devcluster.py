@@ -66,7 +66,7 @@ def test_the_demonstration(slurm, tmp_path):
     from tests.support import write_tiny_recipe
     from tools.demo_slurm import DemoError, demonstrate
 
-    changes = ("schedule.epochs=8", "tracking.log_every_steps=1")
+    changes = ("schedule.epochs=50", "checkpoint.every_steps=20", "tracking.log_every_steps=1")
     recipe = write_tiny_recipe(tmp_path, [f"stages.{s}.{c}" for s in ("pretrain", "intermediate") for c in changes])
     demonstrate(str(recipe), tmp_path / "slurm", tmp_path / "reference", [])
     with pytest.raises(DemoError, match="exists; remove it"):

@@ -33,6 +33,14 @@ def test_a_stage_may_differ(tmp_path):
     assert site.for_stage("finetune").partition == "gpu"
 
 
+def test_paths_may_name_the_home_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WORK", "/work/me")
+    site = load(tmp_path, run_root="$WORK/runs", source=["~/env.sh", "/odd $(name)"], local_scratch="/scratch/$USER")
+    assert (site.run_root, site.source) == ("/work/me/runs", ("/home/me/env.sh", "/odd $(name)"))
+    assert site.local_scratch == "/scratch/$USER"  # for the job to replace, on its own machine
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -53,6 +61,7 @@ def test_a_stage_may_differ(tmp_path):
         ({"stages": {"finetune": {"nodez": 1}}}, "stages.finetune: unknown key nodez; did you mean nodes"),
         ({"stages": {"finetune": {"run_root": "/x"}}}, "stages.finetune.run_root cannot differ by stage"),
         ({"container": {"kind": "docker", "image": "x"}}, r"container\.kind is 'docker'"),
+        ({"run_root": "$NOT_SET_HERE/runs"}, "run_root: names an environment variable that is not set here"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_with_its_field(tmp_path, fields, words):

@@ -1,11 +1,11 @@
-"""What the demonstration says when a stage is lost on the way."""
+"""What the demonstration says when a stage is lost on the way, or was too quick for it."""
 
 import pytest
 
 from cluster import history
 from cluster.status import Run
-from tests.support import make_tiny_run
-from tools.demo_slurm import DemoError, wait
+from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+from tools.demo_slurm import DemoError, until_training, wait
 
 
 def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
@@ -15,3 +15,12 @@ def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
         DemoError, match=f"stage pretrain has failed: the disk is full; see `fcmae logs {run.resolve()}`"
     ):
         wait(Run(run), "it trains", lambda statuses: False)
+
+
+def test_a_stage_done_before_its_disturbance_is_no_demonstration(tmp_path):
+    only = ["stages.intermediate=null", "stages.finetune=null", "stages.pretrain.schedule.epochs=1"]
+    run = tmp_path / "run"
+    assert fcmae("run", write_tiny_recipe(tmp_path, only), "--out", run).returncode == 0
+    assert until_training(Run(run), "pretrain").state == "done"
+    with pytest.raises(DemoError, match="stage pretrain was done before anything could happen to it; give it more"):
+        until_training(Run(run), "pretrain", attempt=2)
