@@ -130,10 +130,14 @@ class Follower:
                     seen.reason = str(outcomes[-1].get("reason") or self._end)
             self._take_job(seen, job)
         if seen.state in ("running", "done") and self._recent:
-            rates, waits = [r[2] for r in self._recent], [r[3] for r in self._recent if r[3] is not None]
-            seen.images_per_second = sum(rates) / len(rates)
-            if waits and self._batch and seen.images_per_second:
-                seen.data_wait_fraction = sum(waits) / len(waits) * seen.images_per_second / self._batch
+            # Seconds are summed, not rates: a slow step weighs as much as it lasts.
+            seconds = [(1 / rate, wait) for _, _, rate, wait in self._recent if rate]
+            if spent := sum(per_image for per_image, _ in seconds):
+                seen.images_per_second = len(seconds) / spent
+            known = [(per_image, wait) for per_image, wait in seconds if wait is not None]
+            if known and self._batch:
+                spent = self._batch * sum(per_image for per_image, _ in known)
+                seen.data_wait_fraction = min(1.0, sum(wait for _, wait in known) / spent)
         if seen.state == "running":
             seen.eta_seconds = self._eta(seen)
         return seen

@@ -175,10 +175,12 @@ def test_data_wait_is_a_share_of_the_step(run):
     take(stage, 1, host="elsewhere")
     with Journal(stage / "journal.jsonl", 1) as journal:
         journal.write("attempt", step=0, total_steps=10, global_batch=64, world_size=2)
-        for step in (1, 2):  # 64 images at 32 a second: steps of two seconds
-            journal.write("step", step=step, loss=1.0, images_per_second=32.0, data_wait_seconds=0.5)
+        for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
+            speed, wait = 64 / seconds, seconds / 4
+            journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
     first = status(run)[0]
-    assert (first.data_wait_fraction, first.world_size) == (0.25, 2)
+    assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
+    assert first.images_per_second == pytest.approx(12.8)
     assert "25%" in shown(run)
 
 
