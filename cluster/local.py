@@ -1,6 +1,7 @@
 """Stages as processes of this machine, one per rank."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pipeline.stage import Outcome, OutcomeKind, Stage
 POLL_SECONDS = 0.1
 KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time
 LAST_WORDS_SECONDS = 20.0  # from the first bad end of a rank, for the others to say what they know
+_LEAST_FREE_BYTES = 64 * 1024  # with less than that a disk counts as full
 
 
 class LocalLauncher:
@@ -137,9 +139,12 @@ class LocalLauncher:
         if outcome and outcome.kind is OutcomeKind.BAD_NODE and killed:
             return replace(outcome, reason=f"{outcome.reason} ({ends})")
         logs = stage.directory / "logs"
+        # On a full disk neither logs nor outcome tell the reason.
+        full = shutil.disk_usage(logs).free < _LEAST_FREE_BYTES
         return Outcome(
             OutcomeKind.BAD_NODE if killed else OutcomeKind.PERMANENT,
-            f"stage {stage.recipe.name} ended early ({ends or 'killed'}); see {logs}",
+            f"stage {stage.recipe.name} ended early ({ends or 'killed'}); "
+            + (f"the disk of {logs} is full: make room, then run the same command again" if full else f"see {logs}"),
             outcome.step if outcome else None,
         )
 

@@ -1,11 +1,12 @@
 """What an error means for the stage: the outcome it is recorded as, and the exit code that a launcher sees."""
 
+import errno
 import os
 import socket
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from pipeline.errors import RetryableError, UserError
 from pipeline.health.watchdog import Watchdog, is_broken_collective
@@ -37,6 +38,9 @@ def failure(error: BaseException) -> Outcome:
     if is_out_of_memory(error):
         remedy = "lower batch.micro_slots, set model.checkpointing, or share the state out with engine.kind fsdp"
         return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({_first_line(error)})")
+    if is_full_disk(error):
+        where = f"{error.filename}: " if error.filename else ""
+        return Outcome(OutcomeKind.PERMANENT, f"{where}{error.strerror}; make room, then start the stage again")
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return Outcome(OutcomeKind.PERMANENT, reason)
 
@@ -46,6 +50,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
+
+
+def is_full_disk(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a disk, or a quota on it, did not suffice."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_broken_device(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.feed import TrainFeed
 from pipeline.engines import Engine, World, create_engine
 from pipeline.errors import UserError
-from pipeline.failures import explaining_lost_peers, failure, is_out_of_memory, leave
+from pipeline.failures import explaining_lost_peers, failure, is_full_disk, is_out_of_memory, leave
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
@@ -55,10 +55,12 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
             outcome = _run(stage, request, stack, leave)
     except BaseException as error:
         outcome = failure(error)
-        stage.record(outcome)
-        told = isinstance(error, UserError) or is_out_of_memory(error)
+        with suppress(OSError):  # the disk may be what has failed
+            stage.record(outcome)
+        told = isinstance(error, UserError) or is_out_of_memory(error) or is_full_disk(error)
         if outcome.kind is OutcomeKind.PERMANENT and not told:
             raise
+        return outcome
     stage.record(outcome)
     return outcome
 

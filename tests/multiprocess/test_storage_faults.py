@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from pipeline.recipe.sections import Checkpoint
 from pipeline.saving import Checkpoints
 from tests.multiprocess import faults
 from tests.multiprocess.flaky_s3 import flaky_s3
+from tests.multiprocess.test_chain import start, wait_for_step
+from tests.support import fcmae, write_tiny_recipe
 
 
 def make_state(step: int, numel: int = 2000) -> dict:
@@ -130,26 +133,31 @@ def test_more_damage_than_a_resume_may_pass_over_stops_it(tmp_path, group):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of one megabyte, as only root can make one."""
+    """A disk of eight megabytes, as only root can make one."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     yield place
     subprocess.run(["umount", place], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """A file that takes all the room that is left."""
+    hog = disk / "hog"
+    with contextlib.suppress(OSError), open(hog, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    return hog
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group, asynchronous):
-    numel = 20_000  # 320 kB: two fit, and a third only when one has gone
+    numel = 20_000
     store = open_store(small_disk / "c", group)
     run = Run(store, group, numel, on_failure="continue", keep_last=2, asynchronous=asynchronous)
     run.go(1, 2)
-    hog = small_disk / "hog"
-    with contextlib.suppress(OSError), open(hog, "wb") as file:
-        for _ in range(1000):
-            file.write(bytes(1000))
-            file.flush()
+    hog = fill(small_disk)
     run.go(3, 4)
     assert [line["step"] for line in run.of("save")] == [1, 2]
     messages = [line["message"] for line in run.of("event")]
@@ -166,6 +174,23 @@ def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group
     hog.unlink()
     run.go(7, 7)
     assert store.steps()[-1] == 7
+
+
+def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(small_disk, tmp_path):
+    only = ["stages.intermediate=null", "stages.finetune=null", "defaults.tracking.log_every_steps=1"]
+    recipe = write_tiny_recipe(tmp_path, [*only, "stages.pretrain.schedule.epochs=20"])
+    run, undisturbed = small_disk / "run", tmp_path / "undisturbed"
+    with start(recipe, run, 1) as running:
+        wait_for_step(run / "pretrain", 3)
+        hog = fill(small_disk)
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert re.search(r"make room, then|No space left on device", said), said
+    hog.unlink()
+    for out in (run, undisturbed):
+        ran = fcmae("run", recipe, "--out", out)
+        assert ran.returncode == 0, ran.stderr
+    assert (run / "pretrain" / "DONE").read_text() == (undisturbed / "pretrain" / "DONE").read_text()
 
 
 def test_a_read_only_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group):

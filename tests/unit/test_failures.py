@@ -1,5 +1,7 @@
 """What an error means for the stage."""
 
+import errno
+
 import pytest
 import torch
 
@@ -34,3 +36,9 @@ def test_a_full_gpu_is_told_with_a_remedy():
     assert "lower batch.micro_slots" in outcome.reason
     assert "2.00 GiB" in outcome.reason
     assert "\n" not in outcome.reason
+
+
+def test_a_full_disk_is_told_with_a_remedy():
+    outcome = failure(OSError(errno.ENOSPC, "No space left on device", "/runs/journal.jsonl"))
+    assert outcome.kind is OutcomeKind.PERMANENT
+    assert outcome.reason.startswith("/runs/journal.jsonl: No space left on device; make room")
