@@ -184,7 +184,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     precision: Literal["fp32", "bf16", "bf16_parameters", "fp64"] = "fp32"
     """bf16 is autocast over fp32 parameters; bf16_parameters also computes and communicates with parameters rounded to
-    bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least."""
+    bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least. On a GPU
+    fp32 keeps torch's default, by which cuDNN's convolutions round their inputs to TF32."""
     threads: int = operational(0, ge=0)
     """Torch threads per rank. 0 takes those of the attempt before; at first OMP_NUM_THREADS, which
     `fcmae run` and a site set to the cores of a rank; without it the machine's cores, shared among its ranks."""
