@@ -50,10 +50,15 @@ def fruitless(stage_directory: Path, committed: int) -> int:
 
 
 def committed_step(stage_directory: Path) -> int:
-    """The newest step that a checkpoint was committed of, by the journal; -1 without."""
+    """The newest step that a checkpoint was committed of, by the journal; -1 without. What a rollback took back does
+    not count: the way up again is progress."""
     path, newest = stage_directory / "journal.jsonl", -1
     with open(path, "rb") if path.exists() else nullcontext(()) as lines:
         for line in lines:
-            if b'"save"' in line and (event := parse(line)) and event.get("kind") == "save":
+            if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse(line)):
+                continue
+            if event.get("kind") == "save":
                 newest = max(newest, event["step"])
+            elif event.get("kind") == "rollback":
+                newest = event["step"]
     return newest

@@ -127,6 +127,16 @@ def test_the_committed_step_is_the_newest_of_any_attempt(tmp_path):
     assert history.committed_step(tmp_path) == 20
 
 
+def test_after_a_rollback_the_way_up_again_is_progress(tmp_path):
+    with journal(tmp_path) as log:
+        log.write("save", step=20, seconds=1.0)
+        log.write("rollback", step=10, left_out=[13, 16])
+    assert history.committed_step(tmp_path) == 10
+    with journal(tmp_path, 2) as log:
+        log.write("save", step=15, seconds=1.0)
+    assert history.committed_step(tmp_path) == 15
+
+
 def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
     folder = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == folder == snapshot.snapshot_path(tmp_path)
