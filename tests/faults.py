@@ -58,7 +58,8 @@ def _hinder(create: Any) -> Any:
             if world.rank == FAULTS.get("rank"):
                 time.sleep(FAULTS.get("sleep", {}).get(str(step + 1), 0))
                 if step + 1 == FAULTS.get("hang"):
-                    ctypes.PyDLL(None).sleep(10**6)
+                    while True:  # a signal, such as the one that makes it write its stacks, ends a sleep
+                        ctypes.PyDLL(None).sleep(10**6)
             yield from honest(step)
 
         feed.slots = slots

@@ -22,7 +22,8 @@ from pipeline.health.signals import StopRequest
 
 @contextlib.contextmanager
 def standing(stage_directory: Path, attempt: int, beat_file: Path, silent_seconds: float) -> Iterator[None]:
-    """Have this process killed, and its stage told, when the beat does not change for so long. In the main thread."""
+    """Have this process killed, with its stacks written and its stage told, when the beat does not change for so long.
+    In the main thread."""
     arguments = [silent_seconds, stage_directory, attempt, beat_file, os.getpid()]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.health.sentinel", *map(str, arguments)],
@@ -66,6 +67,14 @@ def tell(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float
     stage.record(Outcome(OutcomeKind.BAD_NODE, sentence, last.step))
 
 
+def show_stacks(rank: int) -> None:
+    """Have the rank write them, as its handler can in the midst of such code."""
+    from pipeline.health.watchdog import STACKS_SIGNAL
+
+    os.kill(rank, STACKS_SIGNAL)
+    time.sleep(0.5)
+
+
 def main() -> None:
     silent_seconds, stage, attempt, beat_file, rank = sys.argv[1:]
     die_with_parent()
@@ -76,6 +85,7 @@ def main() -> None:
     beat = wait_for_silence(Path(beat_file), float(silent_seconds))
     with contextlib.suppress(Exception):  # whatever the stage's disk says, the rank must end
         tell(Path(stage), int(attempt), beat, float(silent_seconds))
+        show_stacks(int(rank))
     os.kill(int(rank), signal.SIGKILL)
 
 

@@ -28,7 +28,9 @@ T = TypeVar("T")
 GLOO_SIGNS = ("gloo/transport", "timeout caused pair closure")  # gloo's errors are plain RuntimeErrors
 BEAT_BYTES = 512  # all beats are as long, so that writing one over another leaves nothing of it
 
-STACKS_SIGNAL = signal.SIGRTMIN + 5  # makes a rank write its stacks, even one that never gives another thread a turn
+# Makes a rank write its stacks, even one that never gives another thread a turn. Only for a rank that is to end: the
+# stacks of threads that run meanwhile may crash it.
+STACKS_SIGNAL = signal.SIGRTMIN + 5
 PATIENCE = 5  # times stall_seconds, where nothing can be seen to move: loading, compiling, saving, evaluating
 SYNCHRONISE = "synchronise"
 PATIENT = ("start", "save", "evaluate", "roll back", "finish")
@@ -206,8 +208,6 @@ class Watchdog:
                 moves, moved_at = self._beat.moves, clock_seconds
             self._count += 1
             self._publish(still_seconds=clock_seconds - moved_at)
-            # Fires if code that holds the interpreter keeps this thread from coming here again.
-            faulthandler.dump_traceback_later(1.5 * self.stall_seconds, file=self._stacks)
             if clock_seconds - moved_at < self.stall_seconds / 2:
                 looks.clear()
                 continue
@@ -224,7 +224,6 @@ class Watchdog:
             if self.rank in beats and (found := blame(beats, [rank for rank in silent if rank in beats])):
                 self._end(beats, silent, *found)
                 return
-        faulthandler.cancel_dump_traceback_later()
 
     def _end(self, beats: dict[int, Beat], silent: list[int], sentence: str, step: int) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)

@@ -1,8 +1,10 @@
 """A real process that never lets another thread run, and one that does, with a sentinel beside each."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,9 +39,12 @@ def stage(tmp_path) -> Stage:
     return stage
 
 
+ROOT = Path(__file__).parents[3]
+
+
 def run_rank(stage: Stage, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", RANK, str(stage.directory), how]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_a_rank_that_never_lets_another_thread_run_is_ended_and_named(stage):
@@ -61,3 +66,21 @@ def test_a_rank_that_beats_is_left_alone_and_its_sentinel_goes_with_it(stage):
     assert stage.last_outcome() is None
     found = subprocess.run(["pgrep", "-f", f"sentinel .*{stage.directory}"], capture_output=True, text=True)
     assert found.stdout == ""
+
+
+def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
+    """Writing them while other code runs may crash the process: it is for one that is to end."""
+    command = [sys.executable, "-c", RANK, str(stage.directory), "beats"]
+    beat = stage.directory / "health" / "rank-00003.beat"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as rank:
+        deadline = time.monotonic() + 120
+        while not (beat.exists() and b'"step": 8' in beat.read_bytes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(rank.pid, signal.SIGSTOP)
+        time.sleep(3)  # twice as long as either of the two waits for a sign of life
+        os.killpg(rank.pid, signal.SIGCONT)
+        _, said = rank.communicate(timeout=300)
+    assert (rank.returncode, said) == (0, "")
+    assert stage.last_outcome() is None
+    assert not beat.with_suffix(".stacks").exists()
