@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -116,7 +115,9 @@ def remote(stage):
     store.rm("/bucket", recursive=True)
 
 
-def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote):
+def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of its own: others use the machine's too
+
     def fcmae(*arguments):
         return CliRunner().invoke(cli, [*arguments, "memory://bucket/run"])
 
@@ -141,7 +142,7 @@ def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote):
         with pytest.raises(CheckpointError, match="1 damaged"):
             verify_run("memory://bucket/run/intermediate")
         remote.pipe_file(path, good)
-    assert not list(Path(tempfile.gettempdir()).glob("fcmae-view-*")), "nothing is left behind"
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_a_url_without_a_run_is_one_sentence(remote):
