@@ -7,8 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cluster import snapshot
 from pipeline.environment import SNAPSHOT, commit, machine, software
+
+
+@pytest.fixture(autouse=True)
+def _plain_git(monkeypatch):
+    """A person's settings may sign commits, which asks for a passphrase, or run hooks."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.golden import FILE, TOLERANCE, differences
 
+ROOT = FILE.parents[1]
+
 
 @pytest.fixture
 def golden() -> dict:
@@ -51,6 +53,7 @@ def test_other_data_other_lengths_and_a_missing_stage_are_told(golden):
 def test_the_demo_still_starts_with_these_losses(golden, tmp_path):
     """After a change that is meant: `python -m tests.golden --write`."""
     command = [sys.executable, "-m", "tests.golden", "--write", "--to", str(tmp_path / "found.json")]
-    ran = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert ran.returncode == 0, ran.stderr
     assert differences(golden, json.loads((tmp_path / "found.json").read_text())) == []

@@ -94,7 +94,7 @@ def fill(directory):
     with (directory / "log").open("a") as log: log.write("filled\\n")
     (directory / "data").write_bytes(b"0123456789")
     if sys.argv[2] == "stuck":
-        time.sleep(60)
+        time.sleep(600)
     time.sleep(0.5)
 cache = Cache(sys.argv[1], 12)
 print((cache.obtain("a", 10, fill, lambda d: True) / "log").read_text(), flush=True)
@@ -124,6 +124,7 @@ def test_processes_at_once_fill_once_and_keep_it_from_eviction(tmp_path):
 def test_killed_while_filling_nothing_looks_finished(tmp_path):
     killed = process(tmp_path, "stuck")
     while not (tmp_path / "a.partial" / "data").exists():
+        assert killed.poll() is None, "it has ended by itself"
         time.sleep(0.02)
     waiting = process(tmp_path)
     with pytest.raises(CancelledError):

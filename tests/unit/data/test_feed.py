@@ -5,7 +5,6 @@ import io
 import subprocess
 import sys
 import threading
-import time
 
 import numba
 import numpy as np
@@ -173,7 +172,7 @@ def test_same_in_another_process(beton, expected):
         "print([sorted(p for f in feeds for p in t.slots_of(f, s).items()) for s in range(2, 6)])"
     )  # and the interpreter exits with a live feed
     command = [sys.executable, "-c", code, str(beton.path), str(__import__("pathlib").Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([sorted(step.items()) for step in expected[2:6]])
     assert done.stderr == ""
@@ -227,10 +226,10 @@ def test_early_exits_leave_no_threads_or_memory(beton):
     feed, evaluation_feed_ = train_feed(beton, image_size=512), evaluation_feed(beton, image_size=512)
     for _ in range(3):
         leave_early()
-    threads, before = threading.active_count(), psutil.Process().memory_info().rss
+    threads, before = set(threading.enumerate()), psutil.Process().memory_info().rss
     for _ in range(10):  # a pair of rings is 38 MB; what the allocator keeps back levels off at 50 MB
         leave_early()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # those of an earlier test may end meanwhile
     assert psutil.Process().memory_info().rss - before < 120 << 20
 
 
@@ -314,17 +313,17 @@ def test_errors_of_the_thread_reach_the_consumer(beton):
 
 
 def test_slow_disk_is_an_error_in_time(beton):
-    feed, release = evaluation_feed(beton), threading.Event()
+    feed, release, answered = evaluation_feed(beton), threading.Event(), threading.Event()
 
     def work():
-        release.wait(20)
+        release.wait(60)
+        answered.set()
         yield 0, np.arange(8), np.ones(8, bool)
 
     producer = Producer(feed._loader, work(), feed._finish, 0.3)
-    started = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came from .*a\.beton within 0\.3 s"):
         next(producer)
-    assert time.monotonic() - started < 5
+    assert not answered.is_set()
     release.set()
     producer.close()
 
@@ -360,5 +359,5 @@ feed = EvaluationFeed(
 assert sum(int(batch.valid.sum()) for batch in feed) == 70
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-c", script, beton.path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, beton.path], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

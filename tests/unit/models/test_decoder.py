@@ -127,7 +127,8 @@ def test_a_perfect_prediction_paints_the_image_and_has_no_loss(normalize):
     ],
 )  # fmt: skip
 def test_wrong_choices_are_one_sentence(options, sentence):
-    response = options.pop("response", "grn")
+    options = {"response": "grn", **options}
+    response = options.pop("response")
     encoder = create_model("convnextv2", 0, depths=(1, 1, 1), dims=(4, 6, 8), stem_stride=2, response=response)
     with pytest.raises(ValueError, match=sentence):
         FCMAE(encoder, cell=8, **options)

@@ -1,8 +1,8 @@
 """`fcmae verify` of directories and `fcmae checkpoint`, on a stage whose checkpoints were really saved."""
 
 import json
+import shutil
 import tempfile
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -116,7 +116,9 @@ def remote(stage):
     store.rm("/bucket", recursive=True)
 
 
-def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote):
+def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of its own: others use the machine's too
+
     def fcmae(*arguments):
         return CliRunner().invoke(cli, [*arguments, "memory://bucket/run"])
 
@@ -141,7 +143,7 @@ def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote):
         with pytest.raises(CheckpointError, match="1 damaged"):
             verify_run("memory://bucket/run/intermediate")
         remote.pipe_file(path, good)
-    assert not list(Path(tempfile.gettempdir()).glob("fcmae-view-*")), "nothing is left behind"
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_a_url_without_a_run_is_one_sentence(remote):
@@ -188,14 +190,16 @@ def test_damaged_weights_are_not_taken_out(stage, broken, tmp_path):
     assert not (tmp_path / "w.safetensors").exists()
 
 
-def test_pruning_asks_first_and_keeps_the_best_and_the_last(stage):
-    asked = invoke("prune", stage.directory)
+def test_pruning_asks_first_and_keeps_the_best_and_the_last(stage, tmp_path):
+    shutil.copytree(stage.directory.parent, tmp_path / "run")  # the others need them all
+    directory = tmp_path / "run" / stage.directory.name
+    asked = invoke("prune", directory)
     assert [line for line in asked.stdout.splitlines() if "delete" in line] == [
         f"would delete step-0000000{step}.000001" for step in (10, 30)
     ]
-    assert checkpoint_of(stage, 10).exists()
-    done = invoke("prune", stage.directory, "--yes")
+    assert len(list((directory / "checkpoints").glob("step-*"))) == 4
+    done = invoke("prune", directory, "--yes")
     assert done.exit_code == 0, done.exception
-    assert sorted(path.name for path in (stage.directory / "checkpoints").glob("step-*")) == [
+    assert sorted(path.name for path in (directory / "checkpoints").glob("step-*")) == [
         f"step-0000000{step}.000001" for step in (20, 40)
     ]

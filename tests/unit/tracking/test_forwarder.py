@@ -15,7 +15,7 @@ from pipeline.tracking.forwarder import Handle, flat, start_forwarder
 from pipeline.tracking.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 400.0  # the forwarder is nice: where others take the cores it needs minutes to import MLflow
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -162,7 +162,7 @@ def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: P
         "import os, sys, time\nfrom pipeline.tracking.forwarder import start_forwarder\n"
         "forwarder, worker = start_forwarder(sys.argv[1]).process.pid, os.fork()\n"
         "if worker: print(forwarder, worker, flush=True)\n"
-        "time.sleep(99)"
+        "time.sleep(900)"
     )
     rank_zero = subprocess.Popen([sys.executable, "-c", program, str(stage)], stdout=subprocess.PIPE, text=True)
     assert rank_zero.stdout is not None
@@ -172,7 +172,7 @@ def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: P
         os.kill(forwarder, signal.SIGTERM)  # as a scheduler would: it stays for the last lines
         rank_zero.kill()
         rank_zero.wait()
-        wait_until(lambda: not Path(f"/proc/{forwarder}").exists() or _zombie(forwarder))
+        wait_until(lambda: _ended(forwarder))
     finally:
         os.kill(worker, signal.SIGKILL)
     found = runs(tmp_path / "run")["pretrain"]
@@ -180,8 +180,11 @@ def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: P
     assert points(tmp_path / "run", found.info.run_id, "train/loss") == list(range(1, 21))
 
 
-def _zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def start(stage: Path, *options: str, before: str = "") -> Handle:
@@ -240,7 +243,7 @@ def test_a_finish_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     handle = start(stage, "--uri", "http://127.0.0.1:9")
     began = time.monotonic()
     assert handle.finish(1.0) is False
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # by itself it would go on trying for 60
     assert handle.process.returncode == -signal.SIGKILL
 
 

@@ -118,10 +118,16 @@ def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
     program = (
         "import sys; from pipeline.tracking.journal import Journal\n"
         "j = Journal(sys.argv[1], int(sys.argv[2]))\n"
+        "print('open', flush=True), sys.stdin.readline()\n"
         "[j.write('step', step=i, pad='y' * (i % 300)) for i in range(400)]"
     )
-    both = [subprocess.Popen([sys.executable, "-c", program, str(path), str(a)]) for a in (1, 2)]
-    assert [process.wait(30) for process in both] == [0, 0]
+    command, pipes = [sys.executable, "-c", program, str(path)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    both = [subprocess.Popen([*command, attempt], text=True, **pipes) for attempt in ("1", "2")]
+    assert [process.stdout.readline() for process in both] == ["open\n"] * 2  # else one is done before the other starts
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in both] == [0, 0]
     assert len(read(path)) == len(path.read_bytes().splitlines()) == 800
 
 

@@ -26,6 +26,7 @@ from tools.evaluate.run import Job, run
 from tools.evaluate.subject import default_crop, open_subject
 from tools.prepare.run import prepare
 
+ROOT = Path(__file__).resolve().parents[4]
 SIZE, PER_CLASS = 32, 4
 WNIDS = ("n01440764", "n01443537", "n02085620", "n04399382")
 HEAD = (*WNIDS[:3], "n00000001", "n00000002", "n09999999")  # knows three of the four, and three others
@@ -142,7 +143,7 @@ def test_an_answer_longer_than_a_pipe_arrives(place, tmp_path):
     asked = [place / "weights.pt", tmp_path / "many.beton", place / "head.txt"]
     # In a process of its own, for what must not happen is that it waits for ever.
     done = subprocess.run(
-        [sys.executable, script, *asked], env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=120, check=True,
+        [sys.executable, script, *asked], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split() == ["4", "1000"]
