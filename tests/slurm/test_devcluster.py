@@ -1,16 +1,15 @@
 """What tools/devcluster does to a cluster, each of it twice."""
 
 import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.slurm.devcluster import COMMAND, wait_for
+from tests.slurm.devcluster import COMMAND, until_remembered, wait_for
 
 
 def run(*command: object) -> str:
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -43,7 +42,7 @@ def test_preempt_takes_every_node_and_gives_them_back(slurm, sleeper):
 
 
 def test_the_controller_dies_and_remembers(slurm, sleeper):
-    time.sleep(6)  # slurmctld writes its state down within five seconds
+    until_remembered(sleeper)
     for _ in range(2):
         run(COMMAND, "kill-controller")
     assert subprocess.run([COMMAND, "status"], capture_output=True).returncode == 3
