@@ -13,12 +13,18 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.tracking import journal
+from tests.slurm.brake import release
 
 COMMAND = Path(__file__).resolve().parents[2] / "tools" / "devcluster"
 NODES = 4
+STRIKE_AT = 25  # a stage's step at which things happen to it
 SLURM_ABSENT = 4  # exit code of `devcluster up`
 PREEMPTION = [(grace, user) for grace in (30, 0) for user in (1, 0)]
 """The four ways to announce it: (GraceTime in seconds, whether the job's own --signal is sent)."""
+
+
+# Settings of Slurm's commands, and of a job that the tests themselves may be running in.
+SLURMS_OWN = re.compile("(SLURM|SBATCH|SRUN|SQUEUE|SINFO|SCANCEL|SCONTROL)_.*")
 
 
 class AbsentError(Exception):
@@ -33,10 +39,14 @@ def devcluster(directory: Path, grace_seconds: int, user_signal: int) -> Iterato
         AbsentError, RuntimeError: if it cannot be started.
     """
     before = dict(os.environ)
+    for name in filter(SLURMS_OWN.fullmatch, before):
+        del os.environ[name]
     os.environ.update(
         FCMAE_DEVCLUSTER_DIR=str(directory),
         FCMAE_DEVCLUSTER_PORT=str(free_ports(NODES + 1)),
         FCMAE_DEVCLUSTER_NODES=str(NODES),
+        FCMAE_DEVCLUSTER_CPUS="4",
+        FCMAE_DEVCLUSTER_GPUS="0",
         FCMAE_DEVCLUSTER_GRACE_SECONDS=str(grace_seconds),
         FCMAE_DEVCLUSTER_USER_SIGNAL=str(user_signal),
         FCMAE_DEVCLUSTER_KILL_WAIT_SECONDS="30",
@@ -56,8 +66,9 @@ def devcluster(directory: Path, grace_seconds: int, user_signal: int) -> Iterato
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports nobody listens on, below those that Linux hands out by itself."""
-    for first in random.sample(range(10000, 32000, 10), 100):
+    """The first of `count` consecutive ports nobody listens on, below those of `cluster.worker`'s ranks and those that
+    Linux hands out by itself."""
+    for first in random.sample(range(2000, 10000 - count, 10), 100):
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, candidate in enumerate(sockets):
@@ -68,7 +79,7 @@ def free_ports(count: int) -> int:
         finally:
             for candidate in sockets:
                 candidate.close()
-    raise RuntimeError(f"no {count} consecutive free ports between 10000 and 32000")
+    raise RuntimeError(f"no {count} consecutive free ports between 2000 and 10000")
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 300) -> None:
@@ -91,7 +102,7 @@ def steps_taken(stage: Path) -> int:
 
 
 def slurm(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
 def job_of(stage: Path) -> str:
@@ -143,8 +154,41 @@ def rank_pid(job: str, rank: int) -> int:
     raise LookupError(f"no process of rank {rank} of job {job}")
 
 
+def is_pending(number: signal.Signals, pid: int) -> bool:
+    """Whether a signal has come to a process that blocks it."""
+    pending = re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in pending)
+
+
 def controller_pid() -> int:
     return int((Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "run" / "slurmctld").read_text().split()[0])
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it is gone or waits for its parent, which in a container may never look after it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def until_remembered(job: str) -> None:
+    """Until slurmctld has written down what it knows of a job, some seconds later: one that dies before forgets that
+    the job has started."""
+    word = f"remembered-{time.monotonic_ns()}"
+    slurm("scontrol", "update", f"JobId={job}", f"Comment={word}")
+    written = Path(os.environ["FCMAE_DEVCLUSTER_DIR"]) / "state" / "job_state"
+
+    def remembered() -> bool:
+        with suppress(OSError):  # a new one is being put in its place
+            return word.encode() in written.read_bytes()
+        return False
+
+    wait_for(remembered, f"slurmctld's note of job {job}")
+
+
+def is_down(node: str) -> bool:
+    return slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%T").startswith("down")
 
 
 def configure(**settings: object) -> None:
@@ -152,8 +196,9 @@ def configure(**settings: object) -> None:
     path = Path(os.environ["SLURM_CONF"])
     lines = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
     path.write_text("\n".join([*lines, *[f"{name}={value}" for name, value in settings.items()]]) + "\n")
+    controller = controller_pid()
     slurm("scontrol", "shutdown", "slurmctld")  # it writes its state down, unlike one that is killed
-    wait_for(lambda: not Path(f"/proc/{controller_pid()}").exists(), "the end of slurmctld")
+    wait_for(lambda: has_ended(controller), "the end of slurmctld")
     slurm(str(COMMAND), "start-controller")
     wait_for(lambda: not subprocess.run([COMMAND, "status"], capture_output=True).returncode, "all nodes")
     slurm("scontrol", "reconfigure")
@@ -172,24 +217,17 @@ def time_limit(stage: Path) -> None:
     """The limit comes so near that Slurm warns, or ends the job, at its next look, which is within half a minute. Until
     then a rank stands still, or the stage would be done before."""
     job = job_of(stage)
-    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
     before = restarts(job)
     os.kill(rank_pid(job, 1), signal.SIGSTOP)  # Slurm's own signals come with a SIGCONT
-    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
+    let_time_run_out(job)
     wait_for(lambda: restarts(job) > before or is_done(stage), "the restart after the time limit")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
 
-def hang_beyond_time_limit(stage: Path) -> None:
-    """A rank hangs, whatever it is told, until the limit has come and Slurm has killed everything."""
-    job = job_of(stage)
-    rank = rank_pid(job, 1)
-    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()
+def let_time_run_out(job: str) -> None:
+    """Its limit comes within a minute."""
+    clock = slurm("squeue", "-h", "-j", job, "-o", "%M").strip()  # minutes:seconds
     slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={int(clock.split(':')[-2]) + 1}")
-    with suppress(ProcessLookupError):
-        while True:
-            os.kill(rank, signal.SIGSTOP)  # again and again: Slurm's signals come with a SIGCONT
-            time.sleep(0.005)
 
 
 def kill_rank_0(stage: Path) -> None:
@@ -211,7 +249,7 @@ def kill_other_node(stage: Path) -> None:
 
 def _kill_node(node: str) -> None:
     slurm(str(COMMAND), "kill-node", node)
-    time.sleep(10)  # longer than SlurmdTimeout: slurmctld must notice
+    wait_for(lambda: is_down(node), f"slurmctld to miss node {node}")
     slurm(str(COMMAND), "start-node", node)
 
 
@@ -223,13 +261,16 @@ def freeze_nodes(stage: Path) -> None:
     spaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in ranks}
     others = [pid for pid in pids() if pid not in ranks and pid_space(pid) in spaces]
     for pid in ranks + others:
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):  # what looks after a node comes and goes
+            os.kill(pid, signal.SIGSTOP)
     try:
         wait_for(lambda: attempts_of(stage) > before and (steps_taken(stage) or is_done(stage)), "the job elsewhere")
+        release(stage)
     finally:
         for pid in ranks:
             os.kill(pid, signal.SIGCONT)
-        time.sleep(3)  # what they would do, they do before anybody can end them
+        with suppress(TimeoutError):  # what they would do, they do before anybody can end them
+            wait_for(lambda: all(map(has_ended, ranks)), "the end of the old ranks", 60)
         for pid in others:
             with suppress(ProcessLookupError):  # a rank takes its helpers along
                 os.kill(pid, signal.SIGCONT)
@@ -242,9 +283,10 @@ def interrupt(stage: Path) -> None:
 
 def restart_slurmctld(stage: Path) -> None:
     """It dies, and while it is away a rank is told to stop: the requeue must wait for it."""
-    rank = rank_pid(job_of(stage), 1)
+    job = job_of(stage)
+    rank = rank_pid(job, 1)
     os.kill(rank, signal.SIGSTOP)  # or the stage might be done before
-    time.sleep(6)  # slurmctld writes its state down within five seconds; a job it forgot to have started it holds
+    until_remembered(job)  # a job that it forgot to have started it holds
     os.kill(controller_pid(), signal.SIGKILL)
     os.kill(rank, signal.SIGUSR2)
     os.kill(rank, signal.SIGCONT)
@@ -261,11 +303,12 @@ FAULTS = {
 }  # fmt: skip
 
 
-def strike(stage: Path, fault: Callable[[Path], None], at_step: int = 25) -> float:
+def strike(stage: Path, fault: Callable[[Path], None], at_step: int = STRIKE_AT) -> float:
     """Do it to the stage once it has taken so many steps; the seconds from then to the next attempt's first step."""
     wait_for(lambda: steps_taken(stage) >= at_step, f"step {at_step} of {stage.name}")
     attempts, began = attempts_of(stage), time.monotonic()
     fault(stage)
+    release(stage)
     wait_for(lambda: attempts_of(stage) > attempts, f"the next attempt of {stage.name}")
     wait_for(lambda: steps_taken(stage) or is_done(stage), "its first step")
     return time.monotonic() - began

@@ -26,11 +26,14 @@ from pathlib import Path
 import yaml
 
 from cluster.site import load_site
+from pipeline.errors import UserError
 from pipeline.recipe import load
 from pipeline.tracking import journal
+from tests.slurm.brake import brake, with_brakes
 from tests.slurm.devcluster import (
     FAULTS,
     PREEMPTION,
+    STRIKE_AT,
     attempts_of,
     devcluster,
     is_done,
@@ -42,6 +45,7 @@ from tests.slurm.devcluster import (
     wait_for,
 )  # fmt: skip
 from tests.support import fcmae, write_tiny_recipe
+from tools import cluster_commands
 
 STAGES = ("pretrain", "intermediate", "finetune")
 PATIENCE_SECONDS = 900
@@ -63,9 +67,9 @@ def digests(run: Path, stages: Sequence[str] = STAGES) -> list[str]:
 
 
 def submit(recipe: Path, run: Path, site: object = "devcluster") -> None:
-    answer = fcmae("submit", recipe, "--site", site, "--out", run)
-    if answer.returncode:
-        raise RuntimeError(answer.stderr)
+    """A chain whose stages obey the brake."""
+    with with_brakes():
+        cluster_commands.submit(str(recipe), str(site), run)
 
 
 def wait_done(run: Path, last: str = STAGES[-1]) -> None:
@@ -82,6 +86,7 @@ def story(stage: Path) -> str:
 
 def one(recipe: Path, run: Path, stages: list[str], fault: str) -> list[str]:
     """A chain that suffers the fault in each of the stages; a line about each."""
+    brake(run, **dict.fromkeys(stages, STRIKE_AT))
     submit(recipe, run)
     told = []
     for directory in (run / stage for stage in stages):
@@ -98,6 +103,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
     site = run.with_name(f"{run.name}-site.yaml")
     patient = {"attempts_without_progress": 20}  # several faults before the first checkpoint are bad luck here
     site.write_text(yaml.safe_dump({**load_site("devcluster").model_dump(mode="json"), **patient}))
+    brake(run, **{stage.name: 0 for stage in stages})  # whatever comes first
     submit(recipe, run, site)
     most = 25 if count <= 8 else 12  # so that a stage is not done before its last fault
     told: list[str] = []
@@ -106,6 +112,8 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
         for fault in draw.sample(faults, min(len(faults), count - len(told))):
             stage = stages[len(told) * len(stages) // count]
             at_step = draw.choice([0, *[draw.randint(1, most)] * 4])  # 0: in the middle of its start
+            later = stages[stages.index(stage) + 1 :]
+            brake(run, **{stage.name: at_step}, **{other.name: 0 for other in later})
             ready = partial(strikes, stage, at_step, struck.get(stage, 0))
             wait_for(lambda stage=stage, ready=ready: is_done(stage) or ready(), f"step {at_step}", PATIENCE_SECONDS)
             if is_done(stage):
@@ -118,6 +126,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
             seconds = time.monotonic() - clock
             told.append(f"{fault} in {stage.name}, {at_step} steps after its start: requeued after {seconds:.0f} s")
             print(f"  {len(told)}. {told[-1]}", flush=True)
+    brake(run)
     wait_done(run, stages[-1].name)
     return [*told, *[f"{stage.name} {story(stage)}" for stage in stages]]
 
@@ -171,7 +180,7 @@ def main() -> int:
                     try:
                         told = work(recipe, run, fault)
                         verdict = "equal" if digests(run, kept) == digests(reference, kept) else "DIFFERENT"
-                    except (TimeoutError, RuntimeError, LookupError) as error:
+                    except (TimeoutError, RuntimeError, LookupError, UserError) as error:
                         told = [str(error), *[p.read_text()[-3000:] for p in run.glob("*/slurm/*_0_log.out")]]
                         verdict = "FAILED"
                     failed += verdict != "equal"

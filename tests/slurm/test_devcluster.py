@@ -1,16 +1,20 @@
 """What tools/devcluster does to a cluster, each of it twice."""
 
+import os
 import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.slurm.devcluster import COMMAND, wait_for
+from cluster.status import Run, StageStatus
+from tests.slurm.brake import brake, release, with_brakes
+from tests.slurm.devcluster import COMMAND, until_remembered, wait_for
+from tests.support import write_tiny_recipe
+from tools import cli, demo_slurm
 
 
 def run(*command: object) -> str:
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -43,7 +47,7 @@ def test_preempt_takes_every_node_and_gives_them_back(slurm, sleeper):
 
 
 def test_the_controller_dies_and_remembers(slurm, sleeper):
-    time.sleep(6)  # slurmctld writes its state down within five seconds
+    until_remembered(sleeper)
     for _ in range(2):
         run(COMMAND, "kill-controller")
     assert subprocess.run([COMMAND, "status"], capture_output=True).returncode == 3
@@ -62,12 +66,29 @@ def test_nodes_may_be_told_twice(slurm):
 
 
 @pytest.mark.slow
-def test_the_demonstration(slurm, tmp_path):
-    from tests.support import write_tiny_recipe
-    from tools.demo_slurm import DemoError, demonstrate
+def test_the_demonstration(slurm, tmp_path, monkeypatch):
+    """Its stages wait for what it does to them, or would be done before on a quick machine."""
+    out, honest_fcmae, honest_until_training = tmp_path / "slurm", demo_slurm.fcmae, demo_slurm.until_training
 
-    changes = ("schedule.epochs=50", "checkpoint.every_steps=20", "tracking.log_every_steps=1")
+    def fcmae(command: str, *arguments: object) -> None:
+        if command != "submit":
+            return honest_fcmae(command, *arguments)
+        with with_brakes():
+            return cli.app([command, *map(str, arguments)], standalone_mode=False)
+
+    def until_training(run: Run, stage: str, attempt: int = 1) -> StageStatus:
+        found = honest_until_training(run, stage, attempt)
+        if attempt > 1:
+            release(out / stage)
+        return found
+
+    monkeypatch.setattr(demo_slurm, "fcmae", fcmae)
+    monkeypatch.setattr(demo_slurm, "until_training", until_training)
+    for name in ("OMP_NUM_THREADS", "SLURM_CONF"):
+        monkeypatch.setenv(name, os.environ[name])  # it sets them, for good
+    brake(out, pretrain=2, intermediate=2)
+    changes = ("schedule.epochs=10", "checkpoint.every_steps=20", "tracking.log_every_steps=1")
     recipe = write_tiny_recipe(tmp_path, [f"stages.{s}.{c}" for s in ("pretrain", "intermediate") for c in changes])
-    demonstrate(str(recipe), tmp_path / "slurm", tmp_path / "reference", [])
-    with pytest.raises(DemoError, match="exists; remove it"):
-        demonstrate(str(recipe), tmp_path / "slurm", tmp_path / "reference", [])
+    demo_slurm.demonstrate(str(recipe), out, tmp_path / "reference", [])
+    with pytest.raises(demo_slurm.DemoError, match="exists; remove it"):
+        demo_slurm.demonstrate(str(recipe), out, tmp_path / "reference", [])

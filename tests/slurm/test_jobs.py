@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
 from pipeline.tracking.journal import steps
 from tests.slurm import devcluster as faults
+from tests.slurm.brake import FOR_EVER, START, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools import cluster_commands
@@ -37,12 +39,19 @@ LONG = [  # 120 steps, long enough to be stopped in the middle
 
 @pytest.fixture
 def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Submits a chain, by default of one long stage on two nodes, and gives back the run; no job outlives the test."""
+    """Submits a chain, by default of one long stage on two nodes, and gives back the run; no job outlives the test.
+    `hold_at`: pretrain makes so many steps, and then one each `seconds` until it is released."""
     run = tmp_path / "run"
 
-    def submit_chain(*overrides: str, site: object = "devcluster") -> Path:
+    def submit_chain(
+        *overrides: str, site: object = "devcluster", hold_at: int | None = None, seconds: float = 1
+    ) -> Path:
         recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
-        cluster_commands.submit(str(recipe), str(site), run)
+        with ExitStack() as stack:
+            if hold_at is not None:
+                brake(run, seconds, pretrain=hold_at)
+                stack.enter_context(with_brakes())
+            cluster_commands.submit(str(recipe), str(site), run)
         return run
 
     yield submit_chain
@@ -74,12 +83,25 @@ def wait_until(stage: Path, state: JobState) -> None:
         pytest.fail(f"{error}\n{log(stage)}", pytrace=False)
 
 
+def held(run: Path, *stages: str) -> Path:
+    """A site whose jobs, or those of these stages, wait until somebody releases them."""
+    path, hold = run.with_name("held.yaml"), {"sbatch": {"hold": True}}
+    path.write_text(yaml.safe_dump({"nodes": 2, **({"stages": dict.fromkeys(stages, hold)} if stages else hold)}))
+    return path
+
+
+def let_go(run: Path, *stages: str) -> None:
+    """Release the jobs of these stages, or of all."""
+    jobs = [job_of(run / stage).id for stage in stages or ("pretrain", "intermediate", "finetune")]
+    subprocess.run(["scontrol", "release", ",".join(jobs)], check=True)
+
+
 def outcome_of_attempt(stage: Path, attempt: int) -> dict:
     return json.loads((stage / "attempts" / f"{attempt:06d}.outcome.json").read_text())
 
 
 def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undisturbed):
-    stage = submit() / "pretrain"
+    stage = submit(hold_at=2) / "pretrain"
     faults.strike(stage, faults.preempt, at_step=2)
     wait_until(stage, JobState.ENDED)
 
@@ -96,7 +118,7 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
 
 @pytest.mark.slow
 def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbed):
-    stage = submit() / "pretrain"
+    stage = submit(hold_at=25, seconds=60) / "pretrain"
     faults.strike(stage, faults.freeze_nodes, at_step=25)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
@@ -114,10 +136,11 @@ def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
     site = tmp_path / "minute.yaml"
     limits = {"time_limit_minutes": 1, "stop_before_end_seconds": 10, "attempts_without_progress": 10}
     site.write_text(yaml.safe_dump({"nodes": 2, **limits}))
-    stage = submit(site=site) / "pretrain"
+    stage = submit(site=site, hold_at=2) / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
     job = job_of(stage).id
     ends_at, rank = faults.end_of(job), faults.rank_pid(job, 1)
+    faults.until_remembered(job)
     subprocess.run([faults.COMMAND, "kill-controller"], check=True)
     os.kill(rank, signal.SIGSTOP)  # or the stage would be done before
     try:
@@ -126,6 +149,7 @@ def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
         wait_for(lambda: events(stage, "stop"), "the stop")
     finally:
         subprocess.run([faults.COMMAND, "start-controller"], check=True)
+    release(stage)
     stop = events(stage, "stop")[-1]
     assert (stop["reason"], stop["asked"] < ends_at) == ("SIGUSR1", True)
     wait_for(lambda: history.read(stage)[-1]["event"] == "requeued", "the requeue")
@@ -138,10 +162,10 @@ def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undisturbed, tmp_path):
     """No rank can save: a node hangs until Slurm kills all, the batch script too."""
-    run = submit()
+    run = submit(hold_at=25, seconds=FOR_EVER)
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 25, "25 steps")
-    faults.hang_beyond_time_limit(stage)
+    faults.let_time_run_out(job_of(stage).id)
     wait_until(stage, JobState.FAILED)
     assert "TIMEOUT" in subprocess.run(["squeue", "-h", "--states=all", "-j", job_of(stage).id, "-o", "%T"],
                                        capture_output=True, text=True).stdout  # fmt: skip
@@ -149,17 +173,20 @@ def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undistu
     cluster_commands.resume(run)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
-    assert events(stage, "attempt")[1]["step"] in (20, 25)  # the last save may have ended between two signals
+    assert events(stage, "attempt")[1]["step"] in (20, 25)  # a save is committed between steps
 
 
 @pytest.mark.slow
 def test_signal_during_start_up_is_not_lost(submit, undisturbed):
-    stage = submit() / "pretrain"
+    stage = submit(hold_at=START, seconds=FOR_EVER) / "pretrain"
     job = job_of(stage)
     # The first words in a rank's log come from submitit, long before the pipeline and its handlers are loaded.
-    words = stage / "slurm" / f"{job.id}_1_log.out"
-    wait_for(lambda: words.exists() and words.stat().st_size > 0, "the first line of rank 1")
+    words = [stage / "slurm" / f"{job.id}_{rank}_log.out" for rank in (0, 1)]
+    wait_for(lambda: all(path.exists() and path.stat().st_size > 0 for path in words), "the first line of each rank")
+    ranks = [faults.rank_pid(job.id, rank) for rank in (0, 1)]
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    wait_for(lambda: all(faults.is_pending(signal.SIGUSR2, rank) for rank in ranks), "the signal")
+    release(stage)
     wait_for(lambda: Stage(stage).attempts() == 2, "the next attempt")
     assert (outcome_of_attempt(stage, 1)["kind"], outcome_of_attempt(stage, 1)["step"]) == (OutcomeKind.SAVED, 0)
     wait_until(stage, JobState.ENDED)
@@ -168,7 +195,7 @@ def test_signal_during_start_up_is_not_lost(submit, undisturbed):
 
 @pytest.mark.slow
 def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbed):
-    run = submit()
+    run = submit(hold_at=2)
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
     job = job_of(stage)
@@ -195,10 +222,11 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
 
 
-def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit):
+def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit, tmp_path):
     """Data that changes after it was submitted; nobody can see that before the job starts."""
-    run = submit("defaults.engine.threads=1")
+    run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))
     (run.parent / "data" / "validation.beton").write_bytes(b"something else")
+    let_go(run)
     wait_until(run / "pretrain", JobState.FAILED)
     said = [entry for entry in history.read(run / "pretrain") if entry["event"] == "stopped"][-1]["reason"]
     assert "validation.beton" in said
@@ -211,11 +239,13 @@ def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(sub
 
 
 @pytest.mark.slow
-def test_handoff_that_was_changed_ends_the_next_stage(submit):
-    run = submit("defaults.engine.threads=1")
+def test_handoff_that_was_changed_ends_the_next_stage(submit, tmp_path):
+    site = held(tmp_path / "run", "intermediate")
+    run = submit("defaults.engine.threads=1", site=site)
     wait_for(lambda: (run / "pretrain" / "DONE").exists(), "the first stage")
     done = json.loads((run / "pretrain" / "DONE").read_text())
     (run / "pretrain" / "DONE").write_text(json.dumps({**done, "weights_sha256": "0" * 64}))
+    let_go(run, "intermediate")
     wait_until(run / "intermediate", JobState.FAILED)
     assert "weights.safetensors" in history.read(run / "intermediate")[-1]["reason"]
     wait_until(run / "finetune", JobState.CANCELLED)
@@ -229,13 +259,6 @@ def test_a_stage_off_track_ends_the_chain_where_its_gate_says_so(submit):
     assert Stage(run / "pretrain").done()
     assert Stage(run / "intermediate").attempts() == 0
     assert "stage pretrain is off track" in history.read(run / "intermediate")[-1]["reason"]
-
-
-def held(run: Path) -> Path:
-    """A site whose jobs wait until somebody releases them."""
-    path = run.with_name("held.yaml")
-    path.write_text(yaml.safe_dump({"nodes": 2, "sbatch": {"hold": True}}))
-    return path
 
 
 def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
@@ -286,16 +309,21 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     assert "3 processes do not divide the 4 slots" in refusal(nodes=3)
     assert "Slurm would refuse stage pretrain" in refusal(nodes=1, tasks_per_node=4, cpus_per_task=4)
     assert "Slurm would refuse stage pretrain" in refusal(gpus_per_node=2)
-    subprocess.run(["scontrol", "update", "PartitionName=low", "MaxTime=30"], check=True)
-    assert "time_limit_minutes 31 exceeds the 30 of partition low" in refusal(partition="low", time_limit_minutes=31)
-    subprocess.run(["scontrol", "update", "PartitionName=low", "MaxTime=UNLIMITED", "State=DOWN"], check=True)
-    assert "partition low is DOWN" in refusal(partition="low")
-    subprocess.run(["scontrol", "update", "PartitionName=low", "State=UP"], check=True)
+    low = ["scontrol", "update", "PartitionName=low"]
+    try:
+        subprocess.run([*low, "MaxTime=30"], check=True)
+        assert "time_limit_minutes 31 exceeds the 30 of partition low" in refusal(
+            partition="low", time_limit_minutes=31
+        )
+        subprocess.run([*low, "MaxTime=UNLIMITED", "State=DOWN"], check=True)
+        assert "partition low is DOWN" in refusal(partition="low")
+    finally:  # other tests have the same cluster
+        subprocess.run([*low, "MaxTime=UNLIMITED", "State=UP"], check=True)
 
 
 @pytest.mark.slow
 def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SBATCH_SECONDS", 4)
+    monkeypatch.setattr(script, "SBATCH_SECONDS", 10)
     recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
     with faults.devcluster(tmp_path / "slurm", 0, 1):
         faults.configure(MaxJobCount=1)
@@ -321,7 +349,7 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
         faults.configure(Prolog="/bin/true")
         subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
         cluster_commands.resume(run)
-        wait_for(lambda: job_of(run / "pretrain").state is JobState.RUNNING, "the new job")
+        wait_for(lambda: job_of(run / "pretrain").state in (JobState.RUNNING, JobState.ENDED), "the new job")
         assert job_of(run / "pretrain").id != held
         assert scheduler.jobs(ids=[held])[0].state is JobState.CANCELLED
         cluster_commands.cancel(run)
@@ -329,9 +357,10 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
 
 @pytest.mark.slow
 def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbed):
-    run = submit()
+    run = submit(hold_at=2)
     stage = run / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
+    faults.until_remembered(job_of(stage).id)
     os.kill(faults.controller_pid(), signal.SIGKILL)
     try:
         # The run directory carries the word: the ranks save and stop, and nothing starts them again.

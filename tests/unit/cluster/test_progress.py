@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster import progress
 from cluster.progress import Progress
 from pipeline.health.processes import start_time as process_start_time
 from pipeline.stage import write_json
@@ -14,7 +15,8 @@ from pipeline.tracking.journal import Journal
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is not redrawn
     (tmp_path / "recipe.yaml").write_text("name: tiny\nstages: {pretrain: {}, finetune: {}}\n")
     return tmp_path
 
@@ -41,16 +43,17 @@ def text(shown: Console) -> str:
     return shown.file.getvalue()
 
 
-def test_plain_lines_tell_what_happens_and_no_more(run: Path) -> None:
+def test_plain_lines_tell_what_happens_and_no_more(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 3600)
     shown = console(terminal=False)
-    with Progress(run, shown) as progress:
-        progress.update()
+    with Progress(run, shown) as display:
+        display.update()
         assert text(shown) == ""
         journal = open_stage(run / "pretrain", 1)
         journal.write("attempt", step=0, total_steps=10, world_size=2)
         for step in range(1, 11):
             journal.write("step", step=step, loss=0.5, images_per_second=640.0)
-            progress.update()  # ten updates at once: one line, since less than five seconds pass
+            display.update()  # ten updates at once: one line, since no more than some seconds pass
         journal.write("save", step=10, seconds=0.25, why="end", path="x")
         journal.write("evaluate", step=10, metrics={"loss": 0.4321, "strange": "text"})
         journal.write("event", level="warning", message="[red]no markup[/] here [")
@@ -58,8 +61,8 @@ def test_plain_lines_tell_what_happens_and_no_more(run: Path) -> None:
             file.write(b'[1, 2]\nrubbish\n{"kind": 7}\n{"kind": "save", "seconds": "long"}\n{}\n')
         journal.write("end", outcome="done", reason="all steps", step=10)
         finish(run / "pretrain", loss=0.4321)
-        progress.update()
-        progress.update()
+        display.update()
+        display.update()
     lines = text(shown).splitlines()
     assert lines[0] == "pretrain: started, attempt 1, world size 2"
     assert lines[1].startswith("pretrain: step 1/10  loss 0.5  640 images/s")
@@ -79,10 +82,10 @@ def test_a_resume_begins_in_the_middle(run: Path) -> None:
         for step in range(1, 8):
             journal.write("step", step=step, loss=1.0)
     shown = console(terminal=False)
-    with Progress(run, shown) as progress, open_stage(run / "finetune", 2) as journal:
+    with Progress(run, shown) as display, open_stage(run / "finetune", 2) as journal:
         journal.write("attempt", step=5, total_steps=10, world_size=1)
         journal.write("step", step=6, loss=0.9)
-        progress.update()
+        display.update()
         journal.write("end", outcome="saved", reason="SIGTERM", step=6)
     assert text(shown).splitlines() == [
         "pretrain: done before, loss 0.4000, 10 steps, weights c0ffeec0ffee",
@@ -94,12 +97,12 @@ def test_a_resume_begins_in_the_middle(run: Path) -> None:
 
 def test_a_terminal_gets_one_row_per_stage(run: Path) -> None:
     shown = console(terminal=True)
-    with Progress(run, shown) as progress:
+    with Progress(run, shown) as display:
         with open_stage(run / "pretrain", 1) as journal:
             journal.write("attempt", step=0, total_steps=10, world_size=1)
             journal.write("step", step=4, loss=0.625, images_per_second=1234.0)
             journal.write("event", level="warning", message="slow disk")
-            progress.update()
+            display.update()
         finish(run / "pretrain", top1=61.5)
     last = text(shown)[text(shown).rindex("stage") :]
     assert "pretrain: warning: slow disk" in text(shown)
@@ -111,10 +114,10 @@ def test_a_terminal_gets_one_row_per_stage(run: Path) -> None:
 
 
 def test_a_broken_display_never_raises(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(run, console(terminal=False)) as progress:
+    with Progress(run, console(terminal=False)) as display:
         open_stage(run / "pretrain", 1).close()
         (run / "pretrain" / "journal.jsonl").unlink()
         (run / "pretrain" / "journal.jsonl").mkdir()
-        progress.update()
-        progress.update()
+        display.update()
+        display.update()
     assert capsys.readouterr().err.count("progress display:") == 1

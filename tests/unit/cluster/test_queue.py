@@ -35,6 +35,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (folder / "squeue").write_text(f'#!/bin/sh\necho "$@" >>{calls}\n{script}\n')
         (folder / "squeue").chmod(stat.S_IRWXU)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)  # a shell may take its time on a busy machine
         return calls
 
     return install
@@ -107,22 +108,24 @@ def test_what_slurm_says_of_a_stage_that_left_no_word(run, squeue, answer, state
 
 
 def test_a_silent_slurmctld_holds_nobody_up(run, squeue, monkeypatch):
-    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.3)
     submit(run, "pretrain", "41")
     squeue("exec sleep 30")
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.3)
     view, began = Run(run), time.monotonic()
     first = view.statuses()[0]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
     assert "did not answer" in view.queue.trouble
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)
     began = time.monotonic()
     view.statuses()
-    assert time.monotonic() - began < 0.3, "only the first question is waited for"
+    assert time.monotonic() - began < 10, "only the first question is waited for"
 
 
 def test_many_looks_are_one_question(run, squeue, monkeypatch):
     submit(run, "pretrain", "41")
     calls = squeue(says(run, "41|PENDING||Priority|@/pretrain"))
+    monkeypatch.setattr(queue, "ASK_SECONDS", 3600)
     jobs = Queue([run / "pretrain"])
     assert [jobs.jobs()["pretrain"].state for _ in range(20)] == ["PENDING"] * 20
     assert len(calls.read_text().splitlines()) == 1
@@ -156,8 +159,9 @@ def test_the_end_that_the_supervisor_noted(run, squeue):
     assert second.state == "cancelled"
     text = shown(run)
     assert "stage pretrain has ended for good" in text
-    time.sleep(0.01)
     take(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
+    later = time.time() + 1  # a file system's clock may be some milliseconds late
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
     assert status(run)[0].state == "interrupted"
 
 

@@ -28,8 +28,10 @@ def journal(stage: Path, attempt: int = 1) -> Journal:
     return Journal(stage / "journal.jsonl", attempt)
 
 
-def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path):
-    stage, end = tmp_path / "run" / "pretrain", time.time() + 1000
+def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    stage, end = tmp_path / "run" / "pretrain", now + 1000
     watch = StopWatch(stage, ends_at=end)
     margin = Pace().stop_seconds()
     assert not watch.due(end - margin - 1)
@@ -182,8 +184,17 @@ def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
         "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nowhere[3-4]",
         "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
     }  # fmt: skip
-    monkeypatch.setattr(os, "environ", {**os.environ, **slurm})
+
+    def resolve(host: str, *arguments: object, honest=socket.getaddrinfo) -> list:
+        if host.startswith("nowhere"):
+            raise socket.gaierror("some networks' name servers answer to any name")
+        return honest(host, *arguments)
+
+    foreign = ("SLURM_", "GLOO_", "NCCL_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    monkeypatch.setattr(os, "environ", {**clean, **slurm})
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere4.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     assert export_rank_environment() == 3
     place = {n: os.environ[n] for n in ("MASTER_ADDR", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     assert place == {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}

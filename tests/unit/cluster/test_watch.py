@@ -16,6 +16,12 @@ from rich.console import Console
 from cluster.watch import watch
 from pipeline.stage import write_json
 
+# Without what a person's shell may say of terminals.
+ODD = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ODD},
+    **{"TERM": "xterm", "COLUMNS": "100", "LINES": "30"},
+}
 COMMAND = [sys.executable, "-m", "tools.cli", "status", "--watch", "--refresh-seconds", "0.1"]
 
 
@@ -31,6 +37,11 @@ def finish(stage: Path) -> None:
     (stage / "DONE").write_text("{}")
 
 
+def hear_ctrl_c() -> None:
+    """A script in the background hands on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_it_ends_with_the_chain(run):
     finish(run / "pretrain")
     console = Console(file=io.StringIO(), width=120)
@@ -41,13 +52,13 @@ def test_it_ends_with_the_chain(run):
 
 
 def test_without_a_terminal_a_table_for_each_change(run):
-    with subprocess.Popen([*COMMAND, run], stdout=subprocess.PIPE, text=True) as watching:
+    with subprocess.Popen([*COMMAND, run], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as watching:
         try:
             seen = [watching.stdout.readline() for _ in range(3)]  # where and when, the header, the stage
             assert "waiting" in seen[2]
             finish(run / "pretrain")
             rest = watching.stdout.read()
-            assert watching.wait(timeout=30) == 0
+            assert watching.wait(timeout=300) == 0
         finally:
             watching.kill()
     assert rest.count("pretrain") == 1
@@ -56,10 +67,10 @@ def test_without_a_terminal_a_table_for_each_change(run):
 
 def test_a_terminal_is_redrawn_until_ctrl_c(run):
     own, its = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    with subprocess.Popen([*COMMAND, run], stdin=its, stdout=its, stderr=its, env=environment) as watching:
+    pipes = {"stdin": its, "stdout": its, "stderr": its}
+    with subprocess.Popen([*COMMAND, run], **pipes, env=ENVIRONMENT, preexec_fn=hear_ctrl_c) as watching:
         try:
-            text, deadline = b"", time.monotonic() + 60
+            text, deadline = b"", time.monotonic() + 300
             while text.count(b"waiting") < 3 and time.monotonic() < deadline:
                 if select.select([own], [], [], 1)[0]:
                     text += os.read(own, 65536)
@@ -69,7 +80,7 @@ def test_a_terminal_is_redrawn_until_ctrl_c(run):
             while watching.poll() is None and time.monotonic() < deadline:
                 if select.select([own], [], [], 0.1)[0]:
                     text += os.read(own, 65536)
-            assert watching.wait(timeout=1) == 0
+            assert watching.wait(timeout=30) == 0
         finally:
             watching.kill()
             os.close(its)
