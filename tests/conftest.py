@@ -1,14 +1,24 @@
-"""Hypothesis looks further on a person's machine; in CI it repeats itself, so that a red run is the change's fault."""
+"""Hypothesis looks further on a person's machine; in CI it repeats itself, so that a red run is the change's fault.
+
+What a scheduler, a launcher or a terminal has left in the environment tells neither the tests nor their commands anything.
+"""
 
 import os
 
-import pytest
-import torch.distributed as dist
-from hypothesis import settings
+LEFT_BY_OTHERS = ("SLURM_", "SBATCH_", "SRUN_", "FCMAE_", "MASTER_", "AWS_", "RANK", "WORLD_SIZE", "LOCAL_", "FAULTS")
+LEFT_BY_TERMINALS = ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS")
+for name in [name for name in os.environ if name.startswith(LEFT_BY_OTHERS) or name in LEFT_BY_TERMINALS]:
+    del os.environ[name]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes: where tests compare bits, all must round alike
 
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI") == "true":
-    settings.load_profile("ci")
+import pytest  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# How long an example takes says something of the machine, and of what else it does.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
 
 @pytest.fixture(scope="module")
