@@ -226,12 +226,28 @@ def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     assert digests(run) == digests(undisturbed)
 
 
+def wait_for_ranks(launcher: subprocess.Popen) -> None:
+    """Until there is one, which has its imports before it."""
+    while subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).returncode:
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+
+
+def test_ranks_that_still_start_do_not_outlive_their_launcher(chain, tmp_path):
+    process = start(chain[0], tmp_path / "run", 2, {"pretrain": 1})
+    wait_for_ranks(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 120
+    while subprocess.run(["pgrep", "-f", f"{tmp_path}/run/pretrain"], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "a rank goes on alone"
+        time.sleep(0.1)
+
+
 def test_a_stop_while_the_ranks_still_start_is_a_stop(chain, tmp_path):
     recipe, _ = chain
     process = start(recipe, tmp_path / "run", 2, {"pretrain": 1})
-    while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    wait_for_ranks(process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
