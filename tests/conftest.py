@@ -1,12 +1,12 @@
 """Hypothesis looks further on a person's machine; in CI it repeats itself, so that a red run is the change's fault.
 
-What a scheduler, a launcher or a terminal has left in the environment tells neither the tests nor their commands anything.
+What a scheduler, a launcher or a terminal has left in the environment reaches neither the tests nor their commands.
 """
 
 import os
 
 LEFT_BY_OTHERS = ("SLURM_", "SBATCH_", "SRUN_", "FCMAE_", "MASTER_", "AWS_", "RANK", "WORLD_SIZE", "LOCAL_", "FAULTS")
-LEFT_BY_TERMINALS = ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS")
+LEFT_BY_TERMINALS = ("COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS")
 for name in [name for name in os.environ if name.startswith(LEFT_BY_OTHERS) or name in LEFT_BY_TERMINALS]:
     del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes: where tests compare bits, all must round alike
