@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from pipeline.health.processes import LAUNCHER_PID
 from pipeline.health.signals import StopRequest
 from pipeline.stage import Outcome, OutcomeKind, Stage
 
@@ -53,8 +54,9 @@ class LocalLauncher:
             return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
         self._ended, deadline, failed = {}, None, False
         attempts = Stage(stage_directory).attempts()
+        meeting = held_port()
         try:
-            self._start(stage_directory)
+            self._start(stage_directory, meeting.getsockname()[1])
             shown = 0.0
             while len(self._codes()) < len(self._ranks):
                 time.sleep(POLL_SECONDS)
@@ -70,17 +72,19 @@ class LocalLauncher:
                     self._kill()  # the others wait for the one that is gone, and would wait for ever
         finally:
             self._kill()
+            meeting.close()
         return self._outcome(Stage(stage_directory), attempts)
 
-    def _start(self, stage_directory: Path) -> None:
+    def _start(self, stage_directory: Path, port: int) -> None:
         attempt_logs = stage_directory / "logs"
         attempt_logs.mkdir(exist_ok=True)
         shared = {
             "WORLD_SIZE": self.processes,
             "LOCAL_WORLD_SIZE": self.processes,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": port,
             "GLOO_SOCKET_IFNAME": "lo",
+            LAUNCHER_PID: os.getpid(),
         }
         threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
         self._ranks = []
@@ -153,7 +157,14 @@ def _end(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def held_port() -> socket.socket:
+    """A socket whose port nobody else is given until it is closed, though rank 0 can listen there meanwhile: it imports
+    torch before it does, and a port that is only found free may be gone by then.
+
+    Linux gives a bound port to nobody who asks for any. Who asks for this one and for its reuse, as torch does, gets
+    it while nobody listens.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder

@@ -1,6 +1,7 @@
 """Run or resume one stage, given nothing but its directory: `python -m pipeline.run DIRECTORY`, one process a rank."""
 
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pipeline.failures import explaining_lost_peers, failure, is_full_disk, is_o
 from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
 from pipeline.health.anomalies import Guard, Rollbacks
-from pipeline.health.processes import die_with_parent
+from pipeline.health.processes import LAUNCHER_PID, die_with_parent
 from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.initial_masks import start_sparsity
@@ -222,7 +223,7 @@ def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> W
 
 def main() -> None:
     """One rank of a stage, as a process. The sentence of a permanent outcome goes to stderr, on rank 0."""
-    die_with_parent()
+    die_with_parent(int(os.environ.get(LAUNCHER_PID, 0)))
     try:
         outcome = run_stage(Path(sys.argv[1]))
     except Exception:

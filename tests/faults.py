@@ -7,13 +7,17 @@ FAULTS is JSON. Steps are numbered as in the journal.
     sleep      {step: seconds}: loading the step's first micro-batch takes so long
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hang       step: its loading never returns, and never lets another thread run
+    hold       {how a stage's path ends: step}: all ranks wait there until they are told to stop, or killed. So no stage
+               is done before a test comes to disturb it
 
 `python -m tests.faults launch STAGE PROCESSES` is the launcher of such ranks; its exit code is the outcome's.
+`python -m tests.faults fcmae ...` is the command, whose ranks they are.
 """
 
 import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import cluster.local
-import pipeline.run
-from pipeline.failures import EXIT_CODES
-from pipeline.health.anomalies import Guard
 
 FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
 
@@ -49,12 +50,20 @@ def _poison(create: Any) -> Any:
     return poisoned
 
 
+def _hold(stage: str, step: int) -> None:
+    if any(stage.endswith(f"/{end}") and step == at for end, at in FAULTS.get("hold", {}).items()):
+        request, deadline = signal.getsignal(signal.SIGTERM).__self__, time.monotonic() + 900
+        while not request.number and time.monotonic() < deadline:  # a test that has failed leaves nobody behind
+            time.sleep(0.01)
+
+
 def _hinder(create: Any) -> Any:
     def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
         feed = create(recipe, data, seed, world, workers)
         honest = feed.slots
 
         def slots(step: int) -> Iterator[Any]:
+            _hold(sys.argv[1], step + 1)
             if world.rank == FAULTS.get("rank"):
                 time.sleep(FAULTS.get("sleep", {}).get(str(step + 1), 0))
                 if step + 1 == FAULTS.get("hang"):
@@ -76,19 +85,36 @@ def _rename_host(name: str) -> None:
     socket.sethostname(name)
 
 
-def main() -> None:
-    if sys.argv[1] == "launch":
-        with FaultyLauncher(int(sys.argv[3])) as launcher:
-            outcome = launcher.run(Path(sys.argv[2]))
-        print(outcome.reason)
-        sys.exit(EXIT_CODES[outcome.kind])
+def _be_a_rank() -> None:
+    import pipeline.run
+    from pipeline.health.anomalies import Guard
+
     if name := FAULTS.get("hosts", {}).get(os.environ["RANK"]):
         _rename_host(name)
-    pipeline.run.create_objective = _poison(pipeline.run.create_objective)
+    if FAULTS.get("poison"):  # its loss would be that of copies of the objective, too, though they are to have another
+        pipeline.run.create_objective = _poison(pipeline.run.create_objective)
     pipeline.run.train_feed = _hinder(pipeline.run.train_feed)
     if stretches := FAULTS.get("left_out"):
         Guard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
     pipeline.run.main()
+
+
+def main() -> None:
+    if sys.argv[1] == "launch":
+        from pipeline.failures import EXIT_CODES
+
+        with FaultyLauncher(int(sys.argv[3])) as launcher:
+            outcome = launcher.run(Path(sys.argv[2]))
+        print(outcome.reason)
+        sys.exit(EXIT_CODES[outcome.kind])
+    elif sys.argv[1] == "fcmae":
+        import tools.cli
+
+        cluster.local.LocalLauncher.module = FaultyLauncher.module
+        del sys.argv[0]
+        tools.cli.main()
+    else:
+        _be_a_rank()
 
 
 if __name__ == "__main__":

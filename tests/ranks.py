@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from cluster.local import held_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -15,9 +16,11 @@ PROCESSES.set_forkserver_preload(["tests.engines", "deepspeed"])
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600) -> list[Any]:
     """What `work(world, *arguments)` returns on each of `size` ranks; raises RuntimeError with a rank's traceback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with held_port() as meeting:
+        return _on_ranks(size, meeting.getsockname()[1], work, arguments, timeout_seconds)
+
+
+def _on_ranks(size: int, port: int, work: Callable[..., Any], arguments: tuple, timeout_seconds: float) -> list[Any]:
     ranks = []
     for rank in range(size):
         ours, theirs = PROCESSES.Pipe(duplex=False)

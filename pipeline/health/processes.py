@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+LAUNCHER_PID = "FCMAE_LAUNCHER_PID"  # of the process that started a rank, which may be gone before the rank can look
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,9 +24,10 @@ def age_seconds(pid: int) -> float:
     return max(uptime - start_time(pid) / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
-def die_with_parent() -> None:
-    """Be killed when the process that started this one ends, however it ends (Linux)."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the process that started this one ends, however it ends (Linux), or at once if that was not
+    `parent`: importing what this one needs took its time, and the process that started it may have ended meanwhile."""
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -83,8 +83,9 @@ class Log:
         self.lines.append({"kind": kind, **fields})
 
 
-def train(stage_directory, rank, meeting, pipe, settings, pause_seconds) -> None:
-    """One rank of one attempt. Sends ("resumed", step, digest), then ("done", digest by step, journal)."""
+def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
+    """One rank of one attempt. Sends ("resumed", step, digest), ("step", step) after each one, then ("done", digest by
+    step, journal). With a `gate` it waits before the third step until that file is there."""
     torch.set_num_threads(1)
     remove = LocalFileSystem.rm_file
     LocalFileSystem.rm_file = lambda fs, path: (time.sleep(0.01), remove(fs, path))[1]  # so that kills hit retention
@@ -100,9 +101,11 @@ def train(stage_directory, rank, meeting, pipe, settings, pause_seconds) -> None
             checkpoints = Checkpoints(store, engine, log, settings, saved=start or None, steps_per_epoch=10)
             digests = {}
             for step in range(start + 1, STEPS + 1):
+                while gate and step == 3 and not gate.exists():
+                    time.sleep(0.01)
                 engine.step(step)
-                time.sleep(pause_seconds)
                 digests[step] = engine.digest(step)
+                pipe.send(("step", step))
                 if checkpoints.due(step):
                     checkpoints.save(step, why="due", wait=False)
                 checkpoints.poll()
@@ -120,18 +123,34 @@ def make_recipe(directory: Path) -> StageRecipe:
 class Attempt:
     """The ranks of one attempt at a stage."""
 
-    def __init__(self, stage: Path, meeting: Path, settings: Checkpoint = SETTINGS, pause_seconds: float = 0.0):
+    def __init__(self, stage: Path, meeting: Path, settings: Checkpoint = SETTINGS, gate: Path | None = None):
         self.ranks = []
+        self.longest_seconds = 0.0  # between two messages of `let_pass`
         for rank in range(RANKS):
             ours, theirs = PROCESSES.Pipe(duplex=False)
-            arguments = (stage, rank, meeting, theirs, settings, pause_seconds)
+            arguments = (stage, rank, meeting, theirs, settings, gate)
             process = PROCESSES.Process(target=train, args=arguments)
             process.start()
             theirs.close()
             self.ranks.append((process, ours))
 
-    def receive(self, timeout_seconds: float = 120) -> tuple | None:
-        """What rank 0 says next; None if it is gone."""
+    def receive(self, timeout_seconds: float = 400) -> tuple | None:
+        """What rank 0 says next, but for its steps; None if it is gone."""
+        while (said := self._next(timeout_seconds)) and said[0] == "step":
+            pass
+        return said
+
+    def let_pass(self, steps: int) -> tuple | None:
+        """Let rank 0 make so many steps. What it says at its end, if that comes before."""
+        for _ in range(steps):
+            began = time.monotonic()
+            said = self._next(400)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            if not said or said[0] != "step":
+                return said
+        return None
+
+    def _next(self, timeout_seconds: float) -> tuple | None:
         pipe = self.ranks[0][1]
         assert pipe.poll(timeout_seconds), "the run hangs"
         try:
@@ -151,10 +170,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run: the digest of the state after each step, and how long it took."""
+    """An undisturbed run: the digest of the state after each step, and how long one took."""
 
     digests: dict[int, str]
-    seconds: float
+    step_seconds: float
 
 
 def undisturbed(directory: Path, recipe: StageRecipe) -> Reference:
@@ -165,7 +184,7 @@ def undisturbed(directory: Path, recipe: StageRecipe) -> Reference:
     said = attempt.receive()
     assert said[0] == "done", said
     attempt.kill([])
-    return Reference(said[1], time.monotonic() - began)
+    return Reference(said[1], (time.monotonic() - began) / STEPS)
 
 
 @dataclass
@@ -189,14 +208,16 @@ def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: 
         assert said[1] == 0 or said[2] == reference.digests[said[1]], (
             f"attempt {number + 1} resumed another step {said[1]}"
         )
-        if attempt.ranks[0][1].poll(1.2 * reference.seconds * chance.random()):
-            said = attempt.receive()
+        # In steps, and in a share of the longest of them: whatever the machine's pace, the kills hit all of a run.
+        said, share = attempt.let_pass(chance.randint(0, STEPS + 3)), chance.random()
+        if said is not None:
             assert said[0] == "done", said
             assert all(reference.digests[step] == digest for step, digest in said[1].items())
             events = [line["message"] for line in said[2] if line["kind"] == "event"]
             assert not events, f"a kill leaves no damage, only leftovers: {events}"
             attempt.kill([])
             break
+        time.sleep(share * (attempt.longest_seconds or reference.step_seconds))
         attempt.kill(chance.choice([[0], [1], [0, 1]]))
         count.kills += 1
         look_at_leftovers(stage / "checkpoints", number + 1, count)

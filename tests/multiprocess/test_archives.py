@@ -123,7 +123,8 @@ def test_killed_at_random_moments(tmp_path, workers):
     done("prepare", archive, tmp_path / "a.beton", *options)
     seconds = time.monotonic() - started
     chance, killed, unfinished = random.Random(workers), 0, 0
-    while killed < 10:
+    while killed < 10 or not unfinished:
+        started, whole = time.monotonic(), not (tmp_path / "b.beton.parts").exists()
         command = [*FCMAE, "prepare", str(archive), str(tmp_path / "b.beton"), *options]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -132,13 +133,17 @@ def test_killed_at_random_moments(tmp_path, workers):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             killed += 1
+        else:
+            if whole:  # the machine was busy when it was first measured
+                seconds = min(seconds, time.monotonic() - started)
         if (tmp_path / "b.beton.parts").exists():
             unfinished += 1
         elif (tmp_path / "b.beton").exists():  # it was too quick: once more from the beginning
             check(tmp_path / "b.beton")
             for path in tmp_path.glob("b.beton*"):
                 path.unlink()
-    assert unfinished
+        else:
+            seconds *= 1.2  # ... or is busy now: it had not yet begun
     done("prepare", archive, tmp_path / "b.beton", *options)
     for suffix in ("", ".json", ".report.jsonl"):
         assert Path(f"{tmp_path}/b.beton{suffix}").read_bytes() == Path(f"{tmp_path}/a.beton{suffix}").read_bytes()

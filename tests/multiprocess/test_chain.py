@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from cluster.local import LocalLauncher
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
-from tests.support import FCMAE, fcmae, make_tiny_run, write_tiny_recipe
+from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 
 STAGES = ("pretrain", "intermediate", "finetune")
 
@@ -22,10 +23,11 @@ def digests(run: Path) -> dict[str, str]:
     return {name: json.loads((run / name / "result.json").read_text())["weights_sha256"] for name in STAGES}
 
 
-def start(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
+def start(recipe: Path, run: Path, nproc: int, hold: dict[str, int]) -> subprocess.Popen:
+    """The command. A stage in `hold` waits before the given step until it is disturbed."""
     return subprocess.Popen(
-        [*FCMAE, "run", str(recipe), "--out", str(run), "--nproc", str(nproc)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.faults", "fcmae", "run", str(recipe), "--out", str(run), "--nproc", str(nproc)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps({"hold": hold})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,7 +35,7 @@ def start(recipe: Path, run: Path, nproc: int) -> subprocess.Popen:
     )
 
 
-def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 120) -> None:
+def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
     """Until the attempt, or a later one, has journalled the step or one beyond."""
     deadline = time.monotonic() + timeout_seconds
     while not any(
@@ -118,18 +120,17 @@ def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain
     recipe, undisturbed = chain
     run, chance = tmp_path / "run", random.Random()
     for name in STAGES:
-        process = start(recipe, run, 2)
+        process = start(recipe, run, 2, {name: 12})
         wait_for_step(run / name, chance.randint(1, 11))
         os.killpg(process.pid, signal.SIGKILL)  # the launcher; its ranks die with it
         process.wait()
         if name == "intermediate":
-            process = start(recipe, run, 2)
+            process = start(recipe, run, 2, {name: 12})
             wait_for_step(run / name, chance.randint(1, 11), attempt=2)
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=120)
-            assert process.returncode in (75, 0), said  # 0 if the signal came after the last step
-            if process.returncode == 75:
-                assert "the same command resumes it" in said
+            assert process.returncode == 75, said
+            assert "the same command resumes it" in said
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
     assert digests(run) == digests(undisturbed)
 
@@ -137,7 +138,7 @@ def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain
 def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     recipe, undisturbed = chain
     run = tmp_path / "run"
-    process = start(recipe, run, 2)
+    process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -176,7 +177,7 @@ def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
     recipe = tmp_path / "b" / "tiny.yaml"
     recipe.parent.mkdir()
     write_tiny_recipe(recipe.parent, wide)
-    process = start(recipe, tmp_path / "b" / "run", 4)
+    process = start(recipe, tmp_path / "b" / "run", 4, {"pretrain": 8})
     stage = tmp_path / "b" / "run" / "pretrain"
     wait_for_step(stage, 7)
     os.killpg(process.pid, signal.SIGKILL)
@@ -213,22 +214,40 @@ def test_world_sizes_agree(tmp_path, capsys, stage, precision, bound):
 def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     recipe, undisturbed = chain
     run = tmp_path / "run"
-    process = start(recipe, run, 2)
+    process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 6)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    [victim] = [int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 76
     assert "rank 1 was killed by SIGKILL" in said
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
     assert digests(run) == digests(undisturbed)
 
 
+def wait_for_ranks(launcher: subprocess.Popen) -> None:
+    """Until there is one, which has its imports before it."""
+    while subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).returncode:
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+
+
+def test_ranks_that_still_start_do_not_outlive_their_launcher(chain, tmp_path):
+    process = start(chain[0], tmp_path / "run", 2, {"pretrain": 1})
+    wait_for_ranks(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 120
+    while subprocess.run(["pgrep", "-f", f"{tmp_path}/run/pretrain"], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "a rank goes on alone"
+        time.sleep(0.1)
+
+
 def test_a_stop_while_the_ranks_still_start_is_a_stop(chain, tmp_path):
     recipe, _ = chain
-    process = start(recipe, tmp_path / "run", 2)
-    while subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).returncode:
-        time.sleep(0.02)
+    process = start(recipe, tmp_path / "run", 2, {"pretrain": 1})
+    wait_for_ranks(process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said

@@ -24,7 +24,7 @@ PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, the
 PROCESSES.set_forkserver_preload(
     ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "test_checkpoint"]
 )
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 200
 _meetings = itertools.count()
 
 
@@ -238,7 +238,10 @@ def save_for_ever(store, rank, attempt, pipe):
 def test_kills_at_random_moments_never_lose_or_invent_a_step(tmp_path):
     chance = random.Random(3)
     safe, torn, pause_seconds = 0, set(), 0.05
-    for attempt in range(1, 11):
+    for attempt in itertools.count(1):
+        if attempt > 10 and len(torn) >= 2:
+            break
+        assert attempt <= 40, "the kills must hit saves, or this shows nothing"
         ours, theirs = PROCESSES.Pipe(duplex=False)
         [(process, outcome)] = start(tmp_path, 1, save_for_ever, attempt, theirs)
         theirs.close()
@@ -261,6 +264,5 @@ def test_kills_at_random_moments_never_lose_or_invent_a_step(tmp_path):
         folders = (tmp_path / "checkpoints").glob("step-*")
         torn |= {folder.name for folder in folders if not (folder / "COMMIT").exists()}
     assert safe >= 10
-    assert len(torn) >= 2, "the kills must hit saves, or this shows nothing"
     assert not (tmp_path / "checkpoints" / "quarantine").exists(), "a kill leaves no damage, only leftovers"
-    assert all(step >= safe and right for step, right in run(tmp_path, 2, restore, 11)[0])
+    assert all(step >= safe and right for step, right in run(tmp_path, 2, restore, attempt)[0])

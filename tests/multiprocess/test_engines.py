@@ -148,5 +148,5 @@ def test_deepspeed_alone_needs_no_launcher():
         "print(len(run.losses), flush=True); os._exit(0)"
     )
     variables = {name: value for name, value in os.environ.items() if not name.endswith("RANK")}
-    answer = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=400)
     assert answer.stdout == "1\n", answer.stderr

@@ -51,7 +51,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path, name):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "killed"
     for stage, step in (("intermediate", 7), ("finetune", 8)):
-        process = start(recipe, run, 1)
+        process = start(recipe, run, 1, {stage: step + 2})
         wait_for_step(run / stage, step, timeout_seconds=900)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -2,11 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+
+from cluster.local import held_port
 
 RANK = """
 import json, sys
@@ -14,25 +15,20 @@ from dataclasses import asdict
 from cluster.preflight import PreflightSettings
 from cluster.preflight.network import group_preflight
 settings = PreflightSettings.model_validate_json(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()  # all at once, for how long they wait for one another is what is tested
 print(json.dumps([asdict(f) for f in group_preflight(settings, tflops=1.0, hosts=["n1", "n2", "n3"])]))
 """
 
 
-def free_port() -> int:
-    """A port that is free, and the next one too."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-                return one.getsockname()[1]
-            except OSError:
-                continue
-
-
 def start(ranks: tuple[int, ...], **settings: float) -> list[list[dict]]:
     """The findings of each of `ranks` out of three."""
-    place = {"WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with held_port() as meeting:  # the check meets at the port after MASTER_PORT
+        return start_at(meeting.getsockname()[1] - 1, ranks, settings)
+
+
+def start_at(port: int, ranks: tuple[int, ...], settings: dict[str, float]) -> list[list[dict]]:
+    place = {"WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, json.dumps(settings)],
@@ -40,13 +36,18 @@ def start(ranks: tuple[int, ...], **settings: float) -> list[list[dict]]:
                 **os.environ, **{name: str(value) for name, value in place.items()},
                 "RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}", "GLOO_SOCKET_IFNAME": "lo",
             },
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in ranks
     ]  # fmt: skip
     try:
-        return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * len(ranks)
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return [json.loads(process.communicate(timeout=400)[0]) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -34,7 +34,7 @@ def test_a_run_in_a_bucket_goes_on_from_another_machine(tmp_path, monkeypatch):
     assert plain.returncode == 0, plain.stderr
     with flaky_s3(monkeypatch) as (_, url):
         monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / "one"))
-        process = start(recipe, f"{url}/run", 2)
+        process = start(recipe, f"{url}/run", 2, {"intermediate": 12})
         try:
             deadline = time.monotonic() + 240
             while not any("/intermediate/checkpoints/" in path and path.endswith("COMMIT") for path in names_in(url)):

@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import time
 
 import pytest
 import torch
 
 from pipeline.checkpoint.weights import read_facts, read_weights
 from pipeline.tracking import journal
-from tests.support import FCMAE, fcmae, write_tiny_recipe
+from tests.multiprocess.test_chain import start, wait_for_step
+from tests.support import fcmae, write_tiny_recipe
 
 SPARSE_SLAK = [
     "stages.pretrain=null",
@@ -28,15 +27,8 @@ SPARSE_SLAK = [
 @pytest.mark.slow
 def test_a_sparse_stage_is_killed_resumed_and_handed_on(tmp_path):
     recipe, hashes = write_tiny_recipe(tmp_path, SPARSE_SLAK), {}
-    command = [*FCMAE, "run", str(recipe), "--out", str(tmp_path / "killed"), "--nproc", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
-    events = tmp_path / "killed" / "finetune" / "journal.jsonl"
-    deadline = time.monotonic() + 300
-    while not (events.exists() and any(e["kind"] == "step" and e["step"] >= 7 for e in journal.read(events))):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = start(recipe, tmp_path / "killed", 2, {"finetune": 12})
+    wait_for_step(tmp_path / "killed" / "finetune", 7)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for name in ("straight", "killed"):

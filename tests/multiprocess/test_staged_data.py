@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+import uuid
 
 import pytest
 
@@ -28,42 +29,43 @@ def s3(monkeypatch):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    yield server
+    yield f"bucket-{uuid.uuid4().hex[:8]}"  # servers of one process have their buckets in common
     server.stop()
 
 
-def s3_run(directory, *overrides):
+def s3_run(bucket, directory, *overrides):
     """A one-epoch stage on two ranks, its data in the store alone."""
     import fsspec
 
     tiny_data(directory / "data", train=64, validation=16)
     recipe = write_tiny_recipe(directory, ["stages.intermediate=null", "stages.finetune=null"])
     store = fsspec.filesystem("s3", skip_instance_cache=True)  # each test has a server of its own
-    store.mkdir("bucket")
-    store.put(f"{directory}/data/", "bucket/data/", recursive=True)
+    store.mkdir(bucket)
+    store.put(f"{directory}/data/", f"{bucket}/data/", recursive=True)
     (directory / "data").rename(directory / "away")
-    urls = [f"stages.pretrain.data.{name}=s3://bucket/data/{name}.beton" for name in ("train", "validation")]
+    urls = [f"stages.pretrain.data.{name}=s3://{bucket}/data/{name}.beton" for name in ("train", "validation")]
     command = ("run", recipe, "--out", directory / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
     return fcmae(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
 
 
 def test_staged_verified_and_trained_on(s3, tmp_path):
-    done = s3_run(tmp_path)
+    done = s3_run(s3, tmp_path)
     assert done.returncode == 0, done.stderr
     stage = Stage(tmp_path / "run" / "pretrain")
     assert stage.last_outcome().kind is OutcomeKind.DONE
-    assert stage.recipe.data.train == "s3://bucket/data/train.beton"
+    assert stage.recipe.data.train == f"s3://{s3}/data/train.beton"
     cached = {path.name for path in (tmp_path / "cache" / "fcmae").iterdir() if path.is_dir()}
     hashes = json.loads((stage.directory / "data.json").read_text())
     assert cached == {f"{name}-{sha256[:16]}" for name, sha256 in hashes.items()}
     steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]
     assert len(steps) == 2
-    assert all(e["data_wait_seconds"] > 0 for e in steps)
+    assert steps[0]["data_wait_seconds"] > 0  # the second batch may be there when it is asked for
+    assert steps[1]["data_wait_seconds"] >= 0
 
 
 @pytest.mark.slow
 def test_what_fails_on_a_rank_is_one_sentence(s3, tmp_path):
-    full = s3_run(tmp_path, "stages.pretrain.data.cache_bytes=1000")
+    full = s3_run(s3, tmp_path, "stages.pretrain.data.cache_bytes=1000")
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
     assert "but data.cache_bytes is 1000; raise it" in full.stderr
@@ -81,8 +83,10 @@ def test_a_stop_while_data_is_fetched_is_a_stop(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
+    deadline = time.monotonic() + 400
     while not server.asked:
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=100)

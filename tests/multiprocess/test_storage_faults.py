@@ -180,7 +180,7 @@ def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(sm
     only = ["stages.intermediate=null", "stages.finetune=null", "defaults.tracking.log_every_steps=1"]
     recipe = write_tiny_recipe(tmp_path, [*only, "stages.pretrain.schedule.epochs=20"])
     run, undisturbed = small_disk / "run", tmp_path / "undisturbed"
-    with start(recipe, run, 1) as running:
+    with start(recipe, run, 1, {}) as running:
         wait_for_step(run / "pretrain", 3)
         hog = fill(small_disk)
         _, said = running.communicate(timeout=120)
@@ -237,9 +237,12 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
     recipe = faults.make_recipe(tmp_path)
     reference = faults.undisturbed(tmp_path, recipe)
     stage = faults.Stage.create(tmp_path / "twice", recipe).directory
-    first = faults.Attempt(stage, tmp_path / "meet-1", pause_seconds=0.05)
+    gate = tmp_path / "gate"
+    first = faults.Attempt(stage, tmp_path / "meet-1", gate=gate)
     assert first.receive()[0] == "resumed"
+    deadline = time.monotonic() + 120
     while not list(stage.glob("checkpoints/*/COMMIT")):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     for process, _ in first.ranks:
         os.kill(process.pid, signal.SIGSTOP)  # a machine that does not answer for a while
@@ -249,6 +252,7 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
     assert second.receive()[1] > 0
     for process, _ in first.ranks:
         os.kill(process.pid, signal.SIGCONT)
+    gate.touch()
     said = second.receive()
     assert said[0] == "done", said
     assert all(reference.digests[step] == digest for step, digest in said[1].items())

@@ -5,12 +5,13 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 
 import pytest
 import yaml
 
-from tests.support import FCMAE, fcmae, write_tiny_recipe
+from tests.support import fcmae, write_tiny_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +30,14 @@ def test_a_study_that_is_stopped_goes_on_and_ends_in_a_table(tmp_path):
     }
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
-    command = [*FCMAE, "study", "run", str(path), "--out", str(out)]
+    command = ["study", "run", str(path), "--out", str(out)]
+    held = json.dumps({"hold": {"plain/seed-0/intermediate": 1}})
     process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "tests.faults", "fcmae", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": held},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     while not (out / "plain" / "seed-0" / "intermediate" / "attempts").exists():
@@ -44,7 +50,7 @@ def test_a_study_that_is_stopped_goes_on_and_ends_in_a_table(tmp_path):
     assert not (out / "plain" / "seed-1" / "intermediate" / "DONE").exists()
     first = json.loads((out / "mixed" / "seed-0" / "intermediate" / "result.json").read_text())
 
-    done = fcmae(*command[3:])
+    done = fcmae(*command)
     assert done.returncode == 0, done.stderr
     assert "1/4 mixed, seed 0: done before" in done.stdout
     assert "1/4 mixed, seed 0: done before\n2/4 plain, seed 0: intermediate" in done.stdout

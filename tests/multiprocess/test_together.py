@@ -4,7 +4,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
+
+import pytest
+from torch.distributed import TCPStore
+
+from cluster.local import held_port
 
 SCRIPT = """
 import threading, time
@@ -50,20 +54,32 @@ say(world.cores())
 
 
 def test_success_failure_and_stop_are_everyones():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            env={**os.environ, **place, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    deadline = time.monotonic() + 120
-    said = [rank.communicate(timeout=deadline - time.monotonic())[0].splitlines() for rank in ranks]
+    with held_port() as meeting:
+        port = str(meeting.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT],
+                env={**os.environ, **place, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [rank.communicate(timeout=400)[0].splitlines() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
     cores = str(max(len(os.sched_getaffinity(0)) // 2, 1))
     assert said == [[str(rank), "the disk of rank 1 is full", "True", "True", "None", cores] for rank in range(2)]
+
+
+def test_a_held_port_is_for_the_one_who_knows_of_it():
+    with held_port() as holder:
+        port = holder.getsockname()[1]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, 1, is_master=True)
+        store.set("word", "heard")
+        assert TCPStore("127.0.0.1", port, 1, is_master=False).get("word") == b"heard"

@@ -7,6 +7,7 @@ have the reference's hash.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -48,7 +49,8 @@ def main() -> int:
             time.sleep(0.1)
         time.sleep(random.random())
         if how == "SIGKILL":
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done before
+                os.killpg(process.pid, signal.SIGKILL)
         else:
             process.terminate()
         print(f"{name}: {how} at step {steps_done(given.out / name)}, exit code {process.wait()}", flush=True)

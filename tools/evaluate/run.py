@@ -1,7 +1,6 @@
 """Evaluate on one process or several of this machine."""
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from cluster.local import held_port
 from pipeline.checkpoint.heads import read_class_names
 from pipeline.data.beton import Beton, check
 from pipeline.data.feed import EvaluationFeed
@@ -84,9 +84,11 @@ def run(job: Job, processes: int = 1) -> Result:
     """
     if processes == 1:
         return _rank(0, job)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with held_port() as meeting:
+        return _spread(job, processes, meeting.getsockname()[1])
+
+
+def _spread(job: Job, processes: int, port: int) -> Result:
     answers = mp.get_context("spawn").SimpleQueue()
     answer: Result | str | None = None
     try:
