@@ -36,7 +36,8 @@ def failure(error: BaseException) -> Outcome:
     if is_broken_device(error):
         return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {_first_line(error)}")
     if is_out_of_memory(error):
-        remedy = "lower batch.micro_slots, set model.checkpointing, or share the state out with engine.kind fsdp"
+        remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
+        remedy += "share the state out with engine.kind fsdp"
         return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({_first_line(error)})")
     if is_full_disk(error):
         where = f"{error.filename}: " if error.filename else ""

@@ -120,3 +120,11 @@ def test_bf16_and_checkpointing_save_memory():
 
     assert peak(engine={"precision": "bf16"}) < 0.75 * peak()
     assert peak(options={"checkpointing": True}) < 0.75 * peak()
+
+
+def test_a_gpu_has_a_whole_batch_of_grn_at_once():
+    """A CPU goes image by image: the difference is an fp32 copy of 64 images' widest activation, and its square."""
+    recipe = stage(size=64, evaluation={"batch": 64}, engine={"precision": "bf16"}, options={"depths": [1, 0]})
+    on_gpu, on_cpu = (trace_evaluation(recipe, device).peak_bytes(gradients=False) for device in ("cuda", "cpu"))
+    widest = 64 * (32 * 32) * (4 * 8) * 4
+    assert on_gpu - on_cpu > 1.5 * widest
