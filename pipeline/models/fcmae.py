@@ -84,9 +84,12 @@ class FCMAE(nn.Module):
             raise ValueError(f"images are {height}x{width} pixels; both must be multiples of the cell, {self.cell}")
         return height // self.cell, width // self.cell
 
-    def forward(self, images: Tensor, mask: Tensor) -> FCMAEOutput:
-        """Images (N, 3, H, W); mask (N, L) bool, True = hidden, cells row-major, best left on the CPU."""
-        visible = VisibleCells(mask, self.grid(images), images.device)
+    def forward(self, images: Tensor, mask: Tensor | VisibleCells) -> FCMAEOutput:
+        """Images (N, 3, H, W); mask (N, L) bool, True = hidden, cells row-major, best left on the CPU, or its cells."""
+        grid = self.grid(images)
+        visible = mask if isinstance(mask, VisibleCells) else VisibleCells(mask, grid, images.device)
+        if visible.grid != grid:
+            raise ValueError(f"the mask has {visible.grid} cells but the images have {grid}; both must be equal")
         layout = self._layout(visible)
         stages = self.encoder.stage_outputs(images, layout)
         x = self.proj(layout.to_map(stages[-1]).permute(0, 3, 1, 2))

@@ -12,6 +12,7 @@ from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
 from pipeline.objectives.base import denormalise, normalise, refused_by_recipe
 from pipeline.recipe import StageRecipe
+from pipeline.sparse import VisibleCells
 
 
 class FCMAEObjective:
@@ -19,6 +20,7 @@ class FCMAEObjective:
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        self._side = recipe.data.image_size // recipe.model.stride  # in cells
 
     def build_model(self) -> nn.Module:
         options = self.recipe.model.options
@@ -38,12 +40,16 @@ class FCMAEObjective:
 
     def mask(self, batch: Batch) -> Tensor:
         """(n, L) bool, True = hidden: a function of (seed, epoch, sample id)."""
-        side = self.recipe.data.image_size // self.recipe.model.stride
-        return random_mask(self.seed, batch.epoch, batch.ids.numpy(), side * side, self.settings.mask_ratio)
+        cells = self._side * self._side
+        return random_mask(self.seed, batch.epoch, batch.ids.numpy(), cells, self.settings.mask_ratio)
+
+    def visible(self, mask: Tensor, images: Tensor) -> VisibleCells:
+        """What goes to the model: FSDP sends a tensor to the GPU, and each look at the mask would wait for it."""
+        return VisibleCells(mask, (self._side, self._side), images.device)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        dtype = next(model.parameters()).dtype
-        return model(normalise(batch.images, dtype), self.mask(batch)).loss, {}
+        images = normalise(batch.images, next(model.parameters()).dtype)
+        return model(images, self.visible(self.mask(batch), images)).loss, {}
 
     def plain(self) -> "FCMAEObjective":
         return self
@@ -55,7 +61,7 @@ class FCMAEObjective:
         count = int(valid.sum())
         # Without a valid image one is computed for nothing: where parameters are shared out, every rank must take part.
         shown = valid if count else torch.arange(len(valid)) == 0
-        loss = model(images[shown.to(images.device)], mask[shown]).loss
+        loss = model(images[shown.to(images.device)], self.visible(mask[shown], images)).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -63,7 +69,8 @@ class FCMAEObjective:
 
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
-        return mask, denormalise(model.paint(images, mask, model(images, mask).prediction))
+        prediction = model(images, self.visible(mask, images)).prediction
+        return mask, denormalise(model.paint(images, mask, prediction))
 
     def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
         if any(name.startswith("encoder.") for name in weights):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.objectives import create_objective
 from tests.engines import batches, stage_recipe
@@ -39,7 +40,10 @@ def test_a_loss_does_not_wait_for_the_device(stage):
     objective = create_objective(recipe, seed=0)
     with META:
         model = objective.build_model()
-    batch = batches(recipe, 0)[0].to(META)
+    batch, given = batches(recipe, 0)[0].to(META), []
+    model.register_forward_pre_hook(lambda _, *arguments: given.extend(tree_leaves(arguments)), with_kwargs=True)
     with Waits() as waits:
         objective.loss(model, batch, 0)
     assert waits.found == []
+    # FSDP on a GPU sends a model's tensors there, those that are wanted on the CPU too, which then come back.
+    assert {value.device for value in given if isinstance(value, Tensor)} == {META}
