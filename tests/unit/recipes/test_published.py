@@ -18,6 +18,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 CHAINS = [name for name in included_recipes() if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
 NEEDS_NO_SOURCE = {"name", "previous", "objective.kind", "model.depths", "model.dims", "init.start"}
+# Not in the tables: the model's name and the previous stage are asserted by themselves, the rest nobody publishes.
+OURS = {"objective.kind", "model.name", "model.depths", "model.dims", "seed", "batch.slot"}
 # The others are this program's own, and off unless a recipe turns them on.
 PUBLISHED_SECTIONS = {"seed", "objective", "model", "data", "batch", "optimizer", "schedule", "ema", "handoff", "init",
                       "engine", "health"}  # fmt: skip
@@ -30,11 +32,16 @@ def chain(name):
 
 
 def expected(table, place):
-    return {**table["all"], **{field: row[place] for field, row in table.get("columns", {}).items()}}
+    columns = {field: row[place] for field, row in table.get("columns", {}).items()}
+    return {**TABLES["every_stage"], **table["all"], **columns}
 
 
 def assert_stage(stage, values):
+    """These values, and no other that makes the experiment."""
     found = {field: value for field, value, _ in leaves(stage)}
+    makes_it = {name for name, _, operational in leaves(stage) if not operational}
+    makes_it = {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS - {"health"}}
+    assert makes_it - values.keys() <= OURS
     for field, value in values.items():
         if isinstance(value, list | float | int) and not isinstance(value, bool):
             assert found[field] == pytest.approx(value, rel=1e-6), field
@@ -69,6 +76,31 @@ def test_imagenet_22k_and_then_1k(size, pixels):
     assert_stage(recipe.stages["finetune"], {**expected(TABLES["finetune_after_22k"], place), **squash})
     assert recipe.stages["intermediate"].learning_rate == pytest.approx(TABLES["intermediate"]["learning_rate"])
     assert recipe.stages["finetune"].learning_rate == pytest.approx(TABLES["finetune_after_22k"]["learning_rate"])
+
+
+@pytest.mark.parametrize("size", TABLES["supervised"]["sizes"])
+def test_supervised_from_scratch(size):
+    table = TABLES["supervised"]
+    values = expected(table, table["sizes"].index(size))
+    for name, changed in ((f"{size}-supervised", {}), (f"v1-{size}-supervised", table["v1"])):
+        (stage,) = chain(name).stages.values()
+        assert_stage(stage, {**values, **changed})
+        assert stage.model.name == f"convnextv2_{size}"
+        assert stage.learning_rate == pytest.approx(table["learning_rate"])
+
+
+def test_options_change_what_they_say_and_no_more():
+    assert {name.rpartition("/")[2] for name in CHAINS if "/options/" in name} == TABLES["options"].keys()
+    for name, (base, changes) in TABLES["options"].items():
+        option, plain = chain(f"options/{name}"), chain(base)
+        found = {
+            f"{stage}.{field}": value
+            for stage, section in option.stages.items()
+            for (field, value, _), (_, before, _) in zip(leaves(section), leaves(plain.stages[stage]), strict=True)
+            if value != before
+        }
+        assert option.stages.keys() == plain.stages.keys()
+        assert found == changes, name
 
 
 def test_results_and_no_others():
