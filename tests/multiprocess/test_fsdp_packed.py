@@ -1,6 +1,7 @@
 """FSDP2 around every block and activation checkpointing, on two processes: packed encoders equal to the bit."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import Block, ConvNeXtV2
-from pipeline.sparse import Masked, Packed, VisibleCells
+from pipeline.sparse import Masked, Packed, VisibleCells, find_layout
 
 LAYOUTS = {
     "packed": Packed,
@@ -20,6 +21,7 @@ LAYOUTS = {
     "halo": partial(Packed, depthwise="halo"),
     "pairs": partial(Packed, depthwise="pairs"),
     "masked": Masked,
+    **({"spconv": find_layout("spconv")} if find_spec("spconv") else {}),  # an extra
 }
 
 

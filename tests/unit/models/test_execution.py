@@ -1,5 +1,7 @@
 """Ways to run the same model: activation checkpointing, compiled blocks, bf16, channels-last, the meta device."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,15 +9,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline.models import create_model, initial_values, initialise
 from pipeline.models.fcmae import FCMAE
 from pipeline.models.response import KINDS
-from pipeline.sparse import DENSE, Layout, Masked, Packed, VisibleCells
+from pipeline.sparse import DENSE, Layout, VisibleCells, find_layout
 from tests.unit.models.tiny_models import scatter_weights, visible_cells
 
 SHAPE = {"depths": (1, 2, 1), "dims": (8, 12, 16), "stem_stride": 2}
-LAYOUTS = ("dense", "packed", "masked")
+LAYOUTS = ("dense", "packed", "masked", *(["spconv"] if find_spec("spconv") else []))  # spconv is an extra
 
 
 def layout_named(name: str, visible: VisibleCells) -> Layout:
-    return {"dense": DENSE, "packed": Packed(visible), "masked": Masked(visible)}[name]
+    return DENSE if name == "dense" else find_layout(name)(visible)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -133,7 +135,7 @@ def test_bf16_autocast_stays_close(name, kind):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_statistics_of_half_precision_are_fp32(name):
     layout = layout_named(name, visible_cells())
-    x = torch.full((3, 6 * 16, 4) if name == "packed" else (3, 12, 20, 4), 300.0, dtype=torch.float16)
+    x = torch.full((3, 12, 20, 4) if name in ("dense", "masked") else (3, 6 * 16, 4), 300.0, dtype=torch.float16)
     for statistic in (layout.energy(x, False), layout.mean(x), layout.mean(x.abs(), across_images=True)):
         assert statistic.dtype == torch.float32
         assert torch.isfinite(statistic).all()

@@ -98,6 +98,14 @@ def test_any_equals_masked_on_any_grid(grid, ratio, images, stages, stem_stride,
     assert_close(encoded(encoder, name, batch, visible), encoded(encoder, "masked", batch, visible))
 
 
+@pytest.mark.parametrize("grid", [(64, 64), (64, 1), (1, 64)])
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_all_equal_masked_on_up_to_64_cells_a_side(name, grid):
+    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=1))
+    visible, batch = VisibleCells(random_mask(2, grid[0] * grid[1], 0.6), grid), pixels(2, grid, encoder.stride)
+    assert_close(encoded(encoder, name, batch, visible), encoded(encoder, "masked", batch, visible))
+
+
 @pytest.mark.parametrize("name", ["packed", "spconv"])
 @pytest.mark.parametrize("statistics", ["image", "batch"])
 def test_whole_model_equals_masked_at_the_published_shape(statistics, name):
