@@ -1,4 +1,7 @@
 import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,22 @@ def test_lists_that_cannot_be_right(old, new, sentence):
     with pytest.raises(CheckpointError) as caught:
         map_head(weights(), old, new)
     assert sentence in str(caught.value)
+
+
+def test_from_imagenet_22k_to_1k():
+    """Fall 2011 has all classes of ImageNet-1K but one; the lists of synsets are timm's, which is not imported."""
+    if (timm := find_spec("timm")) is None:
+        assert not os.environ.get("CI")
+        pytest.skip("timm is not installed")
+    lists = Path(timm.origin).parent / "data" / "_info"
+    old, new = (read_class_names(lists / f"{name}_synsets.txt") for name in ("imagenet22k", "imagenet"))
+    assert (len(old), len(new)) == (21841, 1000)
+    found, match = map_head(weights(len(old)), old, new)
+    assert (len(match.matched), match.unmatched) == (999, ("n04399382",))
+    assert len(match.unused) == 21841 - 999
+    kept = [row for row, name in enumerate(new) if name != "n04399382"]
+    assert torch.equal(found["head.bias"][kept], torch.tensor([old.index(new[row]) + 1.0 for row in kept]))
+    assert found["head.bias"][new.index("n04399382")] == 0
 
 
 def test_without_a_head():
