@@ -229,12 +229,12 @@ def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: 
 
 
 def torture_runs(directory: Path, killed_runs: int, seed: int, report=lambda count: None) -> Count:
-    """Runs until so many of them were killed, and three saves hit; a run may get through before its first kill."""
+    """Runs until so many of them were killed, and three saves and three retentions hit; some may get through."""
     recipe, chance, count = make_recipe(directory), random.Random(seed), Count()
     reference = undisturbed(directory, recipe)
-    while count.killed_runs < killed_runs or count.in_a_save < 3:
+    while count.killed_runs < killed_runs or min(count.in_a_save, count.in_retention) < 3:
         assert count.runs < 3 * killed_runs, (
-            f"the kills must hit the runs and their saves, or this shows nothing: {count}"
+            f"the kills must hit the runs, their saves and retention, or this shows nothing: {count}"
         )
         torture(directory / f"run-{count.runs}", recipe, reference, chance, count)
         report(count)
