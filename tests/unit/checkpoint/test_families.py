@@ -8,7 +8,7 @@ from pipeline.checkpoint.layouts import from_ours, to_ours
 from pipeline.checkpoint.loader import load_weights
 from pipeline.errors import CheckpointError
 from pipeline.models import FAMILIES, create_model
-from tests.oracles import oracle
+from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 
 MICRO = {
     "slak": {"depths": (1, 2), "dims": (6, 8), "stem_stride": 2, "kernel_sizes": (9, 7), "small_kernel": 3},
@@ -92,6 +92,25 @@ def test_next_vit_goes_to_timm_and_back():
         from_ours(ours(build("nextvit")), to_ours(ours(build("nextvit")))[1].architecture, "timm")
     with pytest.raises(CheckpointError, match="transformers has no nextvit; convert it to official"):
         from_ours(found, report.architecture, "transformers")
+
+
+@torch.no_grad()
+def test_timm_gives_the_logits_of_converted_next_vits_and_ours_of_timms():
+    timm = oracle("timm", always_in_ci=True)
+    images = different_images(2, 64)
+    model = as_if_trained(create_model("nextvit_small", 7).double(), images)
+    found, report = to_ours(model.state_dict())
+    with torch.device("meta"):
+        theirs = timm.create_model("nextvit_small", num_classes=7)
+    theirs.load_state_dict(from_ours(found, report.architecture, "timm")[0], assign=True)
+    assert_equal_outputs(theirs.eval()(images), model(images), 1e-12)
+    assert_same(to_ours(theirs.state_dict())[0], found)
+
+    theirs = timm.create_model("nextvit_small", num_classes=7, drop_path_rate=0.0).double()
+    expected = as_if_trained(theirs, images, seed=1)(images)
+    found, report = to_ours(theirs.state_dict())
+    model.load_state_dict(from_ours(found, report.architecture, "official")[0])
+    assert_equal_outputs(model(images), expected, 1e-12)
 
 
 def test_an_early_slak_calls_its_stripes_otherwise(tmp_path):
