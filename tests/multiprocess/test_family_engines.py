@@ -13,11 +13,11 @@ from tests.ranks import on_ranks
 MICRO = {
     "slak": {
         "name": "slak", "depths": [1, 2], "dims": [6, 10], "stem_stride": 2,
-        "kernel_sizes": [9, 7], "small_kernel": 3, "checkpointing": True,
+        "kernel_sizes": [9, 7], "small_kernel": 3, "layer_scale": 0.1, "checkpointing": True,
     },
     "nextvit": {
-        "name": "nextvit", "depths": [1, 2], "dims": [12, 24], "stem_stride": 2, "stem_dim": 8, "head_dim": 4,
-        "pattern": "CH", "checkpointing": True,
+        "name": "nextvit", "depths": [1, 2, 2], "dims": [12, 24, 48], "stem_stride": 2, "stem_dim": 8, "head_dim": 4,
+        "pattern": "CHH", "checkpointing": True,
     },
 }  # fmt: skip
 
@@ -50,10 +50,11 @@ def test_two_ranks_make_what_one_makes(family):
 def test_sharded_engines_are_ddp(family, precision):
     """bf16 has 8 bits: what two ranks add in another order differs in the last of them."""
     losses, tensors = on_ranks(1, trained, family, "ddp", precision, 6)[0]
-    apart = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    loss_apart, apart = {"fp32": (1e-6, 1e-5), "bf16": (5e-4, 2e-2)}[precision]
+    assert max(losses) - min(losses) > 3 * loss_apart * max(losses), "too little happens to tell anything"
     for engine in ("fsdp", "zero1", "zero2", "zero3"):
         found, others = on_ranks(2, trained, family, engine, precision, 6)[0]
-        assert largest_difference(found, losses) <= apart, engine
+        assert largest_difference(found, losses) <= loss_apart, engine
         for name, tensor in tensors.items():
             if "running_" in name:
                 assert abs(others[name] - tensor).max() <= apart * max(abs(tensor).max(), 1), (engine, name)
