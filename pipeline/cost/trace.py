@@ -190,7 +190,7 @@ class _Device(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
         kwargs = kwargs or {}
-        if function is torch.Tensor.is_cuda.__get__:
+        if function == torch.Tensor.is_cuda.__get__:
             return self._device == "cuda"
         if self._low:
             if function in _LOW_PRECISION or function is torch.ops.fcmae.depthwise.default:
