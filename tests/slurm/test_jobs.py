@@ -15,7 +15,6 @@ import yaml
 from cluster import history, script
 from cluster import slurm as scheduler
 from cluster.launcher import LaunchError
-from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
@@ -24,8 +23,10 @@ from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
 from pipeline.tracking.journal import steps
+from tests.batches import batches
+from tests.faults import FaultyLauncher
 from tests.slurm import devcluster as faults
-from tests.slurm.brake import FOR_EVER, START, brake, release, with_brakes
+from tests.slurm.brake import FOR_EVER, START, batches_of, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools import cluster_commands
@@ -62,7 +63,9 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The long stage after a run on two ranks that nothing stopped, without Slurm."""
     stage = make_tiny_run(tmp_path_factory.mktemp("undisturbed"), [*ONE_STAGE, *LONG]) / "pretrain"
-    assert LocalLauncher(2).run(stage).kind is OutcomeKind.DONE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULTS", json.dumps({"record": str(batches_of(stage))}))
+        assert FaultyLauncher(2).run(stage).kind is OutcomeKind.DONE
     return Stage(stage)
 
 
@@ -381,10 +384,15 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
 
     site = run / "more-nodes.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
-    cluster_commands.resume(run, str(site))
+    with with_brakes():  # it is held up no more; what its ranks are given is noted
+        cluster_commands.resume(run, str(site))
     wait_until(stage, JobState.ENDED)
     resumed = events(stage, "attempt")[1]
     assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])
+    on_four, on_two = batches(batches_of(stage), 4), batches(batches_of(undisturbed.directory), 2)
+    assert sorted(on_four) == list(range(resumed["step"] + 1, 121))  # images, labels and masks of each slot
+    assert on_four == {step: on_two[step] for step in on_four}
+    assert len({text for slots in on_four.values() for text in slots.values()}) == 4 * len(on_four)
     ours, theirs = (steps(journal.read(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
     for step in range(resumed["step"] + 1, resumed["step"] + 21):
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
