@@ -135,6 +135,37 @@ def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbe
 
 
 @pytest.mark.slow
+def test_a_sick_node_is_excluded_and_the_stage_done_on_others(submit, undisturbed, tmp_path):
+    """Its local disk takes nothing, which its rank finds before it trains."""
+    site = tmp_path / "scratch.yaml"
+    scratch = {"local_scratch": f"{tmp_path}/scratch-$SLURMD_NODENAME"}
+    site.write_text(yaml.safe_dump({"partition": "high", "nodes": 2, "exclude": ["n4"], **scratch}))
+    stage = submit(site=site, hold_at=START, seconds=FOR_EVER) / "pretrain"
+    wait_for(lambda: job_of(stage).state is JobState.RUNNING, "the job")
+    job = job_of(stage).id
+    well, sick = faults.nodes_of(job)
+    (tmp_path / f"scratch-{sick}").write_text("no folder")
+    release(stage)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    shown = faults.slurm("scontrol", "show", "job", "-o", job)
+    fields = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
+    used, excluded = (
+        faults.slurm("scontrol", "show", "hostnames", fields[f]).split() for f in ("NodeList", "ExcNodeList")
+    )
+    assert excluded == sorted([sick, "n4"])
+    assert set(used) == {"n1", "n2", "n3"} - {sick}
+    first, *more = [entry["reason"] for entry in history.read(stage) if entry["event"] == "requeued"]
+    assert first.startswith(f"{sick} is a bad node (scratch: {tmp_path}/scratch-{sick}: File exists")
+    # The other rank, which waits for the one that left, outlasts the signal to its step until KillWait is over. By then
+    # slurmctld has given up waiting for an answer, and sends it again: to the next start, which saves and goes on.
+    assert set(more) <= {"stopped by SIGTERM"}
+    assert int(fields["Restarts"]) == 1 + len(more)
+    assert well in used
+    assert (tmp_path / f"scratch-{well}").is_dir()
+
+
+@pytest.mark.slow
 def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
     """By the ranks themselves: slurmctld, which would warn them, is away, and the requeue must wait for it."""
     site = tmp_path / "minute.yaml"
