@@ -43,7 +43,8 @@ def check_memory(recipe: StageRecipe, site: Site) -> Needed | None:
     """What a rank needs of its GPU; None where the site does not say what GPU it has.
 
     The estimate is that of `fcmae estimate`, of the recipe as it stands: state by formula, activations from a trace on
-    the meta device. For three stages of Huge that takes 5 s on a quiet core, so nothing cheaper is put in its place.
+    the meta device. That takes some 10 s of CPU for the three stages of Huge, imports included, and a second or two for
+    small models: so nothing cheaper, and less true, is put in its place.
 
     site: as the stage sees it.
 
