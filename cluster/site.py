@@ -71,7 +71,7 @@ class Container(Section):
 
 
 class GPU(Section):
-    """What a GPU can do by its data sheet: `fcmae estimate` reckons with it, nothing else does."""
+    """What a GPU can do by its data sheet: `fcmae estimate` reckons with it, `fcmae submit` with its memory."""
 
     name: Text
     memory_gib: float = Field(gt=0)
@@ -90,7 +90,7 @@ class Site(Section):
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     gpu: GPU | None = None
-    """Their kind, for estimates."""
+    """Their kind. A stage that is estimated to need more memory is not submitted; null checks nothing."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks on each node; null is one for each GPU, or one on a node without."""
     cpus_per_task: int = Field(1, ge=1)

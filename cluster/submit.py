@@ -13,6 +13,7 @@ import yaml
 from cluster import history, slurm, snapshot
 from cluster.chain import check_data, check_weights, open_chain
 from cluster.launcher import LaunchError
+from cluster.memory import Needed, check_memory
 from cluster.script import JobScript, job_name
 from cluster.site import SITE, Site
 from cluster.slurm import Job
@@ -81,8 +82,10 @@ def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
     return {job.directory.name: job for job in found if job.live and job.directory.parent == run}
 
 
-def check(planned: list[Planned]) -> None:
+def check(planned: list[Planned]) -> dict[str, Needed]:
     """Everything that can be refused before queueing: what is done and off track, where the recipe wants to stop, too.
+
+    Returns: stage -> the memory that it is estimated to need, where the site says what its GPUs have.
 
     Raises:
         UserError: the first one found.
@@ -101,6 +104,8 @@ def check(planned: list[Planned]) -> None:
                 if (item.directory / "data.json").exists():
                     stage.pin_data({name: beton.sha256 for name, beton in data.items()})
             _check_time(item)
+    needed = {item.name: check_memory(item.recipe, item.site) for item in planned if item.missing}  # takes longest
+    return {name: found for name, found in needed.items() if found}
 
 
 def check_with_slurm(planned: list[Planned], code: Path) -> None:

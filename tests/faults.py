@@ -9,6 +9,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
     hang       step: its loading never returns, and never lets another thread run
     hold       {how a stage's path ends: step}: all ranks wait there until they are told to stop, or killed. So no stage
                is done before a test comes to disturb it
+    record     folder: what each rank is given is noted there, by `tests.batches`
 
 `python -m tests.faults launch STAGE PROCESSES` is the launcher of such ranks; its exit code is the outcome's.
 `python -m tests.faults fcmae ...` is the command, whose ranks they are.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster.local
+from tests.batches import recorded
 
 FAULTS: dict[str, Any] = json.loads(os.environ.get("FAULTS", "{}"))
 
@@ -60,6 +62,8 @@ def _hold(stage: str, step: int) -> None:
 def _hinder(create: Any) -> Any:
     def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
         feed = create(recipe, data, seed, world, workers)
+        if folder := FAULTS.get("record"):
+            recorded(feed, recipe, seed, world, Path(folder))
         honest = feed.slots
 
         def slots(step: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """The commands that work with Slurm: submit, resume, logs, cancel."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.memory import Needed
     from cluster.site import Site
     from cluster.submit import Planned
     from pipeline.recipe import ChainRecipe
@@ -41,7 +43,8 @@ def submit(
     run = check_path((Path(profile.run_root or "") / out).resolve())
     if dry_run:
         planned = jobs.plan(chain, run, profile, ask_slurm=False, start=start)
-        jobs.check(planned)
+        for found in jobs.check(planned).values():  # beside the scripts, which are printed to the letter
+            print(found.warning or f"stage {found.stage}: {found} GiB of a {found.gpu} by estimate", file=sys.stderr)
         for text in jobs.scripts(planned, snapshot_path(run)):
             print(text)
         return
@@ -94,20 +97,25 @@ def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None)
     from cluster.snapshot import snapshot_path
 
     planned = jobs.plan(chain, run, profile, start=start)
-    jobs.check(planned)
+    needed = jobs.check(planned)
     jobs.check_with_slurm(planned, snapshot_path(run))
-    Console().print(_table(planned))
+    Console().print(_table(planned, needed))
+    for found in needed.values():
+        if found.warning:
+            print(found.warning)
     jobs.submit(chain, run, profile, planned, print)
 
 
-def _table(planned: "list[Planned]") -> Table:
+def _table(planned: "list[Planned]", needed: "dict[str, Needed]") -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("stage", "partition", "nodes", "ranks", "GPUs", "CPUs", "minutes", ""):
+    memory = ("GiB of a GPU",) if needed else ()
+    for name in ("stage", "partition", "nodes", "ranks", "GPUs", "CPUs", "minutes", *memory, ""):
         table.add_column(name, justify="left" if name in ("stage", "partition", "") else "right", no_wrap=True)
     for item in planned:
         site = item.site
         what = "done" if item.done else f"job {item.job.id} {item.job.state}" if item.job else "to submit"
         asked = (site.nodes, site.ranks, site.nodes * site.gpus_per_node, site.ranks * site.cpus_per_task)
         cells = [site.partition or "default", *map(str, asked), str(site.time_limit_minutes)]
+        cells += [str(needed.get(item.name, "")) for _ in memory]
         table.add_row(item.name, *(cells if item.missing else [""] * len(cells)), what)
     return table

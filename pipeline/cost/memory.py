@@ -5,13 +5,14 @@ that share a copy of the state.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Literal
 
 import torch
 from torch import nn
 
-from pipeline.cost.trace import Trace, meta_model
+from pipeline.cost.trace import Growth, Trace, meta_model, trace_evaluation
 from pipeline.engines.base import DTYPES
 from pipeline.engines.blocks import blocks
 from pipeline.engines.fsdp import sharded_dim
@@ -162,3 +163,17 @@ def memory(recipe: StageRecipe, model: Model, ranks: int, trace: Trace, evaluati
         kept = [term for term in state if "gradients" not in term.name]
         return [*kept, Term("evaluation", seen, what)]
     return [*state, step]
+
+
+def peak(recipe: StageRecipe, ranks: int, device: str) -> tuple[Term, ...]:
+    """What `memory` says of a stage as its recipe stands, on ranks with a device of type "cpu" or "cuda"."""
+    return _peak(recipe.model_dump_json(), ranks, device)
+
+
+@cache  # the arms of a study have stages in common
+def _peak(recipe_json: str, ranks: int, device: str) -> tuple[Term, ...]:
+    recipe = StageRecipe.model_validate_json(recipe_json)
+    slots = recipe.batch.micro_slots
+    return tuple(
+        memory(recipe, Model.of(recipe), ranks, Growth(recipe, device)(slots), trace_evaluation(recipe, device))
+    )

@@ -3,6 +3,7 @@ done before a busy machine's next look. Nothing that is computed depends on it.
 
 The brake is a file beside the run: stage -> [steps, seconds]. A start of the stage makes so many steps, and each one
 more takes so many seconds, or until the file says otherwise. START holds the ranks before they load the pipeline.
+What each rank was given is noted in `batches_of(stage)`.
 """
 
 import json
@@ -16,8 +17,10 @@ from typing import Any, NoReturn
 import cloudpickle
 import pytest
 
+import tests.batches
 from cluster import script
 from cluster.worker import RunStage
+from tests.batches import recorded
 
 START = -1
 FOR_EVER = 1e9
@@ -40,6 +43,11 @@ def with_brakes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "RunStage", BrakedStage)
         yield
+
+
+def batches_of(stage: Path) -> Path:
+    """The folder of `tests.batches`."""
+    return stage.parent.with_name(f"{stage.parent.name}-{stage.name}-batches")
 
 
 def _file(run: Path) -> Path:
@@ -65,6 +73,7 @@ class BrakedStage(RunStage):
     def _slow(self, create: Callable[..., Any]) -> Callable[..., Any]:
         def slow(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
             feed, taken = create(recipe, data, seed, world, workers), 0
+            recorded(feed, recipe, seed, world, batches_of(Path(self.stage_directory)))
             honest = feed.slots
 
             def slots(step: int) -> Iterator[Any]:
@@ -91,4 +100,5 @@ class BrakedStage(RunStage):
 
 
 # The jobs run the code as it was submitted, in which there are no tests.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+for module in (sys.modules[__name__], tests.batches):
+    cloudpickle.register_pickle_by_value(module)

@@ -15,7 +15,6 @@ import yaml
 from cluster import history, script
 from cluster import slurm as scheduler
 from cluster.launcher import LaunchError
-from cluster.local import LocalLauncher
 from cluster.script import JobScript
 from cluster.site import load_site
 from cluster.slurm import Job, JobState
@@ -24,8 +23,10 @@ from pipeline.errors import UserError
 from pipeline.stage import OutcomeKind, Stage
 from pipeline.tracking import journal
 from pipeline.tracking.journal import steps
+from tests.batches import batches
+from tests.faults import FaultyLauncher
 from tests.slurm import devcluster as faults
-from tests.slurm.brake import FOR_EVER, START, brake, release, with_brakes
+from tests.slurm.brake import FOR_EVER, START, batches_of, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools import cluster_commands
@@ -62,7 +63,9 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The long stage after a run on two ranks that nothing stopped, without Slurm."""
     stage = make_tiny_run(tmp_path_factory.mktemp("undisturbed"), [*ONE_STAGE, *LONG]) / "pretrain"
-    assert LocalLauncher(2).run(stage).kind is OutcomeKind.DONE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULTS", json.dumps({"record": str(batches_of(stage))}))
+        assert FaultyLauncher(2).run(stage).kind is OutcomeKind.DONE
     return Stage(stage)
 
 
@@ -129,6 +132,37 @@ def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbe
     saved = [event["step"] for event in events(stage, "save") if event["attempt"] == first["attempt"]]
     assert max(saved) == second["step"]
     assert not [entry for entry in history.read(stage) if entry["event"] in ("requeued", "stopped")]  # Slurm did it
+
+
+@pytest.mark.slow
+def test_a_sick_node_is_excluded_and_the_stage_done_on_others(submit, undisturbed, tmp_path):
+    """Its local disk takes nothing, which its rank finds before it trains."""
+    site = tmp_path / "scratch.yaml"
+    scratch = {"local_scratch": f"{tmp_path}/scratch-$SLURMD_NODENAME"}
+    site.write_text(yaml.safe_dump({"partition": "high", "nodes": 2, "exclude": ["n4"], **scratch}))
+    stage = submit(site=site, hold_at=START, seconds=FOR_EVER) / "pretrain"
+    wait_for(lambda: job_of(stage).state is JobState.RUNNING, "the job")
+    job = job_of(stage).id
+    well, sick = faults.nodes_of(job)
+    (tmp_path / f"scratch-{sick}").write_text("no folder")
+    release(stage)
+    wait_until(stage, JobState.ENDED)
+    assert Stage(stage).done() == undisturbed.done()
+    shown = faults.slurm("scontrol", "show", "job", "-o", job)
+    fields = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
+    used, excluded = (
+        faults.slurm("scontrol", "show", "hostnames", fields[f]).split() for f in ("NodeList", "ExcNodeList")
+    )
+    assert excluded == sorted([sick, "n4"])
+    assert set(used) == {"n1", "n2", "n3"} - {sick}
+    first, *more = [entry["reason"] for entry in history.read(stage) if entry["event"] == "requeued"]
+    assert first.startswith(f"{sick} is a bad node (scratch: {tmp_path}/scratch-{sick}: File exists")
+    # The other rank, which waits for the one that left, outlasts the signal to its step until KillWait is over. By then
+    # slurmctld has given up waiting for an answer, and sends it again: to the next start, which saves and goes on.
+    assert set(more) <= {"stopped by SIGTERM"}
+    assert int(fields["Restarts"]) == 1 + len(more)
+    assert well in used
+    assert (tmp_path / f"scratch-{well}").is_dir()
 
 
 @pytest.mark.slow
@@ -381,10 +415,15 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
 
     site = run / "more-nodes.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
-    cluster_commands.resume(run, str(site))
+    with with_brakes():  # it is held up no more; what its ranks are given is noted
+        cluster_commands.resume(run, str(site))
     wait_until(stage, JobState.ENDED)
     resumed = events(stage, "attempt")[1]
     assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])
+    on_four, on_two = batches(batches_of(stage), 4), batches(batches_of(undisturbed.directory), 2)
+    assert sorted(on_four) == list(range(resumed["step"] + 1, 121))  # images, labels and masks of each slot
+    assert on_four == {step: on_two[step] for step in on_four}
+    assert len({text for slots in on_four.values() for text in slots.values()}) == 4 * len(on_four)
     ours, theirs = (steps(journal.read(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
     for step in range(resumed["step"] + 1, resumed["step"] + 21):
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)

@@ -55,12 +55,14 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     from cluster import submit as jobs
 
     check_path(directory)
-    planned = {}
+    planned, warnings = {}, {}
     for cell in _prepared(study, directory):
         chain = study.chain(cell.arm, cell.seed)
         chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
         planned[cell] = chain, jobs.plan(chain, cell.directory, site)
-        jobs.check(planned[cell][1])
+        warnings |= {found.warning: cell for found in jobs.check(planned[cell][1]).values() if found.warning}
+    for warning, cell in warnings.items():
+        report(f"{cell.arm} {warning}")
     # What Slurm refuses, it refuses of all arms alike.
     first = next(iter(planned.values()))[1]
     jobs.check_with_slurm(first, snapshot.snapshot_path(directory))

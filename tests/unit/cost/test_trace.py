@@ -103,6 +103,13 @@ def test_two_traces_tell_all_others(kind, precision):
     assert (grown.images, grown.forward_macs, grown.backward_macs) == (10, direct.forward_macs, direct.backward_macs)
 
 
+def test_a_gpu_does_whole_what_a_cpu_does_in_pieces():
+    recipe = stage(size=128, slot=8)  # half a MiB for GRN in an image's largest features
+    cpu, gpu = trace_step(recipe, "cpu"), trace_step(recipe, "cuda")
+    assert len(gpu.timeline) < len(cpu.timeline)
+    assert trace_step(stage(size=128, slot=2), "cuda").timeline.shape == gpu.timeline.shape
+
+
 @pytest.mark.parametrize("kind", ["classification", "fcmae"])
 def test_all_gradients_are_there_at_the_end_and_weights_never_count(kind):
     recipe = stage(kind)

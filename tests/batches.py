@@ -1,0 +1,41 @@
+"""What the ranks of a run were given: a hash of each slot's images, labels and masks, in files beside the run."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def recorded(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) -> Any:
+    """The feed, which notes what it hands out in a file of `folder`: {world size}-{rank}.jsonl. Each step is numbered
+    as in the journal. The masks are those that the recipe's objective draws for what was handed out."""
+    # Imported late: a rank on Slurm unpickles this before it has found its pipeline.
+    from pipeline.objectives import create_objective
+
+    objective, honest = create_objective(recipe, seed), feed.slots
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{world.size}-{world.rank}.jsonl"
+
+    def slots(step: int) -> Iterator[Any]:
+        for batch in honest(step):
+            parts = [batch.images, batch.labels, *([objective.mask(batch)] if hasattr(objective, "mask") else [])]
+            found = {}
+            for slot, *content in zip(batch.slots, *(part.split(recipe.batch.slot) for part in parts), strict=True):
+                text = b"".join(part.contiguous().numpy().tobytes() for part in content)
+                found[slot] = hashlib.sha256(text).hexdigest()
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step + 1, "slots": found}) + "\n")
+            yield batch
+
+    feed.slots = slots
+    return feed
+
+
+def batches(folder: Path, world_size: int) -> dict[int, dict[int, str]]:
+    """step -> slot -> its hash, from all ranks that ran as so many."""
+    found: dict[int, dict[int, str]] = {}
+    for path in folder.glob(f"{world_size}-*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["step"], {}).update({int(slot): text for slot, text in line["slots"].items()})
+    return found
