@@ -60,7 +60,7 @@ class JobScript:
             file.write(self.text())
             file.flush()
             try:
-                with _outside_of_any_job():
+                with _only_what_the_script_asks():
                     answer = subprocess.run(
                         ["sbatch", "--test-only", file.name],
                         capture_output=True,
@@ -88,7 +88,7 @@ class JobScript:
         if not shutil.which("sbatch"):
             raise LaunchError("there is no sbatch on PATH; submit from a machine of the Slurm cluster")
         try:
-            with _outside_of_any_job():
+            with _only_what_the_script_asks():
                 job = self._executor.submit(RunStage(self.stage_directory))
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(f"sbatch refused stage {self.stage_directory.name}: {_reason(str(error))}") from None
@@ -180,10 +180,12 @@ def _mounts(site: Site, stage_directory: Path, code: Path) -> list[str]:
 
 
 @contextmanager
-def _outside_of_any_job() -> Iterator[None]:
-    """Hide the job that we are submitted from: sbatch would hand its memory, CPUs and tasks on to our srun."""
+def _only_what_the_script_asks() -> Iterator[None]:
+    """Hide what a shell has set for sbatch, which would overrule the script without a word, and the job that we are
+    submitted from: sbatch would hand its memory, CPUs and tasks on to our srun."""
     inside = "SLURM_JOB_ID" in os.environ
     names = [name for name in os.environ if inside and name.startswith("SLURM_") and name != "SLURM_CONF"]
+    names += [name for name in os.environ if name.startswith("SBATCH_")]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,18 +141,42 @@ def test_a_container_sees_the_code_that_the_runs_of_a_study_share():
         assert "/code/" not in JobScript(stage, site, stage.parent / "code/0123").text().partition("srun")[2]
 
 
-def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, monkeypatch):
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f"#!/bin/sh\nenv >>{tmp_path}/environment\necho Submitted batch job 5\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Replaces sbatch by a script; gives back the file with the environment of each call."""
+
+    def install(script: str) -> Path:
+        environment = tmp_path / "environment"
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\nenv >>{environment}\n{script}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        return environment
+
+    return install
+
+
+def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, monkeypatch, sbatch):
+    environment = sbatch("echo Submitted batch job 5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     monkeypatch.setenv("SLURM_JOB_ID", "4")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
     script = JobScript(tmp_path / "run" / "pretrain", Site(memory_gb_per_node=1), tmp_path / "code")
     script.test()
     assert script.submit() == "5"
-    seen = (tmp_path / "environment").read_text()
+    seen = environment.read_text()
     assert seen.count("SLURM_CONF=") == 2
     assert "SLURM_MEM_PER_CPU" not in seen
     assert os.environ["SLURM_JOB_ID"] == "4"
+
+
+def test_what_a_shell_has_set_for_sbatch_does_not_overrule_the_site(tmp_path, monkeypatch, sbatch):
+    """sbatch prefers its variables to the #SBATCH lines, also one that takes the requeue away."""
+    environment = sbatch("echo Submitted batch job 5")
+    monkeypatch.setenv("SBATCH_PARTITION", "debug")
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    script = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu"), tmp_path / "code")
+    script.test()
+    script.submit()
+    seen = environment.read_text()
+    assert "SBATCH_" not in seen
+    assert os.environ["SBATCH_PARTITION"] == "debug"
