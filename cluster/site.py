@@ -12,13 +12,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from cluster.history import log_directory
 from cluster.launcher import LaunchError
 from cluster.preflight.settings import PreflightSettings
 from pipeline.errors import RecipeError
+from pipeline.folder import Folder
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
 
-SITE = "site.yaml"  # in a run directory: the one that it was last submitted to
+# In a run directory: the site that it was last submitted to. Beside a stage's jobs: what theirs was submitted to.
+SITE = "site.yaml"
 INCLUDED = Path(__file__).parent / "sites"
 # What we set ourselves; a second value would win or lose by its place in the script.
 OURS = {
@@ -202,12 +205,21 @@ def check_path(path: Path) -> Path:
     return path
 
 
-def stored_site(run: Path) -> Site:
-    """The site that a run was last submitted to.
+def store_site(site: Site, folder: Path) -> None:
+    # At once: a job that starts in this moment reads it, and half a site would end its stage for good.
+    Folder.at(folder).publish(SITE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def stored_site(run: Path, stage: str | None = None) -> Site:
+    """The site that a run was last submitted to; for a stage, as that one sees it, the one that its job was submitted
+    to, whichever followed for the others.
 
     Raises:
         LaunchError: if it never was.
     """
+    if stage and (own := log_directory(run / stage) / SITE).exists():
+        return load_site(str(own))
     if not (run / SITE).exists():
         raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
-    return load_site(str(run / SITE))
+    site = load_site(str(run / SITE))
+    return site.for_stage(stage) if stage else site

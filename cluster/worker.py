@@ -82,7 +82,7 @@ def preflight_outcome(directory: Path) -> "Outcome | None":
     from cluster.preflight.guard import guard
     from cluster.site import stored_site
 
-    site = stored_site(directory.parent).for_stage(directory.name)
+    site = stored_site(directory.parent, directory.name)
     scratch = os.environ.get("FCMAE_SCRATCH")
     expected = Expectations(
         directory,

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 from cluster import history, queue, slurm, snapshot, worker
+from cluster import submit as jobs
 from cluster.launcher import LaunchError
 from cluster.logs import show
-from cluster.site import Site
+from cluster.preflight import guard
+from cluster.script import JobScript
+from cluster.site import Site, stored_site
 from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
 from cluster.submit import Planned, check_partition, live_jobs
-from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
+from cluster.worker import export_rank_environment, interface_towards, preflight_outcome, remove_torn_files
+from pipeline.recipe import load
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.cluster_commands import submit
@@ -250,6 +254,28 @@ def test_the_ranks_of_one_node_meet_on_its_loopback(place, monkeypatch):
     place("node3", "192.0.2.3", {"node3": "127.0.1.1"}, "node3", 1)
     export_rank_environment()
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_a_job_keeps_the_site_that_it_was_submitted_to(tmp_path, monkeypatch, place):
+    """Or one that is started again would look for the GPUs of another cluster, and find every node bad."""
+    run = make_tiny_run(tmp_path)
+    chain, ids, live = load(run / "recipe.yaml"), iter("123456"), []
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: "".join(live))
+    monkeypatch.setattr(JobScript, "submit", lambda self: next(ids))
+
+    def submit_to(site: Site) -> None:
+        jobs.submit(chain, run, site, jobs.plan(chain, run, site), print, tmp_path / "code")
+
+    submit_to(Site(gpus_per_node=8, stages={"finetune": {"gpus_per_node": 2}}))
+    assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 8, 2]
+    live.append(f"1|RUNNING|None|(null)|{run}/pretrain\n")
+    submit_to(Site(gpus_per_node=4))
+    assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 4, 4]
+    assert stored_site(run).gpus_per_node == 4  # what `fcmae resume` takes without --site
+    place("node4.invalid", "127.0.0.1", {})
+    export_rank_environment()
+    monkeypatch.setattr(guard, "guard", lambda expected, hosts: expected)
+    assert preflight_outcome(run / "pretrain").devices == 8
 
 
 def test_torn_pickles_are_removed_and_nothing_else(tmp_path):
