@@ -103,7 +103,7 @@ def _parameters(stage_directory: Path, site: Site, code: Path, after: str | None
         "qos": site.qos,
         "nodes": site.nodes,
         "ntasks_per_node": site.ranks_per_node,
-        "gpus_per_node": site.gpus_per_node or None,
+        "gpus_per_node": f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else site.gpus_per_node or None,
         "cpus_per_task": site.cpus_per_task,
         "mem": None if site.memory_gb_per_node is None else f"{round(site.memory_gb_per_node * 1024)}M",
         "time": site.time_limit_minutes,

@@ -55,6 +55,8 @@ Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable
 """Anything on one line."""
 SbatchText = Annotated[Text, AfterValidator(_no_escape)]
 """Anything that sbatch reads back as it was written."""
+GPUType = Annotated[SbatchText, StringConstraints(pattern=r"^[^\s:,=()*]+$")]
+"""TYPE of `--gpus-per-node=TYPE:4`."""
 Place = Annotated[Text, AfterValidator(_expanded)]
 """A path that every node sees. ~ and $NAMES are replaced where the site is read, before anything is submitted."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -92,6 +94,8 @@ class Site(Section):
     qos: SbatchText | None = None
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
+    gpu_type: GPUType | None = None
+    """Which of them, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
     gpu: GPU | None = None
     """Their kind, for estimates."""
     tasks_per_node: int | None = Field(None, ge=1)
@@ -138,6 +142,8 @@ class Site(Section):
                 f"tasks_per_node {self.tasks_per_node} exceeds gpus_per_node {self.gpus_per_node}, and each rank needs"
                 " a GPU of its own; lower it, or leave it out"
             )
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"gpu_type {self.gpu_type} says of which type, but gpus_per_node is 0; say how many there")
         if doubled := sorted(OURS & self.sbatch.keys()):
             raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
         if binding := sorted(BINDING & self.sbatch.keys()):

@@ -54,6 +54,7 @@ def test_pattern_of_the_shells_own_names():
 profiles = st.fixed_dictionaries(
     {},
     optional={
+        "gpus_per_node": st.integers(0, 2), "gpu_type": nasty,
         "partition": nasty, "account": nasty, "qos": nasty, "constraint": nasty, "local_scratch": nasty,
         "exclude": st.lists(nasty, max_size=2), "modules": st.lists(nasty, max_size=2),
         "source": st.lists(nasty, max_size=2), "environment": st.dictionaries(name, nasty, max_size=2),
@@ -128,7 +129,8 @@ def test_no_field_reaches_a_shell_unquoted(raw):
         assert all(len(words) == 1 for words in asked)
         options = dict(words[0].removeprefix("--").partition("=")[::2] for words in asked)
         wanted = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
-        wanted |= {"exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
+        gpus = f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else str(site.gpus_per_node or "") or None
+        wanted |= {"gpus-per-node": gpus, "exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
         assert {n: v for n, v in options.items() if n in wanted} == {n: v for n, v in wanted.items() if v is not None}
         assert options.keys() <= OURS | site.sbatch.keys()
 
