@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster import slurm
 from cluster.history import log_directory
 from cluster.launcher import LaunchError
 from cluster.site import Site
@@ -19,6 +20,7 @@ from cluster.worker import RunStage, block_stop_signals
 from pipeline.tracking.startup import JOB_STARTED
 
 SBATCH_SECONDS = 60  # a full queue makes sbatch try again for minutes; nobody need wait for that
+UNAVAILABLE = "Requested node configuration is not available"
 
 
 class JobScript:
@@ -50,8 +52,11 @@ class JobScript:
         """The script, to the letter."""
         return self._executor._make_submission_file_text(self._executor._submitit_command_str, "")
 
-    def test(self) -> None:
+    def test(self) -> str:
         """Ask Slurm whether it would take the job.
+
+        Returns:
+            A warning if only sbatch itself can tell, or nothing.
 
         Raises:
             LaunchError: with Slurm's reason.
@@ -74,8 +79,13 @@ class JobScript:
                 ) from None
             except subprocess.TimeoutExpired:
                 raise LaunchError(f"sbatch --test-only had no answer in {SBATCH_SECONDS} s; is slurmctld up?") from None
-        if answer.returncode != 0:
-            raise LaunchError(f"Slurm would refuse stage {self.stage_directory.name}: {_reason(answer.stderr)}")
+        if answer.returncode == 0:
+            return ""
+        reason, stage = _reason(answer.stderr), self.stage_directory.name
+        # --test-only asks for a start with the nodes that are up; sbatch lets a job wait for the others.
+        if UNAVAILABLE in reason and slurm.out_of_service(self.site.partition):
+            return f"stage {stage}: {reason} now, for some nodes are down, drained or reserved; it may have to wait"
+        raise LaunchError(f"Slurm would refuse stage {stage}: {reason}")
 
     def submit(self) -> str:
         """Queue the job; its id.

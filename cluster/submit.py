@@ -101,7 +101,7 @@ def check(planned: list[Planned]) -> None:
 
 
 def check_with_slurm(planned: list[Planned], code: Path) -> None:
-    """What only Slurm can refuse: partition, limits, nodes.
+    """What only Slurm can refuse: partition, limits, nodes. What may have to wait is said.
 
     Raises:
         LaunchError: the first one found.
@@ -109,7 +109,8 @@ def check_with_slurm(planned: list[Planned], code: Path) -> None:
     for item in planned:
         if item.missing:
             check_partition(item)
-            JobScript(item.directory, item.site, code).test()
+            if warning := JobScript(item.directory, item.site, code).test():
+                print(warning)
 
 
 def scripts(planned: list[Planned], code: Path) -> list[str]:

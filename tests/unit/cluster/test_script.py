@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.launcher import LaunchError
 from cluster.script import JobScript
 from cluster.site import OURS, Container, Site, load_site
 from pipeline.errors import RecipeError
@@ -182,3 +183,28 @@ def test_what_a_shell_has_set_for_sbatch_does_not_overrule_the_site(tmp_path, mo
     seen = environment.read_text()
     assert "SBATCH_" not in seen
     assert os.environ["SBATCH_PARTITION"] == "debug"
+
+
+UNAVAILABLE = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+
+
+@pytest.mark.parametrize("state", ["drained", "draining", "down", "down*", "maint", "idle~"])
+def test_a_job_that_needs_a_node_out_of_service_may_wait_for_it(tmp_path, sbatch, state):
+    """--test-only says no where sbatch lets it wait."""
+    sbatch(UNAVAILABLE)
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\n[ $3 = --partition=gpu,big ] && printf 'idle\n{state}\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    warning = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu,big"), tmp_path / "code").test()
+    assert re.match(r"stage pretrain: .*configuration is not available now.*; it may have to wait$", warning)
+
+
+def test_a_job_that_needs_more_than_there_is_is_refused(tmp_path, sbatch):
+    sbatch(UNAVAILABLE)
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n[ $3 = --all ] && printf 'idle\nmixed\nallocated\ncompleting\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    script = JobScript(tmp_path / "run" / "pretrain", Site(), tmp_path / "code")
+    with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: .*configuration is not available$"):
+        script.test()
+    sbatch("echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1")
+    with pytest.raises(LaunchError, match="Invalid qos"):
+        script.test()

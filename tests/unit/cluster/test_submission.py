@@ -108,6 +108,20 @@ def test_a_partition_may_be_several(monkeypatch, tmp_path):
         check("short,quick", 600)
 
 
+def test_partitions_may_be_hidden(monkeypatch, tmp_path):
+    """Without --all Slurm denies them, and one's own jobs there, to those who may submit there."""
+    stage = tmp_path / "pretrain"
+    answers = {
+        "scontrol": "PartitionName=secret State=UP MaxTime=01:00:00",
+        "squeue": f"7|RUNNING|None|(null)|{stage}\n",
+    }
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: answers[command[0]] if "--all" in command else "")
+    check_partition(Planned("pretrain", stage, None, Site(partition="secret")))
+    assert list(live_jobs(tmp_path, ["pretrain"])) == ["pretrain"]
+    history.note(stage, "submitted", "7", committed=-1)
+    assert queue.Queue([stage]).jobs()["pretrain"].state == "RUNNING"
+
+
 def test_attempts_without_progress_are_counted_since_the_last_progress_or_submission(tmp_path):
     def ends(committed: int) -> int:
         count = history.fruitless(tmp_path, committed)
