@@ -95,7 +95,7 @@ class Queue:
         names = ",".join(f"fcmae-{stage}" for stage in stages)
         try:
             # The directory comes last: it may hold the separator.
-            text = slurm.ask("squeue", "--noheader", "--states=all", f"--name={names}", "--format=%A|%T|%N|%r|%Z")
+            text = slurm.ask("squeue", *slurm.EVERY, f"--name={names}", "--format=%A|%T|%N|%r|%Z")
         except LaunchError as error:
             self.trouble = str(error)[:160]
             return

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster import slurm
 from cluster.history import log_directory
 from cluster.launcher import LaunchError
 from cluster.site import Site
@@ -19,6 +20,7 @@ from cluster.worker import RunStage, block_stop_signals
 from pipeline.tracking.startup import JOB_STARTED
 
 SBATCH_SECONDS = 60  # a full queue makes sbatch try again for minutes; nobody need wait for that
+UNAVAILABLE = "Requested node configuration is not available"
 
 
 class JobScript:
@@ -50,8 +52,11 @@ class JobScript:
         """The script, to the letter."""
         return self._executor._make_submission_file_text(self._executor._submitit_command_str, "")
 
-    def test(self) -> None:
+    def test(self) -> str:
         """Ask Slurm whether it would take the job.
+
+        Returns:
+            A warning if only sbatch itself can tell, or nothing.
 
         Raises:
             LaunchError: with Slurm's reason.
@@ -60,7 +65,7 @@ class JobScript:
             file.write(self.text())
             file.flush()
             try:
-                with _outside_of_any_job():
+                with _only_what_the_script_asks():
                     answer = subprocess.run(
                         ["sbatch", "--test-only", file.name],
                         capture_output=True,
@@ -74,8 +79,13 @@ class JobScript:
                 ) from None
             except subprocess.TimeoutExpired:
                 raise LaunchError(f"sbatch --test-only had no answer in {SBATCH_SECONDS} s; is slurmctld up?") from None
-        if answer.returncode != 0:
-            raise LaunchError(f"Slurm would refuse stage {self.stage_directory.name}: {_reason(answer.stderr)}")
+        if answer.returncode == 0:
+            return ""
+        reason, stage = _reason(answer.stderr), self.stage_directory.name
+        # --test-only asks for a start with the nodes that are up; sbatch lets a job wait for the others.
+        if UNAVAILABLE in reason and slurm.out_of_service(self.site.partition):
+            return f"stage {stage}: {reason} now, for some nodes are down, drained or reserved; it may have to wait"
+        raise LaunchError(f"Slurm would refuse stage {stage}: {reason}")
 
     def submit(self) -> str:
         """Queue the job; its id.
@@ -88,7 +98,7 @@ class JobScript:
         if not shutil.which("sbatch"):
             raise LaunchError("there is no sbatch on PATH; submit from a machine of the Slurm cluster")
         try:
-            with _outside_of_any_job():
+            with _only_what_the_script_asks():
                 job = self._executor.submit(RunStage(self.stage_directory))
         except (FailedJobError, FailedSubmissionError) as error:
             raise LaunchError(f"sbatch refused stage {self.stage_directory.name}: {_reason(str(error))}") from None
@@ -103,7 +113,7 @@ def _parameters(stage_directory: Path, site: Site, code: Path, after: str | None
         "qos": site.qos,
         "nodes": site.nodes,
         "ntasks_per_node": site.ranks_per_node,
-        "gpus_per_node": site.gpus_per_node or None,
+        "gpus_per_node": f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else site.gpus_per_node or None,
         "cpus_per_task": site.cpus_per_task,
         "mem": None if site.memory_gb_per_node is None else f"{round(site.memory_gb_per_node * 1024)}M",
         "time": site.time_limit_minutes,
@@ -180,10 +190,12 @@ def _mounts(site: Site, stage_directory: Path, code: Path) -> list[str]:
 
 
 @contextmanager
-def _outside_of_any_job() -> Iterator[None]:
-    """Hide the job that we are submitted from: sbatch would hand its memory, CPUs and tasks on to our srun."""
+def _only_what_the_script_asks() -> Iterator[None]:
+    """Hide what a shell has set for sbatch, which would overrule the script without a word, and the job that we are
+    submitted from: sbatch would hand its memory, CPUs and tasks on to our srun."""
     inside = "SLURM_JOB_ID" in os.environ
     names = [name for name in os.environ if inside and name.startswith("SLURM_") and name != "SLURM_CONF"]
+    names += [name for name in os.environ if name.startswith("SBATCH_")]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield

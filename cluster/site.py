@@ -12,13 +12,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from cluster.history import log_directory
 from cluster.launcher import LaunchError
 from cluster.preflight.settings import PreflightSettings
 from pipeline.errors import RecipeError
+from pipeline.folder import Folder
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
 
-SITE = "site.yaml"  # in a run directory: the one that it was last submitted to
+# In a run directory: the site that it was last submitted to. Beside a stage's jobs: what theirs was submitted to.
+SITE = "site.yaml"
 INCLUDED = Path(__file__).parent / "sites"
 # What we set ourselves; a second value would win or lose by its place in the script.
 OURS = {
@@ -52,6 +55,8 @@ Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable
 """Anything on one line."""
 SbatchText = Annotated[Text, AfterValidator(_no_escape)]
 """Anything that sbatch reads back as it was written."""
+GPUType = Annotated[SbatchText, StringConstraints(pattern=r"^[^\s:,=()*]+$")]
+"""TYPE of `--gpus-per-node=TYPE:4`."""
 Place = Annotated[Text, AfterValidator(_expanded)]
 """A path that every node sees. ~ and $NAMES are replaced where the site is read, before anything is submitted."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -89,6 +94,8 @@ class Site(Section):
     qos: SbatchText | None = None
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
+    gpu_type: GPUType | None = None
+    """Which of them, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
     gpu: GPU | None = None
     """Their kind. A stage that is estimated to need more memory is not submitted; null checks nothing."""
     tasks_per_node: int | None = Field(None, ge=1)
@@ -135,6 +142,8 @@ class Site(Section):
                 f"tasks_per_node {self.tasks_per_node} exceeds gpus_per_node {self.gpus_per_node}, and each rank needs"
                 " a GPU of its own; lower it, or leave it out"
             )
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"gpu_type {self.gpu_type} says of which type, but gpus_per_node is 0; say how many there")
         if doubled := sorted(OURS & self.sbatch.keys()):
             raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
         if binding := sorted(BINDING & self.sbatch.keys()):
@@ -202,12 +211,21 @@ def check_path(path: Path) -> Path:
     return path
 
 
-def stored_site(run: Path) -> Site:
-    """The site that a run was last submitted to.
+def store_site(site: Site, folder: Path) -> None:
+    # At once: a job that starts in this moment reads it, and half a site would end its stage for good.
+    Folder.at(folder).publish(SITE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def stored_site(run: Path, stage: str | None = None) -> Site:
+    """The site that a run was last submitted to; for a stage, as that one sees it, the one that its job was submitted
+    to, whichever followed for the others.
 
     Raises:
         LaunchError: if it never was.
     """
+    if stage and (own := log_directory(run / stage) / SITE).exists():
+        return load_site(str(own))
     if not (run / SITE).exists():
         raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
-    return load_site(str(run / SITE))
+    site = load_site(str(run / SITE))
+    return site.for_stage(stage) if stage else site

@@ -11,6 +11,9 @@ from cluster.launcher import LaunchError
 TIMEOUT_SECONDS = 60
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
 
+EVERY = ("--noheader", "--all", "--states=all")  # squeue's options for all jobs, also in partitions that are hidden
+IN_SERVICE = {"allocated", "completing", "idle", "mixed", "planned"}  # sinfo's states of nodes that take jobs
+
 # What slurm_strerror says when slurmctld is down, busy, or just being replaced by its backup.
 AWAY = (
     "Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes were transmitted",
@@ -79,7 +82,7 @@ def jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
     chosen = [f"--jobs={','.join(ids)}"] if ids else []
     chosen += [f"--name={','.join(names)}"] if names else []
     # The directory comes last: it may hold the separator.
-    text = ask("squeue", "--noheader", "--states=all", *chosen, "--format=%i|%T|%r|%E|%Z", unless="Invalid job id")
+    text = ask("squeue", *EVERY, *chosen, "--format=%i|%T|%r|%E|%Z", unless="Invalid job id")
     found = []
     for line in text.splitlines():
         id, state, reason, dependency, directory = line.split("|", 4)
@@ -108,9 +111,17 @@ def exclude(id: str, nodes: Iterable[str]) -> None:
 
 def partition(name: str | None) -> dict[str, str] | None:
     """The fields of a partition, or of the default one; None if there is none."""
-    text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", unless="not found")
+    # Jobs may be submitted to hidden ones too.
+    text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", "--all", unless="not found")
     found = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in text.splitlines()]
     return next((p for p in found if name or p.get("Default") == "YES"), None)
+
+
+def out_of_service(partition: str | None) -> bool:
+    """Whether some node of a partition (or several: a,b) takes no jobs now: it is down, drained, reserved or asleep."""
+    # A partition that is named may be hidden.
+    where = f"--partition={partition}" if partition else "--all"
+    return not set(ask("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
 
 
 def minutes(limit: str) -> float:

@@ -8,17 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from cluster import history, slurm, snapshot
 from cluster.chain import check_data, check_weights, open_chain
 from cluster.launcher import LaunchError
 from cluster.memory import Needed, check_memory
 from cluster.script import JobScript, job_name
-from cluster.site import SITE, Site
+from cluster.site import Site, store_site
 from cluster.slurm import Job
 from cluster.stopwatch import CANCELLED, Pace
-from pipeline.folder import Folder
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
@@ -109,7 +106,7 @@ def check(planned: list[Planned]) -> dict[str, Needed]:
 
 
 def check_with_slurm(planned: list[Planned], code: Path) -> None:
-    """What only Slurm can refuse: partition, limits, nodes.
+    """What only Slurm can refuse: partition, limits, nodes. What may have to wait is said.
 
     Raises:
         LaunchError: the first one found.
@@ -117,7 +114,8 @@ def check_with_slurm(planned: list[Planned], code: Path) -> None:
     for item in planned:
         if item.missing:
             check_partition(item)
-            JobScript(item.directory, item.site, code).test()
+            if warning := JobScript(item.directory, item.site, code).test():
+                print(warning)
 
 
 def scripts(planned: list[Planned], code: Path) -> list[str]:
@@ -187,8 +185,7 @@ def submit(
             submitted before stays so, and the same command goes on from there.
     """
     open_chain(chain, run)
-    # At once: a job that starts in this moment reads it, and half a site would end its stage for good.
-    Folder.at(run).publish(SITE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
+    store_site(site, run)
     (run / CANCELLED).unlink(missing_ok=True)
     code = code or snapshot.take(run)
     ids = {item.name: item.job.id for item in planned if item.job}
@@ -200,6 +197,7 @@ def submit(
             history.note(item.directory, "cancelled", item.replaces.id, reason="another takes its place")
         before = item.recipe.previous
         after = ids.get(before) if before else None
+        store_site(item.site, history.log_directory(item.directory))
         id = ids[item.name] = JobScript(item.directory, item.site, code, after).submit()
         history.note(
             item.directory,

@@ -71,7 +71,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         try:
             slurm.requeue(job)
             if avoid:
-                slurm.exclude(job, {*avoid, *stored_site(directory.parent).for_stage(directory.name).exclude})
+                slurm.exclude(job, {*avoid, *stored_site(directory.parent, directory.name).exclude})
             return 0
         except slurm.NoControllerError as error:
             print(error, flush=True)

@@ -6,8 +6,9 @@ import socket
 import sys
 import traceback
 import zlib
+from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pipeline.errors import UserError
 
@@ -81,7 +82,7 @@ def preflight_outcome(directory: Path) -> "Outcome | None":
     from cluster.preflight.guard import guard
     from cluster.site import stored_site
 
-    site = stored_site(directory.parent).for_stage(directory.name)
+    site = stored_site(directory.parent, directory.name)
     scratch = os.environ.get("FCMAE_SCRATCH")
     expected = Expectations(
         directory,
@@ -98,11 +99,18 @@ def export_rank_environment() -> int:
     """Set what `run_stage` reads from what srun has set; the rank."""
     import submitit
 
-    host = submitit.JobEnvironment().hostnames[0]
-    if not _resolves(host):  # names of nodes need not; the batch script, and so srun, runs on the first node
-        host = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    if not _resolves(socket.gethostname()) and (interface := interface_towards(host)):
-        # gloo and NCCL listen where their own name leads; without one gloo would take the loopback.
+    hosts, launcher = submitit.JobEnvironment().hostnames, os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    host, own = hosts[0], socket.gethostname()
+    leads = {name: _leads(name) for name in {own, launcher, *hosts[:2]}}
+    # Names of nodes need not resolve; the batch script, and so srun, runs on the first node.
+    if leads[host] == "nowhere" or (leads[host] == "back" and leads[launcher] == "out"):
+        host = launcher or host
+    # By which way are the other nodes? To itself the first one has none, but to the second.
+    way = next((name for name in (host, *hosts[1:2]) if leads[name] == "out"), host)
+    # gloo and NCCL listen where their own name leads; without one, or with Debian's 127.0.1.1, gloo would take the
+    # loopback. That is right for one node, and where the others' names lead there too: tools/devcluster.
+    unheard = leads[own] == "nowhere" or (leads[own] == "back" and leads[way] == "out" and len(hosts) > 1)
+    if unheard and leads[way] != "nowhere" and (interface := interface_towards(way)):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
     # Below the ports that Linux gives to outgoing connections, and another one after each requeue: what is left of an
@@ -125,19 +133,22 @@ def _job_end() -> float | None:
     return float(text) if text.isdigit() else None
 
 
-def _resolves(host: str) -> bool:
+def _leads(name: str) -> Literal["nowhere", "back", "out"]:
+    """Where a name leads from this machine: back is the loopback. Of several addresses gloo takes the first."""
     try:
-        return bool(socket.getaddrinfo(host, None))
+        address = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError:
-        return False
+        return "nowhere"
+    return "back" if ip_address(address).is_loopback else "out"
 
 
 def interface_towards(host: str) -> str | None:
     """The network interface by which this machine reaches a host."""
     import psutil
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing
+    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing
         own = probe.getsockname()[0]
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, addresses in interfaces if own in (a.address for a in addresses)), None)

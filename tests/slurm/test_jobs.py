@@ -356,6 +356,18 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
         subprocess.run([*low, "MaxTime=UNLIMITED", "State=UP"], check=True)
 
 
+def test_a_job_for_all_nodes_waits_for_the_one_that_is_drained(submit, tmp_path, capsys):
+    site, node = tmp_path / "all.yaml", ["scontrol", "update", "NodeName=n4"]
+    site.write_text(yaml.safe_dump({"nodes": 4, "sbatch": {"hold": True}}))
+    subprocess.run([*node, "State=drain", "Reason=test"], check=True)
+    try:
+        stage = submit(site=site) / "pretrain"
+    finally:
+        subprocess.run([*node, "State=resume"], check=True)
+    assert "stage pretrain: allocation failure: Requested node configuration is not" in capsys.readouterr().out
+    assert job_of(stage).state is JobState.WAITING
+
+
 @pytest.mark.slow
 def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SBATCH_SECONDS", 10)

@@ -6,12 +6,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.launcher import LaunchError
 from cluster.script import JobScript
 from cluster.site import OURS, Container, Site, load_site
 from pipeline.errors import RecipeError
@@ -53,6 +55,7 @@ def test_pattern_of_the_shells_own_names():
 profiles = st.fixed_dictionaries(
     {},
     optional={
+        "gpus_per_node": st.integers(0, 2), "gpu_type": nasty,
         "partition": nasty, "account": nasty, "qos": nasty, "constraint": nasty, "local_scratch": nasty,
         "exclude": st.lists(nasty, max_size=2), "modules": st.lists(nasty, max_size=2),
         "source": st.lists(nasty, max_size=2), "environment": st.dictionaries(name, nasty, max_size=2),
@@ -127,7 +130,8 @@ def test_no_field_reaches_a_shell_unquoted(raw):
         assert all(len(words) == 1 for words in asked)
         options = dict(words[0].removeprefix("--").partition("=")[::2] for words in asked)
         wanted = {"partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint}
-        wanted |= {"exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
+        gpus = f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else str(site.gpus_per_node or "") or None
+        wanted |= {"gpus-per-node": gpus, "exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
         assert {n: v for n, v in options.items() if n in wanted} == {n: v for n, v in wanted.items() if v is not None}
         assert options.keys() <= OURS | site.sbatch.keys()
 
@@ -140,18 +144,67 @@ def test_a_container_sees_the_code_that_the_runs_of_a_study_share():
         assert "/code/" not in JobScript(stage, site, stage.parent / "code/0123").text().partition("srun")[2]
 
 
-def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, monkeypatch):
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f"#!/bin/sh\nenv >>{tmp_path}/environment\necho Submitted batch job 5\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Replaces sbatch by a script; gives back the file with the environment of each call."""
+
+    def install(script: str) -> Path:
+        environment = tmp_path / "environment"
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\nenv >>{environment}\n{script}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        return environment
+
+    return install
+
+
+def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, monkeypatch, sbatch):
+    environment = sbatch("echo Submitted batch job 5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     monkeypatch.setenv("SLURM_JOB_ID", "4")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
     script = JobScript(tmp_path / "run" / "pretrain", Site(memory_gb_per_node=1), tmp_path / "code")
     script.test()
     assert script.submit() == "5"
-    seen = (tmp_path / "environment").read_text()
+    seen = environment.read_text()
     assert seen.count("SLURM_CONF=") == 2
     assert "SLURM_MEM_PER_CPU" not in seen
     assert os.environ["SLURM_JOB_ID"] == "4"
+
+
+def test_what_a_shell_has_set_for_sbatch_does_not_overrule_the_site(tmp_path, monkeypatch, sbatch):
+    """sbatch prefers its variables to the #SBATCH lines, also one that takes the requeue away."""
+    environment = sbatch("echo Submitted batch job 5")
+    monkeypatch.setenv("SBATCH_PARTITION", "debug")
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    script = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu"), tmp_path / "code")
+    script.test()
+    script.submit()
+    seen = environment.read_text()
+    assert "SBATCH_" not in seen
+    assert os.environ["SBATCH_PARTITION"] == "debug"
+
+
+UNAVAILABLE = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+
+
+@pytest.mark.parametrize("state", ["drained", "draining", "down", "down*", "maint", "idle~"])
+def test_a_job_that_needs_a_node_out_of_service_may_wait_for_it(tmp_path, sbatch, state):
+    """--test-only says no where sbatch lets it wait."""
+    sbatch(UNAVAILABLE)
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\n[ $3 = --partition=gpu,big ] && printf 'idle\n{state}\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    warning = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu,big"), tmp_path / "code").test()
+    assert re.match(r"stage pretrain: .*configuration is not available now.*; it may have to wait$", warning)
+
+
+def test_a_job_that_needs_more_than_there_is_is_refused(tmp_path, sbatch):
+    sbatch(UNAVAILABLE)
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n[ $3 = --all ] && printf 'idle\nmixed\nallocated\ncompleting\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    script = JobScript(tmp_path / "run" / "pretrain", Site(), tmp_path / "code")
+    with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: .*configuration is not available$"):
+        script.test()
+    sbatch("echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1")
+    with pytest.raises(LaunchError, match="Invalid qos"):
+        script.test()

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from cluster import history, queue, slurm, snapshot
+from cluster import history, queue, slurm, snapshot, worker
+from cluster import submit as jobs
 from cluster.launcher import LaunchError
 from cluster.logs import show
-from cluster.site import Site
+from cluster.preflight import guard
+from cluster.script import JobScript
+from cluster.site import Site, stored_site
 from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
 from cluster.submit import Planned, check_partition, live_jobs
-from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
+from cluster.worker import export_rank_environment, interface_towards, preflight_outcome, remove_torn_files
+from pipeline.recipe import load
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.cluster_commands import submit
@@ -104,6 +108,20 @@ def test_a_partition_may_be_several(monkeypatch, tmp_path):
         check("short,quick", 600)
 
 
+def test_partitions_may_be_hidden(monkeypatch, tmp_path):
+    """Without --all Slurm denies them, and one's own jobs there, to those who may submit there."""
+    stage = tmp_path / "pretrain"
+    answers = {
+        "scontrol": "PartitionName=secret State=UP MaxTime=01:00:00",
+        "squeue": f"7|RUNNING|None|(null)|{stage}\n",
+    }
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: answers[command[0]] if "--all" in command else "")
+    check_partition(Planned("pretrain", stage, None, Site(partition="secret")))
+    assert list(live_jobs(tmp_path, ["pretrain"])) == ["pretrain"]
+    history.note(stage, "submitted", "7", committed=-1)
+    assert queue.Queue([stage]).jobs()["pretrain"].state == "RUNNING"
+
+
 def test_attempts_without_progress_are_counted_since_the_last_progress_or_submission(tmp_path):
     def ends(committed: int) -> int:
         count = history.fruitless(tmp_path, committed)
@@ -178,23 +196,33 @@ print(checksum.__file__, sum(checksum.checksum.stats.cache_hits.values()))
     assert hits(snapshot.take(tmp_path)) == 1
 
 
-def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
-    slurm = {
-        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nowhere[3-4]",
-        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
-    }  # fmt: skip
+@pytest.fixture
+def place(monkeypatch):
+    """Puts this process where Slurm would start a rank of `nodes`; names lead where `hosts` says, or nowhere."""
 
-    def resolve(host: str, *arguments: object, honest=socket.getaddrinfo) -> list:
-        if host.startswith("nowhere"):
-            raise socket.gaierror("some networks' name servers answer to any name")
-        return honest(host, *arguments)
+    def put(own: str, launcher: str, hosts: dict[str, str], nodes: str = "node[3-4]", count: int = 2) -> None:
+        slurm = {
+            "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+            "SLURM_NTASKS": "4", "SLURM_NNODES": str(count), "SLURM_JOB_NODELIST": nodes,
+            "SLURM_LAUNCH_NODE_IPADDR": launcher,
+        }  # fmt: skip
 
-    foreign = ("SLURM_", "GLOO_", "NCCL_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    monkeypatch.setattr(os, "environ", {**clean, **slurm})
-    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere4.invalid")
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        def resolve(host: str, *arguments: object, honest=socket.getaddrinfo, **options: object) -> list:
+            if host.startswith("node") and host not in hosts:
+                raise socket.gaierror("some networks' name servers answer to any name")
+            return honest(hosts.get(host, host), *arguments, **options)
+
+        foreign = ("SLURM_", "GLOO_", "NCCL_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        monkeypatch.setattr(os, "environ", {**clean, **slurm})
+        monkeypatch.setattr(socket, "gethostname", lambda: own)
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    return put
+
+
+def test_a_rank_finds_its_place_where_host_names_do_not_resolve(place):
+    place("node4.invalid", "127.0.0.1", {})
     assert export_rank_environment() == 3
     place = {n: os.environ[n] for n in ("MASTER_ADDR", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     assert place == {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -203,6 +231,65 @@ def test_a_rank_finds_its_place_where_host_names_do_not_resolve(monkeypatch):
     os.environ["SLURM_RESTART_COUNT"] = "1"
     export_rank_environment()
     assert os.environ["MASTER_PORT"] != first
+
+
+REAL = {"node3": "192.0.2.3", "node4": "192.0.2.4"}
+
+
+@pytest.mark.parametrize(
+    ("own", "launcher", "hosts", "meeting", "way"),
+    [
+        # Debian's default: a node's own name is 127.0.1.1 in its /etc/hosts, and the others' come from DNS.
+        ("node3", "127.0.0.1", {**REAL, "node3": "127.0.1.1"}, "node3", "node4"),
+        ("node3", "192.0.2.3", {**REAL, "node3": "127.0.1.1"}, "192.0.2.3", "192.0.2.3"),
+        ("node4", "192.0.2.3", {**REAL, "node4": "127.0.1.1"}, "node3", "node3"),
+        # The same, and DNS does not know them.
+        ("node3", "192.0.2.3", {"node3": "127.0.1.1"}, "192.0.2.3", "192.0.2.3"),
+        ("node4", "192.0.2.3", {"node4": "127.0.1.1"}, "192.0.2.3", "192.0.2.3"),
+        # An /etc/hosts that was copied from the first node.
+        ("node4", "192.0.2.3", {"node3": "127.0.1.1", "node4": "127.0.1.1"}, "192.0.2.3", "192.0.2.3"),
+        # Names that lead to the node itself as others reach it are left alone.
+        ("node3", "192.0.2.3", REAL, "node3", None),
+        # All nodes are one machine, with and without namespaces.
+        ("node3", "127.0.0.1", {"node3": "127.0.1.3", "node4": "127.0.1.4"}, "node3", None),
+        ("laptop", "127.0.0.1", {"laptop": "127.0.1.1"}, "127.0.0.1", None),
+    ],
+)
+def test_a_rank_listens_where_other_nodes_reach_it(place, monkeypatch, own, launcher, hosts, meeting, way):
+    monkeypatch.setattr(worker, "interface_towards", lambda host: f"towards {host}")
+    place(own, launcher, hosts)
+    export_rank_environment()
+    assert os.environ["MASTER_ADDR"] == meeting
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == os.environ.get("NCCL_SOCKET_IFNAME") == (way and f"towards {way}")
+
+
+def test_the_ranks_of_one_node_meet_on_its_loopback(place, monkeypatch):
+    monkeypatch.setattr(worker, "interface_towards", lambda host: pytest.fail(f"asked for the way to {host}"))
+    place("node3", "192.0.2.3", {"node3": "127.0.1.1"}, "node3", 1)
+    export_rank_environment()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_a_job_keeps_the_site_that_it_was_submitted_to(tmp_path, monkeypatch, place):
+    """Or one that is started again would look for the GPUs of another cluster, and find every node bad."""
+    run = make_tiny_run(tmp_path)
+    chain, ids, live = load(run / "recipe.yaml"), iter("123456"), []
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: "".join(live))
+    monkeypatch.setattr(JobScript, "submit", lambda self: next(ids))
+
+    def submit_to(site: Site) -> None:
+        jobs.submit(chain, run, site, jobs.plan(chain, run, site), print, tmp_path / "code")
+
+    submit_to(Site(gpus_per_node=8, stages={"finetune": {"gpus_per_node": 2}}))
+    assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 8, 2]
+    live.append(f"1|RUNNING|None|(null)|{run}/pretrain\n")
+    submit_to(Site(gpus_per_node=4))
+    assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 4, 4]
+    assert stored_site(run).gpus_per_node == 4  # what `fcmae resume` takes without --site
+    place("node4.invalid", "127.0.0.1", {})
+    export_rank_environment()
+    monkeypatch.setattr(guard, "guard", lambda expected, hosts: expected)
+    assert preflight_outcome(run / "pretrain").devices == 8
 
 
 def test_torn_pickles_are_removed_and_nothing_else(tmp_path):

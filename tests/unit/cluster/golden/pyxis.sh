@@ -6,7 +6,7 @@
 #SBATCH --cpus-per-task=1
 #SBATCH --dependency=afterok:7
 #SBATCH --exclusive
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=a100_1g.10gb+me:8
 #SBATCH --job-name=fcmae-a-b
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=512M

@@ -1,0 +1,28 @@
+"""docs/reproduce.md promises files that its own commands leave behind."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from pipeline.checkpoint.manifest import CheckpointName
+from pipeline.checkpoint.retention import kept
+from pipeline.recipe import load
+from pipeline.saving import Checkpoints
+from tools.included import find_recipe
+
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "reproduce.md").read_text()
+IMAGES = 1_281_167
+
+
+def test_the_checkpoint_that_an_early_fine_tuning_starts_from_is_saved_and_kept():
+    (options,) = re.findall(r"fcmae submit huge-22k-512 --site \S+ --out runs/huge((?: \S+=\S+)*)\n", TEXT)
+    (name,) = (CheckpointName.parse(text) for text in re.findall(r"runs/huge/pretrain/checkpoints/(\S+)", TEXT))
+    recipe = load(find_recipe("huge-22k-512"), options.split()).stages["pretrain"]
+    epoch = IMAGES // recipe.batch.global_batch
+    checkpoints = Checkpoints(
+        SimpleNamespace(), None, None, recipe.checkpoint, saved=None, steps_per_epoch=epoch, reach_steps=0
+    )
+    end = round(recipe.schedule.epochs * epoch)
+    saved = [CheckpointName(name.attempt, step) for step in range(1, end + 1) if checkpoints.due(step)]
+    assert name.step == 400 * epoch
+    assert name in kept(saved, keep_last=recipe.checkpoint.keep_last, keep_every=checkpoints._keep_every)
