@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -95,10 +96,22 @@ def cancel(id: str) -> None:
 
 def requeue(id: str) -> None:
     """Let a job start again. One that a person has cancelled stays so, and one that Slurm has requeued already, as some
-    preemptions do, is left alone: a plain requeue would revive the first. Only the time limit is no reason to end."""
+    preemptions do, is left alone: a plain requeue would revive the first. Neither the time limit is a reason to end nor
+    a preemption that cancels."""
     ask("scontrol", "requeue", "Incomplete", id)
-    if any(job.reason == "TimeLimit" for job in jobs(ids=[id])):
-        ask("scontrol", "requeue", id)
+    job = _fields(ask("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
+    if job.get("Reason") == "TimeLimit" or _ended_by_preemption(job):
+        ask("scontrol", "requeue", id, unless="Job is pending execution")
+
+
+def _ended_by_preemption(job: dict[str, str]) -> bool:
+    """Whether PreemptMode=CANCEL ended a job. One that was requeued has no PreemptTime any more; one that a person has
+    cancelled has none either, or one whose grace was not yet over. Its COMPLETING says nothing."""
+    if job.get("PreemptTime", "None") == "None":
+        return False
+    grace = (partition(job["Partition"]) or {}).get("GraceTime", "0")
+    told, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
+    return (ended - told).total_seconds() >= int(grace)
 
 
 def exclude(id: str, nodes: Iterable[str]) -> None:
@@ -109,8 +122,13 @@ def exclude(id: str, nodes: Iterable[str]) -> None:
 def partition(name: str | None) -> dict[str, str] | None:
     """The fields of a partition, or of the default one; None if there is none."""
     text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", unless="not found")
-    found = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in text.splitlines()]
+    found = [_fields(line) for line in text.splitlines()]
     return next((p for p in found if name or p.get("Default") == "YES"), None)
+
+
+def _fields(line: str) -> dict[str, str]:
+    """What `scontrol show -o` prints. The first of a name counts: paths may hold anything, and come late."""
+    return dict(reversed([pair.split("=", 1) for pair in line.split() if "=" in pair]))
 
 
 def minutes(limit: str) -> float:

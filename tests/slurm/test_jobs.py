@@ -117,6 +117,23 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
 
 
 @pytest.mark.slow
+def test_a_preemption_that_cancels_is_made_good_by_the_job_itself(submit, undisturbed):
+    """PreemptMode=CANCEL without grace: the job has ended before its ranks have saved."""
+    low = ["scontrol", "update", "PartitionName=low"]
+    grace = scheduler.partition("low")["GraceTime"]
+    subprocess.run([*low, "PreemptMode=CANCEL", "GraceTime=0"], check=True)
+    try:
+        run = submit("stages.finetune=null", *LONG, hold_at=2)
+        faults.strike(run / "pretrain", faults.preempt, at_step=2)
+    finally:  # other tests have the same cluster
+        subprocess.run([*low, "PreemptMode=REQUEUE", f"GraceTime={grace}"], check=True)
+    wait_until(run / "intermediate", JobState.ENDED)
+    assert outcome_of_attempt(run / "pretrain", 1)["kind"] == OutcomeKind.SAVED
+    assert Stage(run / "pretrain").done() == undisturbed.done()
+    assert Stage(run / "intermediate").done()
+
+
+@pytest.mark.slow
 def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbed):
     stage = submit(hold_at=25, seconds=60) / "pretrain"
     faults.strike(stage, faults.freeze_nodes, at_step=25)

@@ -79,6 +79,41 @@ def test_a_controller_that_is_away_or_busy_is_asked_again(words):
     assert not isinstance(refused.value, slurm.NoControllerError)
 
 
+PREEMPTED = "PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=2026-11-22T22:08:50"
+
+
+@pytest.mark.parametrize(
+    ("times", "grace", "again"),
+    [
+        (f"EndTime=2026-11-22T22:08:50 Deadline=N/A {PREEMPTED}", 0, True),  # PreemptMode=CANCEL
+        (f"EndTime=2026-11-22T22:09:12 Deadline=N/A {PREEMPTED}", 10, True),  # its ranks took too long
+        (f"EndTime=2026-11-22T22:08:54 Deadline=N/A {PREEMPTED}", 10, False),  # cancelled while they saved
+        ("EndTime=2026-11-22T22:08:50 PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=None", 0, False),  # scancel
+        ("EndTime=2026-11-22T22:18:51 Deadline=N/A SuspendTime=None", 0, False),  # requeued already
+    ],
+)
+def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(monkeypatch, times, grace, again):
+    job = (
+        "JobId=7 JobName=fcmae-pretrain Priority=4294901757 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1"
+        f" Restarts=0 StartTime=2026-11-22T22:08:46 {times} Partition=low NumNodes=1"
+        " Command=/runs/a/pretrain/slurm/submission_file.sh WorkDir=/runs/a b=c Reason=TimeLimit/pretrain Power= "
+    )
+    asked = []
+
+    def ask(*command: str, unless: str = "") -> str:
+        asked.append(command)
+        partition = f"PartitionName=low Default=YES GraceTime={grace} PreemptMode=CANCEL State=UP"
+        return {"job": job, "partition": partition}.get(command[2], "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    slurm.requeue("7")
+    assert asked[0] == ("scontrol", "requeue", "Incomplete", "7")
+    assert (asked[-1] == ("scontrol", "requeue", "7")) is again
+    job = job.replace("Reason=None", "Reason=TimeLimit", 1)
+    slurm.requeue("7")
+    assert asked[-1] == ("scontrol", "requeue", "7")
+
+
 @pytest.mark.parametrize("state", [*queue.WAITING, *queue.RUNNING])
 def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state):
     monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
