@@ -11,6 +11,10 @@ from cluster.launcher import LaunchError
 
 TIMEOUT_SECONDS = 60
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
+NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # the latter: no nodes are left that fit what it asks for
+
+# What sbatch says of a job that the nodes which are up cannot hold, and of one that excludes a node it does not know.
+NO_SUCH_NODES = ("node configuration is not available", "Invalid node name")
 
 # What slurm_strerror says when slurmctld is down, busy, or just being replaced by its backup.
 AWAY = (
@@ -115,7 +119,8 @@ def _ended_by_preemption(job: dict[str, str]) -> bool:
 
 
 def exclude(id: str, nodes: Iterable[str]) -> None:
-    """Keep the next start of a waiting job off these nodes, and off no others."""
+    """Keep the next start of a waiting job off these nodes, and off no others. Slurm does so even if too few are left,
+    and then never starts it."""
     ask("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
 
 

@@ -35,7 +35,7 @@ class Planned:
     done: bool = False
     job: Job | None = None
     replaces: Job | None = None
-    """A job that waits for one which is gone, or that Slurm holds because it could not start it."""
+    """A job that waits for one which is gone, or that Slurm will not start any more."""
 
     @property
     def missing(self) -> bool:
@@ -60,7 +60,7 @@ def plan(
         begun = begun or name == start
         directory, before = run / name, found.get(recipe.previous or "")
         job, replaces = jobs.get(name), None
-        if job and job.reason == slurm.LAUNCH_FAILED:
+        if job and job.reason in slurm.NEVER_STARTS:
             job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job

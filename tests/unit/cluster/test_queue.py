@@ -89,6 +89,12 @@ def test_jobs_beside_the_files(run, squeue):
     assert "n[1-2]" in text
 
 
+def test_a_job_that_slurm_will_never_start_is_named(run, squeue):
+    submit(run, "pretrain", "41")
+    squeue(says(run, "41|PENDING||BadConstraints|@/pretrain"))
+    assert "pretrain, Slurm will never start job 41 (BadConstraints): `fcmae resume` replaces it" in shown(run)
+
+
 @pytest.mark.parametrize(
     ("answer", "state", "job_state"),
     [

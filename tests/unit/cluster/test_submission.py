@@ -16,8 +16,9 @@ from cluster.logs import show
 from cluster.site import Site
 from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
-from cluster.submit import Planned, check_partition, live_jobs
+from cluster.submit import Planned, check_partition, live_jobs, plan
 from cluster.worker import export_rank_environment, interface_towards, remove_torn_files
+from pipeline.recipe import load
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.cluster_commands import submit
@@ -118,6 +119,17 @@ def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(monkeypatch
 def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state):
     monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
     assert list(live_jobs(Path("/runs/a"), ["pretrain"])) == ["pretrain"]
+
+
+@pytest.mark.parametrize("reason", ["BadConstraints", slurm.LAUNCH_FAILED])
+def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, reason):
+    run = tmp_path / "run"
+    chain = load(write_tiny_recipe(tmp_path))
+    jobs = f"7|PENDING|{reason}|(null)|{run}/pretrain\n8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: jobs)
+    planned = plan(chain, run, Site(nodes=2))
+    assert [item.missing for item in planned] == [True, True, True]
+    assert [item.replaces and item.replaces.id for item in planned] == ["7", "8", None]
 
 
 def test_a_partition_may_be_several(monkeypatch, tmp_path):
