@@ -28,6 +28,7 @@ class JobState(StrEnum):
 
     WAITING = "waiting"  # queued, requeued or held
     RUNNING = "running"  # at least one process may still write
+    ENDING = "ending"  # ended for Slurm, while processes may still save: for good, or to be queued again
     ENDED = "ended"  # its script returned 0; a job that is being requeued can look so for a moment
     FAILED = "failed"  # its script failed, a node was lost or the time ran out, and nothing will start it again
     CANCELLED = "cancelled"  # by a person, or for want of what it depends on
@@ -42,7 +43,7 @@ _STATES = {
     "SUSPENDED": JobState.WAITING,
     "CONFIGURING": JobState.WAITING,
     "RUNNING": JobState.RUNNING,
-    "COMPLETING": JobState.RUNNING,
+    "COMPLETING": JobState.ENDING,
     "SIGNALING": JobState.RUNNING,
     "STOPPED": JobState.RUNNING,
     "STAGE_OUT": JobState.RUNNING,
@@ -68,7 +69,7 @@ class Job:
     @property
     def live(self) -> bool:
         """Whether it may still write, now or later."""
-        return self.state in (JobState.WAITING, JobState.RUNNING)
+        return self.state in (JobState.WAITING, JobState.RUNNING, JobState.ENDING)
 
 
 class NoControllerError(LaunchError):

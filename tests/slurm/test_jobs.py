@@ -240,6 +240,19 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
 
 
+@pytest.mark.slow
+def test_resume_waits_for_a_cancelled_job_that_still_saves(submit, capsys):
+    run = submit("stages.finetune=null", hold_at=2, seconds=5)
+    wait_for(lambda: steps_taken(run / "pretrain") >= 2, "two steps")
+    first = job_of(run / "pretrain").id
+    cluster_commands.cancel(run)
+    cluster_commands.resume(run)
+    assert f"waiting for job {first} of stage pretrain, which is just ending" in capsys.readouterr().out
+    assert job_of(run / "pretrain").id != first
+    wait_until(run / "intermediate", JobState.ENDED)
+    assert Stage(run / "intermediate").done()
+
+
 def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit, tmp_path):
     """Data that changes after it was submitted; nobody can see that before the job starts."""
     run = submit("defaults.engine.threads=1", site=held(tmp_path / "run"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import history, queue, slurm, snapshot
+from cluster import submit as submission
 from cluster.launcher import LaunchError
 from cluster.logs import show
 from cluster.site import Site
@@ -21,7 +22,7 @@ from cluster.worker import export_rank_environment, interface_towards, remove_to
 from pipeline.recipe import load
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools.cluster_commands import submit
+from tools.cluster_commands import resume, submit
 
 
 def journal(stage: Path, attempt: int = 1) -> Journal:
@@ -130,6 +131,40 @@ def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, re
     planned = plan(chain, run, Site(nodes=2))
     assert [item.missing for item in planned] == [True, True, True]
     assert [item.replaces and item.replaces.id for item in planned] == ["7", "8", None]
+
+
+@pytest.mark.parametrize(
+    ("then", "missing"),
+    [
+        ("CANCELLED|None", [True, True]),  # saved within KillWait, after `fcmae cancel`
+        ("PENDING|BeginTime", [False, False]),  # requeued
+        ("RUNNING|None", [False, False]),
+    ],
+)
+def test_a_job_that_is_just_ending_is_waited_for(monkeypatch, tmp_path, capsys, then, missing):
+    run, chain = tmp_path / "run", load(write_tiny_recipe(tmp_path, ["stages.finetune=null"]))
+    waits = f"8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
+    answers = [f"7|{state}|(null)|{run}/pretrain\n{waits}" for state in (then, "COMPLETING|None", "COMPLETING|None")]
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: answers.pop())
+    monkeypatch.setattr(submission, "ASK_SECONDS", 0)
+    assert [item.missing for item in plan(chain, run, Site(nodes=2))] == missing
+    assert capsys.readouterr().out == "waiting for job 7 of stage pretrain, which is just ending, for up to 75 s\n"
+    assert answers == []
+
+
+def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(monkeypatch, tmp_path):
+    run = make_tiny_run(tmp_path)
+    (run / CANCELLED).touch()
+    (run / "site.yaml").write_text("nodes: 2\n")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|COMPLETING|None|(null)|{run}/pretrain\n")
+    monkeypatch.setattr(submission, "ENDING_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "ASK_SECONDS", 0.01)
+    with pytest.raises(LaunchError, match=r"^job 7 of stage pretrain is just ending; try again in a minute"):
+        resume(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (run / "pretrain" / "DONE").touch()  # it is finished, whatever its epilog does
+    assert [item.done for item in plan(load(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
 
 
 def test_a_partition_may_be_several(monkeypatch, tmp_path):
