@@ -35,6 +35,11 @@ class QueuedJob:
         return self.state in RUNNING
 
     @property
+    def ends(self) -> bool:
+        """Whether it is on its way out: for good, or to be queued again."""
+        return self.state == "COMPLETING"
+
+    @property
     def live(self) -> bool:
         return self.waits or self.runs
 

@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from cluster.launcher import LaunchError
 
 TIMEOUT_SECONDS = 60
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
+NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # the latter: no nodes are left that fit what it asks for
+
+# What sbatch says of a job that the nodes which are up cannot hold, and of one that excludes a node it does not know.
+NO_SUCH_NODES = ("node configuration is not available", "Invalid node name")
 
 EVERY = ("--noheader", "--all", "--states=all")  # squeue's options for all jobs, also in partitions that are hidden
 IN_SERVICE = {"allocated", "completing", "idle", "mixed", "planned"}  # sinfo's states of nodes that take jobs
@@ -26,6 +31,7 @@ class JobState(StrEnum):
 
     WAITING = "waiting"  # queued, requeued or held
     RUNNING = "running"  # at least one process may still write
+    ENDING = "ending"  # ended for Slurm, while processes may still save: for good, or to be queued again
     ENDED = "ended"  # its script returned 0; a job that is being requeued can look so for a moment
     FAILED = "failed"  # its script failed, a node was lost or the time ran out, and nothing will start it again
     CANCELLED = "cancelled"  # by a person, or for want of what it depends on
@@ -40,7 +46,7 @@ _STATES = {
     "SUSPENDED": JobState.WAITING,
     "CONFIGURING": JobState.WAITING,
     "RUNNING": JobState.RUNNING,
-    "COMPLETING": JobState.RUNNING,
+    "COMPLETING": JobState.ENDING,
     "SIGNALING": JobState.RUNNING,
     "STOPPED": JobState.RUNNING,
     "STAGE_OUT": JobState.RUNNING,
@@ -66,7 +72,7 @@ class Job:
     @property
     def live(self) -> bool:
         """Whether it may still write, now or later."""
-        return self.state in (JobState.WAITING, JobState.RUNNING)
+        return self.state in (JobState.WAITING, JobState.RUNNING, JobState.ENDING)
 
 
 class NoControllerError(LaunchError):
@@ -98,14 +104,27 @@ def cancel(id: str) -> None:
 
 def requeue(id: str) -> None:
     """Let a job start again. One that a person has cancelled stays so, and one that Slurm has requeued already, as some
-    preemptions do, is left alone: a plain requeue would revive the first. Only the time limit is no reason to end."""
+    preemptions do, is left alone: a plain requeue would revive the first. Neither the time limit is a reason to end nor
+    a preemption that cancels."""
     ask("scontrol", "requeue", "Incomplete", id)
-    if any(job.reason == "TimeLimit" for job in jobs(ids=[id])):
-        ask("scontrol", "requeue", id)
+    job = _fields(ask("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
+    if job.get("Reason") == "TimeLimit" or _ended_by_preemption(job):
+        ask("scontrol", "requeue", id, unless="Job is pending execution")
+
+
+def _ended_by_preemption(job: dict[str, str]) -> bool:
+    """Whether PreemptMode=CANCEL ended a job. One that was requeued has no PreemptTime any more; one that a person has
+    cancelled has none either, or one whose grace was not yet over. Its COMPLETING says nothing."""
+    if job.get("PreemptTime", "None") == "None":
+        return False
+    grace = (partition(job["Partition"]) or {}).get("GraceTime", "0")
+    told, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
+    return (ended - told).total_seconds() >= int(grace)
 
 
 def exclude(id: str, nodes: Iterable[str]) -> None:
-    """Keep the next start of a waiting job off these nodes, and off no others."""
+    """Keep the next start of a waiting job off these nodes, and off no others. Slurm does so even if too few are left,
+    and then never starts it."""
     ask("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
 
 
@@ -113,7 +132,7 @@ def partition(name: str | None) -> dict[str, str] | None:
     """The fields of a partition, or of the default one; None if there is none."""
     # Jobs may be submitted to hidden ones too.
     text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", "--all", unless="not found")
-    found = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in text.splitlines()]
+    found = [_fields(line) for line in text.splitlines()]
     return next((p for p in found if name or p.get("Default") == "YES"), None)
 
 
@@ -122,6 +141,11 @@ def out_of_service(partition: str | None) -> bool:
     # A partition that is named may be hidden.
     where = f"--partition={partition}" if partition else "--all"
     return not set(ask("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
+
+
+def _fields(line: str) -> dict[str, str]:
+    """What `scontrol show -o` prints. The first of a name counts: paths may hold anything, and come late."""
+    return dict(reversed([pair.split("=", 1) for pair in line.split() if "=" in pair]))
 
 
 def minutes(limit: str) -> float:

@@ -144,13 +144,14 @@ class Follower:
 
     def _take_job(self, seen: StageStatus, job: QueuedJob | None) -> None:
         """Let Slurm's word change what the files say of a stage that is not done."""
+        last = (entries(self.directory) or [{}])[-1]
+        over = last.get("event") in ("stopped", "cancelled")
         if job and job.waits:
             seen.state, seen.nodes = "queued", ""
-        elif job and job.runs and seen.state != "running":
+        elif job and job.runs and seen.state != "running" and not (job.ends and over):
             seen.state = "starting"
-        last = (entries(self.directory) or [{}])[-1]
         stale = (_number(last.get("time")) or 0.0) < max(map(_modified, _attempts(self.directory)), default=0.0)
-        if last.get("event") in ("stopped", "cancelled") and not stale and not (job and job.live):
+        if over and not stale and not (job and job.live):
             seen.reason = str(last.get("reason", ""))
             seen.state = "cancelled" if "cancelled" in (last["event"], seen.reason) else "failed"
         elif job and job.state == "CANCELLED" and seen.state != "running":

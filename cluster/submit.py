@@ -4,6 +4,7 @@ DONE markers say what is finished, squeue says what is on its way; neither files
 jobs is asked. So the same steps serve a first submission, one after the login node died, and one on another site.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ from cluster.launcher import LaunchError
 from cluster.memory import Needed, check_memory
 from cluster.script import JobScript, job_name
 from cluster.site import Site, store_site
-from cluster.slurm import Job
+from cluster.slurm import Job, JobState
 from cluster.stopwatch import CANCELLED, Pace
 from pipeline.health.gates import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage import Stage
 from pipeline.tracking.journal import Tail
+
+ENDING_SECONDS = 75.0  # how long a job may take to end: Slurm's KillWait is 30 by default, and epilogs take their time
+ASK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Planned:
     done: bool = False
     job: Job | None = None
     replaces: Job | None = None
-    """A job that waits for one which is gone, or that Slurm holds because it could not start it."""
+    """A job that waits for one which is gone, or that Slurm will not start any more."""
 
     @property
     def missing(self) -> bool:
@@ -43,22 +47,23 @@ class Planned:
 def plan(
     chain: ChainRecipe, run: Path, site: Site, *, ask_slurm: bool = True, start: str | None = None
 ) -> list[Planned]:
-    """What becomes of the stages of a chain, in order, those before `start` left out unless others need them.
+    """What becomes of the stages of a chain, in order, those before `start` left out unless others need them. Waits for
+    jobs that are just ending, and says so.
 
     Raises:
-        LaunchError: if Slurm cannot be asked, there is no stage `start`, or what it starts from is neither done nor
-            on its way.
+        LaunchError: if Slurm cannot be asked, a job does not end, there is no stage `start`, or what it starts from is
+            neither done nor on its way.
     """
     if start is not None and start not in chain.stages:
         raise LaunchError(f"there is no stage {start} in recipe {chain.name}; it has {', '.join(chain.stages)}")
-    jobs = live_jobs(run, list(chain.stages)) if ask_slurm else {}
+    jobs = _settled_jobs(run, list(chain.stages)) if ask_slurm else {}
     found: dict[str, Planned] = {}
     begun = start is None
     for name, recipe in chain.stages.items():
         begun = begun or name == start
         directory, before = run / name, found.get(recipe.previous or "")
         job, replaces = jobs.get(name), None
-        if job and job.reason == slurm.LAUNCH_FAILED:
+        if job and job.reason in slurm.NEVER_STARTS:
             job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job
@@ -77,6 +82,24 @@ def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
     """stage -> its newest job that waits or runs, found by its directory: no record of ours can be lost or stale."""
     found = slurm.jobs(names=[job_name(run / name) for name in stages])
     return {job.directory.name: job for job in found if job.live and job.directory.parent == run}
+
+
+def _settled_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
+    """The live jobs, once it shows what becomes of those that are just ending: one that was cancelled and still saves
+    is not on its way, and what would wait for it Slurm would cancel; one that is requeued is."""
+    give_up_at, told = time.monotonic() + ENDING_SECONDS, ""
+    while True:
+        jobs = live_jobs(run, stages)
+        ending = [f"job {job.id} of stage {name}" for name, job in jobs.items()
+                  if job.state is JobState.ENDING and not (run / name / "DONE").exists()]  # fmt: skip
+        if not ending:
+            return jobs
+        if time.monotonic() >= give_up_at:
+            raise LaunchError(f"{ending[0]} is just ending; try again in a minute, nothing has been changed")
+        if ending[0] != told:
+            told = ending[0]
+            print(f"waiting for {told}, which is just ending, for up to {ENDING_SECONDS:.0f} s", flush=True)
+        time.sleep(ASK_SECONDS)
 
 
 def check(planned: list[Planned]) -> dict[str, Needed]:

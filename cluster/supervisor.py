@@ -10,15 +10,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import history, slurm
 from cluster.launcher import LaunchError
 from cluster.preflight.guard import bad_nodes
-from cluster.site import stored_site
+from cluster.script import JobScript
+from cluster.site import Site, stored_site
 from cluster.stopwatch import CANCELLED
 from cluster.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import OffTrackError, StageError, UserError
@@ -28,6 +29,7 @@ from pipeline.stage import Stage
 from pipeline.tracking.startup import JOB_STARTED
 
 RETRY_SECONDS = 5
+T = TypeVar("T")
 
 
 def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) -> int:
@@ -47,7 +49,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         return 1
     outcome = stage.last_outcome() if ours else None  # a start that got not so far has not said how it ended
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
-    avoid = bad_nodes(directory, job)
+    bad = bad_nodes(directory, job)
     if now := bad_nodes(directory, job, _restarts()):
         reason = "; ".join(f"{node} is a bad node ({why})" for node, why in now.items())
     if (directory.parent / CANCELLED).exists():
@@ -65,22 +67,61 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
     fruitless = history.fruitless(directory, committed)
     if fruitless >= attempts_without_progress:
         return give_up(directory, job, f"{fruitless} attempts in a row committed no step after {committed}: {reason}")
+    avoid = _patiently(lambda: _dispensable(directory, [bad, now])) if bad else set()
+    if kept := sorted(bad.keys() - avoid):
+        reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; Slurm is asked to run job {job} again", flush=True)
     history.note(directory, "requeued", job, committed=committed, code=code, reason=reason)
+
+    def again() -> None:
+        slurm.requeue(job)
+        if bad:
+            slurm.exclude(job, {*avoid, *_site(directory).exclude})
+
+    try:
+        _patiently(again)
+    except LaunchError as error:
+        # Requeued or cancelled by somebody else, in this very moment: then it is no longer ours to decide.
+        print(error, flush=True)
+        history.note(directory, "stopped", job, reason=str(error))
+        return 1
+    return 0
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Slurm's answer, however long slurmctld is away."""
     while True:
         try:
-            slurm.requeue(job)
-            if avoid:
-                slurm.exclude(job, {*avoid, *stored_site(directory.parent, directory.name).exclude})
-            return 0
+            return ask()
         except slurm.NoControllerError as error:
             print(error, flush=True)
             time.sleep(RETRY_SECONDS)
+
+
+def _site(directory: Path) -> Site:
+    return stored_site(directory.parent, directory.name)
+
+
+def _dispensable(directory: Path, choices: Iterable[Iterable[str]]) -> set[str]:
+    """The first of these sets of nodes that the job can do without, by Slurm's own word: enough others are up and have
+    what the site asks for. None, if it can do without none: it would wait for ever, while a bad node ends one attempt.
+
+    Raises:
+        NoControllerError: if slurmctld does not answer.
+    """
+    site = _site(directory)
+    for nodes in filter(None, choices):
+        try:
+            without = site.model_copy(update={"exclude": tuple(sorted({*site.exclude, *nodes}))})
+            JobScript(directory, without, Path(__file__).parents[1]).test()
         except LaunchError as error:
-            # Requeued or cancelled by somebody else, in this very moment: then it is no longer ours to decide.
-            print(error, flush=True)
-            history.note(directory, "stopped", job, reason=str(error))
-            return 1
+            if any(words in str(error) for words in (*slurm.AWAY, "had no answer")):
+                raise slurm.NoControllerError(str(error)) from None
+            # Another refusal, as where a node may submit nothing, tells nothing of the nodes.
+            if any(words in str(error) for words in slurm.NO_SUCH_NODES):
+                continue
+        return set(nodes)
+    return set()
 
 
 def _restarts() -> int:

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.slurm import NEVER_STARTS
 from cluster.status import StageStatus, State
 
 BAR_WIDTH = 24
@@ -76,6 +77,8 @@ def render(statuses: list[StageStatus], trouble: str = "") -> Group:
         if (hidden := len(ended) - RESTARTS_SHOWN) > 0:
             lines.append(f"{s.stage}, {hidden} earlier attempts: see --json")
         lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
+        if s.state == "queued" and s.job_reason in NEVER_STARTS:
+            lines.append(f"{s.stage}, Slurm will never start job {s.job} ({s.job_reason}): `fcmae resume` replaces it")
         if s.on_track is False:
             lines.append(f"{s.stage}, {s.verdict}")
     if trouble:

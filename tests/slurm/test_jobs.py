@@ -120,6 +120,23 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
 
 
 @pytest.mark.slow
+def test_a_preemption_that_cancels_is_made_good_by_the_job_itself(submit, undisturbed):
+    """PreemptMode=CANCEL without grace: the job has ended before its ranks have saved."""
+    low = ["scontrol", "update", "PartitionName=low"]
+    grace = scheduler.partition("low")["GraceTime"]
+    subprocess.run([*low, "PreemptMode=CANCEL", "GraceTime=0"], check=True)
+    try:
+        run = submit("stages.finetune=null", *LONG, hold_at=2)
+        faults.strike(run / "pretrain", faults.preempt, at_step=2)
+    finally:  # other tests have the same cluster
+        subprocess.run([*low, "PreemptMode=REQUEUE", f"GraceTime={grace}"], check=True)
+    wait_until(run / "intermediate", JobState.ENDED)
+    assert outcome_of_attempt(run / "pretrain", 1)["kind"] == OutcomeKind.SAVED
+    assert Stage(run / "pretrain").done() == undisturbed.done()
+    assert Stage(run / "intermediate").done()
+
+
+@pytest.mark.slow
 def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbed):
     stage = submit(hold_at=25, seconds=60) / "pretrain"
     faults.strike(stage, faults.freeze_nodes, at_step=25)
@@ -255,6 +272,19 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     assert Stage(stage).done() == undisturbed.done()
     assert job_of(stage).id != job.id
     assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
+
+
+@pytest.mark.slow
+def test_resume_waits_for_a_cancelled_job_that_still_saves(submit, capsys):
+    run = submit("stages.finetune=null", hold_at=2, seconds=5)
+    wait_for(lambda: steps_taken(run / "pretrain") >= 2, "two steps")
+    first = job_of(run / "pretrain").id
+    cluster_commands.cancel(run)
+    cluster_commands.resume(run)
+    assert f"waiting for job {first} of stage pretrain, which is just ending" in capsys.readouterr().out
+    assert job_of(run / "pretrain").id != first
+    wait_until(run / "intermediate", JobState.ENDED)
+    assert Stage(run / "intermediate").done()
 
 
 def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(submit, tmp_path):

@@ -89,6 +89,23 @@ def test_jobs_beside_the_files(run, squeue):
     assert "n[1-2]" in text
 
 
+def test_a_cancelled_job_that_still_ends_is_not_starting(run, squeue):
+    submit(run, "pretrain", "41")
+    take(run / "pretrain", 1)
+    squeue(says(run, "41|COMPLETING|n1|None|@/pretrain"))
+    assert status(run)[0].state == "running"
+    write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
+    assert status(run)[0].state == "starting"  # requeued
+    history.note(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
+    assert (status(run)[0].state, status(run)[0].job_state) == ("saved", "COMPLETING")
+
+
+def test_a_job_that_slurm_will_never_start_is_named(run, squeue):
+    submit(run, "pretrain", "41")
+    squeue(says(run, "41|PENDING||BadConstraints|@/pretrain"))
+    assert "pretrain, Slurm will never start job 41 (BadConstraints): `fcmae resume` replaces it" in shown(run)
+
+
 @pytest.mark.parametrize(
     ("answer", "state", "job_state"),
     [

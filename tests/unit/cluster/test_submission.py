@@ -19,12 +19,12 @@ from cluster.script import JobScript
 from cluster.site import Site, stored_site
 from cluster.slurm import minutes
 from cluster.stopwatch import CANCELLED, Pace, StopWatch
-from cluster.submit import Planned, check_partition, live_jobs
+from cluster.submit import Planned, check_partition, live_jobs, plan
 from cluster.worker import export_rank_environment, interface_towards, preflight_outcome, remove_torn_files
 from pipeline.recipe import load
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools.cluster_commands import submit
+from tools.cluster_commands import resume, submit
 
 
 def journal(stage: Path, attempt: int = 1) -> Journal:
@@ -83,10 +83,90 @@ def test_a_controller_that_is_away_or_busy_is_asked_again(words):
     assert not isinstance(refused.value, slurm.NoControllerError)
 
 
+PREEMPTED = "PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=2026-11-22T22:08:50"
+
+
+@pytest.mark.parametrize(
+    ("times", "grace", "again"),
+    [
+        (f"EndTime=2026-11-22T22:08:50 Deadline=N/A {PREEMPTED}", 0, True),  # PreemptMode=CANCEL
+        (f"EndTime=2026-11-22T22:09:12 Deadline=N/A {PREEMPTED}", 10, True),  # its ranks took too long
+        (f"EndTime=2026-11-22T22:08:54 Deadline=N/A {PREEMPTED}", 10, False),  # cancelled while they saved
+        ("EndTime=2026-11-22T22:08:50 PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=None", 0, False),  # scancel
+        ("EndTime=2026-11-22T22:18:51 Deadline=N/A SuspendTime=None", 0, False),  # requeued already
+    ],
+)
+def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(monkeypatch, times, grace, again):
+    job = (
+        "JobId=7 JobName=fcmae-pretrain Priority=4294901757 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1"
+        f" Restarts=0 StartTime=2026-11-22T22:08:46 {times} Partition=low NumNodes=1"
+        " Command=/runs/a/pretrain/slurm/submission_file.sh WorkDir=/runs/a b=c Reason=TimeLimit/pretrain Power= "
+    )
+    asked = []
+
+    def ask(*command: str, unless: str = "") -> str:
+        asked.append(command)
+        partition = f"PartitionName=low Default=YES GraceTime={grace} PreemptMode=CANCEL State=UP"
+        return {"job": job, "partition": partition}.get(command[2], "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    slurm.requeue("7")
+    assert asked[0] == ("scontrol", "requeue", "Incomplete", "7")
+    assert (asked[-1] == ("scontrol", "requeue", "7")) is again
+    job = job.replace("Reason=None", "Reason=TimeLimit", 1)
+    slurm.requeue("7")
+    assert asked[-1] == ("scontrol", "requeue", "7")
+
+
 @pytest.mark.parametrize("state", [*queue.WAITING, *queue.RUNNING])
 def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state):
     monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
     assert list(live_jobs(Path("/runs/a"), ["pretrain"])) == ["pretrain"]
+
+
+@pytest.mark.parametrize("reason", ["BadConstraints", slurm.LAUNCH_FAILED])
+def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, reason):
+    run = tmp_path / "run"
+    chain = load(write_tiny_recipe(tmp_path))
+    jobs = f"7|PENDING|{reason}|(null)|{run}/pretrain\n8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: jobs)
+    planned = plan(chain, run, Site(nodes=2))
+    assert [item.missing for item in planned] == [True, True, True]
+    assert [item.replaces and item.replaces.id for item in planned] == ["7", "8", None]
+
+
+@pytest.mark.parametrize(
+    ("then", "missing"),
+    [
+        ("CANCELLED|None", [True, True]),  # saved within KillWait, after `fcmae cancel`
+        ("PENDING|BeginTime", [False, False]),  # requeued
+        ("RUNNING|None", [False, False]),
+    ],
+)
+def test_a_job_that_is_just_ending_is_waited_for(monkeypatch, tmp_path, capsys, then, missing):
+    run, chain = tmp_path / "run", load(write_tiny_recipe(tmp_path, ["stages.finetune=null"]))
+    waits = f"8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
+    answers = [f"7|{state}|(null)|{run}/pretrain\n{waits}" for state in (then, "COMPLETING|None", "COMPLETING|None")]
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: answers.pop())
+    monkeypatch.setattr(jobs, "ASK_SECONDS", 0)
+    assert [item.missing for item in plan(chain, run, Site(nodes=2))] == missing
+    assert capsys.readouterr().out == "waiting for job 7 of stage pretrain, which is just ending, for up to 75 s\n"
+    assert answers == []
+
+
+def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(monkeypatch, tmp_path):
+    run = make_tiny_run(tmp_path)
+    (run / CANCELLED).touch()
+    (run / "site.yaml").write_text("nodes: 2\n")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: f"7|COMPLETING|None|(null)|{run}/pretrain\n")
+    monkeypatch.setattr(jobs, "ENDING_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "ASK_SECONDS", 0.01)
+    with pytest.raises(LaunchError, match=r"^job 7 of stage pretrain is just ending; try again in a minute"):
+        resume(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (run / "pretrain" / "DONE").touch()  # it is finished, whatever its epilog does
+    assert [item.done for item in plan(load(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
 
 
 def test_a_partition_may_be_several(monkeypatch, tmp_path):

@@ -4,7 +4,9 @@ import time
 
 import pytest
 
-from cluster import history, slurm
+from cluster import history, slurm, supervisor
+from cluster.launcher import LaunchError
+from cluster.script import JobScript
 from cluster.site import SITE
 from cluster.supervisor import conclude
 from cluster.worker import PERMANENT
@@ -64,6 +66,7 @@ def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, monkeypatc
     (stage.directory.parent / SITE).write_text("nodes: 1\n")
     asked = []
     monkeypatch.setattr(slurm, "ask", lambda *command, **_: asked.append(command) or "")
+    monkeypatch.setattr(JobScript, "test", lambda script: None)
     history.note(stage.directory, "submitted", "7", committed=-1)
     assert conclude(stage, 70, "7", 9) == 0
     assert "n3 is a bad node (disk: full)" in history.read(stage.directory)[-1]["reason"]
@@ -71,3 +74,47 @@ def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, monkeypatc
     assert conclude(stage, 70, "7", 9) == 0
     assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 70 and left no word"
     assert asked[-1][-1] == "ExcNodeList=n3"  # still kept off it
+
+
+REFUSED = "Slurm would refuse stage pretrain: "
+TOO_FEW = "allocation failure: Requested node configuration is not available"  # sbatch --test-only --exclude, 22.05
+
+
+@pytest.mark.parametrize(
+    ("spare", "answer", "excluded"),
+    [
+        (2, TOO_FEW, "n2,n3,n9"),
+        (1, TOO_FEW, "n2,n9"),  # the one that was bad just now
+        (0, TOO_FEW, "n9"),  # the site's own, as before
+        (0, "allocation failure: Invalid node name specified", "n9"),
+        (0, "Access/permission denied", "n2,n3,n9"),  # a node that may not submit
+    ],
+)
+def test_nodes_that_the_job_cannot_do_without_are_not_excluded(stage, monkeypatch, spare, answer, excluded):
+    """Slurm would take the exclusion, and let the job wait for ever: PENDING, BadConstraints."""
+    folder = stage.directory / "slurm" / "bad-nodes"
+    folder.mkdir(parents=True)
+    for restart, node in enumerate(("n3", "n2")):
+        write_json(folder / f"7.{restart}.0.json", [{"node": node, "check": "disk", "detail": "full"}])
+    (stage.directory.parent / SITE).write_text("nodes: 2\nexclude: [n9]\n")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(supervisor, "RETRY_SECONDS", 0)
+    away, asked = ["Batch job submission failed: Unable to contact slurm controller (connect failure)"], []
+
+    def test(script: JobScript) -> None:
+        if away:
+            raise LaunchError(REFUSED + away.pop())
+        if len(set(script.site.exclude) - {"n9"}) > spare:
+            raise LaunchError(REFUSED + answer)
+
+    monkeypatch.setattr(JobScript, "test", test)
+    monkeypatch.setattr(slurm, "ask", lambda *command, **_: asked.append(command) or "")
+    history.note(stage.directory, "submitted", "7", committed=-1)
+    assert conclude(stage, 70, "7", 2) == 0
+    assert asked[-1][-1] == f"ExcNodeList={excluded}"
+    reason = history.read(stage.directory)[-1]["reason"]
+    kept = [node for node in ("n2", "n3") if node not in excluded]
+    again = f"; {', '.join(kept)} may be used again: too few nodes are left otherwise" if kept else ""
+    assert reason == f"n2 is a bad node (disk: full){again}"
+    assert conclude(stage, 70, "7", 2) == 1  # and the attempts count
+    assert history.read(stage.directory)[-1]["event"] == "stopped"
