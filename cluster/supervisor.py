@@ -113,7 +113,8 @@ def _dispensable(directory: Path, choices: Iterable[Iterable[str]]) -> set[str]:
     for nodes in filter(None, choices):
         try:
             without = site.model_copy(update={"exclude": tuple(sorted({*site.exclude, *nodes}))})
-            JobScript(directory, without, Path(__file__).parents[1]).test()
+            if JobScript(directory, without, Path(__file__).parents[1]).test():
+                continue  # it would wait for nodes that are out of service
         except LaunchError as error:
             if any(words in str(error) for words in (*slurm.AWAY, "had no answer")):
                 raise slurm.NoControllerError(str(error)) from None
