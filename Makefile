@@ -10,7 +10,7 @@ help:  ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## Debian packages, .venv, pinned Python packages
-	@./tools/setup.sh
+	@./tools/setup/setup.sh
 
 demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy (seven minutes on 2 cores)
 	$(FCMAE) run recipes/demo.yaml --out $(RUN) --nproc $(NPROC)

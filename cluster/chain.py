@@ -9,10 +9,11 @@ from pipeline.data.beton import Beton
 from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
-from pipeline.folder import Folder
-from pipeline.health.gates import judge_again, refuse_off_track
+from pipeline.health.verdict import judge_again, refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
-from pipeline.stage import INIT, Outcome, OutcomeKind, Stage
+from pipeline.stage.directory import INIT, Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.storage.folder import Folder
 
 
 def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:

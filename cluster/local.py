@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from pipeline.health.processes import LAUNCHER_PID
-from pipeline.health.signals import StopRequest
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.distributed.processes import LAUNCHER_PID
+from pipeline.distributed.stop import StopRequest
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind
 
 POLL_SECONDS = 0.1
 KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time

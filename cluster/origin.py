@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.folder import Folder
+from pipeline.storage.folder import Folder
 
 ORIGIN = "origin.json"
 LIBRARY = Path(str(importlib.resources.files("recipes")))

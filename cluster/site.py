@@ -12,13 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from cluster.history import log_directory
-from cluster.launcher import LaunchError
 from cluster.preflight.settings import PreflightSettings
-from pipeline.errors import RecipeError
-from pipeline.folder import Folder
+from cluster.slurm.history import log_directory
+from pipeline.errors import LaunchError, RecipeError
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
+from pipeline.storage.folder import Folder
 
 # In a run directory: the site that it was last submitted to. Beside a stage's jobs: what theirs was submitted to.
 SITE = "site.yaml"

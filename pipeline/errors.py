@@ -43,3 +43,7 @@ class CheckpointError(UserError):
 
 class OvertakenError(CheckpointError):
     """A newer attempt has taken the stage: this one may write nothing any more."""
+
+
+class LaunchError(UserError):
+    """A job cannot be submitted, queried or cancelled."""

@@ -11,29 +11,34 @@ from pathlib import Path
 
 import torch
 
-from pipeline import handoff, records
-from pipeline.actions import Actions
 from pipeline.checkpoint.store import CheckpointStore
+from pipeline.data.batch import example_batch
 from pipeline.data.feed import TrainFeed
-from pipeline.engines import Engine, World, create_engine
+from pipeline.data.open import evaluation_feed, open_stage_data, train_feed
+from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent
+from pipeline.distributed.stop import AgreedStop, StopRequest
+from pipeline.distributed.world import World
+from pipeline.engines import Engine, create_engine
+from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.errors import UserError
-from pipeline.failures import explaining_lost_peers, failure, is_full_disk, is_out_of_memory, leave
-from pipeline.feeding import evaluation_feed, example_batch, open_stage_data, train_feed
 from pipeline.health import sentinel
-from pipeline.health.anomalies import Guard, Rollbacks
-from pipeline.health.processes import LAUNCHER_PID, die_with_parent
-from pipeline.health.signals import AgreedStop, StopRequest
 from pipeline.health.watchdog import PATIENCE, Watchdog
-from pipeline.initial_masks import start_sparsity
-from pipeline.large_kernels import set_large_kernels
 from pipeline.objectives import Objective, create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
-from pipeline.saving import Checkpoints, best_evaluation, open_store
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.startup import startup
-from pipeline.trainer import StepLog, train
+from pipeline.tracking.step_log import StepLog
+from pipeline.training import handoff, records
+from pipeline.training.actions import Actions
+from pipeline.training.failures import explaining_lost_peers, failure, is_full_disk, is_out_of_memory, leave
+from pipeline.training.initial_sparsity import start_sparsity
+from pipeline.training.rollback import Rollbacks
+from pipeline.training.saving import Checkpoints, best_evaluation, open_store
+from pipeline.training.step_guard import Guard
+from pipeline.training.trainer import train
 
 
 def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outcome:

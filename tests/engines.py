@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.store import CheckpointStore, flatten
-from pipeline.data.feed import Batch
-from pipeline.engines import Engine, World, create_engine
-from pipeline.logical import whole
+from pipeline.data.batch import Batch
+from pipeline.distributed.sharded_tensors import whole
+from pipeline.distributed.world import World
+from pipeline.engines import Engine, create_engine
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 from tests.support import tiny_recipe

@@ -91,7 +91,7 @@ def _rename_host(name: str) -> None:
 
 def _be_a_rank() -> None:
     import pipeline.run
-    from pipeline.health.anomalies import Guard
+    from pipeline.training.step_guard import Guard
 
     if name := FAULTS.get("hosts", {}).get(os.environ["RANK"]):
         _rename_host(name)
@@ -105,7 +105,7 @@ def _be_a_rank() -> None:
 
 def main() -> None:
     if sys.argv[1] == "launch":
-        from pipeline.failures import EXIT_CODES
+        from pipeline.training.failures import EXIT_CODES
 
         with FaultyLauncher(int(sys.argv[3])) as launcher:
             outcome = launcher.run(Path(sys.argv[2]))

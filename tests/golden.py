@@ -54,7 +54,7 @@ def measure(directory: Path) -> dict[str, Any]:
     from pipeline.data.beton import BetonWriter, check
     from pipeline.recipe import load
     from pipeline.run import run_stage
-    from pipeline.stage import OutcomeKind
+    from pipeline.stage.outcome import OutcomeKind
     from pipeline.tracking import journal
 
     data = []
@@ -77,7 +77,7 @@ def machine() -> dict[str, str]:
     """What the bits may depend on."""
     import torch
 
-    from pipeline.environment import machine as describe
+    from pipeline.stage.environment import machine as describe
 
     here = describe()
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")

@@ -49,7 +49,7 @@ def _on_ranks(size: int, port: int, work: Callable[..., Any], arguments: tuple, 
 
 
 def _rank(rank: int, size: int, port: int, pipe: Connection, work: Callable[..., Any], arguments: tuple) -> None:
-    from pipeline.engines import World
+    from pipeline.distributed.world import World
 
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")

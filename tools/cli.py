@@ -10,11 +10,14 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import UserError
-from tools import checkpoint, cluster_commands, recipe_commands, weights_commands
+from tools import cluster_commands
 from tools.analyze import commands as analyze
-from tools.included import find_recipe
+from tools.recipes import commands as recipe_commands
+from tools.recipes.included import find_recipe
 from tools.study import commands as study_commands
 from tools.tables import wide_console
+from tools.weights import checkpoint
+from tools.weights import commands as weights_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -48,12 +51,12 @@ def run(
     from cluster.chain import open_chain, preflight, run_chain
     from cluster.local import LocalLauncher
     from cluster.origin import write_origin
-    from cluster.progress import Progress
-    from cluster.status import status
-    from cluster.table import render
-    from pipeline.mirror import Uploads, remote_of, working_copy
+    from cluster.show.progress import Progress
+    from cluster.show.status import status
+    from cluster.show.status_table import render
     from pipeline.recipe import load
-    from pipeline.stage import OutcomeKind
+    from pipeline.stage.outcome import OutcomeKind
+    from pipeline.storage.working_copy import Uploads, remote_of, working_copy
 
     chain = load(find_recipe(recipe), overrides or [])
     directory = working_copy(out)
@@ -90,9 +93,9 @@ def status(
     refresh_seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks of --watch.")] = 2.0,
 ) -> None:
     """What the stages of a run are doing: from its files alone, and from Slurm where it answers."""
-    from cluster import status as view
-    from cluster.table import render
-    from cluster.watch import watch as watch_run
+    from cluster.show import status as view
+    from cluster.show.status_table import render
+    from cluster.show.watch import watch as watch_run
 
     console = wide_console()
     if watch and not json:
@@ -112,8 +115,8 @@ def times(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Where the time goes between a stop and the next step, and in the start of each attempt."""
-    from cluster import times as view
-    from cluster.status import stage_names
+    from cluster.show import times as view
+    from cluster.show.status import stage_names
 
     stages = [directory.resolve() / name for name in stage_names(directory)]
     if json:
@@ -206,7 +209,7 @@ def prepare(
 
     Interrupted, it continues when called again. What was left out or encoded anew is in DESTINATION.report.jsonl.
     """
-    from tools import cifar10
+    from tools.prepare import cifar10
     from tools.prepare.encoding import Encoding
     from tools.prepare.progress import Progress
     from tools.prepare.run import prepare as write
@@ -251,14 +254,14 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 1,
 ) -> None:
     """Compare a file, or what is in a directory, with its hashes. Exit code 1 if anything is damaged."""
-    from pipeline.folder import is_remote
+    from pipeline.storage.folder import is_remote
 
     if is_remote(path) or Path(path).is_dir():
-        from tools.verify_run import verify_run
+        from tools.verify.run import verify_run
 
         verify_run(path)
         return
-    from tools.verify_beton import verify_beton
+    from tools.verify.beton import verify_beton
 
     beton, damage = verify_beton(Path(path), full=full, workers=workers)
     for sentence in damage:
@@ -293,8 +296,8 @@ def estimate(
     """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes."""
     from cluster.site import load_site
     from pipeline.recipe import load
-    from tools.estimate import estimate as reckon
-    from tools.estimate_table import render, to_json
+    from tools.estimate.reckon import estimate as reckon
+    from tools.estimate.table import render, to_json
 
     profile = load_site(site)
     found = reckon(

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cluster.memory import Needed
     from cluster.site import Site
-    from cluster.submit import Planned
+    from cluster.slurm.gpu_memory_check import Needed
+    from cluster.slurm.submit import Planned
     from pipeline.recipe import ChainRecipe
 
 
@@ -30,13 +30,13 @@ def submit(
     ] = None,
 ) -> None:
     """Queue the stages of a recipe as Slurm jobs that go on by themselves until all is done."""
-    from cluster import submit as jobs
     from cluster.chain import resolved
     from cluster.origin import write_origin
     from cluster.site import check_path, load_site
-    from cluster.snapshot import snapshot_path
+    from cluster.slurm import submit as jobs
+    from cluster.slurm.snapshot import snapshot_path
     from pipeline.recipe import load
-    from tools.included import find_recipe
+    from tools.recipes.included import find_recipe
 
     chain, profile = load(find_recipe(recipe), overrides or []), load_site(site)
     chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
@@ -59,8 +59,8 @@ def resume(
     ] = None,
 ) -> None:
     """Submit what is missing: stages that are neither done nor on their way. Safe at any time."""
+    from cluster.show.status import stage_names
     from cluster.site import check_path, load_site, stored_site
-    from cluster.status import stage_names
     from pipeline.recipe import load
 
     run = check_path(directory.resolve())
@@ -70,8 +70,8 @@ def resume(
 
 def cancel(directory: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """End the jobs of a run. Those that run save first; `fcmae resume` goes on from there."""
-    from cluster import submit as jobs
-    from cluster.status import stage_names
+    from cluster.show.status import stage_names
+    from cluster.slurm import submit as jobs
 
     for sentence in jobs.cancel(directory.resolve(), stage_names(directory)):
         print(sentence)
@@ -87,14 +87,14 @@ def logs(
     ] = False,
 ) -> None:
     """What the ranks have printed, from the run's files alone."""
-    from cluster.logs import show
+    from cluster.show.logs import show
 
     show(directory, stage, rank, lines, follow=follow)
 
 
 def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
-    from cluster import submit as jobs
-    from cluster.snapshot import snapshot_path
+    from cluster.slurm import submit as jobs
+    from cluster.slurm.snapshot import snapshot_path
 
     planned = jobs.plan(chain, run, profile, start=start)
     needed = jobs.check(planned)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.show.status import Run, StageStatus
+from cluster.show.status_table import render
 from cluster.site import load_site
-from cluster.status import Run, StageStatus
-from cluster.table import render
 from pipeline.errors import UserError
 
 DEVCLUSTER = Path(__file__).parent / "devcluster"

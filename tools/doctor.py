@@ -59,7 +59,7 @@ def _torch() -> Iterator[Finding]:
 def _ffcv() -> Iterator[Finding]:
     trouble, version = _import("ffcv.libffcv"), _version("ffcv")
     if trouble:
-        remedy = f"tools/setup.sh installs it on Debian; elsewhere {INSTALL}"
+        remedy = f"tools/setup/setup.sh installs it on Debian; elsewhere {INSTALL}"
         if ".so" in trouble:
             remedy = f"libturbojpeg0 and libopencv-imgproc406 on Debian; elsewhere {INSTALL}"
         yield Finding("ffcv", Level.MISSING, trouble, remedy)

@@ -5,7 +5,7 @@ from cluster.findings import Finding, Level
 from cluster.preflight.gpu import check_gpu
 from cluster.preflight.host import check_host
 from cluster.preflight.settings import Expectations, PreflightSettings
-from pipeline.stage import Outcome, OutcomeKind
+from pipeline.stage.outcome import Outcome, OutcomeKind
 
 __all__ = ["Expectations", "PreflightSettings", "preflight", "verdict"]
 

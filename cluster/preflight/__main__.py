@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.findings import render, to_json
 from cluster.preflight import Expectations, PreflightSettings, preflight, verdict
-from pipeline.stage import OutcomeKind
+from pipeline.stage.outcome import OutcomeKind
 
 
 def main() -> None:

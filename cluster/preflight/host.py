@@ -19,7 +19,7 @@ T = TypeVar("T")
 GIB = 2**30
 DISK_PROBE_BYTES = 4 * 2**20
 # How the ranks of a stage are started, here and by `cluster.slurm`: nothing else that names the stage trains it.
-RANK_MODULES = ("pipeline.run", "submitit.core._submit", "cluster.worker")
+RANK_MODULES = ("pipeline.run", "submitit.core._submit", "cluster.slurm.worker")
 # Errors of a shared directory that other nodes need not have; a full disk, a quota or a permission is everybody's.
 NODE_ERRNOS = {errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT}
 

@@ -2,7 +2,7 @@
 
 from pipeline.checkpoint.retention import prune
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.checkpoint.weights import (
+from pipeline.weights.files import (
     Transfer,
     encoder_to_classifier,
     plan_transfer,

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.folder import is_storage_error
+from pipeline.storage.folder import is_storage_error
 
 
 def kept(

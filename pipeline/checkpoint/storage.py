@@ -26,7 +26,7 @@ from pipeline.checkpoint.manifest import (
     commit_record,
 )
 from pipeline.errors import CheckpointError, OvertakenError
-from pipeline.folder import Folder
+from pipeline.storage.folder import Folder
 
 READ_ATTEMPTS = 4  # of an object store, with pauses of 1, 2 and 4 seconds
 _CHUNK_BYTES = 8 << 20

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
 from pipeline.checkpoint.storage import CommittingWriter, problem_of, read_committed, remove_checkpoint, verified
-from pipeline.collective import from_rank_zero
+from pipeline.distributed.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
-from pipeline.folder import Folder, is_storage_error
+from pipeline.storage.folder import Folder, is_storage_error
 
 QUARANTINE, EVER_COMMITTED = "quarantine", "EVER_COMMITTED"
 State = Mapping[str, "torch.Tensor | State"]

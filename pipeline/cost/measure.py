@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from pipeline.data.feed import Batch
-from pipeline.engines import Engine, World, create_engine
-from pipeline.feeding import example_batch
+from pipeline.data.batch import Batch, example_batch
+from pipeline.distributed.world import World
+from pipeline.engines import Engine, create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe
 

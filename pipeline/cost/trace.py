@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pipeline.data.batch import example_batch
 from pipeline.engines.base import DTYPES
-from pipeline.feeding import example_batch
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 

@@ -7,30 +7,18 @@ pipelines anew in every process.
 
 import ctypes
 import ctypes.util
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from llvmlite import binding
 from numba import njit, types
 
-from pipeline.data.augment import LAYERS, NOTHING, NUMBERS, RandAugment
 from pipeline.data.beton import JPEG
-from pipeline.data.operations import apply
+from pipeline.data.randaugment import LAYERS
+from pipeline.data.randaugment_operations import apply
 from pipeline.data.resample import resized_crop
 from pipeline.errors import DataError
-from pipeline.randomness import Purpose, key, uniform
-
-CROP_TRIES = 10
-
-# One row per image: the box to cut, the size it is resized to, the window of that, mirrored or not, then what
-# RandAugment does to it.
-_INTEGERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
-_OPERATIONS = [("operations", "<i8", (LAYERS,)), ("numbers", "<f8", (LAYERS, NUMBERS))]
-PLAN = np.dtype([*((name, "<i8") for name in _INTEGERS), *_OPERATIONS])
-Plan = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (epoch, ids, heights, widths) -> PLAN rows
 
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096
 OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED = range(5)
@@ -40,72 +28,6 @@ _REASONS = {
     OTHER_SIZE: "is a JPEG of another size than noted",
     CHANGED: "is damaged: its checksum is another than noted",
 }
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Random resized crop, horizontal flip, RandAugment; every number is a hash of (seed, epoch, sample id, purpose).
-
-    The crop is drawn by torchvision's rule: up to ten tries at an area of `crop_scale` times the image's and a
-    log-uniform aspect ratio within `crop_ratio` (width / height), then the largest centred crop of a permitted ratio.
-    """
-
-    seed: int
-    image_size: int
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip_probability: float
-    rand_augment: RandAugment | None = None
-
-    def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        plan = np.zeros(len(ids), PLAN)
-        draws = uniform(key(self.seed, epoch, ids, Purpose.CROP), 4 * CROP_TRIES).reshape(len(ids), CROP_TRIES, 4)
-        low, high = np.log(self.crop_ratio)
-        area = (heights * widths)[:, None] * (self.crop_scale[0] + np.ptp(self.crop_scale) * draws[..., 0])
-        ratio = np.exp(low + (high - low) * draws[..., 1])
-        width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-        height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
-        rows, first = np.arange(len(ids)), fits.argmax(axis=1)
-        height, width, draws, fits = height[rows, first], width[rows, first], draws[rows, first], fits.any(axis=1)
-
-        narrow, wide = min(self.crop_ratio), max(self.crop_ratio)
-        shape = widths / heights
-        largest_width = np.where(shape > wide, np.rint(heights * wide), widths).astype(np.int64)
-        largest_height = np.where(shape < narrow, np.rint(widths / narrow), heights).astype(np.int64)
-        plan["height"] = np.where(fits, height, largest_height)
-        plan["width"] = np.where(fits, width, largest_width)
-        room_y, room_x = heights - plan["height"], widths - plan["width"]
-        plan["top"] = np.where(fits, draws[:, 2] * (room_y + 1), room_y // 2)
-        plan["left"] = np.where(fits, draws[:, 3] * (room_x + 1), room_x // 2)
-        plan["full_height"] = plan["full_width"] = self.image_size
-        plan["flip"] = uniform(key(self.seed, epoch, ids, Purpose.FLIP), 1)[:, 0] < self.flip_probability
-        plan["operations"] = NOTHING
-        if self.rand_augment is not None:
-            plan["operations"], plan["numbers"] = self.rand_augment.draw(self.seed, epoch, ids, self.image_size)
-        return plan
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """Short side to int(image_size / crop_pct), then the centre; or, with a crop_pct of 1, squashed to the square."""
-
-    image_size: int
-    crop_pct: float
-
-    def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        plan = np.zeros(len(ids), PLAN)
-        plan["height"], plan["width"] = heights, widths
-        plan["full_height"] = plan["full_width"] = self.image_size
-        plan["operations"] = NOTHING
-        if self.crop_pct < 1:
-            short = int(self.image_size / self.crop_pct)
-            shorter = np.minimum(heights, widths)
-            plan["full_height"] = short * heights // shorter
-            plan["full_width"] = short * widths // shorter
-            plan["y0"] = np.rint((plan["full_height"] - self.image_size) / 2)
-            plan["x0"] = np.rint((plan["full_width"] - self.image_size) / 2)
-        return plan
 
 
 @cache

@@ -3,37 +3,20 @@
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.data.augment import RandAugment
+from pipeline.data.batch import Batch
 from pipeline.data.beton import Beton
-from pipeline.data.decode import EvaluationPlan, TrainingPlan
-from pipeline.data.loader import ImageLoader, Producer
+from pipeline.data.crops import EvaluationPlan, TrainingPlan
+from pipeline.data.ffcv_loader import ImageLoader, Producer
 from pipeline.data.order import evaluation_order, ids_of, rank_slots, train_order
+from pipeline.data.randaugment import RandAugment
 from pipeline.data.subset import Subset
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images and labels, on the device or on their way to it, and what they are, on the host; memory of its own."""
-
-    images: Tensor  # (n, 3, S, S) uint8, channels last in memory
-    labels: Tensor  # (n,) int64
-    ids: Tensor  # (n,) int64: sample ids, that is places in the file
-    epoch: int
-    slots: tuple[int, ...]  # the global numbers of the whole slots inside, in order; none in evaluation
-    valid: Tensor  # (n,) bool: False marks an image that only fills an evaluation batch
-
-    def to(self, device: torch.device) -> "Batch":
-        """With images and labels on the device; ids and validity stay on the host, where they are used."""
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
-        return replace(self, images=images, labels=labels)
 
 
 class TrainFeed:

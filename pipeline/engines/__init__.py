@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pipeline.distributed.world import World
 from pipeline.engines.base import Engine, Guard, Report
 from pipeline.engines.ddp import DDPEngine
 from pipeline.engines.deepspeed import DeepSpeedEngine
 from pipeline.engines.fsdp import FSDPEngine
-from pipeline.engines.world import World
 from pipeline.models import initial_values
 from pipeline.recipe import StageRecipe
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.data.feed import Batch
+from pipeline.data.batch import Batch
+from pipeline.distributed.sharded_tensors import fill, whole
+from pipeline.distributed.world import World
 from pipeline.engines.blocks import compile_blocks
 from pipeline.engines.buffers import StepBuffers
-from pipeline.engines.world import World
-from pipeline.logical import fill, whole
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -214,7 +214,7 @@ class Engine(ABC):
 
     @abstractmethod
     def items(self) -> dict[str, Tensor]:
-        """Parameters and floating buffers by official name: logical tensors, see `pipeline.logical`."""
+        """Parameters and floating buffers by official name: logical tensors (see `sharded_tensors`)."""
 
     @abstractmethod
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.engines.native import NativeEngine
-from pipeline.engines.world import World
+from pipeline.distributed.world import World
+from pipeline.engines.torch_native import NativeEngine
 from pipeline.recipe import StageRecipe
 
 

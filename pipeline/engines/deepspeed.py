@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.feed import Batch
+from pipeline.data.batch import Batch
+from pipeline.distributed.sharded_tensors import FlatShard
+from pipeline.distributed.world import World
 from pipeline.engines.adamw import AdamW
 from pipeline.engines.base import Engine
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.deepspeed_settings import configuration, load
-from pipeline.engines.world import World
-from pipeline.logical import FlatShard
 from pipeline.objectives import Objective
 from pipeline.recipe import StageRecipe
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from pipeline.engines.base import DTYPES
 from pipeline.engines.blocks import blocks
-from pipeline.engines.native import NativeEngine
+from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
 
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.health.processes import die_with_parent
-from pipeline.health.signals import StopRequest
+from pipeline.distributed.processes import die_with_parent
+from pipeline.distributed.stop import StopRequest
 
 
 @contextlib.contextmanager
@@ -54,7 +54,8 @@ def wait_for_silence(beat_file: Path, silent_seconds: float) -> bytes:
 def tell(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float) -> None:
     """Record the outcome, unless another rank has. Only now is anything imported that takes time."""
     from pipeline.health.watchdog import Beat
-    from pipeline.stage import Outcome, OutcomeKind, Stage
+    from pipeline.stage.directory import Stage
+    from pipeline.stage.outcome import Outcome, OutcomeKind
 
     last = Beat(**json.loads(beat))
     sentence = (

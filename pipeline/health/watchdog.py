@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.health.processes import start_time
+from pipeline.distributed.processes import start_time
 
 T = TypeVar("T")
 

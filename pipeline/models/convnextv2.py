@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.batchnorm import counts_batches, update_running_statistics
 from pipeline.models.initialise import SCHEMES, initialise
-from pipeline.models.response import EPS, Response
+from pipeline.models.response_norm import EPS, Response
 from pipeline.sparse import DENSE, Layout
 
 # name: (depths, dims), paper A.1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.convnextv2 import Block, ConvNeXtV2, run_block
-from pipeline.models.response import EPS
+from pipeline.models.response_norm import EPS
 from pipeline.sparse import Layout, VisibleCells
 
 KINDS = ("convnext", "transformer", "unet", "unet_no_skips")

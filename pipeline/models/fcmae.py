@@ -9,7 +9,7 @@ from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.convnextv2 import ConvNeXtV2
 from pipeline.models.decoder import create_decoder
 from pipeline.models.initialise import initialise
-from pipeline.models.response import GRN
+from pipeline.models.response_norm import GRN
 from pipeline.sparse import VisibleCells, find_layout
 
 

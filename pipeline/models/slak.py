@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.models.batchnorm import BatchNorm, fold_after, with_values
 from pipeline.models.convnextv2 import ConvNeXt
-from pipeline.models.response import EPS
+from pipeline.models.response_norm import EPS
 from pipeline.sparse import DENSE, Layout
-from pipeline.sparse.large_kernel import DepthwiseConv2d
 
 # name: (depths, dims before the width factor)
 VARIANTS = {

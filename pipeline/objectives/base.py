@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.feed import Batch
+from pipeline.data.batch import Batch
 from pipeline.errors import RecipeError
 
 # ImageNet's channel means and deviations, in levels of 0..255: published weights expect them.

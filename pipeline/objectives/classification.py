@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import randomness
-from pipeline.checkpoint.weights import encoder_to_classifier
+from pipeline.data.batch import Batch
 from pipeline.data.erase import RandomErasing
-from pipeline.data.feed import Batch
 from pipeline.models import create_model
 from pipeline.objectives.base import normalise, refused_by_recipe
 from pipeline.recipe import StageRecipe
+from pipeline.weights.files import encoder_to_classifier
 
 
 class ClassificationObjective:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import randomness
-from pipeline.data.feed import Batch
+from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
 from pipeline.objectives.base import denormalise, normalise, refused_by_recipe

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.logical import local
+from pipeline.distributed.sharded_tensors import local
 
 
 class Component(Protocol):
@@ -30,7 +30,7 @@ class EMA(Component):
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
 
     Args:
-        tensors: the live weights by name: logical tensors, see `pipeline.logical`.
+        tensors: the live weights by name: logical tensors, see `pipeline.distributed.sharded_tensors`.
         decay: per step.
         accepted: 0-dim bool tensor that tells after each step whether it was made; an average of a step that was not
             made stays as it is.

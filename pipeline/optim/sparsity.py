@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pipeline.distributed.sharded_tensors import fill, local, whole
 from pipeline.errors import RecipeError
-from pipeline.logical import fill, local, whole
 from pipeline.optim.ema import Component
 from pipeline.optim.pruning import grown, hashes, prune_rate, pruned, random_mask
 from pipeline.randomness import Purpose, key, text_key
@@ -37,7 +37,7 @@ class DynamicSparsity(Component):
     A weight that is grown starts at zero, and its average at its first value. Gradients stay dense: they are what
     gradient growth looks at, and part of the norm that is reported and clipped.
 
-    All tensors are logical ones, see `pipeline.logical`. When zeros are moved, each layer is gathered whole on every
+    All tensors are logical ones (see `sharded_tensors`). When zeros are moved, each layer is gathered whole on every
     rank, one after the other, so that all decide alike; else nothing is communicated, and nobody waits for the device.
 
     Args:

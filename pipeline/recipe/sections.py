@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.data.augment import RandAugment
+from pipeline.recipe.augmentation import RandAugmentSettings
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -91,7 +91,7 @@ class Data(Section):
     @classmethod
     def _known_operations(cls, text: str | None) -> str | None:
         if text is not None:
-            RandAugment.parse(text)
+            RandAugmentSettings.parse(text)
         return text
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.triton_support import runs_triton
 from pipeline.sparse.geometry import VisibleCells
-from pipeline.sparse.triton_support import runs_triton
 
 # The fastest variant by (device type, sites on a cell's side), as `python -m tools.bench.encoder --depthwise` prints
 # it; measured forward and backward in fp32 on one thread of an AMD EPYC with AVX-512. No GPU has been measured.
@@ -230,13 +230,13 @@ def _pairs_backward(gradient, x, weight, tables, shape):
 
 
 def _triton_forward(x, weight, bias, tables, shape):
-    from pipeline.sparse import triton_depthwise
+    from pipeline.kernels import triton_depthwise
 
     return triton_depthwise.forward(x, weight, bias, *tables)
 
 
 def _triton_backward(gradient, x, weight, tables, shape):
-    from pipeline.sparse import triton_depthwise
+    from pipeline.kernels import triton_depthwise
 
     return triton_depthwise.backward(gradient, x, weight, *tables)
 

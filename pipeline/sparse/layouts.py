@@ -3,7 +3,6 @@
 A layout owns no parameters. It is given the layer that does, and returns features (N, sites..., C).
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -217,26 +216,3 @@ class Packed:
         h, w = v.grid[0] * s, v.grid[1] * s
         empty = x.new_zeros(v.images * h * w, c)
         return empty.index_copy(0, self._rows(s), x.reshape(-1, c)).view(v.images, h, w, c)
-
-
-LAYOUTS = ("packed", "masked", "spconv", "dense")
-
-
-def find_layout(name: str) -> Callable[[VisibleCells], Layout]:
-    """The layout of an encoder that is shown some cells, by name: it is to be called with them.
-
-    Raises:
-        ValueError: if there is none of this name, or the package it needs is not installed.
-    """
-    if name not in LAYOUTS:
-        raise ValueError(f"encoder_backend is {name!r}; choose one of {', '.join(LAYOUTS)}")
-    if name == "spconv":
-        try:
-            from pipeline.sparse.spconv_layout import Spconv
-        except ImportError as error:
-            raise ValueError(
-                f"encoder_backend spconv needs the package of that name ({error}); run `pip install 'fcmae[spconv]'`, "
-                "or choose packed, which computes the same"
-            ) from error
-        return Spconv
-    return {"packed": Packed, "masked": Masked, "dense": Leaking}[name]

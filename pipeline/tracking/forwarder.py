@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.stage import write_json
+from pipeline.stage.directory import write_json
 from pipeline.tracking.journal import Event, Tail
 
 POLL_SECONDS = 3.0

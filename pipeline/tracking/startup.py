@@ -3,7 +3,7 @@
 import os
 import time
 
-from pipeline.health.processes import age_seconds
+from pipeline.distributed.processes import age_seconds
 
 JOB_STARTED = "FCMAE_JOB_STARTED"  # epoch seconds, from the launcher, if it says so
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from tests.engines import ENGINES, bits, gentle, harsh, largest_difference, stage_recipe, train
 from tests.ranks import on_ranks
 

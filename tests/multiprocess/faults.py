@@ -25,15 +25,15 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.checkpoint.store import flatten
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe, load
 from pipeline.recipe.sections import Checkpoint
-from pipeline.saving import Checkpoints, open_store
-from pipeline.stage import Stage
+from pipeline.stage.directory import Stage
+from pipeline.training.saving import Checkpoints, open_store
 from tests.support import write_tiny_recipe
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.saving", "tests.support"])
+PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.training.saving", "tests.support"])
 STEPS, RANKS = 16, 2
 SETTINGS = Checkpoint(every_steps=2, keep_last=1, keep_every_epochs=1.0)
 

@@ -146,7 +146,7 @@ def test_a_second_launch_of_a_live_stage_is_refused(made, tmp_path):
     import json
     import socket
 
-    from pipeline.health.processes import start_time
+    from pipeline.distributed.processes import start_time
 
     recipe, run = made
     copy = tmp_path / "run"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster.local import LocalLauncher
-from pipeline.stage import OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from tests.engines import bits, largest_difference, stage_recipe, train
 from tests.ranks import on_ranks
 

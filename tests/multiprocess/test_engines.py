@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from tests.engines import ENGINES, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
 from tests.ranks import on_ranks
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engines import World
-from pipeline.logical import whole
+from pipeline.distributed.sharded_tensors import whole
+from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe
 from tests.engines import ENGINES, bits, largest_difference, stage_recipe, train
 from tests.ranks import on_ranks

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.status import status
+from cluster.show.status import status
 from pipeline.errors import OffTrackError, StageError
-from pipeline.handoff import receive
-from pipeline.stage import Stage
+from pipeline.stage.directory import Stage
 from pipeline.tracking import journal
+from pipeline.training.handoff import receive
 from tests.support import fcmae, write_tiny_recipe
 from tools.report import write_report
 

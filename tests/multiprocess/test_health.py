@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.tracking import journal
 from tests.engines import ENGINES
 from tests.faults import FaultyLauncher
@@ -202,7 +203,7 @@ def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references,
     assert reached <= outcome.step <= reached + 2
     assert f"rank {1 - frozen} waited for it in" in outcome.reason
     for rank in (0, 1):
-        assert "pipeline/trainer.py" in stacks(stage, rank)
+        assert "pipeline/training/trainer.py" in stacks(stage, rank)
     assert ranks_of(stage) == []
     assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
     assert digest(stage) == digest(references(2))
@@ -275,7 +276,7 @@ def test_a_rank_on_another_host_is_named(tmp_path, blow):
     if blow is signal.SIGSTOP:
         assert "rank 1 on node-b gave no sign of life after" in outcome.reason
         assert "; rank 0 waited for it in" in outcome.reason
-        assert "pipeline/trainer.py" in stacks(stage, 0)
+        assert "pipeline/training/trainer.py" in stacks(stage, 0)
     else:
         assert "rank 1 on node-b was lost in" in outcome.reason
     assert ranks_of(stage) == []

@@ -12,8 +12,8 @@ import pytest
 from cluster.chain import open_chain
 from pipeline.errors import CheckpointError
 from pipeline.recipe import load
-from pipeline.saving import checkpoint_home, claim_home
-from pipeline.stage import Stage
+from pipeline.stage.directory import Stage
+from pipeline.training.saving import checkpoint_home, claim_home
 from tests.multiprocess.flaky_s3 import flaky_s3
 from tests.multiprocess.test_chain import STAGES, start
 from tests.support import fcmae, write_tiny_recipe

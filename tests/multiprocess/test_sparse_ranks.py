@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.engines import World, create_engine
-from pipeline.initial_masks import start_sparsity
-from pipeline.logical import whole
+from pipeline.distributed.sharded_tensors import whole
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
+from pipeline.training.initial_sparsity import start_sparsity
 from tests.engines import batches, bits, gentle, stage_recipe, store
 from tests.ranks import on_ranks
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from pipeline.checkpoint.weights import read_facts, read_weights
 from pipeline.tracking import journal
+from pipeline.weights.files import read_facts, read_weights
 from tests.multiprocess.test_chain import start, wait_for_step
 from tests.support import fcmae, write_tiny_recipe
 

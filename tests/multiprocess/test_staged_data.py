@@ -8,7 +8,8 @@ import uuid
 
 import pytest
 
-from pipeline.stage import OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from tests.support import FCMAE, fcmae, tiny_data, write_tiny_recipe
 from tests.unit.data.test_staging import Server

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint.weights import read_weights
 from pipeline.tracking import journal
+from pipeline.weights.files import read_weights
 from tests.support import fcmae, write_tiny_recipe
-from tools.convert import convert
+from tools.weights.convert import convert
 
 LAYOUTS = {"official": "official.pth", "transformers": "transformers.bin"}  # timm builds four stages only
 FIRST_TWO = ["stages.finetune=null"]

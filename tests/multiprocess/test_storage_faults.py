@@ -16,10 +16,10 @@ import torch
 
 from pipeline.checkpoint import CheckpointStore
 from pipeline.checkpoint.store import flatten
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.recipe.sections import Checkpoint
-from pipeline.saving import Checkpoints
+from pipeline.training.saving import Checkpoints
 from tests.multiprocess import faults
 from tests.multiprocess.flaky_s3 import flaky_s3
 from tests.multiprocess.test_chain import start, wait_for_step

@@ -12,7 +12,7 @@ from cluster.local import held_port
 
 SCRIPT = """
 import threading, time
-from pipeline.engines.world import World
+from pipeline.distributed.world import World
 from pipeline.errors import RetryableError
 world = World.join("cpu")
 say = lambda *words: print(*words, flush=True)

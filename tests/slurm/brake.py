@@ -18,8 +18,8 @@ import cloudpickle
 import pytest
 
 import tests.batches
-from cluster import script
-from cluster.worker import RunStage
+from cluster.slurm import script
+from cluster.slurm.worker import RunStage
 from tests.batches import recorded
 
 START = -1

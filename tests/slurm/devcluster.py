@@ -66,7 +66,7 @@ def devcluster(directory: Path, grace_seconds: int, user_signal: int) -> Iterato
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports nobody listens on, below those of `cluster.worker`'s ranks and those that
+    """The first of `count` consecutive ports nobody listens on, below those of Slurm's ranks and those that
     Linux hands out by itself."""
     for first in random.sample(range(2000, 10000 - count, 10), 100):
         sockets = [socket.socket() for _ in range(count)]

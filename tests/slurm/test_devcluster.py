@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.status import Run, StageStatus
+from cluster.show.status import Run, StageStatus
 from tests.slurm.brake import brake, release, with_brakes
 from tests.slurm.devcluster import COMMAND, until_remembered, wait_for
 from tests.support import write_tiny_recipe

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import history, script
-from cluster import slurm as scheduler
-from cluster.launcher import LaunchError
-from cluster.script import JobScript
+from cluster.show.times import handovers
 from cluster.site import load_site
-from cluster.slurm import Job, JobState
-from cluster.times import handovers
-from pipeline.errors import UserError
-from pipeline.stage import OutcomeKind, Stage
+from cluster.slurm import client as scheduler
+from cluster.slurm import history, script
+from cluster.slurm.client import Job, JobState
+from cluster.slurm.script import JobScript
+from pipeline.errors import LaunchError, UserError
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from pipeline.tracking.journal import steps
 from tests.batches import batches

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.folder import Folder
+from pipeline.storage.folder import Folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,12 +17,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipeline.checkpoint.loader import load_tensors
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
 from pipeline.objectives.base import MEAN, STD
+from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
-from tools.weights_model import build, open_weights
+from tools.weights.model import build, open_weights
 
 RANDOM = "random weights"
 

@@ -12,7 +12,8 @@ import time
 
 import torch.multiprocessing as mp
 
-from pipeline.engines import World, create_engine
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from tools.bench.huge import ENGINES, stage_recipe
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.data.feed import Batch
-from pipeline.engines import World, create_engine
+from pipeline.data.batch import Batch
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import Objective, create_objective
 from tools.bench.huge import ENGINES, noise, stage_recipe
 

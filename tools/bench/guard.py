@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.feed import Batch
-from pipeline.engines import Engine, World, create_engine
-from pipeline.health.anomalies import Guard
+from pipeline.data.batch import Batch
+from pipeline.distributed.world import World
+from pipeline.engines import Engine, create_engine
 from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe.schema import StageRecipe
+from pipeline.training.step_guard import Guard
 
 
 def make_recipe() -> StageRecipe:

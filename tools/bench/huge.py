@@ -19,8 +19,9 @@ import torch
 import torch.multiprocessing as mp
 
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.feed import Batch
-from pipeline.engines import World, create_engine
+from pipeline.data.batch import Batch
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe
 

@@ -80,8 +80,8 @@ def check_of(path: Path) -> Beton:
 
 
 def loader_of(path: Path) -> object:
-    from pipeline.data.decode import EvaluationPlan
-    from pipeline.data.loader import ImageLoader
+    from pipeline.data.crops import EvaluationPlan
+    from pipeline.data.ffcv_loader import ImageLoader
 
     beton = read_sidecar(path)
     loader = ImageLoader(beton, image_size=8, plan=EvaluationPlan(8, 1.0), batch_size=8, workers=1, batches_ahead=1)

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from pipeline.sparse.large_kernel import available, depthwise, seconds
+from pipeline.kernels.large_kernel import available, depthwise, seconds
 
 FIRST = [(56, (k, k)) for k in (31, 51, 61)] + [(56, kernel) for k in (31, 51, 61) for kernel in ((k, 5), (5, k))]
 OTHERS = [(28, (49, 5)), (28, (5, 49)), (14, (47, 5)), (14, (5, 47)), (7, (13, 5)), (7, (5, 13)), (56, (5, 5))]

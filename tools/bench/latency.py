@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import create_model
-from tools.export import ONNX_TOLERANCE, merged, relative_difference, trace
+from tools.weights.export import ONNX_TOLERANCE, merged, relative_difference, trace
 
 MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]

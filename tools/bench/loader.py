@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.augment import RandAugment
 from pipeline.data.beton import Beton, BetonWriter, check
-from pipeline.data.decode import TrainingPlan
+from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
-from pipeline.data.operations import FILL
+from pipeline.data.randaugment import RandAugment
+from pipeline.data.randaugment_operations import FILL
 from pipeline.errors import DataError
 
 IMAGES, BATCH, WORKERS = 192, 32, 2

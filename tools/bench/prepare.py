@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data.beton import JPEG, check, checks_of, contents_of, samples_of, verify
 from pipeline.data.checksum import checksum
 from pipeline.data.decode import jpeg_status
-from tools.bench.decoder import photographs
+from tools.bench.loader import photographs
 from tools.prepare.detect import open_source
 from tools.prepare.run import prepare
 

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.data.feed import Batch, EvaluationFeed
-from pipeline.engines import World
-from pipeline.evaluation import FixedModel
+from pipeline.data.batch import Batch
+from pipeline.data.feed import EvaluationFeed
+from pipeline.distributed.world import World
 from pipeline.objectives.base import normalise
 from pipeline.objectives.classification import top_metrics, top_sums
+from pipeline.training.evaluation import FixedModel
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 _PART = 1 << 16  # bank rows compared at a time

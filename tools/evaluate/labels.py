@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data.batch import Batch
 from pipeline.data.beton import Beton, samples_of
-from pipeline.data.feed import Batch
 from pipeline.errors import DataError
 from pipeline.objectives.base import normalise
 from pipeline.objectives.classification import top_metrics, top_sums

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.recipe import load
 from pipeline.recipe.files import validate
 from pipeline.recipe.sections import Section
-from tools.included import included_recipes
+from tools.recipes.included import included_recipes
 
 TOLERANCE = 0.1
 """Percentage points beside the statistical error: other decoders and resizers move as much (Pillow against OpenCV)."""

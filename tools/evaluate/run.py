@@ -9,12 +9,12 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.local import held_port
-from pipeline.checkpoint.heads import read_class_names
 from pipeline.data.beton import Beton, check
 from pipeline.data.feed import EvaluationFeed
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
-from pipeline.evaluation import FixedModel, evaluate
+from pipeline.training.evaluation import FixedModel, evaluate
+from pipeline.weights.heads import read_class_names
 from tools.evaluate.knn import Neighbours, make_bank
 from tools.evaluate.labels import Answers, outputs_of, real_answers
 from tools.evaluate.subject import Subject, open_subject

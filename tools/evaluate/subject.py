@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.models import VARIANTS, ConvNeXtV2
-from pipeline.stage import Stage
-from tools.weights_model import build, open_weights
+from pipeline.stage.directory import Stage
+from tools.weights.model import build, open_weights
 
 SQUASHED_FROM = 384  # pixels: the official evaluation squashes images of this size and above to a square
 

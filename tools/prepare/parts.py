@@ -24,8 +24,8 @@ import numpy as np
 
 from pipeline.data.beton import STORED
 from pipeline.data.checksum import checksum
+from pipeline.distributed.processes import die_with_parent
 from pipeline.errors import DataError
-from pipeline.health.processes import die_with_parent
 from tools.prepare.encoding import Encoding, Stored, encode
 from tools.prepare.sources import Item, Reader, base
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import StageError
-from pipeline.folder import is_remote
-from pipeline.mirror import working_copy
+from pipeline.storage.folder import is_remote
+from pipeline.storage.working_copy import working_copy
 
 
 def write_report(runs: Sequence[str], out: Path | None, *, markdown: bool, compare: bool) -> Path:

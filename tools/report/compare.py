@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cluster.table import duration
+from cluster.show.status_table import duration
 from pipeline.recipe.schema import leaves
 from pipeline.tracking.pictures import metric
 from tools.report.document import Document, Picture, Section, Table, Text

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from pipeline.health.gates import Check
+from pipeline.health.verdict import Check
 from tools.report.plots import themed
 
 Tone = Literal["good", "bad", "quiet"]

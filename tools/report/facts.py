@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from cluster.origin import read_origin
-from cluster.status import Run, StageStatus
-from pipeline.health.gates import Verdict, judge
+from cluster.show.status import Run, StageStatus
+from pipeline.health.verdict import Verdict, judge
 from pipeline.recipe import StageRecipe, load_stage
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event

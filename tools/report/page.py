@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.table import duration
-from pipeline.health.gates import OFF_TRACK, ON_TRACK, UNPUBLISHED
+from cluster.show.status_table import duration
+from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.tracking.pictures import metric
 from tools.report.document import (

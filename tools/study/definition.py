@@ -13,7 +13,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import ChainRecipe, load
 from pipeline.recipe.files import read_mapping, validate
 from pipeline.recipe.sections import Section
-from tools.included import find_recipe
+from tools.recipes.included import find_recipe
 
 
 class Arm(Section):

@@ -8,7 +8,7 @@ from cluster.local import LocalLauncher
 from cluster.origin import write_origin
 from cluster.site import Site, check_path
 from pipeline.errors import StageError
-from pipeline.stage import Outcome, OutcomeKind
+from pipeline.stage.outcome import Outcome, OutcomeKind
 from tools.study.definition import Cell, Study, cells, dump_study
 
 STUDY = "study.yaml"
@@ -51,8 +51,8 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     Raises:
         UserError: the first thing that is refused.
     """
-    from cluster import snapshot
-    from cluster import submit as jobs
+    from cluster.slurm import snapshot
+    from cluster.slurm import submit as jobs
 
     check_path(directory)
     planned, warnings = {}, {}

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pipeline.checkpoint.store import flatten
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.recipe.sections import Checkpoint
-from pipeline.saving import Checkpoints, best_evaluation
+from pipeline.training.saving import Checkpoints, best_evaluation
 
 
 def same(left, right):

@@ -21,7 +21,7 @@ from cluster.preflight import Expectations, PreflightSettings, host, preflight, 
 from cluster.preflight.gpu import FIELDS, foreign_processes, gpu_health, slow_ranks
 from cluster.preflight.host import available_memory_bytes, is_ours
 from cluster.preflight.network import slow_places
-from pipeline.stage import OutcomeKind
+from pipeline.stage.outcome import OutcomeKind
 
 COMMAND = [sys.executable, "-m", "cluster.preflight", "--json"]
 

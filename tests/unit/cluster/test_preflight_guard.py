@@ -4,7 +4,7 @@ import pytest
 
 from cluster.preflight import Expectations, PreflightSettings
 from cluster.preflight.guard import bad_nodes, guard
-from pipeline.stage import OutcomeKind
+from pipeline.stage.outcome import OutcomeKind
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.launcher import LaunchError
 from cluster.site import INCLUDED, Site, check_path, load_site
-from pipeline.errors import UserError
+from pipeline.errors import LaunchError, UserError
 
 
 def load(tmp_path: Path, **fields: object) -> Site:

@@ -10,7 +10,8 @@ from torch import nn
 from pipeline.cost.measure import measure
 from pipeline.cost.memory import ENGINES, EngineName, Model, memory, model_state, with_engine
 from pipeline.cost.trace import trace_evaluation, trace_step
-from pipeline.engines import World, create_engine
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe
 from tests.ranks import on_ranks

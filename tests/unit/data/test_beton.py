@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import beton as module
-from pipeline.data import loader  # noqa: F401 - imports FFCV quickly
+from pipeline.data import ffcv_loader  # noqa: F401 - imports FFCV quickly
 from pipeline.data.beton import BetonWriter, check, checks_of, samples_of, sidecar_path, verify
 from pipeline.data.checksum import checksum
 from pipeline.errors import DataError, UserError

@@ -8,18 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.beton import JPEG
-from pipeline.data.decode import (
-    BAD_JPEG,
-    BAD_PLACE,
-    CROP_TRIES,
-    OK,
-    OTHER_SIZE,
-    Decoder,
-    EvaluationPlan,
-    TrainingPlan,
-    jpeg_status,
-    reason,
-)
+from pipeline.data.crops import CROP_TRIES, EvaluationPlan, TrainingPlan
+from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, Decoder, jpeg_status, reason
 from pipeline.randomness import Purpose, key, uniform
 from tools.bench.loader import photographs, pillow_crop
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from pipeline.data import beton as module
-from pipeline.data.augment import RandAugment
 from pipeline.data.beton import BetonWriter, check
 from pipeline.data.feed import EvaluationFeed, TrainFeed
-from pipeline.data.loader import Producer
+from pipeline.data.ffcv_loader import Producer
+from pipeline.data.randaugment import RandAugment
 from pipeline.errors import DataError, RecipeError
 
 SAMPLES, SLOTS, SLOT_SIZE = 70, 4, 4

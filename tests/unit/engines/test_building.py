@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from pipeline.engines import World, create_engine
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from tests.engines import ENGINES, stage_recipe
 from tests.ranks import on_ranks

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.engines import World, create_engine
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import load
 from tests.engines import batches

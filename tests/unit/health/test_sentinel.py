@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stage import OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import OutcomeKind
 from tests.support import make_tiny_run
 
 RANK = """

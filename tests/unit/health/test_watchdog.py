@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline import run
-from pipeline.engines import World
+from pipeline.distributed.world import World
 from pipeline.health.watchdog import Beat, Watchdog, blame, is_broken_collective
-from pipeline.stage import Outcome, OutcomeKind, Stage
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind
 from tests.support import make_tiny_run
 
 
@@ -104,7 +105,7 @@ def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path, monkeyp
     stage.take(world_size=1)
     left = []
     end = run._watchdog(stage, World(0, 0, 1, 1, torch.device("cpu"), None), left.append)._on_stall
-    monkeypatch.setattr("pipeline.stage.is_alive", lambda owner: False)
+    monkeypatch.setattr("pipeline.stage.directory.is_alive", lambda owner: False)
     Stage(stage.directory).take(world_size=1)
     end("rank 0 stands still", 3)
     (stage.directory / "attempts").rename(stage.directory / "gone")

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.models import create_model, initial_values, initialise
 from pipeline.models.fcmae import FCMAE
-from pipeline.models.response import KINDS
+from pipeline.models.response_norm import KINDS
 from pipeline.sparse import DENSE, Layout, VisibleCells, find_layout
 from tests.unit.models.tiny_models import scatter_weights, visible_cells
 

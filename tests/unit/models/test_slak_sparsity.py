@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.models import create_model
 from pipeline.optim.pruning import DENSE_FROM, snip_densities
 from pipeline.optim.sparsity import maskable
-from pipeline.sparse.large_kernel import DepthwiseConv2d
 from tests.unit.models.test_slak import SIZES, norms_of_blocks
 
 

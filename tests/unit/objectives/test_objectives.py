@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.feed import Batch
+from pipeline.data.batch import Batch
 from pipeline.objectives import create_objective
 from pipeline.objectives.base import normalise
 from pipeline.objectives.classification import Mix

@@ -9,7 +9,7 @@ from pipeline.errors import RecipeError
 from pipeline.models import VARIANTS
 from pipeline.models.decoder import KINDS as DECODERS
 from pipeline.models.initialise import SCHEMES
-from pipeline.models.response import AGGREGATIONS, KINDS, NORMALISERS
+from pipeline.models.response_norm import AGGREGATIONS, KINDS, NORMALISERS
 from pipeline.objectives import create_objective
 from pipeline.recipe import ConvNeXtModel, FCMAESettings, StageRecipe, changes, load
 from tests.support import write_tiny_recipe

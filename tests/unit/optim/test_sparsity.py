@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.engines import World, create_engine
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
 from pipeline.errors import RecipeError
-from pipeline.initial_masks import start_sparsity
 from pipeline.objectives import create_objective
 from pipeline.objectives.base import normalise
 from pipeline.recipe import StageRecipe
+from pipeline.training.initial_sparsity import start_sparsity
 from tests.engines import batches, bits, stage_recipe, store
 
 SPARSITY = {"sparsity": 0.4, "update_every_steps": 2}

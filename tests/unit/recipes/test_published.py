@@ -9,8 +9,8 @@ from pipeline.models import VARIANTS
 from pipeline.recipe import load
 from pipeline.recipe.schema import leaves
 from pipeline.recipe.sources import sources
-from tools.included import SIZES, find_recipe, included_recipes
-from tools.recipe_docs import mentioned, page, read_conflicts
+from tools.recipes.docs import mentioned, page, read_conflicts
+from tools.recipes.included import SIZES, find_recipe, included_recipes
 
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
 TABLES = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())

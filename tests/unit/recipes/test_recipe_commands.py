@@ -11,7 +11,7 @@ from pipeline.recipe import load
 from pipeline.recipe.sources import sources
 from tests.support import tiny_image
 from tools import cli
-from tools.included import find_recipe
+from tools.recipes.included import find_recipe
 
 
 def said(capsys, monkeypatch, *arguments: object) -> str:

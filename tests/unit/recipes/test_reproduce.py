@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.retention import kept
 from pipeline.recipe import load
-from pipeline.saving import Checkpoints
-from tools.included import find_recipe
+from pipeline.training.saving import Checkpoints
+from tools.recipes.included import find_recipe
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "reproduce.md").read_text()
 IMAGES = 1_281_167

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster import history
-from cluster.status import Run
+from cluster.show.status import Run
+from cluster.slurm import history
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.demo_slurm import DemoError, until_training, wait
 

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from pipeline.checkpoint import write_weights
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
+from pipeline.weights import write_weights
 from tests.oracles import oracle
 from tools.analyze.models import open_model
 

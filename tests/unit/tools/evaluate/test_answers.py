@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pipeline.data.batch import Batch
 from pipeline.data.beton import BetonWriter, check
-from pipeline.data.feed import Batch
 from pipeline.errors import DataError
 from pipeline.objectives.base import denormalise
 from tools.evaluate.knn import NEIGHBOURS, TEMPERATURE, vote

@@ -13,12 +13,12 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.checkpoint.weights import write_weights
 from pipeline.data.beton import BetonWriter
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import dump, load
-from pipeline.stage import Stage
+from pipeline.stage.directory import Stage
+from pipeline.weights.files import write_weights
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
 from tests.support import fcmae, tiny_recipe

@@ -13,9 +13,9 @@ from torch import nn
 
 from pipeline.data.beton import check
 from pipeline.data.feed import EvaluationFeed
-from pipeline.engines import World
-from pipeline.evaluation import FixedModel, evaluate
+from pipeline.distributed.world import World
 from pipeline.objectives.base import MEAN, STD
+from pipeline.training.evaluation import FixedModel, evaluate
 from tests.oracles import oracle
 from tools.evaluate.labels import Answers, outputs_of
 from tools.prepare.run import prepare

@@ -1,0 +1,47 @@
+"""What the ranks of a run have printed: under Slurm, and as processes of this machine."""
+
+import time
+from pathlib import Path
+
+from cluster.show.status import stage_names
+from cluster.slurm.history import log_directory
+from pipeline.errors import LaunchError
+
+POLL_SECONDS = 0.5
+
+
+def log_files(stage_directory: Path, rank: int) -> list[Path]:
+    """A rank's files, the oldest first: one for each job, and one for local runs. Rank 0's hold the job's own words."""
+    found = [*log_directory(stage_directory).glob(f"*_{rank}_log.out"), stage_directory / "logs" / f"rank-{rank}.log"]
+    return sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
+
+
+def show(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -> None:
+    """Print the last lines of the logs of one stage, or of all; then, to follow, what is added until all is done.
+
+    Raises:
+        StageError: if this is no run directory.
+        LaunchError: if there is no such stage.
+    """
+    names = stage_names(run)
+    if stage is not None and stage not in names:
+        raise LaunchError(f"there is no stage {stage} in {run}; it has {', '.join(names)}")
+    stages = [run / name for name in ([stage] if stage else names)]
+    offsets: dict[Path, int] = {}
+    last: Path | None = None
+    while True:
+        finished = all((directory / "DONE").exists() for directory in stages)  # asked before the files are read
+        for path in (path for directory in stages for path in log_files(directory, rank)):
+            data = path.read_bytes()
+            new = data[offsets.get(path, 0) :] if path in offsets else b"".join(data.splitlines(True)[-lines:])
+            offsets[path] = len(data)
+            if new:
+                if path != last:
+                    print(f"==> {path.relative_to(run)} <==")
+                print(new.decode(errors="replace"), end="", flush=True)
+                last = path
+        if not follow or finished:
+            break
+        time.sleep(POLL_SECONDS)
+    if last is None:
+        print(f"rank {rank} has not printed anything yet")

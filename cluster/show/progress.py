@@ -1,0 +1,137 @@
+"""A running chain, shown from its files alone: it can be started in the middle, and nothing it meets ends the run."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.show.status import Follower, StageStatus, stage_names
+from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
+from pipeline.tracking.journal import Event
+
+LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+class Progress:
+    """With a terminal a live table, one row per stage; otherwise plain lines. Call `update` about twice a second.
+
+    What the journals hold before the start is history and only counts; what comes later is also told line by line.
+    """
+
+    def __init__(self, run_directory: str | Path, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=False)
+        self._followers = [Follower(Path(run_directory) / name) for name in stage_names(run_directory)]
+        self._statuses: list[StageStatus] = []
+        self._live: Live | None = None
+        self._line_due = 0.0
+        self._told: set[str] = set()  # stages whose end has been told
+        self._broken = False
+
+    def __enter__(self) -> "Progress":
+        for follower in self._followers:
+            follower.poll()
+        self._statuses = [follower.status() for follower in self._followers]
+        for s in self._statuses:
+            if s.state == "done":
+                self._told.add(s.stage)
+                self._say(f"{s.stage}: done before, {_result(s)}")
+        if self.console.is_terminal:
+            self._live = Live(self._table(), console=self.console, auto_refresh=False, redirect_stderr=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.update()
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def update(self) -> None:
+        """Shows what the files say now."""
+        try:
+            self._update()
+        except Exception as error:  # the run is worth more than its display
+            if not self._broken:
+                print(f"progress display: {type(error).__name__}: {error}", file=sys.stderr)
+            self._broken = True
+
+    def _update(self) -> None:
+        news = [(follower.directory.name, event) for follower in self._followers for event in follower.poll()]
+        self._statuses = [follower.status() for follower in self._followers]
+        for stage, event in news:
+            if sentence := _sentence(event, terse=self._live is not None):
+                self._say(f"{stage}: {sentence}")
+        for s in self._statuses:
+            if s.state == "done" and s.stage not in self._told:
+                self._told.add(s.stage)
+                self._say(f"{s.stage}: done, {_result(s)}")
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        elif time.monotonic() >= self._line_due and any(event.get("kind") == "step" for _, event in news):
+            self._line_due = time.monotonic() + LINE_SECONDS
+            for s in self._statuses:
+                if s.state == "running":
+                    self._say(f"{s.stage}: {_line(s)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        return stage_table(self._statuses, bars=True)
+
+
+def _line(s: StageStatus) -> str:
+    parts = [f"step {of_total(s)}", f"loss {figure(s.loss)}" if s.loss is not None else ""]
+    parts += [f"{s.images_per_second:,.0f} images/s" if s.images_per_second else ""]
+    parts += [f"ETA {duration(s.eta_seconds)}" if s.eta_seconds is not None else ""]
+    return "  ".join(part for part in parts if part)
+
+
+def _result(s: StageStatus) -> str:
+    weights = f"weights {s.weights_sha256[:12]}" if s.weights_sha256 else ""
+    parts = [metrics_text(s.metrics), f"{s.step:,} steps", weights]
+    return ", ".join(part for part in parts if part)
+
+
+def _sentence(event: Event, terse: bool) -> str:
+    """What a journal line is worth saying; terse: without what the table shows anyhow."""
+    step, kind = event.get("step"), event.get("kind")
+    match kind:
+        case "event":
+            return f"{event.get('level', 'info')}: {event.get('message', '')}"
+        case "rollback":
+            first, last = event.get("left_out") or (step, step)
+            return f"back to step {step}: {event.get('reason', '')}; steps {first} to {last} are left out"
+        case "attempt":
+            start = f"resumed at step {step}" if step else "started"
+            return f"{start}, attempt {event.get('attempt')}, world size {event.get('world_size', '?')}"
+        case "verdict" if not event.get("on_track"):
+            return str(event.get("sentence"))
+        case "end" if event.get("outcome") != "done":
+            return f"{event.get('outcome')} at step {step}: {event.get('reason', '')}"
+        case "evaluate" if not terse and isinstance(metrics := event.get("metrics"), dict):
+            told = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
+            return f"evaluation at step {step}: {', '.join(told)}"
+        case "save" if not terse:
+            seconds = event.get("seconds")
+            took = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
+            return f"saved step {step}{took}" + (f" ({event['why']})" if event.get("why") else "")
+        case "handoff" if not terse:
+            return f"weights of the stage before: {_transfer(event)}"
+    return ""
+
+
+def _transfer(event: Event) -> str:
+    """`64 tensors loaded; initialised: head.*; dropped: head.*`: the journal has every name."""
+    told = [f"{event.get('loaded')} tensors loaded"]
+    for what in ("initialised", "dropped"):
+        names = event.get(what)
+        if isinstance(names, list) and names:
+            parts = sorted({str(name).partition(".")[0] + (".*" if "." in str(name) else "") for name in names})
+            told.append(f"{what}: {', '.join(parts)}")
+    return "; ".join(told)

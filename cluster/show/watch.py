@@ -1,0 +1,47 @@
+"""`fcmae status --watch`: the table, drawn again and again until the chain is done or Ctrl-C."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from cluster.show.status import Run, StageStatus
+from cluster.show.status_table import render
+
+
+def watch(run_directory: str | Path, console: Console, refresh_seconds: float = 2.0) -> None:
+    """Show a run until all its stages are done, or an interrupt. Without a terminal the table is printed each time a
+    stage changes its state, its job or its attempt.
+
+    Raises:
+        StageError: if it is no run directory.
+    """
+    run = Run(run_directory)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    try:
+        if live:
+            live.start()
+        before = None
+        while True:
+            statuses = run.statuses()
+            if live:
+                live.update(frame(run, statuses), refresh=True)
+            elif (now := [(s.state, s.job, s.job_state, s.attempts) for s in statuses]) != before:
+                before = now
+                console.print(frame(run, statuses))
+            if all(s.state == "done" for s in statuses):
+                return
+            time.sleep(refresh_seconds)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if live:
+            live.stop()
+
+
+def frame(run: Run, statuses: list[StageStatus]) -> Group:
+    """One picture of the run."""
+    head = Text(f"{run.name}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
+    return Group(head, render(statuses, run.queue.trouble))

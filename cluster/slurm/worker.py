@@ -1,0 +1,114 @@
+"""What a rank of a Slurm job executes. submitit unpickles it; everything else is ours, its signal handlers too."""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from cluster.slurm.rendezvous import export_rank_environment
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.stage.outcome import Outcome
+
+# Everything by which a person, a time limit or a preemption asks for a stop.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# Exit codes of a rank; done and saved are 0. srun hands on the largest, and fails with 1 for reasons of its own.
+CRASHED, PERMANENT = 70, 78
+
+
+def block_stop_signals() -> str:
+    """Python code that starts a module with the stop signals blocked.
+
+    Slurm may signal a task whose Python is still importing torch, and the default action would kill it. A blocked
+    signal waits instead, through exec, until `run_stage` has its handlers in place and unblocks it."""
+    return (
+        f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {[int(n) for n in STOP_SIGNALS]}); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+
+
+class RunStage:
+    """Pickled once and read again at every requeue, perhaps by newer code: so it holds only the path, as a string, and
+    the stage directory says all the rest."""
+
+    def __init__(self, stage_directory: Path) -> None:
+        self.stage_directory = str(stage_directory)
+
+    def __call__(self) -> NoReturn:
+        """Runs the stage as this task's rank, and exits. Whether the job is requeued, the supervisor decides."""
+        # submitit's own handlers act on one rank only. Not SIG_IGN, which would discard what waits blocked.
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        directory = Path(self.stage_directory)
+        try:
+            rank = export_rank_environment()
+            if scratch := os.environ.get("FCMAE_SCRATCH"):
+                os.environ["FCMAE_SCRATCH"] = os.path.expandvars(scratch)
+            if rank == 0:
+                remove_torn_files(directory / "slurm")
+            # Imported as late as this because it brings torch along, which a machine that only submits can do without.
+            from cluster.slurm.stopwatch import StopWatch
+            from pipeline.run import run_stage
+            from pipeline.stage.outcome import OutcomeKind
+            from pipeline.tracking.startup import startup
+
+            startup.lap("imports")
+            if rank == 0:
+                StopWatch(directory, _job_end()).start()
+            outcome = preflight_outcome(directory)
+            startup.lap("preflight")
+            outcome = outcome or run_stage(directory)
+        except UserError as error:
+            leave(PERMANENT, str(error))
+        except Exception:
+            leave(CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
+        code = 0 if outcome.kind in (OutcomeKind.DONE, OutcomeKind.SAVED) else PERMANENT
+        if outcome.kind is OutcomeKind.BAD_NODE:
+            code = CRASHED
+        leave(code, f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". "))
+
+
+def preflight_outcome(directory: Path) -> "Outcome | None":
+    """Why this rank had better not train, if so. A signal that comes meanwhile waits for `run_stage`."""
+    import submitit
+
+    from cluster.preflight import Expectations
+    from cluster.preflight.guard import guard
+    from cluster.site import stored_site
+
+    site = stored_site(directory.parent, directory.name)
+    scratch = os.environ.get("FCMAE_SCRATCH")
+    expected = Expectations(
+        directory,
+        Path(scratch) if scratch else None,
+        devices=site.gpus_per_node,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        settings=site.preflight,
+    )
+    hosts = submitit.JobEnvironment().hostnames
+    return guard(expected, [host for host in hosts for _ in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
+
+
+def _job_end() -> float | None:
+    """When the time limit ends this run of the job, in epoch seconds; None if nobody knows."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
+def remove_torn_files(directory: Path) -> None:
+    """submitit refuses to write where a rank killed while writing has left a temporary file."""
+    for path in directory.glob("*.save_tmp"):
+        path.unlink(missing_ok=True)
+
+
+def leave(code: int, sentence: str) -> NoReturn:
+    print(sentence, flush=True)
+    sys.stderr.flush()
+    # At once, so that no left-over thread of a loader or of gloo can abort the exit and make a good job a failed one,
+    # and submitit does not mark a job as finished that is about to run again.
+    os._exit(code)

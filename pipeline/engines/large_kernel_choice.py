@@ -1,0 +1,61 @@
+"""The forms of a stage's large depthwise convolutions: what the recipe says, or what was measured once and noted.
+
+Forms are equal to rounding, not to the bit. So a stage measures a shape once, on rank 0, and every rank and every
+resume takes what its directory says: timing never decides twice.
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.data.batch import example_batch
+from pipeline.engines import Engine
+from pipeline.errors import RecipeError
+from pipeline.kernels.large_kernel import DepthwiseConv2d, available, fastest, shapes_of
+from pipeline.objectives import Objective
+from pipeline.stage.directory import write_json
+
+NOTE = "large_kernels.json"
+
+
+def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> dict[str, str]:
+    """Give each depthwise convolution its form; returns the form of each shape that was measured, now or before.
+    Collective.
+
+    Raises:
+        RecipeError: for a form that this machine does not have.
+    """
+    wanted, device = engine.recipe.engine.large_kernels, engine.world.device
+    convolutions = [module for module in engine.module.modules() if isinstance(module, DepthwiseConv2d)]
+    if not convolutions or wanted == "native":
+        return {}
+    if wanted != "measured":
+        if wanted not in available(device):
+            raise RecipeError(
+                f"engine.large_kernels is {wanted}, which needs a GPU and Triton; choose one of"
+                f" {', '.join(available(device))}, or measured"
+            )
+        for conv in convolutions:
+            conv.form = wanted
+        return {}
+    batch = engine.to_device(example_batch(engine.recipe))
+    with engine.evaluating() as model:
+        shapes = shapes_of(model, lambda: objective.evaluate(model, batch))
+    keys = {
+        conv: f"{device.type} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}, kernel"
+        f" {conv.kernel_size[0]}x{conv.kernel_size[1]}"
+        for conv, (shape, dtype) in shapes.items()
+    }
+
+    def measure() -> dict[str, str]:
+        path = directory / NOTE
+        known = json.loads(path.read_text()) if path.exists() else {}
+        for conv, key in keys.items():
+            if key not in known:
+                known[key] = fastest(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
+        write_json(path, known)
+        return known
+
+    known = engine.world.on_main(measure)
+    for conv, key in keys.items():
+        conv.form = known[key]
+    return known

@@ -1,0 +1,63 @@
+"""What ddp and fsdp share: gradients and optimizer are torch's own."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pipeline.data.batch import Batch
+from pipeline.distributed.sharded_tensors import local
+from pipeline.distributed.world import World
+from pipeline.engines.adamw import AdamW
+from pipeline.engines.base import Engine
+from pipeline.objectives import Objective
+from pipeline.recipe import StageRecipe
+
+
+class NativeEngine(Engine):
+    """`self._callable` is what an objective is given as the model."""
+
+    _callable: nn.Module
+
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
+        super().__init__(model, recipe, world)
+        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
+        self._optimizer.make_state(self._names)
+
+    def items(self) -> dict[str, Tensor]:
+        buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
+        return {**{name: p.detach() for p, name in self._names.items()}, **buffers}
+
+    @abstractmethod
+    def _synchronising(self, last: bool) -> AbstractContextManager:
+        """A context in which a backward pass averages the gradients over the ranks if it is the `last`."""
+
+    def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
+        with self._synchronising(last):
+            with self.precision():
+                loss, _ = objective.loss(self._callable, batch, step)
+            (loss * share).backward()
+        return loss.detach() * share
+
+    def _gradient_norm(self) -> Tensor:
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._names])
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.world.device)
+
+    def _update(self, lr: float, norm: Tensor) -> None:
+        limit = self.recipe.optimizer.clip_norm
+        if limit is not None:
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [local(parameter.grad) for parameter in self._names]
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        self._optimizer.prepare(lr, self._accepted)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _discard_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: dict(self._optimizer.state[p]) for p, name in self._names.items()}

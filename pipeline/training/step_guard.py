@@ -1,0 +1,96 @@
+"""Steps that must not be made, and the way back when there are many of them.
+
+A step with a loss or gradient norm that is not finite, or far above what the last steps had, is refused on the device:
+nothing of the state moves. Several refusals close together mean that the weights were hurt before: then the stage goes
+back to a checkpoint before them, and the steps from shortly before the first to the last of them are left out when they
+come again. All of it is a function of the steps themselves, never of when somebody looked, so a run that is killed and
+resumed anywhere decides the same.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.optim.ema import Component
+from pipeline.recipe.sections import Health
+
+MOST_ROLLBACKS = 64  # places in the checkpoint; health.max_rollbacks cannot be more
+NEVER = -(2**40)  # a step that no window reaches back to
+SMALLEST_DEVIATION = (0.02, 0.1)  # of the logarithms of loss and gradient norm: less is no spike, however calm it was
+
+
+class Guard(Component):
+    """An engine's guard, and the component that keeps what it knows in the checkpoint.
+
+    It holds an exponential mean and variance of the logarithms of loss and gradient norm. Values far out count as if
+    they lay half as far as a spike, so that one of them changes little and a new level is still learnt.
+    """
+
+    name = "guard"
+
+    def __init__(self, settings: Health, device: torch.device):
+        self.settings = settings
+        self._limit = settings.spike_deviations or math.inf
+        self._floor = torch.tensor(SMALLEST_DEVIATION, dtype=torch.float64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._mean = torch.zeros(2, dtype=torch.float64, device=device)
+        self._variance = torch.zeros(2, dtype=torch.float64, device=device)
+        self._refused = torch.full((settings.rollback_after,), NEVER, device=device)  # the last steps refused
+        self._alarm = torch.full((2,), NEVER, device=device)  # first and last step of the refusals that are too many
+        self._left_out = torch.full((MOST_ROLLBACKS, 2), NEVER, device=device)  # first and last steps
+        self._accepted = torch.ones((), dtype=torch.bool, device=device)
+        self._known: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def accept(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        values = torch.stack([loss.double(), gradient_norm.double()])
+        finite = values.isfinite().all()
+        logs = values.clamp_min(1e-30).log()
+        deviation = torch.maximum(self._variance.sqrt(), self._floor)
+        away = logs - self._mean
+        learnt = self._count >= self.settings.statistics_steps
+        self._accepted = finite & ~(learnt & (away > self._limit * deviation).any())
+        bound = torch.where(learnt, self._limit / 2 * deviation, math.inf)
+        away = torch.clamp(away, -bound, bound)
+        share = 1 / (self._count + 1).clamp_max(self.settings.statistics_steps).double()
+        variance = (1 - share) * (self._variance + share * away**2)
+        self._mean.copy_(torch.where(finite, self._mean + share * away, self._mean))
+        self._variance.copy_(torch.where(finite, variance, self._variance))
+        self._count += finite
+        return self._accepted
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        refused, now = ~self._accepted, torch.full((1,), step, device=self._refused.device)
+        self._refused.copy_(torch.where(refused, torch.cat([self._refused[1:], now]), self._refused))
+        too_many = refused & (self._refused[0] > step - self.settings.window_steps) & (self._alarm[1] == NEVER)
+        self._alarm.copy_(torch.where(too_many, torch.cat([self._refused[:1], now]), self._alarm))
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "count": self._count, "mean": self._mean, "variance": self._variance, "refused": self._refused,
+            "alarm": self._alarm, "left_out": self._left_out,
+        }  # fmt: skip
+
+    # -- read by the host, rarely
+
+    def alarm(self) -> tuple[int, int] | None:
+        """First and last step of the refusals that ask for a rollback. Waits for the device."""
+        first, last = self._alarm.tolist()
+        return None if last == NEVER else (first, last)
+
+    def left_out(self) -> list[tuple[int, int]]:
+        """The first and last step of each stretch that is left out, in the order in which they were found."""
+        return [(first, last) for first, last in self._left_out.tolist() if last != NEVER]
+
+    def leave_out(self, stretches: list[tuple[int, int]]) -> None:
+        self._left_out[: len(stretches)] = torch.tensor(stretches, device=self._left_out.device)
+        self.restored()
+
+    def restored(self) -> None:
+        """To be called when the tensors of `state()` were written."""
+        self._known = self.left_out()
+
+    def skips(self, step: int) -> bool:
+        return any(first <= step <= last for first, last in self._known)

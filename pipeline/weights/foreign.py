@@ -1,0 +1,180 @@
+"""Weights from a file of any origin: ours, the official code's, timm's or transformers'. Nothing in it is executed."""
+
+import argparse
+import io
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.weights.families import COUNTER
+from pipeline.weights.files import read_bytes
+from pipeline.weights.layouts import Report, to_ours
+
+_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # where checkpoints keep weights; the first counts
+_ZIP = b"PK\x03\x04"
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUFFIXES = {
+    "safetensors": (".safetensors",),
+    "PyTorch pickle": (".pt", ".pth", ".bin", ".ckpt", ".tar"),
+}
+
+
+class Loaded(NamedTuple):
+    """`tensors` are on the CPU under our names, in the dtypes of the file."""
+
+    tensors: dict[str, Tensor]
+    layout: str
+    report: Report
+
+
+def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None) -> Loaded:
+    """Read a safetensors file or a PyTorch pickle of tensors (`weights_only`; never more is unpickled).
+
+    Args:
+        path: a local file or an fsspec URL.
+        entry: the key of a pickled dictionary that holds the weights, such as "model_ema"; found by default.
+        expected_sha256: refuse any other file.
+
+    A byte that changed inside a tensor is seen in pickles of torch 1.6 and later, which hold checksums; safetensors
+    files and older pickles hold none, so for them it takes `expected_sha256`.
+
+    Raises:
+        CheckpointError: one sentence, if the file is missing, damaged, mislabelled or of another family, or if one
+            tensor is not accounted for.
+    """
+    return decode_weights(path, read_bytes(path, expected_sha256), entry)
+
+
+def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> Loaded:
+    """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
+    tensors, chosen, ignored = _tensors(path, data, entry)
+    try:
+        found, report = to_ours(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Loaded(found, report.layout, replace(report, entry=chosen, ignored=ignored))
+
+
+def load_tensors(
+    path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    """The tensors of any model's weights under the file's names, the key they were found under, and the other keys; see
+    `load_weights`. Raises CheckpointError.
+    """
+    return _tensors(path, read_bytes(path, expected_sha256), entry)
+
+
+def _tensors(
+    path: str | os.PathLike, data: bytes, entry: str | None
+) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    content = _decode(path, data)
+    try:
+        tensors, chosen, ignored = _choose(content, entry)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return _unwrapped(tensors), chosen, ignored
+
+
+def _decode(path: str | os.PathLike, data: bytes) -> Any:
+    kind = _kind(path, data)
+    try:
+        if kind == "safetensors":
+            return safetensors.torch.load(data)
+        # Torch writes a checksum of each record, and does not look at it when it reads.
+        if data[:4] == _ZIP and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
+            raise ValueError(f"{record} has another checksum than was written")
+        # The official code keeps its command line beside the weights; a Namespace only takes attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds a pickled {named[1]}, which is no tensor and could run code; save its state dict alone, "
+                "on the machine that trusts it"
+            ) from error
+        raise _damaged(path, kind, error) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(path, kind, error) from error
+
+
+def _kind(path: str | os.PathLike, data: bytes) -> str:
+    # A safetensors file begins with the length of its header, and some lengths begin as a pickle does.
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
+        kind = "safetensors"
+    elif data[:4] == _ZIP or data[:1] == b"\x80":
+        kind = "PyTorch pickle"
+    else:
+        start = f"begins with {data[:20]!r}" if data else "is empty"
+        raise CheckpointError(f"{path} {start}, so it is neither safetensors nor a PyTorch pickle; fetch it again")
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    label = next((label for label, suffixes in _SUFFIXES.items() if suffix in suffixes), kind)
+    if label != kind:
+        raise CheckpointError(
+            f"{path} is a {kind} file by its content and not {label}; rename it to end in {_SUFFIXES[kind][0]}"
+        )
+    return kind
+
+
+def _damaged(path: str | os.PathLike, kind: str, error: Exception) -> CheckpointError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "documentation" not in line]
+    # Torch's unpickler gives its reason last, behind advice; others begin with it.
+    reason = (
+        (lines[-1] if isinstance(error, pickle.UnpicklingError) else lines[0])[:200] if lines else "no reason given"
+    )
+    return CheckpointError(
+        f"{path} is cut short or damaged: it cannot be read as {kind} ({type(error).__name__}: {reason}); "
+        "fetch it again"
+    )
+
+
+def _choose(content: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
+    """The tensors, the key they were under, and the other keys."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"it holds a {type(content).__name__} and not a dictionary of tensors; save a state dict")
+    keys = [str(key) for key in content]
+    if entry is not None and not isinstance(content.get(entry), Mapping):
+        raise CheckpointError(f"it has no dictionary under {entry!r}; its keys are {_some(keys)}")
+    chosen = entry or next((key for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
+    tensors = content if chosen is None else content[chosen]
+    for name, value in tensors.items():
+        if problem := _problem(name, value):
+            found = "" if chosen else f" (no weights under {' or '.join(_ENTRIES)}; its keys are {_some(keys)})"
+            raise CheckpointError(f"{name} {problem}{found}; save the model's state dict alone")
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}  # parameters become tensors
+    return plain, chosen, tuple(key for key in keys if chosen is not None and key != chosen)
+
+
+def _problem(name: Any, value: Any) -> str | None:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return f"is a {type(value).__name__} and not a named tensor"
+    shape = tuple(value.shape)
+    if name.endswith(COUNTER) and value.dtype is torch.int64 and shape == ():
+        return None
+    if value.dtype not in _DTYPES or value.layout is not torch.strided or value.device.type != "cpu":
+        return f"{shape} holds {value.dtype} ({value.layout}, {value.device}) and not plain floating-point numbers"
+    if not value.isfinite().all():
+        return f"{shape} has {int((~value.isfinite()).sum())} elements that are NaN or infinite"
+    return None
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") or "none"
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    while tensors and (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors

@@ -1,0 +1,70 @@
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.show.logs import show
+from tests.support import FCMAE
+
+DEADLINE_SECONDS = 300
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_silence_is_told_too(tmp_path, capsys, content):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"pretrain": {}}}))
+    (tmp_path / "pretrain" / "logs").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "pretrain" / "logs" / "rank-0.log").write_text(content)
+    show(tmp_path, None, 0, 100, follow=False)
+    assert capsys.readouterr().out == "rank 0 has not printed anything yet\n"
+
+
+def append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_follow_shows_what_is_added_until_the_stage_is_done(tmp_path):
+    """As a person sees it: lines come while their file grows, each once, and the command ends by itself."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"pretrain": {}, "finetune": {}}}))
+    stage = tmp_path / "pretrain"
+    first, second = stage / "slurm" / "7_0_log.out", stage / "slurm" / "8_0_log.out"
+    append(first, "old\none\n")
+    append(tmp_path / "finetune" / "logs" / "rank-0.log", "of another stage\n")
+    command = [*FCMAE, "logs", tmp_path, "pretrain", "--lines", "1", "--follow"]
+    logs = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    guard = threading.Timer(DEADLINE_SECONDS, logs.kill)  # whoever waits for a line then finds the end
+    guard.start()
+    try:
+
+        def said(text: str) -> None:
+            got = b""
+            while got.decode() != text:
+                assert text.startswith(got.decode()), (got, text)
+                byte = logs.stdout.read(1)
+                assert byte, f"it ended after {got!r}"
+                got += byte
+
+        said("==> pretrain/slurm/7_0_log.out <==\none\n")
+        append(first, "two, half")
+        said("two, half")
+        append(first, " and whole\n")
+        said(" and whole\n")
+        append(stage / "slurm" / "8_1_log.out", "of another rank\n")
+        append(second, "the job that came after\n")  # the job was submitted anew: another file
+        said("==> pretrain/slurm/8_0_log.out <==\nthe job that came after\n")
+        assert logs.poll() is None
+        append(second, "last words\n")
+        (stage / "DONE").touch()  # that the other stage is not done does not matter
+        said("last words\n")
+        assert logs.stdout.read() == b""
+        assert logs.wait() == 0
+    finally:
+        guard.cancel()
+        logs.kill()
+        logs.wait()
+        logs.stdout.close()

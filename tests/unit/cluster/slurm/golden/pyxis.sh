@@ -1,0 +1,40 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir='/runs/my huge/a-b'
+#SBATCH --constraint='a100&ib'
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterok:7
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=a100_1g.10gb+me:8
+#SBATCH --job-name=fcmae-a-b
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=512M
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output='/runs/my huge/a-b/slurm/%j_0_log.out'
+#SBATCH --requeue
+#SBATCH --reservation=spring
+#SBATCH --signal=USR2@120
+#SBATCH --time=60
+
+# setup
+export FCMAE_JOB_STARTED=$(date +%s.%3N)
+trap : TERM INT USR1 USR2
+module load gcc/13
+module load 'it'"'"'s'
+source /etc/site.sh
+export OMP_NUM_THREADS=1
+export NAME='$(touch /tmp/x)'
+export PYTHONPATH='/runs/my huge/code/0123'${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '/runs/my huge/a-b/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --export=ALL --cpus-per-task=1 '--container-image=registry#fcmae:1' '--container-mounts=/runs/my huge:/runs/my huge,/data:/data:ro' python3 -IS -c 'import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15, 10, 12]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' -u -m submitit.core._submit '/runs/my huge/a-b/slurm'
+
+
+# teardown
+code=$?
+/opt/fcmae/bin/python -m cluster.slurm.supervisor '/runs/my huge/a-b' "$code" 3

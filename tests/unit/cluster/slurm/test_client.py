@@ -1,0 +1,217 @@
+"""Status with jobs: real directories, a Slurm whose `squeue` is a script of a few lines, and none at all."""
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster import queue
+from cluster.show.status import Run, status
+from cluster.show.status_table import render
+from cluster.slurm import history
+from cluster.slurm.queue import Queue
+from pipeline.stage.directory import write_json
+from pipeline.tracking.journal import Journal
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text("name: tiny\nstages: {pretrain: {}, finetune: {}}\n")
+    return directory
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Replaces squeue by a script; returns the file in which its calls are counted."""
+
+    def install(script: str) -> Path:
+        folder, calls = tmp_path / "bin", tmp_path / "calls"
+        folder.mkdir(exist_ok=True)
+        (folder / "squeue").write_text(f'#!/bin/sh\necho "$@" >>{calls}\n{script}\n')
+        (folder / "squeue").chmod(stat.S_IRWXU)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)  # a shell may take its time on a busy machine
+        return calls
+
+    return install
+
+
+def says(run: Path, *lines: str) -> str:
+    return "\n".join(f"echo '{line}'" for line in lines).replace("@", str(run))
+
+
+def submit(run: Path, stage: str, job: str) -> None:
+    history.note(run / stage, "submitted", job, committed=-1)
+
+
+def take(stage: Path, number: int, host: str = "n7") -> None:
+    (stage / "attempts").mkdir(parents=True, exist_ok=True)
+    write_json(stage / "attempts" / f"{number:06d}.json", {"attempt": number, "host": host, "pid": 1})
+
+
+def shown(run: Path) -> str:
+    view = Run(run)
+    statuses = view.statuses()
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(render(statuses, view.queue.trouble))
+    return console.export_text()
+
+
+def test_a_run_that_was_never_submitted_asks_nobody(run, squeue):
+    calls = squeue("exit 1")
+    assert [s.job for s in status(run)] == [None, None]
+    assert not calls.exists()
+    assert "job" not in shown(run).splitlines()[0]
+
+
+def test_jobs_beside_the_files(run, squeue):
+    submit(run, "pretrain", "41")
+    submit(run, "finetune", "42")
+    squeue(
+        says(run, "41|RUNNING|n[1-2]|None|@/pretrain", "42|PENDING||Dependency|@/finetune",
+             "43|RUNNING|n3|None|/other/run/pretrain")
+    )  # fmt: skip
+    first, second = status(run)
+    assert (first.state, first.job, first.nodes) == ("starting", "41", "n[1-2]")
+    assert (second.state, second.job, second.job_state) == ("queued", "42", "PENDING")
+    take(run / "pretrain", 1)
+    assert status(run)[0].state == "running"
+    hours_ago = time.time() - 7200  # a long evaluation on another host: Slurm knows that it runs
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (hours_ago, hours_ago))
+    assert status(run)[0].state == "running"
+    text = shown(run)
+    assert "41 running" in text
+    assert "n[1-2]" in text
+
+
+def test_a_cancelled_job_that_still_ends_is_not_starting(run, squeue):
+    submit(run, "pretrain", "41")
+    take(run / "pretrain", 1)
+    squeue(says(run, "41|COMPLETING|n1|None|@/pretrain"))
+    assert status(run)[0].state == "running"
+    write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
+    assert status(run)[0].state == "starting"  # requeued
+    history.note(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
+    assert (status(run)[0].state, status(run)[0].job_state) == ("saved", "COMPLETING")
+
+
+def test_a_job_that_slurm_will_never_start_is_named(run, squeue):
+    submit(run, "pretrain", "41")
+    squeue(says(run, "41|PENDING||BadConstraints|@/pretrain"))
+    assert "pretrain, Slurm will never start job 41 (BadConstraints): `fcmae resume` replaces it" in shown(run)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "job_state"),
+    [
+        ("", "interrupted", "FORGOTTEN"),  # purged from Slurm's memory
+        ("echo '41|FAILED|n1|NonZeroExitCode|@/pretrain'", "interrupted", "FAILED"),
+        ("echo '41|CANCELLED|n1|None|@/pretrain'", "cancelled", "CANCELLED"),
+        ("echo '41|PENDING||BeginTime|@/pretrain'", "queued", "PENDING"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "running", "UNKNOWN"),
+    ],
+)
+def test_what_slurm_says_of_a_stage_that_left_no_word(run, squeue, answer, state, job_state):
+    submit(run, "pretrain", "41")
+    take(run / "pretrain", 1)
+    squeue(answer.replace("@", str(run)))
+    first = status(run)[0]
+    assert (first.state, first.job_state) == (state, job_state)
+
+
+def test_a_silent_slurmctld_holds_nobody_up(run, squeue, monkeypatch):
+    submit(run, "pretrain", "41")
+    squeue("exec sleep 30")
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.3)
+    view, began = Run(run), time.monotonic()
+    first = view.statuses()[0]
+    assert time.monotonic() - began < 15
+    assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
+    assert "did not answer" in view.queue.trouble
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)
+    began = time.monotonic()
+    view.statuses()
+    assert time.monotonic() - began < 10, "only the first question is waited for"
+
+
+def test_many_looks_are_one_question(run, squeue, monkeypatch):
+    submit(run, "pretrain", "41")
+    calls = squeue(says(run, "41|PENDING||Priority|@/pretrain"))
+    monkeypatch.setattr(queue, "ASK_SECONDS", 3600)
+    jobs = Queue([run / "pretrain"])
+    assert [jobs.jobs()["pretrain"].state for _ in range(20)] == ["PENDING"] * 20
+    assert len(calls.read_text().splitlines()) == 1
+    monkeypatch.setattr(jobs, "_due", 0.0)
+    jobs.jobs()
+    jobs._asking.join()
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_no_slurm_here_is_said_below_the_table(run, monkeypatch):
+    submit(run, "pretrain", "41")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "from the files alone: there is no squeue on PATH" in shown(run)
+
+
+def test_a_resubmission_counts_not_the_job_before(run, squeue):
+    submit(run, "pretrain", "41")
+    squeue(says(run, "41|FAILED|n1|NodeFail|@/pretrain"))
+    submit(run, "pretrain", "44")  # squeue has not heard of it yet
+    assert (status(run)[0].job, status(run)[0].job_state) == ("44", "FORGOTTEN")
+
+
+def test_the_end_that_the_supervisor_noted(run, squeue):
+    squeue("")
+    submit(run, "pretrain", "41")
+    history.note(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
+    submit(run, "finetune", "42")
+    history.note(run / "finetune", "cancelled", "42", reason="stage pretrain has ended for good")
+    first, second = status(run)
+    assert (first.state, first.reason) == ("failed", "3 attempts in a row committed no step")
+    assert second.state == "cancelled"
+    text = shown(run)
+    assert "stage pretrain has ended for good" in text
+    take(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
+    later = time.time() + 1  # a file system's clock may be some milliseconds late
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
+    assert status(run)[0].state == "interrupted"
+
+
+def test_odd_histories_count_as_absent(run, squeue):
+    squeue("echo '41|RUNNING|n1|None|@/pretrain'".replace("@", str(run)))
+    folder = run / "pretrain" / "slurm"
+    folder.mkdir(parents=True)
+    lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
+    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    assert status(run)[0].job is None
+
+
+def test_data_wait_is_a_share_of_the_step(run):
+    stage = run / "pretrain"
+    take(stage, 1, host="elsewhere")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        journal.write("attempt", step=0, total_steps=10, global_batch=64, world_size=2)
+        for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
+            speed, wait = 64 / seconds, seconds / 4
+            journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
+    first = status(run)[0]
+    assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
+    assert first.images_per_second == pytest.approx(12.8)
+    assert "25%" in shown(run)
+
+
+def test_only_the_last_restarts_are_listed(run):
+    stage = run / "pretrain"
+    for number in range(1, 9):
+        take(stage, number)
+        write_json(stage / "attempts" / f"{number:06d}.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
+    text = shown(run)
+    assert "pretrain, 5 earlier attempts: see --json" in text
+    assert text.count("pretrain, attempt") == 3
+    assert len(json.loads(json.dumps(status(run)[0].restart_reasons))) == 7

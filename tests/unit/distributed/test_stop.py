@@ -1,0 +1,40 @@
+"""A stop that is asked for: when, and by whom."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from pipeline.distributed.stop import AgreedStop, StopRequest
+
+
+@pytest.fixture
+def request_for_stop():
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    yield StopRequest().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_first_signal_counts_and_is_dated(request_for_stop):
+    stop = AgreedStop(request_for_stop, lambda value: value)
+    assert not stop()
+    before = time.time()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    after = time.time()
+    time.sleep(0.05)  # the ranks agree between slots, which may take a while
+    assert stop()
+    assert (stop.number, stop.reason) == (signal.SIGUSR1, "SIGUSR1")
+    assert before - 0.002 <= stop.asked <= after + 0.002
+
+
+def test_a_rank_that_got_none_believes_the_others(request_for_stop):
+    told = iter([0, signal.SIGTERM, 3000])  # what another rank has: no signal, then one, which is 3 s old
+    stop = AgreedStop(request_for_stop, lambda value: max(value, next(told)))
+    assert not stop()
+    before = time.time()
+    assert stop()
+    assert before - 3 <= stop.asked <= time.time() - 3
+    assert stop()  # without asking again

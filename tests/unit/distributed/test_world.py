@@ -1,0 +1,47 @@
+"""Joining a group: what a rank without a GPU is told, and how long groups wait that are made later."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.distributed.world import World, backends
+from pipeline.errors import RecipeError
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
+    with pytest.raises(RecipeError, match=r"device is cuda and this machine shows 0 GPUs"):
+        World.join("cuda")
+
+
+def test_groups_that_engines_make_wait_as_long_as_the_world():
+    threads = torch.get_num_threads()
+    world = World.join("cpu", threads=1, timeout_seconds=4321)
+    try:
+        group = dist.new_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
+    finally:
+        world.leave()
+        torch.set_num_threads(threads)
+
+
+def test_beside_a_gpu_the_cpu_can_talk_too():
+    """FSDP and ZeRO sum and gather what they have offloaded where it lies."""
+    found = dist.distributed_c10d.BackendConfig(dist.Backend(backends(torch.device("cuda", 1))))
+    assert found.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_nccl_is_not_asked_to_wait_for_ranks_that_are_gone():
+    threads = torch.get_num_threads()
+    world = World.join("cpu", threads=1)
+    try:
+        replace(world, device=torch.device("cuda", 0)).leave(broken=True)
+        assert dist.is_initialized()
+        world.leave(broken=True)
+        assert not dist.is_initialized()
+    finally:
+        world.leave()
+        torch.set_num_threads(threads)

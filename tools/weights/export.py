@@ -1,0 +1,214 @@
+"""Weights for use elsewhere: `fcmae export` to safetensors, ONNX, or a folder that timm loads."""
+
+import copy
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pipeline.errors import CheckpointError, UserError
+from pipeline.weights.architecture import Architecture
+from pipeline.weights.families import FamilyArchitecture
+from pipeline.weights.files import FACTS, canonical, publish, safetensors_bytes, write_weights
+from pipeline.weights.foreign import Loaded, load_weights
+from pipeline.weights.layouts import Report, from_ours
+from tools.weights.convert import check_destination, facts, refuse_own_forms
+from tools.weights.model import build, placed
+
+Format = Literal["safetensors", "onnx", "timm"]
+ONNX_TOLERANCE = 1e-4  # of the largest output; fp32 in another order of sums differs by about 1e-6
+_ONE_FILE_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was read, what was written, and for ONNX how far it is from this model's outputs."""
+
+    report: Report
+    files: tuple[Path, ...]
+    max_difference: float | None = None  # a share of the largest output
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [str(self.report), *(f"  {note}" for note in self.notes)]
+        if self.max_difference is not None:
+            lines.append(f"  largest difference from PyTorch: {self.max_difference:.2e} of the largest output")
+        return "\n".join([*lines, *(f"  {path} is ready" for path in self.files)])
+
+
+def export(
+    source: str | os.PathLike,
+    destination: Path,
+    kind: Format,
+    *,
+    image_size: int | None = None,
+    entry: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write weights of any layout as fp32.
+
+    - "safetensors": our names, with one metadata key, `fcmae`: sorted JSON of what the weights are.
+    - "onnx": images (batch, 3, R, R) to logits, or without a head to the last map (batch, C, h, w); the batch is free,
+      R is `image_size`. BatchNorms, and SLaK's small kernels, are merged into their neighbours. It is compared with
+      onnxruntime, unmerged, before it is written; above 2 GB, weights lie in OUT.data.
+    - "timm": a folder with model.safetensors and config.json.
+
+    Args:
+        image_size: pixels; by default what the weights' facts say, or 224.
+        entry: see `load_weights`.
+
+    Raises:
+        CheckpointError: if the source is not accounted for in full, or the destination cannot be written.
+        UserError: if a package is missing, or onnxruntime's outputs are not the model's.
+    """
+    loaded = load_weights(source, entry)
+    about = facts(source, loaded.report.architecture, "official")
+    size = image_size or about.get("image_size") or 224
+    if kind == "safetensors":
+        check_destination(destination, (".safetensors",), overwrite)
+        write_weights(destination, loaded.tensors, about)
+        return Export(loaded.report, (destination,))
+    if kind == "onnx":
+        refuse_own_forms(source)
+        check_destination(destination, (".onnx",), overwrite)
+        return _onnx(source, loaded, destination, size, about.get("model"))
+    refuse_own_forms(source, loaded.report.architecture.untold)
+    return _timm(loaded, destination, size, about, overwrite)
+
+
+def _onnx(source: str | os.PathLike, loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
+        ) from error
+    model = build(loaded.tensors, known, str(source))
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *placed(loaded.tensors)[1]))
+    if size < model.stride:
+        raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
+    bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
+        path = Path(folder) / destination.name  # its name is written into it when the weights lie beside it
+        trace(merged(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        difference = max(_compare(model, session, batch, size) for batch in (1, 3))
+        del session
+        files = sorted(Path(folder).iterdir(), reverse=True)  # OUT.data before OUT
+        for file in files:
+            os.replace(file, destination.parent / file.name)
+    return Export(report, tuple(destination.parent / file.name for file in files), difference)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy to deploy; the model itself if there is nothing to merge."""
+    return copy.deepcopy(model).merge_batchnorm() if hasattr(model, "merge_batchnorm") else model
+
+
+def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
+    """Write a merged model as ONNX, of `images` (batch, 3, size, size); `external` puts the weights beside it."""
+    images = torch.zeros(2, model.in_channels, size, size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            model,
+            (images,),
+            path,
+            input_names=["images"],
+            output_names=["logits" if model.num_classes else "features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=external,
+            verbose=False,
+            dynamo=True,
+        )
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, session: Any, batch: int, size: int) -> float:
+    """The largest difference of outputs, as a share of the largest one. Raises UserError above the tolerance."""
+    images = torch.randn(batch, model.in_channels, size, size, generator=torch.Generator().manual_seed(batch))
+    ours = model(images)
+    try:
+        theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    except Exception as error:  # its classes are not public; the exporter may have fixed the batch without a word
+        raise UserError(
+            f"onnxruntime cannot run the exported model at batch {batch} ({' '.join(str(error).split())[:200]}), so "
+            "nothing is written; try other versions of torch, onnxscript and onnxruntime"
+        ) from error
+    difference = relative_difference(ours, theirs)
+    if not difference <= ONNX_TOLERANCE:
+        raise UserError(
+            f"onnxruntime differs from the model by {difference:.2e} of its largest output at batch {batch}, more than "
+            f"{ONNX_TOLERANCE:.0e}, so nothing is written; try other versions of torch, onnxscript and onnxruntime"
+        )
+    return difference
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference as a share of our largest output; of outputs that are all zero, 0 or infinite."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    return difference / largest if largest else math.inf if difference else 0.0
+
+
+def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
+    report, notes = loaded.report, []
+    tensors, dropped = from_ours(loaded.tensors, report.architecture, "timm")
+    report = replace(report, dropped=(*report.dropped, *dropped))
+    width = report.architecture.dims[-1]
+    if report.architecture.family == "convnextv2" and "head.norm.weight" not in tensors:
+        tensors |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
+        notes.append("added: head.norm.weight (ones), head.norm.bias (zeros), which timm has behind every encoder")
+    config = _timm_config(report.architecture, size)
+    written = {name: tensor.float() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    publish(weights, safetensors_bytes(written, {FACTS: canonical({**about, "layout": "timm"})}))
+    publish(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
+    notes.append(
+        f"timm.create_model({config['architecture']!r}, num_classes={config['num_classes']}{arguments}, "
+        f"checkpoint_path='{weights}'), or timm.create_model('local-dir:{folder}', pretrained=True)"
+    )
+    return Export(report, (weights, folder / "config.json"), notes=tuple(notes))
+
+
+def _timm_config(architecture: Architecture | FamilyArchitecture, size: int) -> dict[str, Any]:
+    """What timm reads beside the weights. Other shapes than the published are arguments of its tiny model."""
+    from pipeline.objectives.base import MEAN, STD  # here, for it loads FFCV
+
+    options: dict[str, Any] = {}
+    if architecture.variant is None:
+        options |= {"depths": list(architecture.depths), "dims": list(architecture.dims)}
+    if architecture.in_channels != 3:
+        options["in_chans"] = architecture.in_channels
+    return {
+        "architecture": architecture.variant or ("convnext_tiny" if architecture.v1 else "convnextv2_tiny"),
+        "num_classes": architecture.classes,
+        "num_features": architecture.dims[-1],
+        "model_args": options,
+        "pretrained_cfg": {
+            "num_classes": architecture.classes,
+            "input_size": [architecture.in_channels, size, size],
+            "mean": [value / 255 for value in MEAN],
+            "std": [value / 255 for value in STD],
+            "interpolation": "bicubic",
+            "crop_pct": 0.875 if size < 384 else 1.0,
+            "crop_mode": "center" if size < 384 else "squash",
+            "first_conv": "stem.0.conv" if architecture.family == "nextvit" else "stem.0",
+            "classifier": "head.fc",
+        },
+    }
