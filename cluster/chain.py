@@ -10,7 +10,7 @@ from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.health.verdict import judge_again, refuse_off_track
-from pipeline.recipe import ChainRecipe, StageRecipe, changes, dump, load
+from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
 from pipeline.stage.directory import INIT, Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder
@@ -31,8 +31,8 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
         directory.mkdir(parents=True, exist_ok=True)
         stages = {name: resolved(stage) for name, stage in recipe.stages.items()}
         if known.exists():
-            _refuse_other(load(known).stages, stages, directory)
-        dump(recipe.model_copy(update={"stages": stages}), known)
+            _refuse_other(load_recipe(known).stages, stages, directory)
+        write_recipe(recipe.model_copy(update={"stages": stages}), known)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
     made = [Stage.create(directory / name, stage) for name, stage in stages.items()]
@@ -70,7 +70,7 @@ def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], dire
     if list(old) != list(new):
         differs = f"stages {', '.join(old)} instead of {', '.join(new)}"
     else:
-        found = [f"stages.{name}.{change}" for name in new for change in changes(old[name], new[name])[0]]
+        found = [f"stages.{name}.{change}" for name in new for change in changed_fields(old[name], new[name])[0]]
         differs = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
     if differs:
         raise RecipeError(

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from cluster.preflight.settings import PreflightSettings
 from cluster.slurm.history import log_directory
 from pipeline.errors import LaunchError, RecipeError
-from pipeline.recipe.files import validate
-from pipeline.recipe.sections import Section
+from pipeline.recipe.sections import Settings
+from pipeline.recipe.yaml_files import parse_settings
 from pipeline.storage.folder import Folder
 
 # In a run directory: the site that it was last submitted to. Beside a stage's jobs: what theirs was submitted to.
@@ -62,7 +62,7 @@ Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
-class Container(Section):
+class Container(Settings):
     """An image that the ranks run in. The batch script around them runs outside."""
 
     kind: Literal["pyxis", "apptainer"]
@@ -74,7 +74,7 @@ class Container(Section):
     """The interpreter inside."""
 
 
-class GPU(Section):
+class GPU(Settings):
     """What a GPU can do by its data sheet: `fcmae estimate` reckons with it, `fcmae submit` with its memory."""
 
     name: Text
@@ -86,7 +86,7 @@ class GPU(Section):
     """The share of that which training is assumed to reach: a guess until `fcmae estimate --measure` has run there."""
 
 
-class Site(Section):
+class Site(Settings):
     partition: SbatchText | None = None
     """Where to queue; null leaves it to the cluster."""
     account: SbatchText | None = None
@@ -173,7 +173,7 @@ class Site(Section):
             raise ValueError(f"stages.{name}.{wrong[0]} cannot differ by stage; set it for the whole site")
         shared = self.model_dump(mode="json", exclude={"stages"})
         try:
-            return validate(Site, {**shared, **own}, f"stages.{name}")
+            return parse_settings(Site, {**shared, **own}, f"stages.{name}")
         except RecipeError as error:
             raise ValueError(str(error)) from None
 
@@ -195,7 +195,7 @@ def load_site(name: str) -> Site:
         raise LaunchError(f"{path} cannot be read as YAML: {str(error).strip().splitlines()[0]}") from None
     if not isinstance(raw, dict):
         raise LaunchError(f"{path} holds a {type(raw).__name__}; a site is a mapping of keys to values")
-    return validate(Site, raw, str(path))
+    return parse_settings(Site, raw, str(path))
 
 
 def check_path(path: Path) -> Path:

@@ -52,7 +52,7 @@ def measure(directory: Path) -> dict[str, Any]:
     """Train the two stages in this process; the machine, the data's hashes, and the losses as hex floats by stage."""
     from cluster.chain import open_chain
     from pipeline.data.beton import BetonWriter, check
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from pipeline.run import run_stage
     from pipeline.stage.outcome import OutcomeKind
     from pipeline.tracking import journal
@@ -64,7 +64,7 @@ def measure(directory: Path) -> dict[str, Any]:
                 writer.add(*image(number))
         data.append(f"defaults.data.{name}={directory}/{name}.beton")
     losses = {}
-    for stage in open_chain(load(RECIPE, [*OVERRIDES, *data]), directory / "run"):
+    for stage in open_chain(load_recipe(RECIPE, [*OVERRIDES, *data]), directory / "run"):
         outcome = run_stage(stage.directory)
         assert outcome.kind is OutcomeKind.DONE, outcome
         found = journal.steps(journal.read(stage.directory / "journal.jsonl"))

@@ -11,7 +11,7 @@ import yaml
 
 from cluster.chain import open_chain
 from pipeline.data.beton import BetonWriter
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 
 CLASSES = ("gradient", "rings", "stripes", "checks")
 FCMAE = [sys.executable, "-m", "tools.cli"]
@@ -87,14 +87,14 @@ def write_tiny_recipe(directory: Path, overrides: Sequence[str] = ()) -> Path:
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(data), sort_keys=False))
     if overrides:
-        path.write_text(yaml.safe_dump(load(path, overrides).model_dump(mode="json"), sort_keys=False))
+        path.write_text(yaml.safe_dump(load_recipe(path, overrides).model_dump(mode="json"), sort_keys=False))
     return path
 
 
 def make_tiny_run(directory: Path, overrides: Sequence[str] = ()) -> Path:
     """A run directory, its stages made and none started."""
     run = directory / "run"
-    open_chain(load(write_tiny_recipe(directory, overrides)), run)
+    open_chain(load_recipe(write_tiny_recipe(directory, overrides)), run)
     return run
 
 

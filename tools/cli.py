@@ -54,11 +54,11 @@ def run(
     from cluster.show.progress import Progress
     from cluster.show.status import status
     from cluster.show.status_table import render
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from pipeline.stage.outcome import OutcomeKind
     from pipeline.storage.working_copy import Uploads, remote_of, working_copy
 
-    chain = load(find_recipe(recipe), overrides or [])
+    chain = load_recipe(find_recipe(recipe), overrides or [])
     directory = working_copy(out)
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
@@ -295,13 +295,17 @@ def estimate(
 ) -> None:
     """What a recipe will cost on a site: memory by engine and micro-batch, steps, hours, money, bytes."""
     from cluster.site import load_site
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.estimate.reckon import estimate as reckon
     from tools.estimate.table import render, to_json
 
     profile = load_site(site)
     found = reckon(
-        load(find_recipe(recipe), overrides or []), profile, nodes=nodes, images=images or (), measured_here=measure
+        load_recipe(find_recipe(recipe), overrides or []),
+        profile,
+        nodes=nodes,
+        images=images or (),
+        measured_here=measure,
     )
     if json:
         print(to_json(found, price))

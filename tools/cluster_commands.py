@@ -35,10 +35,10 @@ def submit(
     from cluster.site import check_path, load_site
     from cluster.slurm import submit as jobs
     from cluster.slurm.snapshot import snapshot_path
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.recipes.included import find_recipe
 
-    chain, profile = load(find_recipe(recipe), overrides or []), load_site(site)
+    chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
     chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
     run = check_path((Path(profile.run_root or "") / out).resolve())
     if dry_run:
@@ -61,11 +61,11 @@ def resume(
     """Submit what is missing: stages that are neither done nor on their way. Safe at any time."""
     from cluster.show.status import stage_names
     from cluster.site import check_path, load_site, stored_site
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
 
     run = check_path(directory.resolve())
     stage_names(run)
-    _submit(load(run / "recipe.yaml"), run, load_site(site) if site else stored_site(run), None)
+    _submit(load_recipe(run / "recipe.yaml"), run, load_site(site) if site else stored_site(run), None)
 
 
 def cancel(directory: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:

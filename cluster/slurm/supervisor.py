@@ -23,7 +23,7 @@ from cluster.slurm.stopwatch import CANCELLED
 from cluster.slurm.worker import PERMANENT, STOP_SIGNALS
 from pipeline.errors import LaunchError, OffTrackError, StageError, UserError
 from pipeline.health.verdict import refuse_off_track
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.tracking.startup import JOB_STARTED
 
@@ -146,7 +146,7 @@ def give_up(directory: Path, job: str, reason: str) -> int:
 def cancel_dependents(directory: Path, reason: str) -> None:
     """Cancel the jobs of all stages that start, directly or not, from the stage of this directory."""
     run, lost = directory.parent, {directory.name}
-    for name, recipe in load(run / "recipe.yaml").stages.items():
+    for name, recipe in load_recipe(run / "recipe.yaml").stages.items():
         if recipe.previous in lost:
             lost.add(name)
     waiting = client.jobs(names=[f"fcmae-{name}" for name in lost - {directory.name}]) if len(lost) > 1 else []

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from pipeline.randomness import Purpose, key, uniform
-from pipeline.recipe.augmentation import MOST_MAGNITUDE, RandAugmentSettings
+from pipeline.recipe.randaugment_settings import MOST_MAGNITUDE, RandAugmentSettings
 
 # timm's names and order; an operation's code is its place here.
 OPERATIONS = (

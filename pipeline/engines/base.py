@@ -21,7 +21,7 @@ from pipeline.optim.groups import parameter_groups
 from pipeline.optim.sparsity import DynamicSparsity
 from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
-from pipeline.recipe.sections import Sparsity
+from pipeline.recipe.sections import SparsitySettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16_parameters": torch.float32, "fp64": torch.float64}
 
@@ -94,7 +94,7 @@ class Engine(ABC):
         sparsity = self._sparsity(self.recipe.sparsity, average, total_steps) if self.recipe.sparsity else None
         self.components = [component for component in (sparsity, average) if component]
 
-    def _sparsity(self, settings: Sparsity, average: EMA | None, total_steps: int) -> DynamicSparsity:
+    def _sparsity(self, settings: SparsitySettings, average: EMA | None, total_steps: int) -> DynamicSparsity:
         parameters = dict(self.module.named_parameters())
         moments = {name: (e["exp_avg"], e["exp_avg_sq"]) for name, e in self._optimizer_state().items()}
         return DynamicSparsity(

@@ -10,7 +10,7 @@ from pipeline.errors import RecipeError
 from pipeline.optim.ema import Component
 from pipeline.optim.pruning import grown, hashes, prune_rate, pruned, random_mask
 from pipeline.randomness import Purpose, key, text_key
-from pipeline.recipe.sections import Sparsity
+from pipeline.recipe.sections import SparsitySettings
 
 DECOMPOSED = "large_kernel.LoRA"  # in the official names of SLaK's long thin kernels
 
@@ -54,7 +54,7 @@ class DynamicSparsity(Component):
 
     def __init__(
         self,
-        settings: Sparsity,
+        settings: SparsitySettings,
         weights: Mapping[str, Tensor],
         averages: Mapping[str, Tensor],
         moments: Mapping[str, Iterable[Tensor]],

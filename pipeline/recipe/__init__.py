@@ -5,21 +5,21 @@ share; a stage set to null is left out; `init:` names weights that the first sta
 others got. Every key is checked.
 """
 
-from pipeline.recipe.files import dump, load, load_stage
-from pipeline.recipe.models import ConvNeXtModel, NextViTModel, SLaKModel
-from pipeline.recipe.schema import ChainRecipe, StageRecipe, changes
+from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
+from pipeline.recipe.schema import ChainRecipe, StageRecipe, changed_fields
 from pipeline.recipe.sections import ClassificationSettings, FCMAESettings
+from pipeline.recipe.yaml_files import load_recipe, load_stage_recipe, write_recipe
 
 __all__ = [
     "ChainRecipe",
     "ClassificationSettings",
-    "ConvNeXtModel",
+    "ConvNeXtSettings",
     "FCMAESettings",
-    "NextViTModel",
-    "SLaKModel",
+    "NextViTSettings",
+    "SLaKSettings",
     "StageRecipe",
-    "changes",
-    "dump",
-    "load",
-    "load_stage",
+    "changed_fields",
+    "load_recipe",
+    "load_stage_recipe",
+    "write_recipe",
 ]

@@ -1,6 +1,7 @@
 """The typed recipe of a chain of stages, and of one stage: what the keys are, and which values go together.
 
-Fields marked operational may change on resume; all others make another experiment. `pipeline.recipe.files` reads YAML.
+Fields marked operational may change on resume; all others make another experiment. The module
+`pipeline.recipe.yaml_files` reads YAML.
 """
 
 import hashlib
@@ -11,53 +12,53 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.models import ConvNeXtModel, NextViTModel, SLaKModel
+from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.sections import (
-    Batch,
-    Checkpoint,
+    BatchSettings,
+    CheckpointSettings,
     ClassificationSettings,
-    Data,
-    Engine,
-    Evaluation,
+    DataSettings,
+    EngineSettings,
+    EvaluationSettings,
     FCMAESettings,
-    Gate,
-    Health,
-    Initial,
-    Optimizer,
-    Schedule,
-    Section,
-    Sparsity,
-    Tracking,
+    GateSettings,
+    HealthSettings,
+    InitSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    Settings,
+    SparsitySettings,
+    TrackingSettings,
 )
 
 GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
 
 
-class StageRecipe(Section):
+class StageRecipe(Settings):
     """Everything one stage does. `name`, `seed` and `previous` are filled in from the chain."""
 
     name: str = ""
     seed: int = 0
     previous: str | None = None
     objective: FCMAESettings | ClassificationSettings = Field(discriminator="kind")
-    model: ConvNeXtModel | SLaKModel | NextViTModel = Field(ConvNeXtModel(), discriminator="name")
-    data: Data
-    batch: Batch
-    optimizer: Optimizer
-    schedule: Schedule
+    model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
+    data: DataSettings
+    batch: BatchSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of the moving average of the weights, per step."""
     handoff: Literal["model", "ema"] = "model"
     """Which weights are evaluated and handed on."""
-    sparsity: Sparsity | None = None
+    sparsity: SparsitySettings | None = None
     """Part of the weights at zero; None is dense."""
-    init: Initial = Initial()
-    engine: Engine = Engine()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    health: Health = Health()
-    gate: Gate = Gate()
-    tracking: Tracking = Tracking()
+    init: InitSettings = InitSettings()
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    health: HealthSettings = HealthSettings()
+    gate: GateSettings = GateSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "StageRecipe":
@@ -86,7 +87,7 @@ class StageRecipe(Section):
             self._check_fcmae(self.objective)
         return self
 
-    def _check_sparsity(self, sparsity: Sparsity) -> None:
+    def _check_sparsity(self, sparsity: SparsitySettings) -> None:
         if self.engine.kind == "deepspeed":
             raise ValueError(
                 "engine.kind deepspeed has sent its weights to all ranks before sparsity could zero them; take ddp or"
@@ -99,7 +100,7 @@ class StageRecipe(Section):
             )
 
     def _check_fcmae(self, objective: FCMAESettings) -> None:
-        if not isinstance(self.model, ConvNeXtModel):
+        if not isinstance(self.model, ConvNeXtSettings):
             raise ValueError(
                 f"objective.kind is fcmae, which hides cells from a ConvNeXt, and model.name is {self.model.name};"
                 " choose convnextv2, or the objective classification"
@@ -145,7 +146,7 @@ class StageRecipe(Section):
 
     def fingerprint(self) -> str:
         """sha256 of the semantic fields: equal fingerprints are the same experiment."""
-        facts = {path: value for path, value, is_operational in leaves(self) if not is_operational}
+        facts = {path: value for path, value, is_operational in leaf_fields(self) if not is_operational}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_world_size(self, world_size: int) -> None:
@@ -162,7 +163,7 @@ class StageRecipe(Section):
             )
 
 
-class Published(Section):
+class PublishedResult(Settings):
     """What somebody else got with this recipe: ImageNet-1K, single crop, percent."""
 
     top1: float | None = None
@@ -179,12 +180,12 @@ class Published(Section):
     remark: str | None = None
 
 
-class ChainRecipe(Section):
+class ChainRecipe(Settings):
     """A named chain of stages, in order."""
 
     name: str
     seed: int = 0
-    published: Published | None = None
+    published: PublishedResult | None = None
     """To compare with; no part of the experiment."""
     stages: dict[str, StageRecipe]
 
@@ -208,10 +209,10 @@ class ChainRecipe(Section):
         return self
 
 
-def changes(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
+def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
     """Fields that differ, as "path: old -> new": the semantic ones, and the operational ones."""
-    before = {path: value for path, value, _ in leaves(old)}
-    after = {path: (value, is_operational) for path, value, is_operational in leaves(new)}
+    before = {path: value for path, value, _ in leaf_fields(old)}
+    after = {path: (value, is_operational) for path, value, is_operational in leaf_fields(new)}
     semantic, other = [], []
     for path in [*after, *(before.keys() - after.keys())]:
         value, is_operational = after.get(path, (None, False))
@@ -220,11 +221,11 @@ def changes(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
     return semantic, other
 
 
-def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+def leaf_fields(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
-            yield from leaves(value, f"{prefix}{name}.")
+        if isinstance(value, Settings):
+            yield from leaf_fields(value, f"{prefix}{name}.")
         else:
             extra = field.json_schema_extra or {}
             yield prefix + name, list(value) if isinstance(value, tuple) else value, bool(extra.get("operational"))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.recipe.augmentation import RandAugmentSettings
+from pipeline.recipe.randaugment_settings import RandAugmentSettings
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -14,11 +14,11 @@ def operational(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **constraints)
 
 
-class Section(BaseModel):
+class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class FCMAESettings(Section):
+class FCMAESettings(Settings):
     kind: Literal["fcmae"] = "fcmae"
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
@@ -34,7 +34,7 @@ class FCMAESettings(Section):
     """Equal to rounding; unused if the encoder leaks."""
 
 
-class ClassificationSettings(Section):
+class ClassificationSettings(Settings):
     kind: Literal["classification"] = "classification"
     classes: int = Field(ge=2)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -45,7 +45,7 @@ class ClassificationSettings(Section):
     head_init_scale: float = Field(0.001, ge=0)
 
 
-class Data(Section):
+class DataSettings(Settings):
     train: str = operational(...)
     """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk;
     which data it must hold is fixed by its hash once a stage has started. Both may hold $VARIABLES of the machine that
@@ -95,7 +95,7 @@ class Data(Section):
         return text
 
 
-class Batch(Section):
+class BatchSettings(Settings):
     global_batch: int = Field(ge=1)
     """Images per step."""
     slot: int = Field(ge=1)
@@ -108,7 +108,7 @@ class Batch(Section):
         return self.global_batch // self.slot
 
     @model_validator(mode="after")
-    def _divisible(self) -> "Batch":
+    def _divisible(self) -> "BatchSettings":
         if self.global_batch % self.slot:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of slot {self.slot}; choose a slot that divides it"
@@ -116,7 +116,7 @@ class Batch(Section):
         return self
 
 
-class Optimizer(Section):
+class OptimizerSettings(Settings):
     base_lr: float = Field(gt=0)
     """Learning rate per 256 images: lr = base_lr * global_batch / 256."""
     weight_decay: float = Field(0.05, ge=0)
@@ -128,19 +128,19 @@ class Optimizer(Section):
     clip_norm: float | None = Field(None, gt=0)
 
 
-class Schedule(Section):
+class ScheduleSettings(Settings):
     epochs: float = Field(gt=0)
     warmup_epochs: float = Field(0.0, ge=0)
     min_lr: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> "Schedule":
+    def _warmup_fits(self) -> "ScheduleSettings":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         return self
 
 
-class Sparsity(Section):
+class SparsitySettings(Settings):
     """Part of the weights kept at zero, as SLaK does (arXiv 2207.03620); a stage without this section is dense."""
 
     sparsity: float = Field(0.4, gt=0, lt=1)
@@ -164,7 +164,7 @@ class Sparsity(Section):
     """Write masks.safetensors beside the weights, whose zeros are exact anyway."""
 
 
-class Engine(Section):
+class EngineSettings(Settings):
     kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
     """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
     zero_stage: Literal[1, 2, 3] = operational(2)
@@ -191,7 +191,7 @@ class Engine(Section):
     `fcmae run` and a site set to the cores of a rank; without it the machine's cores, shared among its ranks."""
 
     @model_validator(mode="after")
-    def _supported(self) -> "Engine":
+    def _supported(self) -> "EngineSettings":
         if self.kind == "ddp" and self.precision == "bf16_parameters":
             raise ValueError("kind ddp has no bf16_parameters; take kind fsdp with shard_ranks 1, which replicates too")
         if self.kind == "deepspeed" and self.precision == "fp64":
@@ -201,7 +201,7 @@ class Engine(Section):
         return self
 
 
-class Initial(Section):
+class InitSettings(Settings):
     start: Literal["previous", "scratch", "file"] = "previous"
     """Weights of the stage before, none, or those of `weights`."""
     weights: str | None = operational(None)
@@ -214,18 +214,18 @@ class Initial(Section):
     a new one, and that of the weights is dropped."""
 
     @model_validator(mode="after")
-    def _weights_have_a_file(self) -> "Initial":
+    def _weights_have_a_file(self) -> "InitSettings":
         if (self.start == "file") != (self.weights is not None):
             raise ValueError(f"start {self.start} and weights {self.weights} do not go together; give weights alone")
         return self
 
 
-class Evaluation(Section):
+class EvaluationSettings(Settings):
     every_epochs: float = operational(1.0, gt=0)
     batch: int = operational(256, ge=1)
 
 
-class Checkpoint(Section):
+class CheckpointSettings(Settings):
     every_steps: int = operational(500, ge=1)
     keep_last: int = operational(2, ge=1)
     keep_every_epochs: float | None = operational(None, gt=0)
@@ -242,7 +242,7 @@ class Checkpoint(Section):
     """Where they go: an absolute path or a URL, with a folder for each stage below; null is inside the run."""
 
 
-class Health(Section):
+class HealthSettings(Settings):
     spike_deviations: float | None = Field(8.0, gt=0)
     """A step is not made if the logarithm of its loss or gradient norm lies so many standard deviations above the
     running mean; null refuses only what is not finite."""
@@ -264,7 +264,7 @@ class Health(Section):
         return self.window_steps + self.skip_before
 
     @model_validator(mode="after")
-    def _reachable(self) -> "Health":
+    def _reachable(self) -> "HealthSettings":
         if self.rollback_after > self.window_steps:
             raise ValueError(
                 f"rollback_after {self.rollback_after} steps never fall into window_steps {self.window_steps};"
@@ -273,7 +273,7 @@ class Health(Section):
         return self
 
 
-class Gate(Section):
+class GateSettings(Settings):
     """What a finished stage must reach to be called on track, beside what every stage must."""
 
     metric: Literal["top1", "top5", "loss"] | None = operational(None)
@@ -294,7 +294,7 @@ class Gate(Section):
     """Whether the chain ends where this stage is off track; without, the verdict is only told."""
 
     @model_validator(mode="after")
-    def _whole(self) -> "Gate":
+    def _whole(self) -> "GateSettings":
         if (self.metric is None) != (self.at_least is None and self.at_most is None):
             raise ValueError(f"metric {self.metric} needs at_least or at_most, and these need a metric; give both")
         if self.loss_at and self.of_steps is None:
@@ -302,7 +302,7 @@ class Gate(Section):
         return self
 
 
-class Tracking(Section):
+class TrackingSettings(Settings):
     mlflow: bool = operational(True)
     mlflow_uri: str | None = operational(None)
     """None keeps a sqlite store inside the run."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.distributed.processes import start_time
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
-from pipeline.recipe import StageRecipe, changes, dump, load_stage
+from pipeline.recipe import StageRecipe, changed_fields, load_stage_recipe, write_recipe
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import Uploads, pull, remote_of
@@ -62,7 +62,7 @@ class Stage:
         self.directory = Path(directory).resolve()
         if not (self.directory / "recipe.yaml").is_file():
             raise StageError(f"{self.directory} is no stage: it has no recipe.yaml; `fcmae run` makes one")
-        self.recipe: StageRecipe = load_stage(self.directory / "recipe.yaml")
+        self.recipe: StageRecipe = load_stage_recipe(self.directory / "recipe.yaml")
         self.attempt: int | None = None
         self.remote = remote_of(self.directory)
         self._attempts = (self.remote or Folder.at(self.directory)) / "attempts"
@@ -78,14 +78,14 @@ class Stage:
         """
         path = Path(directory) / "recipe.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        semantic, operational = changes(load_stage(path), recipe) if path.exists() else ([], ["new"])
+        semantic, operational = changed_fields(load_stage_recipe(path), recipe) if path.exists() else ([], ["new"])
         if semantic:
             raise RecipeError(
                 f"{directory} was started with another recipe ({'; '.join(semantic[:3])});"
                 " choose another directory, or undo the change"
             )
         if operational:
-            dump(recipe, path)
+            write_recipe(recipe, path)
         return cls(directory)
 
     # -- attempts

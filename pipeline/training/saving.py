@@ -17,7 +17,7 @@ from pipeline.checkpoint.store import EVER_COMMITTED, CheckpointStore
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, OvertakenError
-from pipeline.recipe.sections import Checkpoint
+from pipeline.recipe.sections import CheckpointSettings
 from pipeline.stage.directory import Stage, write_json
 from pipeline.storage.folder import Folder
 from pipeline.tracking.journal import Event, standing
@@ -105,7 +105,7 @@ class Checkpoints:
         store: CheckpointStore,
         engine: Engine,
         log: "StepLog",
-        settings: Checkpoint,
+        settings: CheckpointSettings,
         *,
         saved: int | None,
         steps_per_epoch: int,

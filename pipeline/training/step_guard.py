@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.optim.ema import Component
-from pipeline.recipe.sections import Health
+from pipeline.recipe.sections import HealthSettings
 
 MOST_ROLLBACKS = 64  # places in the checkpoint; health.max_rollbacks cannot be more
 NEVER = -(2**40)  # a step that no window reaches back to
@@ -29,7 +29,7 @@ class Guard(Component):
 
     name = "guard"
 
-    def __init__(self, settings: Health, device: torch.device):
+    def __init__(self, settings: HealthSettings, device: torch.device):
         self.settings = settings
         self._limit = settings.spike_deviations or math.inf
         self._floor = torch.tensor(SMALLEST_DEVIATION, dtype=torch.float64, device=device)

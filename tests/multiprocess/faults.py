@@ -26,8 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.checkpoint.store import flatten
 from pipeline.distributed.world import World
-from pipeline.recipe import StageRecipe, load
-from pipeline.recipe.sections import Checkpoint
+from pipeline.recipe import StageRecipe, load_recipe
+from pipeline.recipe.sections import CheckpointSettings
 from pipeline.stage.directory import Stage
 from pipeline.training.saving import Checkpoints, open_store
 from tests.support import write_tiny_recipe
@@ -35,7 +35,7 @@ from tests.support import write_tiny_recipe
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.training.saving", "tests.support"])
 STEPS, RANKS = 16, 2
-SETTINGS = Checkpoint(every_steps=2, keep_last=1, keep_every_epochs=1.0)
+SETTINGS = CheckpointSettings(every_steps=2, keep_last=1, keep_every_epochs=1.0)
 
 
 class TinyEngine:
@@ -117,13 +117,13 @@ def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
 
 
 def make_recipe(directory: Path) -> StageRecipe:
-    return load(write_tiny_recipe(directory)).stages["pretrain"]
+    return load_recipe(write_tiny_recipe(directory)).stages["pretrain"]
 
 
 class Attempt:
     """The ranks of one attempt at a stage."""
 
-    def __init__(self, stage: Path, meeting: Path, settings: Checkpoint = SETTINGS, gate: Path | None = None):
+    def __init__(self, stage: Path, meeting: Path, settings: CheckpointSettings = SETTINGS, gate: Path | None = None):
         self.ranks = []
         self.longest_seconds = 0.0  # between two messages of `let_pass`
         for rank in range(RANKS):

@@ -16,7 +16,7 @@ from pipeline.data.beton import check
 from pipeline.errors import DataError
 from pipeline.objectives import create_objective
 from pipeline.randomness import text_key
-from pipeline.recipe import load, load_stage
+from pipeline.recipe import load_recipe, load_stage_recipe
 from pipeline.tracking import journal
 from tests.archives import WNIDS, class_images, devkit, train_tar, validation, write_folder
 from tests.support import FCMAE, fcmae, write_tiny_recipe
@@ -94,7 +94,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     (event,) = [e for e in journal.read(run / "finetune" / "journal.jsonl") if e["kind"] == "handoff"]
     assert (event["head_mapped"], event["head_initialised"]) == (2, list(OTHER[2:]))
     before, after = (safetensors.torch.load_file(run / s / "weights.safetensors") for s in ("intermediate", "finetune"))
-    stage = load_stage(run / "finetune" / "recipe.yaml")
+    stage = load_stage_recipe(run / "finetune" / "recipe.yaml")
     fresh = create_objective(stage, text_key(stage.seed, stage.name)).build_model().state_dict()
     for name in ("head.weight", "head.bias"):
         expected = torch.stack([before[name][1], before[name][3], *fresh[name][2:]])
@@ -104,7 +104,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     strangers = write_folder(tmp_path / "cats", {f"cat {n}": files for n, files in enumerate(images.values())})
     prepare(strangers, tmp_path / "other.beton", overwrite=True)
     with pytest.raises(DataError, match="share no class name with intermediate's"):
-        preflight(open_chain(load(recipe), tmp_path / "refused"), 1)
+        preflight(open_chain(load_recipe(recipe), tmp_path / "refused"), 1)
 
 
 @pytest.mark.slow

@@ -163,9 +163,9 @@ def test_handed_on_weights_that_were_changed(tmp_path):
     recipe = write_tiny_recipe(tmp_path, ["stages.finetune=null"])
     assert fcmae("run", first, "--out", tmp_path / "one").returncode == 0
     from cluster.chain import open_chain
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
 
-    open_chain(load(recipe), tmp_path / "run")
+    open_chain(load_recipe(recipe), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "pretrain")
     shutil.copytree(tmp_path / "one" / "pretrain", tmp_path / "run" / "pretrain")
     with open(tmp_path / "run" / "pretrain" / "weights.safetensors", "r+b") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from tests.multiprocess.test_chain import start, wait_for_step
 from tests.support import fcmae, tiny_data
 
@@ -35,7 +35,9 @@ def micro_recipe(name: str, directory: Path) -> Path:
         "defaults.tracking={mlflow: false, log_every_steps: 1}",
     ]  # fmt: skip
     path = directory / "micro.yaml"
-    path.write_text(yaml.safe_dump(load(RECIPES / f"{name}.yaml", overrides).model_dump(mode="json"), sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(load_recipe(RECIPES / f"{name}.yaml", overrides).model_dump(mode="json"), sort_keys=False)
+    )
     return path
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.chain import open_chain
 from pipeline.errors import CheckpointError
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.training.saving import checkpoint_home, claim_home
 from tests.multiprocess.flaky_s3 import flaky_s3
@@ -72,7 +72,7 @@ def test_checkpoints_elsewhere_belong_to_one_run_and_are_not_left_behind(tmp_pat
 
     def stage(run: str, place: str) -> Stage:
         changes = [f"defaults.checkpoint.directory={tmp_path}/{place}"]
-        return open_chain(load(recipe, changes), tmp_path / run)[0]
+        return open_chain(load_recipe(recipe, changes), tmp_path / run)[0]
 
     home = claim_home(stage("one", "a"))
     assert home.path == f"{tmp_path}/a/pretrain" == checkpoint_home(stage("one", "a")).path

@@ -18,7 +18,7 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.checkpoint.store import flatten
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.recipe.sections import Checkpoint
+from pipeline.recipe.sections import CheckpointSettings
 from pipeline.training.saving import Checkpoints
 from tests.multiprocess import faults
 from tests.multiprocess.flaky_s3 import flaky_s3
@@ -50,7 +50,9 @@ class Run:
     def __init__(self, store, group, numel, **settings):
         self.lines, self.numel = [], numel
         self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
-        self.checkpoints = Checkpoints(store, self, self, Checkpoint(**settings), saved=None, steps_per_epoch=10)
+        self.checkpoints = Checkpoints(
+            store, self, self, CheckpointSettings(**settings), saved=None, steps_per_epoch=10
+        )
 
     def state(self, step):
         return make_state(step, self.numel)

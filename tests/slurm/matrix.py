@@ -27,7 +27,7 @@ import yaml
 
 from cluster.site import load_site
 from pipeline.errors import UserError
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.tracking import journal
 from tests.slurm.brake import brake, with_brakes
 from tests.slurm.devcluster import (
@@ -99,7 +99,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
     """A chain that suffers so many faults, spread over its stages, at steps drawn at random; a line about each, printed
     too as they come. All of `faults` come once before one comes again. The chain is submitted once, and nobody helps
     it."""
-    draw, stages = random.Random(seed), [run / name for name in load(recipe).stages]
+    draw, stages = random.Random(seed), [run / name for name in load_recipe(recipe).stages]
     site = run.with_name(f"{run.name}-site.yaml")
     patient = {"attempts_without_progress": 20}  # several faults before the first checkpoint are bad luck here
     site.write_text(yaml.safe_dump({**load_site("devcluster").model_dump(mode="json"), **patient}))

@@ -10,9 +10,9 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
-from pipeline.recipe import load
-from pipeline.recipe.files import validate
-from pipeline.recipe.sections import Section
+from pipeline.recipe import load_recipe
+from pipeline.recipe.sections import Settings
+from pipeline.recipe.yaml_files import parse_settings
 from tools.recipes.included import included_recipes
 
 TOLERANCE = 0.1
@@ -22,14 +22,14 @@ Z = 1.96  # standard errors: a result from the same accuracy falls outside once 
 Benchmark = Literal["val", "real", "v2", "a", "r", "sketch"]
 
 
-class Score(Section):
+class Score(Settings):
     """In percent."""
 
     top1: float = Field(gt=0, le=100)
     top5: float | None = Field(None, gt=0, le=100)
 
 
-class Published(Section):
+class Published(Settings):
     """A released model's accuracy: as the paper prints it, and as timm measured it with the released file."""
 
     model: str
@@ -48,7 +48,7 @@ class Published(Section):
         return found
 
 
-class Table(Section):
+class Table(Settings):
     images: dict[Benchmark, int]
     results: tuple[Published, ...]
 
@@ -57,7 +57,7 @@ class Table(Section):
 def table() -> Table:
     """Of each recipe whose result was released as weights, and of `recipes/convnextv2/published.yaml`."""
     text = importlib.resources.files("recipes").joinpath("convnextv2/published.yaml").read_text()
-    others = validate(Table, yaml.safe_load(text), "published.yaml")
+    others = parse_settings(Table, yaml.safe_load(text), "published.yaml")
     return others.model_copy(update={"results": (*_of_recipes(), *others.results)})
 
 
@@ -65,7 +65,7 @@ def _of_recipes() -> Iterator[Published]:
     for name, path in included_recipes().items():
         if not name.startswith("convnextv2/") or "/options/" in name:  # options inherit another recipe's result
             continue
-        recipe = load(path)
+        recipe = load_recipe(path)
         if (found := recipe.published) and found.weights and found.top1 and found.timm_top1:
             *before, last = recipe.stages.values()
             yield Published(

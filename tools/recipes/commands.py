@@ -12,7 +12,7 @@ from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
     from pipeline.recipe import ChainRecipe, StageRecipe
-    from pipeline.recipe.schema import Published
+    from pipeline.recipe.schema import PublishedResult
 
 app = typer.Typer(no_args_is_help=True, help="Recipes: what is trained, and where each value comes from.")
 
@@ -26,13 +26,13 @@ NAMED = ("data.train", "data.validation", "init.weights")  # operational, but wh
 @app.command("list")
 def list_recipes() -> None:
     """The included recipes, with the results that others have published."""
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.recipes.included import included_recipes
 
     columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
     table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
     for name, path in included_recipes().items():
-        chain = load(path)
+        chain = load_recipe(path)
         told = " > ".join(_in_short(stage) for stage in chain.stages.values())
         table.add_row(name, told, *_result(chain.published))
     console = wide_console()
@@ -51,11 +51,11 @@ def show(
     everything: All = False,
 ) -> None:
     """What a recipe says, with all that it inherits."""
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.recipes.included import find_recipe
 
     path, console = find_recipe(name), wide_console()
-    chain = load(path, overrides or [])
+    chain = load_recipe(path, overrides or [])
     top1, printed, timm, top5 = _result(chain.published)
     if chain.published:
         measured = f"; timm measured {timm} (top-5 {top5 or 'not given'})" if timm else ""
@@ -71,11 +71,11 @@ def show(
 
 
 def _show_sources(console: Console, chain: "ChainRecipe", path: Path, overrides: list[str], everything: bool) -> None:
-    from pipeline.recipe.sources import sources
+    from pipeline.recipe.value_sources import value_sources
     from tools.recipes.docs import mentioned, read_conflicts
     from tools.recipes.included import conflicts_beside
 
-    given = sources(path, overrides)
+    given = value_sources(path, overrides)
     comments = []
     for name, stage in chain.stages.items():
         table = plain_table("field", "value", "source", "line")
@@ -101,10 +101,10 @@ def diff(
     everything: All = False,
 ) -> None:
     """The values in which two recipes differ."""
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.recipes.included import find_recipe
 
-    chains = [load(find_recipe(name)) for name in (first, second)]
+    chains = [load_recipe(find_recipe(name)) for name in (first, second)]
     sides: list[dict[str, Any]] = [
         {f"{name}.{field}": v for name, stage in chain.stages.items() for field, v in _values(stage, everything)}
         for chain in chains
@@ -130,12 +130,12 @@ def validate(
     """Whether recipes can be run: their values, and the classes and images of those data files that are here."""
     from cluster.chain import check_data, resolved
     from pipeline.data.beton import sidecar_path
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
     from tools.recipes.included import find_recipe
 
     overrides = [name for name in names if "=" in name]
     for name in (n for n in names if "=" not in n):
-        chain, absent = load(find_recipe(name), overrides), []
+        chain, absent = load_recipe(find_recipe(name), overrides), []
         classes: dict[str, set[str]] = {}
         for stage in chain.stages.values():
             if nproc:
@@ -167,14 +167,14 @@ def docs() -> None:
 
 
 def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, Any]]:
-    from pipeline.recipe.schema import leaves
+    from pipeline.recipe.schema import leaf_fields
 
-    for field, value, is_operational in leaves(stage):
+    for field, value, is_operational in leaf_fields(stage):
         if field not in FILLED_IN and (everything or not is_operational or field in NAMED):
             yield field, value
 
 
-def _result(published: "Published | None") -> tuple[str, str, str, str]:
+def _result(published: "PublishedResult | None") -> tuple[str, str, str, str]:
     """top-1, its source, timm's top-1, timm's top-5: "" where nothing is known."""
     if published is None:
         return "", "", "", ""
@@ -182,7 +182,7 @@ def _result(published: "Published | None") -> tuple[str, str, str, str]:
     return numbers[0], published.source, numbers[1], numbers[2]
 
 
-def _digits(published: "Published") -> list[tuple[float | None, int]]:
+def _digits(published: "PublishedResult") -> list[tuple[float | None, int]]:
     return [(published.top1, 1), (published.timm_top1, 3), (published.timm_top5, 3)]
 
 

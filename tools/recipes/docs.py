@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.recipe import StageRecipe, load
-from pipeline.recipe.schema import leaves
-from pipeline.recipe.sources import Source, sources
+from pipeline.recipe import StageRecipe, load_recipe
+from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.value_sources import ValueSource, value_sources
 from tools.recipes.included import SIZES, find_recipe, included_recipes
 from tools.tables import markdown_table
 
@@ -60,7 +60,7 @@ def page() -> str:
     """The page, in Markdown."""
     parts = [(Path(__file__).parent / "docs.md").read_text().rstrip()]
     parts += ["## Results", _results()]
-    shared: set[Source | None] = set()
+    shared: set[ValueSource | None] = set()
     for title, stage, pattern, sizes in CHAPTERS:
         recipes = {size: find_recipe(pattern.format(size)) for size in sizes}
         parts += [f"## {title}", _chapter(stage, recipes, shared)]
@@ -72,7 +72,7 @@ def page() -> str:
 def _results() -> str:
     rows = []
     for name, path in included_recipes().items():
-        result = load(path).published
+        result = load_recipe(path).published
         if name.startswith("convnextv2/") and "/options/" not in name and result is not None:
             timm = f"{result.timm_top1:.3f}" if result.timm_top1 else ""
             top5 = f"{result.timm_top5:.3f}" if result.timm_top5 else ""
@@ -81,10 +81,10 @@ def _results() -> str:
     return markdown_table(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
 
 
-def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -> str:
+def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | None]) -> str:
     """One table of what all sizes have in common, one of what differs; without what is in `shared`, which grows."""
-    values = {size: dict(told_values(load(path).stages[stage])) for size, path in recipes.items()}
-    given = {size: sources(path) for size, path in recipes.items()}
+    values = {size: dict(told_values(load_recipe(path).stages[stage])) for size, path in recipes.items()}
+    given = {size: value_sources(path) for size, path in recipes.items()}
     common, own, seen = [], [], set()
     for field in values[next(iter(values))]:
         found = [given[size].get(f"stages.{stage}.{field}") for size in recipes]
@@ -105,7 +105,7 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[Source | None]) -
 
 def told_values(stage: StageRecipe) -> Iterable[tuple[str, str]]:
     """The semantic fields of a stage and the data it reads, as text."""
-    for field, value, is_operational in leaves(stage):
+    for field, value, is_operational in leaf_fields(stage):
         if field not in LEFT_OUT and not is_operational:
             yield field, f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluster.show.status_table import duration
-from pipeline.recipe.schema import leaves
+from pipeline.recipe.schema import leaf_fields
 from pipeline.tracking.pictures import metric
 from tools.report.document import Document, Picture, Section, Table, Text
 from tools.report.facts import RunFacts
@@ -73,7 +73,9 @@ def differing_recipes(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterato
     rows: list[Row] = []
     for stage in stage_names(runs):
         found = [next((s.recipe for s in run.stages if s.name == stage), None) for run in runs]
-        fields = [None if recipe is None else {path: value for path, value, _ in leaves(recipe)} for recipe in found]
+        fields = [
+            None if recipe is None else {path: value for path, value, _ in leaf_fields(recipe)} for recipe in found
+        ]
         if None in fields:
             rows.append([stage, *("there" if own is not None else "not there" for own in fields)])
         present = [own for own in fields if own is not None]

@@ -12,7 +12,7 @@ import yaml
 from cluster.origin import read_origin
 from cluster.show.status import Run, StageStatus
 from pipeline.health.verdict import Verdict, judge
-from pipeline.recipe import StageRecipe, load_stage
+from pipeline.recipe import StageRecipe, load_stage_recipe
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
 
@@ -149,7 +149,7 @@ def gather(directory: Path) -> RunFacts:
 
 def _stage(directory: Path, status: StageStatus) -> StageFacts:
     events = journal.read(directory / "journal.jsonl")
-    recipe = load_stage(directory / "recipe.yaml")
+    recipe = load_stage_recipe(directory / "recipe.yaml")
     result = journal.parse(path.read_bytes()) if (path := directory / "result.json").exists() else None
     attempts = [_attempt(entry, events) for entry in _entries(directory, events)]
     kept = journal.standing(events)

@@ -10,13 +10,13 @@ import yaml
 from pydantic import Field
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import ChainRecipe, load
-from pipeline.recipe.files import read_mapping, validate
-from pipeline.recipe.sections import Section
+from pipeline.recipe import ChainRecipe, load_recipe
+from pipeline.recipe.sections import Settings
+from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from tools.recipes.included import find_recipe
 
 
-class Arm(Section):
+class Arm(Settings):
     recipe: str | None = None
     """Another recipe than the study's."""
     change: dict[str, Any] = Field(default_factory=dict)
@@ -26,7 +26,7 @@ class Arm(Section):
     remark: str = ""
 
 
-class Reference(Section):
+class Reference(Settings):
     """A published result of something that this program does not train."""
 
     name: str
@@ -34,7 +34,7 @@ class Reference(Section):
     source: str
 
 
-class Study(Section):
+class Study(Settings):
     name: str
     about: str
     """The question."""
@@ -57,7 +57,7 @@ class Study(Section):
             RecipeError: naming study and arm.
         """
         try:
-            chain = load(*self.origin(arm, seed))
+            chain = load_recipe(*self.origin(arm, seed))
         except RecipeError as error:
             raise RecipeError(f"study {self.name}, arm {arm}: {error}") from None
         *_, last = chain.stages.values()
@@ -79,7 +79,7 @@ class Study(Section):
         own = self.arms[arm]
         if own.published is not None or own.change or self.change:
             return own.published
-        found = load(find_recipe(own.recipe or self.recipe)).published
+        found = load_recipe(find_recipe(own.recipe or self.recipe)).published
         return found.top1 if found else None
 
 
@@ -109,7 +109,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     raw = read_mapping(path, own)
     others = [text for text in overrides if text not in own]
     raw["arms"] = {name: arm for name, arm in (raw.get("arms") or {}).items() if arm is not None}
-    study = validate(Study, {**raw, "overrides": [*raw.get("overrides", []), *others]}, str(path))
+    study = parse_settings(Study, {**raw, "overrides": [*raw.get("overrides", []), *others]}, str(path))
     for arm in study.arms:
         if not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise RecipeError(f"{path}: arm {arm!r} must be made of letters, digits, -, _ and dots")

@@ -72,9 +72,9 @@ def _result(run: Path) -> tuple[str, float, float] | None:
     recipe = run / "recipe.yaml"
     if not recipe.exists():
         return None
-    from pipeline.recipe import load
+    from pipeline.recipe import load_recipe
 
-    folders = [run / name for name in load(recipe).stages]
+    folders = [run / name for name in load_recipe(recipe).stages]
     if not (folders[-1] / "DONE").exists():
         return None
     results: list[dict[str, Any]] = [json.loads((folder / "result.json").read_text()) for folder in folders]

@@ -8,7 +8,7 @@ from pipeline.checkpoint.manifest import COMMIT, MANIFEST, CheckpointName
 from pipeline.checkpoint.storage import verified
 from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
 from pipeline.errors import CheckpointError, StageError, UserError
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import View
@@ -91,7 +91,7 @@ def _checkpoint(folder: Folder, name: CheckpointName | None) -> Finding:
 
 def _stages(directory: Path) -> Iterator[Finding]:
     try:
-        stages = [directory / name for name in load(directory / "recipe.yaml").stages]
+        stages = [directory / name for name in load_recipe(directory / "recipe.yaml").stages]
     except UserError:
         stages = [directory]
     for path in stages:

@@ -7,7 +7,7 @@ import torch
 from pipeline.checkpoint.store import flatten
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, OvertakenError
-from pipeline.recipe.sections import Checkpoint
+from pipeline.recipe.sections import CheckpointSettings
 from pipeline.training.saving import Checkpoints, best_evaluation
 
 
@@ -52,7 +52,7 @@ def open_checkpoints(open_store, group, state_of, log):
             store or open_store(),
             Engine(group, state_of),
             log,
-            Checkpoint(**{"keep_last": 9, **settings}),
+            CheckpointSettings(**{"keep_last": 9, **settings}),
             saved=saved,
             steps_per_epoch=10,
             hurry=hurry,

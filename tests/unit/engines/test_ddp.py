@@ -6,7 +6,7 @@ import torch
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from tests.engines import batches
 from tests.support import write_tiny_recipe
 
@@ -26,7 +26,7 @@ def world():
 
 
 def trained(recipe_file, world, stage: str, steps: int, *overrides: str):
-    recipe = load(recipe_file, [f"stages.{stage}.{o}" for o in overrides]).stages[stage]
+    recipe = load_recipe(recipe_file, [f"stages.{stage}.{o}" for o in overrides]).stages[stage]
     objective = create_objective(recipe, seed=4)
     engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()
@@ -93,7 +93,7 @@ def test_evaluation_uses_the_handed_on_weights_and_gives_the_others_back(recipe_
 def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, world):
     reports = []
     for clip in ("null", "0.001"):
-        recipe = load(recipe_file, [f"stages.finetune.optimizer.clip_norm={clip}"]).stages["finetune"]
+        recipe = load_recipe(recipe_file, [f"stages.finetune.optimizer.clip_norm={clip}"]).stages["finetune"]
         objective = create_objective(recipe, seed=4)
         engine = create_engine(objective.build_model, recipe, world)
         engine.attach_components()
@@ -139,7 +139,7 @@ def test_a_step_that_is_not_accepted_changes_nothing(recipe_file, world, respons
 def test_running_statistics_do_not_depend_on_the_order_of_the_slots(recipe_file, world):
     states = []
     for order in (1, -1):
-        recipe = load(recipe_file, ["stages.finetune.model.response=bn"]).stages["finetune"]
+        recipe = load_recipe(recipe_file, ["stages.finetune.model.response=bn"]).stages["finetune"]
         objective = create_objective(recipe, seed=4)
         engine = create_engine(objective.build_model, recipe, world)
         engine.warm_up(batches(recipe, 9)[0], objective)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.chain import judge_again, refuse_off_track
 from pipeline.errors import OffTrackError, RecipeError
 from pipeline.health.verdict import Verdict, judge, loss_at
-from pipeline.recipe import StageRecipe, load
+from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.tracking.journal import Journal, strict
 from tests.support import make_tiny_run, write_tiny_recipe
@@ -22,7 +22,7 @@ GREY = 1 - 1 / (3 * CELL**2)
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, StageRecipe]:
-    return load(write_tiny_recipe(tmp_path_factory.mktemp("recipe"))).stages
+    return load_recipe(write_tiny_recipe(tmp_path_factory.mktemp("recipe"))).stages
 
 
 def gated(recipe: StageRecipe, **gate: object) -> StageRecipe:
@@ -149,7 +149,7 @@ def test_a_chain_ends_only_where_the_recipe_says_so_and_goes_on_after_a_change(t
     with pytest.raises(OffTrackError, match=r"stage pretrain is off track, look here: .*pretrain.gate.stop=false"):
         refuse_off_track(stage)
     assert OffTrackError.exit_code == 77
-    open_chain(load(tmp_path / "tiny.yaml", ["stages.pretrain.gate.stop=false"]), run)
+    open_chain(load_recipe(tmp_path / "tiny.yaml", ["stages.pretrain.gate.stop=false"]), run)
     refuse_off_track(Stage(run / "pretrain"))
 
 

@@ -10,14 +10,14 @@ from pipeline.objectives import create_objective
 from pipeline.objectives.base import normalise
 from pipeline.objectives.classification import Mix
 from pipeline.objectives.fcmae import random_mask
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from tests.oracles import oracle
 from tests.support import write_tiny_recipe
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    return load(write_tiny_recipe(tmp_path_factory.mktemp("recipe"))).stages
+    return load_recipe(write_tiny_recipe(tmp_path_factory.mktemp("recipe"))).stages
 
 
 def batch(slots=(0, 1), size=8, pixels=16, epoch=0):

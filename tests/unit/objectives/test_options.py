@@ -11,7 +11,7 @@ from pipeline.models.decoder import KINDS as DECODERS
 from pipeline.models.initialise import SCHEMES
 from pipeline.models.response_norm import AGGREGATIONS, KINDS, NORMALISERS
 from pipeline.objectives import create_objective
-from pipeline.recipe import ConvNeXtModel, FCMAESettings, StageRecipe, changes, load
+from pipeline.recipe import ConvNeXtSettings, FCMAESettings, StageRecipe, changed_fields, load_recipe
 from tests.support import write_tiny_recipe
 from tests.unit.objectives.test_objectives import batch
 
@@ -22,17 +22,17 @@ def recipe_file(tmp_path_factory):
 
 
 def stage_with(recipe_file, name: str, *overrides: str) -> StageRecipe:
-    return load(recipe_file, overrides).stages[name]
+    return load_recipe(recipe_file, overrides).stages[name]
 
 
 @pytest.mark.parametrize(
     ("section", "field", "values"),
     [
-        (ConvNeXtModel, "name", ("convnextv2", *VARIANTS)),
-        (ConvNeXtModel, "response", KINDS),
-        (ConvNeXtModel, "grn_aggregation", AGGREGATIONS),
-        (ConvNeXtModel, "grn_normaliser", NORMALISERS),
-        (ConvNeXtModel, "init", SCHEMES),
+        (ConvNeXtSettings, "name", ("convnextv2", *VARIANTS)),
+        (ConvNeXtSettings, "response", KINDS),
+        (ConvNeXtSettings, "grn_aggregation", AGGREGATIONS),
+        (ConvNeXtSettings, "grn_normaliser", NORMALISERS),
+        (ConvNeXtSettings, "init", SCHEMES),
         (FCMAESettings, "decoder", DECODERS),
     ],
 )
@@ -102,7 +102,7 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_sentence(recipe_file, overrides, sentence):
     with pytest.raises(RecipeError) as error:
-        load(recipe_file, overrides)
+        load_recipe(recipe_file, overrides)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -135,4 +135,4 @@ def test_a_leaking_encoder_is_another_experiment(recipe_file):
 def test_only_checkpointing_may_change_on_resume(recipe_file):
     old = stage_with(recipe_file, "pretrain")
     new = stage_with(recipe_file, "pretrain", "defaults.model.checkpointing=true", "defaults.model.response=ln")
-    assert changes(old, new) == (["model.response: grn -> ln"], ["model.checkpointing: False -> True"])
+    assert changed_fields(old, new) == (["model.response: grn -> ln"], ["model.checkpointing: False -> True"])

@@ -7,7 +7,7 @@ import pytest
 from pipeline.data.beton import check
 from pipeline.data.feed import TrainFeed
 from pipeline.objectives import create_objective
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from tests.support import write_tiny_recipe
 
 STEPS = 14  # more than two epochs of six
@@ -15,7 +15,7 @@ STEPS = 14  # more than two epochs of six
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return load(write_tiny_recipe(tmp_path_factory.mktemp("world"))).stages["pretrain"]
+    return load_recipe(write_tiny_recipe(tmp_path_factory.mktemp("world"))).stages["pretrain"]
 
 
 def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import changes, dump, load, load_stage
+from pipeline.recipe import changed_fields, load_recipe, load_stage_recipe, write_recipe
 from tests.support import tiny_recipe
 
 
@@ -16,7 +16,7 @@ def recipe_file(tmp_path):
 
 
 def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
-    stages = load(recipe_file).stages
+    stages = load_recipe(recipe_file).stages
     assert [s.previous for s in stages.values()] == [None, "pretrain", "intermediate"]
     assert stages["finetune"].model.depths == (1, 2)
     assert stages["finetune"].data.image_size == 24
@@ -57,7 +57,7 @@ def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
 )
 def test_a_wrong_value_is_one_sentence_with_the_field(recipe_file, override, sentence):
     with pytest.raises(RecipeError) as error:
-        load(recipe_file, [override])
+        load_recipe(recipe_file, [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -65,7 +65,7 @@ def test_a_wrong_value_is_one_sentence_with_the_field(recipe_file, override, sen
 def test_extends_and_null_stages(recipe_file, tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text("extends: tiny.yaml\nname: child\nstages:\n  pretrain: null\n  finetune: {seed: 8}\n")
-    stages = load(child).stages
+    stages = load_recipe(child).stages
     assert list(stages) == ["intermediate", "finetune"]
     assert stages["intermediate"].previous is None
     assert stages["finetune"].seed == 8
@@ -79,40 +79,40 @@ def test_broken_files(tmp_path, text, sentence):
     path = tmp_path / "me.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=sentence):
-        load(path)
+        load_recipe(path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="there is no recipe"):
-        load(tmp_path / "none.yaml")
+        load_recipe(tmp_path / "none.yaml")
 
 
 def test_semantic_and_operational_changes_are_told_apart(recipe_file):
-    old = load(recipe_file).stages["finetune"]
-    new = load(recipe_file, ["stages.finetune.optimizer.base_lr=0.5", "defaults.checkpoint.every_steps=7"]).stages[
-        "finetune"
-    ]
-    semantic, operational = changes(old, new)
+    old = load_recipe(recipe_file).stages["finetune"]
+    new = load_recipe(
+        recipe_file, ["stages.finetune.optimizer.base_lr=0.5", "defaults.checkpoint.every_steps=7"]
+    ).stages["finetune"]
+    semantic, operational = changed_fields(old, new)
     assert semantic == ["optimizer.base_lr: 0.008 -> 0.5"]
     assert operational == ["checkpoint.every_steps: 5 -> 7"]
     assert old.fingerprint() != new.fingerprint()
-    same = load(recipe_file, ["defaults.checkpoint.every_steps=7", "defaults.data.workers=2"]).stages["finetune"]
+    same = load_recipe(recipe_file, ["defaults.checkpoint.every_steps=7", "defaults.data.workers=2"]).stages["finetune"]
     assert old.fingerprint() == same.fingerprint()
 
 
 def test_a_change_of_the_objective_kind_is_semantic(recipe_file):
-    old, new = (load(recipe_file).stages[name] for name in ("pretrain", "intermediate"))
-    assert any(change.startswith("objective.kind: fcmae -> classification") for change in changes(old, new)[0])
+    old, new = (load_recipe(recipe_file).stages[name] for name in ("pretrain", "intermediate"))
+    assert any(change.startswith("objective.kind: fcmae -> classification") for change in changed_fields(old, new)[0])
 
 
 def test_a_resolved_recipe_reads_back_equal(recipe_file, tmp_path):
-    for stage in load(recipe_file).stages.values():
-        dump(stage, tmp_path / "stage.yaml")
-        assert load_stage(tmp_path / "stage.yaml") == stage
+    for stage in load_recipe(recipe_file).stages.values():
+        write_recipe(stage, tmp_path / "stage.yaml")
+        assert load_stage_recipe(tmp_path / "stage.yaml") == stage
 
 
 def test_a_world_size_that_does_not_divide_names_the_nearest(recipe_file):
-    stage = load(recipe_file).stages["pretrain"]  # 4 slots
+    stage = load_recipe(recipe_file).stages["pretrain"]  # 4 slots
     stage.check_world_size(4)
     with pytest.raises(RecipeError, match=r"3 processes do not divide the 4 slots .* use 2 or 4 processes"):
         stage.check_world_size(3)

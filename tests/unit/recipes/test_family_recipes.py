@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.errors import RecipeError
 from pipeline.models import create_model
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 PARAMETERS = {
@@ -42,7 +42,7 @@ def test_every_recipe_is_counted():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_recipe_makes_the_published_model(name):
-    recipe = load(RECIPES / f"{name}.yaml")
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
     for stage in recipe.stages.values():
         assert sum(p.numel() for p in model_of(stage).parameters()) == PARAMETERS[name]
         assert stage.model.counts_batches
@@ -62,7 +62,7 @@ def test_every_arm_of_a_study_makes_a_model_of_its_own(study):
     for name, arm in study["arms"].items():
         changes = {**study.get("change", {}), **arm.get("change", {})}
         path = RECIPES / f"{arm.get('recipe', study['recipe'])}.yaml"
-        recipe = load(path, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+        recipe = load_recipe(path, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
         model_of(recipe.stages["supervised"])
         seen.add(recipe.stages["supervised"].fingerprint())
         assert len(seen) == list(study["arms"]).index(name) + 1, f"{name} is another arm's twin"
@@ -95,6 +95,6 @@ PRETRAIN = "{objective: {kind: fcmae, decoder_dim: 96}, optimizer: {base_lr: 1.0
 )
 def test_what_does_not_go_together_is_one_sentence(recipe, override, sentence):
     with pytest.raises(RecipeError) as caught:
-        load(RECIPES / f"{recipe}.yaml", [override])
+        load_recipe(RECIPES / f"{recipe}.yaml", [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from pipeline.models import VARIANTS
-from pipeline.recipe import load
-from pipeline.recipe.schema import leaves
-from pipeline.recipe.sources import sources
+from pipeline.recipe import load_recipe
+from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.value_sources import value_sources
 from tools.recipes.docs import mentioned, page, read_conflicts
 from tools.recipes.included import SIZES, find_recipe, included_recipes
 
@@ -28,7 +28,7 @@ SOURCES = ("paper", "TRAINING", "code", "V1", "JAX", "ours", "data", "all", "unu
 
 
 def chain(name):
-    return load(find_recipe(f"convnextv2/{name}"))
+    return load_recipe(find_recipe(f"convnextv2/{name}"))
 
 
 def expected(table, place):
@@ -38,8 +38,8 @@ def expected(table, place):
 
 def assert_stage(stage, values):
     """These values, and no other that makes the experiment."""
-    found = {field: value for field, value, _ in leaves(stage)}
-    makes_it = {name for name, _, operational in leaves(stage) if not operational}
+    found = {field: value for field, value, _ in leaf_fields(stage)}
+    makes_it = {name for name, _, operational in leaf_fields(stage) if not operational}
     makes_it = {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS - {"health"}}
     assert makes_it - values.keys() <= OURS
     for field, value in values.items():
@@ -96,7 +96,9 @@ def test_options_change_what_they_say_and_no_more():
         found = {
             f"{stage}.{field}": value
             for stage, section in option.stages.items()
-            for (field, value, _), (_, before, _) in zip(leaves(section), leaves(plain.stages[stage]), strict=True)
+            for (field, value, _), (_, before, _) in zip(
+                leaf_fields(section), leaf_fields(plain.stages[stage]), strict=True
+            )
             if value != before
         }
         assert option.stages.keys() == plain.stages.keys()
@@ -117,9 +119,9 @@ def test_results_and_no_others():
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_value_has_a_source_and_every_conflict_is_listed(name):
     path = find_recipe(name)
-    given, comments = sources(path), []
-    for stage_name, stage in load(path).stages.items():
-        for field, _, is_operational in leaves(stage):
+    given, comments = value_sources(path), []
+    for stage_name, stage in load_recipe(path).stages.items():
+        for field, _, is_operational in leaf_fields(stage):
             if is_operational or field in NEEDS_NO_SOURCE or field.partition(".")[0] not in PUBLISHED_SECTIONS:
                 continue
             source = given.get(f"stages.{stage_name}.{field}") or given.get(field)
@@ -136,13 +138,13 @@ def test_conflicts_name_options_that_exist():
             if option.startswith("options/"):
                 changed = chain(option)
                 base = yaml.safe_load(find_recipe(f"convnextv2/{option}").read_text())["extends"]
-                plain = load(find_recipe(f"convnextv2/{option}").parent / base)
+                plain = load_recipe(find_recipe(f"convnextv2/{option}").parent / base)
                 assert any(changed.stages[n].fingerprint() != plain.stages[n].fingerprint() for n in plain.stages), (
                     option
                 )
             elif "=" in option:
                 stage = "huge-22k-512" if "intermediate" in option or "pretrain" in option else "base"
-                load(find_recipe(f"convnextv2/{stage}"), [option])
+                load_recipe(find_recipe(f"convnextv2/{stage}"), [option])
 
 
 def test_variants_are_those_of_the_paper():

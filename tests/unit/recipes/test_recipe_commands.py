@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pipeline.data.beton import BetonWriter
-from pipeline.recipe import load
-from pipeline.recipe.sources import sources
+from pipeline.recipe import load_recipe
+from pipeline.recipe.value_sources import value_sources
 from tests.support import tiny_image
 from tools import cli
 from tools.recipes.included import find_recipe
@@ -113,17 +113,17 @@ def test_extends_takes_several_files_and_included_recipes(tmp_path):
     (tmp_path / "big.yaml").write_text("stages:\n  finetune:\n    data: {image_size: 256}  # mine\n")
     mine = tmp_path / "mine.yaml"
     mine.write_text("extends: [convnextv2/base, big.yaml]\nname: mine\npublished: {top1: 1.0, source: me}\n")
-    recipe = load(mine)
+    recipe = load_recipe(mine)
     assert recipe.stages["finetune"].data.image_size == 256
     assert recipe.stages["finetune"].optimizer.layer_decay == 0.6
     assert recipe.published.timm_top1 is None
-    found = sources(mine)
+    found = value_sources(mine)
     assert found["stages.finetune.data.image_size"].comment == "mine"
     assert found["stages.finetune.data.image_size"].line == 3
     assert found["stages.finetune.optimizer.layer_decay"].file.name == "base.yaml"
     mine.write_text("extends: [1]\nname: mine\n")
     with pytest.raises(cli.UserError, match="must be the path of a YAML file, or a list of such"):
-        load(mine)
+        load_recipe(mine)
 
 
 def test_sources_follow_the_values_through_every_kind_of_line(tmp_path):
@@ -134,7 +134,7 @@ def test_sources_follow_the_values_through_every_kind_of_line(tmp_path):
         "stages:\n  pretrain:\n    optimizer:\n      betas: [0.8,\n              0.9]   # two lines\n"
         "    schedule: {epochs: 5}\n  intermediate: null\n"
     )
-    found, recipe = sources(path), load(path)
+    found, recipe = value_sources(path), load_recipe(path)
     assert not any(name.startswith("stages.intermediate") for name in found)
     for stage in ("pretrain", "finetune"):
         assert recipe.stages[stage].batch.slot == 16

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.retention import kept
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.training.saving import Checkpoints
 from tools.recipes.included import find_recipe
 
@@ -17,7 +17,7 @@ IMAGES = 1_281_167
 def test_the_checkpoint_that_an_early_fine_tuning_starts_from_is_saved_and_kept():
     (options,) = re.findall(r"fcmae submit huge-22k-512 --site \S+ --out runs/huge((?: \S+=\S+)*)\n", TEXT)
     (name,) = (CheckpointName.parse(text) for text in re.findall(r"runs/huge/pretrain/checkpoints/(\S+)", TEXT))
-    recipe = load(find_recipe("huge-22k-512"), options.split()).stages["pretrain"]
+    recipe = load_recipe(find_recipe("huge-22k-512"), options.split()).stages["pretrain"]
     epoch = IMAGES // recipe.batch.global_batch
     checkpoints = Checkpoints(
         SimpleNamespace(), None, None, recipe.checkpoint, saved=None, steps_per_epoch=epoch, reach_steps=0

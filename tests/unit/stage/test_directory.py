@@ -10,7 +10,7 @@ import pytest
 from cluster.chain import open_chain
 from pipeline.distributed.processes import start_time
 from pipeline.errors import DataError, RecipeError, StageError
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tests.support import make_tiny_run, write_tiny_recipe
@@ -148,14 +148,14 @@ def test_done_names_what_was_written(stage):
 def test_reopening_takes_operational_changes_only(tmp_path):
     recipe = write_tiny_recipe(tmp_path)
     run = tmp_path / "run"
-    open_chain(load(recipe), run)
-    stages = open_chain(load(recipe, ["defaults.data.workers=2"]), run)
+    open_chain(load_recipe(recipe), run)
+    stages = open_chain(load_recipe(recipe, ["defaults.data.workers=2"]), run)
     assert [s.recipe.data.workers for s in stages] == [2, 2, 2]
     before = {path: path.read_text() for path in run.rglob("recipe.yaml")}
     with pytest.raises(RecipeError, match=r"stages.finetune.seed: 3 -> 9"):
-        open_chain(load(recipe, ["stages.finetune.seed=9"]), run)
+        open_chain(load_recipe(recipe, ["stages.finetune.seed=9"]), run)
     with pytest.raises(RecipeError, match="stages pretrain, intermediate, finetune instead of pretrain, intermediate"):
-        open_chain(load(recipe, ["stages.finetune=null"]), run)
+        open_chain(load_recipe(recipe, ["stages.finetune=null"]), run)
     assert {path: path.read_text() for path in run.rglob("recipe.yaml")} == before
 
 

@@ -9,7 +9,7 @@ from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.errors import CheckpointError, RecipeError
 from pipeline.objectives import create_objective
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.training import handoff
 from tests.support import write_tiny_recipe
@@ -35,7 +35,7 @@ def begin(tmp_path, world):
     """(stage, overrides) -> its stage, engine and objective, at the weights it starts with."""
 
     def make(name, *overrides):
-        recipe = load(write_tiny_recipe(tmp_path), [*FOUR_STAGES, *overrides]).stages[name]
+        recipe = load_recipe(write_tiny_recipe(tmp_path), [*FOUR_STAGES, *overrides]).stages[name]
         shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
         stage = Stage.create(tmp_path / "run" / name, recipe)
         objective = create_objective(recipe, seed=5)
@@ -134,8 +134,8 @@ def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkey
 
     monkeypatch.delenv("NOWHERE", raising=False)
     monkeypatch.setenv("SOMEWHERE", str(tmp_path))
-    stage = load(write_tiny_recipe(tmp_path), ["defaults.data.train=$SOMEWHERE/train.beton"]).stages["finetune"]
+    stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$SOMEWHERE/train.beton"]).stages["finetune"]
     assert resolved(stage).data.train == f"{tmp_path}/train.beton"
-    stage = load(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
+    stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
     with pytest.raises(RecipeError, match=r"\$NOWHERE is not set; export it, or give stages.finetune.data.train=PATH"):
         resolved(stage)

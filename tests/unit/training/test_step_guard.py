@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from pipeline.recipe.sections import Health
+from pipeline.recipe.sections import HealthSettings
 from pipeline.training.step_guard import Guard
 
 
 def make_guard(**settings) -> Guard:
     settings = {"statistics_steps": 20, "rollback_after": 3, "window_steps": 10, **settings}
-    return Guard(Health(**settings), torch.device("cpu"))
+    return Guard(HealthSettings(**settings), torch.device("cpu"))
 
 
 def feed(guard: Guard, values: list[tuple[float, float]], first_step: int = 1) -> list[bool]:

@@ -12,7 +12,7 @@ from cluster.slurm import submit as jobs
 from cluster.slurm.gpu_memory_check import GIB, check_memory
 from pipeline.cost.memory import peak
 from pipeline.errors import LaunchError
-from pipeline.recipe import ChainRecipe, StageRecipe, load
+from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from tests.support import write_tiny_recipe
 from tools.cluster_commands import submit
 from tools.recipes.included import find_recipe
@@ -25,7 +25,7 @@ def recipe_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chain(recipe_file) -> ChainRecipe:
-    return load(recipe_file)
+    return load_recipe(recipe_file)
 
 
 def site(gib: float | None, **fields) -> Site:
@@ -42,7 +42,9 @@ def changed(recipe: StageRecipe, **sections: dict) -> StageRecipe:
 
 
 def test_what_does_not_fit_is_one_sentence_with_the_figures_and_the_remedy():
-    recipe = changed(load(find_recipe("atto")).stages["pretrain"], batch={"micro_slots": 2}, evaluation={"batch": 1})
+    recipe = changed(
+        load_recipe(find_recipe("atto")).stages["pretrain"], batch={"micro_slots": 2}, evaluation={"batch": 1}
+    )
     gib = needed(recipe, 64)
     assert 0.4 < gib < 2
     with pytest.raises(LaunchError) as refused:

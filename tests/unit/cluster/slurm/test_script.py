@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.site import OURS, Container, Site, load_site
 from cluster.slurm.script import JobScript
 from pipeline.errors import LaunchError, RecipeError
-from pipeline.recipe.files import validate
+from pipeline.recipe.yaml_files import parse_settings
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -85,7 +85,7 @@ def test_no_field_reaches_a_shell_unquoted(raw):
     """Bash runs the script with stand-ins for srun, module and source: each value arrives as it was, and nothing else
     happens."""
     try:
-        site: Site = validate(Site, raw, "site")
+        site: Site = parse_settings(Site, raw, "site")
     except RecipeError:  # tests of the site say which
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from cluster.slurm.stopwatch import CANCELLED, Pace, StopWatch
 from cluster.slurm.submit import Planned, check_partition, live_jobs, plan
 from cluster.slurm.worker import export_rank_environment, interface_towards, preflight_outcome, remove_torn_files
 from pipeline.errors import LaunchError
-from pipeline.recipe import load
+from pipeline.recipe import load_recipe
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.cluster_commands import resume, submit
@@ -128,7 +128,7 @@ def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state)
 @pytest.mark.parametrize("reason", ["BadConstraints", client.LAUNCH_FAILED])
 def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, reason):
     run = tmp_path / "run"
-    chain = load(write_tiny_recipe(tmp_path))
+    chain = load_recipe(write_tiny_recipe(tmp_path))
     jobs = f"7|PENDING|{reason}|(null)|{run}/pretrain\n8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
     monkeypatch.setattr(client, "ask", lambda *command, **_: jobs)
     planned = plan(chain, run, Site(nodes=2))
@@ -145,7 +145,7 @@ def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, re
     ],
 )
 def test_a_job_that_is_just_ending_is_waited_for(monkeypatch, tmp_path, capsys, then, missing):
-    run, chain = tmp_path / "run", load(write_tiny_recipe(tmp_path, ["stages.finetune=null"]))
+    run, chain = tmp_path / "run", load_recipe(write_tiny_recipe(tmp_path, ["stages.finetune=null"]))
     waits = f"8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
     answers = [f"7|{state}|(null)|{run}/pretrain\n{waits}" for state in (then, "COMPLETING|None", "COMPLETING|None")]
     monkeypatch.setattr(client, "ask", lambda *command, **_: answers.pop())
@@ -167,7 +167,7 @@ def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(monkeypatch, tmp_
         resume(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     (run / "pretrain" / "DONE").touch()  # it is finished, whatever its epilog does
-    assert [item.done for item in plan(load(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
+    assert [item.done for item in plan(load_recipe(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
 
 
 def test_a_partition_may_be_several(monkeypatch, tmp_path):
@@ -354,7 +354,7 @@ def test_the_ranks_of_one_node_meet_on_its_loopback(place, monkeypatch):
 def test_a_job_keeps_the_site_that_it_was_submitted_to(tmp_path, monkeypatch, place):
     """Or one that is started again would look for the GPUs of another cluster, and find every node bad."""
     run = make_tiny_run(tmp_path)
-    chain, ids, live = load(run / "recipe.yaml"), iter("123456"), []
+    chain, ids, live = load_recipe(run / "recipe.yaml"), iter("123456"), []
     monkeypatch.setattr(client, "ask", lambda *command, **_: "".join(live))
     monkeypatch.setattr(JobScript, "submit", lambda self: next(ids))
 

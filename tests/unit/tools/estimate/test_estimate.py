@@ -10,7 +10,7 @@ from rich.console import Console
 from cluster.site import GPU, Site
 from pipeline.cost.measure import measure
 from pipeline.errors import RecipeError, UserError
-from pipeline.recipe import ChainRecipe, load
+from pipeline.recipe import ChainRecipe, load_recipe
 from tests.support import tiny_data, write_tiny_recipe
 from tools.estimate.reckon import RESERVE, StageEstimate, estimate
 from tools.estimate.table import render, to_json
@@ -26,7 +26,7 @@ def site(**fields) -> Site:
 def chain(tmp_path_factory) -> ChainRecipe:
     folder = tmp_path_factory.mktemp("estimate")
     tiny_data(folder / "data")
-    return load(write_tiny_recipe(folder))
+    return load_recipe(write_tiny_recipe(folder))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.data.beton import BetonWriter
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
-from pipeline.recipe import dump, load
+from pipeline.recipe import load_recipe, write_recipe
 from pipeline.stage.directory import Stage
 from pipeline.weights.files import write_weights
 from tests.archives import class_images, write_folder
@@ -182,10 +182,10 @@ def stage(tmp_path):
     raw["defaults"]["data"]["crop_pct"] = 0.9
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw))
-    chain = load(path)
+    chain = load_recipe(path)
     recipe = chain.stages["intermediate"]
     stage = Stage.create(tmp_path / "run" / "intermediate", recipe)
-    dump(chain, tmp_path / "run" / "recipe.yaml")
+    write_recipe(chain, tmp_path / "run" / "recipe.yaml")
     model = create_model("convnextv2", 4, depths=(1, 2), dims=(8, 16), stem_stride=2, grn_normaliser="sum")
     tensors = randomise(model.state_dict())
     facts = {"model": recipe.model.model_dump(mode="json"), "image_size": 16, "classes": list("abcd"), "weights": "ema"}

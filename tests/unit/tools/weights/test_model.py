@@ -5,7 +5,7 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
-from pipeline.recipe.models import ConvNeXtModel, SLaKModel
+from pipeline.recipe.model_settings import ConvNeXtSettings, SLaKSettings
 from pipeline.weights import write_weights
 from tests.oracles import randomise
 from tools.weights.export import export
@@ -13,12 +13,12 @@ from tools.weights.model import build, open_weights
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SHAPE = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
-V2 = ConvNeXtModel(name="convnextv2", **SHAPE)
+V2 = ConvNeXtSettings(name="convnextv2", **SHAPE)
 SECTIONS = [
     V2,
-    ConvNeXtModel(name="convnextv2", response="se", **SHAPE),
-    ConvNeXtModel(name="convnextv2", response="none", layer_scale=1e-6, **SHAPE),
-    SLaKModel(name="slak", form="square", small_kernel=None, kernel_sizes=(7, 7, 7, 7), **SHAPE),
+    ConvNeXtSettings(name="convnextv2", response="se", **SHAPE),
+    ConvNeXtSettings(name="convnextv2", response="none", layer_scale=1e-6, **SHAPE),
+    SLaKSettings(name="slak", form="square", small_kernel=None, kernel_sizes=(7, 7, 7, 7), **SHAPE),
 ]
 
 

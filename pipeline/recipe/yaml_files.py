@@ -1,6 +1,6 @@
 """Recipes as YAML files: `extends`, shared `defaults`, `key=value` overrides, and errors that name the field.
 
-Values and the places they come from (`pipeline.recipe.sources`) are trees of the same shape, merged by the same code.
+Values and their sources (`pipeline.recipe.value_sources`) are trees of the same shape, merged by the same code.
 """
 
 import json
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ChainRecipe, StageRecipe
-from pipeline.recipe.sections import Section
+from pipeline.recipe.sections import Settings
 
 _STAGE_NAME = object()
 LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
@@ -25,18 +25,18 @@ LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
 _TAGGED = ("objective", "model")  # one of several sections, told by the value of a key of it
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
     """Read a chain recipe and apply `key=value` overrides (`stages.pretrain.schedule.epochs=10`, `defaults...`).
 
     Raises:
         RecipeError: naming the file and field, the value, and what would be accepted.
     """
-    return validate(ChainRecipe, spread(read_mapping(path, overrides), path), str(path))
+    return parse_settings(ChainRecipe, expand_stages(read_mapping(path, overrides), path), str(path))
 
 
 def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The content of a YAML file, what it extends below it, `key=value` above it. Errors: as `load`."""
-    raw = read_tree(path, _values)
+    raw = read_with_bases(path, _values)
     if not overrides:
         return raw
     wrong = [text for text in overrides if "=" not in text]
@@ -49,12 +49,12 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
 
 
-def load_stage(path: Path) -> StageRecipe:
+def load_stage_recipe(path: Path) -> StageRecipe:
     """Read the resolved recipe of one stage."""
-    return validate(StageRecipe, read_tree(path, _values), str(path))
+    return parse_settings(StageRecipe, read_with_bases(path, _values), str(path))
 
 
-def dump(recipe: Section, path: Path) -> None:
+def write_recipe(recipe: Settings, path: Path) -> None:
     """Write a resolved recipe, every field present."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
     temporary = path.with_name(path.name + ".tmp")
@@ -62,7 +62,7 @@ def dump(recipe: Section, path: Path) -> None:
     temporary.replace(path)
 
 
-def read_tree(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """What `parse` makes of a recipe file, merged over that of the files it extends, the later ones over the earlier.
 
     Raises:
@@ -85,7 +85,7 @@ def read_tree(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] =
         raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of such")
     below: dict[str, Any] = {}
     for name in names:
-        below = _merge(below, read_tree(_base(path, name), parse, (*seen, path)))
+        below = _merge(below, read_with_bases(_base(path, name), parse, (*seen, path)))
     merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
     if "published" in tree:
         merged["published"] = tree["published"]  # a result holds for one recipe: no part of another's is left
@@ -114,7 +114,7 @@ def _merge(base: Any, change: Any) -> Any:
     return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
 
 
-def spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """Give every stage the shared defaults, its name, the seed, and the stage before it; the first one `init`, the
     weights that the chain begins with."""
     raw = dict(raw)
@@ -146,7 +146,7 @@ def spread(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**raw, "stages": found}
 
 
-def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
+def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> Any:
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
@@ -156,7 +156,7 @@ def validate(kind: type[Section], raw: dict[str, Any], source: str) -> Any:
         raise RecipeError(f"{source}: {error}") from None
 
 
-def _sentence(kind: type[Section], error: ValidationError) -> str:
+def _sentence(kind: type[Settings], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = [str(part) for _, part, is_tag in _walk(kind, first["loc"]) if not is_tag]
     field, value = ".".join(where), first.get("input")
@@ -179,12 +179,12 @@ def _sentence(kind: type[Section], error: ValidationError) -> str:
     return f"{field} is {value!r}: {reason[0].lower()}{reason[1:]}"
 
 
-def _known_keys(kind: type[Section], location: Sequence[str | int]) -> set[str]:
+def _known_keys(kind: type[Settings], location: Sequence[str | int]) -> set[str]:
     *_, (current, _, _) = _walk(kind, (*location, None))
     return {name for section in _sections(current) for name in section.model_fields}
 
 
-def _walk(kind: type[Section], location: Sequence[str | int | None]) -> Iterator[tuple[Any, Any, bool]]:
+def _walk(kind: type[Settings], location: Sequence[str | int | None]) -> Iterator[tuple[Any, Any, bool]]:
     """For each part of an error's location: the annotation it is part of, the part, and whether it is no key but the
     tag that pydantic puts behind one to say which section was meant."""
     current: Any = kind
@@ -203,9 +203,9 @@ def _walk(kind: type[Section], location: Sequence[str | int | None]) -> Iterator
             current = fields[part].annotation
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def _sections(annotation: Any) -> list[type[Settings]]:
     kinds = (annotation, *get_args(annotation))
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
 
 
 def _first_line(error: Exception) -> str:

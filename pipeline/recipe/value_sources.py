@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from pipeline.recipe.files import read_tree, spread
+from pipeline.recipe.yaml_files import expand_stages, read_with_bases
 
 
 @dataclass(frozen=True)
-class Source:
+class ValueSource:
     """A place in a file, and what its line says in a comment ("" if nothing)."""
 
     file: Path | None
@@ -30,16 +30,16 @@ class Source:
         return default
 
 
-def sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, Source]:
+def value_sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, ValueSource]:
     """`stages.STAGE.SECTION.FIELD` -> where its value was given, for every value that a file or override gives.
 
     Raises:
         RecipeError: as `load`.
     """
-    tree = deepcopy(read_tree(path, lambda file: _parse(file, file.read_text(encoding="utf-8"))))
+    tree = deepcopy(read_with_bases(path, lambda file: _parse(file, file.read_text(encoding="utf-8"))))
     for override in overrides:
         _set(tree, override)
-    return dict(_leaves(spread(tree, path)))
+    return dict(_leaves(expand_stages(tree, path)))
 
 
 @lru_cache(maxsize=64)
@@ -55,7 +55,7 @@ def _parse(path: Path, text: str) -> Any:
         if len(keys) == 2 and keys[0] == "stages" and node.tag == "tag:yaml.org,2002:null":
             return None
         line = node.end_mark.line
-        return Source(path, node.start_mark.line + 1, comments.get(line, ""))
+        return ValueSource(path, node.start_mark.line + 1, comments.get(line, ""))
 
     return walk(root, ()) if root else None
 
@@ -81,14 +81,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _typed(value: Any) -> Any:
-    return {k: _typed(v) for k, v in value.items()} if isinstance(value, dict) else Source(None, 0, "")
+    return {k: _typed(v) for k, v in value.items()} if isinstance(value, dict) else ValueSource(None, 0, "")
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Source]]:
-    found: list[tuple[str, Source]] = []
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, ValueSource]]:
+    found: list[tuple[str, ValueSource]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
             found += _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, Source):
+        elif isinstance(value, ValueSource):
             found.append((prefix + key, value))
     return found

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipe.sections import Section, operational
+from pipeline.recipe.sections import Settings, operational
 
 
-class Model(Section):
+class ModelSettings(Settings):
     """What all families have. Fields bear the names of the options of `pipeline.models.create_model`."""
 
     name: str
@@ -42,7 +42,7 @@ class Model(Section):
         return {name: value for name, value in given.items() if name not in ("depths", "dims") or value is not None}
 
     @model_validator(mode="after")
-    def _whole(self) -> "Model":
+    def _whole(self) -> "ModelSettings":
         if (self.depths is None) != (self.dims is None) or len(self.depths or ()) != len(self.dims or ()):
             raise ValueError(
                 f"depths {self.depths} and dims {self.dims} must be given together, one number for each stage"
@@ -56,7 +56,7 @@ class Model(Section):
         return self
 
 
-class ConvNeXtModel(Model):
+class ConvNeXtSettings(ModelSettings):
     name: Literal[
         "convnextv2", "convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano", "convnextv2_tiny",
         "convnextv2_base", "convnextv2_large", "convnextv2_huge",
@@ -80,7 +80,7 @@ class ConvNeXtModel(Model):
         return self.response == "bn"
 
     @model_validator(mode="after")
-    def _grn_alone(self) -> "ConvNeXtModel":
+    def _grn_alone(self) -> "ConvNeXtSettings":
         for name in ("grn_aggregation", "grn_normaliser", "grn_residual"):
             value = getattr(self, name)
             if self.response != "grn" and value != type(self).model_fields[name].default:
@@ -88,7 +88,7 @@ class ConvNeXtModel(Model):
         return self
 
 
-class SLaKModel(Model):
+class SLaKSettings(ModelSettings):
     """ConvNeXt V1 with large kernels; also RepLKNet's form of them, and plain ones."""
 
     name: Literal["slak", "slak_tiny", "slak_small", "slak_base"]
@@ -106,7 +106,7 @@ class SLaKModel(Model):
     """Initial value of the factor on each block's branch."""
 
 
-class NextViTModel(Model):
+class NextViTSettings(ModelSettings):
     """Convolution blocks with a transformer block at the end of each group."""
 
     name: Literal["nextvit", "nextvit_small", "nextvit_base", "nextvit_large"]
