@@ -11,8 +11,9 @@ from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.health.verdict import judge_again, refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
-from pipeline.stage.directory import INIT, Stage
+from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.storage.file_names import INIT_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 
 
@@ -24,7 +25,7 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
         StageError: if it cannot be written, or holds something else.
     """
     directory = Path(directory)
-    known = directory / "recipe.yaml"
+    known = directory / RECIPE_FILE
     if directory.exists() and not known.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
         raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
     try:
@@ -105,7 +106,7 @@ def preflight(stages: list[Stage], processes: int) -> None:
     classes: dict[str, set[str]] = {}
     for stage in stages:
         if stage.done() is None:
-            stage.check_free()
+            stage.attempts.check_free()
             stage.recipe.check_world_size(processes)
             check_weights(stage.recipe, stage.directory)
             check_data(stage.recipe, classes)
@@ -114,7 +115,7 @@ def preflight(stages: list[Stage], processes: int) -> None:
 def check_weights(recipe: StageRecipe, directory: Path) -> None:
     """Raise CheckpointError unless the weights that the stage begins with are there; asked until it has begun."""
     weights = recipe.init.weights
-    if weights is not None and not (directory / INIT).exists() and not Folder.at(weights).exists():
+    if weights is not None and not (directory / INIT_FILE).exists() and not Folder.at(weights).exists():
         raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
 
 

@@ -15,7 +15,8 @@ from types import FrameType, TracebackType
 from pipeline.distributed.processes import LAUNCHER_PID
 from pipeline.distributed.stop import StopRequest
 from pipeline.stage.directory import Stage
-from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.stage.outcome import ExitCode, Outcome, OutcomeKind
+from pipeline.storage.file_names import LOGS_FOLDER
 
 POLL_SECONDS = 0.1
 KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time
@@ -54,7 +55,7 @@ class LocalLauncher:
         if self._stops:
             return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
         self._ended, deadline, failed = {}, None, False
-        attempts = Stage(stage_directory).attempts()
+        attempts = Stage(stage_directory).attempts.newest()
         meeting = held_port()
         try:
             self._start(stage_directory, meeting.getsockname()[1])
@@ -66,7 +67,7 @@ class LocalLauncher:
                     shown = time.monotonic()
                 if self._stops and deadline is None:
                     deadline = time.monotonic() + KILL_AFTER_SECONDS
-                if not failed and self._codes(but=(0, 75)):
+                if not failed and self._codes(but=(ExitCode.DONE, ExitCode.SAVED)):
                     failed, words_until = True, time.monotonic() + LAST_WORDS_SECONDS
                     deadline = min(deadline or words_until, words_until)
                 if self._stops > 1 or (deadline and time.monotonic() > deadline):
@@ -77,7 +78,7 @@ class LocalLauncher:
         return self._outcome(Stage(stage_directory), attempts)
 
     def _start(self, stage_directory: Path, port: int) -> None:
-        attempt_logs = stage_directory / "logs"
+        attempt_logs = stage_directory / LOGS_FOLDER
         attempt_logs.mkdir(exist_ok=True)
         shared = {
             "WORLD_SIZE": self.processes,
@@ -132,18 +133,19 @@ class LocalLauncher:
 
     def _outcome(self, stage: Stage, attempts_before: int) -> Outcome:
         codes = set(self._ended.values())
-        if codes == {0} and (done := stage.done()):
+        if codes == {ExitCode.DONE} and (done := stage.done()):
             return Outcome(OutcomeKind.DONE, step=done.step)
-        outcome = stage.last_outcome() if stage.attempts() > attempts_before else None
+        outcome = stage.attempts.last_outcome() if stage.attempts.newest() > attempts_before else None
         # When a rank is killed the others fail for want of it: what they say is not the reason, unless they know of it.
         killed = {rank: code for rank, code in self._ended.items() if code < 0}
-        told = outcome and (codes <= {0, 75} or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
+        ended_well = codes <= {ExitCode.DONE, ExitCode.SAVED}
+        told = outcome and (ended_well or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
         if outcome and told and codes and not killed:
             return outcome
         ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in (killed or self._ended).items())
         if outcome and outcome.kind is OutcomeKind.BAD_NODE and killed:
             return replace(outcome, reason=f"{outcome.reason} ({ends})")
-        logs = stage.directory / "logs"
+        logs = stage.directory / LOGS_FOLDER
         # On a full disk neither logs nor outcome tell the reason.
         full = shutil.disk_usage(logs).free < _LEAST_FREE_BYTES
         return Outcome(

@@ -2,19 +2,11 @@
 
 
 class UserError(Exception):
-    """One sentence that names the field or file, the value and the remedy.
-
-    Attributes:
-        exit_code: of the command that ends with it.
-    """
-
-    exit_code = 1
+    """One sentence that names the field or file, the value and the remedy."""
 
 
 class OffTrackError(UserError):
     """A finished stage that its gate judges off track, where the recipe wants the chain to stop then."""
-
-    exit_code = 77
 
 
 class RetryableError(UserError):

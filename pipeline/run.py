@@ -28,6 +28,7 @@ from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.storage.file_names import CURVES_FILE, HEALTH_FOLDER, JOURNAL_FILE
 from pipeline.tracking import journal, pictures
 from pipeline.tracking.startup import startup
 from pipeline.tracking.step_log import StepLog
@@ -62,12 +63,12 @@ def run_stage(directory: Path, leave: Callable[[Outcome], None] = leave) -> Outc
     except BaseException as error:
         outcome = failure(error)
         with suppress(OSError):  # the disk may be what has failed
-            stage.record(outcome)
+            stage.attempts.record(outcome)
         told = isinstance(error, UserError) or is_out_of_memory(error) or is_full_disk(error)
         if outcome.kind is OutcomeKind.PERMANENT and not told:
             raise
         return outcome
-    stage.record(outcome)
+    stage.attempts.record(outcome)
     return outcome
 
 
@@ -78,15 +79,15 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     world = World.join(recipe.engine.device, recipe.engine.threads, patience_seconds)
     stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
     recipe.check_world_size(world.size)
-    threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.threads_before(world.size)))
+    threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.attempts.last_threads(world.size)))
     torch.set_num_threads(threads)
-    stage.attempt = world.on_main(lambda: stage.take(world.size, threads))
+    stage.attempts.own = world.on_main(lambda: stage.attempts.claim(world.size, threads))
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
     # Later than other ranks would notice, and than the stuck one has written its stacks.
     silent_seconds = 2 * recipe.health.stall_seconds
-    stack.enter_context(sentinel.standing(stage.directory, stage.attempt, watchdog.beat_file, silent_seconds))
+    stack.enter_context(sentinel.standing(stage.directory, stage.attempts.own, watchdog.beat_file, silent_seconds))
     if world.is_main:
-        stack.enter_context(stage.beating())
+        stack.enter_context(stage.attempts.heartbeat())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
     startup.lap("group")
     data = open_stage_data(recipe, world, stop, stack)
@@ -125,7 +126,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     engine.warm_up(example_batch(recipe), objective)
     startup.lap("warm-up")
     lower_is_better = objective.metric == "loss"
-    events = stage.directory / "journal.jsonl"
+    events = stage.directory / JOURNAL_FILE
     checkpoints = Checkpoints(
         store,
         engine,
@@ -166,11 +167,11 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         weights = handoff.hand_on(stage, engine, last, classes)
         world.on_main(lambda: records.write_result(stage, weights, objective.metric, log, last, world.size))
     log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
-    stage.record(outcome)
+    stage.attempts.record(outcome)
     # Not when stopped: a grace period is short, and the plotting library alone takes a second of it.
     if world.is_main and outcome.kind is OutcomeKind.DONE:
-        pictures.curves(stage.directory / "journal.jsonl", stage.directory / "curves.png")
-        log.write("picture", step=outcome.step, path="curves.png")
+        pictures.curves(stage.directory / JOURNAL_FILE, stage.directory / CURVES_FILE)
+        log.write("picture", step=outcome.step, path=CURVES_FILE)
     return outcome
 
 
@@ -218,11 +219,11 @@ def _watchdog(stage: Stage, world: World, leave: Callable[[Outcome], None]) -> W
         outcome = Outcome(OutcomeKind.BAD_NODE, sentence, step)
         print(sentence, file=sys.stderr)
         with suppress(Exception):  # whatever the stage's disk says, the process must end
-            stage.record(outcome)
-            outcome = stage.last_outcome() or outcome
+            stage.attempts.record(outcome)
+            outcome = stage.attempts.last_outcome() or outcome
         leave(outcome)
 
-    directory = stage.directory / "health" / f"{stage.attempt:06d}"
+    directory = stage.directory / HEALTH_FOLDER / f"{stage.attempts.own:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)
 
 

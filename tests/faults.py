@@ -105,12 +105,10 @@ def _be_a_rank() -> None:
 
 def main() -> None:
     if sys.argv[1] == "launch":
-        from pipeline.training.failures import EXIT_CODES
-
         with FaultyLauncher(int(sys.argv[3])) as launcher:
             outcome = launcher.run(Path(sys.argv[2]))
         print(outcome.reason)
-        sys.exit(EXIT_CODES[outcome.kind])
+        sys.exit(outcome.kind.exit_code)
     elif sys.argv[1] == "fcmae":
         import tools.cli
 

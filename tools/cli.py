@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import UserError
+from pipeline.stage.outcome import OutcomeKind, exit_code
 from tools import cluster_commands
 from tools.analyze import commands as analyze
 from tools.recipes import commands as recipe_commands
@@ -55,7 +56,6 @@ def run(
     from cluster.show.status import status
     from cluster.show.status_table import render
     from pipeline.recipe import load_recipe
-    from pipeline.stage.outcome import OutcomeKind
     from pipeline.storage.working_copy import Uploads, remote_of, working_copy
 
     chain = load_recipe(find_recipe(recipe), overrides or [])
@@ -76,10 +76,10 @@ def run(
         run_files.push()
     if outcome.kind is OutcomeKind.SAVED:
         print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
-        raise typer.Exit(75)
+        raise typer.Exit(outcome.kind.exit_code)
     if outcome.kind is OutcomeKind.BAD_NODE:
         print(f"fcmae: {outcome.reason}; the same command resumes from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(76)
+        raise typer.Exit(outcome.kind.exit_code)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
     console.print(render(status(directory)))
@@ -323,7 +323,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code(error))
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
 

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.storage.file_names import RECIPE_FILE
+
 if TYPE_CHECKING:
     from cluster.site import Site
     from cluster.slurm.gpu_memory_check import Needed
@@ -65,7 +67,7 @@ def resume(
 
     run = check_path(directory.resolve())
     stage_names(run)
-    _submit(load_recipe(run / "recipe.yaml"), run, load_site(site) if site else stored_site(run), None)
+    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None)
 
 
 def cancel(directory: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:

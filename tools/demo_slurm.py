@@ -23,6 +23,7 @@ from cluster.show.status import Run, StageStatus
 from cluster.show.status_table import render
 from cluster.site import load_site
 from pipeline.errors import UserError
+from pipeline.storage.file_names import ATTEMPTS_FOLDER
 
 DEVCLUSTER = Path(__file__).parent / "devcluster"
 SITE = "devcluster"
@@ -115,7 +116,7 @@ def until_training(run: Run, stage: str, attempt: int = 1) -> StageStatus:
 
 def newest_host(stage: Path) -> str:
     """Where rank 0 of the last attempt runs."""
-    return json.loads(max((stage / "attempts").glob("??????.json")).read_text())["host"]
+    return json.loads(max((stage / ATTEMPTS_FOLDER).glob("??????.json")).read_text())["host"]
 
 
 def wait(run: Run, what: str, condition: Callable[[dict[str, StageStatus]], bool]) -> dict[str, StageStatus]:

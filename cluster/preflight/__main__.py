@@ -32,7 +32,7 @@ def main() -> None:
     outcome = verdict(findings)
     sys.stdout.flush()
     # A thread that waits for a hung mount would hold an orderly exit.
-    os._exit({OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}[outcome.kind] if outcome else 0)
+    os._exit((outcome.kind if outcome else OutcomeKind.DONE).exit_code)
 
 
 if __name__ == "__main__":

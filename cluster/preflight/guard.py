@@ -11,8 +11,8 @@ from rich.console import Console
 from cluster.findings import Finding, Level, render
 from cluster.preflight import Expectations, preflight, verdict
 from cluster.preflight.gpu import MATRIX
-from pipeline.stage.directory import write_json
 from pipeline.stage.outcome import Outcome
+from pipeline.storage.folder import write_json
 
 
 def guard(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:

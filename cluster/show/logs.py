@@ -6,13 +6,15 @@ from pathlib import Path
 from cluster.show.status import stage_names
 from cluster.slurm.history import log_directory
 from pipeline.errors import LaunchError
+from pipeline.storage.file_names import DONE_FILE, LOGS_FOLDER
 
 POLL_SECONDS = 0.5
 
 
 def log_files(stage_directory: Path, rank: int) -> list[Path]:
     """A rank's files, the oldest first: one for each job, and one for local runs. Rank 0's hold the job's own words."""
-    found = [*log_directory(stage_directory).glob(f"*_{rank}_log.out"), stage_directory / "logs" / f"rank-{rank}.log"]
+    local = stage_directory / LOGS_FOLDER / f"rank-{rank}.log"
+    found = [*log_directory(stage_directory).glob(f"*_{rank}_log.out"), local]
     return sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
@@ -30,7 +32,7 @@ def show(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -
     offsets: dict[Path, int] = {}
     last: Path | None = None
     while True:
-        finished = all((directory / "DONE").exists() for directory in stages)  # asked before the files are read
+        finished = all((directory / DONE_FILE).exists() for directory in stages)  # asked before the files are read
         for path in (path for directory in stages for path in log_files(directory, rank)):
             data = path.read_bytes()
             new = data[offsets.get(path, 0) :] if path in offsets else b"".join(data.splitlines(True)[-lines:])

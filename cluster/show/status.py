@@ -13,7 +13,15 @@ import yaml
 
 from cluster.slurm.queue import Queue, QueuedJob, entries
 from pipeline.errors import StageError
-from pipeline.stage.directory import is_alive
+from pipeline.stage.attempts import is_alive
+from pipeline.storage.file_names import (
+    ATTEMPTS_FOLDER,
+    CHECKPOINTS_FOLDER,
+    DONE_FILE,
+    JOURNAL_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+)
 from pipeline.storage.folder import is_remote
 from pipeline.storage.working_copy import View
 from pipeline.tracking.journal import Event, Tail, parse, strict
@@ -59,7 +67,7 @@ class Follower:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._tail = Tail(directory / "journal.jsonl")
+        self._tail = Tail(directory / JOURNAL_FILE)
         self._seen = StageStatus(directory.name)
         # Of each step: time, number, images per second, seconds waited for data.
         self._recent: deque[tuple[float, int, float, float | None]] = deque(maxlen=RATE_LINES)
@@ -112,9 +120,9 @@ class Follower:
         if job:
             seen.job, seen.job_state, seen.job_reason = job.id, job.state, job.reason
             seen.nodes = job.nodes or seen.nodes
-        if (self.directory / "DONE").exists():
+        if (self.directory / DONE_FILE).exists():
             seen.state = "done"
-            result = _json(self.directory / "result.json")
+            result = _json(self.directory / RESULT_FILE)
             seen.step = _count(result.get("steps")) or seen.step
             seen.total_steps = seen.total_steps or seen.step
             seen.weights_sha256 = result.get("weights_sha256")
@@ -165,7 +173,7 @@ class Follower:
                 return False
         if job and job.known:
             return job.runs
-        last_sign = max(_modified(attempt), _modified(self.directory / "journal.jsonl"))
+        last_sign = max(_modified(attempt), _modified(self.directory / JOURNAL_FILE))
         return bool(owner) and time.time() - last_sign < SILENCE_SECONDS
 
     def _eta(self, seen: StageStatus) -> float | None:
@@ -183,7 +191,7 @@ class Follower:
 
 def stage_names(run_directory: str | Path) -> list[str]:
     """The stages of a run directory, in order. StageError if it is none."""
-    path = Path(run_directory) / "recipe.yaml"
+    path = Path(run_directory) / RECIPE_FILE
     try:
         recipe = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -231,7 +239,7 @@ def to_json(statuses: list[StageStatus]) -> str:
 
 
 def _attempts(directory: Path) -> list[Path]:
-    return sorted(p for p in (directory / "attempts").glob("*.json") if p.stem.isdigit())
+    return sorted(p for p in (directory / ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
 
 
 def _ended(outcome: dict[str, Any]) -> str:
@@ -245,7 +253,7 @@ def _ended(outcome: dict[str, Any]) -> str:
 def _last_checkpoint(directory: Path) -> tuple[int | None, float | None]:
     """(step, age in seconds) of the newest committed checkpoint."""
     found = []
-    for marker in (directory / "checkpoints").glob("step-*/COMMIT"):
+    for marker in (directory / CHECKPOINTS_FOLDER).glob("step-*/COMMIT"):
         if name := re.match(r"step-(\d+)", marker.parent.name):
             found.append((int(name[1]), _modified(marker)))
     if not found:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import parse
 
 
@@ -52,7 +53,7 @@ def fruitless(stage_directory: Path, committed: int) -> int:
 def committed_step(stage_directory: Path) -> int:
     """The newest step that a checkpoint was committed of, by the journal; -1 without. What a rollback took back does
     not count: the way up again is progress."""
-    path, newest = stage_directory / "journal.jsonl", -1
+    path, newest = stage_directory / JOURNAL_FILE, -1
     with open(path, "rb") if path.exists() else nullcontext(()) as lines:
         for line in lines:
             if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse(line)):

@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from statistics import median
 
+from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import Event, Tail
 
 POLL_SECONDS = 5.0
@@ -21,7 +22,7 @@ class StopWatch(threading.Thread):
     def __init__(self, stage_directory: Path, ends_at: float | None) -> None:
         super().__init__(daemon=True)
         self._cancelled = stage_directory.parent / CANCELLED
-        self._tail = Tail(stage_directory / "journal.jsonl")
+        self._tail = Tail(stage_directory / JOURNAL_FILE)
         self._pace = Pace()
         self._began, self._ends_at = time.time(), ends_at
 

@@ -20,6 +20,7 @@ from pipeline.errors import LaunchError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import DATA_FILE, DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.tracking.journal import Tail
 
 ENDING_SECONDS = 75.0  # how long a job may take to end: Slurm's KillWait is 30 by default, and epilogs take their time
@@ -67,7 +68,7 @@ def plan(
             job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job
-        item = Planned(name, directory, recipe, site.for_stage(name), (directory / "DONE").exists(), job, replaces)
+        item = Planned(name, directory, recipe, site.for_stage(name), (directory / DONE_FILE).exists(), job, replaces)
         if item.missing and not begun:
             continue
         if item.missing and recipe.previous and before is None:
@@ -91,7 +92,7 @@ def _settled_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
     while True:
         jobs = live_jobs(run, stages)
         ending = [f"job {job.id} of stage {name}" for name, job in jobs.items()
-                  if job.state is JobState.ENDING and not (run / name / "DONE").exists()]  # fmt: skip
+                  if job.state is JobState.ENDING and not (run / name / DONE_FILE).exists()]  # fmt: skip
         if not ending:
             return jobs
         if time.monotonic() >= give_up_at:
@@ -118,10 +119,10 @@ def check(planned: list[Planned]) -> dict[str, Needed]:
             item.recipe.check_world_size(item.site.ranks)
             check_weights(item.recipe, item.directory)
             data = check_data(item.recipe, classes)
-            if (item.directory / "recipe.yaml").exists():
+            if (item.directory / RECIPE_FILE).exists():
                 stage = Stage(item.directory)
-                stage.check_free()
-                if (item.directory / "data.json").exists():
+                stage.attempts.check_free()
+                if (item.directory / DATA_FILE).exists():
                     stage.pin_data({name: beton.sha256 for name, beton in data.items()})
             _check_time(item)
     needed = {item.name: check_memory(item.recipe, item.site) for item in planned if item.missing}  # takes longest
@@ -150,7 +151,7 @@ def scripts(planned: list[Planned], code: Path) -> list[str]:
 
 def _check_time(item: Planned) -> None:
     pace = Pace()
-    for event in Tail(item.directory / "journal.jsonl").poll():
+    for event in Tail(item.directory / JOURNAL_FILE).poll():
         pace.take(event)
     limit = item.site.time_limit_minutes
     if pace.stop_seconds() >= limit * 60:

@@ -20,11 +20,13 @@ from cluster.site import Site, stored_site
 from cluster.slurm import client, history
 from cluster.slurm.script import JobScript
 from cluster.slurm.stopwatch import CANCELLED
-from cluster.slurm.worker import PERMANENT, STOP_SIGNALS
+from cluster.slurm.worker import STOP_SIGNALS
 from pipeline.errors import LaunchError, OffTrackError, StageError, UserError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import SrunCode
+from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.tracking.startup import JOB_STARTED
 
 RETRY_SECONDS = 5
@@ -40,13 +42,13 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         except OffTrackError as error:
             return give_up(directory, job, str(error))
         return 0
-    last = stage.last_attempt()
+    last = stage.attempts.owner()
     ours = last is not None and (last["job"], last["restart_count"]) == (job, _restarts())
     if last is not None and not ours and _began_after_us(last):
         # This machine stood still, and Slurm has long since started the job elsewhere: a requeue would end that.
         print(f"stage {directory.name}: attempt {last['attempt']} on {last['host']} has taken over; this one just ends")
         return 1
-    outcome = stage.last_outcome() if ours else None  # a start that got not so far has not said how it ended
+    outcome = stage.attempts.last_outcome() if ours else None  # a start that got not so far has not said how it ended
     reason = " ".join(outcome.reason.split()) if outcome else f"the ranks ended with exit code {code} and left no word"
     bad = bad_nodes(directory, job)
     if now := bad_nodes(directory, job, _restarts()):
@@ -55,9 +57,9 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
         history.note(directory, "stopped", job, reason="cancelled")
         return 1
-    if code == PERMANENT:
+    if code == SrunCode.PERMANENT:
         try:
-            stage.check_free()
+            stage.attempts.check_free()
         except StageError as error:  # the stage is another's, and so are those that wait for it
             print(f"{error}; this job just ends")
             return 1
@@ -146,7 +148,7 @@ def give_up(directory: Path, job: str, reason: str) -> int:
 def cancel_dependents(directory: Path, reason: str) -> None:
     """Cancel the jobs of all stages that start, directly or not, from the stage of this directory."""
     run, lost = directory.parent, {directory.name}
-    for name, recipe in load_recipe(run / "recipe.yaml").stages.items():
+    for name, recipe in load_recipe(run / RECIPE_FILE).stages.items():
         if recipe.previous in lost:
             lost.add(name)
     waiting = client.jobs(names=[f"fcmae-{name}" for name in lost - {directory.name}]) if len(lost) > 1 else []

@@ -6,19 +6,14 @@ import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from cluster.slurm.rendezvous import export_rank_environment
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.stage.outcome import Outcome
+from pipeline.stage.outcome import Outcome, SrunCode
 
 # Everything by which a person, a time limit or a preemption asks for a stop.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-# Exit codes of a rank; done and saved are 0. srun hands on the largest, and fails with 1 for reasons of its own.
-CRASHED, PERMANENT = 70, 78
 
 
 def block_stop_signals() -> str:
@@ -54,7 +49,6 @@ class RunStage:
             # Imported as late as this because it brings torch along, which a machine that only submits can do without.
             from cluster.slurm.stopwatch import StopWatch
             from pipeline.run import run_stage
-            from pipeline.stage.outcome import OutcomeKind
             from pipeline.tracking.startup import startup
 
             startup.lap("imports")
@@ -64,16 +58,14 @@ class RunStage:
             startup.lap("preflight")
             outcome = outcome or run_stage(directory)
         except UserError as error:
-            leave(PERMANENT, str(error))
+            leave(SrunCode.PERMANENT, str(error))
         except Exception:
-            leave(CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
-        code = 0 if outcome.kind in (OutcomeKind.DONE, OutcomeKind.SAVED) else PERMANENT
-        if outcome.kind is OutcomeKind.BAD_NODE:
-            code = CRASHED
-        leave(code, f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". "))
+            leave(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
+        sentence = f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". ")
+        leave(outcome.kind.srun_code, sentence)
 
 
-def preflight_outcome(directory: Path) -> "Outcome | None":
+def preflight_outcome(directory: Path) -> Outcome | None:
     """Why this rank had better not train, if so. A signal that comes meanwhile waits for `run_stage`."""
     import submitit
 

@@ -12,9 +12,8 @@ from pipeline.engines import Engine
 from pipeline.errors import RecipeError
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available, fastest, shapes_of
 from pipeline.objectives import Objective
-from pipeline.stage.directory import write_json
-
-NOTE = "large_kernels.json"
+from pipeline.storage.file_names import LARGE_KERNELS_FILE
+from pipeline.storage.folder import write_json
 
 
 def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> dict[str, str]:
@@ -47,7 +46,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
     }
 
     def measure() -> dict[str, str]:
-        path = directory / NOTE
+        path = directory / LARGE_KERNELS_FILE
         known = json.loads(path.read_text()) if path.exists() else {}
         for conv, key in keys.items():
             if key not in known:

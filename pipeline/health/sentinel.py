@@ -64,8 +64,8 @@ def tell(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float
     )
     print(sentence, file=sys.stderr, flush=True)
     stage = Stage(stage_directory)
-    stage.attempt = attempt
-    stage.record(Outcome(OutcomeKind.BAD_NODE, sentence, last.step))
+    stage.attempts.own = attempt
+    stage.attempts.record(Outcome(OutcomeKind.BAD_NODE, sentence, last.step))
 
 
 def show_stacks(rank: int) -> None:

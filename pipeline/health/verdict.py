@@ -14,7 +14,9 @@ from typing import Any
 
 from pipeline.errors import OffTrackError
 from pipeline.recipe import FCMAESettings, StageRecipe
-from pipeline.stage.directory import Stage, write_json
+from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
+from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Event, read, standing, steps, strict
 
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"
@@ -87,7 +89,7 @@ def judge(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
 
 def verdict_of(stage: Stage, recipe: StageRecipe | None = None) -> Verdict:
     """The verdict on a stage directory, by what its recipe, or this one, asks for today."""
-    return judge(recipe or stage.recipe, read(stage.directory / "journal.jsonl"))
+    return judge(recipe or stage.recipe, read(stage.directory / JOURNAL_FILE))
 
 
 def refuse_off_track(stage: Stage, recipe: StageRecipe | None = None) -> None:
@@ -106,7 +108,7 @@ def judge_again(stage: Stage) -> None:
     """Bring the verdict in a finished stage's result up to date with its recipe's gate."""
     result = stage.result() if stage.done() else None
     if result and "verdict" in result and (verdict := strict(verdict_of(stage).entry())) != result["verdict"]:
-        write_json(stage.directory / "result.json", {**result, "verdict": verdict})
+        write_json(stage.directory / RESULT_FILE, {**result, "verdict": verdict})
 
 
 def _loss(made: Mapping[int, float]) -> Check:

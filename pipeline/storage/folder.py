@@ -3,10 +3,12 @@
 Local disks get fsync of file and directory and a rename or link; object stores show an object whole or not at all.
 """
 
+import json
 import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -138,3 +140,13 @@ def is_storage_error(error: BaseException) -> bool:
     """Whether an error is the storage's fault: object stores' clients do not all raise OSError."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure", "google")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a JSON file at once, so that a power cut leaves the old content or the new one."""
+    Folder.at(path.parent).publish(path.name, json_bytes(content))
+
+
+def json_bytes(content: object) -> bytes:
+    """Indented JSON."""
+    return (json.dumps(content, indent=2) + "\n").encode()

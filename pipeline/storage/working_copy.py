@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import StageError
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, DONE_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder, is_remote, is_storage_error
 
 MARKER = "REMOTE"
-NOT_MIRRORED = {"attempts", "checkpoints", MARKER}
+NOT_MIRRORED = {ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, MARKER}
 
 
 def working_copy(run: str | os.PathLike) -> Path:
@@ -84,7 +85,7 @@ class View:
         self.directory = Path(self._temporary.name) / (self.url.rpartition("/")[2] or "run")
         (self.directory.parent / MARKER).write_text(self.url)
         self.refresh()
-        if not (self.directory / "recipe.yaml").is_file():
+        if not (self.directory / RECIPE_FILE).is_file():
             raise StageError(f"{url} is no run directory: it has no recipe.yaml; give the --out of `fcmae run`")
 
     def refresh(self) -> None:
@@ -115,9 +116,9 @@ class View:
 
 
 def _tells(name: PurePosixPath) -> bool:
-    if "checkpoints" in name.parts:
+    if CHECKPOINTS_FOLDER in name.parts:
         return name.name == "COMMIT"
-    return name.name in ("recipe.yaml", "DONE") or name.suffix in (".json", ".jsonl", ".heartbeat")
+    return name.name in (RECIPE_FILE, DONE_FILE) or name.suffix in (".json", ".jsonl", ".heartbeat")
 
 
 class Uploads:
@@ -130,7 +131,7 @@ class Uploads:
     def push(self) -> None:
         """Raises the storage's errors; what was not sent is sent next time."""
         files = [path for path in self._directory.glob(self._pattern) if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.name == "DONE", path)):
+        for path in sorted(files, key=lambda path: (path.name == DONE_FILE, path)):
             name = str(path.relative_to(self._directory))
             if NOT_MIRRORED.intersection(name.split("/")) or name.endswith(".tmp"):
                 continue

@@ -30,7 +30,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.stage.directory import write_json
+from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Event, Tail
 
 POLL_SECONDS = 3.0
@@ -78,7 +79,7 @@ class Forwarder:
         self.stage_dir, self.run_dir = stage_dir, stage_dir.parent
         self.uri = uri or f"sqlite:///{self.run_dir}/mlflow.db"
         self.experiment = experiment
-        self.tail = Tail(stage_dir / "journal.jsonl")
+        self.tail = Tail(stage_dir / JOURNAL_FILE)
         self.pending: list[Event] = []
         self.pictures: list[Event] = []
         self.tags: dict[str, str] = {}
@@ -102,7 +103,7 @@ class Forwarder:
         with locked(self.run_dir / "mlflow.lock"):
             found = client.get_experiment_by_name(self.experiment)
             experiment = found.experiment_id if found else client.create_experiment(self.experiment, artifacts)
-            name = str(_yaml(self.run_dir / "recipe.yaml").get("name") or self.run_dir.name)
+            name = str(_yaml(self.run_dir / RECIPE_FILE).get("name") or self.run_dir.name)
             self.parent, _ = open_run(client, self.run_dir / "mlflow.json", experiment, name, {})
         tags = {"mlflow.parentRunId": self.parent}
         self.child, state = open_run(client, self.stage_dir / "mlflow.json", experiment, self.stage_dir.name, tags)
@@ -113,7 +114,7 @@ class Forwarder:
     def log_recipe(self, client: Any) -> None:
         from mlflow.entities import Param
 
-        recipe = self.stage_dir / "recipe.yaml"
+        recipe = self.stage_dir / RECIPE_FILE
         there = client.get_run(self.child).data.params  # a parameter cannot be changed; the artifact has today's value
         params = [Param(k[:250], v[:PARAM_LENGTH]) for k, v in flat(_yaml(recipe)) if k[:250] not in there]
         for start in range(0, len(params), BATCH_PARAMS):
@@ -191,8 +192,8 @@ class Forwarder:
         """Sets the statuses and logs what belongs to the end; called when nothing is pending."""
         if self.messages:
             self.client.log_text(self.child, "\n".join(self.messages) + "\n", "events.jsonl")
-        if (self.stage_dir / "curves.png").is_file():
-            self.client.log_artifact(self.child, str(self.stage_dir / "curves.png"))
+        if (self.stage_dir / CURVES_FILE).is_file():
+            self.client.log_artifact(self.child, str(self.stage_dir / CURVES_FILE))
         ended = self.last
         if ended.get("kind") != "end":
             ended = {"outcome": "interrupted", "reason": "the attempt wrote no end"}
@@ -200,7 +201,7 @@ class Forwarder:
             self.client.set_tag(self.child, key, str(ended.get(key))[:PARAM_LENGTH])
         status = STATUS_OF_OUTCOME.get(str(ended.get("outcome")), "KILLED")
         self.client.set_terminated(self.child, status)
-        stages = list(_yaml(self.run_dir / "recipe.yaml").get("stages") or [])
+        stages = list(_yaml(self.run_dir / RECIPE_FILE).get("stages") or [])
         if status != "FINISHED" or self.stage_dir.name in stages[-1:]:
             self.client.set_terminated(self.parent, status)
 

@@ -13,6 +13,7 @@ from pipeline.engines import Engine
 from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import Objective
 from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import PICTURES_FOLDER
 from pipeline.tracking import pictures
 from pipeline.tracking.step_log import StepLog
 from pipeline.training.evaluation import evaluate
@@ -83,7 +84,7 @@ class Actions:
         )
         painted = self.objective.paint(model, batch) if count else None
         if painted is not None and self.log.is_main:
-            path = self.stage.directory / "pictures" / f"step-{step:09d}.png"
+            path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
             pictures.reconstruction(
                 batch.images[:count].cpu().numpy(), painted[0].cpu().numpy(), painted[1].cpu().numpy(), path

@@ -13,8 +13,6 @@ from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 
-EXIT_CODES = {OutcomeKind.DONE: 0, OutcomeKind.SAVED: 75, OutcomeKind.BAD_NODE: 76, OutcomeKind.PERMANENT: 1}
-
 _CUDA_ASSERT = 710  # cudaErrorAssert
 
 
@@ -81,7 +79,7 @@ def explaining_lost_peers(
         if error is None or not is_broken_collective(error):
             return
         sentence = watchdog.explain_lost_peer()
-        recorded = stage.last_outcome() if stage.still_current() else None
+        recorded = stage.attempts.last_outcome() if stage.attempts.is_newest() else None
         outcome = failure(error) if sentence is None else Outcome(OutcomeKind.BAD_NODE, sentence)
         raise PeerLostError(recorded or outcome) from error
 
@@ -93,4 +91,4 @@ def leave(outcome: Outcome) -> NoReturn:
     now and then and abort an orderly exit."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_CODES[outcome.kind])
+    os._exit(outcome.kind.exit_code)

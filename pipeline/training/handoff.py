@@ -12,12 +12,11 @@ from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.objectives import Objective
-from pipeline.stage.directory import WEIGHTS, Stage
+from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
 from pipeline.weights.files import Transfer, plan_transfer, read_bytes, read_facts, read_weights, write_weights
 from pipeline.weights.foreign import decode_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head
-
-MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
         facts["classes"] = list(classes)
     with engine.evaluating():
         weights = engine.gather()
-    digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS, weights, facts))
+    digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS_FILE, weights, facts))
     if recipe.sparsity and recipe.sparsity.export_masks:
         masks = {name: whole(mask) for name, mask in engine.component("sparsity").state().items()}
-        engine.world.on_main(lambda: write_weights(stage.directory / MASKS, masks, {**facts, "weights": "masks"}))
-    return {"weights": WEIGHTS, "weights_kind": recipe.handoff, "weights_sha256": digest}
+        engine.world.on_main(lambda: write_weights(stage.directory / MASKS_FILE, masks, {**facts, "weights": "masks"}))
+    return {"weights": WEIGHTS_FILE, "weights_kind": recipe.handoff, "weights_sha256": digest}

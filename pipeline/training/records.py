@@ -17,6 +17,7 @@ from pipeline.health.verdict import judge
 from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.environment import commit, machine, software
+from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.forwarder import start_forwarder
 from pipeline.tracking.step_log import StepLog
@@ -27,7 +28,7 @@ def open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack)
     """Rank 0's journal, followed by MLflow's forwarder. The stack ends both, with the reason of a failure in them."""
     if not world.is_main:
         return None
-    log_file = stack.enter_context(journal.Journal(stage.directory / "journal.jsonl", stage.attempt))
+    log_file = stack.enter_context(journal.Journal(stage.directory / JOURNAL_FILE, stage.attempts.own))
     for change in journal.changed_versions(log_file.path, versions()):
         log_file.write("event", level="warning", message=change)
     tracking = stage.recipe.tracking
@@ -39,7 +40,7 @@ def open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack)
     def end_in_failure(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
             outcome = failure(error)
-            stage.record(outcome)
+            stage.attempts.record(outcome)
             log_file.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
 
     stack.push(end_in_failure)
@@ -79,7 +80,7 @@ def write_result(
     stage: Stage, weights: Mapping[str, Any], metric: str, log: StepLog, step: int, world_size: int
 ) -> None:
     """Judge the finished stage and mark it done; `metric` comes first among those of its last evaluation. On rank 0."""
-    events = journal.read(stage.directory / "journal.jsonl")
+    events = journal.read(stage.directory / JOURNAL_FILE)
     recipe, verdict = stage.recipe, judge(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
     evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]

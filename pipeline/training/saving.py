@@ -18,8 +18,9 @@ from pipeline.distributed.world import World
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.recipe.sections import CheckpointSettings
-from pipeline.stage.directory import Stage, write_json
-from pipeline.storage.folder import Folder
+from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import CHECKPOINTS_FILE, CHECKPOINTS_FOLDER
+from pipeline.storage.folder import Folder, write_json
 from pipeline.tracking.journal import Event, standing
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def checkpoint_home(stage: Stage) -> Folder:
 
 def _home(stage: Stage, directory: str | None) -> Folder:
     inside = stage.remote or Folder.at(stage.directory)
-    return Folder.at(directory) / stage.recipe.name if directory else inside / "checkpoints"
+    return Folder.at(directory) / stage.recipe.name if directory else inside / CHECKPOINTS_FOLDER
 
 
 def claim_home(stage: Stage) -> Folder:
@@ -47,7 +48,7 @@ def claim_home(stage: Stage) -> Folder:
             holds those of another run.
     """
     name, directory = stage.recipe.name, stage.recipe.checkpoint.directory
-    path, home = stage.directory / "checkpoints.json", _home(stage, directory)
+    path, home = stage.directory / CHECKPOINTS_FILE, _home(stage, directory)
     note = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex, "directory": directory}
     if note["directory"] != directory:
         before = _home(stage, note["directory"])
@@ -73,12 +74,12 @@ def open_store(stage: Stage, world: World, facts: dict[str, Any], on_event: Call
     world.on_main(lambda: str(claim_home(stage)))
 
     def still_current() -> bool:
-        stage.upload()  # so that no checkpoint is ahead of the journal
-        return stage.still_current()
+        stage.attempts.upload()  # so that no checkpoint is ahead of the journal
+        return stage.attempts.is_newest()
 
     return CheckpointStore(
         checkpoint_home(stage).url,
-        attempt=stage.attempt,
+        attempt=stage.attempts.own,
         group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT),
         still_current=still_current,
         facts=facts,

@@ -93,8 +93,8 @@ def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
         world = World(rank, rank, RANKS, RANKS, torch.device("cpu"), dist.group.WORLD)
         stage, engine, log = Stage(stage_directory), TinyEngine(world), Log()
-        stage.attempt = world.on_main(lambda: stage.take(RANKS))
-        with stage.beating() if rank == 0 else contextlib.nullcontext():
+        stage.attempts.own = world.on_main(lambda: stage.attempts.claim(RANKS))
+        with stage.attempts.heartbeat() if rank == 0 else contextlib.nullcontext():
             store = open_store(stage, world, {}, lambda message: log.write("event", message=message))
             start = store.restore(engine.state(0)) if store.ever_committed() else 0
             pipe.send(("resumed", start, engine.digest(start)))

@@ -144,7 +144,7 @@ def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    outcome = Stage(run / "pretrain").last_outcome()
+    outcome = Stage(run / "pretrain").attempts.last_outcome()
     assert outcome.kind is OutcomeKind.SAVED
     reached = max(e["step"] for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "step")
     assert outcome.step == reached
@@ -252,4 +252,4 @@ def test_a_stop_while_the_ranks_still_start_is_a_stop(chain, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert Stage(tmp_path / "run" / "pretrain").last_outcome().step == 0
+    assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().step == 0

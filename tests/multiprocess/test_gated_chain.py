@@ -35,7 +35,7 @@ def test_an_off_track_stage_ends_the_chain_if_the_recipe_says_so(chain):
     assert re.search(r"^fcmae: stage pretrain is off track, look here: .*the recipe asks for at most 0.5", said.stderr)
     assert "Traceback" not in said.stderr
     assert Stage(run / "pretrain").done()
-    assert Stage(run / "intermediate").attempts() == 0
+    assert Stage(run / "intermediate").attempts.newest() == 0
     verdict = Stage(run / "pretrain").result()["verdict"]
     lines = [e for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "verdict"]
     assert [line["sentence"] for line in lines] == [verdict["sentence"]]

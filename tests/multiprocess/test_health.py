@@ -198,7 +198,7 @@ def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references,
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 76, said
     assert f"rank {frozen} on {HOST} gave no sign of life after" in said
-    outcome = Stage(stage).last_outcome()
+    outcome = Stage(stage).attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert reached <= outcome.step <= reached + 2
     assert f"rank {1 - frozen} waited for it in" in outcome.reason
@@ -248,7 +248,7 @@ def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
     assert process.returncode == 76, said
     sentence = f"rank 0 on {HOST} gave no sign of life for 8 s after"
     assert sentence in said
-    outcome = Stage(stage).last_outcome()
+    outcome = Stage(stage).attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert outcome.reason.startswith(sentence)
     assert outcome.step in (7, 8)  # the last beat may be older than the last move
@@ -271,7 +271,7 @@ def test_a_rank_on_another_host_is_named(tmp_path, blow):
     os.kill(victim, blow)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 76, said
-    outcome = Stage(stage).last_outcome()
+    outcome = Stage(stage).attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     if blow is signal.SIGSTOP:
         assert "rank 1 on node-b gave no sign of life after" in outcome.reason
@@ -301,6 +301,6 @@ def test_a_killed_rank_is_named_by_the_others(tmp_path):
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 76
     assert "rank 1 was killed by SIGKILL" in said
-    outcome = Stage(stage).last_outcome()
+    outcome = Stage(stage).attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert f"rank 1 on {HOST} was lost in" in outcome.reason

@@ -53,7 +53,7 @@ def test_staged_verified_and_trained_on(s3, tmp_path):
     done = s3_run(s3, tmp_path)
     assert done.returncode == 0, done.stderr
     stage = Stage(tmp_path / "run" / "pretrain")
-    assert stage.last_outcome().kind is OutcomeKind.DONE
+    assert stage.attempts.last_outcome().kind is OutcomeKind.DONE
     assert stage.recipe.data.train == f"s3://{s3}/data/train.beton"
     cached = {path.name for path in (tmp_path / "cache" / "fcmae").iterdir() if path.is_dir()}
     hashes = json.loads((stage.directory / "data.json").read_text())
@@ -93,4 +93,4 @@ def test_a_stop_while_data_is_fetched_is_a_stop(tmp_path):
     _, said = process.communicate(timeout=100)
     server.stop()
     assert process.returncode == 75, said
-    assert Stage(tmp_path / "run" / "pretrain").last_outcome().reason == "stopped by SIGTERM"
+    assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().reason == "stopped by SIGTERM"

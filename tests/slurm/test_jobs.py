@@ -221,7 +221,7 @@ def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undistu
     wait_until(stage, JobState.FAILED)
     assert "TIMEOUT" in subprocess.run(["squeue", "-h", "--states=all", "-j", job_of(stage).id, "-o", "%T"],
                                        capture_output=True, text=True).stdout  # fmt: skip
-    assert Stage(stage).last_outcome() is None
+    assert Stage(stage).attempts.last_outcome() is None
     cluster_commands.resume(run)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
@@ -239,7 +239,7 @@ def test_signal_during_start_up_is_not_lost(submit, undisturbed):
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     wait_for(lambda: all(faults.is_pending(signal.SIGUSR2, rank) for rank in ranks), "the signal")
     release(stage)
-    wait_for(lambda: Stage(stage).attempts() == 2, "the next attempt")
+    wait_for(lambda: Stage(stage).attempts.newest() == 2, "the next attempt")
     assert (outcome_of_attempt(stage, 1)["kind"], outcome_of_attempt(stage, 1)["step"]) == (OutcomeKind.SAVED, 0)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
@@ -322,7 +322,7 @@ def test_a_stage_off_track_ends_the_chain_where_its_gate_says_so(submit):
     run = submit("stages.finetune=null", "defaults.engine.threads=1", gate)
     wait_until(run / "intermediate", JobState.CANCELLED)
     assert Stage(run / "pretrain").done()
-    assert Stage(run / "intermediate").attempts() == 0
+    assert Stage(run / "intermediate").attempts.newest() == 0
     assert "stage pretrain is off track" in history.read(run / "intermediate")[-1]["reason"]
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def publish(figure: "Figure", name: str, numbers: Mapping[str, Any], out: Path, 
     if out.suffix == ".png" and not out.is_dir():
         directory, name = out.parent, out.stem
     else:
-        directory = out / FOLDER if (out / "recipe.yaml").is_file() else out
+        directory = out / FOLDER if (out / RECIPE_FILE).is_file() else out
     contents = {".json": (json.dumps({"torch": torch.__version__, **numbers}, indent=1) + "\n").encode()}
     for kind in ("png", "pdf"):
         buffer = io.BytesIO()
@@ -120,7 +121,7 @@ def log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> str | None
         return None
     from mlflow import MlflowClient
 
-    recipe = yaml.safe_load((home / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((home / RECIPE_FILE).read_text())
     is_run = "stages" in recipe
     tracking = next(iter(recipe["stages"].values()))["tracking"] if is_run else recipe["tracking"]
     client = MlflowClient(tracking["mlflow_uri"] or f"sqlite:///{home if is_run else home.parent}/mlflow.db")

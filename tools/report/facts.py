@@ -13,6 +13,7 @@ from cluster.origin import read_origin
 from cluster.show.status import Run, StageStatus
 from pipeline.health.verdict import Verdict, judge
 from pipeline.recipe import StageRecipe, load_stage_recipe
+from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE, RESULT_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
 
@@ -103,7 +104,7 @@ class StageFacts:
     def pictures(self) -> list[Path]:
         """Those of reconstructions that count, in order."""
         found = [self.directory / str(e.get("path")) for e in self.kept if e.get("kind") == "picture"]
-        return [path for path in dict.fromkeys(found) if path.parent.name == "pictures" and path.is_file()]
+        return [path for path in dict.fromkeys(found) if path.parent.name == PICTURES_FOLDER and path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,16 @@ def gather(directory: Path) -> RunFacts:
         StageError: if it is no run directory.
     """
     statuses = Run(directory).statuses()
-    text = (directory / "recipe.yaml").read_text()
+    text = (directory / RECIPE_FILE).read_text()
     recipe = yaml.safe_load(text)
-    stages = [_stage(directory / s.stage, s) for s in statuses if (directory / s.stage / "recipe.yaml").is_file()]
+    stages = [_stage(directory / s.stage, s) for s in statuses if (directory / s.stage / RECIPE_FILE).is_file()]
     return RunFacts(str(recipe.get("name")), directory, recipe, text, read_origin(directory), stages)
 
 
 def _stage(directory: Path, status: StageStatus) -> StageFacts:
-    events = journal.read(directory / "journal.jsonl")
-    recipe = load_stage_recipe(directory / "recipe.yaml")
-    result = journal.parse(path.read_bytes()) if (path := directory / "result.json").exists() else None
+    events = journal.read(directory / JOURNAL_FILE)
+    recipe = load_stage_recipe(directory / RECIPE_FILE)
+    result = journal.parse(path.read_bytes()) if (path := directory / RESULT_FILE).exists() else None
     attempts = [_attempt(entry, events) for entry in _entries(directory, events)]
     kept = journal.standing(events)
     return StageFacts(
@@ -160,7 +161,7 @@ def _stage(directory: Path, status: StageStatus) -> StageFacts:
 
 def _entries(directory: Path, events: Iterable[Event]) -> list[dict[str, Any]]:
     """attempts.jsonl; where it is missing, what the journal knows of its attempts."""
-    path = directory / "attempts.jsonl"
+    path = directory / ATTEMPTS_FILE
     if path.exists():
         return [entry for line in path.read_bytes().splitlines() if (entry := journal.parse(line))]
     return [{"attempt": number} for number in sorted({e["attempt"] for e in events if "attempt" in e})]

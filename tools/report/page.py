@@ -8,6 +8,7 @@ from typing import Any
 from cluster.show.status_table import duration
 from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
+from pipeline.storage.file_names import DATA_FILE
 from pipeline.tracking.pictures import metric
 from tools.report.document import (
     Cell,
@@ -266,7 +267,7 @@ def data(run: RunFacts) -> Iterator[Any]:
 def _files(stage: StageFacts) -> dict[str, dict[str, Any]]:
     """What the journal says of the stage's data; in an older run only the hashes that it is held to."""
     noted = {name: facts for name, facts in stage.latest("data").items() if isinstance(facts, dict)}
-    pinned = stage.directory / "data.json"
+    pinned = stage.directory / DATA_FILE
     if noted or not pinned.exists():
         return noted
     return {name: {"sha256": digest} for name, digest in json.loads(pinned.read_text()).items()}

@@ -44,7 +44,7 @@ def run(
     outcome = run_study(load_study(find_study(name), overrides or []), out, nproc, lambda said: print(said, flush=True))
     if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
         print(f"fcmae: {outcome.reason}; the same command goes on", file=sys.stderr)
-        raise typer.Exit(75 if outcome.kind is OutcomeKind.SAVED else 76)
+        raise typer.Exit(outcome.kind.exit_code)
     table(out)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)

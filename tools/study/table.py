@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.errors import StageError
+from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE, RESULT_FILE
 from tools.study.definition import Study, cells, load_study
 from tools.study.runs import STUDY
 from tools.tables import markdown_table, plain_table
@@ -69,15 +70,15 @@ def rows(study: Study, directory: Path) -> list[Row]:
 
 def _result(run: Path) -> tuple[str, float, float] | None:
     """The last stage's metric, its value, and the seconds of all stages; None until the last one is done."""
-    recipe = run / "recipe.yaml"
+    recipe = run / RECIPE_FILE
     if not recipe.exists():
         return None
     from pipeline.recipe import load_recipe
 
     folders = [run / name for name in load_recipe(recipe).stages]
-    if not (folders[-1] / "DONE").exists():
+    if not (folders[-1] / DONE_FILE).exists():
         return None
-    results: list[dict[str, Any]] = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    results: list[dict[str, Any]] = [json.loads((folder / RESULT_FILE).read_text()) for folder in folders]
     metric, value = next(iter(results[-1]["metrics"].items()), ("", float("nan")))
     return metric, value, sum(result["seconds"] for result in results)
 

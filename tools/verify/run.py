@@ -10,6 +10,7 @@ from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
 from pipeline.errors import CheckpointError, StageError, UserError
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
+from pipeline.storage.file_names import DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import View
 from pipeline.tracking.journal import parse
@@ -56,9 +57,9 @@ def examine(directory: str | Path) -> Iterator[Finding]:
         yield _checkpoint(folder, name)
     elif EVER_COMMITTED in inside or any(map(CheckpointName.parse, inside)):
         yield from checkpoints(folder)
-    elif "recipe.yaml" in inside and folder.local:
+    elif RECIPE_FILE in inside and folder.local:
         yield from _stages(Path(folder.path))
-    elif "recipe.yaml" in inside:
+    elif RECIPE_FILE in inside:
         view = View(folder.url)
         yield from _stages(view.directory)
     else:
@@ -91,7 +92,7 @@ def _checkpoint(folder: Folder, name: CheckpointName | None) -> Finding:
 
 def _stages(directory: Path) -> Iterator[Finding]:
     try:
-        stages = [directory / name for name in load_recipe(directory / "recipe.yaml").stages]
+        stages = [directory / name for name in load_recipe(directory / RECIPE_FILE).stages]
     except UserError:
         stages = [directory]
     for path in stages:
@@ -101,15 +102,15 @@ def _stages(directory: Path) -> Iterator[Finding]:
 def _stage(directory: Path) -> Iterator[Finding]:
     stage = Stage(directory)
     home = stage.remote or Folder.at(stage.directory)
-    if not stage.attempts():
+    if not stage.attempts.newest():
         yield Finding(str(home), True, "not begun")
         return
     yield from checkpoints(checkpoint_home(stage))
-    yield _journal(directory / "journal.jsonl", str(home / "journal.jsonl"))
+    yield _journal(directory / JOURNAL_FILE, str(home / JOURNAL_FILE))
     try:
         done, result = stage.done(), stage.result()
     except (ValueError, TypeError) as error:
-        yield Finding(str(home / "DONE"), False, f"DONE or result.json cannot be read ({error})")
+        yield Finding(str(home / DONE_FILE), False, f"DONE or result.json cannot be read ({error})")
         return
     if done is None:
         return

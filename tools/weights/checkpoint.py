@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import CheckpointError, StageError
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, JOURNAL_FILE, RECIPE_FILE
 from tools.tables import plain_table
 
 app = typer.Typer(no_args_is_help=True, help="The checkpoints of a stage: list, export weights, prune.")
@@ -71,20 +72,20 @@ def prune(
     from pipeline.training.saving import best_evaluation
 
     opened, folder = Stage(stage), _home(stage)
-    opened.check_free()
+    opened.attempts.check_free()
     metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
-    best = best_evaluation(journal.read(opened.directory / "journal.jsonl"), metric, metric == "loss")
+    best = best_evaluation(journal.read(opened.directory / JOURNAL_FILE), metric, metric == "loss")
     done = opened.done()
     steps = {best[0] for best in (best,) if best} | ({done.step} if done else set())
     with tempfile.TemporaryDirectory() as meeting:
         dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting", rank=0, world_size=1)
         try:
-            current = opened.attempts()
+            current = opened.attempts.newest()
             store = CheckpointStore(
                 folder.url,
                 attempt=current,
                 group=dist.group.WORLD,
-                still_current=lambda: opened.attempts() == current,
+                still_current=lambda: opened.attempts.newest() == current,
                 facts={},
                 on_event=print,
             )
@@ -106,7 +107,7 @@ def _home(directory: Path) -> Any:
     from pipeline.stage.directory import Stage
     from pipeline.training.saving import checkpoint_home
 
-    if (directory / "recipe.yaml").is_file() and not (directory / "attempts").exists():
+    if (directory / RECIPE_FILE).is_file() and not (directory / ATTEMPTS_FOLDER).exists():
         raise StageError(f"{directory} is a run, or a stage that has not begun; name one of its stages that has")
     return checkpoint_home(Stage(directory))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.errors import CheckpointError
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
-from pipeline.stage.directory import WEIGHTS, Done, Stage
+from pipeline.stage.directory import Done, Stage
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.families import COUNTER
 from pipeline.weights.files import read_weights
@@ -54,8 +55,8 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
     if not os.path.isdir(path):
         return _of_file(path, entry, ema)
     directory = _stage(Path(path))
-    if (directory / "DONE").is_file():
-        done = Done(**json.loads((directory / "DONE").read_text()))
+    if (directory / DONE_FILE).is_file():
+        done = Done(**json.loads((directory / DONE_FILE).read_text()))
         opened = _of_file(str(directory / done.weights), None, None, done.weights_sha256)
         if ema is None or opened.which == ("ema" if ema else "model"):
             return opened._replace(stage=directory)
@@ -64,12 +65,12 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
 
 def _stage(directory: Path) -> Path:
     """The directory if it is a stage, else its last finished stage."""
-    if (directory / "DONE").exists() or (directory / "attempts").exists():
+    if (directory / DONE_FILE).exists() or (directory / ATTEMPTS_FOLDER).exists():
         return directory
-    recipe = directory / "recipe.yaml"
+    recipe = directory / RECIPE_FILE
     content = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
     stages = content.get("stages") if isinstance(content, dict) else None
-    finished = [directory / name for name in stages or () if (directory / name / "DONE").is_file()]
+    finished = [directory / name for name in stages or () if (directory / name / DONE_FILE).is_file()]
     if not finished:
         raise CheckpointError(
             f"{directory} holds no finished stage; name a weights file, or a stage that has checkpoints"
@@ -110,7 +111,7 @@ def _of_checkpoint(stage: Stage, ema: bool | None) -> Opened:
     place = (home / str(committed[-1])).url
     facts = {
         "classes": recipe.data.classes,
-        **known_facts(stage.directory / WEIGHTS),
+        **known_facts(stage.directory / WEIGHTS_FILE),
         "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
         "image_size": recipe.data.image_size,
     }

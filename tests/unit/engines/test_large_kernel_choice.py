@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
-from pipeline.engines.large_kernel_choice import NOTE, set_large_kernels
+from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.errors import RecipeError
 from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.objectives import create_objective
@@ -39,12 +39,12 @@ def forms(engine) -> list[str]:
 def test_what_was_measured_is_noted_and_taken_again(world, tmp_path):
     engine, objective = build(world, "measured")
     measured = set_large_kernels(tmp_path, engine, objective)
-    assert json.loads((tmp_path / NOTE).read_text()) == measured
+    assert json.loads((tmp_path / "large_kernels.json").read_text()) == measured
     assert next(iter(measured)) == "cpu float32 8x5x8x8, kernel 9x3"
     assert len(measured) == len(forms(engine)) == 6
     assert forms(engine) == list(measured.values())
     other = {key: ("banded" if form == "fft" else "fft") for key, form in measured.items()}
-    (tmp_path / NOTE).write_text(json.dumps(other))
+    (tmp_path / "large_kernels.json").write_text(json.dumps(other))
     again, objective = build(world, "measured")
     assert set_large_kernels(tmp_path, again, objective) == other
     assert forms(again) == list(other.values())

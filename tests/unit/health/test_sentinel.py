@@ -37,7 +37,7 @@ with Watchdog(stage / "health", 3, 4, 1.0, print) as watchdog:
 @pytest.fixture
 def stage(tmp_path) -> Stage:
     stage = Stage(make_tiny_run(tmp_path) / "finetune")
-    stage.take(4)
+    stage.attempts.claim(4)
     return stage
 
 
@@ -52,7 +52,7 @@ def run_rank(stage: Stage, how: str) -> subprocess.CompletedProcess[str]:
 def test_a_rank_that_never_lets_another_thread_run_is_ended_and_named(stage):
     done = run_rank(stage, "hangs")
     assert done.returncode == -signal.SIGKILL, done.stderr
-    outcome = stage.last_outcome()
+    outcome = stage.attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert "gave no sign of life for 2 s after data of step 7, in code that lets no other thread run" in outcome.reason
     assert outcome.reason.startswith("rank 3 on ")
@@ -65,7 +65,7 @@ def test_a_rank_that_never_lets_another_thread_run_is_ended_and_named(stage):
 def test_a_rank_that_beats_is_left_alone_and_its_sentinel_goes_with_it(stage):
     done = run_rank(stage, "beats")
     assert (done.returncode, done.stderr) == (0, "")
-    assert stage.last_outcome() is None
+    assert stage.attempts.last_outcome() is None
     found = subprocess.run(["pgrep", "-f", f"sentinel .*{stage.directory}"], capture_output=True, text=True)
     assert found.stdout == ""
 
@@ -84,5 +84,5 @@ def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
         os.killpg(rank.pid, signal.SIGCONT)
         _, said = rank.communicate(timeout=300)
     assert (rank.returncode, said) == (0, "")
-    assert stage.last_outcome() is None
+    assert stage.attempts.last_outcome() is None
     assert not beat.with_suffix(".stacks").exists()

@@ -13,6 +13,7 @@ from pipeline.errors import OffTrackError, RecipeError
 from pipeline.health.verdict import Verdict, judge, loss_at
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import exit_code
 from pipeline.tracking.journal import Journal, strict
 from tests.support import make_tiny_run, write_tiny_recipe
 
@@ -146,9 +147,11 @@ def test_a_chain_ends_only_where_the_recipe_says_so_and_goes_on_after_a_change(t
 
     run = make_tiny_run(tmp_path, ["stages.pretrain.gate.stop=true"])
     stage = finished(run, "pretrain", history(falling(0.98, 0.9), loss=GREY))
-    with pytest.raises(OffTrackError, match=r"stage pretrain is off track, look here: .*pretrain.gate.stop=false"):
+    with pytest.raises(
+        OffTrackError, match=r"stage pretrain is off track, look here: .*pretrain.gate.stop=false"
+    ) as refused:
         refuse_off_track(stage)
-    assert OffTrackError.exit_code == 77
+    assert exit_code(refused.value) == 77
     open_chain(load_recipe(tmp_path / "tiny.yaml", ["stages.pretrain.gate.stop=false"]), run)
     refuse_off_track(Stage(run / "pretrain"))
 

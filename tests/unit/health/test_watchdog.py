@@ -102,11 +102,11 @@ def test_what_a_lost_peer_looks_like(error, broken):
 def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path, monkeypatch):
     """Also where a newer attempt has taken the stage meanwhile, or its disk takes no word."""
     stage = Stage(make_tiny_run(tmp_path) / "pretrain")
-    stage.take(world_size=1)
+    stage.attempts.claim(world_size=1)
     left = []
     end = run._watchdog(stage, World(0, 0, 1, 1, torch.device("cpu"), None), left.append)._on_stall
     monkeypatch.setattr("pipeline.stage.directory.is_alive", lambda owner: False)
-    Stage(stage.directory).take(world_size=1)
+    Stage(stage.directory).attempts.claim(world_size=1)
     end("rank 0 stands still", 3)
     (stage.directory / "attempts").rename(stage.directory / "gone")
     (stage.directory / "attempts").touch()

@@ -10,7 +10,7 @@ from rich.console import Console
 from cluster.show import progress
 from cluster.show.progress import Progress
 from pipeline.distributed.processes import start_time as process_start_time
-from pipeline.stage.directory import write_json
+from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
 
 

@@ -18,7 +18,7 @@ from cluster.show.status import Follower, status, to_json
 from cluster.show.status_table import duration, render
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.errors import StageError
-from pipeline.stage.directory import write_json
+from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
 
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from cluster.show.watch import watch
-from pipeline.stage.directory import write_json
+from pipeline.storage.folder import write_json
 
 # Without what a person's shell may say of terminals.
 ODD = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")

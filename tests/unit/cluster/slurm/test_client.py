@@ -14,7 +14,7 @@ from cluster.show.status import Run, status
 from cluster.show.status_table import render
 from cluster.slurm import history
 from cluster.slurm.queue import Queue
-from pipeline.stage.directory import write_json
+from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
 
 

@@ -8,10 +8,10 @@ from cluster.site import SITE
 from cluster.slurm import client, history, supervisor
 from cluster.slurm.script import JobScript
 from cluster.slurm.supervisor import conclude
-from cluster.slurm.worker import PERMANENT
 from pipeline.errors import LaunchError
-from pipeline.stage.directory import Stage, write_json
-from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.stage.directory import Stage
+from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
+from pipeline.storage.folder import write_json
 from pipeline.tracking.startup import JOB_STARTED
 from tests.support import make_tiny_run
 
@@ -25,27 +25,29 @@ def stage(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("job", "restarts"), [("7", "1"), ("8", "0")])
-@pytest.mark.parametrize("code", [PERMANENT, 70])
+@pytest.mark.parametrize("code", [SrunCode.PERMANENT, SrunCode.CRASHED])
 def test_a_job_that_was_overtaken_leaves_the_stage_to_its_successor(stage, monkeypatch, job, restarts, code):
     """Neither does it end the stage for good, nor ask Slurm to start the job again, which would end the new start."""
-    stage.take(world_size=1)
-    stage.record(Outcome(OutcomeKind.PERMANENT, "step 25 is not committed: a newer attempt has taken the stage"))
+    stage.attempts.claim(world_size=1)
+    stage.attempts.record(
+        Outcome(OutcomeKind.PERMANENT, "step 25 is not committed: a newer attempt has taken the stage")
+    )
     with monkeypatch.context() as other:
         other.setenv("SLURM_JOB_ID", job)
         other.setenv("SLURM_RESTART_COUNT", restarts)
-        Stage(stage.directory).take(world_size=1)
+        Stage(stage.directory).attempts.claim(world_size=1)
     monkeypatch.setattr(client, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
     assert conclude(stage, code, "7", 3) == 1
     assert history.read(stage.directory) == []
 
 
 def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before(stage, monkeypatch):
-    stage.take(world_size=1)
-    stage.record(Outcome(OutcomeKind.PERMANENT, "the attempt before"))
+    stage.attempts.claim(world_size=1)
+    stage.attempts.record(Outcome(OutcomeKind.PERMANENT, "the attempt before"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
     monkeypatch.setenv("PATH", "")  # no Slurm: it cancels no dependents
-    assert conclude(stage, PERMANENT, "7", 3) == 1
+    assert conclude(stage, SrunCode.PERMANENT, "7", 3) == 1
     assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 78 and left no word"
 
 
@@ -53,10 +55,10 @@ def test_a_job_that_finds_the_stage_in_other_hands_leaves_it_to_them(stage, monk
     """Submitted twice at the same moment: what waits for the one that trains must not be cancelled."""
     with monkeypatch.context() as other:
         other.setenv("SLURM_JOB_ID", "6")
-        stage.take(world_size=1)  # by this process, which lives
+        stage.attempts.claim(world_size=1)  # by this process, which lives
     monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
     monkeypatch.setattr(client, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
-    assert conclude(stage, PERMANENT, "7", 3) == 1
+    assert conclude(stage, SrunCode.PERMANENT, "7", 3) == 1
     assert history.read(stage.directory) == []
 
 

@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     directory = make_tiny_run(tmp_path)
     stage = Stage(directory / "pretrain")
     for attempt, first, last, ranks, device in ((1, 0, 8, 2, "cpu"), (2, 4, 12, 4, "cuda:0")):
-        stage.take(ranks)
+        stage.attempts.claim(ranks)
         begin = {"total_steps": 12, "world_size": ranks, "threads": 3, "device": device, "host": f"node{attempt}"}
         with Journal(stage.directory / "journal.jsonl", attempt) as log:
             log.write("attempt", step=first, **begin)
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
             path = stage.directory / "attempts" / "000001.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "pid_start_time": 1}))  # it was killed
         else:
-            stage.record(Outcome(OutcomeKind.DONE, step=12))
+            stage.attempts.record(Outcome(OutcomeKind.DONE, step=12))
     stage.finish({"steps": 12, "metrics": {"loss": 0.5}, "weights": "w", "weights_sha256": "0"}, 12)
     for line in (path := stage.directory / "journal.jsonl").read_text().splitlines():
         event = json.loads(line)

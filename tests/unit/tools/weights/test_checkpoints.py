@@ -34,7 +34,7 @@ def stage(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
     stage = Stage(make_tiny_run(directory) / "intermediate")
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=0, world_size=1)
-    stage.take(1)
+    stage.attempts.claim(1)
     store = open_store(stage, World(0, 0, 1, 1, torch.device("cpu"), dist.group.WORLD), {"recipe": "abc"}, print)
     for step in (10, 20, 30, 40):
         store.save(state_of(step), step=step, why="due")
@@ -43,7 +43,7 @@ def stage(tmp_path_factory):
     lines += [{"kind": "evaluate", "step": step, "metrics": {"top1": top1}} for step, top1 in ((20, 70.0), (40, 60.0))]
     (stage.directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     digest = write_weights(stage.directory / "weights.safetensors", state_of(40)["model"], {})
-    stage.record(Outcome(OutcomeKind.DONE, step=40))
+    stage.attempts.record(Outcome(OutcomeKind.DONE, step=40))
     stage.finish({"weights": "weights.safetensors", "weights_sha256": digest}, 40)
     return stage
 
