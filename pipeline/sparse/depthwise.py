@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pipeline.kernels.triton_support import runs_triton
 from pipeline.sparse.geometry import VisibleCells
 
-# The fastest variant by (device type, sites on a cell's side), as `python -m tools.bench.encoder --depthwise` prints
-# it; measured forward and backward in fp32 on one thread of an AMD EPYC with AVX-512. No GPU has been measured.
+# The fastest variant by (device type, sites on a cell's side), as `python -m tools.bench.encoder_layouts --depthwise`
+# prints it; measured forward and backward in fp32 on one thread of an AMD EPYC with AVX-512. No GPU has been measured.
 FASTEST = {
     ("cpu", 8): "halo",
     ("cpu", 4): "halo",

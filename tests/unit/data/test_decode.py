@@ -11,7 +11,8 @@ from pipeline.data.beton import JPEG
 from pipeline.data.crops import CROP_TRIES, EvaluationPlan, TrainingPlan
 from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, Decoder, jpeg_status, reason
 from pipeline.randomness import Purpose, key, uniform
-from tools.bench.loader import photographs, pillow_crop
+from tools.bench.loader_throughput import pillow_crop
+from tools.bench.photographs import photographs
 
 PHOTO = np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8).repeat(5, 0).repeat(5, 1)  # 60 x 80
 

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.data.randaugment import NOTHING, NUMBERS, OPERATIONS, rotation, strengths
 from pipeline.data.randaugment_operations import FILL, apply
 from tests.oracles import oracle
-from tools.bench.loader import photographs
+from tools.bench.photographs import photographs
 
 
 @pytest.fixture(scope="module")

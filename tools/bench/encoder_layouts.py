@@ -1,58 +1,64 @@
-"""The encoder of FCMAE in every layout, forward and backward, in one run: `python -m tools.bench.encoder`.
+"""Time and memory of FCMAE's encoder in every layout, forward and backward: `python -m tools.bench.encoder_layouts`.
 
-On a CPU: fp32, one thread, 224 pixels, 30 of 49 cells hidden. The contenders take turns, and each figure is the median
-of its rounds, so that what else the machine does hits all alike. "masked" is the encoder that computes hidden sites and
-throws them away, which is what packed is measured against; "dense" sees whole images. Both do all the work of a dense
-encoder, but masked, the oracle, leaves GRN's gradient to autograd. Saved bytes are what autograd keeps for the
-backward pass, parameters left out. On a GPU, when there is one: bf16 autocast, with and
-without torch.compile of the blocks, images per second and MFU.
+On a CPU: fp32, one thread, 224 pixels, 30 of 49 cells hidden. The layouts take turns, so that other work on the machine
+disturbs all of them alike; figures are medians. "masked" computes hidden sites and throws them away: packed is compared
+with it. "dense" sees whole images. Saved bytes are those that autograd keeps for the backward pass, parameters left
+out. (masked, an oracle, leaves GRN's gradient to autograd.)
+On a GPU, if there is one: bf16 autocast, with and without torch.compile of the blocks, images per second and MFU.
 
-`--depthwise` instead times the variants of the depthwise convolution alone and prints the lines of FASTEST in
-pipeline/sparse/depthwise.py, for this machine.
+`--depthwise` times the variants of the depthwise convolution alone instead, and prints the lines of FASTEST in
+pipeline/sparse/depthwise.py for this machine.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import VARIANTS as MODELS
 from pipeline.models.convnextv2 import Block, ConvNeXtV2
+from pipeline.objectives.fcmae import random_mask
 from pipeline.sparse import DENSE, Layout, Masked, Packed, VisibleCells, find_layout
 from pipeline.sparse.depthwise import VARIANTS, depthwise, plan
+from tools.bench.timing import medians, synchronised_clock
 
 SIZE, CELL, HIDDEN = 224, 32, 30
 GRID = (SIZE // CELL, SIZE // CELL)
 CELLS = GRID[0] * GRID[1]
 SHARE = (CELLS - HIDDEN) / CELLS
 
-
-def random_mask(images: int) -> Tensor:
-    return torch.rand(images, CELLS).argsort(1) >= CELLS - HIDDEN
+Works = dict[str, Callable[[], None]]
 
 
-def contenders(device: torch.device) -> dict[str, Callable[[VisibleCells], Layout]]:
-    """Layouts by name; "packed" takes the variants in FASTEST."""
-    found = {"masked": Masked, "dense": lambda visible: DENSE, "packed": Packed}
+def mask_of(images: int) -> Tensor:
+    """(images, CELLS) bool, True = hidden."""
+    return random_mask(0, 0, np.arange(images), CELLS, HIDDEN / CELLS)
+
+
+def layouts_on(device: torch.device) -> dict[str, Callable[[VisibleCells], Layout]]:
+    """Layouts by name; "packed" uses the depthwise variants in FASTEST."""
+    layouts = {"masked": Masked, "dense": lambda visible: DENSE, "packed": Packed}
+    # halo and pairs are made for a CPU's cache and few tokens, triton for a GPU.
+    foreign = ("halo", "pairs") if device.type == "cuda" else ("triton",)
     for variant in VARIANTS:
-        if variant != "triton" or device.type == "cuda":
-            found[f"packed, {variant}"] = partial(Packed, depthwise=variant)
-    if device.type == "cuda":  # made for a CPU's cache and few tokens
-        del found["packed, halo"], found["packed, pairs"]
+        if variant not in foreign:
+            layouts[f"packed, {variant}"] = partial(Packed, depthwise=variant)
     if find_spec("spconv"):
-        found["spconv"] = find_layout("spconv")
-    return found
+        layouts["spconv"] = find_layout("spconv")
+    return layouts
 
 
-def run(encoder: ConvNeXtV2, layout: Callable[[VisibleCells], Layout], images: Tensor, mask: Tensor) -> None:
-    """One forward and backward pass, making the layout's indices included."""
+def forward_and_backward(
+    encoder: ConvNeXtV2, layout: Callable[[VisibleCells], Layout], images: Tensor, mask: Tensor
+) -> None:
+    """One pass, including the layout's indices."""
     amp = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
     with amp:
         loss = encoder.features(images, layout(VisibleCells(mask, GRID, images.device))).float().square().mean()
@@ -60,24 +66,11 @@ def run(encoder: ConvNeXtV2, layout: Callable[[VisibleCells], Layout], images: T
     encoder.zero_grad()
 
 
-def seconds(work: Callable[[], None], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    started = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - started
-
-
-def medians(works: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turns after a round that counts for nothing."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name, work in works.items():
-            elapsed = seconds(work, device)
-            if number:
-                times[name].append(elapsed)
-    return {name: median(values) for name, values in times.items()}
+def passes(encoder: ConvNeXtV2, batch: int, device: torch.device) -> Works:
+    """A forward and backward pass in each layout, on the same images."""
+    images, mask = torch.randn(batch, 3, SIZE, SIZE, device=device), mask_of(batch)
+    layouts = layouts_on(device).items()
+    return {name: partial(forward_and_backward, encoder, layout, images, mask) for name, layout in layouts}
 
 
 def saved_bytes(encoder: ConvNeXtV2, work: Callable[[], None]) -> int:
@@ -106,33 +99,29 @@ def macs_per_image(depths: Sequence[int], dims: Sequence[int], in_channels: int 
     return total
 
 
-def on_cpu(models: Sequence[str], batches: Sequence[int], rounds: int) -> None:
+def measure_on_cpu(models: Sequence[str], batches: Sequence[int], rounds: int) -> None:
     device = torch.device("cpu")
-    print(
-        f"CPU, {torch.get_num_threads()} thread, fp32, {SIZE} px, {HIDDEN} of {CELLS} cells hidden; median of {rounds}"
-    )
+    threads = torch.get_num_threads()
+    print(f"CPU, {threads} thread, fp32, {SIZE} px, {HIDDEN} of {CELLS} cells hidden; median of {rounds}")
     for model in models:
         for batch in batches:
             encoder = create_model(f"convnextv2_{model}", num_classes=0)
-            images, mask = torch.randn(batch, 3, SIZE, SIZE), random_mask(batch)
-            works = {name: partial(run, encoder, layout, images, mask) for name, layout in contenders(device).items()}
-            table(f"{model}, batch {batch}", encoder, works, medians(works, rounds, device))
-
-
-def table(title: str, encoder: ConvNeXtV2, works: dict[str, Callable[[], None]], times: dict[str, float]) -> None:
-    print(f"\n{title}\n{'':18}{'ms':>9}{'x masked':>10}{'x dense':>10}{'saved MiB':>11}")
-    for name, value in times.items():
-        ratios = "".join(f"{value / times[other]:10.3f}" for other in ("masked", "dense"))
-        print(f"{name:18}{value * 1e3:9.0f}{ratios}{saved_bytes(encoder, works[name]) / 2**20:11.0f}", flush=True)
+            works = passes(encoder, batch, device)
+            seconds = medians(works, rounds, synchronised_clock(device))
+            print(f"\n{model}, batch {batch}\n{'':18}{'ms':>9}{'x masked':>10}{'x dense':>10}{'saved MiB':>11}")
+            for name, value in seconds.items():
+                ratios = "".join(f"{value / seconds[other]:10.3f}" for other in ("masked", "dense"))
+                saved = saved_bytes(encoder, works[name]) / 2**20
+                print(f"{name:18}{value * 1e3:9.0f}{ratios}{saved:11.0f}", flush=True)
 
 
 def matrix_peak(device: torch.device, side: int = 8192) -> float:
     """FLOP/s of one large bf16 matrix product, measured."""
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    return 2 * side**3 / medians({"product": lambda: torch.mm(a, b)}, 20, device)["product"]
+    return 2 * side**3 / medians({"product": lambda: torch.mm(a, b)}, 20, synchronised_clock(device))["product"]
 
 
-def on_gpu(models: Sequence[str], batch: int, rounds: int) -> None:
+def measure_on_gpu(models: Sequence[str], batch: int, rounds: int) -> None:
     device = torch.device("cuda")
     peak = matrix_peak(device)
     print(f"\n{torch.cuda.get_device_name()}, bf16 autocast, batch {batch}, {SIZE} px, median of {rounds}")
@@ -142,36 +131,33 @@ def on_gpu(models: Sequence[str], batch: int, rounds: int) -> None:
         flops = 6 * macs_per_image(*MODELS[f"convnextv2_{model}"])
         for compiled in (False, True):
             encoder = create_model(f"convnextv2_{model}", num_classes=0).to(device)
+            works = passes(encoder, batch, device)
             if compiled:
                 torch._dynamo.config.recompile_limit = 64  # blocks share code: one entry for each layout and stage
                 for module in [module for module in encoder.modules() if isinstance(module, Block)]:
                     module.compile()
-            images, mask = torch.randn(batch, 3, SIZE, SIZE, device=device), random_mask(batch)
-            layouts = contenders(device)
-            if compiled:
-                layouts.pop("spconv", None)  # an oracle; nobody compiles it
-            works = {name: partial(run, encoder, layout, images, mask) for name, layout in layouts.items()}
-            times = medians(works, rounds, device)
-            print(
-                f"\n{model}{', compiled blocks' if compiled else ''}\n{'':18}{'images/s':>10}{'x masked':>10}{'MFU':>7}"
-            )
-            for name, value in times.items():
-                share = batch / value * flops / peak
-                print(f"{name:18}{batch / value:10.0f}{value / times['masked']:10.3f}{share:7.1%}", flush=True)
+                works.pop("spconv", None)  # an oracle, which nobody compiles
+            seconds = medians(works, rounds, synchronised_clock(device))
+            title = f"{model}, compiled blocks" if compiled else model
+            print(f"\n{title}\n{'':18}{'images/s':>10}{'x masked':>10}{'MFU':>7}")
+            for name, value in seconds.items():
+                mfu = batch / value * flops / peak
+                print(f"{name:18}{batch / value:10.0f}{value / seconds['masked']:10.3f}{mfu:7.1%}", flush=True)
 
 
 def measure_depthwise(rounds: int, device: torch.device, width: int) -> None:
-    """Prints, for each side of a cell, the variants' times and the fastest over the channels of atto, tiny and base.
+    """Print, for each side of a cell, the variants' times and the fastest over the channels of atto, tiny and base.
 
-    A model with C channels in its first stage gets `width` // C images."""
+    width: a model with C channels in its first stage gets `width` // C images.
+    """
     variants = [name for name in VARIANTS if name != "triton" or (device.type == "cuda" and find_spec("triton"))]
     print(f"{device.type}, {torch.get_num_threads()} thread, ms forward and backward, median of {rounds}")
     for stage, side in enumerate((8, 4, 2, 1)):
-        every: dict[str, list[float]] = {name: [] for name in variants}
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for model in ("atto", "tiny", "base"):
             dims = MODELS[f"convnextv2_{model}"][1]
             channels, images = dims[stage], width // dims[0]
-            visible = VisibleCells(random_mask(images), GRID, device)
+            visible = VisibleCells(mask_of(images), GRID, device)
             conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             x = torch.randn(visible.tokens(side), channels, device=device, dtype=dtype, requires_grad=True)
@@ -180,12 +166,13 @@ def measure_depthwise(rounds: int, device: torch.device, width: int) -> None:
             def work(variant: str, conv: nn.Conv2d = conv, x: Tensor = x, visible: VisibleCells = visible) -> None:
                 depthwise(conv, x, plan(visible, side, variant)).backward(x.detach())  # noqa: B023 - runs at once
 
-            times = medians({name: partial(work, name) for name in variants}, rounds, device)
-            row = "".join(f"{name:>9} {value * 1e3:7.1f}" for name, value in times.items())
+            works = {name: partial(work, name) for name in variants}
+            seconds = medians(works, rounds, synchronised_clock(device))
+            row = "".join(f"{name:>9} {value * 1e3:7.1f}" for name, value in seconds.items())
             print(f"  side {side}, {channels:4} channels, {images:3} images:{row}", flush=True)
-            for name, value in times.items():
-                every[name].append(value)
-        best = min(every, key=lambda name: geometric_mean(every[name]))
+            for name, value in seconds.items():
+                times[name].append(value)
+        best = min(times, key=lambda name: geometric_mean(times[name]))
         print(f'    ("{device.type}", {side}): "{best}",', flush=True)
 
 
@@ -197,17 +184,17 @@ def main() -> None:
     parser.add_argument("--gpu-models", nargs="+", default=["base", "huge"])
     parser.add_argument("--gpu-batch", type=int, default=64)
     parser.add_argument("--depthwise", action="store_true", help="time the depthwise variants alone")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    if given.depthwise:
+    if options.depthwise:
         for device in devices:
-            measure_depthwise(given.rounds, device, width=1280 if device.type == "cpu" else 20480)
+            measure_depthwise(options.rounds, device, width=1280 if device.type == "cpu" else 20480)
         return
-    on_cpu(given.models, given.batches, given.rounds)
+    measure_on_cpu(options.models, options.batches, options.rounds)
     if len(devices) > 1:
-        on_gpu(given.gpu_models, given.gpu_batch, given.rounds)
+        measure_on_gpu(options.gpu_models, options.gpu_batch, options.rounds)
 
 
 if __name__ == "__main__":

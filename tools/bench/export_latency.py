@@ -1,11 +1,11 @@
-"""Milliseconds of a forward pass of deployed models: `python -m tools.bench.latency [MODEL...]`.
+"""Milliseconds of a forward pass of exported models: `python -m tools.bench.export_latency [MODEL...]`.
 
-BatchNorm is merged, weights are random, of the sizes that training gives, and outputs are compared: `difference` is a
-share of the largest one, `largest`. Batch and resolution are those of Next-ViT's published
-latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), at 224 and 384 pixels. onnxruntime and torch run on this machine's
-CPU in fp32. TensorRT is measured by its own `trtexec`, CoreML on a Mac; on Linux the CoreML model is only made. What is
-absent is said in one line. Each figure is the median of its rounds; with one thread it is CPU time, which other work on
-the machine hardly changes.
+BatchNorm is folded into the convolutions. Weights are random, of the sizes that training gives; `difference` is the
+largest difference of onnxruntime's output from torch's as a share of the largest output, `largest`. The defaults are
+those of Next-ViT's published latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), 224 and 384 pixels. onnxruntime and
+torch run on this machine's CPU in fp32. TensorRT is measured by its own `trtexec`; CoreML is measured on a Mac, and on
+Linux its model is only converted. Each figure is the median of its rounds; with one thread it is CPU time, which other
+work on the machine hardly changes.
 """
 
 import argparse
@@ -18,27 +18,21 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from pipeline.models import create_model
+from tools.bench.timing import Clock, medians, print_header, print_row
 from tools.weights.export import ONNX_TOLERANCE, merged, relative_difference, trace
 
 MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]
 
 
-def milliseconds(work: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The median of `rounds` after one that counts for nothing."""
-    times = []
-    for _ in range(rounds + 1):
-        began = clock()
-        work()
-        times.append(1e3 * (clock() - began))
-    return median(times[1:])
+def milliseconds(work: Callable[[], object], rounds: int, clock: Clock) -> float:
+    return 1e3 * medians({"work": work}, rounds, clock)["work"]
 
 
 def onnx_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -48,33 +42,37 @@ def onnx_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def on_tensorrt(path: Path, batch: int, size: int) -> str:
-    """Milliseconds as trtexec reports them, in fp16."""
+    """The milliseconds that trtexec reports for fp16."""
     shape = f"images:{batch}x3x{size}x{size}"
     command = ["trtexec", f"--onnx={path}", "--fp16"]
     command += [f"--{which}Shapes={shape}" for which in ("min", "opt", "max")] + [f"--shapes={shape}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"GPU Compute Time:.*?median = ([0-9.]+) ms", done.stdout)
-    return f"{float(found[1]):.2f}" if found else f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+    reported = re.search(r"GPU Compute Time:.*?median = ([0-9.]+) ms", done.stdout)
+    if not reported:
+        return f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+    return f"{float(reported[1]):.2f}"
 
 
 def on_coreml(model: nn.Module, images: Tensor, rounds: int) -> str:
-    """Milliseconds on a Mac; elsewhere whether the model could be made."""
+    """Milliseconds on a Mac; elsewhere only convert the model."""
     import coremltools
 
-    # coremltools knows layer norms and the like as they are, but not GRN's addcmul.
+    # coremltools converts layer norms and the like, but not GRN's addcmul.
     table = torch._decomp.get_decompositions([torch.ops.aten.addcmul])
     program = torch.export.export(model, (images,)).run_decompositions(table)
     made = coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS16)
     if sys.platform != "darwin":
         return "made"
     (name,) = made.input_description
-    return f"{milliseconds(lambda: made.predict({name: images.numpy()}), rounds):.2f}"
+    return f"{milliseconds(lambda: made.predict({name: images.numpy()}), rounds, time.perf_counter):.2f}"
 
 
 @torch.no_grad()
 def scattered(name: str, size: int) -> nn.Module:
-    """The model in evaluation with outputs of order 1, to which every block adds: before training those of Next-ViT are
-    1e-6, SLaK's blocks are scaled by 1e-6, and a comparison would show nothing."""
+    """The model in evaluation mode, with weights that make every block count and outputs of order 1.
+
+    With initial weights a comparison shows nothing: Next-ViT's outputs are 1e-6, and SLaK scales its blocks by 1e-6.
+    """
     model = create_model(name)
     generator = torch.Generator().manual_seed(0)
     for path, parameter in model.named_parameters():
@@ -94,16 +92,16 @@ def scattered(name: str, size: int) -> nn.Module:
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, size: int, rounds: int, threads: int) -> str:
+def measure_model(name: str, batch: int, size: int, rounds: int, threads: int) -> list[object]:
     """A row of the table."""
-    plain = scattered(name, size)
-    model = merged(plain)
+    original = scattered(name, size)
+    model = merged(original)
     images = torch.randn(batch, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         trace(model, path, size, external=True)
         session = onnx_session(path, threads)
-        inputs, expected = {"images": images.numpy()}, plain(images)
+        inputs, expected = {"images": images.numpy()}, original(images)
         clock = time.process_time if threads == 1 else time.perf_counter
         difference = relative_difference(expected, torch.from_numpy(session.run(None, inputs)[0]))
         assert difference <= ONNX_TOLERANCE, difference
@@ -113,7 +111,7 @@ def measure(name: str, batch: int, size: int, rounds: int, threads: int) -> str:
             on_tensorrt(path, batch, size) if shutil.which("trtexec") else "-",
             on_coreml(model, images, rounds) if find_spec("coremltools") else "-",
         ]
-    return f"| {name} | {batch} | {size} | {' | '.join(figures)} | {difference:.1e} | {expected.abs().max():.2g} |"
+    return [name, batch, size, *figures, f"{difference:.1e}", f"{expected.abs().max():.2g}"]
 
 
 def main() -> None:
@@ -123,20 +121,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="pixels on a side")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if not shutil.which("trtexec"):
         print("TensorRT is left out: there is no trtexec on the path; run this where TensorRT is installed.")
     if not find_spec("coremltools"):
         print("CoreML is left out: coremltools is not installed; run pip install coremltools, on a Mac to measure.")
-    print(f"milliseconds, median of {given.rounds}, {given.threads} thread{'s' * (given.threads > 1)}")
-    print("| model | batch | pixels | onnxruntime | torch | TensorRT fp16 | CoreML | difference | largest |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name in given.models:
-        for size in given.sizes:
-            for batch in given.batches:
-                print(measure(name, batch, size, given.rounds, given.threads), flush=True)
+    print(f"milliseconds, median of {options.rounds}, {options.threads} thread{'s' * (options.threads > 1)}")
+    columns = ["onnxruntime", "torch", "TensorRT fp16", "CoreML", "difference", "largest"]
+    print_header(["model", "batch", "pixels", *columns])
+    for name in options.models:
+        for size in options.sizes:
+            for batch in options.batches:
+                print_row(measure_model(name, batch, size, options.rounds, options.threads))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a data set's index costs each rank: `python -m tools.bench.index` (a minute and a half of CPU, 8 GB for FFCV).
+"""Time and memory of a data set's index on each rank: `python -m tools.bench.dataset_index`.
 
-The file is sparse: the index of ImageNet-1K or -22K, real in every byte, and holes where the images would be. Each line
-is a process of its own. Private memory is what every rank of a machine pays again; the file's pages they share.
+Takes a minute and a half of CPU, and 8 GB of memory for FFCV. The files are sparse: the whole index of ImageNet-1K or
+-22K, and holes in place of the images. Each line is a process of its own. Every rank of a machine needs the private
+memory again; the ranks share the file's pages.
 """
 
+import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,19 +22,19 @@ from pipeline.data.beton import (
     HEADER,
     PAGE_BYTES,
     SAMPLE,
-    Beton,
     BetonWriter,
     check,
     read_sidecar,
     sidecar_path,
 )
+from tools.bench.timing import print_header, print_row
 
 IMAGE_BYTES = 110_000  # ImageNet's average
 SIZES = {"ImageNet-1K": (1_281_167, 1000), "ImageNet-22K": (14_197_122, 21_841)}
 
 
-def write(directory: Path, samples: int, classes: int) -> Path:
-    """A .beton of that many samples without their images, and its side-car."""
+def write_index(directory: Path, samples: int, classes: int) -> Path:
+    """Write a .beton file of so many samples without their images, and its side-car."""
     with BetonWriter(directory / "one.beton", ["c"], 1) as writer:
         writer.add(np.zeros((1, 1, 3), np.uint8), 0)
     head = (directory / "one.beton").read_bytes()[HEADER.itemsize : HEADER.itemsize + 2 * FIELD.itemsize]
@@ -68,18 +69,14 @@ def write(directory: Path, samples: int, classes: int) -> Path:
     return path
 
 
-def ffcv_opens(path: Path) -> object:
+def open_with_ffcv(path: Path) -> object:
     from ffcv.memory_managers import OSCacheManager
     from ffcv.reader import Reader
 
     return OSCacheManager(Reader(path))
 
 
-def check_of(path: Path) -> Beton:
-    return check(path)
-
-
-def loader_of(path: Path) -> object:
+def open_loader(path: Path) -> object:
     from pipeline.data.crops import EvaluationPlan
     from pipeline.data.ffcv_loader import ImageLoader
 
@@ -89,86 +86,80 @@ def loader_of(path: Path) -> object:
     return loader
 
 
-def order_of(path: Path, world_size: int) -> np.ndarray:
+def rank_order(path: Path, world_size: int) -> np.ndarray:
     from pipeline.data.order import rank_slots, train_order
 
     return np.ascontiguousarray(rank_slots(train_order(1, 2, read_sidecar(path).samples, 4096), 64, 0, world_size))
 
 
-def order_by_argsort(path: Path) -> np.ndarray:
+def argsort_order(path: Path) -> np.ndarray:
     from pipeline.randomness import Purpose, key
 
     return np.argsort(key(1, 2, np.arange(read_sidecar(path).samples), Purpose.ORDER), kind="stable")
 
 
-def subset_of(path: Path) -> object:
+def choose_subset(path: Path) -> object:
     from pipeline.data.subset import select
 
     return select(read_sidecar(path), fraction=0.01)
 
 
 WORK: dict[str, Callable[[Path], object]] = {
-    "FFCV 1.0.2: Reader and memory manager": ffcv_opens,
-    "check: index against its hash": check_of,
-    "loader, an eighth of the rows read": loader_of,
-    "order of an epoch, as kept until now (argsort)": order_by_argsort,
-    "order of an epoch, 1 rank": lambda path: order_of(path, 1),
-    "order of an epoch, 1 of 8 ranks": lambda path: order_of(path, 8),
-    "subset of 1 %": subset_of,
+    "FFCV 1.0.2: Reader and memory manager": open_with_ffcv,
+    "check: index against its hash": check,
+    "loader, an eighth of the rows read": open_loader,
+    "order of an epoch, as kept until now (argsort)": argsort_order,
+    "order of an epoch, 1 rank": lambda path: rank_order(path, 1),
+    "order of an epoch, 1 of 8 ranks": lambda path: rank_order(path, 8),
+    "subset of 1 %": choose_subset,
 }
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process by the kernel's account: private, shared with others, and the most there ever was."""
-    found = dict.fromkeys(("private", "file", "peak"), 0)
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
-        name, kilobytes = line.split()[:2]
-        if name == "Anonymous:":
-            found["private"] = int(kilobytes) * 1024
-        elif name == "Rss:":
-            found["file"] = int(kilobytes) * 1024
-    found["file"] -= found["private"]
-    status = Path("/proc/self/status").read_text()
-    found["peak"] = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return found
+def memory_bytes() -> dict[str, int]:
+    """Memory of this process as the kernel counts it: private, pages of files, and the highest total so far."""
+    rollup = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    private, total, peak = rollup["Anonymous:"], rollup["Rss:"], status["VmHWM"].split()[0]
+    return {"private": 1024 * int(private), "file": 1024 * (int(total) - int(private)), "peak": 1024 * int(peak)}
 
 
-def measure(name: str, path: Path) -> None:
+def measure_work(name: str, path: Path) -> None:
+    """Do one of WORK with a file and print its row."""
     work = WORK[name]
-    small = path.with_name("one.beton")
     if name.startswith(("loader", "FFCV")):
-        work(small)  # imports, and what is compiled once
+        work(path.with_name("one.beton"))  # imports and compiles
     else:
         from pipeline.data import order, subset  # noqa: F401
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before, began, cpu = memory(), time.perf_counter(), time.process_time()
+    before, began, cpu_began = memory_bytes(), time.perf_counter(), time.process_time()
     kept = work(path)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    after = memory()
-    used = {key: max(after[key] - before[key], 0) / 1e6 for key in ("private", "file")}
-    peak = (after["peak"] - before["private"] - before["file"]) / 1e6
-    print(
-        f"| {name} | {seconds:.2f} | {cpu:.2f} | {used['private']:.0f} | {used['file']:.0f} | {peak:.0f} |", flush=True
-    )
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    after = memory_bytes()
+    rises = [max(after[kind] - before[kind], 0) for kind in ("private", "file")]
+    rises.append(after["peak"] - before["private"] - before["file"])
+    print_row([name, f"{seconds:.2f}", f"{cpu:.2f}", *(f"{rise / 1e6:.0f}" for rise in rises)])
     del kept
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        measure(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--work", nargs=2, metavar=("NAME", "BETON"), help="one row, in this process")
+    options = parser.parse_args()
+    if options.work:
+        name, path = options.work
+        measure_work(name, Path(path))
         return
     with tempfile.TemporaryDirectory() as directory:
-        for title, (samples, classes) in SIZES.items():
-            path = write(Path(directory), samples, classes)
-            on_disk = path.stat().st_blocks * 512
-            print(
-                f"\n{title}: {samples:,} samples, index {on_disk / 1e6:.0f} MB of {path.stat().st_size / 1e9:.0f} GB\n"
-            )
-            print(
-                "| | seconds | of CPU | private MB | file pages MB | peak MB |\n|---|---|---|---|---|---|", flush=True
-            )
+        for title in options.sizes:
+            samples, classes = SIZES[title]
+            path = write_index(Path(directory), samples, classes)
+            index, whole = path.stat().st_blocks * 512 / 1e6, path.stat().st_size / 1e9
+            print(f"\n{title}: {samples:,} samples, index {index:.0f} MB of {whole:.0f} GB\n")
+            print_header(["", "seconds", "of CPU", "private MB", "file pages MB", "peak MB"])
             for name in WORK:
-                subprocess.run([sys.executable, "-m", "tools.bench.index", name, str(path)], env=os.environ, check=True)
+                command = [sys.executable, "-m", "tools.bench.dataset_index", "--work", name, str(path)]
+                subprocess.run(command, check=True)
             path.unlink()
 
 

@@ -1,13 +1,12 @@
-"""Preparation and verification in figures: `python -m tools.bench.prepare`.
+"""Throughput of preparation and verification: `python -m tools.bench.prepare_throughput`.
 
-Images of 500 x 375 pixels from a tar of class tars: images per CPU-second to prepare and to verify, memory for each
-image that is listed, and what the checksum of every image costs beside its decoding.
+Photographs come from a tar of class tars. Figures are images per CPU-second to list, prepare and verify them, the
+memory of each listed image, and the time of an image's checksum beside that of its decoding.
 """
 
 import io
 import tarfile
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from pipeline.data.beton import JPEG, check, checks_of, contents_of, samples_of, verify
 from pipeline.data.checksum import checksum
 from pipeline.data.decode import jpeg_status
-from tools.bench.loader import photographs
+from tools.bench.photographs import photographs
+from tools.bench.timing import cpu_seconds, seconds_of
 from tools.prepare.detect import open_source
 from tools.prepare.run import prepare
 
@@ -25,7 +25,7 @@ IMAGES, CLASSES, COPIES = 150, 10, 4
 
 
 def write_archive(path: Path) -> None:
-    """A tar of class tars; each photograph comes in several times."""
+    """Write a tar of class tars, in which each photograph occurs several times."""
     contents = []
     for image in photographs(IMAGES):
         file = io.BytesIO()
@@ -46,35 +46,32 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def cpu_seconds(action: Callable[[], object]) -> float:
-    started = time.process_time()
-    action()
-    return time.process_time() - started
-
-
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        archive, path = Path(place) / "train.tar", Path(place) / "a.beton"
+    with tempfile.TemporaryDirectory() as folder:
+        archive, path = Path(folder) / "train.tar", Path(folder) / "a.beton"
         write_archive(archive)
-        prepare(archive, Path(place) / "warm.beton", part_samples=50)  # compiles
+        prepare(archive, Path(folder) / "warm.beton", part_samples=50)  # compiles
         tracemalloc.start()
         source = open_source(str(archive))
-        listed_bytes = tracemalloc.get_traced_memory()[0] / len(source.items)
-        tracemalloc.stop()
         count = len(source.items)
+        listed_bytes = tracemalloc.get_traced_memory()[0] / count
+        tracemalloc.stop()
         print(f"{archive.stat().st_size / count / 1e3:.0f} kB an image, {listed_bytes:.0f} bytes to list it")
-        print(f"list     {count / cpu_seconds(lambda: open_source(str(archive))):7.0f} images per CPU-second")
-        print(f"prepare  {count / cpu_seconds(lambda: prepare(archive, path)):7.0f} images per CPU-second")
+        print(f"list     {count / _seconds(lambda: open_source(str(archive))):7.0f} images per CPU-second")
+        print(f"prepare  {count / _seconds(lambda: prepare(archive, path)):7.0f} images per CPU-second")
         beton = check(path)
-        print(f"verify   {beton.size_bytes / cpu_seconds(lambda: verify(path)) / 1e9:7.2f} GB per CPU-second")
+        print(f"verify   {beton.size_bytes / _seconds(lambda: verify(path)) / 1e9:7.2f} GB per CPU-second")
         images, checks = samples_of(beton)["f0"], checks_of(samples_of(beton))
         stored = [(number, np.frombuffer(content, np.uint8)) for number, content in contents_of(beton, JPEG)]
-        sums = cpu_seconds(lambda: [checksum(content) == checks[number] for number, content in stored]) / count
         sizes = [(int(images["height"][number]), int(images["width"][number])) for number, _ in stored]
-        decoded = (
-            cpu_seconds(lambda: [jpeg_status(c, *size) for (_, c), size in zip(stored, sizes, strict=True)]) / count
-        )
-        print(f"checksum {1e6 * sums:.0f} us an image, decoding {1e6 * decoded:.0f} us: {100 * sums / decoded:.1f} %")
+        sums = _seconds(lambda: [checksum(content) == checks[number] for number, content in stored])
+        decoding = _seconds(lambda: [jpeg_status(c, *size) for (_, c), size in zip(stored, sizes, strict=True)])
+        each = f"{1e6 * sums / count:.0f} us an image, decoding {1e6 * decoding / count:.0f} us"
+        print(f"checksum {each}: {100 * sums / decoding:.1f} %")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    return seconds_of(work, cpu_seconds)
 
 
 if __name__ == "__main__":

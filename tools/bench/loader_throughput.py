@@ -1,17 +1,17 @@
-"""Our feed against Pillow in torch's DataLoader and in webdataset: `python -m tools.bench.loader [ROUNDS]`.
+"""Throughput of our feed, of Pillow in torch's DataLoader and of webdataset: `python -m tools.bench.loader_throughput`.
 
-The same photographs of 500 x 375 pixels (crops of those that scikit-image ships; JPEG, quality 90) go through the
-pre-training transforms (crop of 0.2-1, flip) and the fine-tuning ones (crop of 0.08-1, flip, RandAugment), at 224 and
-384 pixels. What counts is images per second of processor time, of all threads and worker processes. Two workers each.
+    python -m tools.bench.loader_throughput [ROUNDS]
+
+All read the same JPEGs of quality 90 and apply the pre-training transforms (crop of 0.2-1, flip) and the fine-tuning
+ones (crop of 0.08-1, flip, RandAugment), at 224 and 384 pixels. Figures are images per second of CPU time of all
+threads and worker processes. Two workers each.
 """
 
 import importlib.util
 import io
-import resource
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,36 +26,17 @@ from pipeline.data.feed import TrainFeed
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.randaugment_operations import FILL
 from pipeline.errors import DataError
+from tools.bench.photographs import HEIGHT, WIDTH, photographs
+from tools.bench.timing import cpu_seconds
 
 IMAGES, BATCH, WORKERS = 192, 32, 2
-HEIGHT, WIDTH = 375, 500  # ImageNet's usual size
-NAMES = ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"]
 RATIO, OPERATIONS = (3 / 4, 4 / 3), "rand-m9-mstd0.5-inc1"
 TRANSFORMS = {"pre-training": ((0.2, 1.0), None), "fine-tuning": ((0.08, 1.0), OPERATIONS)}
 SIZES = (224, 384)
 
 
-def photographs(count: int) -> list[Image.Image]:
-    """`count` crops of 500 x 375 pixels at changing places and scales. Errors: DataError without scikit-image."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None:
-        raise DataError("the benchmark's photographs come with scikit-image; run `pip install scikit-image`")
-    folder = Path(spec.origin).parent / "data"
-    sources = [Image.open(folder / name).convert("RGB") for name in NAMES]
-    numbers = np.random.default_rng(0)
-    crops = []
-    for i in range(count):
-        source = sources[i % len(sources)]
-        share = numbers.uniform(0.6, 1.0) * min(source.width / WIDTH, source.height / HEIGHT)
-        width, height = int(WIDTH * share), int(HEIGHT * share)
-        left, top = numbers.integers(source.width - width + 1), numbers.integers(source.height - height + 1)
-        box = (left, top, left + width, top + height)
-        crops.append(source.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS, box))
-    return crops
-
-
-def write(images: list[Image.Image], directory: Path) -> dict[str, Beton]:
-    """A .beton file of JPEGs and one of raw pixels; the JPEGs also as files, and in a tar for each worker."""
+def write_data(images: list[Image.Image], directory: Path) -> list[Beton]:
+    """Write the images as files, in a tar for each worker, and as .beton files of JPEGs and of raw pixels."""
     with (
         BetonWriter(directory / "jpg", ["any"], len(images)) as jpeg,
         BetonWriter(directory / "raw", ["any"], len(images)) as raw,
@@ -67,28 +48,32 @@ def write(images: list[Image.Image], directory: Path) -> dict[str, Beton]:
             raw.add(np.array(image), 0)
             with tarfile.open(directory / f"{i % WORKERS}.tar", "a") as tar:
                 tar.add(file, file.name)
-    return {name: check(directory / name) for name in ("jpg", "raw")}
+    return [check(directory / name) for name in ("jpg", "raw")]
 
 
-def crops(image_size: int, scale: tuple[float, float]) -> np.ndarray:
-    """Rows of a plan, one for each image."""
+def planned_crops(image_size: int, scale: tuple[float, float]) -> np.ndarray:
+    """The rows of a training plan, one for each image."""
     sides = (np.full(IMAGES, side) for side in (HEIGHT, WIDTH))
     return TrainingPlan(7, image_size, scale, RATIO, 0.5)(0, np.arange(IMAGES), *sides)
 
 
 def pillow_crop(image: Image.Image, row: np.void) -> Image.Image:
-    """What a plan's row says, by Pillow: crop, resize, flip."""
+    """Crop, resize and flip with Pillow as a row of a plan says."""
     left, top = int(row["left"]), int(row["top"])
     image = image.crop((left, top, left + int(row["width"]), top + int(row["height"])))
     image = image.resize((int(row["full_width"]), int(row["full_height"])), Image.Resampling.BICUBIC)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if row["flip"] else image
 
 
-def timms_rand_augment() -> Callable[[Image.Image], Image.Image]:
-    """timm's, from its file alone: the package loads torchvision. Errors: DataError without timm."""
+def timm_rand_augment() -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment, loaded from its file alone because the package loads torchvision.
+
+    Raises:
+        DataError: if timm is not installed.
+    """
     spec = importlib.util.find_spec("timm")
     if spec is None:
-        raise DataError("the rival's RandAugment is timm's; run `pip install timm`")
+        raise DataError("Pillow's side of the benchmark uses timm's RandAugment; run `pip install timm`")
     spec = importlib.util.spec_from_file_location("auto_augment", Path(spec.origin).parent / "data/auto_augment.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -104,11 +89,11 @@ def timms_rand_augment() -> Callable[[Image.Image], Image.Image]:
 
 
 class PillowFolder(Dataset):
-    """The usual way: a file opened, decoded, cropped, resized and augmented by Pillow, one image at a time."""
+    """The usual data set: Pillow opens, decodes, crops, resizes and augments one image at a time."""
 
     def __init__(self, directory: Path, image_size: int, scale: tuple[float, float], augmented: bool) -> None:
-        self.paths, self.rows = sorted(directory.glob("*.jpg")), crops(image_size, scale)
-        self.augment = timms_rand_augment() if augmented else lambda image: image
+        self.paths, self.rows = sorted(directory.glob("*.jpg")), planned_crops(image_size, scale)
+        self.augment = timm_rand_augment() if augmented else lambda image: image
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -133,7 +118,7 @@ def web_shards(directory: Path, folder: PillowFolder) -> "torch.utils.data.Itera
 
 
 def our_batches(beton: Beton, image_size: int, scale: tuple[float, float], operations: str | None, rounds: int):
-    """Batches of the feed, more than of the others: at the end it has read up to three ahead for nothing."""
+    """Batches of the feed. Four times the rounds, because it prefetches three batches that nobody uses at the end."""
     feed = TrainFeed(
         beton,
         image_size=image_size,
@@ -155,43 +140,35 @@ def our_batches(beton: Beton, image_size: int, scale: tuple[float, float], opera
     feed.close()
 
 
-def cpu_seconds() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def speed(batches: Iterable[torch.Tensor], first_counts: bool = True) -> float:
-    """Images per CPU-second. Our first batch loads compiled code, and does not count."""
+def images_per_second(batches: Iterable[torch.Tensor], skip_first: bool = False) -> float:
+    """Images per CPU-second; `skip_first` leaves the first batch out, which loads compiled code."""
     batches = iter(batches)
-    if not first_counts:
+    if skip_first:
         next(batches)
-    started, images = cpu_seconds(), sum(len(batch) for batch in batches)
-    return images / (cpu_seconds() - started)
+    began, images = cpu_seconds(), sum(len(batch) for batch in batches)
+    return images / (cpu_seconds() - began)
 
 
 def main(rounds: int = 2) -> None:
     torch.set_num_threads(1)
     print(f"{'images per CPU-second':26}{'Pillow':>8}{'webdataset':>18}{'ours, JPEG':>18}{'ours, raw':>18}")
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
-        betons = write(photographs(IMAGES), directory)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        betons = write_data(photographs(IMAGES), directory)
         for name, (scale, operations) in TRANSFORMS.items():
             for size in SIZES:
-                folder = PillowFolder(directory, size, scale, bool(operations))
-                loader = DataLoader(folder, BATCH, shuffle=True, num_workers=WORKERS)
-                base = speed(batch for _ in range(rounds) for batch in loader)
-                line = f"{f'{name}, {size} px':26}{base:8.0f}"
-                shards = web_shards(directory, folder)
-                if shards is None:
-                    line += f"{'not installed':>18}"
-                else:
+                files = PillowFolder(directory, size, scale, bool(operations))
+                loader = DataLoader(files, BATCH, shuffle=True, num_workers=WORKERS)
+                base = images_per_second(batch for _ in range(rounds) for batch in loader)
+                rates: list[float | None] = [None]
+                if (shards := web_shards(directory, files)) is not None:
                     web = DataLoader(shards, BATCH, num_workers=WORKERS)
-                    rate = speed(batch for _ in range(rounds) for batch in web)
-                    line += f"{rate:9.0f} ({rate / base:.2f} x)"
-                for beton in betons.values():
-                    rate = speed(our_batches(beton, size, scale, operations, rounds), first_counts=False)
-                    line += f"{rate:9.0f} ({rate / base:.2f} x)"
-                print(line, flush=True)
+                    rates = [images_per_second(batch for _ in range(rounds) for batch in web)]
+                for beton in betons:
+                    ours = our_batches(beton, size, scale, operations, rounds)
+                    rates.append(images_per_second(ours, skip_first=True))
+                cells = (f"{rate:9.0f} ({rate / base:.2f} x)" if rate else f"{'not installed':>18}" for rate in rates)
+                print(f"{f'{name}, {size} px':26}{base:8.0f}{''.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":
