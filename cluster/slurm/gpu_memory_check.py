@@ -55,9 +55,9 @@ def check_memory(recipe: StageRecipe, site: Site) -> Needed | None:
         return None
     has = site.gpu.memory_gib, site.gpu.name
     try:
-        from pipeline.cost.memory import peak  # brings torch, which a machine that only submits can do without
+        from pipeline.cost.memory import estimate_peak  # brings torch, which a machine that only submits can do without
 
-        terms = peak(recipe, site.ranks, "cuda")
+        terms = estimate_peak(recipe, site.ranks, "cuda")
     except Exception as error:  # whatever keeps an estimate from being made need not keep the stage from training
         return Needed(recipe.name, None, *has, why=" ".join(f"{type(error).__name__}: {error}".split()))
     found = Needed(recipe.name, sum(term.bytes for term in terms) / GIB, *has)

@@ -33,7 +33,7 @@ class Measured:
         return self.images / self.step_seconds
 
 
-def measure(recipe: StageRecipe, steps: int = 3) -> Measured:
+def measure_steps(recipe: StageRecipe, steps: int = 3) -> Measured:
     """Make a stage's engine, as a world of one with one micro-batch a step, and time `steps` steps after a first.
 
     The engine is replicated (ddp), for one process shares nothing out.
@@ -62,8 +62,8 @@ def _measure(recipe: StageRecipe, world: World, steps: int) -> Measured:
         engine.warm_up(example_batch(recipe), objective)
         if cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
-        _step(engine, objective, noise(recipe), 0)
-    seconds = [_step(engine, objective, noise(recipe), step) for step in range(1, steps + 1)]
+        _step(engine, objective, noise_batch(recipe), 0)
+    seconds = [_step(engine, objective, noise_batch(recipe), step) for step in range(1, steps + 1)]
     allocated = torch.cuda.max_memory_allocated(world.device) if cuda else recorder.peak_bytes
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     images = recipe.batch.global_batch
@@ -78,7 +78,7 @@ def _step(engine: Engine, objective: object, batch: Batch, step: int) -> float:
     return time.perf_counter() - began
 
 
-def noise(recipe: StageRecipe) -> Batch:
+def noise_batch(recipe: StageRecipe) -> Batch:
     """A micro-batch of random pixels."""
     batch = example_batch(recipe)
     generator = torch.Generator().manual_seed(0)

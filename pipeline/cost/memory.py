@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pipeline.cost.trace import Growth, Trace, meta_model, trace_evaluation
+from pipeline.cost.trace import StepTraces, Trace, meta_model, trace_evaluation
 from pipeline.engines.base import DTYPES
 from pipeline.engines.blocks import blocks
 from pipeline.engines.fsdp import sharded_dim
@@ -40,7 +40,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSize:
     """The sizes of a stage's model: each parameter's shape, and the parameters of what FSDP gathers as one."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -50,7 +50,7 @@ class Model:
     """Elements of floating buffers, such as BatchNorm's statistics."""
 
     @classmethod
-    def of(cls, recipe: StageRecipe) -> "Model":
+    def of(cls, recipe: StageRecipe) -> "ModelSize":
         _, model = meta_model(recipe)
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
@@ -82,11 +82,11 @@ def with_engine(recipe: StageRecipe, name: EngineName) -> StageRecipe:
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=ENGINES[name])})
 
 
-def model_state(recipe: StageRecipe, model: Model, ranks: int) -> list[Term]:
+def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Term]:
     """What a rank keeps from step to step, and the gradients.
 
     Whole gradients of a replicated model are left out where a step is a single micro-batch: there they grow while the
-    activations go, and `memory` takes both from the trace.
+    activations go, and `estimate_memory` takes both from the trace.
     """
     size = torch.empty(0, dtype=DTYPES[recipe.engine.precision]).element_size()
     low = 2 if recipe.engine.precision == "bf16_parameters" else size
@@ -132,7 +132,7 @@ def model_state(recipe: StageRecipe, model: Model, ranks: int) -> list[Term]:
     return terms
 
 
-def _own(model: Model, engine: EngineName, ranks: int) -> int:
+def _own(model: ModelSize, engine: EngineName, ranks: int) -> int:
     """The parameters of which a rank holds the state."""
     if engine == "ddp":
         return model.parameters
@@ -147,9 +147,9 @@ def micro_batches(recipe: StageRecipe, ranks: int) -> int:
     return max(recipe.batch.slots // ranks // recipe.batch.micro_slots, 1)
 
 
-def memory(recipe: StageRecipe, model: Model, ranks: int, trace: Trace, evaluation: Trace) -> list[Term]:
+def estimate_memory(recipe: StageRecipe, model: ModelSize, ranks: int, trace: Trace, evaluation: Trace) -> list[Term]:
     """A rank's peak, in parts: the state, and what a step or an evaluation needs beside it, whichever is more."""
-    state = model_state(recipe, model, ranks)
+    state = estimate_state(recipe, model, ranks)
     grows = engine_name(recipe) in ("ddp", "zero1") and micro_batches(recipe, ranks) == 1
     step = Term(
         "activations and gradients" if grows else "activations",
@@ -165,8 +165,8 @@ def memory(recipe: StageRecipe, model: Model, ranks: int, trace: Trace, evaluati
     return [*state, step]
 
 
-def peak(recipe: StageRecipe, ranks: int, device: str) -> tuple[Term, ...]:
-    """What `memory` says of a stage as its recipe stands, on ranks with a device of type "cpu" or "cuda"."""
+def estimate_peak(recipe: StageRecipe, ranks: int, device: str) -> tuple[Term, ...]:
+    """What `estimate_memory` says of a stage as its recipe stands, on ranks with a device of type "cpu" or "cuda"."""
     return _peak(recipe.model_dump_json(), ranks, device)
 
 
@@ -175,5 +175,7 @@ def _peak(recipe_json: str, ranks: int, device: str) -> tuple[Term, ...]:
     recipe = StageRecipe.model_validate_json(recipe_json)
     slots = recipe.batch.micro_slots
     return tuple(
-        memory(recipe, Model.of(recipe), ranks, Growth(recipe, device)(slots), trace_evaluation(recipe, device))
+        estimate_memory(
+            recipe, ModelSize.of(recipe), ranks, StepTraces(recipe, device)(slots), trace_evaluation(recipe, device)
+        )
     )

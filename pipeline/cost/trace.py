@@ -104,7 +104,7 @@ def trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
 _PER_IMAGE = ("images", "labels", "valid")
 
 
-class Growth:
+class StepTraces:
     """Traces of any number of slots at once, from two: every allocation is of a constant plus a part for each image.
 
     On a CPU some operators work in pieces of the cache's size, so the allocations are others for each batch: there each

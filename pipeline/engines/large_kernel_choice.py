@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.data.batch import example_batch
 from pipeline.engines import Engine
 from pipeline.errors import RecipeError
-from pipeline.kernels.large_kernel import DepthwiseConv2d, available, fastest, shapes_of
+from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms, fastest_form, record_input_shapes
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
@@ -28,17 +28,17 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
     if not convolutions or wanted == "native":
         return {}
     if wanted != "measured":
-        if wanted not in available(device):
+        if wanted not in available_forms(device):
             raise RecipeError(
                 f"engine.large_kernels is {wanted}, which needs a GPU and Triton; choose one of"
-                f" {', '.join(available(device))}, or measured"
+                f" {', '.join(available_forms(device))}, or measured"
             )
         for conv in convolutions:
             conv.form = wanted
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
     with engine.evaluating() as model:
-        shapes = shapes_of(model, lambda: objective.evaluate(model, batch))
+        shapes = record_input_shapes(model, lambda: objective.evaluate(model, batch))
     keys = {
         conv: f"{device.type} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}, kernel"
         f" {conv.kernel_size[0]}x{conv.kernel_size[1]}"
@@ -50,7 +50,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         known = json.loads(path.read_text()) if path.exists() else {}
         for conv, key in keys.items():
             if key not in known:
-                known[key] = fastest(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
+                known[key] = fastest_form(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
         write_json(path, known)
         return known
 

@@ -34,10 +34,10 @@ class DepthwiseConv2d(nn.Conv2d):
         self.form = "native"
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.form == "native" else depthwise(x, self.weight, self.bias, self.form)
+        return super().forward(x) if self.form == "native" else convolve_depthwise(x, self.weight, self.bias, self.form)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
+def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """Maps (N, C, H, W) with kernels (C, 1, kh, kw), both odd, zeros around, the size kept, in the dtype of autocast.
 
     Sums are fp32 at least. Raises ValueError for a form there is not.
@@ -216,7 +216,7 @@ FORMS = {
 }
 
 
-def available(device: torch.device) -> list[str]:
+def available_forms(device: torch.device) -> list[str]:
     """The forms that this device and installation have."""
     return [form for form in FORMS if form != "triton" or runs_triton(device)]
 
@@ -224,7 +224,9 @@ def available(device: torch.device) -> list[str]:
 # --- which form
 
 
-def shapes_of(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]]:
+def record_input_shapes(
+    model: nn.Module, run: Callable[[], object]
+) -> dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]]:
     """The maps' shape and type that `run()`, a forward of `model`, takes each depthwise convolution of `model` to."""
     found: dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]] = {}
 
@@ -245,7 +247,7 @@ def shapes_of(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv
     return found
 
 
-def seconds(
+def time_form(
     shape: Sequence[int],
     kernel: tuple[int, int],
     dtype: torch.dtype,
@@ -262,7 +264,7 @@ def seconds(
     for _ in range(rounds):
         synchronise()
         began = clock()
-        y = depthwise(x, weight, None, form)
+        y = convolve_depthwise(x, weight, None, form)
         synchronise()
         between = clock()
         torch.autograd.grad(y, (x, weight), x.detach())
@@ -272,16 +274,16 @@ def seconds(
     return min(forward), min(backward)
 
 
-def fastest(
+def fastest_form(
     shape: Sequence[int], kernel: tuple[int, int], dtype: torch.dtype, device: torch.device, rounds: int = 3
 ) -> str:
     """The form with the shortest forward and backward together, here and now; `native` is tried last, for it may take
     seconds, and once only if it is hopeless."""
     best, best_seconds = "native", math.inf
-    for form in sorted(available(device), key=lambda form: form == "native"):
-        taken = sum(seconds(shape, kernel, dtype, device, form, 1))
+    for form in sorted(available_forms(device), key=lambda form: form == "native"):
+        taken = sum(time_form(shape, kernel, dtype, device, form, 1))
         if taken < 3 * best_seconds:
-            taken = sum(seconds(shape, kernel, dtype, device, form, rounds))
+            taken = sum(time_form(shape, kernel, dtype, device, form, rounds))
         if taken < best_seconds:
             best, best_seconds = form, taken
     return best

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.models import nextvit, slak
-from pipeline.models.convnextv2 import VARIANTS, Block, ConvNeXtV2, Downsample, Stem
+from pipeline.models.convnextv2 import VARIANTS, ConvNeXtBlock, ConvNeXtV2, Downsample, Stem
 from pipeline.models.decoder import TransformerBlock
 from pipeline.models.initialise import initial_values, initialise
 from pipeline.models.nextvit import NextViT
@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[type[nn.Module], dict[str, tuple]]] = {
     "nextvit": (NextViT, nextvit.VARIANTS),
 }
 # What an engine gathers, or compiles, as one.
-UNITS = (Block, Downsample, Stem, TransformerBlock, slak.Block, nextvit.NCB, nextvit.NTB)
+UNITS = (ConvNeXtBlock, Downsample, Stem, TransformerBlock, slak.SLaKBlock, nextvit.NCB, nextvit.NTB)
 
 
 def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2 | SLaK | NextViT:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.response_norm import BatchNorm as ResponseBatchNorm
+from pipeline.models.response_norm import ResponseBatchNorm
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -27,7 +27,7 @@ VARIANTS = {
 }
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """7x7 depthwise convolution, LayerNorm, an MLP of width 4C with GELU and response normalisation; residual.
 
     `layer_scale` is the initial value of ConvNeXt V1's `gamma` (C,) on the branch; None, as in V2, has none.
@@ -188,7 +188,7 @@ class ConvNeXtV2(ConvNeXt):
         **options: Any,
     ):
         slot = Response(response, grn_aggregation, grn_normaliser, grn_residual)
-        super().__init__(depths, dims, lambda stage, dim: Block(dim, slot, layer_scale), num_classes, **options)
+        super().__init__(depths, dims, lambda stage, dim: ConvNeXtBlock(dim, slot, layer_scale), num_classes, **options)
         self.response, self.layer_scale = slot, layer_scale
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.convnextv2 import Block, ConvNeXtV2, run_block
+from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2, run_block
 from pipeline.models.response_norm import EPS
 from pipeline.sparse import Layout, VisibleCells
 
@@ -18,7 +18,7 @@ KINDS = ("convnext", "transformer", "unet", "unet_no_skips")
 HEAD_DIM = 32
 
 
-def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "Decoder":
+def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "FCMAEDecoder":
     """The decoder of a kind, `dim` wide at the encoder's last stride.
 
     Raises:
@@ -33,7 +33,7 @@ def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "Dec
     return UNetDecoder(encoder, dim, depth, skips=kind == "unet")
 
 
-class Decoder(nn.Module):
+class FCMAEDecoder(nn.Module):
     """`width` channels come out, at `upscale` sites for each site of the last stage's map, along each axis."""
 
     width: int
@@ -45,11 +45,11 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
-class ConvNeXtDecoder(Decoder, nn.Sequential):
+class ConvNeXtDecoder(FCMAEDecoder, nn.Sequential):
     """Blocks of the encoder's kind, under the official names `decoder.N.*`."""
 
     def __init__(self, encoder: ConvNeXtV2, dim: int, depth: int):
-        super().__init__(*[Block(dim, encoder.response, encoder.layer_scale) for _ in range(depth)])
+        super().__init__(*[ConvNeXtBlock(dim, encoder.response, encoder.layer_scale) for _ in range(depth)])
         self.width, self.checkpointing = dim, encoder.checkpointing
 
     def forward(self, x: Tensor, stages: Sequence[Tensor], layout: Layout, visible: VisibleCells) -> Tensor:
@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class TransformerDecoder(Decoder):
+class TransformerDecoder(FCMAEDecoder):
     """The decoder of MAE (He et al. 2022): fixed sine and cosine positions are added, `depth` pre-norm blocks with
     heads of 32 channels (512 channels have 16, as there), a last LayerNorm."""
 
@@ -106,7 +106,7 @@ def positions(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor:
     return torch.cat((row[:, None].expand(-1, grid[1], -1), column.expand(grid[0], -1, -1)), -1)
 
 
-class UNetDecoder(Decoder):
+class UNetDecoder(FCMAEDecoder):
     """From the last stride back to the first, halving the channels at each step.
 
     At every stride `depth` blocks of the encoder's kind; between two strides a 2x2 transposed convolution. With skips,
@@ -122,7 +122,7 @@ class UNetDecoder(Decoder):
         self.width, self.upscale, self.checkpointing = dim // 2**steps, 2**steps, encoder.checkpointing
         widths = [dim // 2**step for step in range(steps + 1)]
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(width, encoder.response, encoder.layer_scale) for _ in range(depth)])
+            nn.Sequential(*[ConvNeXtBlock(width, encoder.response, encoder.layer_scale) for _ in range(depth)])
             for width in widths
         )
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * width, width, 2, 2) for width in widths[1:])

@@ -172,7 +172,7 @@ class Mlp(nn.Module):
 class NCB(nn.Module):
     """Next convolution block: MHCA, then a norm and an MLP of three times the width; both residual.
 
-    `keep` (2, N) holds the drop-path factors of the two branches for each image, see `convnextv2.Block`.
+    `keep` (2, N) holds the drop-path factors of the two branches for each image, see `convnextv2.ConvNeXtBlock`.
     """
 
     shares = (1.0, 1.0)  # of the block's drop-path rate, for each branch

@@ -55,7 +55,8 @@ class Response:
         """The module for `dim` channels."""
         if self.kind == "grn":
             return GRN(dim, self.aggregation, self.normaliser, self.residual)
-        return {"none": Nothing, "lrn": LRN, "bn": BatchNorm, "ln": LayerNorm, "se": SE, "cbam": CBAM}[self.kind](dim)
+        kinds = {"none": Nothing, "lrn": LRN, "bn": ResponseBatchNorm, "ln": ResponseLayerNorm, "se": SE, "cbam": CBAM}
+        return kinds[self.kind](dim)
 
 
 class GRN(nn.Module):
@@ -127,7 +128,7 @@ class LRN(nn.Module):
         return (x * (self.k + self.alpha * around).pow(-self.beta).view(x.shape)).to(x.dtype)
 
 
-class LayerNorm(nn.Module):
+class ResponseLayerNorm(nn.Module):
     """Over the channels of each site."""
 
     def __init__(self, dim: int):
@@ -139,7 +140,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPS)
 
 
-class BatchNorm(nn.Module):
+class ResponseBatchNorm(nn.Module):
     """Each channel by its mean and variance over the sites of the batch that count; in evaluation, by running ones.
 
     What `forward` sees is noted in `seen` and enters the buffers only by `update_running`, which the model calls once

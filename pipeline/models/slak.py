@@ -91,8 +91,8 @@ def centred(kernel: Tensor, around: nn.Conv2d) -> Tensor:
     return F.pad(kernel, (wide, wide, high, high))
 
 
-class Block(nn.Module):
-    """ConvNeXt V1's block around a large kernel; see `convnextv2.Block` for `keep`. `gamma` (C,) scales the branch."""
+class SLaKBlock(nn.Module):
+    """ConvNeXt V1's block around a large kernel; see `ConvNeXtBlock` for `keep`. `gamma` (C,) scales the branch."""
 
     def __init__(self, dim: int, kernel: int, small: int | None, form: str, order: str, layer_scale: float):
         super().__init__()
@@ -151,8 +151,8 @@ class SLaK(ConvNeXt):
             raise ValueError(f"order is {order}, but form square has one large branch; set it to parallel")
         self.kernel_sizes, self.small_kernel, self.form, self.order = tuple(kernel_sizes), small_kernel, form, order
 
-        def block(stage: int, dim: int) -> Block:
-            return Block(dim, kernel_sizes[stage], small_kernel, form, order, layer_scale)
+        def block(stage: int, dim: int) -> SLaKBlock:
+            return SLaKBlock(dim, kernel_sizes[stage], small_kernel, form, order, layer_scale)
 
         super().__init__(depths, [int(dim * width) for dim in dims], block, **options)
 

@@ -1,8 +1,8 @@
 """Objectives: what a stage learns. The recipe's `objective.kind` names one."""
 
-from pipeline.objectives.base import Objective
 from pipeline.objectives.classification import ClassificationObjective
-from pipeline.objectives.fcmae import FCMAEObjective
+from pipeline.objectives.masked_autoencoding import FCMAEObjective
+from pipeline.objectives.objective import Objective
 from pipeline.recipe import StageRecipe
 
 _KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective}

@@ -13,7 +13,8 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.data.erase import RandomErasing
 from pipeline.models import create_model
-from pipeline.objectives.base import normalise, refused_by_recipe
+from pipeline.objectives.objective import AdaptedWeights, recipe_errors
+from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe
 from pipeline.weights.files import encoder_to_classifier
 
@@ -26,7 +27,7 @@ class ClassificationObjective:
         self._erase = RandomErasing(seed, recipe.data.erase_probability)
 
     def build_model(self) -> nn.Module:
-        with refused_by_recipe(self.recipe.name):
+        with recipe_errors(self.recipe.name):
             model = create_model(
                 self.recipe.model.name,
                 num_classes=self.settings.classes,
@@ -54,7 +55,7 @@ class ClassificationObjective:
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)
         return (share * own + (1 - share) * other).mean(), {}
 
-    def plain(self) -> "ClassificationObjective":
+    def without_mixing(self) -> "ClassificationObjective":
         found = copy.copy(self)
         found.settings = self.settings.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0})
         return found
@@ -63,21 +64,22 @@ class ClassificationObjective:
         logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
         valid = batch.valid.to(logits.device)
-        return {**top_sums(logits, batch.labels, valid), "loss": (loss * valid).sum()}
+        return {**count_correct(logits, batch.labels, valid), "loss": (loss * valid).sum()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {**top_metrics(sums), "loss": sums["loss"] / sums["count"]}
+        return {**accuracies(sums), "loss": sums["loss"] / sums["count"]}
 
     def paint(self, model: nn.Module, batch: Batch) -> None:
         return None
 
-    def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):
-            return encoder_to_classifier(weights), ("mask_token", "proj.", "decoder.", "pred."), ("norm.", "head.")
+            dropped = ("mask_token", "proj.", "decoder.", "pred.")
+            return AdaptedWeights(encoder_to_classifier(weights), dropped, ("norm.", "head."))
         head = (self._head,) if self.recipe.init.head == "new" else ()
         if any(name.startswith(("norm.", self._head)) for name in weights):
-            return weights, head, head
-        return weights, (), (*head, "norm.")  # an encoder alone, as FCMAE weights are released
+            return AdaptedWeights(weights, dropped=head, fresh=head)
+        return AdaptedWeights(weights, (), (*head, "norm."))  # an encoder alone, as FCMAE weights are released
 
     def _mix(self, step: int, slot: int, size: int) -> "Mix":
         """The slot's mix-up or cut-mix, by hash of (seed, step, slot)."""
@@ -109,7 +111,7 @@ class ClassificationObjective:
         return torch.from_numpy(keep).to(dtype).to(device, non_blocking=True)
 
 
-def top_sums(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def count_correct(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """How many of the `valid` (n,) images have a right class first, and among the first five.
 
     right: int64 (n,), each image's class; or bool (n, classes), where several may be right.
@@ -119,7 +121,7 @@ def top_sums(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:
     return {"top1": (hit[:, 0] & valid).sum(), "top5": (hit.any(1) & valid).sum(), "count": valid.sum()}
 
 
-def top_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+def accuracies(sums: Mapping[str, float]) -> dict[str, float]:
     """In percent."""
     return {name: 100 * sums[name] / sums["count"] for name in ("top1", "top5")}
 

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     shape: list[int]
 
 
-def fastest(device: torch.device, side: int) -> str:
+def fastest_variant(device: torch.device, side: int) -> str:
     """The variant for cells of side*side sites: measured if it was, else that of the nearest side that was."""
     measured = [known for kind, known in FASTEST if kind == device.type]
     if not measured:  # a GPU: unmeasured, chosen because it moves the least memory
@@ -49,20 +49,20 @@ def fastest(device: torch.device, side: int) -> str:
     return FASTEST[device.type, min(measured, key=lambda known: abs(known - side))]
 
 
-def plan(visible: VisibleCells, side: int, variant: str | None = None) -> Plan:
+def plan_depthwise(visible: VisibleCells, side: int, variant: str | None = None) -> Plan:
     """The plan for cells of side*side sites; `variant` None is the fastest known one.
 
     Raises:
         ValueError: for a variant there is not.
     """
-    variant = variant or fastest(visible.device, side)
+    variant = variant or fastest_variant(visible.device, side)
     if variant not in VARIANTS:
         raise ValueError(f"there is no depthwise variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     h, w = visible.grid
     return Plan(variant, VARIANTS[variant].tables(visible, side), [visible.images, h * side, w * side])
 
 
-def depthwise(conv: nn.Conv2d, x: Tensor, plan: Plan) -> Tensor:
+def convolve_tokens(conv: nn.Conv2d, x: Tensor, plan: Plan) -> Tensor:
     """The 7x7 depthwise convolution `conv` (padding 3, stride 1) of tokens (tokens, C), in the dtype of autocast."""
     assert conv.kernel_size == (2 * REACH + 1, 2 * REACH + 1)
     dtype = x.dtype

@@ -32,7 +32,7 @@ class VisibleCells:
         if self.visible == 0 or not torch.all(shown == self.visible):
             counts = sorted(set(shown.tolist()))
             raise ValueError(
-                f"images show {counts} cells; every image must show the same number, at least one (see random_mask)"
+                f"images show {counts} cells; every image must show the same number, at least one (see draw_mask)"
             )
         self.images, self.grid, self.device = mask.shape[0], grid, device or mask.device
         self._host_ids = (~host).nonzero()[:, 1].view(self.images, self.visible)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.sparse.depthwise import Plan, depthwise, plan
+from pipeline.sparse.depthwise import Plan, convolve_tokens, plan_depthwise
 from pipeline.sparse.geometry import VisibleCells
 
 
@@ -176,7 +176,7 @@ class Packed:
         return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return depthwise(conv, x.reshape(-1, x.shape[-1]), self._plans[self._side(x)]).view_as(x)
+        return convolve_tokens(conv, x.reshape(-1, x.shape[-1]), self._plans[self._side(x)]).view_as(x)
 
     def energy(self, x: Tensor, across_images: bool) -> Tensor:
         return _norm(x, across_images)
@@ -201,7 +201,7 @@ class Packed:
     def _prepare(self, side: int) -> None:
         # Between the stages, because making an index inside a block breaks its compiled graph.
         if side not in self._plans:
-            self._plans[side] = plan(self.visible, side, self._variant)
+            self._plans[side] = plan_depthwise(self.visible, side, self._variant)
             self._rows(side)
 
     def _rows(self, side: int) -> Tensor:

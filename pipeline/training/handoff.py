@@ -75,7 +75,7 @@ def _take(
     objective: Objective,
     classes: Sequence[str],
 ) -> Received:
-    weights, drop, fresh = objective.receive(weights)
+    weights, drop, fresh = objective.adapt_weights(weights)
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
     head = None

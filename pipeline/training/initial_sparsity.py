@@ -44,7 +44,7 @@ def snip_scores(engine: Engine, objective: Objective, batches: Iterable[Batch], 
     """
     dtype = torch.float64 if engine.world.device.type == "cpu" else torch.float32
     model = _copy(engine, objective).to(engine.world.device, dtype).train()
-    plain, slots = objective.plain(), engine.recipe.batch.slots
+    plain, slots = objective.without_mixing(), engine.recipe.batch.slots
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]

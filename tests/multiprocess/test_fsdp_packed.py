@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models import create_model
-from pipeline.models.convnextv2 import Block, ConvNeXtV2
+from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
 from pipeline.sparse import Masked, Packed, VisibleCells, find_layout
 
 LAYOUTS = {
@@ -34,8 +34,8 @@ def build() -> ConvNeXtV2:
     return encoder
 
 
-def blocks(encoder: nn.Module) -> list[Block]:
-    return [module for module in encoder.modules() if isinstance(module, Block)]
+def blocks(encoder: nn.Module) -> list[ConvNeXtBlock]:
+    return [module for module in encoder.modules() if isinstance(module, ConvNeXtBlock)]
 
 
 def run(encoder: nn.Module, name: str, rank: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
-from pipeline.objectives.base import MEAN, STD
+from pipeline.objectives.pixels import MEAN, STD
 from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
 from tools.weights.model import build, open_weights

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import VARIANTS as MODELS
-from pipeline.models.convnextv2 import Block, ConvNeXtV2
-from pipeline.objectives.fcmae import random_mask
+from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
+from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.sparse import DENSE, Layout, Masked, Packed, VisibleCells, find_layout
-from pipeline.sparse.depthwise import VARIANTS, depthwise, plan
+from pipeline.sparse.depthwise import VARIANTS, convolve_tokens, plan_depthwise
 from tools.bench.timing import medians, synchronised_clock
 
 SIZE, CELL, HIDDEN = 224, 32, 30
@@ -39,7 +39,7 @@ Works = dict[str, Callable[[], None]]
 
 def mask_of(images: int) -> Tensor:
     """(images, CELLS) bool, True = hidden."""
-    return random_mask(0, 0, np.arange(images), CELLS, HIDDEN / CELLS)
+    return draw_mask(0, 0, np.arange(images), CELLS, HIDDEN / CELLS)
 
 
 def layouts_on(device: torch.device) -> dict[str, Callable[[VisibleCells], Layout]]:
@@ -134,7 +134,7 @@ def measure_on_gpu(models: Sequence[str], batch: int, rounds: int) -> None:
             works = passes(encoder, batch, device)
             if compiled:
                 torch._dynamo.config.recompile_limit = 64  # blocks share code: one entry for each layout and stage
-                for module in [module for module in encoder.modules() if isinstance(module, Block)]:
+                for module in [module for module in encoder.modules() if isinstance(module, ConvNeXtBlock)]:
                     module.compile()
                 works.pop("spconv", None)  # an oracle, which nobody compiles
             seconds = medians(works, rounds, synchronised_clock(device))
@@ -164,7 +164,7 @@ def measure_depthwise(rounds: int, device: torch.device, width: int) -> None:
             conv.to(dtype)
 
             def work(variant: str, conv: nn.Conv2d = conv, x: Tensor = x, visible: VisibleCells = visible) -> None:
-                depthwise(conv, x, plan(visible, side, variant)).backward(x.detach())  # noqa: B023 - runs at once
+                convolve_tokens(conv, x, plan_depthwise(visible, side, variant)).backward(x.detach())  # noqa: B023 - runs at once
 
             works = {name: partial(work, name) for name in variants}
             seconds = medians(works, rounds, synchronised_clock(device))

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from pipeline.kernels.large_kernel import available, depthwise, seconds
+from pipeline.kernels.large_kernel import available_forms, convolve_depthwise, time_form
 from tools.bench.timing import print_header, print_row, quiet_clock
 
 FIRST = [(56, (k, k)) for k in (31, 51, 61)] + [(56, kernel) for k in (31, 51, 61) for kernel in ((k, 5), (5, k))]
@@ -24,7 +24,7 @@ def largest_error(channels: int, size: int, kernel: tuple[int, int], form: str, 
     weight = torch.randn(channels, 1, *kernel, generator=generator).to(device)
     for dtype, name in ((torch.float64, "fft"), (torch.float32, form)):  # spectra: torch's own takes minutes on a CPU
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
-        y = depthwise(*leaves, None, name)
+        y = convolve_depthwise(*leaves, None, name)
         results.append([y, *torch.autograd.grad(y, leaves, gradient.to(dtype))])
     return max(
         ((single.double() - exact).abs().max() / exact.abs().max()).item()
@@ -43,8 +43,8 @@ def measure_forms(
     print_header(["map", "kernel", "form", *columns])
     for size, kernel in cases:
         shape, native = (images, channels, size, size), None
-        for form in sorted(available(device), key=lambda form: form != "native"):
-            taken = seconds(shape, kernel, dtype, device, form, rounds, quiet_clock(device))
+        for form in sorted(available_forms(device), key=lambda form: form != "native"):
+            taken = time_form(shape, kernel, dtype, device, form, rounds, quiet_clock(device))
             native = native or taken
             error = largest_error(min(channels, 8), size, kernel, form, device)
             times = [f"{1e3 * value:.1f}" for value in taken]

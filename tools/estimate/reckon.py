@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.site import Site
-from pipeline.cost.measure import Measured, available_bytes, measure
+from pipeline.cost.measure import Measured, available_bytes, measure_steps
 from pipeline.cost.memory import (
     ENGINES,
     EngineName,
-    Model,
+    ModelSize,
     Term,
-    memory,
+    estimate_memory,
+    estimate_state,
     micro_batches,
-    model_state,
     with_engine,
 )
-from pipeline.cost.trace import Growth, Trace, trace_evaluation
+from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
 from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
 from pipeline.data.subset import class_counts
@@ -185,17 +185,17 @@ def _stage(
             f" {site.nodes} nodes"
         )
     device = "cuda" if site.gpus_per_node else "cpu"
-    model, evaluation = Model.of(recipe), trace_evaluation(recipe, device)
-    own = Growth(recipe, device)
+    model, evaluation = ModelSize.of(recipe), trace_evaluation(recipe, device)
+    own = StepTraces(recipe, device)
     measured = _measure(recipe, model) if measured_here else None
     correction = 1.0
     if measured:
-        here = own if measured.device.startswith(device) else Growth(recipe, measured.device.partition(":")[0])
+        here = own if measured.device.startswith(device) else StepTraces(recipe, measured.device.partition(":")[0])
         correction = memory_correction(recipe, model, here(recipe.batch.micro_slots), measured)
     options = []
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
-        growth = own if checkpointing == recipe.model.checkpointing else Growth(changed, device)
+        growth = own if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
         for name in ENGINES:
             if reason := _unsupported(recipe, name):
                 notes.append(f"{name} is left out: {reason}")
@@ -203,7 +203,7 @@ def _stage(
             for slots in _micro_slots(recipe, site.ranks):
                 batch = recipe.batch.model_copy(update={"micro_slots": slots})
                 this, trace = with_engine(changed.model_copy(update={"batch": batch}), name), growth(slots)
-                terms = _corrected(memory(this, model, site.ranks, trace, evaluation), correction)
+                terms = _corrected(estimate_memory(this, model, site.ranks, trace, evaluation), correction)
                 options.append(Option(name, checkpointing, slots, trace.images, terms, trace.training_macs))
     first = own(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
     copies = 1 + 2 + (recipe.ema is not None)
@@ -280,24 +280,24 @@ def _corrected(terms: list[Term], factor: float) -> tuple[Term, ...]:
     )
 
 
-def memory_correction(recipe: StageRecipe, model: Model, trace: Trace, measured: Measured) -> float:
-    """By how much the trace's activations are off, where real steps were measured as `measure` makes them."""
+def memory_correction(recipe: StageRecipe, model: ModelSize, trace: Trace, measured: Measured) -> float:
+    """By how much the trace's activations are off, where real steps were measured as `measure_steps` makes them."""
     alone = with_engine(recipe, "ddp")
     alone = alone.model_copy(
         update={"batch": recipe.batch.model_copy(update={"global_batch": recipe.batch.slot * recipe.batch.micro_slots})}
     )
-    state = sum(term.bytes for term in model_state(alone, model, 1))
+    state = sum(term.bytes for term in estimate_state(alone, model, 1))
     return max(measured.allocated_bytes - state, 1) / trace.peak_bytes(gradients=True)
 
 
-def _measure(recipe: StageRecipe, model: Model) -> Measured:
-    needed = sum(term.bytes for term in model_state(with_engine(recipe, "ddp"), model, 1))
+def _measure(recipe: StageRecipe, model: ModelSize) -> Measured:
+    needed = sum(term.bytes for term in estimate_state(with_engine(recipe, "ddp"), model, 1))
     if needed > available_bytes():
         raise UserError(
             f"stage {recipe.name}: --measure needs {needed / GIB:.1f} GiB for the state of {model.parameters:,}"
             f" parameters and {available_bytes() / GIB:.1f} GiB are free; measure on a larger machine"
         )
-    return measure(recipe)
+    return measure_steps(recipe)
 
 
 def _counts(images: Sequence[str]) -> dict[str, int]:

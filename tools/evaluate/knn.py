@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
-from pipeline.objectives.base import normalise
-from pipeline.objectives.classification import top_metrics, top_sums
+from pipeline.objectives.classification import accuracies, count_correct
+from pipeline.objectives.pixels import normalise
 from pipeline.training.evaluation import FixedModel
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -67,10 +67,10 @@ class Neighbours:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         votes = vote(features(model, batch.images), self._bank, self._labels, self._classes)
-        return top_sums(votes, batch.labels, batch.valid.to(votes.device))
+        return count_correct(votes, batch.labels, batch.valid.to(votes.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {**top_metrics(sums), "images": int(sums["count"])}
+        return {**accuracies(sums), "images": int(sums["count"])}
 
 
 def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch
 from pipeline.data.beton import Beton, samples_of
 from pipeline.errors import DataError
-from pipeline.objectives.base import normalise
-from pipeline.objectives.classification import top_metrics, top_sums
+from pipeline.objectives.classification import accuracies, count_correct
+from pipeline.objectives.pixels import normalise
 
 LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels: nine of ten where the order is right
 
@@ -109,7 +109,7 @@ class Answers:
         if self._real is not None:
             right = self._real[batch.ids].to(logits.device)
             valid = valid & right.any(1)
-        return top_sums(logits, right, valid)
+        return count_correct(logits, right, valid)
 
     def _of_the_data(self, logits: Tensor) -> Tensor:
         """(n, outputs) to (n, classes of the data). One that the classifier does not have is never its answer."""
@@ -120,4 +120,4 @@ class Answers:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         if not sums["count"]:
             raise DataError("no image counts: each is without a right class, or damaged; look at the files")
-        return {**top_metrics(sums), "images": int(sums["count"])}
+        return {**accuracies(sums), "images": int(sums["count"])}

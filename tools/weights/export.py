@@ -188,7 +188,7 @@ def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], ove
 
 def _timm_config(architecture: Architecture | FamilyArchitecture, size: int) -> dict[str, Any]:
     """What timm reads beside the weights. Other shapes than the published are arguments of its tiny model."""
-    from pipeline.objectives.base import MEAN, STD  # here, for it loads FFCV
+    from pipeline.objectives.pixels import MEAN, STD  # here, for it loads FFCV
 
     options: dict[str, Any] = {}
     if architecture.variant is None:

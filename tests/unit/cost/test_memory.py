@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.cost.measure import measure
-from pipeline.cost.memory import ENGINES, EngineName, Model, memory, model_state, with_engine
+from pipeline.cost.measure import measure_steps
+from pipeline.cost.memory import ENGINES, EngineName, ModelSize, estimate_memory, estimate_state, with_engine
 from pipeline.cost.trace import trace_evaluation, trace_step
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
@@ -21,9 +21,9 @@ PASSING = ("gathered", "gradients", "gradients to be shared out", "gradients of 
 
 
 def predicted_peak(recipe: StageRecipe) -> int:
-    """Of one process with one micro-batch a step, as `measure` makes them."""
+    """Of one process with one micro-batch a step, as `measure_steps` makes them."""
     alone = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"global_batch": recipe.batch.slot})})
-    terms = memory(alone, Model.of(alone), 1, trace_step(alone, "cpu"), trace_evaluation(alone, "cpu"))
+    terms = estimate_memory(alone, ModelSize.of(alone), 1, trace_step(alone, "cpu"), trace_evaluation(alone, "cpu"))
     return sum(term.bytes for term in terms)
 
 
@@ -35,7 +35,7 @@ def predicted_peak(recipe: StageRecipe) -> int:
 def test_a_real_step_allocates_what_is_predicted(kind, name, images):
     objective = {"classes": 1000} if kind == "classification" else {"decoder_dim": 512}
     recipe = stage(kind, 224, images, model={"name": f"convnextv2_{name}"}, objective=objective, engine={"threads": 1})
-    found = measure(recipe, steps=1)
+    found = measure_steps(recipe, steps=1)
     print(f"{kind} {name}: predicted {predicted_peak(recipe)}, allocated {found.allocated_bytes}, {found}")
     assert predicted_peak(recipe) == pytest.approx(found.allocated_bytes, rel=0.1)
     assert found.allocated_bytes < found.resident_bytes
@@ -75,7 +75,7 @@ def test_engines_hold_the_state_that_the_formulas_say():
     recipes = {name: sized(name) for name in ENGINES}
     for found in on_ranks(2, held, recipes):
         for name, recipe in recipes.items():
-            terms = model_state(recipe, Model.of(recipe), 2)
+            terms = estimate_state(recipe, ModelSize.of(recipe), 2)
             # Zero3's partition of gradients and its bucket are there from the start, stage 1's and 2's are not.
             # DDP keeps its buckets where Python does not see them; the steps above count them.
             waits = () if name == "zero3" else (*PASSING, "ZeRO's bucket", "DDP's buckets")
@@ -84,20 +84,20 @@ def test_engines_hold_the_state_that_the_formulas_say():
 
 
 def test_state_of_huge_as_it_is_known():
-    model = Model((((660_289_640,)),), (1,), 0)
+    model = ModelSize((((660_289_640,)),), (1,), 0)
     recipe = stage()
     gib = {}
     for name in ("ddp", "zero1", "zero2", "zero3"):
-        terms = {t.name: t.bytes for t in model_state(with_engine(recipe, name), model, 8)}
+        terms = {t.name: t.bytes for t in estimate_state(with_engine(recipe, name), model, 8)}
         gib[name] = sum(terms.get(part, 0) for part in ("parameters", "moments")) / 2**30
     assert gib == pytest.approx({"ddp": 7.38, "zero1": 3.07, "zero2": 3.07, "zero3": 0.92}, abs=0.01)
 
 
 def test_offload_and_accumulation():
     recipe = with_engine(stage(batch={"global_batch": 16, "slot": 2}), "fsdp")
-    model = Model.of(recipe)
-    accumulating = {term.name for term in model_state(recipe, model, 2)}
-    at_once = {term.name for term in model_state(recipe, model, 8)}
+    model = ModelSize.of(recipe)
+    accumulating = {term.name for term in estimate_state(recipe, model, 2)}
+    at_once = {term.name for term in estimate_state(recipe, model, 8)}
     assert accumulating - at_once == {"gradients of earlier micro-batches"}
     offloaded = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"offload": True})})
-    assert {"parameters", "moments"} == at_once - {term.name for term in model_state(offloaded, model, 8)}
+    assert {"parameters", "moments"} == at_once - {term.name for term in estimate_state(offloaded, model, 8)}

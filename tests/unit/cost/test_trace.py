@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cost.memory import Model
-from pipeline.cost.trace import Growth, trace_evaluation, trace_step
+from pipeline.cost.memory import ModelSize
+from pipeline.cost.trace import StepTraces, trace_evaluation, trace_step
 from pipeline.recipe import StageRecipe
 
 MICRO = {"name": "convnextv2", "depths": [1, 2], "dims": [8, 16], "stem_stride": 2}
@@ -60,7 +60,7 @@ def test_the_dense_model_has_the_published_arithmetic(name, size):
     for text in PUBLISHED[name, size]:
         unit = 10.0 ** -len(text.partition(".")[2])
         assert abs(found - float(text)) < unit, f"{found} against {text}"
-    assert Model.of(recipe).parameters == PARAMETERS[name]
+    assert ModelSize.of(recipe).parameters == PARAMETERS[name]
 
 
 def test_multiply_adds_by_hand():
@@ -97,7 +97,7 @@ def test_the_packed_encoder_computes_the_visible_share():
 @pytest.mark.parametrize("kind", ["classification", "fcmae"])
 def test_two_traces_tell_all_others(kind, precision):
     recipe = stage(kind, engine={"precision": precision})
-    grown = Growth(recipe, "cuda")(5)
+    grown = StepTraces(recipe, "cuda")(5)
     direct = trace_step(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 5})}), "cuda")
     np.testing.assert_array_equal(grown.timeline, direct.timeline)
     assert (grown.images, grown.forward_macs, grown.backward_macs) == (10, direct.forward_macs, direct.backward_macs)
@@ -114,7 +114,7 @@ def test_a_gpu_does_whole_what_a_cpu_does_in_pieces():
 def test_all_gradients_are_there_at_the_end_and_weights_never_count(kind):
     recipe = stage(kind)
     timeline = trace_step(recipe, "cpu").timeline
-    parameters = Model.of(recipe).parameters
+    parameters = ModelSize.of(recipe).parameters
     # The last gradients become such after the last allocation.
     assert 0.9 * parameters <= timeline[:, 1].max() / 4 <= parameters
     assert timeline.min() >= 0

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.kernels import large_kernel as module
-from pipeline.kernels.large_kernel import FORMS, DepthwiseConv2d, available, depthwise, fastest, shapes_of
+from pipeline.kernels.large_kernel import (
+    FORMS,
+    DepthwiseConv2d,
+    available_forms,
+    convolve_depthwise,
+    fastest_form,
+    record_input_shapes,
+)
 
 CPU = torch.device("cpu")
 OTHERS = ("fft", "banded")
@@ -20,7 +27,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 def results(form, x, weight, gradient):
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    y = depthwise(*leaves, None, form)
+    y = convolve_depthwise(*leaves, None, form)
     return [y, *torch.autograd.grad(y, leaves, gradient)]
 
 
@@ -59,7 +66,7 @@ def test_gradients_by_finite_differences(form):
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(2, 1, 3, 7, dtype=torch.float64, requires_grad=True), torch.randn(2).double()
-    assert torch.autograd.gradcheck(lambda *leaves: depthwise(*leaves, bias, form), (x, weight))
+    assert torch.autograd.gradcheck(lambda *leaves: convolve_depthwise(*leaves, bias, form), (x, weight))
 
 
 @pytest.mark.parametrize("form", OTHERS)
@@ -86,15 +93,15 @@ def test_backward_is_the_same_twice(form):
 def test_choice_is_measured_for_the_shapes_that_are_used(monkeypatch):
     model = nn.Sequential(DepthwiseConv2d(4, (31, 31)), nn.AvgPool2d(4), DepthwiseConv2d(4, (3, 3)))
     with torch.autocast("cpu", torch.bfloat16):
-        shapes = shapes_of(model, lambda: model(torch.randn(2, 4, 32, 32)))
+        shapes = record_input_shapes(model, lambda: model(torch.randn(2, 4, 32, 32)))
     assert [tuple(shape) for shape, _ in shapes.values()] == [(2, 4, 32, 32), (2, 4, 8, 8)]
     assert {dtype for _, dtype in shapes.values()} == {torch.bfloat16}
     # By this thread's own time, for other processes may take the core from one form and not from the next.
-    monkeypatch.setattr(module, "seconds", partial(module.seconds, clock=time.thread_time))
-    assert fastest((2, 4, 32, 32), (31, 31), torch.float32, CPU) in OTHERS
+    monkeypatch.setattr(module, "time_form", partial(module.time_form, clock=time.thread_time))
+    assert fastest_form((2, 4, 32, 32), (31, 31), torch.float32, CPU) in OTHERS
 
 
 def test_forms_that_are_not_there():
-    assert set(available(CPU)) == set(FORMS) - {"triton"}
+    assert set(available_forms(CPU)) == set(FORMS) - {"triton"}
     with pytest.raises(ValueError, match="no form 'fastest' of large kernels; choose one of native, fft, banded"):
-        depthwise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), None, "fastest")
+        convolve_depthwise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), None, "fastest")

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.kernels import triton_depthwise
 from pipeline.sparse import VisibleCells
-from pipeline.sparse.depthwise import depthwise, plan
+from pipeline.sparse.depthwise import convolve_tokens, plan_depthwise
 
 
 def errors(dtype: torch.dtype, grid: tuple[int, int], shown: int, side: int, channels: int) -> dict[str, float]:
@@ -22,7 +22,7 @@ def errors(dtype: torch.dtype, grid: tuple[int, int], shown: int, side: int, cha
     results = []
     for kind, variant in ((torch.float64, "scatter"), (dtype, "triton")):
         leaf, conv = x.to(kind).requires_grad_(), conv.to(kind)
-        y = depthwise(conv, leaf, plan(visible, side, variant))
+        y = convolve_tokens(conv, leaf, plan_depthwise(visible, side, variant))
         results.append([y, *torch.autograd.grad(y, (leaf, conv.weight, conv.bias), gradient.to(kind))])
     names = ("output", "input", "weight", "bias")
     return {

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from pipeline.kernels import triton_large_kernel
-from pipeline.kernels.large_kernel import depthwise
+from pipeline.kernels.large_kernel import convolve_depthwise
 
 
 def errors(dtype: torch.dtype, size: tuple[int, int], kernel: tuple[int, int], images: int) -> dict[str, float]:
@@ -18,7 +18,7 @@ def errors(dtype: torch.dtype, size: tuple[int, int], kernel: tuple[int, int], i
     weight, results = torch.randn(2, 1, *kernel).to(dtype), []
     for kind, form in ((torch.float64, "native"), (dtype, "triton")):
         leaves = [tensor.to(kind).requires_grad_() for tensor in (x, weight)]
-        y = depthwise(*leaves, None, form)
+        y = convolve_depthwise(*leaves, None, form)
         results.append([y, *torch.autograd.grad(y, leaves, gradient.to(kind))])
     return {
         name: ((found.double() - exact).abs().max() / exact.abs().max()).item()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.models import create_model
-from pipeline.models.response_norm import KINDS, BatchNorm, Response
+from pipeline.models.response_norm import KINDS, Response, ResponseBatchNorm
 from pipeline.sparse import DENSE, Masked, Packed, VisibleCells
 from tests.unit.models.tiny_models import scatter_weights, tiny_fcmae, visible_cells
 
@@ -127,7 +127,7 @@ def test_running_statistics_move_once_per_forward_with_checkpointing():
         assert not any(torch.equal(start[name], buffer) for name, buffer in buffers[-1].items())
         model.eval()(images, mask)
     assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
-    assert len(buffers[0]) == 2 * sum(isinstance(m, BatchNorm) for m in model.modules()) == 8
+    assert len(buffers[0]) == 2 * sum(isinstance(m, ResponseBatchNorm) for m in model.modules()) == 8
 
 
 @pytest.mark.parametrize("kind", ["se", "cbam"])

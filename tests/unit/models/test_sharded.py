@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.models.convnextv2 import Block
+from pipeline.models.convnextv2 import ConvNeXtBlock
 from tests.unit.models.tiny_models import scatter_weights, tiny_fcmae, visible_cells
 
 
@@ -23,7 +23,7 @@ def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = build(checkpointing=True)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
+    for block in [module for module in model.modules() if isinstance(module, ConvNeXtBlock)]:
         fully_shard(block)
     fully_shard(model)
     output = model(images_of(rank), visible_cells(images=2, seed=rank).mask)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.batch import Batch
 from pipeline.objectives import create_objective
-from pipeline.objectives.base import normalise
 from pipeline.objectives.classification import Mix
-from pipeline.objectives.fcmae import random_mask
+from pipeline.objectives.masked_autoencoding import draw_mask
+from pipeline.objectives.pixels import normalise
 from pipeline.recipe import load_recipe
 from tests.oracles import oracle
 from tests.support import write_tiny_recipe
@@ -34,14 +34,14 @@ def batch(slots=(0, 1), size=8, pixels=16, epoch=0):
 )  # fmt: skip
 @settings(max_examples=50)
 def test_masks_hide_the_same_number_and_depend_on_the_sample_alone(seed, epoch, cells, ratio, ids):
-    mask = random_mask(seed, epoch, np.array(ids), cells, ratio)
+    mask = draw_mask(seed, epoch, np.array(ids), cells, ratio)
     assert ((~mask).sum(1) == max(int(cells * (1 - ratio)), 1)).all()
     for row, sample in zip(mask, ids, strict=True):
-        assert torch.equal(random_mask(seed, epoch, np.array([sample]), cells, ratio)[0], row)
+        assert torch.equal(draw_mask(seed, epoch, np.array([sample]), cells, ratio)[0], row)
 
 
 def test_masks_change_with_the_epoch_and_cover_all_cells():
-    masks = torch.stack([random_mask(0, epoch, np.arange(500), 49, 0.6) for epoch in range(4)])
+    masks = torch.stack([draw_mask(0, epoch, np.arange(500), 49, 0.6) for epoch in range(4)])
     assert not torch.equal(masks[0], masks[1])
     share = masks.float().mean((0, 1))
     assert (share - 30 / 49).abs().max() < 0.05

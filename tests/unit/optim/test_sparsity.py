@@ -10,7 +10,7 @@ from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.errors import RecipeError
 from pipeline.objectives import create_objective
-from pipeline.objectives.base import normalise
+from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe
 from pipeline.training.initial_sparsity import start_sparsity
 from tests.engines import batches, bits, stage_recipe, store

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.sparse import VisibleCells
-from pipeline.sparse.depthwise import FASTEST, VARIANTS, depthwise, fastest, plan
+from pipeline.sparse.depthwise import FASTEST, VARIANTS, convolve_tokens, fastest_variant, plan_depthwise
 
 ON_CPU = ("scatter", "halo", "pairs")
 
@@ -24,7 +24,7 @@ def convolution(channels: int, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_gradients_by_finite_differences(variant, side):
     visible, conv = visible_cells(), convolution(2)
-    plan_ = plan(visible, side, variant)
+    plan_ = plan_depthwise(visible, side, variant)
     x = torch.randn(visible.tokens(side), 2, dtype=torch.float64, requires_grad=True)
 
     def run(x, weight, bias):
@@ -37,7 +37,7 @@ def test_gradients_by_finite_differences(variant, side):
 def test_the_operator_is_registered_as_torch_wants_it(variant):
     visible, conv = visible_cells(), convolution(3, torch.float32)
     x = torch.randn(visible.tokens(2), 3, requires_grad=True)
-    arguments = (x, conv.weight, conv.bias, *plan(visible, 2, variant))
+    arguments = (x, conv.weight, conv.bias, *plan_depthwise(visible, 2, variant))
     torch.library.opcheck(torch.ops.fcmae.depthwise.default, arguments)
 
 
@@ -46,11 +46,11 @@ def test_compiled_once_for_all_batches(variant):
     """Other masks have other numbers of neighbours, and must not compile again."""
     torch._dynamo.reset()
     conv, counter = convolution(3, torch.float32), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x, plan_: depthwise(conv, x, plan_), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda x, plan_: convolve_tokens(conv, x, plan_), backend=counter, fullgraph=True)
     for seed in range(3):
         visible = visible_cells(seed)
-        x, plan_ = torch.randn(visible.tokens(2), 3), plan(visible, 2, variant)
-        torch.testing.assert_close(compiled(x, plan_), depthwise(conv, x, plan_), rtol=0, atol=0)
+        x, plan_ = torch.randn(visible.tokens(2), 3), plan_depthwise(visible, 2, variant)
+        torch.testing.assert_close(compiled(x, plan_), convolve_tokens(conv, x, plan_), rtol=0, atol=0)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -58,9 +58,9 @@ def test_compiled_once_for_all_batches(variant):
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_only_the_tokens_are_kept_for_the_backward_pass(variant):
     visible, conv, kept = visible_cells(), convolution(16, torch.float32), []
-    x, plan_ = torch.randn(visible.tokens(4), 16, requires_grad=True), plan(visible, 4, variant)
+    x, plan_ = torch.randn(visible.tokens(4), 16, requires_grad=True), plan_depthwise(visible, 4, variant)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        depthwise(conv, x, plan_)
+        convolve_tokens(conv, x, plan_)
     assert {t.data_ptr() for t in kept if t.is_floating_point()} == {x.data_ptr(), conv.weight.data_ptr()}
 
 
@@ -72,7 +72,7 @@ def test_half_precision_sums_in_single(variant):
     for dtype in (torch.float64, torch.bfloat16):
         conv.to(torch.bfloat16).to(dtype)
         leaf = x.to(dtype).requires_grad_()
-        y = depthwise(conv, leaf, plan(visible, 2, variant))
+        y = convolve_tokens(conv, leaf, plan_depthwise(visible, 2, variant))
         results.append([y, *torch.autograd.grad(y, (leaf, conv.weight), gradient.to(dtype))])
     for exact, rounded in zip(*results, strict=True):
         assert rounded.dtype == torch.bfloat16
@@ -82,9 +82,9 @@ def test_half_precision_sums_in_single(variant):
 
 def test_every_side_has_a_variant():
     for side in range(1, 17):
-        assert fastest(torch.device("cpu"), side) in ON_CPU
-        assert fastest(torch.device("cuda"), side) in ("triton", "scatter")
-        assert fastest(torch.device("xpu"), side) == "scatter"
-    assert fastest(torch.device("cpu"), 16) == FASTEST["cpu", 8]
-    assert fastest(torch.device("cpu"), 1) == FASTEST["cpu", 1]
+        assert fastest_variant(torch.device("cpu"), side) in ON_CPU
+        assert fastest_variant(torch.device("cuda"), side) in ("triton", "scatter")
+        assert fastest_variant(torch.device("xpu"), side) == "scatter"
+    assert fastest_variant(torch.device("cpu"), 16) == FASTEST["cpu", 8]
+    assert fastest_variant(torch.device("cpu"), 1) == FASTEST["cpu", 1]
     assert set(FASTEST.values()) <= set(VARIANTS)

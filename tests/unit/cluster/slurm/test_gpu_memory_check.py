@@ -10,7 +10,7 @@ from cluster.site import GPU, Site
 from cluster.slurm import client, gpu_memory_check
 from cluster.slurm import submit as jobs
 from cluster.slurm.gpu_memory_check import GIB, check_memory
-from pipeline.cost.memory import peak
+from pipeline.cost.memory import estimate_peak
 from pipeline.errors import LaunchError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from tests.support import write_tiny_recipe
@@ -34,7 +34,7 @@ def site(gib: float | None, **fields) -> Site:
 
 
 def needed(recipe: StageRecipe, ranks: int = 2) -> float:
-    return sum(term.bytes for term in peak(recipe, ranks, "cuda")) / GIB
+    return sum(term.bytes for term in estimate_peak(recipe, ranks, "cuda")) / GIB
 
 
 def changed(recipe: StageRecipe, **sections: dict) -> StageRecipe:
@@ -111,7 +111,7 @@ def test_an_estimate_that_cannot_be_made_is_told_and_refuses_nothing(chain, monk
     def fail(*_: object) -> None:
         raise NotImplementedError("no\nmeta kernel")
 
-    monkeypatch.setattr("pipeline.cost.memory.peak", fail)
+    monkeypatch.setattr("pipeline.cost.memory.estimate_peak", fail)
     found = check_memory(chain.stages["pretrain"], site(80))
     assert str(found) == "? of 80.0"
     assert found.warning == (

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster.site import GPU, Site
-from pipeline.cost.measure import measure
+from pipeline.cost.measure import measure_steps
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, load_recipe
 from tests.support import tiny_data, write_tiny_recipe
@@ -131,7 +131,7 @@ def test_measured_steps_correct_the_estimate(chain):
 
 
 def test_measure_alone(chain):
-    found = measure(chain.stages["finetune"], steps=1)
+    found = measure_steps(chain.stages["finetune"], steps=1)
     assert found.images == 8
     assert found.images_per_second > 0
     assert 0 < found.allocated_bytes < found.resident_bytes

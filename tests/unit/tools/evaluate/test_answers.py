@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.data.batch import Batch
 from pipeline.data.beton import BetonWriter, check
 from pipeline.errors import DataError
-from pipeline.objectives.base import denormalise
+from pipeline.objectives.pixels import denormalise
 from tools.evaluate.knn import NEIGHBOURS, TEMPERATURE, vote
 from tools.evaluate.labels import Answers, outputs_of, real_answers
 

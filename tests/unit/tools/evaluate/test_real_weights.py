@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.data.beton import check
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
-from pipeline.objectives.base import MEAN, STD
+from pipeline.objectives.pixels import MEAN, STD
 from pipeline.training.evaluation import FixedModel, evaluate
 from tests.oracles import oracle
 from tools.evaluate.labels import Answers, outputs_of

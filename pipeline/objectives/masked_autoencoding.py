@@ -10,7 +10,8 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.base import denormalise, normalise, refused_by_recipe
+from pipeline.objectives.objective import AdaptedWeights, recipe_errors
+from pipeline.objectives.pixels import denormalise, normalise
 from pipeline.recipe import StageRecipe
 from pipeline.sparse import VisibleCells
 
@@ -24,7 +25,7 @@ class FCMAEObjective:
 
     def build_model(self) -> nn.Module:
         options = self.recipe.model.options
-        with refused_by_recipe(self.recipe.name):
+        with recipe_errors(self.recipe.name):
             encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
             return FCMAE(
                 encoder,
@@ -41,7 +42,7 @@ class FCMAEObjective:
     def mask(self, batch: Batch) -> Tensor:
         """(n, L) bool, True = hidden: a function of (seed, epoch, sample id)."""
         cells = self._side * self._side
-        return random_mask(self.seed, batch.epoch, batch.ids.numpy(), cells, self.settings.mask_ratio)
+        return draw_mask(self.seed, batch.epoch, batch.ids.numpy(), cells, self.settings.mask_ratio)
 
     def visible(self, mask: Tensor, images: Tensor) -> VisibleCells:
         """What goes to the model: FSDP sends a tensor to the GPU, and each look at the mask would wait for it."""
@@ -51,7 +52,7 @@ class FCMAEObjective:
         images = normalise(batch.images, next(model.parameters()).dtype)
         return model(images, self.visible(self.mask(batch), images)).loss, {}
 
-    def plain(self) -> "FCMAEObjective":
+    def without_mixing(self) -> "FCMAEObjective":
         return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -72,15 +73,15 @@ class FCMAEObjective:
         prediction = model(images, self.visible(mask, images)).prediction
         return mask, denormalise(model.paint(images, mask, prediction))
 
-    def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):
-            return weights, (), ()
+            return AdaptedWeights(weights, (), ())
         head = {name: tensor for name, tensor in weights.items() if name.startswith(("norm.", "head."))}
         encoder = {f"encoder.{name}": tensor for name, tensor in weights.items() if name not in head}
-        return encoder | head, ("norm.", "head."), ("mask_token", "proj.", "decoder.", "pred.")
+        return AdaptedWeights(encoder | head, ("norm.", "head."), ("mask_token", "proj.", "decoder.", "pred."))
 
 
-def random_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:
+def draw_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:
     """(n, cells) bool, True = hidden; int(cells * (1 - ratio)) cells of each image stay visible, at least one."""
     keys = randomness.key(seed, epoch, ids, randomness.Purpose.MASK)
     rank = randomness.uniform(keys, cells).argsort(1).argsort(1)

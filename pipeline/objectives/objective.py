@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.errors import RecipeError
 
-# ImageNet's channel means and deviations, in levels of 0..255: published weights expect them.
-MEAN = tuple(255 * v for v in (0.485, 0.456, 0.406))
-STD = tuple(255 * v for v in (0.229, 0.224, 0.225))
+
+class AdaptedWeights(NamedTuple):
+    """Weights of another stage, as the model of this stage takes them. Names are prefixes."""
+
+    weights: Mapping[str, Tensor]
+    dropped: tuple[str, ...]
+    """Of the weights that this model does not have."""
+    fresh: tuple[str, ...]
+    """Of the parameters that keep their initial values."""
 
 
 class Objective(Protocol):
@@ -26,7 +31,7 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over the batch's images, and further scalars by name. All randomness is hashed from the batch."""
 
-    def plain(self) -> "Objective":
+    def without_mixing(self) -> "Objective":
         """The same on images that are not mixed and labels that are not smoothed: it says what a weight is worth."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -38,29 +43,14 @@ class Objective(Protocol):
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """(mask (n, L) bool, painted images (n, 3, H, W) uint8), for objectives that reconstruct."""
 
-    def receive(self, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-        """Weights of the stage before under this model's names, the names to drop, and the names that start fresh."""
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
+        """Bring the weights of the stage before under the names of this stage's model."""
 
 
 @contextmanager
-def refused_by_recipe(stage: str) -> Iterator[None]:
+def recipe_errors(stage: str) -> Iterator[None]:
     """What a model refuses, its recipe has asked for: models raise ValueError, for they know no recipe."""
     try:
         yield
     except ValueError as error:
         raise RecipeError(f"stage {stage}: {error}") from error
-
-
-def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (n, 3, H, W) to the input of a model of `dtype`; fp32 at least, for targets are made of it."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    mean = torch.tensor(MEAN, dtype=dtype).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-    std = torch.tensor(STD, dtype=dtype).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-    return (images.to(dtype) - mean) / std
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """The inverse of `normalise`, rounded and clipped to uint8."""
-    mean = torch.tensor(MEAN, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
