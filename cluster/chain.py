@@ -9,7 +9,7 @@ from pipeline.data.beton import Beton
 from pipeline.data.checks import preflight_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
-from pipeline.health.verdict import judge_again, refuse_off_track
+from pipeline.health.verdict import refuse_off_track, update_verdict
 from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -38,7 +38,7 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
     made = [Stage.create(directory / name, stage) for name, stage in stages.items()]
     for stage in made:
-        judge_again(stage)
+        update_verdict(stage)
     return made
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.tracking.journal import strict
+from pipeline.tracking.journal import strict_json
 
 
 class Level(StrEnum):
@@ -57,4 +57,4 @@ def render(findings: Iterable[Finding]) -> Table:
 
 def to_json(findings: Iterable[Finding]) -> str:
     """A JSON list of the findings."""
-    return json.dumps([strict(asdict(found)) for found in findings], indent=2)
+    return json.dumps([strict_json(asdict(found)) for found in findings], indent=2)

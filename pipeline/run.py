@@ -85,7 +85,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     watchdog = stack.enter_context(_watchdog(stage, world, leave))
     # Later than other ranks would notice, and than the stuck one has written its stacks.
     silent_seconds = 2 * recipe.health.stall_seconds
-    stack.enter_context(sentinel.standing(stage.directory, stage.attempts.own, watchdog.beat_file, silent_seconds))
+    stack.enter_context(sentinel.run_sentinel(stage.directory, stage.attempts.own, watchdog.beat_file, silent_seconds))
     if world.is_main:
         stack.enter_context(stage.attempts.heartbeat())
     stop = AgreedStop(request, watchdog.meeting(world.agree))
@@ -134,7 +134,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
         recipe.checkpoint,
         saved=start if resumed else None,
         steps_per_epoch=feed.steps_per_epoch,
-        best=world.on_main(lambda: best_evaluation(journal.read(events), objective.metric, lower_is_better)),
+        best=world.on_main(lambda: best_evaluation(journal.read_events(events), objective.metric, lower_is_better)),
         hurry=lambda: stop.number != 0,
         reach_steps=recipe.health.reach_steps,
     )
@@ -170,7 +170,7 @@ def _run(stage: Stage, request: StopRequest, stack: ExitStack, leave: Callable[[
     stage.attempts.record(outcome)
     # Not when stopped: a grace period is short, and the plotting library alone takes a second of it.
     if world.is_main and outcome.kind is OutcomeKind.DONE:
-        pictures.curves(stage.directory / JOURNAL_FILE, stage.directory / CURVES_FILE)
+        pictures.draw_curves(stage.directory / JOURNAL_FILE, stage.directory / CURVES_FILE)
         log.write("picture", step=outcome.step, path=CURVES_FILE)
     return outcome
 

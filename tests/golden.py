@@ -67,7 +67,7 @@ def measure(directory: Path) -> dict[str, Any]:
     for stage in open_chain(load_recipe(RECIPE, [*OVERRIDES, *data]), directory / "run"):
         outcome = run_stage(stage.directory)
         assert outcome.kind is OutcomeKind.DONE, outcome
-        found = journal.steps(journal.read(stage.directory / "journal.jsonl"))
+        found = journal.step_events(journal.read_events(stage.directory / "journal.jsonl"))
         losses[stage.recipe.name] = [event["loss"].hex() for event in found.values()]
     hashes = {name: check(directory / f"{name}.beton").sha256 for name in ("train", "validation")}
     return {"machine": machine(), "data": hashes, "losses": losses}

@@ -24,7 +24,7 @@ from pipeline.storage.file_names import (
 )
 from pipeline.storage.folder import is_remote
 from pipeline.storage.working_copy import View
-from pipeline.tracking.journal import Event, Tail, parse, strict
+from pipeline.tracking.journal import Event, Tail, parse_line, strict_json
 
 State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
 STATE_OF_OUTCOME: dict[str, State] = {"saved": "saved", "done": "done", "bad_node": "failed", "permanent": "failed"}
@@ -235,7 +235,7 @@ def status(run_directory: str | Path) -> list[StageStatus]:
 
 def to_json(statuses: list[StageStatus]) -> str:
     """A JSON list of the stages, in strict JSON (non-finite numbers are strings, as in the journal)."""
-    return json.dumps([strict(asdict(s)) for s in statuses], indent=2, allow_nan=False)
+    return json.dumps([strict_json(asdict(s)) for s in statuses], indent=2, allow_nan=False)
 
 
 def _attempts(directory: Path) -> list[Path]:
@@ -272,7 +272,7 @@ def _modified(path: Path) -> float:
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if it is missing or torn."""
     try:
-        return parse(path.read_bytes()) or {}
+        return parse_line(path.read_bytes()) or {}
     except OSError:
         return {}
 

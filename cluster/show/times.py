@@ -52,7 +52,7 @@ class Start:
 def handovers(stage_directory: Path) -> list[Handover]:
     """One for each attempt that another one followed to its first step, in order."""
     attempts: dict[int, list[Event]] = {}
-    for event in journal.read(stage_directory / JOURNAL_FILE):
+    for event in journal.read_events(stage_directory / JOURNAL_FILE):
         attempts.setdefault(event["attempt"], []).append(event)
     asked = [entry["time"] for entry in history.read(stage_directory) if entry["event"] == "requeued"]
     found = []
@@ -84,7 +84,7 @@ def handovers(stage_directory: Path) -> list[Handover]:
 
 def starts(stage_directory: Path) -> list[Start]:
     """One for each attempt that made a step, in order."""
-    events = journal.read(stage_directory / JOURNAL_FILE)
+    events = journal.read_events(stage_directory / JOURNAL_FILE)
     return [
         Start(stage_directory.name, e["attempt"], e["seconds"], e["cpu_seconds"], e["laps"])
         for e in events

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.storage.file_names import JOURNAL_FILE
-from pipeline.tracking.journal import parse
+from pipeline.tracking.journal import parse_line
 
 
 def log_directory(stage_directory: Path) -> Path:
@@ -56,7 +56,7 @@ def committed_step(stage_directory: Path) -> int:
     path, newest = stage_directory / JOURNAL_FILE, -1
     with open(path, "rb") if path.exists() else nullcontext(()) as lines:
         for line in lines:
-            if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse(line)):
+            if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse_line(line)):
                 continue
             if event.get("kind") == "save":
                 newest = max(newest, event["step"])

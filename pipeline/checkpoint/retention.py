@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 
+from pipeline.checkpoint.dcp_writer import remove_checkpoint
 from pipeline.checkpoint.manifest import CheckpointName
-from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
 from pipeline.storage.folder import is_storage_error
 
 
-def kept(
+def checkpoints_to_keep(
     names: Collection[CheckpointName],
     *,
     keep_last: int,
@@ -31,7 +31,7 @@ def kept(
     }
 
 
-def prune(
+def prune_checkpoints(
     store: CheckpointStore,
     *,
     keep_last: int,
@@ -50,7 +50,7 @@ def prune(
     def plan() -> tuple[CheckpointName | None, list[CheckpointName]]:
         store.refuse_if_overtaken()
         committed = set(store.committed())
-        keep = kept(
+        keep = checkpoints_to_keep(
             committed, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps, reach_steps=reach_steps
         )
         doomed = []

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
+from pipeline.checkpoint.dcp_writer import CommittingWriter, remove_checkpoint
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
-from pipeline.checkpoint.storage import CommittingWriter, problem_of, read_committed, remove_checkpoint, verified
+from pipeline.checkpoint.verification import file_problem, read_manifest, verify_checkpoint
 from pipeline.distributed.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
 from pipeline.storage.folder import Folder, is_storage_error
@@ -74,7 +75,7 @@ class CheckpointStore:
         parsed = CheckpointName.parse(name)
         if parsed is None or not (self.folder / name / COMMIT).exists():
             return [f"{name} is not a committed checkpoint"]
-        return verified(self.folder / name, parsed)[1]
+        return verify_checkpoint(self.folder / name, parsed)[1]
 
     def ever_committed(self) -> bool:
         """Whether a checkpoint was ever committed here, even if none of them is usable now. Collective."""
@@ -90,14 +91,14 @@ class CheckpointStore:
         Raises CheckpointError when an object store does not answer, which is no damage.
         """
         folder = self.folder / str(name)
-        manifest, problems = self.from_rank_zero(lambda: read_committed(folder, name))
+        manifest, problems = self.from_rank_zero(lambda: read_manifest(folder, name))
         if manifest is None:
             return problems
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
         share = sorted(manifest.files.items())[rank::world]
         mine: list[str] | CheckpointError
         try:
-            mine = [problem for file, record in share if (problem := problem_of(folder, file, record))]
+            mine = [problem for file, record in share if (problem := file_problem(folder, file, record))]
         except Exception as error:  # the other ranks wait for it
             mine = CheckpointError(f"{folder} could not be read ({type(error).__name__}: {error}); repair the storage")
         found: list[Any] = [None] * world

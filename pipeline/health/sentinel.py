@@ -21,7 +21,7 @@ from pipeline.distributed.stop import StopRequest
 
 
 @contextlib.contextmanager
-def standing(stage_directory: Path, attempt: int, beat_file: Path, silent_seconds: float) -> Iterator[None]:
+def run_sentinel(stage_directory: Path, attempt: int, beat_file: Path, silent_seconds: float) -> Iterator[None]:
     """Have this process killed, with its stacks written and its stage told, when the beat does not change for so long.
     In the main thread."""
     arguments = [silent_seconds, stage_directory, attempt, beat_file, os.getpid()]

@@ -17,7 +17,7 @@ from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
-from pipeline.tracking.journal import Event, read, standing, steps, strict
+from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events, strict_json
 
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"
 UNPUBLISHED = "no loss curve of FCMAE, or of fine-tuning on ImageNet-22K, has been published to compare with"
@@ -67,11 +67,11 @@ class Verdict:
         }
 
 
-def judge(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
+def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     """The verdict on a stage with this journal, finished or not."""
-    kept = standing(events)
-    lines = steps(kept)
-    made = {step: e["loss"] for step, e in lines.items() if not e.get("refused") and _number(e.get("loss"))}
+    kept = effective_events(events)
+    lines = step_events(kept)
+    made = {step: e["loss"] for step, e in lines.items() if not e.get("refused") and is_number(e.get("loss"))}
     found = [e.get("metrics") for e in kept if e.get("kind") == "evaluate"]
     evaluations = [metrics for metrics in found if isinstance(metrics, dict)]
     begun = next((e for e in reversed(kept) if e.get("kind") == "attempt"), {})
@@ -87,16 +87,16 @@ def judge(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     return Verdict(tuple(checks))
 
 
-def verdict_of(stage: Stage, recipe: StageRecipe | None = None) -> Verdict:
+def judge_stage(stage: Stage, recipe: StageRecipe | None = None) -> Verdict:
     """The verdict on a stage directory, by what its recipe, or this one, asks for today."""
-    return judge(recipe or stage.recipe, read(stage.directory / JOURNAL_FILE))
+    return judge_journal(recipe or stage.recipe, read_events(stage.directory / JOURNAL_FILE))
 
 
 def refuse_off_track(stage: Stage, recipe: StageRecipe | None = None) -> None:
     """Raise OffTrackError if the stage is done, off track, and its recipe, or this one, ends the chain then."""
     if not (recipe or stage.recipe).gate.stop or stage.done() is None:
         return
-    verdict, name = verdict_of(stage, recipe), stage.recipe.name
+    verdict, name = judge_stage(stage, recipe), stage.recipe.name
     if not verdict.on_track:
         raise OffTrackError(
             f"stage {name} is {verdict.sentence}; gate.stop ends the chain here: set stages.{name}.gate.stop=false, or"
@@ -104,10 +104,10 @@ def refuse_off_track(stage: Stage, recipe: StageRecipe | None = None) -> None:
         )
 
 
-def judge_again(stage: Stage) -> None:
+def update_verdict(stage: Stage) -> None:
     """Bring the verdict in a finished stage's result up to date with its recipe's gate."""
     result = stage.result() if stage.done() else None
-    if result and "verdict" in result and (verdict := strict(verdict_of(stage).entry())) != result["verdict"]:
+    if result and "verdict" in result and (verdict := strict_json(judge_stage(stage).entry())) != result["verdict"]:
         write_json(stage.directory / RESULT_FILE, {**result, "verdict": verdict})
 
 
@@ -180,7 +180,7 @@ def _validation_gap(classes: int, made: Mapping[int, float], evaluations: Metric
     told = f"validation loss {loss:.4g}, training loss {training:.4g}"
     if loss > uniform > training:
         return Check(name, False, f"{told}, where naming no class costs {uniform:.4g}: are both files of one kind?")
-    top1 = [metrics["top1"] for metrics in evaluations if _number(metrics.get("top1"))]
+    top1 = [metrics["top1"] for metrics in evaluations if is_number(metrics.get("top1"))]
     best, last = max(top1, default=0.0), top1[-1] if top1 else 0.0
     if best - last > FALL_POINTS:
         return Check(name, False, f"top-1 has fallen from {best:.2f} to {last:.2f} %")
@@ -232,8 +232,4 @@ def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
 
 
 def _last(evaluations: Metrics, metric: str) -> float | None:
-    return next((float(m[metric]) for m in reversed(evaluations) if _number(m.get(metric))), None)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return next((float(m[metric]) for m in reversed(evaluations) if is_number(m.get(metric))), None)

@@ -16,7 +16,7 @@ from pipeline.models import create_model
 from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe
-from pipeline.weights.files import encoder_to_classifier
+from pipeline.weights.transfer import encoder_to_classifier
 
 
 class ClassificationObjective:

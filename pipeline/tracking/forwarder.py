@@ -32,7 +32,7 @@ import yaml
 
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
-from pipeline.tracking.journal import Event, Tail
+from pipeline.tracking.journal import Event, Tail, is_number
 
 POLL_SECONDS = 3.0
 DRAIN_SECONDS = 60.0
@@ -259,7 +259,7 @@ def metrics_of(event: Event) -> tuple[str, list[tuple[str, float]]]:
             return "", []
     if not isinstance(values, dict):
         return family, []
-    numbers = [(k, v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    numbers = [(k, v) for k, v in values.items() if is_number(v)]
     return family, [(re.sub(r"[^\w\-. /:]", "_", k, flags=re.ASCII), float(v)) for k, v in numbers]
 
 

@@ -29,7 +29,7 @@ REWINDS = ("attempt", "rollback")  # lines whose step is the last that counts
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def strict(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """`value` as strict JSON can hold it: non-finite floats as strings, scalars of numpy and torch as numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -38,15 +38,20 @@ def strict(value: Any) -> Any:
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {str(key): strict(item) for key, item in value.items()}
+        return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return strict(value.item())
+    return strict_json(value.item())
 
 
-def parse(line: bytes) -> Event | None:
+def is_number(value: Any) -> bool:
+    """Whether a value of an event is an int or a float; a bool is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def parse_line(line: bytes) -> Event | None:
     """The object of one line, or None if the line is torn or no JSON object."""
     try:
         event = json.loads(line.decode())
@@ -77,12 +82,12 @@ class Journal:
         if keep < len(data):
             os.ftruncate(self._file.fileno(), keep)
         for line in data[:keep].splitlines():
-            if (event := parse(line)) is not None:
+            if (event := parse_line(line)) is not None:
                 self._note(event)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Appends one line. A full disk raises OSError and leaves no part of the line behind."""
-        event = {"kind": kind, "time": round(time.time(), 3), "attempt": self.attempt, **strict(fields)}
+        event = {"kind": kind, "time": round(time.time(), 3), "attempt": self.attempt, **strict_json(fields)}
         line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
@@ -93,7 +98,7 @@ class Journal:
     def write_changed(self, kind: str, **fields: Any) -> None:
         """Appends the line unless the last one of its kind says the same."""
         known = {k: v for k, v in self._latest.get(kind, {}).items() if k not in ("kind", "time", "attempt")}
-        if strict(known) != strict(fields):
+        if strict_json(known) != strict_json(fields):
             self.write(kind, **fields)
 
     def has(self, kind: str, step: int) -> bool:
@@ -124,7 +129,7 @@ def _whole(data: bytes) -> int:
     """Bytes to keep: all but what follows the last newline, and but the last line if that is no JSON object."""
     end = data.rfind(b"\n") + 1
     start = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
-    return start if end and parse(data[start:end]) is None else end
+    return start if end and parse_line(data[start:end]) is None else end
 
 
 class Tail:
@@ -147,7 +152,7 @@ class Tail:
         events, end = [], 0
         good = 0
         while (newline := data.find(b"\n", end)) >= 0:
-            event = parse(data[end:newline])
+            event = parse_line(data[end:newline])
             end = newline + 1
             if event is not None:
                 events.append(event)
@@ -156,12 +161,12 @@ class Tail:
         return events
 
 
-def read(path: str | Path) -> list[Event]:
+def read_events(path: str | Path) -> list[Event]:
     """All whole lines in the order written; a torn tail is left out, a missing file is an empty journal."""
     return Tail(path).poll()
 
 
-def standing(events: Iterable[Event]) -> list[Event]:
+def effective_events(events: Iterable[Event]) -> list[Event]:
     """The events without those that a resume or a rollback to an earlier step has withdrawn, and without what an
     attempt wrote that did not know yet that it had been replaced."""
     kept: list[Event] = []
@@ -177,15 +182,17 @@ def standing(events: Iterable[Event]) -> list[Event]:
     return kept
 
 
-def steps(events: Iterable[Event]) -> dict[int, Event]:
+def step_events(events: Iterable[Event]) -> dict[int, Event]:
     """step -> its standing "step" event; of several lines of a step the last."""
-    found = {e["step"]: e for e in standing(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)}
+    found = {
+        e["step"]: e for e in effective_events(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)
+    }
     return dict(sorted(found.items()))
 
 
 def changed_versions(path: str | Path, versions: Mapping[str, str]) -> list[str]:
     """A sentence for each package whose version is not that of the last attempt."""
-    noted = [event["versions"] for event in read(path) if event.get("kind") == "attempt" and "versions" in event]
+    noted = [event["versions"] for event in read_events(path) if event.get("kind") == "attempt" and "versions" in event]
     before = noted[-1] if noted else versions
     names = sorted(before.keys() | versions.keys())
     changed = [name for name in names if before.get(name) != versions.get(name)]

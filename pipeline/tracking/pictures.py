@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.tracking.journal import Event, read, standing, steps
+from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ PAPER, INK, HIDDEN = (255, 255, 255), (60, 60, 60), (58, 62, 70)
 RAW, SMOOTH, RATE, METRIC = "#b8cbe0", "#1f5a96", "#8a6d3b", "#2a7f4f"
 
 
-def reconstruction(
+def draw_reconstruction(
     images: ArrayLike,
     mask: ArrayLike,
     painted: ArrayLike,
@@ -62,15 +62,15 @@ def _nearest(picture: NDArray[np.uint8], zoom: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1), dtype=np.uint8)
 
 
-def curves(journal_path: str | Path, path: str | Path) -> None:
+def draw_curves(journal_path: str | Path, path: str | Path) -> None:
     """Loss (raw and smoothed), evaluation metric and learning rate over the steps, as one PNG; resumes are dotted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    events = read(journal_path)
-    kept = list(steps(events).values())
-    name, evaluated = metric(standing(events))
+    events = read_events(journal_path)
+    kept = list(step_events(events).values())
+    name, evaluated = main_metric(effective_events(events))
     panels = 3 if evaluated else 2
     figure = Figure(figsize=(8, 1.2 + 2.1 * panels), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.subplots(panels, 1, sharex=True, height_ratios=[1.6, 1, 0.8] if evaluated else [1.6, 0.8])
@@ -95,14 +95,14 @@ def curves(journal_path: str | Path, path: str | Path) -> None:
     axes[-1].set_title("learning rate")
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes[-1].set_xlabel("step")
-    resumed = [e["step"] for e in events if e.get("kind") == "attempt" and _number(e.get("step")) and e["step"] > 0]
+    resumed = [e["step"] for e in events if e.get("kind") == "attempt" and is_number(e.get("step")) and e["step"] > 0]
     for axis in axes:
-        plain(axis, resumed)
+        style_axis(axis, resumed)
     with _whole(path) as part:
         FigureCanvasAgg(figure).print_figure(part, format="png", dpi=130)
 
 
-def plain(axis: "Axes", resumed: Sequence[int]) -> None:
+def style_axis(axis: "Axes", resumed: Sequence[int]) -> None:
     """Take away what is not data, and dot the steps of resumes."""
     axis.title.set(fontsize=10, color="#333333")
     axis.spines[["top", "right"]].set_visible(False)
@@ -118,24 +118,20 @@ def _tidy(value: float) -> bool:
     return value > 0 and round(value / 10 ** math.floor(math.log10(value)), 6) in (1, 2, 5)
 
 
-def metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
+def main_metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
     """The metric that the evaluations are judged by, and its (step, value): top1 if there is one, else the loss."""
-    lines = [e for e in events if e.get("kind") == "evaluate" and _number(e.get("step"))]
+    lines = [e for e in events if e.get("kind") == "evaluate" and is_number(e.get("step"))]
     found = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
     names = [name for metrics in found.values() for name in metrics]
     name = next((n for n in ("top1", "loss", *names) if n in names), "")
-    return name, sorted((step, float(m[name])) for step, m in found.items() if _number(m.get(name)))
+    return name, sorted((step, float(m[name])) for step, m in found.items() if is_number(m.get(name)))
 
 
 def series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps, and the values of a field, of the events that have it."""
-    pairs = [(e["step"], e[name]) for e in events if _number(e.get(name))]
+    pairs = [(e["step"], e[name]) for e in events if is_number(e.get(name))]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -86,7 +86,7 @@ class Actions:
         if painted is not None and self.log.is_main:
             path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
-            pictures.reconstruction(
+            pictures.draw_reconstruction(
                 batch.images[:count].cpu().numpy(), painted[0].cpu().numpy(), painted[1].cpu().numpy(), path
             )
             self.log.write("picture", step=step, path=str(path.relative_to(self.stage.directory)))

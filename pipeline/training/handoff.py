@@ -14,9 +14,10 @@ from pipeline.health.verdict import refuse_off_track
 from pipeline.objectives import Objective
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
-from pipeline.weights.files import Transfer, plan_transfer, read_bytes, read_facts, read_weights, write_weights
 from pipeline.weights.foreign import decode_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head
+from pipeline.weights.safetensors_file import read_bytes, read_facts, read_weights, write_weights
+from pipeline.weights.transfer import Transfer, plan_transfer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.checks import StageData
 from pipeline.distributed.stop import AgreedStop
 from pipeline.distributed.world import World
-from pipeline.health.verdict import judge
+from pipeline.health.verdict import judge_journal
 from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.environment import commit, machine, software
@@ -80,8 +80,8 @@ def write_result(
     stage: Stage, weights: Mapping[str, Any], metric: str, log: StepLog, step: int, world_size: int
 ) -> None:
     """Judge the finished stage and mark it done; `metric` comes first among those of its last evaluation. On rank 0."""
-    events = journal.read(stage.directory / JOURNAL_FILE)
-    recipe, verdict = stage.recipe, judge(stage.recipe, events).entry()
+    events = journal.read_events(stage.directory / JOURNAL_FILE)
+    recipe, verdict = stage.recipe, judge_journal(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
     evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
     metrics = evaluations[-1] if evaluations else {}

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.checkpoint.dcp_writer import remove_checkpoint
 from pipeline.checkpoint.manifest import CheckpointName
-from pipeline.checkpoint.storage import remove_checkpoint
 from pipeline.checkpoint.store import CheckpointStore
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError

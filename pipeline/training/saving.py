@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from pipeline.checkpoint.asynchronous import BackgroundSave
-from pipeline.checkpoint.retention import prune
+from pipeline.checkpoint.retention import prune_checkpoints
 from pipeline.checkpoint.store import EVER_COMMITTED, CheckpointStore
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
@@ -21,7 +21,7 @@ from pipeline.recipe.sections import CheckpointSettings
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import CHECKPOINTS_FILE, CHECKPOINTS_FOLDER
 from pipeline.storage.folder import Folder, write_json
-from pipeline.tracking.journal import Event, standing
+from pipeline.tracking.journal import Event, effective_events
 
 if TYPE_CHECKING:
     from pipeline.tracking.step_log import StepLog
@@ -210,7 +210,7 @@ class Checkpoints:
             return
         best = {self._best[0]} if self._best and self._settings.keep_best else set()
         try:
-            prune(
+            prune_checkpoints(
                 self._store,
                 keep_last=self._settings.keep_last,
                 keep_every=self._keep_every,
@@ -235,7 +235,7 @@ def best_evaluation(events: Iterable[Event], metric: str, lower_is_better: bool)
     """The best of a journal's standing evaluations."""
     found: list[Evaluation] = [
         (event["step"], event["metrics"][metric])
-        for event in standing(events)
+        for event in effective_events(events)
         if event.get("kind") == "evaluate" and isinstance(event.get("metrics"), Mapping) and metric in event["metrics"]
     ]
     found = [(step, value) for step, value in found if not math.isnan(value)]

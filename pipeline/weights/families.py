@@ -24,7 +24,7 @@ class FamilyArchitecture:
     """What both families have: see `Architecture` for `norm` and `classes`."""
 
     family: ClassVar[str]
-    untold: ClassVar[Mapping[str, Any]]
+    unrecorded_options: ClassVar[Mapping[str, Any]]
     """Options that no tensor tells, and their published values."""
     decoder: ClassVar[None] = None
 
@@ -66,7 +66,7 @@ class SLaKArchitecture(FamilyArchitecture):
     """`dims` are the real ones, the width factor in them."""
 
     family = "slak"
-    untold: ClassVar[Mapping[str, Any]] = {"order": "parallel"}
+    unrecorded_options: ClassVar[Mapping[str, Any]] = {"order": "parallel"}
 
     stem_stride: int = 4
     kernel_sizes: tuple[int, ...]
@@ -90,7 +90,7 @@ class SLaKArchitecture(FamilyArchitecture):
 @dataclass(frozen=True, kw_only=True)
 class NextViTArchitecture(FamilyArchitecture):
     family = "nextvit"
-    untold: ClassVar[Mapping[str, Any]] = {"stem_stride": 4, "pooling": "1d", "activation": "relu"}
+    unrecorded_options: ClassVar[Mapping[str, Any]] = {"stem_stride": 4, "pooling": "1d", "activation": "relu"}
 
     stem_dim: int = 64
     pattern: str = "CHHH"

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.weights.conversion import ConversionReport, to_internal
 from pipeline.weights.families import COUNTER
-from pipeline.weights.files import read_bytes
-from pipeline.weights.layouts import Report, to_ours
+from pipeline.weights.safetensors_file import read_bytes
 
 _ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # where checkpoints keep weights; the first counts
 _ZIP = b"PK\x03\x04"
@@ -31,15 +31,17 @@ _SUFFIXES = {
 }
 
 
-class Loaded(NamedTuple):
+class LoadedWeights(NamedTuple):
     """`tensors` are on the CPU under our names, in the dtypes of the file."""
 
     tensors: dict[str, Tensor]
     layout: str
-    report: Report
+    report: ConversionReport
 
 
-def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None) -> Loaded:
+def load_weights(
+    path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
+) -> LoadedWeights:
     """Read a safetensors file or a PyTorch pickle of tensors (`weights_only`; never more is unpickled).
 
     Args:
@@ -57,14 +59,14 @@ def load_weights(path: str | os.PathLike, entry: str | None = None, expected_sha
     return decode_weights(path, read_bytes(path, expected_sha256), entry)
 
 
-def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> Loaded:
+def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> LoadedWeights:
     """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
     tensors, chosen, ignored = _tensors(path, data, entry)
     try:
-        found, report = to_ours(tensors)
+        found, report = to_internal(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Loaded(found, report.layout, replace(report, entry=chosen, ignored=ignored))
+    return LoadedWeights(found, report.layout, replace(report, entry=chosen, ignored=ignored))
 
 
 def load_tensors(

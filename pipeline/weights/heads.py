@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.files import read_bytes
+from pipeline.weights.safetensors_file import read_bytes
 
 _HEADS = (("head.weight", "head.bias"), ("proj_head.0.weight", "proj_head.0.bias"))
 

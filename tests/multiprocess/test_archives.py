@@ -91,7 +91,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     assert json.loads((run / "intermediate" / "result.json").read_text())["images_seen"] == 96
     pinned = json.loads((run / "intermediate" / "data.json").read_text())
     assert pinned["train"] == check(archives / "data" / "train.beton").sha256
-    (event,) = [e for e in journal.read(run / "finetune" / "journal.jsonl") if e["kind"] == "handoff"]
+    (event,) = [e for e in journal.read_events(run / "finetune" / "journal.jsonl") if e["kind"] == "handoff"]
     assert (event["head_mapped"], event["head_initialised"]) == (2, list(OTHER[2:]))
     before, after = (safetensors.torch.load_file(run / s / "weights.safetensors") for s in ("intermediate", "finetune"))
     stage = load_stage_recipe(run / "finetune" / "recipe.yaml")

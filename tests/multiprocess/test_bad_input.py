@@ -125,7 +125,7 @@ def test_a_corrupt_checkpoint_is_set_aside_and_the_older_one_used(made, tmp_path
     done = fcmae("run", recipe, "--out", copy)
     assert done.returncode == 0
     assert "quarantine" in done.stdout
-    events = journal.read(stage / "journal.jsonl")
+    events = journal.read_events(stage / "journal.jsonl")
     assert [e["step"] for e in events if e["kind"] == "attempt"] == [0, 10]
     assert (stage / "result.json").read_text().split("weights_sha256")[1] == (
         run / "pretrain" / "result.json"

@@ -41,7 +41,7 @@ def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: flo
     deadline = time.monotonic() + timeout_seconds
     while not any(
         e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt
-        for e in journal.read(stage / "journal.jsonl")
+        for e in journal.read_events(stage / "journal.jsonl")
     ):
         assert time.monotonic() < deadline, f"{stage.name} did not reach step {step}"
         time.sleep(0.05)
@@ -67,7 +67,7 @@ def test_the_run_directory_keeps_its_contract(chain):
         assert result["world_size"] == 2
         assert ("loss" if name == "pretrain" else "top1") in result["metrics"]
         assert (run / name / result["weights"]).is_file()
-        steps = [e for e in journal.read(run / name / "journal.jsonl") if e["kind"] == "step"]
+        steps = [e for e in journal.read_events(run / name / "journal.jsonl") if e["kind"] == "step"]
         assert [e["step"] for e in steps] == list(range(1, 13))
         assert {"attempt", "loss", "lr", "images_per_second", "data_wait_seconds"} <= steps[0].keys()
         assert (run / name / "curves.png").stat().st_size > 1000
@@ -81,12 +81,14 @@ def test_every_start_is_timed(chain):
     assert told["handovers"] == []
     assert [(start["stage"], start["attempt"]) for start in told["starts"]] == [(name, 1) for name in STAGES]
     for start in told["starts"]:
-        began = journal.read(chain[1] / start["stage"] / "journal.jsonl")[0]["time"]
+        began = journal.read_events(chain[1] / start["stage"] / "journal.jsonl")[0]["time"]
         assert list(start["laps"]) == ["imports", "group", "data", "model", "weights", "warm-up", "first step"]
         assert sum(start["laps"].values()) == pytest.approx(start["seconds"], abs=0.01)
         assert start["cpu_seconds"] > 0.5
         # The process is older than its journal, but not older than its stage.
-        event = next(e for e in journal.read(chain[1] / start["stage"] / "journal.jsonl") if e["kind"] == "started")
+        event = next(
+            e for e in journal.read_events(chain[1] / start["stage"] / "journal.jsonl") if e["kind"] == "started"
+        )
         assert (chain[1] / "recipe.yaml").stat().st_mtime - 1 < event["time"] - start["seconds"] < began
 
 
@@ -146,11 +148,11 @@ def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     assert process.returncode == 75, said
     outcome = Stage(run / "pretrain").attempts.last_outcome()
     assert outcome.kind is OutcomeKind.SAVED
-    reached = max(e["step"] for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "step")
+    reached = max(e["step"] for e in journal.read_events(run / "pretrain" / "journal.jsonl") if e["kind"] == "step")
     assert outcome.step == reached
     assert json.loads(fcmae("status", run, "--json").stdout)[0]["state"] == "saved"
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
-    steps = [e["step"] for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "step"]
+    steps = [e["step"] for e in journal.read_events(run / "pretrain" / "journal.jsonl") if e["kind"] == "step"]
     assert steps == list(range(1, 13)), "a step was repeated or left out"
     assert digests(run) == digests(undisturbed)
 
@@ -163,7 +165,7 @@ def run_stage_alone(directory: Path, nproc: int, overrides: list[str]) -> Path:
 
 
 def losses(stage: Path) -> list[float]:
-    return [e["loss"] for e in journal.steps(journal.read(stage / "journal.jsonl")).values()]
+    return [e["loss"] for e in journal.step_events(journal.read_events(stage / "journal.jsonl")).values()]
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
     process.wait()
     assert LocalLauncher(4).run(stage).kind is OutcomeKind.DONE
     assert Stage(stage).done() == Stage(undisturbed).done()
-    starts = [e["step"] for e in journal.read(stage / "journal.jsonl") if e["kind"] == "attempt"]
+    starts = [e["step"] for e in journal.read_events(stage / "journal.jsonl") if e["kind"] == "attempt"]
     assert starts in ([0, 5], [0, 6])  # the second has the best evaluation, saved after step 6
 
 

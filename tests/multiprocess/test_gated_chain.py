@@ -37,7 +37,7 @@ def test_an_off_track_stage_ends_the_chain_if_the_recipe_says_so(chain):
     assert Stage(run / "pretrain").done()
     assert Stage(run / "intermediate").attempts.newest() == 0
     verdict = Stage(run / "pretrain").result()["verdict"]
-    lines = [e for e in journal.read(run / "pretrain" / "journal.jsonl") if e["kind"] == "verdict"]
+    lines = [e for e in journal.read_events(run / "pretrain" / "journal.jsonl") if e["kind"] == "verdict"]
     assert [line["sentence"] for line in lines] == [verdict["sentence"]]
     assert [s.on_track for s in status(run)] == [False, None]
 

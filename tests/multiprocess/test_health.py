@@ -51,7 +51,7 @@ def start(stage: Path, processes: int, faults: dict) -> subprocess.Popen:
 
 
 def events(stage: Path) -> list[dict]:
-    return journal.read(stage / "journal.jsonl")
+    return journal.read_events(stage / "journal.jsonl")
 
 
 def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
@@ -98,7 +98,7 @@ def assert_refused_and_taken_back(stage: Path, norm: str = "nan") -> None:
     assert "2 steps from 15 to 16" in rollback["reason"]
     again = found[found.index(rollback) :]
     assert [e["step"] for e in again if e["kind"] == "step"] == [11, 12, *range(17, 25)]
-    assert list(journal.steps(found)) == [*range(1, 13), *range(17, 25)]
+    assert list(journal.step_events(found)) == [*range(1, 13), *range(17, 25)]
     assert Stage(stage).done().step == 24
 
 
@@ -119,7 +119,7 @@ def test_every_engine_refuses_and_goes_back_like_ddp(references, engine, tmp_pat
     assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
     assert_refused_and_taken_back(stage, norm="nan" if engine == "fsdp" else "inf")  # ZeRO does not tell them apart
     losses, expected = (
-        [event["loss"] for event in journal.steps(events(s)).values() if not event.get("refused")]
+        [event["loss"] for event in journal.step_events(events(s)).values() if not event.get("refused")]
         for s in (stage, references(2))
     )
     assert losses == pytest.approx(expected, rel=1e-5)

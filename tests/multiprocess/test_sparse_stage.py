@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.tracking import journal
-from pipeline.weights.files import read_facts, read_weights
+from pipeline.weights.safetensors_file import read_facts, read_weights
 from tests.multiprocess.test_chain import start, wait_for_step
 from tests.support import fcmae, write_tiny_recipe
 
@@ -41,6 +41,8 @@ def test_a_sparse_stage_is_killed_resumed_and_handed_on(tmp_path):
     assert {mask.dtype for mask in masks.values()} == {torch.bool}
     assert all(not weights[name][~mask].any() for name, mask in masks.items())
     assert read_facts(stage / "masks.safetensors")["weights"] == "masks"
-    (first,) = [event["densities"] for event in journal.read(stage / "journal.jsonl") if event["kind"] == "sparsity"]
+    (first,) = [
+        event["densities"] for event in journal.read_events(stage / "journal.jsonl") if event["kind"] == "sparsity"
+    ]
     assert first == {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
     assert 0.5 < sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values()) < 0.7

@@ -58,7 +58,7 @@ def test_staged_verified_and_trained_on(s3, tmp_path):
     cached = {path.name for path in (tmp_path / "cache" / "fcmae").iterdir() if path.is_dir()}
     hashes = json.loads((stage.directory / "data.json").read_text())
     assert cached == {f"{name}-{sha256[:16]}" for name, sha256 in hashes.items()}
-    steps = [e for e in journal.read(stage.directory / "journal.jsonl") if e["kind"] == "step"]
+    steps = [e for e in journal.read_events(stage.directory / "journal.jsonl") if e["kind"] == "step"]
     assert len(steps) == 2
     assert steps[0]["data_wait_seconds"] > 0  # the second batch may be there when it is asked for
     assert steps[1]["data_wait_seconds"] >= 0

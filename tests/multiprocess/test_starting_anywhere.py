@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.tracking import journal
-from pipeline.weights.files import read_weights
+from pipeline.weights.safetensors_file import read_weights
 from tests.support import fcmae, write_tiny_recipe
 from tools.weights.convert import convert
 
@@ -45,7 +45,7 @@ def test_the_encoder_in_a_file_is_as_good_as_the_stage_before(chain, tmp_path, l
     result = json.loads((half / "result.json").read_text())
     assert result["metrics"] == {}
     assert json.loads((whole / "result.json").read_text())["metrics"]["top1"] > 0
-    events = journal.read(half / "journal.jsonl")
+    events = journal.read_events(half / "journal.jsonl")
     assert not [e for e in events if e["kind"] == "evaluate"]
     assert not [e for e in events if e["kind"] == "save" and e["why"] == "best"]
     (handoff,) = [e for e in events if e["kind"] == "handoff"]

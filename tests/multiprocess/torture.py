@@ -26,7 +26,7 @@ def result(stage: Path) -> dict:
 
 
 def steps_done(stage: Path) -> int:
-    return max((e["step"] for e in journal.read(stage / "journal.jsonl") if e["kind"] == "step"), default=0)
+    return max((e["step"] for e in journal.read_events(stage / "journal.jsonl") if e["kind"] == "step"), default=0)
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float 
 
 
 def events(stage: Path, kind: str) -> list[dict]:
-    return [event for event in journal.read(stage / "journal.jsonl") if event["kind"] == kind]
+    return [event for event in journal.read_events(stage / "journal.jsonl") if event["kind"] == kind]
 
 
 def steps_taken(stage: Path) -> int:

@@ -80,7 +80,7 @@ def story(stage: Path) -> str:
     """Starts and ends of a stage's attempts, by step."""
     ends = sorted((stage / "attempts").glob("*.outcome.json"))
     said = [f"{json.loads(p.read_text())['kind']}@{json.loads(p.read_text())['step']}" for p in ends]
-    starts = [str(e["step"]) for e in journal.read(stage / "journal.jsonl") if e["kind"] == "attempt"]
+    starts = [str(e["step"]) for e in journal.read_events(stage / "journal.jsonl") if e["kind"] == "attempt"]
     return f"starts at {','.join(starts)}; ends {' '.join(said)}"
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import LaunchError, UserError
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
-from pipeline.tracking.journal import steps
+from pipeline.tracking.journal import step_events
 from tests.batches import batches
 from tests.faults import FaultyLauncher
 from tests.slurm import devcluster as faults
@@ -466,7 +466,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
     assert sorted(on_four) == list(range(resumed["step"] + 1, 121))  # images, labels and masks of each slot
     assert on_four == {step: on_two[step] for step in on_four}
     assert len({text for slots in on_four.values() for text in slots.values()}) == 4 * len(on_four)
-    ours, theirs = (steps(journal.read(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
+    ours, theirs = (step_events(journal.read_events(s / "journal.jsonl")) for s in (stage, undisturbed.directory))
     for step in range(resumed["step"] + 1, resumed["step"] + 21):
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.show.status_table import duration
 from pipeline.recipe.schema import leaf_fields
-from pipeline.tracking.pictures import metric
+from pipeline.tracking.pictures import main_metric
 from tools.report.document import Document, Picture, Section, Table, Text
 from tools.report.facts import RunFacts
 from tools.report.page import final_table, verdict_cell
@@ -99,7 +99,7 @@ def overlaid(runs: Sequence[RunFacts], names: Sequence[str], stage: str) -> Pict
     there = [(name, s) for name, s in pairs if s.steps]
     if not there:
         return None
-    evaluated = [metric(s.kept) for _, s in there]
+    evaluated = [main_metric(s.kept) for _, s in there]
     judged_by = next((name for name, _ in evaluated if name), "loss")
     lines = [(name, s.steps, points) for (name, s), (_, points) in zip(there, evaluated, strict=True)]
     caption = "Smoothed losses" if len(there) > 1 else f"Only {there[0][0]} has this stage"

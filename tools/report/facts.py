@@ -11,7 +11,7 @@ import yaml
 
 from cluster.origin import read_origin
 from cluster.show.status import Run, StageStatus
-from pipeline.health.verdict import Verdict, judge
+from pipeline.health.verdict import Verdict, judge_journal
 from pipeline.recipe import StageRecipe, load_stage_recipe
 from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE, RESULT_FILE
 from pipeline.tracking import journal
@@ -149,13 +149,13 @@ def gather(directory: Path) -> RunFacts:
 
 
 def _stage(directory: Path, status: StageStatus) -> StageFacts:
-    events = journal.read(directory / JOURNAL_FILE)
+    events = journal.read_events(directory / JOURNAL_FILE)
     recipe = load_stage_recipe(directory / RECIPE_FILE)
-    result = journal.parse(path.read_bytes()) if (path := directory / RESULT_FILE).exists() else None
+    result = journal.parse_line(path.read_bytes()) if (path := directory / RESULT_FILE).exists() else None
     attempts = [_attempt(entry, events) for entry in _entries(directory, events)]
-    kept = journal.standing(events)
+    kept = journal.effective_events(events)
     return StageFacts(
-        directory.name, directory, recipe, status, events, kept, attempts, judge(recipe, kept), result or {}
+        directory.name, directory, recipe, status, events, kept, attempts, judge_journal(recipe, kept), result or {}
     )
 
 
@@ -163,7 +163,7 @@ def _entries(directory: Path, events: Iterable[Event]) -> list[dict[str, Any]]:
     """attempts.jsonl; where it is missing, what the journal knows of its attempts."""
     path = directory / ATTEMPTS_FILE
     if path.exists():
-        return [entry for line in path.read_bytes().splitlines() if (entry := journal.parse(line))]
+        return [entry for line in path.read_bytes().splitlines() if (entry := journal.parse_line(line))]
     return [{"attempt": number} for number in sorted({e["attempt"] for e in events if "attempt" in e})]
 
 

@@ -9,7 +9,7 @@ from cluster.show.status_table import duration
 from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
-from pipeline.tracking.pictures import metric
+from pipeline.tracking.pictures import main_metric
 from tools.report.document import (
     Cell,
     Checks,
@@ -147,7 +147,7 @@ def _metric(name: str, value: float | None) -> str:
 
 def course(stage: StageFacts) -> Iterator[Any]:
     """Curves, verdict and pictures of one stage."""
-    name, points = metric(stage.kept)
+    name, points = main_metric(stage.kept)
     resumed = [e["step"] for e in stage.kept if e.get("kind") == "attempt" and e.get("step")]
     total = stage.status.total_steps
     marks = stage.recipe.gate.loss_at if total == stage.recipe.gate.of_steps else {}

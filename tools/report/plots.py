@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.tracking.pictures import CAPTION, GAP, plain, series, smoothed
+from pipeline.tracking.pictures import CAPTION, GAP, series, smoothed, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _calm(axis: "Axes", resumed: Sequence[int]) -> None:
-    plain(axis, resumed)
+    style_axis(axis, resumed)
     axis.grid(False, which="minor")
     axis.grid(True, axis="y", which="major", color=LINE, linewidth=0.8)
     axis.grid(False, axis="x")

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import COMMIT, MANIFEST, CheckpointName
-from pipeline.checkpoint.storage import verified
 from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
+from pipeline.checkpoint.verification import verify_checkpoint
 from pipeline.errors import CheckpointError, StageError, UserError
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import View
-from pipeline.tracking.journal import parse
+from pipeline.tracking.journal import parse_line
 from pipeline.training.saving import checkpoint_home
-from pipeline.weights.files import read_weights
+from pipeline.weights.safetensors_file import read_weights
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _checkpoint(folder: Folder, name: CheckpointName | None) -> Finding:
         return Finding(str(folder), False, "the directory has not the name of a checkpoint")
     if not (folder / COMMIT).exists():
         return Finding(str(folder), True, "not committed: left over from a save that was cut short, and not used")
-    manifest, problems = verified(folder, name)
+    manifest, problems = verify_checkpoint(folder, name)
     if manifest is None:
         return Finding(str(folder), False, "; ".join(problems))
     size = sum(record.bytes for record in manifest.files.values())
@@ -126,7 +126,7 @@ def _stage(directory: Path) -> Iterator[Finding]:
 
 def _journal(path: Path, name: str) -> Finding:
     lines = path.read_bytes().splitlines() if path.exists() else []
-    bad = [number for number, line in enumerate(lines, 1) if parse(line) is None]
+    bad = [number for number, line in enumerate(lines, 1) if parse_line(line) is None]
     if bad and bad != [len(lines)]:  # the last may be torn: the next attempt cuts it off
         return Finding(name, False, f"line {bad[0]} is no JSON object")
     return Finding(name, True, f"{len(lines)} lines")

@@ -19,7 +19,7 @@ Where = Annotated[Path, typer.Argument(metavar="STAGE", help="The directory of a
 def ls(stage: Where) -> None:
     """Every checkpoint, old to new, from its manifest; `fcmae verify` reads the data too."""
     from pipeline.checkpoint.manifest import CheckpointName
-    from pipeline.checkpoint.storage import read_committed
+    from pipeline.checkpoint.verification import read_manifest
     from pipeline.storage.folder import Folder
 
     folder = _home(stage)
@@ -27,7 +27,7 @@ def ls(stage: Where) -> None:
     table = plain_table(*columns, right=("MB", "ranks"), no_wrap=True)
     for name in sorted(filter(None, map(CheckpointName.parse, folder.entries()))):
         inside: Folder = folder / str(name)
-        manifest, problems = read_committed(inside, name) if (inside / "COMMIT").exists() else (None, [])
+        manifest, problems = read_manifest(inside, name) if (inside / "COMMIT").exists() else (None, [])
         facts: dict[str, Any] = manifest.facts if manifest else {}
         size = f"{sum(f.bytes for f in manifest.files.values()) / 1e6:,.1f}" if manifest else ""
         state = "committed" if manifest else problems[0] if problems else "not committed"
@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Take the weights out of a checkpoint, after verifying it; `fcmae convert` and `export` read the file."""
     from pipeline.storage.folder import Folder
-    from pipeline.weights.files import write_weights
+    from pipeline.weights.safetensors_file import write_weights
 
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; choose another name, or give --overwrite")
@@ -74,7 +74,7 @@ def prune(
     opened, folder = Stage(stage), _home(stage)
     opened.attempts.check_free()
     metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
-    best = best_evaluation(journal.read(opened.directory / JOURNAL_FILE), metric, metric == "loss")
+    best = best_evaluation(journal.read_events(opened.directory / JOURNAL_FILE), metric, metric == "loss")
     done = opened.done()
     steps = {best[0] for best in (best,) if best} | ({done.step} if done else set())
     with tempfile.TemporaryDirectory() as meeting:
@@ -90,9 +90,13 @@ def prune(
                 on_event=print,
             )
             names = store.committed()
-            keep = retention.kept(names, keep_last=keep_last, keep_every=keep_every, keep_steps=steps) if names else ()
+            keep = (
+                retention.checkpoints_to_keep(names, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
+                if names
+                else ()
+            )
             if yes:
-                gone = retention.prune(store, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
+                gone = retention.prune_checkpoints(store, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
             else:
                 gone = [str(name) for name in names if name not in keep]
         finally:
@@ -130,12 +134,12 @@ def read(checkpoint: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _verified_facts(folder: Any) -> dict[str, Any]:
     from pipeline.checkpoint.manifest import CheckpointName
-    from pipeline.checkpoint.storage import verified
+    from pipeline.checkpoint.verification import verify_checkpoint
 
     name = CheckpointName.parse(folder.path.rstrip("/").rpartition("/")[2])
     if name is None or not (folder / "COMMIT").exists():
         raise CheckpointError(f"{folder} is not a committed checkpoint; `fcmae checkpoint ls` lists them")
-    manifest, problems = verified(folder, name)
+    manifest, problems = verify_checkpoint(folder, name)
     if manifest is None:
         raise CheckpointError(f"{folder} is damaged ({problems[0]}); take an older one")
     return {key: manifest.facts[key] for key in ("step", "recipe") if key in manifest.facts}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture, infer
+from pipeline.weights.architecture import Architecture, infer_architecture
+from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.families import FamilyArchitecture
-from pipeline.weights.files import FACTS, canonical, publish, read_facts, safetensors_bytes
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head, read_class_names
-from pipeline.weights.layouts import Report, from_ours
+from pipeline.weights.safetensors_file import FACTS, canonical, read_facts, safetensors_bytes, write_bytes
 
 Head = Literal["keep", "drop", "map"]
 Target = Literal["official", "timm", "transformers"]
@@ -29,7 +29,7 @@ PICKLES = (".pt", ".pth", ".bin")
 class Conversion:
     """What was read, what became of the head, and what was written: the layout's names and a sha256."""
 
-    report: Report
+    report: ConversionReport
     head: HeadMatch | None
     written: tuple[str, ...]
     sha256: str
@@ -66,10 +66,10 @@ def convert(
     """
     check_destination(destination, (".safetensors", *PICKLES), overwrite)
     loaded = load_weights(source, entry)
-    refuse_own_forms(source, loaded.report.architecture.untold)
+    refuse_own_forms(source, loaded.report.architecture.unrecorded_options)
     tensors, dropped, match = change_head(loaded.tensors, head, classes)
     architecture = architecture_of(tensors)
-    tensors, homeless = from_ours(tensors, architecture, to)
+    tensors, homeless = from_internal(tensors, architecture, to)
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *homeless))
     if destination.suffix == ".safetensors":
         # transformers refuses files whose metadata names no format; a second key would make the bytes vary.
@@ -81,7 +81,7 @@ def convert(
         data = safetensors_bytes(tensors, metadata)
     else:
         data = _pickle({"model": tensors} if to == "official" else tensors)
-    return Conversion(report, match, tuple(tensors), publish(destination, data))
+    return Conversion(report, match, tuple(tensors), write_bytes(destination, data))
 
 
 def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
@@ -116,7 +116,7 @@ def change_head(
 
 def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture | FamilyArchitecture:
     """What our tensors say about their model."""
-    return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
+    return infer_architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
 
 
 def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = MappingProxyType({})) -> None:

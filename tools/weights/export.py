@@ -16,10 +16,10 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.weights.architecture import Architecture
+from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.families import FamilyArchitecture
-from pipeline.weights.files import FACTS, canonical, publish, safetensors_bytes, write_weights
-from pipeline.weights.foreign import Loaded, load_weights
-from pipeline.weights.layouts import Report, from_ours
+from pipeline.weights.foreign import LoadedWeights, load_weights
+from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
 from tools.weights.convert import check_destination, facts, refuse_own_forms
 from tools.weights.model import build, placed
 
@@ -32,7 +32,7 @@ _ONE_FILE_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which end
 class Export:
     """What was read, what was written, and for ONNX how far it is from this model's outputs."""
 
-    report: Report
+    report: ConversionReport
     files: tuple[Path, ...]
     max_difference: float | None = None  # a share of the largest output
     notes: tuple[str, ...] = ()
@@ -80,11 +80,11 @@ def export(
         refuse_own_forms(source)
         check_destination(destination, (".onnx",), overwrite)
         return _onnx(source, loaded, destination, size, about.get("model"))
-    refuse_own_forms(source, loaded.report.architecture.untold)
+    refuse_own_forms(source, loaded.report.architecture.unrecorded_options)
     return _timm(loaded, destination, size, about, overwrite)
 
 
-def _onnx(source: str | os.PathLike, loaded: Loaded, destination: Path, size: int, known: Any) -> Export:
+def _onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, known: Any) -> Export:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -162,11 +162,11 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return difference / largest if largest else math.inf if difference else 0.0
 
 
-def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
+def _timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
     report, notes = loaded.report, []
-    tensors, dropped = from_ours(loaded.tensors, report.architecture, "timm")
+    tensors, dropped = from_internal(loaded.tensors, report.architecture, "timm")
     report = replace(report, dropped=(*report.dropped, *dropped))
     width = report.architecture.dims[-1]
     if report.architecture.family == "convnextv2" and "head.norm.weight" not in tensors:
@@ -176,8 +176,8 @@ def _timm(loaded: Loaded, folder: Path, size: int, about: Mapping[str, Any], ove
     written = {name: tensor.float() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
-    publish(weights, safetensors_bytes(written, {FACTS: canonical({**about, "layout": "timm"})}))
-    publish(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(weights, safetensors_bytes(written, {FACTS: canonical({**about, "layout": "timm"})}))
+    write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
     notes.append(
         f"timm.create_model({config['architecture']!r}, num_classes={config['num_classes']}{arguments}, "

@@ -18,9 +18,9 @@ from pipeline.stage.directory import Done, Stage
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.families import COUNTER
-from pipeline.weights.files import read_weights
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import head_names
+from pipeline.weights.safetensors_file import read_weights
 from tools.weights.checkpoint import read as read_checkpoint
 from tools.weights.convert import architecture_of, known_facts
 

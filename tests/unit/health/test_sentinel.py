@@ -22,7 +22,7 @@ from pipeline.health.watchdog import Watchdog
 stage, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
 with Watchdog(stage / "health", 3, 4, 1.0, print) as watchdog:
     watchdog.poll_seconds = 0.05
-    with sentinel.standing(stage, 1, watchdog.beat_file, 2.0):  # twice the watchdog's, as in a stage
+    with sentinel.run_sentinel(stage, 1, watchdog.beat_file, 2.0):  # twice the watchdog's, as in a stage
         watchdog.phase("data", 7)
         if hangs:
             while b'"step": 7' not in watchdog.beat_file.read_bytes():

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.chain import judge_again, refuse_off_track
 from pipeline.errors import OffTrackError, RecipeError
-from pipeline.health.verdict import Verdict, judge, loss_at
+from pipeline.health.verdict import Verdict, judge_journal, loss_at, refuse_off_track, update_verdict
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import exit_code
-from pipeline.tracking.journal import Journal, strict
+from pipeline.tracking.journal import Journal, strict_json
 from tests.support import make_tiny_run, write_tiny_recipe
 
 STEPS, CLASSES, CELL = 60, 4, 4
@@ -50,8 +49,8 @@ def failed(verdict: Verdict) -> list[str]:
 
 
 def test_sound_stages_are_on_track(recipes):
-    assert judge(recipes["pretrain"], history(falling(0.98, 0.6), loss=0.63)).sentence == "on track"
-    verdict = judge(recipes["finetune"], history(falling(1.4, 0.9), top1=60.0, loss=1.0))
+    assert judge_journal(recipes["pretrain"], history(falling(0.98, 0.6), loss=0.63)).sentence == "on track"
+    verdict = judge_journal(recipes["finetune"], history(falling(1.4, 0.9), top1=60.0, loss=1.0))
     assert verdict.on_track
     assert all(check.detail for check in verdict.checks)
 
@@ -70,7 +69,7 @@ def test_sound_stages_are_on_track(recipes):
     ],
 )
 def test_what_no_sound_training_does_is_seen(recipes, stage, losses, refused, metrics, name):
-    verdict = judge(recipes[stage], history(losses, refused, **metrics))
+    verdict = judge_journal(recipes[stage], history(losses, refused, **metrics))
     assert failed(verdict) == [name]
     assert verdict.sentence.startswith("off track, look here: ")
 
@@ -79,28 +78,30 @@ def test_more_than_one_rollback_is_off_track_and_left_out_steps_count(recipes):
     sound = history(falling(0.98, 0.6, 400), loss=0.63)
     left_out = [e for e in sound if not (e["kind"] == "step" and 100 < e["step"] <= 103)]
     once, twice = ({"kind": "rollback", "step": 0, "rollbacks": n} for n in (1, 2))
-    assert judge(recipes["pretrain"], [once, *left_out]).on_track
-    assert failed(judge(recipes["pretrain"], [twice, *left_out])) == ["steps made"]
+    assert judge_journal(recipes["pretrain"], [once, *left_out]).on_track
+    assert failed(judge_journal(recipes["pretrain"], [twice, *left_out])) == ["steps made"]
     many = [e for e in sound if not (e["kind"] == "step" and 100 < e["step"] <= 105)]
-    assert failed(judge(recipes["pretrain"], many)) == ["steps made"]
+    assert failed(judge_journal(recipes["pretrain"], many)) == ["steps made"]
 
 
 def test_the_best_evaluation_is_remembered(recipes):
     events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
     better = {"kind": "evaluate", "step": 30, "metrics": {"top1": 62.0, "loss": 1.0}}
-    assert failed(judge(recipes["finetune"], [*events[:-1], better, events[-1]])) == ["validation near training"]
+    assert failed(judge_journal(recipes["finetune"], [*events[:-1], better, events[-1]])) == [
+        "validation near training"
+    ]
 
 
 def test_published_values_and_reference_curves(recipes):
     events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
     made = {event["step"]: event["loss"] for event in events if event["kind"] == "step"}
-    assert judge(gated(recipes["finetune"], published=60.4), events).on_track
-    assert failed(judge(gated(recipes["finetune"], published=60.6), events)) == ["published value"]
+    assert judge_journal(gated(recipes["finetune"], published=60.4), events).on_track
+    assert failed(judge_journal(gated(recipes["finetune"], published=60.6), events)) == ["published value"]
     curve = {"loss_at": {20: loss_at(made, 20), STEPS: loss_at(made, STEPS) * 1.04}, "loss_within": 0.05}
-    assert judge(gated(recipes["finetune"], **curve, of_steps=STEPS), events).on_track
+    assert judge_journal(gated(recipes["finetune"], **curve, of_steps=STEPS), events).on_track
     tighter = {**curve, "loss_within": 0.03}
-    assert failed(judge(gated(recipes["finetune"], **tighter, of_steps=STEPS), events)) == ["reference curve"]
-    other_length = judge(gated(recipes["finetune"], **tighter, of_steps=STEPS + 1), events)
+    assert failed(judge_journal(gated(recipes["finetune"], **tighter, of_steps=STEPS), events)) == ["reference curve"]
+    other_length = judge_journal(gated(recipes["finetune"], **tighter, of_steps=STEPS + 1), events)
     assert other_length.on_track
     assert any("this run has 60" in check.detail for check in other_length.checks)
 
@@ -116,19 +117,19 @@ def test_published_values_and_reference_curves(recipes):
 def test_properties(recipes, losses, more, at, top1, bounds):
     recipe = recipes["finetune"]
     events = history(losses, top1=top1, loss=1.0)
-    verdict = judge(recipe, events)
-    json.dumps(strict(verdict.entry()), allow_nan=False)
+    verdict = judge_journal(recipe, events)
+    json.dumps(strict_json(verdict.entry()), allow_nan=False)
     # What a resume has withdrawn never happened.
     start = min(at, len(losses))
     lost = [{"kind": "step", "step": start + i, "loss": loss} for i, loss in enumerate(more, 1)]
     kept = [e for e in events if e.get("step", 0) <= start]
     rewound = [*kept, *lost, {"kind": "attempt", "step": start, "total_steps": len(losses)}]
     rest = [e for e in events if e.get("step", 0) > start]
-    assert judge(recipe, [*rewound, *rest]).entry() == verdict.entry()
+    assert judge_journal(recipe, [*rewound, *rest]).entry() == verdict.entry()
     # Asking for less never makes it worse.
     low, high = sorted(bounds)
     asks = [gated(recipe, metric="top1", at_least=bound) for bound in (low, high)]
-    easy, hard = (judge(recipe, events).on_track for recipe in asks)
+    easy, hard = (judge_journal(recipe, events).on_track for recipe in asks)
     assert easy or not hard
 
 
@@ -138,7 +139,7 @@ def finished(run: Path, name: str, events: list[dict]) -> Stage:
     with Journal(stage.directory / "journal.jsonl", 1) as log:
         for event in events:
             log.write(**event)
-    stage.finish({"weights": "w", "weights_sha256": "0", "verdict": judge(stage.recipe, events).entry()}, STEPS)
+    stage.finish({"weights": "w", "weights_sha256": "0", "verdict": judge_journal(stage.recipe, events).entry()}, STEPS)
     return stage
 
 
@@ -161,7 +162,7 @@ def test_changed_bounds_change_the_verdict_in_the_result(tmp_path):
     stage = finished(run, "finetune", history(falling(1.4, 0.9), top1=60.0, loss=1.0))
     assert stage.result()["verdict"]["on_track"]
     stage.recipe = gated(stage.recipe, metric="top1", at_least=61.0)
-    judge_again(stage)
+    update_verdict(stage)
     assert stage.result()["verdict"]["sentence"] == "off track, look here: top1 is 60, the recipe asks for at least 61"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline.checkpoint.manifest import CheckpointName
-from pipeline.checkpoint.retention import kept
+from pipeline.checkpoint.retention import checkpoints_to_keep
 from pipeline.recipe import load_recipe
 from pipeline.training.saving import Checkpoints
 from tools.recipes.included import find_recipe
@@ -25,4 +25,4 @@ def test_the_checkpoint_that_an_early_fine_tuning_starts_from_is_saved_and_kept(
     end = round(recipe.schedule.epochs * epoch)
     saved = [CheckpointName(name.attempt, step) for step in range(1, end + 1) if checkpoints.due(step)]
     assert name.step == 400 * epoch
-    assert name in kept(saved, keep_last=recipe.checkpoint.keep_last, keep_every=checkpoints._keep_every)
+    assert name in checkpoints_to_keep(saved, keep_last=recipe.checkpoint.keep_last, keep_every=checkpoints._keep_every)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tracking.journal import Journal, Tail, changed_versions, read, steps
+from pipeline.tracking.journal import Journal, Tail, changed_versions, read_events, step_events
 
 
 def test_every_cut_keeps_the_whole_lines_and_only_those(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_every_cut_keeps_the_whole_lines_and_only_those(tmp_path: Path) -> None:
     for cut in range(len(data) + 1):
         whole = data[:cut].count(b"\n")
         path.write_bytes(data[:cut])
-        assert len(read(path)) == whole
+        assert len(read_events(path)) == whole
         with Journal(path, 2) as journal:
             journal.write("event", level="info", message="resumed")
         lines = path.read_bytes().splitlines(keepends=True)
@@ -41,7 +41,7 @@ def test_a_bad_last_line_is_cut_and_a_bad_line_in_the_middle_stays(tmp_path: Pat
     path.write_bytes(middle + last)
     Journal(path, 2).close()
     assert path.read_bytes() == middle
-    assert [event["step"] for event in read(path)] == [1, 2]
+    assert [event["step"] for event in read_events(path)] == [1, 2]
 
 
 @given(st.lists(st.integers(0, 60), max_size=12), st.binary(max_size=12))
@@ -82,7 +82,7 @@ def test_non_finite_numbers_are_strict_json_and_come_back(tmp_path: Path) -> Non
 
     raw = json.loads(path.read_text(), parse_constant=refuse)
     assert (raw["loss"], raw["lr"], raw["deep"]) == ("NaN", "Infinity", {"a": ["-Infinity", 1.5]})
-    (event,) = read(path)
+    (event,) = read_events(path)
     assert event["step"] == 3
     assert math.isnan(event["loss"])
     assert event["lr"] == math.inf
@@ -107,7 +107,7 @@ def test_a_rewind_withdraws_what_lies_beyond_it(tmp_path: Path) -> None:
         journal.write("evaluate", step=6, metrics={})
     with Journal(path, 3) as journal:
         assert journal.has("evaluate", 6)
-    found = steps(read(path))
+    found = step_events(read_events(path))
     assert list(found) == [1, 2, 3, 4, 5]
     assert found[5]["loss"] == 3.0
 
@@ -128,7 +128,7 @@ def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
     assert [process.wait(60) for process in both] == [0, 0]
-    assert len(read(path)) == len(path.read_bytes().splitlines()) == 800
+    assert len(read_events(path)) == len(path.read_bytes().splitlines()) == 800
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert "the journal line could not be written whole" in result.stderr
     assert path.read_bytes().endswith(b"}\n")
-    assert len(read(path)) == path.read_bytes().count(b"\n") > 5
+    assert len(read_events(path)) == path.read_bytes().count(b"\n") > 5
 
 
 def test_time_and_attempt_are_stamped(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_time_and_attempt_are_stamped(tmp_path: Path) -> None:
     before = time.time()
     with Journal(path, 7) as journal:
         journal.write("event", level="info", message="x")
-    (event,) = read(path)
+    (event,) = read_events(path)
     assert event["attempt"] == 7
     assert before - 1 < event["time"] < time.time() + 1
 
@@ -179,7 +179,7 @@ def test_what_a_replaced_attempt_still_writes_does_not_count(tmp_path):
         old.write("step", step=3, loss=0.8)
         old.write("rollback", step=0)
         new.write("step", step=3, loss=0.4)
-    assert {step: event["loss"] for step, event in steps(read(path)).items()} == {1: 1.0, 2: 0.5, 3: 0.4}
+    assert {step: event["loss"] for step, event in step_events(read_events(path)).items()} == {1: 1.0, 2: 0.5, 3: 0.4}
 
 
 def test_what_has_not_changed_is_not_written_again_by_this_attempt_or_the_next(tmp_path: Path) -> None:
@@ -188,4 +188,4 @@ def test_what_has_not_changed_is_not_written_again_by_this_attempt_or_the_next(t
         with Journal(path, attempt) as journal:
             for _ in range(2):
                 journal.write_changed("environment", packages=packages, cores=(0, 1), load=math.inf)
-    assert [(e["attempt"], e["packages"]["torch"]) for e in read(path)] == [(1, "1"), (3, "2")]
+    assert [(e["attempt"], e["packages"]["torch"]) for e in read_events(path)] == [(1, "1"), (3, "2")]

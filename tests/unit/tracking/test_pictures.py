@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.pictures import HIDDEN, curves, reconstruction
+from pipeline.tracking.pictures import HIDDEN, draw_curves, draw_reconstruction
 
 
 def test_the_grid_shows_input_masked_and_painted(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_the_grid_shows_input_masked_and_painted(tmp_path: Path) -> None:
     images, painted = rng.integers(0, 256, (2, 2, 3, 32, 32), dtype=np.uint8)
     mask = np.zeros((2, 16), dtype=bool)
     mask[0, 1] = mask[1, 4] = True  # row 0, column 1 and row 1, column 0 of 4 x 4 cells
-    reconstruction(images, mask, painted, tmp_path / "new" / "grid.png")
+    draw_reconstruction(images, mask, painted, tmp_path / "new" / "grid.png")
     sheet = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
 
@@ -34,7 +34,7 @@ def test_the_grid_shows_input_masked_and_painted(tmp_path: Path) -> None:
 
 def test_large_images_keep_their_size(tmp_path: Path) -> None:
     images = np.zeros((1, 3, 224, 224), dtype=np.uint8)
-    reconstruction(images, np.ones((1, 49), dtype=bool), images, tmp_path / "grid.png")
+    draw_reconstruction(images, np.ones((1, 49), dtype=bool), images, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width == 3 * 230 + 6
 
 
@@ -47,7 +47,7 @@ def test_curves_are_drawn_for_any_journal(tmp_path: Path, loss: float, lines: in
             journal.write("step", step=step, loss=loss if step % 7 == 0 else 3.0 / (step + 1), lr=1e-3)
             journal.write("evaluate", step=step, metrics={"top1": step, "loss": None})
         journal.write("step", step="odd")
-    curves(tmp_path / "journal.jsonl", tmp_path / "curves.png")
+    draw_curves(tmp_path / "journal.jsonl", tmp_path / "curves.png")
     picture = Image.open(tmp_path / "curves.png")
     assert picture.height > (700 if lines else 500)
 
@@ -56,5 +56,5 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "grid.png").write_bytes(b"old")
     images = np.zeros((1, 3, 32, 32), dtype=np.float64)
     with pytest.raises(AssertionError, match="cells"):
-        reconstruction(images, np.ones((1, 7), dtype=bool), images, tmp_path / "grid.png")
+        draw_reconstruction(images, np.ones((1, 7), dtype=bool), images, tmp_path / "grid.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("grid.png", b"old")]

@@ -5,9 +5,9 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.models import FAMILIES, create_model
+from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.families import COUNTER
 from pipeline.weights.foreign import load_weights
-from pipeline.weights.layouts import from_ours, to_ours
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 
 MICRO = {
@@ -42,7 +42,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("family", "options"), SHAPES, ids=str)
 def test_official_weights_come_in_and_go_out(family, options):
     model = build(family, **options)
-    found, report = to_ours(dict(reversed(model.state_dict().items())))
+    found, report = to_internal(dict(reversed(model.state_dict().items())))
     assert_same(found, ours(model))
     assert report.layout == "official dense"
     assert all(name.endswith(COUNTER) for name in report.dropped)
@@ -52,46 +52,46 @@ def test_official_weights_come_in_and_go_out(family, options):
     with torch.device("meta"):
         again = create_model(family, **architecture.model_options)
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
-    official, homeless = from_ours(found, architecture, "official")
+    official, homeless = from_internal(found, architecture, "official")
     assert homeless == ()
     assert_same(official, model.state_dict())
-    assert_same(to_ours(found)[0], found)
+    assert_same(to_internal(found)[0], found)
 
 
 @pytest.mark.parametrize("name", [name for family in ("slak", "nextvit") for name in FAMILIES[family][1]])
 def test_published_sizes_are_known_by_name(name):
     with torch.device("meta"):
         model = create_model(name, 7)
-    architecture = to_ours(model.state_dict())[1].architecture
+    architecture = to_internal(model.state_dict())[1].architecture
     assert str(architecture) == f"{name} with 7 classes"
     assert architecture.variant == name
 
 
 def test_a_head_may_be_missing():
     tensors = {name: t for name, t in ours(build("nextvit")).items() if not name.startswith("proj_head")}
-    found, report = to_ours(tensors)
+    found, report = to_internal(tensors)
     assert_same(found, tensors)
     assert report.missing == ("proj_head.0.weight", "proj_head.0.bias")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm.")}
-    assert to_ours(tensors)[1].missing[0] == "norm.weight"
+    assert to_internal(tensors)[1].missing[0] == "norm.weight"
 
 
 def test_next_vit_goes_to_timm_and_back():
     timm = oracle("timm", always_in_ci=True)
     with torch.device("meta"):
         model, theirs = create_model("nextvit_small", 7), timm.create_model("nextvit_small", num_classes=7)
-    found, report = to_ours(model.state_dict())
-    converted, _ = from_ours(found, report.architecture, "timm")
+    found, report = to_internal(model.state_dict())
+    converted, _ = from_internal(found, report.architecture, "timm")
     expected = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert {name: tensor.shape for name, tensor in converted.items()} == expected
-    back, report = to_ours(converted)
+    back, report = to_internal(converted)
     assert report.layout == "timm"
     assert list(back) == list(found)
     assert all(back[name] is found[name] for name in found)
     with pytest.raises(CheckpointError, match="timm builds the published sizes of Next-ViT alone"):
-        from_ours(ours(build("nextvit")), to_ours(ours(build("nextvit")))[1].architecture, "timm")
+        from_internal(ours(build("nextvit")), to_internal(ours(build("nextvit")))[1].architecture, "timm")
     with pytest.raises(CheckpointError, match="transformers has no nextvit; convert it to official"):
-        from_ours(found, report.architecture, "transformers")
+        from_internal(found, report.architecture, "transformers")
 
 
 @torch.no_grad()
@@ -99,17 +99,17 @@ def test_timm_gives_the_logits_of_converted_next_vits_and_ours_of_timms():
     timm = oracle("timm", always_in_ci=True)
     images = different_images(2, 64)
     model = as_if_trained(create_model("nextvit_small", 7).double(), images)
-    found, report = to_ours(model.state_dict())
+    found, report = to_internal(model.state_dict())
     with torch.device("meta"):
         theirs = timm.create_model("nextvit_small", num_classes=7)
-    theirs.load_state_dict(from_ours(found, report.architecture, "timm")[0], assign=True)
+    theirs.load_state_dict(from_internal(found, report.architecture, "timm")[0], assign=True)
     assert_equal_outputs(theirs.eval()(images), model(images), 1e-12)
-    assert_same(to_ours(theirs.state_dict())[0], found)
+    assert_same(to_internal(theirs.state_dict())[0], found)
 
     theirs = timm.create_model("nextvit_small", num_classes=7, drop_path_rate=0.0).double()
     expected = as_if_trained(theirs, images, seed=1)(images)
-    found, report = to_ours(theirs.state_dict())
-    model.load_state_dict(from_ours(found, report.architecture, "official")[0])
+    found, report = to_internal(theirs.state_dict())
+    model.load_state_dict(from_internal(found, report.architecture, "official")[0])
     assert_equal_outputs(model(images), expected, 1e-12)
 
 
@@ -140,5 +140,5 @@ def test_what_is_unexpected_is_one_sentence(family, damage, sentence):
     if shape is not None:
         tensors[name] = torch.zeros(shape)
     with pytest.raises(CheckpointError, match=sentence) as caught:
-        to_ours(tensors)
+        to_internal(tensors)
     assert "\n" not in str(caught.value)

@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture, shapes_of
-from pipeline.weights.files import write_weights
+from pipeline.weights.architecture import Architecture
+from pipeline.weights.conversion import from_internal
 from pipeline.weights.foreign import load_weights
-from pipeline.weights.layouts import from_ours
+from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
 
 MODEL = Architecture((1, 1, 1, 1), (4, 4, 8, 8), norm=True, classes=3)
 TENSORS = {
     name: tensor.float()
-    for name, tensor in randomise({n: torch.empty(s, device="meta") for n, s in shapes_of(MODEL).items()}).items()
+    for name, tensor in randomise({n: torch.empty(s, device="meta") for n, s in MODEL.shapes().items()}).items()
 }
 
 
@@ -58,7 +58,7 @@ WRAPPINGS = {
     "distributed": ({"model": {f"module.{name}": t for name, t in TENSORS.items()}}, "model", ()),
     "compiled": ({f"_orig_mod.module.{name}": t for name, t in TENSORS.items()}, None, ()),
     "parameters": ({name: torch.nn.Parameter(t) for name, t in TENSORS.items()}, None, ()),
-    "timm": (from_ours(TENSORS, MODEL, "timm")[0], None, ()),
+    "timm": (from_internal(TENSORS, MODEL, "timm")[0], None, ()),
 }
 
 
@@ -216,7 +216,7 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
     except CheckpointError:
         refusal(path)
         return
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes_of(MODEL)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == MODEL.shapes()
     if kind == "zip":
         assert_same(tensors, TENSORS)
 

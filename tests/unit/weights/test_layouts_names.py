@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.weights.architecture import Architecture, infer, shapes_of
-from pipeline.weights.layouts import LAYOUTS, from_ours, to_ours
+from pipeline.weights.architecture import Architecture, infer_architecture
+from pipeline.weights.conversion import LAYOUTS, from_internal, to_internal
 from tests.oracles import randomise
 
 SMALL = Architecture((1, 1, 2, 1), (8, 16, 24, 32))
@@ -18,7 +18,7 @@ PRETRAINING = Architecture(SMALL.depths, SMALL.dims, decoder=(16, 2))
 
 
 def weights(architecture):
-    return randomise({name: torch.empty(shape, device="meta") for name, shape in shapes_of(architecture).items()})
+    return randomise({name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()})
 
 
 def sparse(tensors):
@@ -57,9 +57,9 @@ def test_the_formula_is_the_model(stages, classes):
     options = {"depths": (1, 2, 3, 1)[:stages], "dims": (8, 16, 24, 32)[:stages], "in_channels": 4, "stem_stride": 2}
     state = create_model("convnextv2", num_classes=classes, **options).state_dict()
     architecture = Architecture(**options, norm=classes > 0, classes=classes)
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes_of(architecture)
-    assert list(state) == list(shapes_of(architecture))
-    assert to_ours(state)[1].architecture == architecture
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == architecture.shapes()
+    assert list(state) == list(architecture.shapes())
+    assert to_internal(state)[1].architecture == architecture
 
 
 @pytest.mark.parametrize(("dim", "depth"), [(16, 1), (8, 3)])
@@ -67,10 +67,10 @@ def test_the_formula_is_fcmae(dim, depth):
     encoder = create_model("convnextv2", depths=(1, 2), dims=(8, 16), stem_stride=2, num_classes=0)
     state = FCMAE(encoder, decoder_dim=dim, decoder_depth=depth, cell=4).state_dict()
     architecture = Architecture((1, 2), (8, 16), stem_stride=2, decoder=(dim, depth))
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes_of(architecture)
-    assert list(state) == list(shapes_of(architecture))
-    assert to_ours(state)[1].architecture == architecture
-    assert len(shapes_of(Architecture(SMALL.depths, SMALL.dims, decoder=(512, 1)))) == 81
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == architecture.shapes()
+    assert list(state) == list(architecture.shapes())
+    assert to_internal(state)[1].architecture == architecture
+    assert len(Architecture(SMALL.depths, SMALL.dims, decoder=(512, 1)).shapes()) == 81
 
 
 def test_official_sparse_comes_back_to_the_bit():
@@ -79,10 +79,10 @@ def test_official_sparse_comes_back_to_the_bit():
     assert given["encoder.downsample_layers.1.1.kernel"].shape == (4, 8, 16)
     assert given["encoder.stages.0.0.dwconv.kernel"].shape == (49, 8)
     assert given["encoder.stages.0.0.dwconv.bias"].shape == (1, 8)
-    found, report = to_ours(given)
+    found, report = to_internal(given)
     assert (report.layout, report.architecture) == ("official sparse", PRETRAINING)
     assert_same(found, expected)
-    assert_same(to_ours(found)[0], expected)
+    assert_same(to_internal(found)[0], expected)
     assert not report.dropped
     assert not report.missing
     assert sorted(report.names) == sorted(given)
@@ -91,11 +91,11 @@ def test_official_sparse_comes_back_to_the_bit():
 
 def test_a_sparse_encoder_becomes_a_released_one():
     encoder = {name: t for name, t in sparse(weights(PRETRAINING)).items() if name.startswith("encoder.")}
-    found, report = to_ours(encoder)
+    found, report = to_internal(encoder)
     assert report.architecture == SMALL
-    assert list(found) == list(shapes_of(SMALL))
+    assert list(found) == list(SMALL.shapes())
     assert report.missing == ("norm.weight", "norm.bias", "head.weight", "head.bias")
-    bare, report = to_ours({name.removeprefix("encoder."): tensor for name, tensor in encoder.items()})
+    bare, report = to_internal({name.removeprefix("encoder."): tensor for name, tensor in encoder.items()})
     assert report.layout == "official sparse"
     assert_same(bare, found)
 
@@ -105,7 +105,7 @@ def test_a_sparse_encoder_becomes_a_released_one():
 def test_grn_of_any_rank(shape, architecture):
     expected = weights(architecture)
     given = {name: tensor.reshape(shape) if ".grn." in name else tensor for name, tensor in expected.items()}
-    found, report = to_ours(given)
+    found, report = to_internal(given)
     assert_same(found, expected)
     grn = tuple(name for name in expected if ".grn." in name)
     assert report.reshaped == (() if len(shape) == 4 else grn)
@@ -114,38 +114,38 @@ def test_grn_of_any_rank(shape, architecture):
 def test_what_the_official_code_makes_of_grn_the_second_time_is_refused_by_name():
     given = {name: t[None, None] if ".grn." in name else t for name, t in weights(CLASSIFIER).items()}
     with pytest.raises(CheckpointError, match=r"stages\.0\.0\.grn\.gamma is \(1, 1, 1, 1, 1, 32\) in the file but"):
-        to_ours(given)
+        to_internal(given)
 
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("architecture", [SMALL, CLASSIFIER, Architecture(SMALL.depths, SMALL.dims, norm=True)])
 def test_there_and_back_twice_is_once(layout, architecture):
     expected = weights(architecture)
-    there, dropped = from_ours(expected, architecture, layout)
+    there, dropped = from_internal(expected, architecture, layout)
     assert dropped == ()
-    back, report = to_ours(there)
+    back, report = to_internal(there)
     assert report.architecture == architecture
     assert_same(back, expected)
-    again, _ = from_ours(back, report.architecture, layout)
+    again, _ = from_internal(back, report.architecture, layout)
     assert_same(again, there)
-    assert_same(to_ours(expected)[0], expected)
+    assert_same(to_internal(expected)[0], expected)
 
 
 @pytest.mark.parametrize("layout", ["timm", "transformers"])
 def test_fcmae_leaves_its_decoder_behind_and_says_so(layout):
     tensors = weights(PRETRAINING)
-    there, dropped = from_ours(tensors, PRETRAINING, layout)
+    there, dropped = from_internal(tensors, PRETRAINING, layout)
     assert dropped == tuple(name for name in tensors if not name.startswith("encoder."))
-    back, report = to_ours(there)
+    back, report = to_internal(there)
     assert report.architecture == SMALL
     assert_same(back, {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")})
-    assert from_ours(tensors, PRETRAINING, "official")[1] == ()
+    assert from_internal(tensors, PRETRAINING, "official")[1] == ()
 
 
 def test_timm_cannot_have_other_stages():
     small = Architecture((1, 1), (8, 16))
     with pytest.raises(CheckpointError, match=r"timm builds ConvNeXts of 4 stages .* has 2 behind"):
-        from_ours(weights(small), small, "timm")
+        from_internal(weights(small), small, "timm")
 
 
 def without(*parts):
@@ -194,7 +194,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
 def test_what_is_unexpected_is_one_sentence(damage, sentence):
     with pytest.raises(CheckpointError, match=sentence) as caught:
-        to_ours(damage(weights(CLASSIFIER)))
+        to_internal(damage(weights(CLASSIFIER)))
     assert "\n" not in str(caught.value)
 
 
@@ -202,22 +202,22 @@ def test_two_tensors_of_one_name():
     tensors = sparse(weights(PRETRAINING))
     tensors["encoder.stages.0.0.norm.weight"] = tensors["encoder.stages.0.0.norm.ln.weight"]
     with pytest.raises(CheckpointError, match=r"are both encoder\.stages\.0\.0\.norm\.weight in the official sparse"):
-        to_ours(tensors)
+        to_internal(tensors)
 
 
 @pytest.mark.parametrize("shape", [(48, 8), (49, 8, 1, 1), ()])
 def test_kernels_must_be_square(shape):
     tensors = sparse(weights(PRETRAINING)) | {"encoder.stages.0.0.dwconv.kernel": torch.zeros(shape)}
     with pytest.raises(CheckpointError, match=r"^encoder\.stages\.0\.0\.dwconv\.kernel is \("):
-        to_ours(tensors)
+        to_internal(tensors)
 
 
 FILES = {
     "official dense": weights(CLASSIFIER),
     "fcmae": weights(PRETRAINING),
     "official sparse": sparse(weights(PRETRAINING)),
-    "timm": from_ours(weights(CLASSIFIER), CLASSIFIER, "timm")[0],
-    "transformers": from_ours(weights(CLASSIFIER), CLASSIFIER, "transformers")[0],
+    "timm": from_internal(weights(CLASSIFIER), CLASSIFIER, "timm")[0],
+    "transformers": from_internal(weights(CLASSIFIER), CLASSIFIER, "transformers")[0],
 }
 
 
@@ -237,11 +237,11 @@ def test_no_tensor_can_change_or_vanish_unseen(layout, data):
         case "more axes":
             tensors[name] = tensors[name][None, None, None, None]
     with pytest.raises(CheckpointError) as caught:
-        to_ours(tensors)
+        to_internal(tensors)
     assert "\n" not in str(caught.value)
 
 
 def test_a_layout_is_recognised_by_its_names_alone():
     for layout, tensors in FILES.items():
-        assert to_ours(dict(reversed(tensors.items())))[1].layout == layout
-    assert infer(shapes_of(PRETRAINING), "fcmae") == PRETRAINING
+        assert to_internal(dict(reversed(tensors.items())))[1].layout == layout
+    assert infer_architecture(PRETRAINING.shapes(), "fcmae") == PRETRAINING

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from pipeline.models import VARIANTS, create_model
-from pipeline.weights.architecture import Architecture, shapes_of
-from pipeline.weights.layouts import from_ours, to_ours
+from pipeline.weights.architecture import Architecture
+from pipeline.weights.conversion import from_internal, to_internal
 from tests.oracles import assert_equal_outputs, oracle, randomise
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def weights_of(architecture):
-    return randomise({name: torch.empty(shape, device="meta") for name, shape in shapes_of(architecture).items()})
+    return randomise({name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()})
 
 
 @torch.no_grad()
@@ -43,12 +43,12 @@ def test_timm_gives_the_same_logits(family, size):
     architecture = architecture_of(family, size)
     assert architecture.variant == f"{family}_{size}"
     ours = weights_of(architecture)
-    theirs, dropped = from_ours(ours, architecture, "timm")
+    theirs, dropped = from_internal(ours, architecture, "timm")
     with torch.device("meta"):
         model = timm.create_model(f"{family}_{size}", num_classes=13)
         own = create_model("convnextv2", **architecture.model_options)
     assert dropped == ()
-    assert {name: tuple(tensor.shape) for name, tensor in own.state_dict().items()} == shapes_of(architecture)
+    assert {name: tuple(tensor.shape) for name, tensor in own.state_dict().items()} == architecture.shapes()
     assert {name: tensor.shape for name, tensor in theirs.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
@@ -56,17 +56,17 @@ def test_timm_gives_the_same_logits(family, size):
     with torch.no_grad():
         expected = model.eval()(IMAGES)
     assert_equal_outputs(our_logits(ours, architecture), expected, 1e-12)
-    back, report = to_ours(model.state_dict())
+    back, report = to_internal(model.state_dict())
     assert (report.layout, report.architecture) == ("timm", architecture)
     assert_same(back, ours)
-    assert_same(from_ours(back, architecture, "timm")[0], theirs)
+    assert_same(from_internal(back, architecture, "timm")[0], theirs)
 
 
 @pytest.mark.parametrize("classes", [0, 5])
 def test_timm_takes_any_shape_with_linear_layers(classes):
     timm = oracle("timm", always_in_ci=True)
     architecture = Architecture((1, 2, 1, 1), (8, 16, 24, 32), in_channels=4, norm=True, classes=classes)
-    theirs, _ = from_ours(weights_of(architecture), architecture, "timm")
+    theirs, _ = from_internal(weights_of(architecture), architecture, "timm")
     model = timm.models.convnext.ConvNeXt(
         in_chans=4, num_classes=classes, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None
     )  # fmt: skip
@@ -79,7 +79,7 @@ def test_transformers_gives_the_same_logits(family, size):
     architecture = architecture_of(family, size)
     name = "ConvNextV2" if family == V2 else "ConvNext"
     ours = weights_of(architecture)
-    theirs, dropped = from_ours(ours, architecture, "transformers")
+    theirs, dropped = from_internal(ours, architecture, "transformers")
     shape = {"depths": list(architecture.depths), "hidden_sizes": list(architecture.dims)}
     config = getattr(transformers, f"{name}Config")(**shape, num_labels=13, layer_norm_eps=1e-6)
     with torch.device("meta"):
@@ -89,9 +89,9 @@ def test_transformers_gives_the_same_logits(family, size):
     with torch.no_grad():
         expected = model.eval()(IMAGES).logits
     assert_equal_outputs(our_logits(ours, architecture), expected, 1e-12)
-    back, report = to_ours(model.state_dict())
+    back, report = to_internal(model.state_dict())
     assert (report.layout, report.architecture) == ("transformers", architecture)
     assert_same(back, ours)
-    bare, report = to_ours(getattr(model, family).state_dict())  # the model without its classifier class
+    bare, report = to_internal(getattr(model, family).state_dict())  # the model without its classifier class
     assert report.missing == ("head.weight", "head.bias")
     assert_same(bare, {name: tensor for name, tensor in ours.items() if not name.startswith("head.")})

@@ -18,7 +18,7 @@ from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import load_recipe, write_recipe
 from pipeline.stage.directory import Stage
-from pipeline.weights.files import write_weights
+from pipeline.weights.safetensors_file import write_weights
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
 from tests.support import fcmae, tiny_recipe

@@ -15,7 +15,7 @@ from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import Uploads
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.pictures import reconstruction
+from pipeline.tracking.pictures import draw_reconstruction
 from tests.support import make_tiny_run
 from tools.report import write_report
 from tools.report.compare import comparison, labels
@@ -140,7 +140,7 @@ def test_a_sheet_fits_the_page_and_keeps_every_image(tmp_path, images, size):
     draw = np.random.default_rng(0)
     pictures = draw.integers(0, 256, (images, 3, size, size), dtype=np.uint8)
     mask = np.zeros((images, 16), bool)
-    reconstruction(pictures, mask, pictures, tmp_path / "sheet.png")
+    draw_reconstruction(pictures, mask, pictures, tmp_path / "sheet.png")
     content = sheet(tmp_path / "sheet.png")
     (tmp_path / "shown").write_bytes(content)
     shown, whole = Image.open(tmp_path / "shown"), Image.open(tmp_path / "sheet.png")

@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError, StageError
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.training.saving import open_store
-from pipeline.weights.files import read_facts, read_weights, write_weights
+from pipeline.weights.safetensors_file import read_facts, read_weights, write_weights
 from tests.support import make_tiny_run
 from tools.cli import app as cli
 from tools.verify.run import examine, verify_run

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.weights import read_facts, write_weights
-from pipeline.weights.architecture import Architecture, shapes_of
+from pipeline.weights.architecture import Architecture
 from pipeline.weights.foreign import load_weights
 from tests.oracles import randomise
 from tests.support import fcmae
@@ -16,7 +16,7 @@ PRETRAINING = Architecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
 
 
 def weights(architecture):
-    names = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(architecture).items()}
+    names = {name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()}
     return randomise(names)
 
 

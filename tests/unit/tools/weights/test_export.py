@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
 from pipeline.weights import read_facts
-from pipeline.weights.architecture import Architecture, shapes_of
+from pipeline.weights.architecture import Architecture
 from pipeline.weights.foreign import load_weights
 from tests.oracles import assert_equal_outputs, oracle, randomise
 from tests.support import fcmae
@@ -27,7 +27,7 @@ IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 @functools.cache
 def weights(architecture):
-    tensors = randomise({n: torch.empty(s, device="meta") for n, s in shapes_of(architecture).items()})
+    tensors = randomise({n: torch.empty(s, device="meta") for n, s in architecture.shapes().items()})
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

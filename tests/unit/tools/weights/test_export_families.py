@@ -7,8 +7,8 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
-from pipeline.weights.files import read_facts, write_weights
 from pipeline.weights.foreign import load_weights
+from pipeline.weights.safetensors_file import read_facts, write_weights
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 from tests.unit.weights.test_families import MICRO, assert_same, build, ours
 from tools.weights.convert import convert

@@ -54,7 +54,7 @@ def test_weights_come_back_as_fp32_with_their_facts(tmp_path):
 
 def test_the_bytes_depend_on_nothing_but_the_content(tmp_path):
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_weights as t;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_safetensors_file as t;"
         "items = list(t.tensors().items()); facts = dict(reversed(t.FACTS.items()));"
         "print(t.write_weights(sys.argv[2], dict(reversed(items)), facts))"
     )

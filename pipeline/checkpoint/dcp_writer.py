@@ -1,9 +1,8 @@
-"""Checkpoint directories on a local disk or any fsspec URL: durable writes, hashing while writing, COMMIT last."""
+"""Write a checkpoint directory through torch.distributed.checkpoint (DCP): hash every file, write COMMIT last."""
 
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,84 +27,26 @@ from pipeline.checkpoint.manifest import (
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.storage.folder import Folder
 
-READ_ATTEMPTS = 4  # of an object store, with pauses of 1, 2 and 4 seconds
-_CHUNK_BYTES = 8 << 20
-_WRITTEN_HERE = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(manifest\.json|COMMIT)(\.[0-9a-f]{8}\.tmp)?")
-
-
-def problem_of(folder: Folder, name: str, record: FileRecord) -> str | None:
-    """What is wrong with a file, in words that start with its name; None when it is as recorded.
-
-    On a local disk what cannot be read is damaged. An object store that does not answer proves nothing: that raises.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            with folder.fs.open((folder / name).path, "rb") as stream:
-                digest, size = hashlib.sha256(), 0
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    size += len(chunk)
-            break
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except Exception as error:  # each file system has its own errors; none of them may pass for a good file
-            if folder.local:
-                return f"{name} cannot be read ({type(error).__name__}: {error})"
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            time.sleep(2**attempt)
-    if size != record.bytes:
-        return f"{name} has {size} bytes instead of {record.bytes}"
-    return None if digest.hexdigest() == record.sha256 else f"{name} has another sha256 than was written"
-
-
-def read_committed(folder: Folder, name: CheckpointName) -> tuple[Manifest | None, list[str]]:
-    """The manifest that COMMIT vouches for and no problems, or None and what is wrong. Data files are not looked at."""
-    texts = []
-    for file in (MANIFEST, COMMIT):
-        try:
-            texts.append(folder.read(file))
-        except Exception as error:  # as in problem_of
-            if not folder.local and not isinstance(error, FileNotFoundError):
-                raise
-            return None, [f"{file} cannot be read ({type(error).__name__}: {error})"]
-    text, record = texts
-    if record != commit_record(text):
-        return None, [f"{COMMIT} does not belong to {MANIFEST}"]
-    try:
-        manifest = Manifest.decode(text)
-    except ValueError as error:
-        return None, [f"{MANIFEST}: {error}"]
-    if manifest.name != name:
-        return None, [f"{MANIFEST} is that of {manifest.name}"]
-    return manifest, []
-
-
-def verified(folder: Folder, name: CheckpointName) -> tuple[Manifest | None, list[str]]:
-    """`read_committed`, and the data files re-read whole: what is wrong is all that is wrong with a checkpoint."""
-    manifest, problems = read_committed(folder, name)
-    if manifest:
-        problems = [p for file, record in sorted(manifest.files.items()) if (p := problem_of(folder, file, record))]
-    return (None if problems else manifest), problems
+_FILE_NAMES = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(manifest\.json|COMMIT)(\.[0-9a-f]{8}\.tmp)?")
 
 
 def remove_checkpoint(folder: Folder) -> list[str]:
-    """Delete the files that a checkpoint writer writes, COMMIT first, and the directory if that leaves it empty.
+    """Delete the files that `CommittingWriter` writes, COMMIT first, then the directory if it is empty.
 
-    Returns the names of what was left because it is not ours. Nothing is deleted recursively.
+    Returns the names of other entries, which stay. Nothing is deleted recursively.
     """
     entries = folder.entries()
-    ours = [name for name, info in entries.items() if _WRITTEN_HERE.fullmatch(name) and info["type"] != "directory"]
-    for name in sorted(ours, key=lambda name: name != COMMIT):
+    written = [name for name, info in entries.items() if _FILE_NAMES.fullmatch(name) and info["type"] != "directory"]
+    for name in sorted(written, key=lambda name: name != COMMIT):
         folder.fs.rm_file((folder / name).path)
-    foreign = sorted(entries.keys() - set(ours))
+    foreign = sorted(entries.keys() - set(written))
     if not foreign and folder.exists():
         folder.fs.rmdir(folder.path)
     return foreign
 
 
 class _HashingStream:
-    """A binary stream that knows the sha256 of what went through, and the first error, which torch.save would hide."""
+    """A binary stream that hashes what is written, and keeps the first error because torch.save hides it."""
 
     def __init__(self, stream: IO[bytes], local: bool) -> None:
         self._stream, self._local = stream, local
@@ -141,7 +82,7 @@ class _HashingStream:
 
 
 class _HashingFileSystem(FileSystem):
-    """torch's fsspec file system that keeps a record of every file it wrote, by name."""
+    """torch's fsspec file system, with a record of every file that it wrote, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +90,7 @@ class _HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        assert mode == "wb", "the writer writes"
+        assert mode == "wb", f"a checkpoint file is opened with mode {mode}"
         with super().create_stream(path, mode) as raw:
             stream = _HashingStream(raw, isinstance(self.fs, LocalFileSystem))
             try:
@@ -169,24 +110,19 @@ class _HashingFileSystem(FileSystem):
 
 @dataclass(frozen=True)
 class _FileWritten:
-    """Travels to the coordinator among DCP's WriteResults: one file, of one rank."""
+    """One file of one rank. Sent to the coordinator among DCP's WriteResults."""
 
     name: str
     record: FileRecord
 
 
 class CommittingWriter(FsspecWriter):
-    """DCP's fsspec writer; the files are hashed as they are written, and the coordinator's `finish` commits them.
-
-    `finish` writes `.metadata`, `manifest.json` and, if `still_current()` is true just then, COMMIT. It raises
-    OvertakenError, with nothing committed, when a newer attempt has taken the stage, and CheckpointError when another
-    rank's file is not seen.
-    """
+    """DCP's fsspec writer. It hashes the files as they are written; `finish`, on the coordinator, commits them."""
 
     def __init__(
         self, folder: Folder, name: CheckpointName, facts: dict[str, Any], still_current: Callable[[], bool]
     ) -> None:
-        # torch syncs a file before its last bytes left Python's buffer; the hashing stream syncs when it is closed.
+        # The hashing stream syncs when it is closed, because torch syncs before Python's buffer is written out.
         super().__init__(folder.url, sync_files=False, overwrite=False)
         self.fs = _HashingFileSystem()
         self.path = self.fs.init_path(folder.url)
@@ -200,18 +136,24 @@ class CommittingWriter(FsspecWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write `.metadata`, `manifest.json` and, if `still_current()` is true just then, COMMIT.
+
+        Raises:
+            OvertakenError: if a newer attempt has taken the stage; nothing is committed then.
+            CheckpointError: if this rank does not see a file of another rank.
+        """
         written = {file.name: file.record for rank in results for file in rank if isinstance(file, _FileWritten)}
-        self._expect_all_seen(written)
+        self._expect_visible(written)
         super().finish(metadata, [[item for item in rank if isinstance(item, WriteResult)] for rank in results])
         files = {**written, METADATA: self.fs.records[METADATA]}
         manifest = Manifest(self._name, files, self._facts).encode()
         self._folder.publish(MANIFEST, manifest)
         self._folder.create(COMMIT, commit_record(manifest), last_check=self._refuse_if_overtaken)
 
-    def _expect_all_seen(self, written: dict[str, FileRecord]) -> None:
-        seen = self._folder.entries()
+    def _expect_visible(self, written: dict[str, FileRecord]) -> None:
+        visible = self._folder.entries()
         for name, record in written.items():
-            if name not in seen or seen[name]["size"] != record.bytes:
+            if name not in visible or visible[name]["size"] != record.bytes:
                 raise CheckpointError(
                     f"{self._folder}: rank 0 does not see {name} as another rank wrote it; "
                     "put the stage directory on a file system that all nodes share"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture, infer, shapes_of
+from pipeline.weights.architecture import Architecture, infer_architecture
 from pipeline.weights.families import COUNTER, FamilyArchitecture, is_nextvit, nextvit_names, nextvit_timm_name
 
 LAYOUTS = ("official dense", "fcmae", "official sparse", "timm", "transformers")
@@ -91,7 +91,7 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
     return None
 
 
-def our_name(name: str, layout: str) -> str | None:
+def internal_name(name: str, layout: str) -> str | None:
     """The name in our layout, or None where `layout` has no such name."""
     dense = _RULES["official dense"]
     if layout == "fcmae":
@@ -100,7 +100,7 @@ def our_name(name: str, layout: str) -> str | None:
     if layout == "official sparse":
         plain = _SPARSE_PART.sub("", name)
         plain = plain.removesuffix("kernel") + "weight" if plain.endswith(".kernel") else plain
-        return plain if _rename(plain, dense) else our_name(plain, "fcmae")
+        return plain if _rename(plain, dense) else internal_name(plain, "fcmae")
     if layout == "official dense":
         name = re.sub(r"\.large_kernel\.Decom(?=[12]\.)", ".large_kernel.LoRA", name)
     if layout == "transformers":
@@ -109,7 +109,7 @@ def our_name(name: str, layout: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """Every tensor of a file: where it went, and what a whole model would have beside it."""
 
     layout: str
@@ -141,7 +141,7 @@ class Report:
         return "\n".join(lines)
 
 
-def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
+def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ConversionReport]:
     """Tensors of any layout under our names, in our order, and the account of each. Values and dtypes stay.
 
     What is ours already comes back unchanged, so converting twice is harmless.
@@ -155,7 +155,7 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
         layout, names = nextvit_names(tensors)
     else:
         layout = _recognise(tensors)
-        names = {name: our_name(name, layout) for name in tensors}
+        names = {name: internal_name(name, layout) for name in tensors}
     if layout != "official dense" and all(ours.startswith("encoder.") for ours in names.values()):
         names = {name: ours.removeprefix("encoder.") for name, ours in names.items()}
     if outside := _outside(names):
@@ -171,9 +171,9 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
                 f"{name} and {sources[ours]} are both {ours} in the {layout} layout; keep one of the two"
             )
         found[ours], sources[ours] = _unfold(name, ours, tensors[name], layout), name
-    architecture = infer({ours: tuple(tensor.shape) for ours, tensor in found.items()}, layout)
+    architecture = infer_architecture({ours: tuple(tensor.shape) for ours, tensor in found.items()}, layout)
     _check(found, sources, architecture, layout)
-    report = Report(
+    report = ConversionReport(
         layout,
         architecture,
         names,
@@ -181,13 +181,13 @@ def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
         counters,
         missing=tuple(_absent(architecture)),
     )
-    return {name: found[name] for name in shapes_of(architecture)}, report
+    return {name: found[name] for name in architecture.shapes()}, report
 
 
 def _recognise(tensors: Mapping[str, Tensor]) -> str:
     if not tensors:
         raise CheckpointError("there are no tensors in it; hand over weights of a ConvNeXt")
-    fits = {layout: [name for name in tensors if our_name(name, layout)] for layout in LAYOUTS}
+    fits = {layout: [name for name in tensors if internal_name(name, layout)] for layout in LAYOUTS}
     layout = max(LAYOUTS, key=lambda layout: len(fits[layout]))  # of equals the first, so what is ours stays ours
     strangers = sorted(tensors.keys() - set(fits[layout]))
     if strangers:
@@ -230,7 +230,7 @@ def _unfold(name: str, ours: str, tensor: Tensor, layout: str) -> Tensor:
 
 
 def _check(tensors: Mapping[str, Tensor], sources: Mapping[str, str], architecture: Architecture, layout: str) -> None:
-    wanted = shapes_of(architecture)
+    wanted = architecture.shapes()
     for name in [*wanted, *sorted(tensors.keys() - wanted.keys())]:
         here = tuple(tensors[name].shape) if name in tensors else "absent"
         there = wanted.get(name, "absent")
@@ -246,11 +246,11 @@ def _absent(architecture: Architecture | FamilyArchitecture) -> list[str]:
     if architecture.decoder:
         return []
     whole = replace(architecture, norm=True, classes=architecture.classes or 1)
-    here = shapes_of(architecture)
-    return [name for name in shapes_of(whole) if name not in here]
+    here = architecture.shapes()
+    return [name for name in whole.shapes() if name not in here]
 
 
-def from_ours(
+def from_internal(
     tensors: Mapping[str, Tensor], architecture: Architecture | FamilyArchitecture, layout: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Our tensors in the names and shapes of "official", "timm" or "transformers", and the names that have no place.

@@ -1,0 +1,86 @@
+"""Plan how the weights of one stage fill the model of the next: account for every tensor.
+
+The released code renames tensors in a way that, applied twice, loses every GRN tensor without an error. Here renaming
+twice changes nothing, and a tensor that is neither loaded, nor initialised, nor dropped by name is an error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.errors import CheckpointError
+from pipeline.weights.shapes import Shape
+
+_FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
+_CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
+_ENCODER_PARTS = (["downsample_layers"], ["stages"])
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What happens to every tensor: names of the target loaded or newly initialised, names of the source dropped."""
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def plan_transfer(
+    source: Mapping[str, Shape], target: Mapping[str, Shape], *, drop: tuple[str, ...], fresh: tuple[str, ...]
+) -> Transfer:
+    """Assign every tensor of both sides to one list of a `Transfer`; the lists are sorted.
+
+    `drop` (of the source) and `fresh` (of the target) hold full names, or prefixes that end in a dot. A fresh tensor
+    is initialised even if the source has one, which is then dropped.
+
+    Raises:
+        CheckpointError: if any other tensor does not match one to one in name and shape.
+    """
+    initialised = {name for name in target if _matches(name, fresh)}
+    dropped = {name for name in source if _matches(name, drop) or name in initialised}
+    offered = {name: tuple(shape) for name, shape in source.items() if name not in dropped}
+    for name in sorted(offered.keys() | (target.keys() - initialised)):
+        saved = offered.get(name)
+        wanted = tuple(target[name]) if name in target else None
+        if saved == wanted:
+            continue
+        if saved is None:
+            remedy = "list it as fresh to initialise it, or hand over weights that have it"
+        elif wanted is None:
+            remedy = "list it as dropped if the model is not to have it"
+        else:
+            remedy = "list it as fresh to initialise it anew, or use the model that the weights were trained with"
+        shapes = ["absent" if shape is None else shape for shape in (saved, wanted)]
+        raise CheckpointError(f"{name} is {shapes[0]} in the weights and {shapes[1]} in the model; {remedy}")
+    return Transfer(tuple(sorted(target.keys() - initialised)), tuple(sorted(initialised)), tuple(sorted(dropped)))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(name == pattern or (pattern.endswith(".") and name.startswith(pattern)) for pattern in patterns)
+
+
+def encoder_to_classifier(source: Mapping[str, T]) -> dict[str, T]:
+    """Rename FCMAE's `encoder.X` to `X`, the classifier's name; tensors outside the encoder keep their names.
+
+    Renaming twice changes nothing. Works on tensors and on shapes.
+
+    Raises:
+        CheckpointError: for names of neither layout, or of both at once.
+    """
+    parts = {name: name.partition(".")[0] for name in source}
+    unknown = sorted(name for name, part in parts.items() if part not in _FCMAE_PARTS | _CLASSIFIER_PARTS)
+    if unknown or not source:
+        raise CheckpointError(
+            f"{unknown[0] if unknown else 'an empty file'} belongs neither to FCMAE nor to classifier weights; "
+            "hand over a file that a stage of this program has written"
+        )
+    if "encoder" not in parts.values():
+        return dict(source)
+    for name, part in parts.items():
+        if part in _CLASSIFIER_PARTS or (part == "encoder" and name.split(".")[1:2] not in _ENCODER_PARTS):
+            raise CheckpointError(
+                f"{name} has no place in FCMAE weights, which hold encoder.downsample_layers.* and encoder.stages.*; "
+                "hand over a file that a stage of this program has written"
+            )
+    return {name.removeprefix("encoder."): value for name, value in source.items()}
