@@ -56,7 +56,7 @@ def run(
     from cluster.show.status import status
     from cluster.show.status_table import render
     from pipeline.recipe import load_recipe
-    from pipeline.storage.working_copy import Uploads, remote_of, working_copy
+    from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of, working_copy
 
     chain = load_recipe(find_recipe(recipe), overrides or [])
     directory = working_copy(out)
@@ -66,7 +66,7 @@ def run(
     write_origin(directory, find_recipe(recipe), overrides or [])
     preflight(stages, nproc)
     remote = remote_of(directory)
-    run_files = Uploads(directory, remote, "*") if remote else None  # each stage sends its own
+    run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage sends its own
     if run_files:
         run_files.push()
     console = Console()

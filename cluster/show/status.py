@@ -23,7 +23,7 @@ from pipeline.storage.file_names import (
     RESULT_FILE,
 )
 from pipeline.storage.folder import is_remote
-from pipeline.storage.working_copy import View
+from pipeline.storage.working_copy import RunView
 from pipeline.tracking.journal import Event, Tail, parse_line, strict_json
 
 State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
@@ -212,7 +212,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._view = View(str(directory)) if is_remote(directory) else None
+        self._view = RunView(str(directory)) if is_remote(directory) else None
         here = self._view.directory if self._view else Path(directory).resolve()
         self.name = self._view.url if self._view else str(here)
         self._followers = [Follower(here / name) for name in stage_names(here)]

@@ -26,7 +26,7 @@ from pipeline.errors import StageError
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import ATTEMPTS_FILE, ATTEMPTS_FOLDER
 from pipeline.storage.folder import Folder, json_bytes
-from pipeline.storage.working_copy import Uploads, pull
+from pipeline.storage.working_copy import Mirror
 
 HEARTBEAT_SECONDS = 10.0
 LEASE_HEARTBEATS = 2.5  # an owner on another machine that is silent for so many heartbeats has lost the stage
@@ -47,9 +47,9 @@ class Attempts:
     def __init__(self, directory: Path, remote: Folder | None):
         self.own: int | None = None
         self.heartbeat_seconds = HEARTBEAT_SECONDS
-        self._directory, self._remote = directory, remote
+        self._directory = directory
         self._folder = (remote or Folder.at(directory)) / ATTEMPTS_FOLDER
-        self._uploads, self._uploading = Uploads(directory, remote) if remote else None, threading.Lock()
+        self._mirror = Mirror(directory, remote) if remote else None
 
     def claim(self, world_size: int, threads: int | None = None) -> int:
         """Start an attempt and return its number. `threads` per rank are recorded for the next attempt.
@@ -58,8 +58,8 @@ class Attempts:
             StageError: if a live process holds the stage.
         """
         self.check_free()
-        if self._remote:
-            pull(self._remote, self._directory)
+        if self._mirror:
+            self._mirror.pull()
         number = self.newest() + 1
         entry = {
             "attempt": number,
@@ -132,9 +132,8 @@ class Attempts:
 
     def upload(self) -> None:
         """Upload a working copy to its object store, unless a newer attempt has claimed the stage."""
-        if self._uploads and self.is_newest():
-            with self._uploading:
-                self._uploads.push()
+        if self._mirror and self.is_newest():
+            self._mirror.push()
 
     def newest(self) -> int:
         """The number of the newest attempt; 0 before the first."""

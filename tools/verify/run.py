@@ -12,7 +12,7 @@ from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
-from pipeline.storage.working_copy import View
+from pipeline.storage.working_copy import RunView
 from pipeline.tracking.journal import parse_line
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.safetensors_file import read_weights
@@ -60,7 +60,7 @@ def examine(directory: str | Path) -> Iterator[Finding]:
     elif RECIPE_FILE in inside and folder.local:
         yield from _stages(Path(folder.path))
     elif RECIPE_FILE in inside:
-        view = View(folder.url)
+        view = RunView(folder.url)
         yield from _stages(view.directory)
     else:
         raise StageError(f"{directory} is no run, stage or checkpoint of ours; correct the path")

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import StageError
 from pipeline.storage.folder import Folder
-from pipeline.storage.working_copy import Uploads, remote_of, working_copy
+from pipeline.storage.working_copy import Mirror, remote_of, working_copy
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_what_one_machine_wrote_another_one_finds(on):
     write(one / "recipe.yaml", "name: x")
     write(one / "pretrain" / "journal.jsonl", "1\n")
     write(one / "pretrain" / "attempts" / "000001.json", "not from here")
-    uploads = Uploads(one, remote_of(one))
+    uploads = Mirror(one, remote_of(one))
     uploads.push()
     other = on("other")
     assert (other / "recipe.yaml").read_text() == "name: x"
@@ -58,7 +58,7 @@ def test_a_file_that_goes_away_meanwhile_is_none_to_send(on, monkeypatch):
         publish(folder, name, data, **options)
 
     monkeypatch.setattr(Folder, "publish", publish_while_b_goes)
-    Uploads(one, remote_of(one)).push()
+    Mirror(one, remote_of(one)).push()
     other = on("other")
     assert sorted(path.name for path in other.iterdir() if path.suffix == ".txt") == ["a.txt", "c.txt"]
 
@@ -71,7 +71,7 @@ def test_a_stage_knows_its_place_in_the_store(on):
 def test_a_tail_that_was_not_uploaded_yet_stays(on):
     one = on("one")
     write(one / "journal.jsonl", "1\n")
-    Uploads(one, remote_of(one)).push()
+    Mirror(one, remote_of(one)).push()
     write(one / "journal.jsonl", "1\n2\n")
     assert (on("one") / "journal.jsonl").read_text() == "1\n2\n"
     write(one / "journal.jsonl", "another")
@@ -84,7 +84,7 @@ def test_done_goes_last_and_unchanged_files_do_not_go_again(on, monkeypatch):
         write(one / name, name)
     publish = Folder.publish
     monkeypatch.setattr(Folder, "publish", lambda folder, name, data: (sent.append(name), publish(folder, name, data)))
-    uploads = Uploads(one, remote_of(one))
+    uploads = Mirror(one, remote_of(one))
     uploads.push()
     uploads.push()
     assert sent[-1] == "DONE"

@@ -13,7 +13,7 @@ from cluster.origin import read_origin, write_origin
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder
-from pipeline.storage.working_copy import Uploads
+from pipeline.storage.working_copy import Mirror
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.pictures import draw_reconstruction
 from tests.support import make_tiny_run
@@ -152,7 +152,7 @@ def test_a_sheet_fits_the_page_and_keeps_every_image(tmp_path, images, size):
 def test_a_run_on_an_object_store_is_reported_from_a_copy(run, tmp_path, monkeypatch):
     monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / "mirror"))
     url = "memory://bucket/chain"
-    Uploads(run, Folder.at(url)).push()
+    Mirror(run, Folder.at(url)).push()
     out = write_report([url], tmp_path / "page.html", markdown=False, compare=False)
     assert "node1" in out.read_text()
     assert "1 of 3 stages are done" in out.read_text()
