@@ -1,9 +1,9 @@
-"""Ends a rank that is stuck in code which never lets another thread run, and says so.
+"""Kill a rank that hangs in code which lets no other thread run, and record the outcome in its stage.
 
-The watchdog is a thread of its rank: such code keeps it from running, too. Other ranks notice; a single one, or all of
-them stuck alike, need somebody outside. So each rank has a small process that looks at its beat:
-`python -m pipeline.health.sentinel SILENT_SECONDS STAGE ATTEMPT BEAT_FILE RANK_PID`. It counts only time during which
-it ran itself, so that a job that is suspended as a whole raises no alarm, and it dies with its rank.
+The watchdog is a thread of its rank, so such code stops the watchdog too. Other ranks notice, but not a single rank,
+and not ranks that all hang alike. Therefore each rank has a small process beside it that reads the rank's beat file:
+`python -m pipeline.health.sentinel SILENT_SECONDS STAGE ATTEMPT BEAT_FILE RANK_PID`. The process counts only time in
+which it ran itself, so suspending the whole job raises no alarm, and it dies with its rank.
 """
 
 import contextlib
@@ -22,8 +22,11 @@ from pipeline.distributed.stop import StopRequest
 
 @contextlib.contextmanager
 def run_sentinel(stage_directory: Path, attempt: int, beat_file: Path, silent_seconds: float) -> Iterator[None]:
-    """Have this process killed, with its stacks written and its stage told, when the beat does not change for so long.
-    In the main thread."""
+    """Run a sentinel for this process while the block runs. Call it in the main thread.
+
+    When `beat_file` has not changed for `silent_seconds`, the sentinel records the outcome in the stage, lets this
+    process write its stacks, and kills it.
+    """
     arguments = [silent_seconds, stage_directory, attempt, beat_file, os.getpid()]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.health.sentinel", *map(str, arguments)],
@@ -38,21 +41,22 @@ def run_sentinel(stage_directory: Path, attempt: int, beat_file: Path, silent_se
 
 
 def wait_for_silence(beat_file: Path, silent_seconds: float) -> bytes:
-    """Return the beat once it has not changed for so long."""
+    """Wait until the beat file has not changed for `silent_seconds`; returns its content."""
     poll_seconds = min(silent_seconds / 20, 2.0)
     beat, silent, last = b"", 0.0, time.monotonic()
     while silent < silent_seconds:
         time.sleep(poll_seconds)
         now = time.monotonic()
         silent, last = silent + min(now - last, 2 * poll_seconds), now
-        found = beat_file.read_bytes()
-        if found != beat:
-            beat, silent = found, 0.0
+        content = beat_file.read_bytes()
+        if content != beat:
+            beat, silent = content, 0.0
     return beat
 
 
-def tell(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float) -> None:
-    """Record the outcome, unless another rank has. Only now is anything imported that takes time."""
+def record_hang(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float) -> None:
+    """Record the outcome in the stage, unless another rank has."""
+    # Imported only here because a sentinel runs beside every rank and should start fast.
     from pipeline.health.watchdog import Beat
     from pipeline.stage.directory import Stage
     from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -68,8 +72,8 @@ def tell(stage_directory: Path, attempt: int, beat: bytes, silent_seconds: float
     stage.attempts.record(Outcome(OutcomeKind.BAD_NODE, sentence, last.step))
 
 
-def show_stacks(rank: int) -> None:
-    """Have the rank write them, as its handler can in the midst of such code."""
+def request_stacks(rank: int) -> None:
+    """Make the rank write its stacks; its signal handler runs even in such code."""
     from pipeline.health.watchdog import STACKS_SIGNAL
 
     os.kill(rank, STACKS_SIGNAL)
@@ -77,16 +81,17 @@ def show_stacks(rank: int) -> None:
 
 
 def main() -> None:
+    """Wait until the rank is silent, then record that and kill the rank."""
     silent_seconds, stage, attempt, beat_file, rank = sys.argv[1:]
     die_with_parent()
     if os.getppid() != int(rank):
         return
-    for number in StopRequest.SIGNALS:  # for the rank, which may get them together with all its children
+    for number in StopRequest.SIGNALS:  # stop signals sent to the whole process group are meant for the rank
         signal.signal(number, signal.SIG_IGN)
     beat = wait_for_silence(Path(beat_file), float(silent_seconds))
-    with contextlib.suppress(Exception):  # whatever the stage's disk says, the rank must end
-        tell(Path(stage), int(attempt), beat, float(silent_seconds))
-        show_stacks(int(rank))
+    with contextlib.suppress(Exception):  # the rank must end even if the stage's disk fails
+        record_hang(Path(stage), int(attempt), beat, float(silent_seconds))
+        request_stacks(int(rank))
     os.kill(int(rank), signal.SIGKILL)
 
 

@@ -1,8 +1,9 @@
-"""Is a finished stage on track? A verdict from its journal and its recipe alone, so that anybody can judge it again.
+"""Judge from its journal and recipe alone whether a stage is on track.
 
-Nobody has published loss curves of FCMAE or of fine-tuning on ImageNet-22K. What there is to compare with are final
-accuracies, curves measured here (`gate.loss_at` of a recipe), and what no sound training does: diverge, paint no better
-than a grey cell, guess. A check that has nothing to compare with says so and counts neither way.
+Nobody has published loss curves of FCMAE or of fine-tuning on ImageNet-22K. A stage is therefore compared with
+published accuracies, with curves measured here (`gate.loss_at` of a recipe), and with bounds that every sound training
+keeps: the loss falls, a reconstruction beats grey cells, a classifier beats guessing. A check without anything to
+compare with says so and neither passes nor fails.
 """
 
 import math
@@ -22,21 +23,21 @@ from pipeline.tracking.journal import Event, effective_events, is_number, read_e
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"
 UNPUBLISHED = "no loss curve of FCMAE, or of fine-tuning on ImageNet-22K, has been published to compare with"
 
-PARTS = 10  # a run's losses are compared as medians of so many stretches
+PARTS = 10  # losses are compared as medians of this many parts of the run
 FEWEST_STEPS = 2 * PARTS
-RISE = 1.25  # the last stretch over the lowest one: more is a loss that climbs again
-MOST_LOST = 0.01  # of the steps, refused or left out
+RISE = 1.25  # most that the last part's loss may be over the lowest part's
+MOST_SKIPPED = 0.01  # most of the steps that may be skipped
 MOST_ROLLBACKS = 1
-DEVIATIONS = 3.0  # by which accuracy must exceed guessing, in standard deviations of guessing
-WORSE = 1.3  # validation loss of a reconstruction over its training loss, whose zoomed crops are easier to paint
-FALL_POINTS = 1.0  # of top-1 below its best evaluation
+DEVIATIONS = 3.0  # least margin of accuracy over guessing, in standard deviations of guessing
+WORSE = 1.3  # most that a reconstruction's validation loss may be over its training loss, whose crops are easier
+FALL_POINTS = 1.0  # most points of top-1 below its best evaluation
 
 Metrics = list[dict[str, float]]  # of each evaluation, in order
 
 
 @dataclass(frozen=True)
 class Check:
-    """One look at a stage. `passed` None: there was nothing to compare with."""
+    """The result of one comparison; `passed` is None if there was nothing to compare with."""
 
     name: str
     passed: bool | None
@@ -45,6 +46,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
+    """The results of all checks of a stage."""
+
     checks: tuple[Check, ...]
 
     @property
@@ -54,12 +57,12 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """`on track`, or where to look."""
+        """`on track`, or the details of the failed checks."""
         failed = [check.detail for check in self.checks if check.passed is False]
         return f"{OFF_TRACK}: {'; '.join(failed)}" if failed else ON_TRACK
 
     def entry(self) -> dict[str, Any]:
-        """For journal and result.json."""
+        """The verdict as JSON, for the journal and result.json."""
         return {
             "on_track": self.on_track,
             "sentence": self.sentence,
@@ -68,98 +71,99 @@ class Verdict:
 
 
 def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
-    """The verdict on a stage with this journal, finished or not."""
+    """Judge a stage, finished or not, from the events of its journal."""
     kept = effective_events(events)
     lines = step_events(kept)
-    made = {step: e["loss"] for step, e in lines.items() if not e.get("refused") and is_number(e.get("loss"))}
-    found = [e.get("metrics") for e in kept if e.get("kind") == "evaluate"]
-    evaluations = [metrics for metrics in found if isinstance(metrics, dict)]
-    begun = next((e for e in reversed(kept) if e.get("kind") == "attempt"), {})
+    losses = {step: e["loss"] for step, e in lines.items() if not e.get("refused") and is_number(e.get("loss"))}
+    metrics_of_all = [e.get("metrics") for e in kept if e.get("kind") == "evaluate"]
+    evaluations = [metrics for metrics in metrics_of_all if isinstance(metrics, dict)]
+    attempt = next((e for e in reversed(kept) if e.get("kind") == "attempt"), {})
     data = next((e for e in reversed(kept) if e.get("kind") == "data"), {})
-    checks = [_loss(made), _lost_steps(kept, lines, made)]
+    checks = [_loss(losses), _skipped_steps(kept, lines, losses)]
     if isinstance(recipe.objective, FCMAESettings):
-        checks += [_painting(recipe, evaluations), _reconstruction_gap(made, evaluations)]
+        checks += [_reconstruction(recipe, evaluations), _reconstruction_gap(losses, evaluations)]
     else:
         checks += [_guessing(recipe.objective.classes, evaluations, data.get("validation", {}).get("images"))]
-        checks += [_validation_gap(recipe.objective.classes, made, evaluations)]
-    checks += [_curve(recipe, made, begun.get("total_steps")), _gate(recipe, evaluations)]
+        checks += [_validation_gap(recipe.objective.classes, losses, evaluations)]
+    checks += [_curve(recipe, losses, attempt.get("total_steps")), _gate(recipe, evaluations)]
     checks += [_published(recipe, evaluations)]
     return Verdict(tuple(checks))
 
 
 def judge_stage(stage: Stage, recipe: StageRecipe | None = None) -> Verdict:
-    """The verdict on a stage directory, by what its recipe, or this one, asks for today."""
+    """Judge a stage directory by its recipe as it is now, or by `recipe`."""
     return judge_journal(recipe or stage.recipe, read_events(stage.directory / JOURNAL_FILE))
 
 
 def refuse_off_track(stage: Stage, recipe: StageRecipe | None = None) -> None:
-    """Raise OffTrackError if the stage is done, off track, and its recipe, or this one, ends the chain then."""
+    """Raise OffTrackError if the stage is done and off track and its recipe, or `recipe`, has gate.stop."""
     if not (recipe or stage.recipe).gate.stop or stage.done() is None:
         return
     verdict, name = judge_stage(stage, recipe), stage.recipe.name
     if not verdict.on_track:
         raise OffTrackError(
-            f"stage {name} is {verdict.sentence}; gate.stop ends the chain here: set stages.{name}.gate.stop=false, or"
-            " other bounds in its gate, to go on"
+            f"stage {name} is {verdict.sentence}; gate.stop ends the chain here: to continue, set"
+            f" stages.{name}.gate.stop=false or other bounds in its gate"
         )
 
 
 def update_verdict(stage: Stage) -> None:
-    """Bring the verdict in a finished stage's result up to date with its recipe's gate."""
+    """Judge a finished stage again by its recipe's gate as it is now, and update the verdict in its result.json."""
     result = stage.result() if stage.done() else None
     if result and "verdict" in result and (verdict := strict_json(judge_stage(stage).entry())) != result["verdict"]:
         write_json(stage.directory / RESULT_FILE, {**result, "verdict": verdict})
 
 
-def _loss(made: Mapping[int, float]) -> Check:
-    if len(made) < FEWEST_STEPS:
-        return Check("loss falls", None, f"{len(made)} steps are too few to tell")
-    values = list(made.values())
+def _loss(losses: Mapping[int, float]) -> Check:
+    if len(losses) < FEWEST_STEPS:
+        return Check("loss falls", None, f"{len(losses)} steps are too few to judge by")
+    values = list(losses.values())
     if not all(map(math.isfinite, values)):
         return Check("loss falls", False, "the training loss is not finite")
-    parts = _parts(values)
+    parts = _medians(values)
     first, lowest, last = parts[0], min(parts), parts[-1]
-    told = f"the training loss went from {first:.4g} to {last:.4g}"
+    detail = f"the training loss went from {first:.4g} to {last:.4g}"
     if last >= first:
-        return Check("loss falls", False, f"{told}: it has not fallen")
+        return Check("loss falls", False, f"{detail}: it has not fallen")
     if last > RISE * lowest + 0.02 * first:
-        return Check("loss falls", False, f"{told}, after {lowest:.4g}: it rises again")
-    return Check("loss falls", True, told)
+        return Check("loss falls", False, f"{detail}, after {lowest:.4g}: it rises again")
+    return Check("loss falls", True, detail)
 
 
-def _parts(values: list[float]) -> list[float]:
+def _medians(values: list[float]) -> list[float]:
+    """The median of each of PARTS equal parts of the run."""
     bounds = [round(i * len(values) / PARTS) for i in range(PARTS + 1)]
     return [median(values[a:b]) for a, b in pairwise(bounds)]
 
 
-def _lost_steps(kept: list[Event], lines: Mapping[int, Event], made: Mapping[int, float]) -> Check:
+def _skipped_steps(kept: list[Event], lines: Mapping[int, Event], losses: Mapping[int, float]) -> Check:
     last = max(lines, default=0)
-    lost = last - len(made)
+    skipped = last - len(losses)
     rollbacks = max((e.get("rollbacks", 1) for e in kept if e.get("kind") == "rollback"), default=0)
     if not last:
         return Check("steps made", None, "no step was made")
-    told = f"{lost} of {last:,} steps were not made, {rollbacks} rollbacks"
-    return Check("steps made", lost <= MOST_LOST * last and rollbacks <= MOST_ROLLBACKS, told)
+    detail = f"{skipped} of {last:,} steps were skipped, {rollbacks} rollbacks"
+    return Check("steps made", skipped <= MOST_SKIPPED * last and rollbacks <= MOST_ROLLBACKS, detail)
 
 
-def _painting(recipe: StageRecipe, evaluations: Metrics) -> Check:
+def _reconstruction(recipe: StageRecipe, evaluations: Metrics) -> Check:
     loss = _last(evaluations, "loss")
     if loss is None or not recipe.objective.normalize_target:
-        why = "no evaluation yet" if loss is None else "its loss is known for normalised targets only"
+        why = "no evaluation yet" if loss is None else "the loss of grey cells is known for normalised targets only"
         return Check("better than grey", None, why)
-    # Targets of n values are divided by their unbiased deviation: painting their mean costs 1 - 1/n.
+    # A cell's n target values are divided by their unbiased deviation, so predicting their mean has a loss of 1 - 1/n.
     grey = 1 - 1 / (3 * recipe.model.stride**2)
-    told = f"the reconstruction loss is {loss:.4f}; painting every hidden cell in its mean costs {grey:.4f}"
-    return Check("better than grey", loss < 0.99 * grey, told)
+    detail = f"the reconstruction loss is {loss:.4f}; cells painted in their mean colour have {grey:.4f}"
+    return Check("better than grey", loss < 0.99 * grey, detail)
 
 
-def _reconstruction_gap(made: Mapping[int, float], evaluations: Metrics) -> Check:
+def _reconstruction_gap(losses: Mapping[int, float], evaluations: Metrics) -> Check:
     loss = _last(evaluations, "loss")
-    if loss is None or len(made) < FEWEST_STEPS:
-        return Check("validation near training", None, "too little to compare")
-    training = _parts(list(made.values()))[-1]
-    told = f"validation loss {loss:.4f}, training loss {training:.4f}"
-    return Check("validation near training", loss <= WORSE * training, told)
+    if loss is None or len(losses) < FEWEST_STEPS:
+        return Check("validation near training", None, "too few steps or evaluations to compare")
+    training = _medians(list(losses.values()))[-1]
+    detail = f"validation loss {loss:.4f}, training loss {training:.4f}"
+    return Check("validation near training", loss <= WORSE * training, detail)
 
 
 def _guessing(classes: int, evaluations: Metrics, images: int | None) -> Check:
@@ -172,52 +176,54 @@ def _guessing(classes: int, evaluations: Metrics, images: int | None) -> Check:
     return Check("better than guessing", top1 > bound, f"top-1 is {top1:.2f} %; guessing reaches {bound:.2f} %")
 
 
-def _validation_gap(classes: int, made: Mapping[int, float], evaluations: Metrics) -> Check:
+def _validation_gap(classes: int, losses: Mapping[int, float], evaluations: Metrics) -> Check:
     name, loss = "validation near training", _last(evaluations, "loss")
-    if loss is None or len(made) < FEWEST_STEPS:
-        return Check(name, None, "too little to compare")
-    training, uniform = _parts(list(made.values()))[-1], math.log(classes)
-    told = f"validation loss {loss:.4g}, training loss {training:.4g}"
+    if loss is None or len(losses) < FEWEST_STEPS:
+        return Check(name, None, "too few steps or evaluations to compare")
+    training, uniform = _medians(list(losses.values()))[-1], math.log(classes)
+    detail = f"validation loss {loss:.4g}, training loss {training:.4g}"
     if loss > uniform > training:
-        return Check(name, False, f"{told}, where naming no class costs {uniform:.4g}: are both files of one kind?")
+        hint = f"equal probabilities have {uniform:.4g}; check that both data files have the same classes"
+        return Check(name, False, f"{detail}; {hint}")
     top1 = [metrics["top1"] for metrics in evaluations if is_number(metrics.get("top1"))]
     best, last = max(top1, default=0.0), top1[-1] if top1 else 0.0
     if best - last > FALL_POINTS:
         return Check(name, False, f"top-1 has fallen from {best:.2f} to {last:.2f} %")
-    return Check(name, True, told)
+    return Check(name, True, detail)
 
 
-def _curve(recipe: StageRecipe, made: Mapping[int, float], total: int | None) -> Check:
+def _curve(recipe: StageRecipe, losses: Mapping[int, float], total: int | None) -> Check:
     gate, name = recipe.gate, "reference curve"
-    reached = {step: loss for step, loss in gate.loss_at.items() if made and step <= max(made)}
+    reached = {step: loss for step, loss in gate.loss_at.items() if losses and step <= max(losses)}
     if gate.loss_at and total != gate.of_steps:
         return Check(name, None, f"measured over {gate.of_steps} steps, this run has {total}")
     if not reached:
-        return Check(name, None, "none reached yet" if gate.loss_at else "the recipe has none")
-    found = {step: loss_at(made, step) for step in reached}
-    away = {step: abs(found[step] / expected - 1) for step, expected in reached.items()}
-    worst = max(away, key=lambda step: away[step])
-    told = f"at step {worst:,} the training loss is {found[worst]:.4g}, in the reference {reached[worst]:.4g}"
-    return Check(name, away[worst] <= gate.loss_within, f"{told} ({len(found)} steps compared)")
+        return Check(name, None, "no step of it is reached yet" if gate.loss_at else "the recipe has none")
+    measured = {step: loss_at(losses, step) for step in reached}
+    deviations = {step: abs(measured[step] / expected - 1) for step, expected in reached.items()}
+    worst = max(deviations, key=lambda step: deviations[step])
+    detail = f"at step {worst:,} the training loss is {measured[worst]:.4g}, in the reference {reached[worst]:.4g}"
+    return Check(name, deviations[worst] <= gate.loss_within, f"{detail} ({len(measured)} steps compared)")
 
 
-def loss_at(made: Mapping[int, float], step: int, over: int = 20) -> float:
-    """The mean training loss of the last `over` steps up to `step`: what `gate.loss_at` holds. NaN without any."""
-    values = [made[s] for s in range(step - over + 1, step + 1) if s in made]
+def loss_at(losses: Mapping[int, float], step: int, over: int = 20) -> float:
+    """The mean training loss of the last `over` steps up to `step`, as in `gate.loss_at`. NaN if there are none."""
+    values = [losses[s] for s in range(step - over + 1, step + 1) if s in losses]
     return fmean(values) if values else math.nan
 
 
 def _gate(recipe: StageRecipe, evaluations: Metrics) -> Check:
     gate = recipe.gate
     if gate.metric is None:
-        return Check("gate", None, "the recipe asks for nothing")
+        return Check("gate", None, "the recipe has none")
     value = _last(evaluations, gate.metric)
     if value is None:
         return Check("gate", None, f"{gate.metric} is not known yet")
     low, high = gate.at_least, gate.at_most
-    asked = " and ".join(f"at {w} {b:g}" for w, b in (("least", low), ("most", high)) if b is not None)
+    bounds = (("least", low), ("most", high))
+    wanted = " and ".join(f"at {word} {bound:g}" for word, bound in bounds if bound is not None)
     passed = (low is None or value >= low) and (high is None or value <= high)
-    return Check("gate", passed, f"{gate.metric} is {value:.4g}, the recipe asks for {asked}")
+    return Check("gate", passed, f"{gate.metric} is {value:.4g}, the recipe asks for {wanted}")
 
 
 def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
@@ -227,8 +233,8 @@ def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
         return Check("published value", None, UNPUBLISHED if fcmae else "the recipe names none for this stage")
     if top1 is None:
         return Check("published value", None, "no evaluation yet")
-    told = f"top-1 is {top1:.2f} %, published {gate.published:.2f} %, taken as reached from {gate.published_within:g}"
-    return Check("published value", top1 >= gate.published - gate.published_within, f"{told} points below")
+    detail = f"top-1 is {top1:.2f} %, published {gate.published:.2f} %, allowed {gate.published_within:g} points below"
+    return Check("published value", top1 >= gate.published - gate.published_within, detail)
 
 
 def _last(evaluations: Metrics, metric: str) -> float | None:

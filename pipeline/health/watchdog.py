@@ -1,11 +1,11 @@
-"""Notices that a stage stands still, and says which rank does, on which host, at which step and doing what.
+"""Detect that a stage hangs, and name the rank, its host, the step and the phase.
 
-Each rank tells its progress in a small file of the stage, `health/<attempt>/rank-00000.beat`, written by a thread that
-also watches: a rank that has not moved for long looks who is behind. Whoever is silent (stopped, dead, or stuck in code
-that never lets another thread run) or has made the fewest moves is the one the others wait for. Where there are no
-others, `sentinel` notices the silence.
+A thread of each rank writes the rank's progress to a small file of the stage, `health/<attempt>/rank-00000.beat`. The
+same thread watches: when its own rank has not moved for long, it reads the beats of all ranks. The others wait for the
+ranks that are silent (stopped, dead, or in code that lets no other thread run), or else for those that made the fewest
+moves. A single rank cannot notice its own silence; `sentinel` does.
 
-A rank only ever counts time during which its own thread ran, so a machine that was suspended raises no alarm.
+A rank counts only time in which its own thread ran, so suspending a machine raises no alarm.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from pipeline.distributed.processes import start_time
 
 T = TypeVar("T")
 
-GLOO_SIGNS = ("gloo/transport", "timeout caused pair closure")  # gloo's errors are plain RuntimeErrors
-BEAT_BYTES = 512  # all beats are as long, so that writing one over another leaves nothing of it
+GLOO_SIGNS = ("gloo/transport", "timeout caused pair closure")  # gloo raises plain RuntimeErrors
+BEAT_BYTES = 512  # a fixed length, so that a shorter beat overwrites a longer one whole
 
-# Makes a rank write its stacks, even one that never gives another thread a turn. Only for a rank that is to end: the
-# stacks of threads that run meanwhile may crash it.
+# Makes a rank write its stacks, even in code that lets no other thread run. Send it only to a rank that is about to
+# end, because writing the stacks of running threads may crash the process.
 STACKS_SIGNAL = signal.SIGRTMIN + 5
-PATIENCE = 5  # times stall_seconds, where nothing can be seen to move: loading, compiling, saving, evaluating
+PATIENCE = 5  # times stall_seconds are allowed in phases without moves: loading, compiling, saving, evaluating
 SYNCHRONISE = "synchronise"
 PATIENT = ("start", "save", "evaluate", "roll back", "finish")
-MEET_SECONDS = 10.0  # the most that a rank waits for the others to write their stacks
+MEET_SECONDS = 10.0  # longest wait for the other ranks to write their stacks
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells of itself. All ranks make the same moves (changes of phase), so fewer means behind."""
+    """The progress of one rank. All ranks make the same moves (changes of phase), so fewer moves mean behind."""
 
     rank: int
     host: str
@@ -48,15 +48,15 @@ class Beat:
     step: int = 0
     phase: str = "start"
     still_seconds: float = 0.0
-    """Since its last move."""
+    """Time since the last move."""
     allowed_seconds: float = 0.0
-    """How long it may stay in this phase."""
+    """Longest time allowed in this phase."""
     beats: int = 0
-    """Grows while its watching thread gets to run."""
+    """Grows while the rank's watching thread runs."""
     left: bool = False
-    """It has said goodbye: it is not to blame for its silence."""
+    """The rank exited cleanly; do not report its missing heartbeat."""
     accuses: bool = False
-    """It has seen the standstill, written its stacks and waits for the others to do so."""
+    """The rank has seen that the stage hangs, has written its stacks, and waits for the others to do so."""
 
     @property
     def overdue(self) -> bool:
@@ -64,17 +64,17 @@ class Beat:
 
 
 def blame(beats: Mapping[int, Beat], silent: Iterable[int]) -> tuple[str, int] | None:
-    """The sentence about who holds everybody up, and the step; None if nobody takes longer than allowed.
+    """Name the ranks that the others wait for; returns a sentence and the step, None if no phase took too long.
 
-    beats: the last known of each rank that has not left. silent: ranks whose beat stopped changing.
+    Args:
+        beats: the last known beat of each rank that has not left.
+        silent: ranks whose beat stopped changing.
     """
-    silent = [beats[rank] for rank in silent]
+    culprits = [beats[rank] for rank in silent]
     step = max(beat.step for beat in beats.values())
-    waiting = sorted(beats.keys() - {beat.rank for beat in silent})
-    others = f"; rank{'s' * (len(waiting) > 1)} {_listed(waiting)} waited for it in {_phases(beats, waiting)}"
-    if silent:
-        who = "; ".join(f"rank {b.rank} on {b.host} gave no sign of life after {_where(b)}" for b in silent)
-        return who + (others if waiting else ""), step
+    if culprits:
+        who = "; ".join(f"rank {b.rank} on {b.host} gave no sign of life after {_where(b)}" for b in culprits)
+        return who + _waiting(beats, culprits), step
     fewest = min(beat.moves for beat in beats.values())
     behind = [beat for beat in beats.values() if beat.moves == fewest]
     if not all(beat.overdue for beat in behind):
@@ -82,32 +82,31 @@ def blame(beats: Mapping[int, Beat], silent: Iterable[int]) -> tuple[str, int] |
     if len(behind) == len(beats) > 1:
         return f"all {len(beats)} ranks stand still in {_where(behind[0])}: a collective between them hangs", step
     who = "; ".join(f"rank {b.rank} on {b.host} has been in {_where(b)} for {b.still_seconds:.0f} s" for b in behind)
-    waiting = sorted(beats.keys() - {beat.rank for beat in behind})
-    others = f"; rank{'s' * (len(waiting) > 1)} {_listed(waiting)} waited for it in {_phases(beats, waiting)}"
-    return who + (others if waiting else ""), step
+    return who + _waiting(beats, behind), step
 
 
 def _where(beat: Beat) -> str:
     return f"{beat.phase} of step {beat.step}"
 
 
-def _phases(beats: Mapping[int, Beat], ranks: list[int]) -> str:
-    return " or ".join(sorted({_where(beats[rank]) for rank in ranks}))
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+def _waiting(beats: Mapping[int, Beat], culprits: list[Beat]) -> str:
+    """The end of the sentence: which other ranks waited, and in which phases."""
+    waiting = sorted(beats.keys() - {beat.rank for beat in culprits})
+    if not waiting:
+        return ""
+    ranks = ", ".join(map(str, waiting[:4])) + (f" and {len(waiting) - 4} more" if len(waiting) > 4 else "")
+    phases = " or ".join(sorted({_where(beats[rank]) for rank in waiting}))
+    return f"; rank{'s' * (len(waiting) > 1)} {ranks} waited for it in {phases}"
 
 
 class Watchdog:
-    """This rank's beat and its look at the others. A context manager: what leaves it is no longer watched.
+    """Writes this rank's beat and watches the other ranks, while its context is open.
 
     Args:
-        directory: of this attempt, on a file system that all ranks see; made here.
-        rank: of `world_size`.
-        stall_seconds: without a move after which a rank is called stalled.
-        on_stall: called with the sentence and the step, once, in the watching thread of every rank that still can,
-            after stacks were written; it ends the process.
+        directory: health directory of this attempt, on a file system that all ranks see; created here.
+        stall_seconds: a rank that makes no move for this long has stalled.
+        on_stall: ends the process. Called once with the sentence and the step, after the stacks were written, in the
+            watching thread of every rank that still runs.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Watchdog:
         self._first_step: int | None = None
         self._beat = Beat(rank, socket.gethostname(), os.getpid(), allowed_seconds=PATIENCE * stall_seconds)
         self._count = 0
-        self._said: dict[str, object] = {}  # what stays true in every later beat
+        self._fixed: dict[str, object] = {}  # fields that every later beat has
         self._closed = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -141,7 +140,7 @@ class Watchdog:
         self._closed.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._say(left=True)
+        self._publish_always(left=True)
         faulthandler.unregister(STACKS_SIGNAL)
         os.close(self._file)
         if not self._stacks.tell():
@@ -150,13 +149,13 @@ class Watchdog:
 
     @property
     def beat_file(self) -> Path:
-        """What a rank that is stuck no longer changes."""
+        """The file that this rank rewrites while it runs."""
         return self._path(self.rank, "beat")
 
-    # -- what the training tells
+    # -- called by the training
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """This rank begins something else: a move. `step` is the number that the journal has, or will have."""
+        """Begin a phase, which is a move. `step` has the journal's numbering; None keeps the step."""
         beat = self._beat
         step = beat.step if step is None else step
         if self._first_step is None and name not in (*PATIENT, SYNCHRONISE):  # the ranks meet before they begin, too
@@ -171,7 +170,7 @@ class Watchdog:
         )
 
     def batches(self, batches: Iterable[T], step: int) -> Iterator[T]:
-        """The step's micro-batches, with the phases that can be told from their use."""
+        """Iterate over a step's micro-batches, and begin the phases "data", "forward and backward" and "update"."""
         batches = iter(batches)
         while True:
             self.phase("data", step)
@@ -184,7 +183,7 @@ class Watchdog:
             yield batch
 
     def meeting(self, collective: Callable[[int], int]) -> Callable[[int], int]:
-        """`collective`, with the phase "synchronise" around it."""
+        """Wrap a collective in the phase "synchronise"."""
 
         def meet(value: int) -> int:
             before = self._beat
@@ -199,8 +198,9 @@ class Watchdog:
     # -- watching
 
     def _watch(self) -> None:
+        """Beat, and compare the beats of all ranks once this rank has not moved for half of `stall_seconds`."""
         clock_seconds, moved_at, moves, last = 0.0, 0.0, -1, time.monotonic()
-        looks: dict[int, tuple[Beat | None, float]] = {}
+        seen: dict[int, tuple[Beat | None, float]] = {}  # of each rank its beat, and since when it has not changed
         while not self._closed.wait(self.poll_seconds):
             now = time.monotonic()
             clock_seconds, last = clock_seconds + min(now - last, 2 * self.poll_seconds), now
@@ -209,33 +209,34 @@ class Watchdog:
             self._count += 1
             self._publish(still_seconds=clock_seconds - moved_at)
             if clock_seconds - moved_at < self.stall_seconds / 2:
-                looks.clear()
+                seen.clear()
                 continue
             for rank in range(self.world_size):
                 beat, since = self._read(rank), clock_seconds
-                if rank in looks and (beat is None or beat == looks[rank][0]):
-                    beat, since = looks[rank]
-                looks[rank] = beat, since
+                if rank in seen and (beat is None or beat == seen[rank][0]):
+                    beat, since = seen[rank]
+                seen[rank] = beat, since
             if clock_seconds - moved_at < self.stall_seconds:
                 continue
-            silent = [rank for rank, (_, since) in looks.items() if clock_seconds - since >= 0.4 * self.stall_seconds]
-            beats = {rank: beat or Beat(rank, "an unknown host", 0) for rank, (beat, _) in looks.items()}
+            silent = [rank for rank, (_, since) in seen.items() if clock_seconds - since >= 0.4 * self.stall_seconds]
+            beats = {rank: beat or Beat(rank, "an unknown host", 0) for rank, (beat, _) in seen.items()}
             beats = {rank: beat for rank, beat in beats.items() if not beat.left}
-            if self.rank in beats and (found := blame(beats, [rank for rank in silent if rank in beats])):
-                self._end(beats, silent, *found)
+            if self.rank in beats and (verdict := blame(beats, [rank for rank in silent if rank in beats])):
+                self._end(beats, silent, *verdict)
                 return
 
     def _end(self, beats: dict[int, Beat], silent: list[int], sentence: str, step: int) -> None:
+        """Write the stacks, also of silent ranks on this machine, wait for the other ranks to do so, and end."""
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._record_flights()
         host = self._beat.host
         if self.rank == min(rank for rank, beat in beats.items() if beat.host == host and rank not in silent):
-            for rank in silent:  # they cannot say where they are, unless somebody on their machine makes them
+            for rank in silent:  # only a process on their own machine can make them write their stacks
                 if rank in beats and beats[rank].host == host:
                     with contextlib.suppress(OSError):
                         os.kill(beats[rank].pid, STACKS_SIGNAL)
-                        os.kill(beats[rank].pid, signal.SIGCONT)  # a stopped process takes no signal; it ends anyway
-        self._say(accuses=True, still_seconds=beats[self.rank].still_seconds)
+                        os.kill(beats[rank].pid, signal.SIGCONT)  # a stopped process handles no signal
+        self._publish_always(accuses=True, still_seconds=beats[self.rank].still_seconds)
         deadline = time.monotonic() + min(MEET_SECONDS, self.stall_seconds)
         awaited = [rank for rank in beats if rank not in silent]
         while time.monotonic() < deadline and not all(
@@ -243,11 +244,11 @@ class Watchdog:
         ):
             time.sleep(self.poll_seconds)
         if silent:
-            time.sleep(0.5)  # the stacks of the silent ones
+            time.sleep(0.5)  # for the silent ranks to write their stacks
         self._on_stall(sentence, step)
 
     def _record_flights(self) -> None:
-        """NCCL's record of the last collectives, where there is one; `torchfrtrace` reads it."""
+        """Write NCCL's record of the last collectives, if there is one; `torchfrtrace` reads it."""
         import torch
 
         if torch.cuda.is_available() and torch.distributed.is_nccl_available():
@@ -255,21 +256,21 @@ class Watchdog:
                 record = torch._C._distributed_c10d._dump_nccl_trace()
                 self._path(self.rank, "flights").write_bytes(record)
 
-    # -- a peer that is gone
+    # -- a lost peer
 
     def explain_lost_peer(self) -> str | None:
-        """After a collective broke: the sentence about the ranks that went without a word; None if all said goodbye."""
-        self._say(left=True)
+        """Name the ranks that ended without leaving, after a collective broke; None if all left cleanly."""
+        self._publish_always(left=True)
         first = {rank: beat for rank in range(self.world_size) if rank != self.rank and (beat := self._read(rank))}
         lost: list[Beat] = []
-        for _ in range(4):  # long enough for a live rank to show itself, and for a failing one to say goodbye
+        for _ in range(4):  # long enough for a live rank to beat, and for a failing rank to leave
             now = {rank: self._read(rank) or beat for rank, beat in first.items()}
-            there = [beat for beat in now.values() if not (beat.left or beat.accuses)]
-            near = [beat for beat in there if beat.host == self._beat.host]
-            lost = [beat for beat in near if start_time(beat.pid) == 0]
-            if not there or lost:
+            open_beats = [beat for beat in now.values() if not (beat.left or beat.accuses)]
+            local = [beat for beat in open_beats if beat.host == self._beat.host]
+            lost = [beat for beat in local if start_time(beat.pid) == 0]
+            if not open_beats or lost:
                 break
-            lost = [beat for beat in there if beat not in near and beat == first[beat.rank]]
+            lost = [beat for beat in open_beats if beat not in local and beat == first[beat.rank]]
             time.sleep(self.poll_seconds)
         if not lost:
             return None
@@ -280,24 +281,25 @@ class Watchdog:
     def _path(self, rank: int, kind: str) -> Path:
         return self.directory / f"rank-{rank:05d}.{kind}"
 
-    def _say(self, **changes: object) -> None:
-        self._said |= changes
+    def _publish_always(self, **changes: object) -> None:
+        """Publish the beat with these fields, and keep them in all later beats."""
+        self._fixed |= changes
         self._publish()
 
     def _publish(self, **changes: object) -> None:
-        line = json.dumps(asdict(replace(self._beat, beats=self._count, **{**changes, **self._said})))
-        with contextlib.suppress(OSError):  # a full disk stops no training
+        line = json.dumps(asdict(replace(self._beat, beats=self._count, **{**changes, **self._fixed})))
+        with contextlib.suppress(OSError):  # a full disk must not stop the training
             os.pwrite(self._file, line.encode().ljust(BEAT_BYTES), 0)
 
     def _read(self, rank: int) -> Beat | None:
         try:
             return Beat(**json.loads(self._path(rank, "beat").read_bytes()))
-        except (OSError, ValueError, TypeError):  # not there yet, or caught in the middle of a write
+        except (OSError, ValueError, TypeError):  # not written yet, or half written
             return None
 
 
 def is_broken_collective(error: BaseException | None) -> bool:
-    """Whether the error, or what it came from, is a collective that lost its connection or waited too long."""
+    """Whether the error, or a cause of it, is a collective that lost its connection or timed out."""
     import torch.distributed as dist
 
     while error is not None:

@@ -1,6 +1,7 @@
-"""A directory on a local disk or any fsspec URL. What is written is seen whole or not at all, and survives a power cut.
+"""Read and write files in a directory on a local disk or at any fsspec URL.
 
-Local disks get fsync of file and directory and a rename or link; object stores show an object whole or not at all.
+A written file appears whole or not at all, and survives a power cut: on a local disk by fsync of file and directory
+and a rename or link; object stores do so by themselves.
 """
 
 import json
@@ -20,20 +21,20 @@ from pipeline.errors import StageError
 
 @dataclass(frozen=True)
 class Folder:
-    """A directory on some file system; it need not exist."""
+    """A directory on any file system; it need not exist."""
 
     fs: AbstractFileSystem
     path: str
 
     @classmethod
     def at(cls, url: str | os.PathLike) -> "Folder":
-        """The folder of a local path or an fsspec URL. Credentials come from the environment of the file system.
+        """Open the folder of a local path or an fsspec URL. Credentials come from the environment.
 
         Raises:
             StageError: if the URL names a file system that is not installed or does not exist.
         """
         url = os.fspath(url)
-        # What another process has just written must be seen, so no listing may be remembered.
+        # No cached listings, because other processes write to the same folder.
         options = {"use_listings_cache": False} if is_remote(url) else {}
         try:
             return cls(*url_to_fs(url, **options))
@@ -57,7 +58,7 @@ class Folder:
         return Folder(self.fs, f"{self.path.rstrip('/')}/{name}")
 
     def exists(self) -> bool:
-        """Unlike fsspec's, raises when the storage does not answer: that is no proof of absence."""
+        """Whether the folder or file exists. Raises the storage's error when it does not answer, unlike fsspec."""
         try:
             self.fs.info(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -65,63 +66,64 @@ class Folder:
         return True
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What lies directly inside, by name; empty when the folder does not exist."""
+        """List the folder: fsspec's information about each entry, by name. Empty when the folder does not exist."""
         self.fs.invalidate_cache(self.path)
         try:
-            found = self.fs.ls(self.path, detail=True)
+            listing = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
             return {}
-        return {info["name"].rstrip("/").rpartition("/")[2]: info for info in found if info["name"] != self.path}
+        return {info["name"].rstrip("/").rpartition("/")[2]: info for info in listing if info["name"] != self.path}
 
     def read(self, name: str) -> bytes:
+        """Read a whole file."""
         return self.fs.cat_file((self / name).path)
 
     def publish(self, name: str, data: bytes) -> None:
-        """Write a file, or replace it."""
+        """Write or replace a file."""
         if self.local:
-            self._locally(name, data, os.replace)
+            self._write_locally(name, data, os.replace)
         else:
             self.fs.pipe_file((self / name).path, data)
 
     def create(self, name: str, data: bytes, last_check: Callable[[], None] = lambda: None) -> None:
-        """Write a file that nobody has written before; `last_check` runs just before it appears, and may raise.
+        """Write a new file. `last_check` runs just before the file appears, and may raise to prevent it.
 
-        On object stores this is one conditional put, as S3, GCS and Azure have it.
+        On object stores this is one conditional put, which S3, GCS and Azure have.
 
         Raises:
-            FileExistsError: if it is there, with other content.
+            FileExistsError: if the file exists; on an object store only if its content differs.
         """
         if self.local:
 
-            def link(aside: str, target: str) -> None:
+            def link(temporary: str, target: str) -> None:
                 last_check()
-                os.link(aside, target)
+                os.link(temporary, target)
 
-            self._locally(name, data, link)
+            self._write_locally(name, data, link)
             return
         last_check()
         try:
             self.fs.pipe_file((self / name).path, data, mode="create")
         except FileExistsError:
-            if self.read(name) != data:  # else it was our own put, tried again because the answer to the first was lost
+            if self.read(name) != data:  # equal content is this put, retried because its first answer was lost
                 raise
 
-    def _locally(self, name: str, data: bytes, appear: Callable[[str, str], None]) -> None:
+    def _write_locally(self, name: str, data: bytes, move: Callable[[str, str], None]) -> None:
         os.makedirs(self.path, exist_ok=True)
-        aside = os.path.join(self.path, f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = os.path.join(self.path, f"{name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with open(aside, "wb") as stream:
+            with open(temporary, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            appear(aside, os.path.join(self.path, name))
+            move(temporary, os.path.join(self.path, name))
         finally:
-            if os.path.exists(aside):
-                os.unlink(aside)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
         self.sync()
 
     def sync(self) -> None:
-        """Make the names in a local directory survive a power cut."""
+        """Flush a local directory to disk, so that its file names survive a power cut."""
         if self.local:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -131,13 +133,13 @@ class Folder:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is the URL of another file system than the local one."""
+    """Whether a path is a URL of another file system than the local one."""
     text = os.fspath(path)
     return "://" in text and not text.startswith(("file://", "local://"))
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error is the storage's fault: object stores' clients do not all raise OSError."""
+    """Whether an error comes from the storage; clients of object stores do not all raise OSError."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure", "google")
 

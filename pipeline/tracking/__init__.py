@@ -1,1 +1,1 @@
-"""What a stage leaves behind for people: the journal (always), MLflow (fed from the journal), pictures."""
+"""Records of a stage for people: the journal, MLflow (fed from the journal) and pictures."""

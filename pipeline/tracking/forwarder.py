@@ -1,14 +1,15 @@
-"""Feeds MLflow from the journal, in a process of its own: training never waits for a tracker and never fails by one.
+"""Forward a stage's journal to MLflow, in a separate process: training never waits for MLflow or fails with it.
 
     python -m pipeline.tracking.forwarder STAGE_DIR [--uri URI] [--experiment NAME]
 
-Run by hand with `</dev/null` it catches up and ends: for tracking servers that compute nodes cannot reach.
+Run by hand with `</dev/null`, it forwards what is missing and ends. Use this for servers that compute nodes cannot
+reach.
 
-One MLflow run per chain (its id in RUN_DIR/mlflow.json) and below it one per stage (STAGE_DIR/mlflow.json), kept
-through every resume. The forwarder always reads the journal from its first line and skips steps that are logged, so
-nothing is missing after an outage and nothing is there twice after a rewind (the first line of a step counts here; the
-journal has them all). Metrics carry the time of their journal line, and MLflow's databases take the same key, step,
-time and value only once: a kill between logging and noting it is harmless.
+There is one MLflow run per chain (its id is in RUN_DIR/mlflow.json) and below it one per stage (STAGE_DIR/mlflow.json);
+a resume continues both. The forwarder always reads the journal from its first line and skips steps that are logged, so
+no step is lost in an outage and none is logged twice after a resume or rollback: MLflow keeps the first line of a step,
+the journal keeps all. Metrics carry the time of their journal line, and MLflow's databases store the same key, step,
+time and value only once, so a kill between logging a step and recording that is harmless.
 """
 
 import argparse
@@ -36,20 +37,20 @@ from pipeline.tracking.journal import Event, Tail, is_number
 
 POLL_SECONDS = 3.0
 DRAIN_SECONDS = 60.0
-BATCH_METRICS = 1000  # MLflow's limits: metrics of a request, parameters of a request, length of a parameter
-BATCH_PARAMS = 100
-PARAM_LENGTH = 6000
-STATUS_OF_OUTCOME = {"done": "FINISHED", "permanent": "FAILED"}  # all others: KILLED, to be resumed
+BATCH_METRICS = 1000  # MLflow's limit of metrics per request
+BATCH_PARAMS = 100  # MLflow's limit of parameters per request
+PARAM_LENGTH = 6000  # MLflow's limit of characters per parameter
+STATUS_OF_OUTCOME = {"done": "FINISHED", "permanent": "FAILED"}  # all other outcomes can be resumed: KILLED
 
 
-class Handle:
-    """The forwarder process of this attempt, as rank 0 sees it."""
+class ForwarderProcess:
+    """Rank 0's handle on the forwarder process of this attempt."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
     def finish(self, timeout_seconds: float = DRAIN_SECONDS) -> bool:
-        """Asks for the rest of the journal to be logged and waits; False if it was not (the next attempt will)."""
+        """Wait until the rest of the journal is logged; False if it was not, and the next attempt will log it."""
         if self.process.poll() is None:
             try:
                 self.process.communicate(b"\n", timeout_seconds)
@@ -59,21 +60,22 @@ class Handle:
         return self.process.returncode == 0
 
 
-def start_forwarder(stage_dir: str | Path, uri: str | None = None, experiment: str = "fcmae") -> Handle:
-    """Starts the forwarder of a stage. It ends with `Handle.finish`, or by itself when this process is gone.
+def start_forwarder(stage_dir: str | Path, uri: str | None = None, experiment: str = "fcmae") -> ForwarderProcess:
+    """Start the forwarder of a stage. It ends with `finish`, or by itself when this process has ended.
 
-    uri: any MLflow tracking URI; None is `sqlite:///RUN_DIR/mlflow.db`. Artifacts of a sqlite database lie beside it in
-    `mlartifacts`; a server puts them where it was told to.
+    Args:
+        uri: any MLflow tracking URI; None is `sqlite:///RUN_DIR/mlflow.db`. Artifacts of a sqlite database lie beside
+            it in `mlartifacts`; a server has its own place for them.
     """
     command = [sys.executable, "-m", "pipeline.tracking.forwarder", str(stage_dir), "--experiment", experiment]
     if uri:
         command += ["--uri", uri]
-    # Of its own session, so that an interrupt typed at the terminal reaches the training alone.
-    return Handle(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+    # In a session of its own, so that Ctrl-C at the terminal reaches only the training.
+    return ForwarderProcess(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 
 
 class Forwarder:
-    """One connection to MLflow and what is still to be sent over it. `once` and `close` may be repeated."""
+    """A connection to MLflow, and what is still to be sent. `forward` and `close` may be repeated after an error."""
 
     def __init__(self, stage_dir: Path, uri: str | None, experiment: str) -> None:
         self.stage_dir, self.run_dir = stage_dir, stage_dir.parent
@@ -84,25 +86,26 @@ class Forwarder:
         self.pictures: list[Event] = []
         self.tags: dict[str, str] = {}
         self.messages: list[str] = []
-        self.last: Event = {}  # the newest "attempt" or "end"
+        self.last: Event = {}  # the newest "attempt" or "end" event
         self.client: Any = None
-        self.parent = self.child = ""
-        self.logged: dict[str, int] = {}  # family of metrics -> last step in MLflow
+        self.parent = self.child = ""  # ids of the chain's run and the stage's run
+        self.logged: dict[str, int] = {}  # of each family of metrics the last step in MLflow
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
+        """Open or create both runs, and log the recipe."""
         from mlflow import MlflowClient
 
-        artifacts = None  # a server knows where to put them
+        artifacts = None  # a server has its own place
         if self.uri.startswith("sqlite:///"):
             database = Path(self.uri.removeprefix("sqlite:///"))
             artifacts = (database.resolve().parent / "mlartifacts").as_uri()
             create_database(database)
         client = MlflowClient(tracking_uri=self.uri)
         with locked(self.run_dir / "mlflow.lock"):
-            found = client.get_experiment_by_name(self.experiment)
-            experiment = found.experiment_id if found else client.create_experiment(self.experiment, artifacts)
+            known = client.get_experiment_by_name(self.experiment)
+            experiment = known.experiment_id if known else client.create_experiment(self.experiment, artifacts)
             name = str(_yaml(self.run_dir / RECIPE_FILE).get("name") or self.run_dir.name)
             self.parent, _ = open_run(client, self.run_dir / "mlflow.json", experiment, name, {})
         tags = {"mlflow.parentRunId": self.parent}
@@ -112,25 +115,26 @@ class Forwarder:
         self.client = client
 
     def log_recipe(self, client: Any) -> None:
+        """Log the recipe as an artifact, and those of its fields that are not yet parameters."""
         from mlflow.entities import Param
 
         recipe = self.stage_dir / RECIPE_FILE
-        there = client.get_run(self.child).data.params  # a parameter cannot be changed; the artifact has today's value
-        params = [Param(k[:250], v[:PARAM_LENGTH]) for k, v in flat(_yaml(recipe)) if k[:250] not in there]
+        logged = client.get_run(self.child).data.params  # MLflow refuses to change these; the artifact is up to date
+        params = [Param(k[:250], v[:PARAM_LENGTH]) for k, v in flat(_yaml(recipe)) if k[:250] not in logged]
         for start in range(0, len(params), BATCH_PARAMS):
             client.log_batch(self.child, params=params[start : start + BATCH_PARAMS])
         if recipe.exists():
             client.log_artifact(self.child, str(recipe))
 
-    # -- what the journal says ----------------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------------------------------
 
-    def once(self) -> None:
-        """Logs all that the journal has by now."""
+    def forward(self) -> None:
+        """Log all events that the journal has by now."""
         if self.client is None:
             self.connect()
         self.pending += self.tail.poll()
         while self.pending:
-            self.send()
+            self.send_metrics()
         while self.tags:
             key, value = next(iter(self.tags.items()))
             self.client.set_tag(self.child, key, value[:PARAM_LENGTH])
@@ -139,30 +143,31 @@ class Forwarder:
             self.send_picture(self.pictures[0])
             del self.pictures[0]
 
-    def send(self) -> None:
-        """One request with the metrics of as many pending lines as it can take."""
+    def send_metrics(self) -> None:
+        """Send one request with the metrics of as many pending events as fit in it."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []
-        logged, taken = dict(self.logged), 0
+        logged, count = dict(self.logged), 0
         for event in self.pending:
             family, values = metrics_of(event)
             step, seconds = event.get("step"), event.get("time")
             if values and isinstance(step, int) and isinstance(seconds, float) and step > logged.get(family, -1):
-                if taken and len(metrics) + len(values) > BATCH_METRICS:
+                if count and len(metrics) + len(values) > BATCH_METRICS:
                     break
                 at = int(seconds * 1000)
                 metrics += [Metric(f"{family}/{k}"[:250], v, at, step) for k, v in values[:BATCH_METRICS]]
                 logged[family] = step
-            taken += 1
+            count += 1
         if metrics:
             self.client.log_batch(self.child, metrics=metrics)
-            self.note(logged)
-        for event in self.pending[:taken]:
-            self.take(event)
-        del self.pending[:taken]
+            self.save_progress(logged)
+        for event in self.pending[:count]:
+            self.collect(event)
+        del self.pending[:count]
 
-    def take(self, event: Event) -> None:
+    def collect(self, event: Event) -> None:
+        """Remember the tags, pictures and messages of an event, to be sent later."""
         kind = event.get("kind")
         if kind == "attempt":
             for key in ("attempt", "world_size", "global_batch", "objective", "device", "versions"):
@@ -182,24 +187,25 @@ class Forwarder:
         if path.is_file() and path.is_relative_to(self.stage_dir):
             folder = path.parent.relative_to(self.stage_dir).as_posix()
             self.client.log_artifact(self.child, str(path), None if folder == "." else folder)
-        self.note({**self.logged, "picture": max(event["step"], self.logged.get("picture", 0))})
+        self.save_progress({**self.logged, "picture": max(event["step"], self.logged.get("picture", 0))})
 
-    def note(self, logged: dict[str, int]) -> None:
+    def save_progress(self, logged: dict[str, int]) -> None:
+        """Save which steps MLflow has."""
         self.logged = logged
         write_json(self.stage_dir / "mlflow.json", {"run_id": self.child, "logged": logged})
 
     def close(self) -> None:
-        """Sets the statuses and logs what belongs to the end; called when nothing is pending."""
+        """Log messages and curves and set the statuses of the runs; call it when nothing is pending."""
         if self.messages:
             self.client.log_text(self.child, "\n".join(self.messages) + "\n", "events.jsonl")
         if (self.stage_dir / CURVES_FILE).is_file():
             self.client.log_artifact(self.child, str(self.stage_dir / CURVES_FILE))
-        ended = self.last
-        if ended.get("kind") != "end":
-            ended = {"outcome": "interrupted", "reason": "the attempt wrote no end"}
+        end = self.last
+        if end.get("kind") != "end":
+            end = {"outcome": "interrupted", "reason": "the attempt wrote no end"}
         for key in ("outcome", "reason"):
-            self.client.set_tag(self.child, key, str(ended.get(key))[:PARAM_LENGTH])
-        status = STATUS_OF_OUTCOME.get(str(ended.get("outcome")), "KILLED")
+            self.client.set_tag(self.child, key, str(end.get(key))[:PARAM_LENGTH])
+        status = STATUS_OF_OUTCOME.get(str(end.get("outcome")), "KILLED")
         self.client.set_terminated(self.child, status)
         stages = list(_yaml(self.run_dir / RECIPE_FILE).get("stages") or [])
         if status != "FINISHED" or self.stage_dir.name in stages[-1:]:
@@ -207,8 +213,11 @@ class Forwarder:
 
 
 def create_database(path: Path) -> None:
-    """Makes the database under another name and links it into place: of several processes that create one database
-    at its own name two break it, and one that is killed leaves a database that never opens again."""
+    """Create an MLflow database under a temporary name and link it into place.
+
+    Two processes that create one database at the same time break it, and a process that is killed meanwhile leaves a
+    database that cannot be opened.
+    """
     from mlflow import MlflowClient
 
     if not path.exists():
@@ -222,7 +231,10 @@ def create_database(path: Path) -> None:
 
 
 def open_run(client: Any, path: Path, experiment: str, name: str, tags: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The run named in the file `path`, running again; a new one if there is none or the store does not know it."""
+    """Reopen the run named in the file `path`, or create one if there is none or MLflow does not know it.
+
+    Returns the run's id and the content of the file.
+    """
     from mlflow.exceptions import MlflowException
 
     state = json.loads(path.read_text()) if path.exists() else {}
@@ -234,20 +246,20 @@ def open_run(client: Any, path: Path, experiment: str, name: str, tags: dict[str
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        say(f"MLflow does not know run {state['run_id']} of {path}; a new one takes its place")
+        warn(f"MLflow does not know run {state['run_id']} of {path}; a new one takes its place")
         state = {}
-    # The key goes to disk before the run is created: after a kill in between the run is found again by it.
+    # The key is on disk before the run is created, so that a run is found by its key after a kill in between.
     key = state.get("key") or uuid.uuid4().hex
     write_json(path, {"key": key})
-    found = client.search_runs([experiment], f"tags.`fcmae.key` = '{key}'")
-    run = found[0] if found else client.create_run(experiment, run_name=name, tags={**tags, "fcmae.key": key})
+    runs = client.search_runs([experiment], f"tags.`fcmae.key` = '{key}'")
+    run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={**tags, "fcmae.key": key})
     state = {"run_id": run.info.run_id, "logged": {}}
     write_json(path, state)
     return run.info.run_id, state
 
 
 def metrics_of(event: Event) -> tuple[str, list[tuple[str, float]]]:
-    """(family, [(name, value)]) of a journal line; nothing for a line without numbers to plot."""
+    """The metrics of an event: their family and (name, value) pairs; ("", []) for an event without metrics."""
     match event.get("kind"):
         case "step":
             family, values = "train", {k: v for k, v in event.items() if k not in ("kind", "time", "attempt", "step")}
@@ -264,7 +276,7 @@ def metrics_of(event: Event) -> tuple[str, list[tuple[str, float]]]:
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """("optimizer.lr", "0.001") for every leaf of a nested recipe."""
+    """Yield a pair such as ("optimizer.lr", "0.001") for every leaf of a nested recipe."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
@@ -274,6 +286,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -284,41 +297,46 @@ def _yaml(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def say(sentence: str) -> None:
+def warn(sentence: str) -> None:
+    """Print a sentence to stderr."""
     print(f"tracking: {sentence}", file=sys.stderr, flush=True)
 
 
 def follow(stage_dir: Path, uri: str | None, experiment: str, poll_seconds: float, drain_seconds: float) -> int:
-    """Forwards until told to finish or left alone, then the rest, for `drain_seconds` at most; 0 if all is logged."""
+    """Forward until rank 0 asks to finish or has ended, then drain for at most `drain_seconds`.
+
+    Returns the exit code: 0 if the whole journal is logged.
+    """
     forwarder = Forwarder(stage_dir, uri, experiment)
     rank_zero = os.getppid()
-    give_up_at, silent, pause_seconds = None, False, 0.0
+    give_up_at, warned, pause_seconds = None, False, 0.0
     with (stage_dir / "mlflow.lock").open("a") as lock:
         while True:
-            # A line on stdin: finish. Its end, or another parent: rank 0 is gone (a forked worker may keep the pipe).
-            told = bool(select.select([sys.stdin], [], [], pause_seconds)[0]) or os.getppid() != rank_zero
-            if told and give_up_at is None:
+            # A line on stdin asks to finish; its end means that rank 0 has ended. So does another parent process,
+            # because a forked worker of rank 0 may keep the pipe open.
+            finishing = bool(select.select([sys.stdin], [], [], pause_seconds)[0]) or os.getppid() != rank_zero
+            if finishing and give_up_at is None:
                 give_up_at = time.monotonic() + drain_seconds
             pause_seconds = poll_seconds
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the one of a killed attempt may still be draining
-                forwarder.once()
-                silent = False
-                if told:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed attempt's forwarder may still be draining
+                forwarder.forward()
+                warned = False
+                if finishing:
                     forwarder.close()
                     return 0
             except ImportError as error:
                 packages = "mlflow-skinny, sqlalchemy and alembic"
-                say(f"MLflow cannot be imported ({error}); install {packages}, or set tracking.mlflow=false")
+                warn(f"MLflow cannot be imported ({error}); install {packages}, or set tracking.mlflow=false")
                 return 1
             except Exception as error:
-                if not silent and not isinstance(error, BlockingIOError):
-                    say(f"MLflow at {forwarder.uri} does not take the journal, trying again: {_first_line(error)}")
-                    silent = True
+                if not warned and not isinstance(error, BlockingIOError):
+                    warn(f"MLflow at {forwarder.uri} does not take the journal, trying again: {_first_line(error)}")
+                    warned = True
                 if give_up_at is not None and time.monotonic() > give_up_at:
-                    say(f"the rest of {stage_dir / 'journal.jsonl'} is not in MLflow; the next attempt forwards it")
+                    warn(f"the rest of {stage_dir / 'journal.jsonl'} is not in MLflow; the next attempt forwards it")
                     return 1
-                if told:
+                if finishing:
                     time.sleep(1.0)
 
 
@@ -327,7 +345,8 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> None:
-    # A scheduler signals every process of a job; this one has to log the save that the signal brings about.
+    """Run the forwarder as a program."""
+    # A scheduler signals every process of a job, and this process must outlive the save that the signal causes.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -337,8 +356,8 @@ def main() -> None:
     parser.add_argument("--poll-seconds", type=float, default=POLL_SECONDS)
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
     options = parser.parse_args()
-    os.nice(10)  # the cores belong to training
-    warnings.simplefilter("ignore")  # alembic's and sqlalchemy's, at each start
+    os.nice(10)  # so that training keeps the cores
+    warnings.simplefilter("ignore")  # alembic and sqlalchemy warn at every start
     os.environ.update(
         MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="20",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.forwarder import Handle, flat, start_forwarder
+from pipeline.tracking.forwarder import ForwarderProcess, flat, start_forwarder
 from pipeline.tracking.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
@@ -187,12 +187,12 @@ def _ended(pid: int) -> bool:
         return True
 
 
-def start(stage: Path, *options: str, before: str = "") -> Handle:
+def start(stage: Path, *options: str, before: str = "") -> ForwarderProcess:
     program = f"import sys; {before}sys.argv[1:] = {[str(stage), *options]!r}; " + (
         "from pipeline.tracking.forwarder import main; main()"
     )
     with (stage / "stderr").open("w") as errors:
-        return Handle(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=errors))
+        return ForwarderProcess(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=errors))
 
 
 def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: Path) -> None:
