@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.data.beton import Beton
-from pipeline.data.checks import preflight_data
+from pipeline.data.stage_data import check_stage_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.health.verdict import refuse_off_track, update_verdict
@@ -127,7 +127,7 @@ def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, B
     Raises:
         UserError: the first one found.
     """
-    data = preflight_data(recipe)
+    data = check_stage_data(recipe)
     own = classes[recipe.name] = set(recipe.data.classes or data["train"].classes)
     if recipe.init.head == "map" and recipe.previous and not own & classes.get(recipe.previous, own):
         raise DataError(

@@ -51,7 +51,7 @@ def image(number: int, size: int = 32) -> tuple[np.ndarray, int]:
 def measure(directory: Path) -> dict[str, Any]:
     """Train the two stages in this process; the machine, the data's hashes, and the losses as hex floats by stage."""
     from cluster.chain import open_chain
-    from pipeline.data.beton import BetonWriter, check
+    from pipeline.data.beton import BetonWriter, open_beton
     from pipeline.recipe import load_recipe
     from pipeline.run import run_stage
     from pipeline.stage.outcome import OutcomeKind
@@ -69,7 +69,7 @@ def measure(directory: Path) -> dict[str, Any]:
         assert outcome.kind is OutcomeKind.DONE, outcome
         found = journal.step_events(journal.read_events(stage.directory / "journal.jsonl"))
         losses[stage.recipe.name] = [event["loss"].hex() for event in found.values()]
-    hashes = {name: check(directory / f"{name}.beton").sha256 for name in ("train", "validation")}
+    hashes = {name: open_beton(directory / f"{name}.beton").sha256 for name in ("train", "validation")}
     return {"machine": machine(), "data": hashes, "losses": losses}
 
 

@@ -1,8 +1,8 @@
 """The data file: FFCV's .beton format, with a side-car `NAME.beton.json` that says what must be in it.
 
-A file holds one RGB image and one integer label per sample, and FFCV's own Loader reads it. FFCV checks nothing when it
-opens a file (half an allocation table gives wrong images without a word), so nothing opens one here before `check` has
-compared it with its side-car. The layout, all little-endian:
+A file holds one RGB image and one integer label per sample; FFCV's own Loader can read it. FFCV checks nothing when it
+opens a file: half an allocation table silently gives wrong images. So `open_beton` compares every file with its
+side-car before anything reads it. The layout, all little-endian:
 
     header | two field descriptors | 24 bytes per sample | padding | pages of 8 MiB | allocation table
 
@@ -22,7 +22,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.data.checksum import checksum
+from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError
 
 FORMAT_VERSION = 2  # of the side-car, and of what our writer puts where
@@ -79,11 +79,11 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def check(path: str | Path) -> Beton:
+def open_beton(path: str | Path) -> Beton:
     """Compares a file with its side-car without reading the images: seconds for millions of samples.
 
     Errors: DataError when either is missing or they disagree (another size, damaged header, samples or allocation
-    table). Damage inside an image is found by `verify`, or by the decoder when it comes to it.
+    table). Damage inside an image is found by `verify_hashes`, or by the decoder when it comes to it.
     """
     try:
         return _check(Path(path))
@@ -109,9 +109,13 @@ def _check(path: Path) -> Beton:
     return beton
 
 
-def verify(path: str | Path) -> Beton:
-    """`check`, and the hash of every byte. Errors: DataError, naming the first damaged blocks and their samples."""
-    beton = check(path)
+def verify_hashes(path: str | Path) -> Beton:
+    """Open a data file and compare the SHA-256 of every byte with its side-car.
+
+    Raises:
+        DataError: as `open_beton`; or naming the first damaged blocks and their samples.
+    """
+    beton = open_beton(path)
     with beton.path.open("rb") as file:
         found, blocks = hash_blocks(file)
     bad = [n for n, (ours, theirs) in enumerate(zip(blocks, beton.block_sha256, strict=False)) if ours != theirs]
@@ -148,7 +152,7 @@ def samples_of(beton: Beton) -> np.ndarray:
     return np.asarray(np.memmap(beton.path, SAMPLE, "r", _SAMPLES_AT, (beton.samples,)))
 
 
-def checks_of(samples: np.ndarray, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
+def checksums_of(samples: np.ndarray, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
     """The checksums of some samples of a table, SAMPLE (n,): int64."""
     # Bytes first: copying a sample copies its fields, and a checksum is none.
     three = samples.view(np.uint8).reshape(-1, SAMPLE.itemsize)[ids, _CHECK].astype(np.int64)
@@ -197,9 +201,9 @@ def _index_sha256(file: BinaryIO, header: np.void) -> str:
 class BetonWriter:
     """Writes a .beton file and its side-car; the same calls give the same bytes.
 
-    A context manager: images go to `PATH.partial`, which takes its name when the block ends without an error; the
-    side-car comes before it. A crash leaves nothing that `check` accepts, and the next writer of that path begins the
-    partial file anew.
+    A context manager: images go to `PATH.partial`, which is renamed to `PATH` when the block ends without an error; the
+    side-car is written before. A crash leaves nothing that `open_beton` accepts, and the next writer of that path
+    begins the partial file anew.
 
     capacity: the most samples that will be added (their places come before the images); fewer may come.
     partial: another place for the unfinished file, on the same disk; it then outlives an error, and a later writer may

@@ -16,7 +16,7 @@ from numba import njit, types
 
 from pipeline.data.beton import JPEG
 from pipeline.data.randaugment import LAYERS
-from pipeline.data.randaugment_operations import apply
+from pipeline.data.randaugment_operations import apply_operation
 from pipeline.data.resample import resized_crop
 from pipeline.errors import DataError
 
@@ -88,10 +88,10 @@ def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths,
             image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, out[i], p.flip != 0
         )
         for layer in range(LAYERS):
-            apply(out[i], p.operations[layer], p.numbers[layer])
+            apply_operation(out[i], p.operations[layer], p.numbers[layer])
 
 
-class Decoder:
+class ImageDecoder:
     """Decodes batches on `workers` threads; each holds a JPEG decompressor and room for the largest image.
 
     The threads are Python's, running compiled code without the lock: numba's own pool cannot serve two loaders at once
@@ -141,6 +141,6 @@ def jpeg_status(content: bytes, height: int, width: int) -> int:
         library.tjDestroy(handle)
 
 
-def reason(status: int) -> str:
+def describe_status(status: int) -> str:
     """What is wrong with an image of that status, to follow 'sample 7 of FILE'."""
     return _REASONS[status]

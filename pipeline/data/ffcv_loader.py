@@ -24,10 +24,10 @@ import numba.typed
 import numpy as np
 import torch
 
-from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checks_of, samples_of
-from pipeline.data.checksum import mark_changed
+from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
-from pipeline.data.decode import CHANGED, Decoder, reason
+from pipeline.data.decode import CHANGED, ImageDecoder, describe_status
+from pipeline.data.image_checksum import mark_changed
 from pipeline.errors import DataError, DataTimeoutError
 
 
@@ -98,7 +98,7 @@ class _Images(Operation):
         self.beton, self.image_size, self.plan, self.epoch = beton, image_size, plan, 0
         self.samples = samples_of(beton)
         largest = 3 * beton.max_height * beton.max_width if beton.jpeg_samples else 0
-        self.decoder = Decoder(workers, largest)
+        self.decoder = ImageDecoder(workers, largest)
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
         shape, dtype = (self.image_size, self.image_size, 3), np.dtype("u1")
@@ -120,7 +120,7 @@ class _Images(Operation):
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
         status = self.decoder(file, places, sizes, modes, plan, heights, widths, out)
-        mark_changed(file, places, sizes, checks_of(self.samples, ids), status, CHANGED)
+        mark_changed(file, places, sizes, checksums_of(self.samples, ids), status, CHANGED)
         return status
 
 
@@ -180,7 +180,7 @@ class ImageLoader(Loader):
             return ids, []
         now, storage = ids.copy(), self.memory_manager.state
         for place in places:
-            what = f"sample {ids[place]} of {self.beton.path} {reason(self.images.status[place])}"
+            what = f"sample {ids[place]} of {self.beton.path} {describe_status(self.images.status[place])}"
             if not self.skip_damaged:
                 raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
             one = slice(place, place + 1)

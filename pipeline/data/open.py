@@ -4,9 +4,9 @@ import threading
 from contextlib import ExitStack
 
 from pipeline.data.cache import Cache
-from pipeline.data.checks import StageData, open_data
 from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.randaugment import RandAugment
+from pipeline.data.stage_data import StageData, fetch_stage_data
 from pipeline.data.staging import cache_directory
 from pipeline.distributed.stop import AgreedStop
 from pipeline.distributed.world import World
@@ -21,7 +21,7 @@ def open_stage_data(
     directory = cache_directory(recipe.data.cache_dir)
     cache = stack.enter_context(Cache(directory, recipe.data.cache_bytes, given_up.is_set))
     try:
-        return world.on_every_rank(lambda: open_data(recipe, cache), stop)
+        return world.on_every_rank(lambda: fetch_stage_data(recipe, cache), stop)
     finally:
         given_up.set()
 

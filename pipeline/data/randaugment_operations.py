@@ -19,7 +19,7 @@ _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _T
 
 
 @njit(cache=True, nogil=True)
-def apply(image, operation, numbers):
+def apply_operation(image, operation, numbers):
     """Changes `image`, uint8 (H, W, 3) and contiguous, by the operation of that code; NOTHING leaves it alone.
 
     numbers: float64 (6,), its strength, as `pipeline.data.randaugment` draws it.

@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.data.beton import Beton, check, read_sidecar, sidecar_path
+from pipeline.data.beton import Beton, open_beton, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
 from pipeline.errors import DataError, RetryableError, UserError
 
@@ -38,15 +38,15 @@ def cache_directory(setting: str | None) -> str:
     return setting or f"{home}/fcmae"
 
 
-def describe(location: str, timeout_seconds: float) -> Beton:
-    """What the side-car of a data file says; of a URL no more than that is read. Errors: as in `stage`."""
+def describe_beton(location: str, timeout_seconds: float) -> Beton:
+    """What the side-car of a data file says; of a URL no more than that is read. Errors: as in `fetch_beton`."""
     if not is_url(location):
-        return check(location)
+        return open_beton(location)
     with tempfile.TemporaryDirectory() as directory:
         return _Remote(location, timeout_seconds).sidecar(Path(directory))
 
 
-def stage(location: str, cache: Cache, timeout_seconds: float) -> Beton:
+def fetch_beton(location: str, cache: Cache, timeout_seconds: float) -> Beton:
     """The checked data file, on this machine's disk.
 
     It stays there until `cache` is closed. Copying goes on where a killed process left it.
@@ -55,7 +55,7 @@ def stage(location: str, cache: Cache, timeout_seconds: float) -> Beton:
     full disk; CancelledError when the cache's owner says so.
     """
     if not is_url(location):
-        return check(location)
+        return open_beton(location)
     remote = _Remote(location, timeout_seconds)
     with tempfile.TemporaryDirectory() as directory:
         beton = remote.sidecar(Path(directory))
@@ -63,12 +63,12 @@ def stage(location: str, cache: Cache, timeout_seconds: float) -> Beton:
     found = cache.obtain(
         name, beton.size_bytes, partial(remote.copy, beton, cache.cancelled), partial(_is_sound, beton)
     )
-    return check(found / beton.path.name)
+    return open_beton(found / beton.path.name)
 
 
 def _is_sound(beton: Beton, directory: Path) -> bool:
     try:
-        return check(directory / beton.path.name).sha256 == beton.sha256
+        return open_beton(directory / beton.path.name).sha256 == beton.sha256
     except DataError as error:
         print(f"{error}: it will be, now", file=sys.stderr)
         return False

@@ -19,7 +19,7 @@ class Subset:
     labels: np.ndarray | None = None  # int64: the label here of each label in the file; None keeps them
 
 
-def class_counts(beton: Beton, classes: Sequence[str] | None, fraction: float) -> dict[str, int]:
+def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float) -> dict[str, int]:
     """Images per class that take part, in the file's order of classes: `fraction` of each, rounded, at least one.
 
     classes: their names; None is all. Errors: RecipeError for a class that the file does not have.
@@ -34,13 +34,13 @@ def class_counts(beton: Beton, classes: Sequence[str] | None, fraction: float) -
     return {name: min(max(int(fraction * n + 0.5), 1), n) for name, n in there if name in chosen}
 
 
-def select(beton: Beton, classes: Sequence[str] | None = None, fraction: float = 1.0, seed: int = 0) -> Subset:
+def select_subset(beton: Beton, classes: Sequence[str] | None = None, fraction: float = 1.0, seed: int = 0) -> Subset:
     """The images that take part; labels become places among the classes that are left.
 
     Which images of a class is a hash of (seed, sample id), so it is the same for any number of ranks, and a smaller
     fraction is part of a larger one. Errors: RecipeError for a class that the file does not have.
     """
-    counts = class_counts(beton, classes, fraction)
+    counts = count_per_class(beton, classes, fraction)
     if classes is None and fraction == 1:
         return Subset(beton.samples)
     kept = np.array([name in counts for name in beton.classes])

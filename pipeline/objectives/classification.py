@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline import randomness
 from pipeline.data.batch import Batch
-from pipeline.data.erase import RandomErasing
+from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
 from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import normalise

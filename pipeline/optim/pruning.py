@@ -52,28 +52,28 @@ def uniform_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str,
     return dict.fromkeys(shapes, 1 - sparsity)
 
 
-def random_mask(shape: Shape, density: float, key: int, device: torch.device) -> Tensor:
+def random_weight_mask(shape: Shape, density: float, key: int, device: torch.device) -> Tensor:
     """Bool tensor with exactly round(density * size) places True, chosen by hash; all of them from DENSE_FROM on."""
     count = math.prod(shape)
     if density >= DENSE_FROM:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    return smallest(hashes(key, count, device), round(density * count)).view(shape)
+    return mark_smallest(hash_places(key, count, device), round(density * count)).view(shape)
 
 
-def pruned(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
+def prune_mask(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
     """The mask without its ceil(rate * count) smallest weights."""
     count = math.ceil(rate * int(mask.sum()))
     magnitudes = torch.where(mask, weight.abs(), torch.inf)
-    return mask & ~smallest(magnitudes.flatten(), count).view(mask.shape)
+    return mask & ~mark_smallest(magnitudes.flatten(), count).view(mask.shape)
 
 
-def grown(mask: Tensor, count: int, scores: Tensor) -> Tensor:
+def grow_mask(mask: Tensor, count: int, scores: Tensor) -> Tensor:
     """The mask and the `count` places outside of it with the smallest scores (int64, or floating), in its shape."""
     last = torch.iinfo(torch.int64).max if scores.dtype == torch.int64 else torch.inf
-    return mask | smallest(torch.where(mask, last, scores.view(mask.shape)).flatten(), count).view(mask.shape)
+    return mask | mark_smallest(torch.where(mask, last, scores.view(mask.shape)).flatten(), count).view(mask.shape)
 
 
-def smallest(values: Tensor, count: int) -> Tensor:
+def mark_smallest(values: Tensor, count: int) -> Tensor:
     """Bool tensor that marks exactly `count` of the 1-D `values`: the smallest, of equal ones the first."""
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -82,7 +82,7 @@ def smallest(values: Tensor, count: int) -> Tensor:
     return below | (equal & (equal.cumsum(0) <= count - below.sum()))
 
 
-def hashes(key: int, count: int, device: torch.device) -> Tensor:
+def hash_places(key: int, count: int, device: torch.device) -> Tensor:
     """(count,) int64, all different: number n is a hash of (key, n). `randomness.mix64`, made where the weights are."""
     return _mix64(_mix64(torch.arange(count, device=device)) ^ _signed(key))
 

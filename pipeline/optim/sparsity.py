@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.distributed.sharded_tensors import fill, local, whole
 from pipeline.errors import RecipeError
 from pipeline.optim.ema import Component
-from pipeline.optim.pruning import grown, hashes, prune_rate, pruned, random_mask
+from pipeline.optim.pruning import grow_mask, hash_places, prune_mask, prune_rate, random_weight_mask
 from pipeline.randomness import Purpose, key, text_key
 from pipeline.recipe.sections import SparsitySettings
 
@@ -74,7 +74,7 @@ class DynamicSparsity(Component):
     def start(self, densities: Mapping[str, float]) -> None:
         """Random masks of these densities by weight's name."""
         for name, mask in self._masks.items():
-            drawn = random_mask(tuple(mask.shape), densities[name], self._key(name, 0), local(mask).device)
+            drawn = random_weight_mask(tuple(mask.shape), densities[name], self._key(name, 0), local(mask).device)
             fill(mask, drawn)
             self._apply(name)
 
@@ -113,15 +113,15 @@ class DynamicSparsity(Component):
         if mask.all():
             return
         rate = prune_rate(step, self._total, self.settings.prune_rate, self.settings.final_prune_rate)
-        kept = pruned(whole(self.weights[name].detach()), mask, rate)
+        kept = prune_mask(whole(self.weights[name].detach()), mask, rate)
         count = int(mask.sum()) - int(kept.sum())  # now, for `mask` may be what is filled next
         fill(self._masks[name], kept)
         self._apply(name)  # what is pruned and grown at once starts at zero as well
         if self._gradients:
             scores = -whole(self._gradients[name]).abs()
         else:
-            scores = hashes(self._key(name, step), mask.numel(), mask.device)
-        fill(self._masks[name], grown(kept, count, scores))
+            scores = hash_places(self._key(name, step), mask.numel(), mask.device)
+        fill(self._masks[name], grow_mask(kept, count, scores))
 
     @torch.no_grad()
     def _apply(self, name: str) -> None:

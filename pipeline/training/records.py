@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data.checks import StageData
+from pipeline.data.stage_data import StageData
 from pipeline.distributed.stop import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.health.verdict import judge_journal

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from cluster.chain import open_chain, preflight
-from pipeline.data.beton import check
+from pipeline.data.beton import open_beton
 from pipeline.errors import DataError
 from pipeline.objectives import create_objective
 from pipeline.randomness import text_key
@@ -90,7 +90,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     done("run", recipe, "--out", run)
     assert json.loads((run / "intermediate" / "result.json").read_text())["images_seen"] == 96
     pinned = json.loads((run / "intermediate" / "data.json").read_text())
-    assert pinned["train"] == check(archives / "data" / "train.beton").sha256
+    assert pinned["train"] == open_beton(archives / "data" / "train.beton").sha256
     (event,) = [e for e in journal.read_events(run / "finetune" / "journal.jsonl") if e["kind"] == "handoff"]
     assert (event["head_mapped"], event["head_initialised"]) == (2, list(OTHER[2:]))
     before, after = (safetensors.torch.load_file(run / s / "weights.safetensors") for s in ("intermediate", "finetune"))
@@ -139,7 +139,7 @@ def test_killed_at_random_moments(tmp_path, workers):
         if (tmp_path / "b.beton.parts").exists():
             unfinished += 1
         elif (tmp_path / "b.beton").exists():  # it was too quick: once more from the beginning
-            check(tmp_path / "b.beton")
+            open_beton(tmp_path / "b.beton")
             for path in tmp_path.glob("b.beton*"):
                 path.unlink()
         else:

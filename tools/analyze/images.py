@@ -36,11 +36,11 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
     Raises:
         DataError: if the file is missing or damaged.
     """
-    from pipeline.data.beton import check, samples_of
+    from pipeline.data.beton import open_beton, samples_of
     from pipeline.data.feed import EvaluationFeed
     from pipeline.data.subset import Subset
 
-    beton = check(path)
+    beton = open_beton(path)
     ids = spread(np.asarray(samples_of(beton)["f1"]), count)
     feed = EvaluationFeed(
         beton,

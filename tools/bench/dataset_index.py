@@ -23,7 +23,7 @@ from pipeline.data.beton import (
     PAGE_BYTES,
     SAMPLE,
     BetonWriter,
-    check,
+    open_beton,
     read_sidecar,
     sidecar_path,
 )
@@ -99,14 +99,14 @@ def argsort_order(path: Path) -> np.ndarray:
 
 
 def choose_subset(path: Path) -> object:
-    from pipeline.data.subset import select
+    from pipeline.data.subset import select_subset
 
-    return select(read_sidecar(path), fraction=0.01)
+    return select_subset(read_sidecar(path), fraction=0.01)
 
 
 WORK: dict[str, Callable[[Path], object]] = {
     "FFCV 1.0.2: Reader and memory manager": open_with_ffcv,
-    "check: index against its hash": check,
+    "check: index against its hash": open_beton,
     "loader, an eighth of the rows read": open_loader,
     "order of an epoch, as kept until now (argsort)": argsort_order,
     "order of an epoch, 1 rank": lambda path: rank_order(path, 1),

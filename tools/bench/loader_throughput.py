@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.beton import Beton, BetonWriter, check
+from pipeline.data.beton import Beton, BetonWriter, open_beton
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
 from pipeline.data.randaugment import RandAugment
@@ -48,7 +48,7 @@ def write_data(images: list[Image.Image], directory: Path) -> list[Beton]:
             raw.add(np.array(image), 0)
             with tarfile.open(directory / f"{i % WORKERS}.tar", "a") as tar:
                 tar.add(file, file.name)
-    return [check(directory / name) for name in ("jpg", "raw")]
+    return [open_beton(directory / name) for name in ("jpg", "raw")]
 
 
 def planned_crops(image_size: int, scale: tuple[float, float]) -> np.ndarray:

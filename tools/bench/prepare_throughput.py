@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.beton import JPEG, check, checks_of, contents_of, samples_of, verify
-from pipeline.data.checksum import checksum
+from pipeline.data.beton import JPEG, checksums_of, contents_of, open_beton, samples_of, verify_hashes
 from pipeline.data.decode import jpeg_status
+from pipeline.data.image_checksum import checksum
 from tools.bench.photographs import photographs
 from tools.bench.timing import cpu_seconds, seconds_of
 from tools.prepare.detect import open_source
@@ -59,9 +59,9 @@ def main() -> None:
         print(f"{archive.stat().st_size / count / 1e3:.0f} kB an image, {listed_bytes:.0f} bytes to list it")
         print(f"list     {count / _seconds(lambda: open_source(str(archive))):7.0f} images per CPU-second")
         print(f"prepare  {count / _seconds(lambda: prepare(archive, path)):7.0f} images per CPU-second")
-        beton = check(path)
-        print(f"verify   {beton.size_bytes / _seconds(lambda: verify(path)) / 1e9:7.2f} GB per CPU-second")
-        images, checks = samples_of(beton)["f0"], checks_of(samples_of(beton))
+        beton = open_beton(path)
+        print(f"verify   {beton.size_bytes / _seconds(lambda: verify_hashes(path)) / 1e9:7.2f} GB per CPU-second")
+        images, checks = samples_of(beton)["f0"], checksums_of(samples_of(beton))
         stored = [(number, np.frombuffer(content, np.uint8)) for number, content in contents_of(beton, JPEG)]
         sizes = [(int(images["height"][number]), int(images["width"][number])) for number, _ in stored]
         sums = _seconds(lambda: [checksum(content) == checks[number] for number, content in stored])

@@ -21,7 +21,7 @@ from pipeline.cost.memory import (
 from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
 from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
-from pipeline.data.subset import class_counts
+from pipeline.data.subset import count_per_class
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 
@@ -316,7 +316,7 @@ def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFi
     fraction = data.fraction if name == "train" else 1.0
     if not is_url(path) and Path(path).is_file():
         beton = read_sidecar(Path(path))
-        return DataFile(path, sum(class_counts(beton, data.classes, fraction).values()), beton.size_bytes, True)
+        return DataFile(path, sum(count_per_class(beton, data.classes, fraction).values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
     if count is None:
         return DataFile(path, None, None, False)

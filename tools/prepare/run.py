@@ -12,7 +12,7 @@ from typing import Literal
 
 import PIL
 
-from pipeline.data.beton import JPEG, Beton, BetonWriter, check, contents_of, lock_file
+from pipeline.data.beton import JPEG, Beton, BetonWriter, contents_of, lock_file, open_beton
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
@@ -96,7 +96,7 @@ def prepare(
     report = _report_path(destination)
     with report.open() as lines:
         counts = Counter((note["outcome"], note["why"]) for note in map(json.loads, lines))
-    return Summary(check(destination), report, dict(counts))
+    return Summary(open_beton(destination), report, dict(counts))
 
 
 def _append_parts(
@@ -203,7 +203,7 @@ def _digests(source: str | None) -> frozenset[bytes]:
     if source is None:
         return frozenset()
     if source.endswith(".beton"):
-        return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(check(source), JPEG))
+        return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(open_beton(source), JPEG))
     images = open_source(source, unlabelled=True)
     readable = [item for item in images.items if not isinstance(item.place, str)]
     try:

@@ -7,9 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.beton import JPEG, PAGE_BYTES, RAW, Beton, check, checks_of, contents_of, samples_of, verify
-from pipeline.data.checksum import checksum
-from pipeline.data.decode import CHANGED, jpeg_status, reason
+from pipeline.data.beton import (
+    JPEG,
+    PAGE_BYTES,
+    RAW,
+    Beton,
+    checksums_of,
+    contents_of,
+    open_beton,
+    samples_of,
+    verify_hashes,
+)
+from pipeline.data.decode import CHANGED, describe_status, jpeg_status
+from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError
 
 _AHEAD = 64  # images in the queue of each thread
@@ -19,12 +29,12 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
     """The file's side-car and a sentence for each thing that is wrong; no sentences if all is well.
 
     Raises:
-        DataError: if the file cannot be opened at all: see `check`.
+        DataError: if the file cannot be opened at all: see `open_beton`.
     """
-    beton = check(path)
+    beton = open_beton(path)
     damage: list[str] = []
     try:
-        verify(path)
+        verify_hashes(path)
     except DataError as error:
         damage.append(str(error))
     if full:
@@ -32,14 +42,14 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         for number, status in _statuses(beton, workers):
             place = int(samples["f0"]["data_ptr"][number])
             name = beton.classes[samples["f1"][number]]
-            damage.append(f"sample {number} (class {name}, block {place // PAGE_BYTES}) {reason(status)}")
+            damage.append(f"sample {number} (class {name}, block {place // PAGE_BYTES}) {describe_status(status)}")
     return beton, damage
 
 
 def _statuses(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
     """(number, status) of the images that the decoder refuses or whose checksum differs."""
     samples = samples_of(beton)
-    images, checks = samples["f0"], checks_of(samples)
+    images, checks = samples["f0"], checksums_of(samples)
 
     def look(number: int, content: memoryview) -> tuple[int, int]:
         status = 0

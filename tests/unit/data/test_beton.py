@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.data import beton as module
 from pipeline.data import ffcv_loader  # noqa: F401 - imports FFCV quickly
-from pipeline.data.beton import BetonWriter, check, checks_of, samples_of, sidecar_path, verify
-from pipeline.data.checksum import checksum
+from pipeline.data.beton import BetonWriter, checksums_of, open_beton, samples_of, sidecar_path, verify_hashes
+from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError, UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 6, 3), np.uint8)
@@ -81,7 +81,7 @@ def test_ffcvs_own_loader_reads_it(path):
 
 
 def test_what_was_written(path):
-    beton = verify(path)
+    beton = verify_hashes(path)
     assert (beton.samples, beton.classes, beton.samples_per_class) == (20, ("cat", "dog"), (10, 10))
     assert (beton.jpeg_samples, beton.raw_samples, beton.max_height, beton.max_width) == (5, 15, 8, 6)
     assert beton.settings == {"source": "test"}
@@ -105,7 +105,7 @@ def test_images_do_not_cross_pages(tmp_path):
     samples = np.fromfile(tmp_path / "a.beton", module.SAMPLE, 3, offset=24 + 2 * 1041)
     starts = samples["f0"]["data_ptr"].astype(int)
     assert (starts // module.PAGE_BYTES == (starts + big.nbytes - 1) // module.PAGE_BYTES).all()
-    assert check(tmp_path / "a.beton").samples == 3
+    assert open_beton(tmp_path / "a.beton").samples == 3
     with BetonWriter(tmp_path / "b.beton", ["x"], 1) as writer:
         with pytest.raises(DataError, match="--max-side"):
             writer.add(np.zeros((1700, 1700, 3), np.uint8), 0)
@@ -160,28 +160,28 @@ def test_damage_is_one_sentence(path, damage):
     harm, words = DAMAGE[damage]
     harm(path)
     with pytest.raises(DataError, match=words) as caught:
-        check(path)
+        open_beton(path)
     assert "\n" not in str(caught.value)
     assert "a.beton" in str(caught.value)
 
 
 def test_damaged_pixels_need_the_blocks_hashes(path):
     flip_byte(path, module.PAGE_BYTES + 5)
-    check(path)
+    open_beton(path)
     with pytest.raises(DataError, match=r"SHA-256.* in 1 of 3 blocks .* block 1 \(samples 0 to 19\)"):
-        verify(path)
+        verify_hashes(path)
 
 
 def test_a_side_car_that_contradicts_itself(path):
     sidecar_field(path, sha256="0" * 64)
     with pytest.raises(DataError, match="not the file of its side-car"):
-        verify(path)
+        verify_hashes(path)
 
 
 def test_hashes_of_blocks_are_those_of_pages(path):
     content = path.read_bytes()
     blocks = [content[at : at + module.PAGE_BYTES] for at in range(0, len(content), module.PAGE_BYTES)]
-    beton = check(path)
+    beton = open_beton(path)
     assert beton.block_sha256 == tuple(hashlib.sha256(block).hexdigest() for block in blocks)
     assert beton.sha256 == hashlib.sha256(content).hexdigest()
 
@@ -201,7 +201,7 @@ def test_hashes_of_blocks_are_those_of_pages(path):
 def test_any_sidecar_is_read_or_refused(path, content):
     sidecar_path(path).write_bytes(content)
     with pytest.raises(UserError):
-        check(path)
+        open_beton(path)
 
 
 def test_failed_and_empty_writers_leave_nothing(tmp_path):
@@ -244,8 +244,9 @@ def test_a_run_is_the_same_as_its_images(tmp_path):
         for i in range(9):
             writer.add(jpeg(PIXELS[i]), i % 2, size=(8, 6))
     assert (tmp_path / "run.beton").read_bytes() == (tmp_path / "single.beton").read_bytes()
-    assert checks_of(samples_of(check(tmp_path / "run.beton"))).tolist() == checks
-    assert checks_of(samples_of(check(tmp_path / "run.beton")), np.array([7, 2])).tolist() == [checks[7], checks[2]]
+    samples = samples_of(open_beton(tmp_path / "run.beton"))
+    assert checksums_of(samples).tolist() == checks
+    assert checksums_of(samples, np.array([7, 2])).tolist() == [checks[7], checks[2]]
 
 
 def test_two_writers_of_one_file(tmp_path):
@@ -253,7 +254,7 @@ def test_two_writers_of_one_file(tmp_path):
         with pytest.raises(DataError, match="written by another process"):
             BetonWriter(tmp_path / "a.beton", ["x"], 1)
         writer.add(PIXELS[0], 0)
-    assert check(tmp_path / "a.beton").samples == 1
+    assert open_beton(tmp_path / "a.beton").samples == 1
 
 
 def test_existing_and_unwritable_destinations(path, tmp_path):
@@ -263,7 +264,7 @@ def test_existing_and_unwritable_destinations(path, tmp_path):
         BetonWriter(tmp_path / "nowhere" / "a.beton", ["x"], 1)
     with BetonWriter(path, ["x"], 1, overwrite=True) as writer:
         writer.add(PIXELS[0], 0)
-    assert verify(path).samples == 1
+    assert verify_hashes(path).samples == 1
 
 
 def test_a_file_that_may_not_be_read(path):
@@ -274,7 +275,7 @@ def test_a_file_that_may_not_be_read(path):
         os.seteuid(65534)
     try:
         with pytest.raises(DataError, match=r"data file .*beton cannot be read: Permission denied"):
-            check(path)
+            open_beton(path)
     finally:
         os.seteuid(was)
         path.parent.chmod(0o700)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import beton as module
-from pipeline.data.beton import JPEG, BetonWriter, check, samples_of
+from pipeline.data.beton import JPEG, BetonWriter, open_beton, samples_of
 from pipeline.data.feed import TrainFeed
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
@@ -40,7 +40,7 @@ def path(whole, tmp_path):
 def train(path):
     """An epoch of training's images, as a stage opens and reads them."""
     feed = TrainFeed(
-        check(path), image_size=32, seed=0, slots=2, slot_size=8, rank=0, world_size=1, slots_per_micro_batch=2,
+        open_beton(path), image_size=32, seed=0, slots=2, slot_size=8, rank=0, world_size=1, slots_per_micro_batch=2,
         workers=1, timeout_seconds=300, crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33), flip_probability=0.5,
     )  # fmt: skip
     try:
@@ -57,7 +57,7 @@ def overwrite(path, place, content):
 
 
 def place_of(path, sample):
-    return int(samples_of(check(path))["f0"]["data_ptr"][sample])
+    return int(samples_of(open_beton(path))["f0"]["data_ptr"][sample])
 
 
 def flip(path, sample, offset):
@@ -83,7 +83,7 @@ BEFORE_IT_STARTS = {
 def test_before_training_starts(path, damage):
     BEFORE_IT_STARTS[damage](path)
     with pytest.raises(DataError, match=r"a\.beton") as caught:
-        check(path)
+        open_beton(path)
     assert "\n" not in str(caught.value)
 
 
@@ -95,7 +95,7 @@ def test_writer_killed_midway(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.beton")])
     with pytest.raises(DataError, match="does not exist"):
-        check(tmp_path / "a.beton")
+        open_beton(tmp_path / "a.beton")
 
 
 NAMES_THE_SAMPLE = {
@@ -111,13 +111,13 @@ NAMES_THE_SAMPLE = {
 def test_names_the_sample(path, damage):
     sample, harm = NAMES_THE_SAMPLE[damage]
     harm(path)
-    check(path)
+    open_beton(path)
     with pytest.raises(DataError, match=rf"sample {sample} of .*a\.beton is"):
         train(path)
 
 
 def test_zeroed_page_names_a_sample(path):
-    overwrite(path, module.PAGE_BYTES, bytes(samples_of(check(path))["f0"]["data_ptr"].max() - module.PAGE_BYTES))
+    overwrite(path, module.PAGE_BYTES, bytes(samples_of(open_beton(path))["f0"]["data_ptr"].max() - module.PAGE_BYTES))
     with pytest.raises(DataError, match=r"sample \d+ of .*a\.beton is"):
         train(path)
 
@@ -132,7 +132,7 @@ def test_every_bit_counts(path):
     from tools.verify.beton import verify_beton
 
     numbers, forgiven = np.random.default_rng(0), 0
-    beton = check(path)
+    beton = open_beton(path)
     samples = samples_of(beton)
     for sample in np.flatnonzero(samples["f0"]["mode"] == JPEG):
         content = bytearray(encoded(photograph(int(sample), 64)))
@@ -156,7 +156,7 @@ def test_beyond_4_gib(tmp_path):
             if number == 4:
                 writer._end += (4 << 30) - 100  # as if as much lay between
             writer.add(image, 0)
-    beton = check(tmp_path / "a.beton")
+    beton = open_beton(tmp_path / "a.beton")
     assert beton.size_bytes > 1 << 32
     assert beton.path.stat().st_blocks * 512 < 100 << 20
     feed = EvaluationFeed(

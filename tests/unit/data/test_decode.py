@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.data.beton import JPEG
 from pipeline.data.crops import CROP_TRIES, EvaluationPlan, TrainingPlan
-from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, Decoder, jpeg_status, reason
+from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, ImageDecoder, describe_status, jpeg_status
 from pipeline.randomness import Purpose, key, uniform
 from tools.bench.loader_throughput import pillow_crop
 from tools.bench.photographs import photographs
@@ -103,7 +103,7 @@ def decode(images, plan, size, workers=1, heights=None, sizes=None):
     modes = np.array([int(isinstance(i, np.ndarray)) for i in images])
     rows = plan(0, np.arange(len(images)), heights, shapes[:, 1].copy())
     out = np.zeros((len(images), size, size, 3), np.uint8)
-    decoder = Decoder(workers, PHOTO.nbytes)
+    decoder = ImageDecoder(workers, PHOTO.nbytes)
     file = np.frombuffer(b"".join(contents), np.uint8)
     status = decoder(file, places, sizes, modes, rows, heights.copy(), shapes[:, 1].copy(), out)
     decoder.close()
@@ -115,7 +115,7 @@ def test_crops_of_500_jpegs_equal_pillows():
     """Photographs of random sizes, qualities and kinds, from JPEG bytes to the resized crop: every bit."""
     numbers, photos = np.random.default_rng(5), photographs(12)
     worst, scaled_up, plan = 0, 0, TrainingPlan(9, 96, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-    decoder = Decoder(1, 3 * 400 * 400)
+    decoder = ImageDecoder(1, 3 * 400 * 400)
     for i in range(500):
         height, width = numbers.integers(1, 400, 2) if i % 10 else numbers.integers(1, 12, 2)
         image = photos[i % len(photos)].resize((int(width), int(height)), Image.Resampling.BICUBIC)
@@ -159,4 +159,4 @@ def test_damage_has_a_status():
     assert decode([good], plan, 16, sizes=[-5])[1].tolist() == [BAD_PLACE]
     assert jpeg_status(good, *PHOTO.shape[:2]) == OK
     assert jpeg_status(half, *PHOTO.shape[:2]) == BAD_JPEG
-    assert all(reason(status) for status in (BAD_JPEG, BAD_PLACE, OTHER_SIZE))
+    assert all(describe_status(status) for status in (BAD_JPEG, BAD_PLACE, OTHER_SIZE))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.data import beton as module
-from pipeline.data.beton import BetonWriter, check
+from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.ffcv_loader import Producer
 from pipeline.data.randaugment import RandAugment
@@ -40,7 +40,7 @@ def beton(tmp_path_factory):
                 writer.add(file.getvalue(), i % 7, size=pixels.shape[:2])
             else:
                 writer.add(pixels, i % 7)
-    return check(path)
+    return open_beton(path)
 
 
 def train_feed(beton, rank=0, world_size=1, **changes):
@@ -167,8 +167,8 @@ def test_seek_close_and_abandoned_steps(beton, expected):
 def test_same_in_another_process(beton, expected):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_feed as t\n"
-        "from pipeline.data.beton import check\n"
-        "feeds = [t.train_feed(check(sys.argv[1]), rank, 4, workers=2) for rank in range(4)]\n"
+        "from pipeline.data.beton import open_beton\n"
+        "feeds = [t.train_feed(open_beton(sys.argv[1]), rank, 4, workers=2) for rank in range(4)]\n"
         "print([sorted(p for f in feeds for p in t.slots_of(f, s).items()) for s in range(2, 6)])"
     )  # and the interpreter exits with a live feed
     command = [sys.executable, "-c", code, str(beton.path), str(__import__("pathlib").Path(__file__).parent)]
@@ -241,7 +241,7 @@ def damaged(beton, tmp_path, sample):
     path = tmp_path / "bad.beton"
     path.write_bytes(content)
     module.sidecar_path(path).write_bytes(module.sidecar_path(beton.path).read_bytes())
-    return check(path)
+    return open_beton(path)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -295,7 +295,7 @@ def test_a_file_without_a_whole_image_is_an_error(tmp_path):
         for _ in range(4):
             writer.add(b"no JPEG", 0, size=(8, 8))
     with pytest.raises(DataError, match=r"no image of .* is whole"):
-        list(evaluation_feed(check(path), skip_damaged=True))
+        list(evaluation_feed(open_beton(path), skip_damaged=True))
 
 
 def test_errors_of_the_thread_reach_the_consumer(beton):
@@ -351,10 +351,11 @@ def test_reading_ahead_touches_no_gpu(beton):
 import sys
 import torch
 torch.cuda.is_available = lambda: True  # here it is a lie, so any touch of a GPU raises
-from pipeline.data.beton import check
+from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
 feed = EvaluationFeed(
-    check(sys.argv[1]), image_size=24, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1, timeout_seconds=60
+    open_beton(sys.argv[1]), image_size=24, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1,
+    timeout_seconds=60,
 )
 assert sum(int(batch.valid.sum()) for batch in feed) == 70
 assert not torch.cuda.is_initialized()

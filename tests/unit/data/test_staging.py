@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from pipeline.data import staging
-from pipeline.data.beton import BetonWriter, check, sidecar_path
+from pipeline.data.beton import BetonWriter, open_beton, sidecar_path
 from pipeline.data.cache import Cache
-from pipeline.data.staging import cache_directory, describe, stage
+from pipeline.data.staging import cache_directory, describe_beton, fetch_beton
 from pipeline.errors import DataError, RetryableError
 
 PIECE = 1 << 20
@@ -74,7 +74,7 @@ def source(tmp_path_factory):
     with BetonWriter(directory / "a.beton", ["x", "y"], 6) as writer:
         for i in range(6):
             writer.add(np.random.default_rng(i).integers(0, 256, (500, 500, 3), np.uint8), i % 2)
-    return check(directory / "a.beton")
+    return open_beton(directory / "a.beton")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def sha256(path):
 
 
 def test_a_path_is_read_where_it_lies(source, tmp_path):
-    assert stage(str(source.path), Cache(tmp_path / "cache"), 5) == source
+    assert fetch_beton(str(source.path), Cache(tmp_path / "cache"), 5) == source
     assert not (tmp_path / "cache").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_url_is_copied_once_and_checked(source, server, tmp_path, protocol):
     url = f"{server.url}/a.beton" if protocol == "http" else f"file://{source.path}"
     for _ in range(2):
         with Cache(tmp_path) as cache:
-            beton = stage(url, cache, 10)
+            beton = fetch_beton(url, cache, 10)
             assert beton.path.parent.parent == tmp_path
             assert beton.model_copy(update={"path": source.path}) == source
             assert sha256(beton.path) == source.sha256
@@ -108,7 +108,7 @@ def test_a_url_is_copied_once_and_checked(source, server, tmp_path, protocol):
 
 
 def test_a_side_car_is_enough_to_describe(source, server):
-    assert describe(f"{server.url}/a.beton", 5).sha256 == source.sha256
+    assert describe_beton(f"{server.url}/a.beton", 5).sha256 == source.sha256
     assert not server.asked
 
 
@@ -119,14 +119,14 @@ def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_pa
         Cache(tmp_path) as cache,
         pytest.raises(RetryableError, match=r"a\.beton: the server has sent nothing for 3 s"),
     ):
-        stage(f"{server.url}/a.beton", cache, 3)
+        fetch_beton(f"{server.url}/a.beton", cache, 3)
     assert time.monotonic() - began < 30  # the server's silence lasts 60
     (partial,) = tmp_path.glob("*.partial/a.beton")
     kept = partial.stat().st_size
     assert kept == 5 * PIECE < source.size_bytes
     server.serves, before = 10**9, dict(server.asked)
     with Cache(tmp_path) as cache:
-        assert sha256(stage(f"{server.url}/a.beton", cache, 60).path) == source.sha256
+        assert sha256(fetch_beton(f"{server.url}/a.beton", cache, 60).path) == source.sha256
     again = {place for place, count in server.asked.items() if count > before.get(place, 0)}
     assert again == set(range(kept, source.size_bytes, PIECE))
 
@@ -134,15 +134,15 @@ def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_pa
 def test_a_lost_connection(source, server, tmp_path):
     server.stop()
     with Cache(tmp_path) as cache, pytest.raises(RetryableError, match=r"the connection to .*a\.beton was lost"):
-        stage(f"{server.url}/a.beton", cache, 10)
+        fetch_beton(f"{server.url}/a.beton", cache, 10)
 
 
 def test_what_is_not_there_and_cannot_be_there(server, tmp_path):
     with Cache(tmp_path) as cache:
         with pytest.raises(DataError, match=r"/b\.beton or its side-car .*/b\.beton\.json does not exist"):
-            stage(f"{server.url}/b.beton", cache, 10)
+            fetch_beton(f"{server.url}/b.beton", cache, 10)
         with pytest.raises(DataError, match=r"data from nothing://x/b.beton cannot be read: Protocol not known"):
-            stage("nothing://x/b.beton", cache, 10)
+            fetch_beton("nothing://x/b.beton", cache, 10)
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_other_bytes_than_the_side_car_says(source, tmp_path, monkeypatch):
     sidecar_path(directory / "a.beton").write_bytes(sidecar_path(source.path).read_bytes())
     with Cache(tmp_path / "cache") as cache:
         with pytest.raises(DataError, match=r"a\.beton are not those its side-car describes"):
-            stage(f"file://{directory}/a.beton", cache, 10)
+            fetch_beton(f"file://{directory}/a.beton", cache, 10)
         assert not list((tmp_path / "cache").glob("*/a.beton"))
 
 
@@ -164,16 +164,16 @@ def test_a_spoilt_beginning_is_not_blamed_on_the_source(source, tmp_path):
     partial.mkdir()
     (partial / "a.beton").write_bytes(bytes(PIECE))
     with Cache(tmp_path) as cache:
-        assert sha256(stage(f"file://{source.path}", cache, 10).path) == source.sha256
+        assert sha256(fetch_beton(f"file://{source.path}", cache, 10).path) == source.sha256
 
 
 def test_a_damaged_copy_is_fetched_again(source, tmp_path, capsys):
     with Cache(tmp_path) as cache:
-        path = stage(f"file://{source.path}", cache, 10).path
+        path = fetch_beton(f"file://{source.path}", cache, 10).path
     with path.open("r+b") as file:
         file.truncate(source.size_bytes - 1)
     with Cache(tmp_path) as cache:
-        assert sha256(stage(f"file://{source.path}", cache, 10).path) == source.sha256
+        assert sha256(fetch_beton(f"file://{source.path}", cache, 10).path) == source.sha256
     assert "is truncated" in capsys.readouterr().err
 
 
@@ -183,7 +183,7 @@ from pipeline.data import staging
 from pipeline.data.cache import Cache
 staging.CHUNK_BYTES = 1 << 20
 with Cache(sys.argv[2]) as cache:
-    print(staging.stage(sys.argv[1], cache, 30).path, flush=True)
+    print(staging.fetch_beton(sys.argv[1], cache, 30).path, flush=True)
 """
 
 
@@ -210,7 +210,7 @@ def test_killed_in_the_middle_of_a_copy(source, server, tmp_path):
     assert not list(tmp_path.glob(f"a-{source.sha256[:16]}"))
     server.serves, server.asked = 10**9, Counter()
     with Cache(tmp_path) as cache:
-        assert sha256(stage(f"{server.url}/a.beton", cache, 60).path) == source.sha256
+        assert sha256(fetch_beton(f"{server.url}/a.beton", cache, 60).path) == source.sha256
     assert 0 not in server.asked, "the beginning was there"
 
 
@@ -233,6 +233,6 @@ def test_a_full_disk(source, tmp_path):
             Cache(disk) as cache,
             pytest.raises(RetryableError, match=r"a-\w+ needs \d+ bytes, \d+ more than .*disk has"),
         ):
-            stage(f"file://{source.path}", cache, 10)
+            fetch_beton(f"file://{source.path}", cache, 10)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)

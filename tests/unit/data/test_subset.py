@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import subset as module
-from pipeline.data.beton import BetonWriter, check
+from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.data.feed import EvaluationFeed
-from pipeline.data.subset import class_counts, select
+from pipeline.data.subset import count_per_class, select_subset
 from pipeline.errors import RecipeError
 
 CLASSES = ("ape", "bee", "cat", "dog")
@@ -19,7 +19,7 @@ def beton(tmp_path_factory):
     with BetonWriter(path, CLASSES, len(LABELS)) as writer:
         for i in np.random.default_rng(0).permutation(len(LABELS)):
             writer.add(np.full((8, 8, 3), LABELS[i], np.uint8), LABELS[i])
-    return check(path)
+    return open_beton(path)
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def labels(beton):
 
 
 def test_all_of_it_costs_nothing(beton):
-    everything = select(beton)
+    everything = select_subset(beton)
     assert (everything.samples, everything.ids, everything.labels) == (150, None, None)
 
 
 @settings(deadline=None)
 @given(st.floats(1e-6, 1), st.sets(st.sampled_from(CLASSES), min_size=1), st.integers(0, 2**40))
 def test_each_class_has_its_share(beton, labels, fraction, classes, seed):
-    part = select(beton, sorted(classes, reverse=True), fraction, seed)
-    counts = class_counts(beton, classes, fraction)
+    part = select_subset(beton, sorted(classes, reverse=True), fraction, seed)
+    counts = count_per_class(beton, classes, fraction)
     assert list(counts) == sorted(classes)
     for name, count in counts.items():
         there = LABELS.count(CLASSES.index(name))
@@ -49,12 +49,12 @@ def test_each_class_has_its_share(beton, labels, fraction, classes, seed):
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 2**40))
 def test_a_smaller_fraction_is_part_of_a_larger_one(beton, a, b, seed):
     small, large = sorted((a, b))
-    ids = select(beton, CLASSES, large, seed).ids
-    assert set(select(beton, CLASSES, small, seed).ids) <= set(ids)
+    ids = select_subset(beton, CLASSES, large, seed).ids
+    assert set(select_subset(beton, CLASSES, small, seed).ids) <= set(ids)
 
 
 def test_the_choice_is_the_seeds_and_stays(beton):
-    first, again, other = (select(beton, None, 0.1, seed).ids.tolist() for seed in (1, 1, 2))
+    first, again, other = (select_subset(beton, None, 0.1, seed).ids.tolist() for seed in (1, 1, 2))
     assert first == again != other
     assert first == [24, 33, 41, 58, 62, 66, 73, 87, 101, 111, 119, 126, 128, 129, 144, 148]  # for ever
 
@@ -63,11 +63,11 @@ def test_an_unknown_class(beton):
     with pytest.raises(
         RecipeError, match=r"data\.classes: a\.beton has no class 'cow'; it has 4, such as ape, bee, cat"
     ):
-        select(beton, ["cat", "cow"])
+        select_subset(beton, ["cat", "cow"])
 
 
 def test_what_the_model_sees(beton):
-    part = select(beton, ["dog", "ape"])
+    part = select_subset(beton, ["dog", "ape"])
     feeds = [
         EvaluationFeed(
             beton, image_size=8, crop_pct=1.0, batch_size=4, rank=rank, world_size=2, workers=1, timeout_seconds=60,

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from pipeline.data.beton import check
+from pipeline.data.beton import open_beton
 from pipeline.data.feed import TrainFeed
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
@@ -24,7 +24,7 @@ def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:
     found: list[dict[int, str]] = [{} for _ in range(STEPS)]
     for rank in range(world_size):
         feed = TrainFeed(
-            check(recipe.data.train), image_size=recipe.data.image_size, seed=11, slots=recipe.batch.slots,
+            open_beton(recipe.data.train), image_size=recipe.data.image_size, seed=11, slots=recipe.batch.slots,
             slot_size=recipe.batch.slot, rank=rank, world_size=world_size, slots_per_micro_batch=micro_slots, workers=1,
             crop_scale=recipe.data.crop_scale, crop_ratio=recipe.data.crop_ratio,
             flip_probability=recipe.data.flip, timeout_seconds=60,

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pipeline.optim.pruning import (
     erk_densities,
-    grown,
-    hashes,
+    grow_mask,
+    hash_places,
+    mark_smallest,
+    prune_mask,
     prune_rate,
-    pruned,
-    random_mask,
-    smallest,
+    random_weight_mask,
     snip_densities,
     uniform_densities,
 )
@@ -35,21 +35,21 @@ shapes = st.dictionaries(
 def test_smallest_marks_as_many_as_asked_for_and_prefers_the_first(values, data):
     count = data.draw(st.integers(0, len(values)))
     expected = sorted(range(len(values)), key=lambda place: (values[place], place))[:count]
-    assert smallest(torch.tensor(values), count).nonzero().flatten().tolist() == sorted(expected)
+    assert mark_smallest(torch.tensor(values), count).nonzero().flatten().tolist() == sorted(expected)
 
 
 @given(few_values, st.floats(0.005, 1.0), st.integers(0, 2**63 - 1), st.data())
 def test_what_is_pruned_is_grown_to_the_last_weight(values, rate, key, data):
     weight = torch.tensor(values)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
-    kept = pruned(weight, mask, rate)
+    kept = prune_mask(weight, mask, rate)
     removed = math.ceil(rate * int(mask.sum()))
     assert int(kept.sum()) == int(mask.sum()) - removed
     assert not (kept & ~mask).any()
     if kept.any() and removed:
         assert weight[kept].abs().min() >= weight[mask & ~kept].abs().max()
-    for scores in (hashes(key, len(values), CPU), -weight.abs()):
-        new = grown(kept, removed, scores)
+    for scores in (hash_places(key, len(values), CPU), -weight.abs()):
+        new = grow_mask(kept, removed, scores)
         assert int(new.sum()) == int(mask.sum())
         assert not (kept & ~new).any()
 
@@ -57,24 +57,24 @@ def test_what_is_pruned_is_grown_to_the_last_weight(values, rate, key, data):
 def test_growth_takes_the_smallest_scores_outside_the_mask():
     mask = torch.tensor([[True, False, False], [False, True, False]])
     scores = torch.tensor([-9.0, -1.0, -5.0, -3.0, -9.0, 0.0])
-    assert grown(mask, 2, scores).tolist() == [[True, False, True], [True, True, False]]
+    assert grow_mask(mask, 2, scores).tolist() == [[True, False, True], [True, True, False]]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 200))
 def test_hashes_are_those_of_the_pipeline(key, count):
     expected = mix64(mix64(np.arange(count, dtype=np.uint64)) ^ np.uint64(key))
-    assert hashes(key, count, CPU).numpy().view(np.uint64).tolist() == expected.tolist()
+    assert hash_places(key, count, CPU).numpy().view(np.uint64).tolist() == expected.tolist()
 
 
 @given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.floats(0, 1), st.integers(0, 2**64 - 1))
 def test_a_random_mask_has_exactly_its_density(shape, density, key):
     size = math.prod(shape)
     expected = size if density >= 0.99 else round(density * size)
-    assert int(random_mask(shape, density, key, CPU).sum()) == expected
+    assert int(random_weight_mask(shape, density, key, CPU).sum()) == expected
 
 
 def test_random_masks_are_everywhere_alike():
-    masks = torch.stack([random_mask((20,), 0.3, key, CPU) for key in range(4000)]).double()
+    masks = torch.stack([random_weight_mask((20,), 0.3, key, CPU) for key in range(4000)]).double()
     assert (masks.mean(0) - 0.3).abs().max() < 4 * (0.21 / 4000) ** 0.5
     assert abs(torch.corrcoef(masks[:, :2].T)[0, 1] + 1 / 19) < 0.06  # exact counts repel each other by 1 / (n - 1)
 

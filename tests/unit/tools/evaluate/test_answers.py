@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.beton import BetonWriter, check
+from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.errors import DataError
 from pipeline.objectives.pixels import denormalise
 from tools.evaluate.knn import NEIGHBOURS, TEMPERATURE, vote
@@ -108,7 +108,7 @@ def five(tmp_path_factory):
     with BetonWriter(path, ("a", "b", "c"), 5) as writer:
         for label in (0, 1, 2, 0, 1):
             writer.add(np.zeros((4, 4, 3), np.uint8), label)
-    return check(path)
+    return open_beton(path)
 
 
 def test_real_json(five, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data.beton import check
+from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
 from pipeline.objectives.pixels import MEAN, STD
@@ -76,7 +76,7 @@ def test_eighteen_of_twenty_photographs(unpacked, group, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / path.name).write_bytes(path.read_bytes())
     prepare(tmp_path / "images", tmp_path / "data.beton", workers=1)
-    beton = check(tmp_path / "data.beton")
+    beton = open_beton(tmp_path / "data.beton")
     model = Lite0(next(unpacked.glob("efficientnet*/models/*.pth")))
     world = World(0, 0, 1, 1, torch.device("cpu"), group)
     feed = EvaluationFeed(

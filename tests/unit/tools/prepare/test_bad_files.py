@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.beton import RAW, check, contents_of
+from pipeline.data.beton import RAW, contents_of, open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
@@ -140,7 +140,7 @@ def prepared(tmp_path_factory):
     assert sorted(p.name for p in directory.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl", "source"]
     assert summary.report.read_bytes() == refused
     notes = [json.loads(line) for line in refused.splitlines()]
-    return source, check(directory / "a.beton"), {note["name"]: note for note in notes}
+    return source, open_beton(directory / "a.beton"), {note["name"]: note for note in notes}
 
 
 def test_there_are_enough_kinds():
@@ -203,11 +203,11 @@ def test_sizes_qualities_and_pixels(tmp_path):
     for number in range(40):
         (source / f"{number:02d}.jpg").write_bytes(encoded(photograph(number, 200)))
     prepare(tmp_path / "source", tmp_path / "a.beton", encoding=Encoding(max_side=150))
-    beton = check(tmp_path / "a.beton")
+    beton = open_beton(tmp_path / "a.beton")
     assert max(beton.max_height, beton.max_width) == 150
     assert beton.settings["max_side"] == 150
     prepare(tmp_path / "source", tmp_path / "b.beton", encoding=Encoding(raw_fraction=0.5))
-    beton = check(tmp_path / "b.beton")
+    beton = open_beton(tmp_path / "b.beton")
     assert 8 <= beton.raw_samples <= 32
     number, content = next(iter(contents_of(beton, RAW)))
     with Image.open(source / f"{number:02d}.jpg") as image:

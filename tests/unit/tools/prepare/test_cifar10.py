@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.beton import check, verify
+from pipeline.data.beton import open_beton, verify_hashes
 from pipeline.data.feed import EvaluationFeed
 from pipeline.errors import DataError
 from tools.prepare import cifar10
@@ -42,17 +42,17 @@ def small_archive(path):
 def test_cifar10_is_written_once(tmp_path):
     archive = small_archive(tmp_path / "a.tgz")
     train, test = cifar10.prepare_cifar10(archive, tmp_path / "out")
-    assert (check(train).samples, check(test).samples) == (20, 4)
-    assert check(train).classes[3] == "cat"
+    assert (open_beton(train).samples, open_beton(test).samples) == (20, 4)
+    assert open_beton(train).classes[3] == "cat"
     with tarfile.open(archive) as package, Image.open(package.extractfile("package/data_batch_2.png")) as picture:
         row = np.asarray(picture)[1]
-    np.testing.assert_array_equal(evaluated(check(train), 32)[5], row.reshape(32, 32, 3))
+    np.testing.assert_array_equal(evaluated(open_beton(train), 32)[5], row.reshape(32, 32, 3))
     stamps = [os.stat(p).st_mtime_ns for p in (train, test)]
     cifar10.prepare_cifar10(archive, tmp_path / "out")
     assert [os.stat(p).st_mtime_ns for p in (train, test)] == stamps
     os.truncate(test, 100)
     cifar10.prepare_cifar10(archive, tmp_path / "out")
-    assert verify(test).samples == 4
+    assert verify_hashes(test).samples == 4
 
 
 def test_cifar10_archive(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.data.beton import check, sidecar_path, verify
+from pipeline.data.beton import open_beton, sidecar_path, verify_hashes
 from pipeline.errors import DataError
 from tests.archives import class_images, write_folder
 from tools.prepare import run
@@ -126,7 +126,7 @@ def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
             prepare(source, path, on_bad="skip", part_samples=PART)
     assert path.exists() == (moment != "sidecar")
     if path.exists():
-        check(path)
+        open_beton(path)
     prepare(source, path, on_bad="skip", part_samples=PART)
     assert files(path) == files(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl"]
@@ -163,7 +163,7 @@ def test_two_at_once(made, tmp_path):
 
     prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, progress=progress)
     assert second
-    verify(tmp_path / "a.beton")
+    verify_hashes(tmp_path / "a.beton")
 
 
 def test_a_lost_tail_is_noticed(made, tmp_path):
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_sentence(made, tmp_path):
 
 
 def test_labels_survive(made):
-    beton = check(made[1])
+    beton = open_beton(made[1])
     from pipeline.data.beton import samples_of
 
     np.testing.assert_array_equal(samples_of(beton)["f1"], np.arange(4).repeat(10))

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline.data.beton import JPEG, check, contents_of, samples_of
+from pipeline.data.beton import JPEG, contents_of, open_beton, samples_of
 from pipeline.errors import DataError
 from tests.archives import (
     WNIDS,
@@ -45,7 +45,7 @@ def reference(images, tmp_path_factory):
 
 
 def written(path):
-    return check(path), [bytes(content) for _, content in contents_of(check(path), JPEG)]
+    return open_beton(path), [bytes(content) for _, content in contents_of(open_beton(path), JPEG)]
 
 
 def test_folder(images, reference):
@@ -188,14 +188,14 @@ def test_own_photographs_without_classes(images, tmp_path):
     with pytest.raises(DataError, match="--unlabelled"):
         prepare(tmp_path / "photos", tmp_path / "a.beton")
     prepare(tmp_path / "photos", tmp_path / "a.beton", unlabelled=True)
-    assert check(tmp_path / "a.beton").classes == ("all",)
-    assert check(tmp_path / "a.beton").samples == 3
+    assert open_beton(tmp_path / "a.beton").classes == ("all",)
+    assert open_beton(tmp_path / "a.beton").samples == 3
 
 
 def test_descriptions(images, tmp_path):
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn9 x\n")
     prepare(write_folder(tmp_path / "t", images), tmp_path / "a.beton", descriptions=str(tmp_path / "words.txt"))
-    assert check(tmp_path / "a.beton").class_descriptions == CLASSES
+    assert open_beton(tmp_path / "a.beton").class_descriptions == CLASSES
 
 
 def test_images_and_names_to_exclude(images, tmp_path):

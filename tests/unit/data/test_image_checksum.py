@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.checksum import checksum
+from pipeline.data.image_checksum import checksum
 
 NUMBERS = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.erase import RandomErasing, _mix64, normal
+from pipeline.data.random_erasing import RandomErasing, _mix64, normal
 from pipeline.randomness import mix64
 from tests.oracles import oracle
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
-from pipeline.data.staging import describe, stage
-from pipeline.data.subset import Subset, class_counts, select
+from pipeline.data.staging import describe_beton, fetch_beton
+from pipeline.data.subset import Subset, count_per_class, select_subset
 from pipeline.errors import DataError
 from pipeline.recipe import ClassificationSettings, StageRecipe
 
@@ -19,7 +19,7 @@ class StageData:
     classes: tuple[str, ...]  # those that take part: a label is a place among them
 
 
-def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
+def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
     """The stage's data files, fetched into the cache where they are URLs, and checked.
 
     Raises:
@@ -27,14 +27,14 @@ def open_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
         RetryableError: if one cannot be fetched now.
     """
     data = recipe.data
-    betons = {name: stage(path, cache, data.timeout_seconds) for name, path in _files(recipe).items()}
+    betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _files(recipe).items()}
     _check(recipe, betons)
     fractions = {"train": data.fraction, "validation": 1.0}
     return {
         name: StageData(
             beton,
-            select(beton, data.classes, fractions[name], recipe.seed),
-            tuple(class_counts(beton, data.classes, fractions[name])),
+            select_subset(beton, data.classes, fractions[name], recipe.seed),
+            tuple(count_per_class(beton, data.classes, fractions[name])),
         )
         for name, beton in betons.items()
     }
@@ -46,17 +46,17 @@ def _files(recipe: StageRecipe) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def preflight_data(recipe: StageRecipe) -> dict[str, Beton]:
+def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
     """What can be refused without fetching more than side-cars, and what these say. Errors: as in `open_data`."""
     timeout_seconds = recipe.data.timeout_seconds
-    betons = {name: describe(path, timeout_seconds) for name, path in _files(recipe).items()}
+    betons = {name: describe_beton(path, timeout_seconds) for name, path in _files(recipe).items()}
     _check(recipe, betons)
     return betons
 
 
 def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     found = {
-        name: class_counts(beton, recipe.data.classes, recipe.data.fraction if name == "train" else 1)
+        name: count_per_class(beton, recipe.data.classes, recipe.data.fraction if name == "train" else 1)
         for name, beton in betons.items()
     }
     train, validation = found["train"], found.get("validation")
