@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster import queue
 from cluster.show.status import Run, status
 from cluster.show.status_table import render
-from cluster.slurm import history
+from cluster.slurm import history, queue
 from cluster.slurm.queue import Queue
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import queue
 from cluster.preflight import guard
 from cluster.show.logs import show
 from cluster.site import Site, stored_site
-from cluster.slurm import client, history, snapshot, worker
+from cluster.slurm import client, history, queue, rendezvous, snapshot
 from cluster.slurm import submit as jobs
 from cluster.slurm.client import minutes
 from cluster.slurm.script import JobScript
 from cluster.slurm.stopwatch import CANCELLED, Pace, StopWatch
 from cluster.slurm.submit import Planned, check_partition, live_jobs, plan
-from cluster.slurm.worker import export_rank_environment, interface_towards, preflight_outcome, remove_torn_files
+from cluster.slurm.worker import export_rank_environment, preflight_outcome, remove_torn_files
 from pipeline.errors import LaunchError
 from pipeline.recipe import load_recipe
 from pipeline.tracking.journal import Journal
@@ -307,7 +306,7 @@ def test_a_rank_finds_its_place_where_host_names_do_not_resolve(place):
     assert export_rank_environment() == 3
     place = {n: os.environ[n] for n in ("MASTER_ADDR", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     assert place == {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert os.environ["GLOO_SOCKET_IFNAME"] == interface_towards("127.0.0.1") == "lo"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == rendezvous.interface_towards("127.0.0.1") == "lo"
     first = os.environ["MASTER_PORT"]
     os.environ["SLURM_RESTART_COUNT"] = "1"
     export_rank_environment()
@@ -337,7 +336,7 @@ REAL = {"node3": "192.0.2.3", "node4": "192.0.2.4"}
     ],
 )
 def test_a_rank_listens_where_other_nodes_reach_it(place, monkeypatch, own, launcher, hosts, meeting, way):
-    monkeypatch.setattr(worker, "interface_towards", lambda host: f"towards {host}")
+    monkeypatch.setattr(rendezvous, "interface_towards", lambda host: f"towards {host}")
     place(own, launcher, hosts)
     export_rank_environment()
     assert os.environ["MASTER_ADDR"] == meeting
@@ -345,7 +344,7 @@ def test_a_rank_listens_where_other_nodes_reach_it(place, monkeypatch, own, laun
 
 
 def test_the_ranks_of_one_node_meet_on_its_loopback(place, monkeypatch):
-    monkeypatch.setattr(worker, "interface_towards", lambda host: pytest.fail(f"asked for the way to {host}"))
+    monkeypatch.setattr(rendezvous, "interface_towards", lambda host: pytest.fail(f"asked for the way to {host}"))
     place("node3", "192.0.2.3", {"node3": "127.0.1.1"}, "node3", 1)
     export_rank_environment()
     assert "GLOO_SOCKET_IFNAME" not in os.environ

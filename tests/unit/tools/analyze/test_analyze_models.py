@@ -6,7 +6,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.weights import write_weights
+from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import oracle
 from tools.analyze.models import open_model
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.weights import read_facts, write_weights
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.foreign import load_weights
+from pipeline.weights.safetensors_file import read_facts, write_weights
 from tests.oracles import randomise
 from tests.support import fcmae
 from tools.weights.convert import convert

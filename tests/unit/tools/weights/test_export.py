@@ -10,9 +10,9 @@ import torch
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
-from pipeline.weights import read_facts
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.foreign import load_weights
+from pipeline.weights.safetensors_file import read_facts
 from tests.oracles import assert_equal_outputs, oracle, randomise
 from tests.support import fcmae
 from tools.weights import export as tool

@@ -6,7 +6,7 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
 from pipeline.recipe.model_settings import ConvNeXtSettings, SLaKSettings
-from pipeline.weights import write_weights
+from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
 from tools.weights.export import export
 from tools.weights.model import build, open_weights
