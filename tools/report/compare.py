@@ -1,4 +1,4 @@
-"""Runs side by side: what was asked for differently, the curves over each other, the results."""
+"""Runs side by side: results, differences of the recipes, curves over each other, differences of the environments."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,130 +7,123 @@ from typing import Any
 from cluster.show.status_table import duration
 from pipeline.recipe.schema import leaf_fields
 from pipeline.tracking.pictures import main_metric
-from tools.report.document import Document, Picture, Section, Table, Text
-from tools.report.facts import RunFacts
-from tools.report.page import final_table, verdict_cell
-from tools.report.plots import curves
+from tools.report.document import Block, Chapter, Document, Grid, Picture, Text
+from tools.report.facts import UNITS, RunFacts
+from tools.report.page import final_grid, verdict_cell
+from tools.report.plots import curves_svg
 
 Row = list[Any]
 
 
-def comparison(runs: Sequence[RunFacts]) -> Document:
+def comparison_page(runs: Sequence[RunFacts]) -> Document:
     """The page of several runs, in the order given."""
-    names = labels(runs)
-    sections = [
-        Section("Results", [results(runs, names)]),
-        Section("What differs in the recipes", list(differing_recipes(runs, names))),
+    names = run_labels(runs)
+    chapters = [
+        Chapter("Results", [result_grid(runs, names)]),
+        Chapter("Differences between the recipes", list(recipe_differences(runs, names))),
     ]
-    for stage in stage_names(runs):
-        if drawn := overlaid(runs, names, stage):
-            sections.append(Section(f"Stage {stage}", [drawn]))
-    sections.append(Section("What else differs", list(surroundings(runs, names))))
+    for stage in all_stages(runs):
+        if picture := overlaid_curves(runs, names, stage):
+            chapters.append(Chapter(f"Stage {stage}", [picture]))
+    chapters.append(Chapter("Other differences", list(environment_differences(runs, names))))
     return Document(
         title=" against ".join(names) if len(names) < 4 else f"{len(names)} runs",
         subtitle=", ".join(str(run.directory) for run in runs),
         lead=[],
-        sections=sections,
+        chapters=chapters,
         foot=f"Written by fcmae report --compare on {time.strftime('%Y-%m-%d %H:%M %Z')}.",
     )
 
 
-def labels(runs: Sequence[RunFacts]) -> list[str]:
-    """A name for each run: that of its directory, or more of the path where two are called alike."""
+def run_labels(runs: Sequence[RunFacts]) -> list[str]:
+    """A label for each run: the name of its directory, or more of the path if two names are equal."""
     for depth in range(1, 6):
-        found = ["/".join(run.directory.parts[-depth:]) for run in runs]
-        if len(set(found)) == len(runs):
-            return found
+        labels = ["/".join(run.directory.parts[-depth:]) for run in runs]
+        if len(set(labels)) == len(runs):
+            return labels
     return [f"{i + 1}: {run.directory}" for i, run in enumerate(runs)]
 
 
-def stage_names(runs: Sequence[RunFacts]) -> list[str]:
+def all_stages(runs: Sequence[RunFacts]) -> list[str]:
     """Every stage that any run has, in order."""
     return list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
 
 
-def results(runs: Sequence[RunFacts], names: Sequence[str]) -> Table:
-    """A row for each figure, a column for each run, and one for what is published where all agree on it."""
+def result_grid(runs: Sequence[RunFacts], names: Sequence[str]) -> Grid:
+    """A row for each figure, a column for each run; the published value too, if all runs name the same."""
     rows: list[Row] = []
-    found = [{(row[0], row[1]): row[2] for row in final_table(run).rows} for run in runs]
-    for stage in stage_names(runs):
-        at = [next((s for s in run.stages if s.name == stage), None) for run in runs]
-        for key in dict.fromkeys(key for table in found for key in table if key[0] == stage):
-            rows.append([*key, *(table.get(key, "") for table in found)])
-        rows.append([stage, "verdict", *(verdict_cell(s) if s else "" for s in at)])
-    rows.append(["all", "running", *(duration(sum(s.seconds for s in run.stages)) for run in runs)])
-    for gpu, unit in ((True, "GPU-hours"), (False, "core-hours")):
-        if any(run.device_hours(gpu) for run in runs):
-            rows.append(["all", unit, *(f"{run.device_hours(gpu):,.2f}" for run in runs)])
+    results = [{(row[0], row[1]): row[2] for row in final_grid(run).rows} for run in runs]
+    for name in all_stages(runs):
+        for key in dict.fromkeys(key for result in results for key in result if key[0] == name):
+            rows.append([*key, *(result.get(key, "") for result in results)])
+        stages = [run.stage(name) for run in runs]
+        rows.append([name, "verdict", *(verdict_cell(stage) if stage else "" for stage in stages)])
+    rows.append(["all", "running", *(duration(run.seconds) for run in runs)])
+    for unit in UNITS:
+        if any(run.device_hours[unit] for run in runs):
+            rows.append(["all", unit, *(f"{run.device_hours[unit]:,.2f}" for run in runs)])
     published = {run.published.get("top1") for run in runs} - {None}
     if len(published) == 1:
         rows.append(["last", "published top1", *[f"{published.pop():.2f} %"] * len(runs)])
-    return Table(["stage", "figure", *names], rows, names)
+    return Grid(["stage", "figure", *names], rows, names)
 
 
-def differing_recipes(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Any]:
-    """The fields that are not the same in all runs; a stage that one of them lacks is one row."""
+def recipe_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Block]:
+    """The fields that are not the same in all runs; a stage that a run lacks is one row."""
     rows: list[Row] = []
-    for stage in stage_names(runs):
-        found = [next((s.recipe for s in run.stages if s.name == stage), None) for run in runs]
-        fields = [
-            None if recipe is None else {path: value for path, value, _ in leaf_fields(recipe)} for recipe in found
-        ]
-        if None in fields:
-            rows.append([stage, *("there" if own is not None else "not there" for own in fields)])
-        present = [own for own in fields if own is not None]
+    for name in all_stages(runs):
+        stages = [run.stage(name) for run in runs]
+        values = [{path: value for path, value, _ in leaf_fields(stage.recipe)} if stage else None for stage in stages]
+        present = [own for own in values if own is not None]
+        if len(present) < len(runs):
+            rows.append([name, *("present" if own is not None else "absent" for own in values)])
         for path in dict.fromkeys(path for own in present for path in own):
             if len({repr(own.get(path)) for own in present}) > 1:
-                rows.append([f"{stage}.{path}", *("" if own is None else _value(own.get(path)) for own in fields)])
-    if not rows:
-        yield Text("Nothing: every value is the same.", quiet=True)
-        return
-    yield Table(["field", *names], rows, names)
+                rows.append([f"{name}.{path}", *("" if own is None else _shown(own.get(path)) for own in values)])
+    yield Grid(["field", *names], rows, names) if rows else Text("Nothing: every value is the same.", quiet=True)
 
 
-def _value(value: Any) -> str:
+def _shown(value: Any) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 60 else f"…{text[-59:]}"
 
 
-def overlaid(runs: Sequence[RunFacts], names: Sequence[str], stage: str) -> Picture | None:
-    """The curves of one stage over each other."""
-    pairs = [(name, s) for name, run in zip(names, runs, strict=True) for s in run.stages if s.name == stage]
-    there = [(name, s) for name, s in pairs if s.steps]
-    if not there:
+def overlaid_curves(runs: Sequence[RunFacts], names: Sequence[str], stage_name: str) -> Picture | None:
+    """The curves of one stage over each other; None if no run has any."""
+    stages = {name: stage for name, run in zip(names, runs, strict=True) if (stage := run.stage(stage_name))}
+    lines, metrics = [], []
+    for name, stage in stages.items():
+        if stage.steps:
+            metric_name, points = main_metric(stage.kept)
+            metrics.append(metric_name)
+            lines.append((name, stage.steps, points))
+    if not lines:
         return None
-    evaluated = [main_metric(s.kept) for _, s in there]
-    judged_by = next((name for name, _ in evaluated if name), "loss")
-    lines = [(name, s.steps, points) for (name, s), (_, points) in zip(there, evaluated, strict=True)]
-    caption = "Smoothed losses" if len(there) > 1 else f"Only {there[0][0]} has this stage"
-    return Picture(f"{stage}-compared", caption, curves(lines, judged_by, {}, [], salt=stage))
+    caption = "Smoothed losses" if len(lines) > 1 else f"Only {lines[0][0]} has this stage"
+    judged_by = next(filter(None, metrics), "loss")
+    return Picture(f"{stage_name}-compared", caption, curves_svg(lines, judged_by, {}, [], salt=stage_name))
 
 
-def surroundings(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Any]:
-    """Code, machine, packages and data that are not the same."""
+def environment_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Block]:
+    """Code, machine, packages and data that are not the same in all runs."""
     rows: list[Row] = []
     environments = [run.latest("environment") for run in runs]
     for key in ("commit", "python", "cpu", "gpus", "driver"):
-        _row(rows, key, [_short(environment.get(key)) for environment in environments])
+        rows.append([key, *(_brief(environment.get(key)) for environment in environments)])
     packages = [environment.get("packages", {}) for environment in environments]
     for name in sorted({name for own in packages for name in own}):
-        _row(rows, name, [own.get(name, "") for own in packages])
-    for stage in stage_names(runs):
-        lines = [next((s.latest("data") for s in run.stages if s.name == stage), {}) for run in runs]
+        rows.append([name, *(own.get(name, "") for own in packages)])
+    for name in all_stages(runs):
+        data = [stage.latest("data") if (stage := run.stage(name)) else {} for run in runs]
         for file in ("train", "validation"):
-            _row(rows, f"{stage}: data.{file}", [str((line.get(file) or {}).get("sha256", ""))[:12] for line in lines])
-    if rows:
-        yield Table(["what", *names], rows, names)
-    else:
-        yield Text("Nothing: code, machine, packages and data are the same.", quiet=True)
+            digests = (str((own.get(file) or {}).get("sha256", "")) for own in data)
+            rows.append([f"{name}: data.{file}", *(digest[:12] for digest in digests)])
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    same = Text("Nothing: code, machine, packages and data are the same.", quiet=True)
+    yield Grid(["part", *names], differing, names) if differing else same
 
 
-def _row(rows: list[Row], name: str, values: list[str]) -> None:
-    if len(set(values)) > 1:
-        rows.append([name, *values])
-
-
-def _short(value: Any) -> str:
+def _brief(value: Any) -> str:
     if isinstance(value, dict):
         return f"{value.get('sha', '')[:12]} + {value.get('changed_files', 0)} changed" if value else ""
     return ", ".join(value) if isinstance(value, list) else str(value or "")

@@ -1,10 +1,10 @@
-"""A page as blocks, and the two ways to write it: HTML in one file, Markdown with its pictures beside it."""
+"""A page made of blocks, written as HTML in one file, or as Markdown with its pictures in a folder beside it."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 from markupsafe import Markup
@@ -12,61 +12,61 @@ from markupsafe import Markup
 from pipeline.health.verdict import Check
 from tools.report.plots import themed
 
-Tone = Literal["good", "bad", "quiet"]
+
+class Block:
+    """A part of a page; the templates tell blocks apart by `kind`."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell with a colour."""
-
-    text: str
-    tone: Tone
-
-
-@dataclass(frozen=True)
-class Text:
+class Text(Block):
     text: str
     quiet: bool = False
-    kind: str = "text"
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The few numbers to read first: (value, what it is)."""
+class Figures(Block):
+    """The few numbers to read first: (value, caption)."""
 
     figures: Sequence[tuple[str, str]]
-    kind: str = "figures"
 
 
 @dataclass(frozen=True)
-class Table:
-    """`numbers`: the headers of the columns that are set flush right."""
+class Toned:
+    """The text of a cell in a colour."""
+
+    text: str
+    tone: Literal["good", "bad"]
+
+
+@dataclass(frozen=True)
+class Grid(Block):
+    """A table. `numbers` names the columns that are flush right."""
 
     headers: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
+    rows: Sequence[Sequence[str | Toned]]
     numbers: Sequence[str] = ()
-    kind: str = "table"
 
 
 @dataclass(frozen=True)
-class Checks:
+class Checks(Block):
     """A verdict, check by check."""
 
-    title: str
     on_track: bool
     sentence: str
     checks: Sequence[Check]
-    kind: str = "checks"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """`content`: SVG text, or the bytes of a PNG or JPEG."""
+class Picture(Block):
+    """`content` is SVG text, or the bytes of a PNG or JPEG."""
 
     name: str
     caption: str
     content: str | bytes
-    kind: str = "picture"
 
     @property
     def extension(self) -> str:
@@ -75,7 +75,7 @@ class Picture:
         return "png" if self.content.startswith(b"\x89PNG") else "jpg"
 
     def markup(self) -> Markup:
-        """For HTML: the SVG itself in the page's colours, or an image with its bytes."""
+        """For HTML: an SVG inline in the page's colours, other images as data URLs."""
         if isinstance(self.content, str):
             return Markup(themed(self.content))
         encoded = base64.b64encode(self.content).decode()
@@ -84,50 +84,50 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     text: str
-    kind: str = "code"
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Shown when asked for."""
+class Fold(Block):
+    """Blocks that stay hidden until the reader opens their title."""
 
     title: str
-    blocks: Sequence[Any]
-    kind: str = "fold"
+    blocks: Sequence[Code | Grid]
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     title: str
-    blocks: Sequence[Any]
+    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
 class Document:
+    """A page: a title, the lead, and chapters."""
+
     title: str
     subtitle: str
-    lead: Sequence[Any]
-    sections: Sequence[Section]
-    foot: str = ""
+    lead: Sequence[Block]
+    chapters: Sequence[Chapter]
+    foot: str
 
     def html(self) -> str:
-        """One file, no scripts, nothing fetched from elsewhere."""
+        """The page as one HTML file, without scripts and without anything loaded from elsewhere."""
         return _template("page.html.j2", autoescape=True).render(page=self)
 
-    def markdown(self, pictures: Path) -> str:
-        """GitHub's Markdown; pictures are files in the folder `pictures`, which is beside the page."""
-        return _template("page.md.j2", autoescape=False).render(page=self, folder=pictures.name)
+    def write_markdown(self, out: Path) -> None:
+        """Write the page in GitHub's Markdown, and its pictures into the folder NAME_files beside it."""
+        folder = out.with_name(f"{out.stem}_files")
+        out.write_text(self.markdown(folder.name))
+        for picture in (block for chapter in self.chapters for block in chapter.blocks if isinstance(block, Picture)):
+            folder.mkdir(exist_ok=True)
+            content = picture.content.encode() if isinstance(picture.content, str) else picture.content
+            (folder / f"{picture.name}.{picture.extension}").write_bytes(content)
 
-    def pictures(self) -> list[Picture]:
-        """Every picture, however deep."""
-
-        def within(blocks: Sequence[Any]) -> list[Picture]:
-            own = [block for block in blocks if isinstance(block, Picture)]
-            return own + [p for block in blocks if isinstance(block, Fold) for p in within(block.blocks)]
-
-        return [p for section in self.sections for p in within(section.blocks)] + within(self.lead)
+    def markdown(self, folder: str) -> str:
+        """The page in GitHub's Markdown, which links to pictures in `folder`."""
+        return _template("page.md.j2", autoescape=False).render(page=self, folder=folder)
 
 
 def _template(name: str, autoescape: bool) -> jinja2.Template:
@@ -139,7 +139,7 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["tone"] = lambda cell: cell.tone if isinstance(cell, Cell) else ""
-    environment.filters["words"] = lambda cell: cell.text if isinstance(cell, Cell) else str(cell)
+    environment.filters["tone"] = lambda cell: cell.tone if isinstance(cell, Toned) else ""
+    environment.filters["words"] = lambda cell: cell.text if isinstance(cell, Toned) else str(cell)
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     return environment.get_template(name)

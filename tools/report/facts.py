@@ -1,5 +1,6 @@
-"""What the files of a run say, gathered for a report: finished, running or lost, today or years later."""
+"""Facts about a run, gathered from its files alone: while it runs, after a crash, or years later."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,14 +14,16 @@ from cluster.origin import read_origin
 from cluster.show.status import Run, StageStatus
 from pipeline.health.verdict import Verdict, judge_journal
 from pipeline.recipe import StageRecipe, load_stage_recipe
-from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE, RESULT_FILE
+from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
+
+UNITS = ("GPU-hours", "core-hours")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One time that somebody took a stage. Times are epoch seconds."""
+    """One attempt at a stage. Times are epoch seconds."""
 
     number: int
     started: float | None
@@ -39,18 +42,19 @@ class Attempt:
         return max(self.ended - self.started, 0.0) if self.ended and self.started else 0.0
 
     @property
-    def device_hours(self) -> float:
-        """GPU-hours: a rank has one. On CPUs core-hours: a rank has as many as it has threads."""
-        return self.seconds / 3600 * self.ranks * (1 if self.on_gpu else self.threads)
-
-    @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
+
+    @property
+    def device_hours(self) -> Counter[str]:
+        """Hours by unit. A rank uses one GPU, or as many cores as it has threads."""
+        hours = self.seconds / 3600 * self.ranks
+        return Counter({"GPU-hours": hours} if self.on_gpu else {"core-hours": hours * self.threads})
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage of a run. `kept` are the journal's lines without those that a resume or a rollback has withdrawn."""
+    """A stage of a run. `kept` are the journal's events without those that a resume or a rollback withdrew."""
 
     name: str
     directory: Path
@@ -60,19 +64,18 @@ class StageFacts:
     kept: list[Event]
     attempts: list[Attempt]
     verdict: Verdict
-    result: dict[str, Any]
 
     @property
     def steps(self) -> list[Event]:
         return [e for e in self.kept if e.get("kind") == "step"]
 
-    @property
-    def evaluations(self) -> list[Event]:
-        return [e for e in self.kept if e.get("kind") == "evaluate"]
-
     def latest(self, kind: str) -> Event:
-        """The last line of a kind; empty without."""
+        """The last event of a kind; empty if there is none."""
         return next((e for e in reversed(self.events) if e.get("kind") == kind), {})
+
+    @property
+    def done(self) -> bool:
+        return self.status.state == "done"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -85,7 +88,7 @@ class StageFacts:
 
     @property
     def data_wait(self) -> float | None:
-        """Median share of a step's time that it waits for its images."""
+        """Median share of a step's time spent waiting for images."""
         shares = [
             e["data_wait_seconds"] * e["images_per_second"] / self.recipe.batch.global_batch
             for e in self.steps
@@ -97,19 +100,21 @@ class StageFacts:
     def seconds(self) -> float:
         return sum(attempt.seconds for attempt in self.attempts)
 
-    def device_hours(self, gpu: bool) -> float:
-        return sum(attempt.device_hours for attempt in self.attempts if attempt.on_gpu is gpu)
+    @property
+    def device_hours(self) -> Counter[str]:
+        """Hours by unit, of all attempts."""
+        return sum((attempt.device_hours for attempt in self.attempts), Counter())
 
     @property
     def pictures(self) -> list[Path]:
-        """Those of reconstructions that count, in order."""
-        found = [self.directory / str(e.get("path")) for e in self.kept if e.get("kind") == "picture"]
-        return [path for path in dict.fromkeys(found) if path.parent.name == PICTURES_FOLDER and path.is_file()]
+        """The reconstruction pictures that no resume withdrew, in order."""
+        paths = [self.directory / str(e.get("path")) for e in self.kept if e.get("kind") == "picture"]
+        return [path for path in dict.fromkeys(paths) if path.parent.name == PICTURES_FOLDER and path.is_file()]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run directory. `origin` is what was asked for, as it was written; empty where nobody noted it."""
+    """A run. `origin` is the recipe as its author wrote it; empty for runs that do not record it."""
 
     name: str
     directory: Path
@@ -120,26 +125,31 @@ class RunFacts:
 
     @property
     def published(self) -> dict[str, Any]:
-        """The recipe's `published`: top1 in percent, source, and what else is known."""
+        """The recipe's `published`: top1 in percent, source, and further values."""
         return self.recipe.get("published") or {}
 
-    @property
-    def done(self) -> bool:
-        return all(stage.status.state == "done" for stage in self.stages)
-
-    def device_hours(self, gpu: bool) -> float:
-        return sum(stage.device_hours(gpu) for stage in self.stages)
+    def stage(self, name: str) -> StageFacts | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
 
     def latest(self, kind: str) -> Event:
-        """The last line of a kind, of the last stage that has one."""
+        """The last event of a kind, of the last stage that has one."""
         return next((event for stage in reversed(self.stages) if (event := stage.latest(kind))), {})
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def device_hours(self) -> Counter[str]:
+        """Hours by unit, of all stages."""
+        return sum((stage.device_hours for stage in self.stages), Counter())
 
 
 def gather(directory: Path) -> RunFacts:
-    """Everything about a run.
+    """Read everything about a run.
 
     Raises:
-        StageError: if it is no run directory.
+        StageError: if the directory is no run directory.
     """
     statuses = Run(directory).statuses()
     text = (directory / RECIPE_FILE).read_text()
@@ -151,16 +161,13 @@ def gather(directory: Path) -> RunFacts:
 def _stage(directory: Path, status: StageStatus) -> StageFacts:
     events = journal.read_events(directory / JOURNAL_FILE)
     recipe = load_stage_recipe(directory / RECIPE_FILE)
-    result = journal.parse_line(path.read_bytes()) if (path := directory / RESULT_FILE).exists() else None
     attempts = [_attempt(entry, events) for entry in _entries(directory, events)]
     kept = journal.effective_events(events)
-    return StageFacts(
-        directory.name, directory, recipe, status, events, kept, attempts, judge_journal(recipe, kept), result or {}
-    )
+    return StageFacts(directory.name, directory, recipe, status, events, kept, attempts, judge_journal(recipe, kept))
 
 
 def _entries(directory: Path, events: Iterable[Event]) -> list[dict[str, Any]]:
-    """attempts.jsonl; where it is missing, what the journal knows of its attempts."""
+    """The entries of attempts.jsonl; without that file, the numbers of the attempts in the journal."""
     path = directory / ATTEMPTS_FILE
     if path.exists():
         return [entry for line in path.read_bytes().splitlines() if (entry := journal.parse_line(line))]
@@ -172,12 +179,11 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
     own = [event for event in events if event.get("attempt") == number]
     begin = next((event for event in own if event.get("kind") == "attempt"), {})
     steps = [event["step"] for event in own if event.get("kind") == "step"]
-    started = entry.get("started")
-    began = datetime.fromisoformat(started).timestamp() if started else None
     times = [event["time"] for event in own if "time" in event]
+    started = datetime.fromisoformat(entry["started"]).timestamp() if entry.get("started") else None
     return Attempt(
         number=number,
-        started=began or (times[0] if times else None),
+        started=started or (times[0] if times else None),
         ended=max(times, default=None),
         host=str(begin.get("host") or entry.get("host") or ""),
         job=str(entry.get("job") or ""),
@@ -191,6 +197,7 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
 
 
 def _end(outcome: dict[str, Any] | None, own: list[Event]) -> str:
+    """How an attempt ended, from its outcome file or else from its last `end` event."""
     end = outcome or next((event for event in reversed(own) if event.get("kind") == "end"), None)
     if end is None:
         return "no end written: running, killed or lost"

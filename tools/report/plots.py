@@ -1,7 +1,8 @@
-"""Curves as SVG in the colours of the page, and sheets of pictures in a shape that fits it."""
+"""Pictures for a page: curves as SVG in the page's colours, and reconstructions arranged to fit the page."""
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,32 +14,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours as the SVG has them by itself, and the page's names for them, which differ between light and dark.
+# Colours of the SVG on its own, and the page's variables that replace them, which differ between light and dark.
 INK, LINE, PALE, PAPER = "#55534e", "#e4e2dc", "#c3d2e2", "#ffffff"
 SERIES = ("#1f5a96", "#b4532a", "#2a7f4f", "#7a4f9a", "#8a6d3b", "#3a8a94")
 NAMES = {INK: "--ink-soft", LINE: "--line", PALE: "--pale", PAPER: "--paper"}
 NAMES |= {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
-LARGEST_BYTES = 400_000  # of a PNG; a larger one is embedded as JPEG
+LARGEST_BYTES = 400_000  # of a PNG; a larger one becomes a JPEG
 
 Curve = tuple[str, Sequence[dict], Sequence[tuple[int, float]]]  # name, step events, (step, metric)
 
 
 def themed(svg: str) -> str:
-    """The SVG element with the page's colours instead of its own."""
+    """The SVG element with its own colours replaced by the page's variables."""
     for colour, name in NAMES.items():
         svg = svg.replace(colour, f"var({name})")
     return svg[svg.index("<svg") :]
 
 
-def curves(runs: Sequence[Curve], metric: str, marks: Mapping[int, float], resumed: Sequence[int], salt: str) -> str:
-    """Loss, evaluations, speed and learning rate over the steps, as SVG.
+def curves_svg(
+    runs: Sequence[Curve], metric: str, reference: Mapping[int, float], resumes: Sequence[int], salt: str
+) -> str:
+    """Draw loss, evaluations, throughput and learning rate over the steps as SVG.
 
-    runs: one is drawn raw and smoothed; several are overlaid, smoothed. marks: a reference curve, step -> loss.
-    resumed: steps of resumes, dotted. salt: makes the ids inside differ from another SVG's on the same page.
+    runs: one run is drawn raw and smoothed; several are overlaid, smoothed only. metric: the name of the evaluations.
+    reference: a reference curve, step -> loss. resumes: their steps get dotted lines. salt: makes the ids in the SVG
+    differ from those of other SVGs on the same page.
     """
-    figure = _figure(salt)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.5), layout="constrained")
     (loss, speed), (evaluated, rate) = figure.subplots(2, 2, sharex=True, height_ratios=[1.35, 1]).T
-    for (name, events, points), colour in zip(runs, _colours(len(runs)), strict=True):
+    for (name, events, points), colour in zip(runs, cycle(SERIES), strict=False):
         x, y = series(events, "loss")
         if len(runs) == 1:
             loss.plot(x, y, color=PALE, linewidth=0.8)
@@ -48,21 +54,23 @@ def curves(runs: Sequence[Curve], metric: str, marks: Mapping[int, float], resum
         x, y = series(events, "images_per_second")
         speed.plot(x, y, color=colour, linewidth=1.1)
         rate.plot(*series(events, "lr"), color=colour, linewidth=1.2)
-    if marks:
-        loss.plot(list(marks), list(marks.values()), "D", color=SERIES[1], markersize=4, label="reference", zorder=5)
+    if reference:
+        loss.plot(
+            list(reference), list(reference.values()), "D", color=SERIES[1], markersize=4, label="reference", zorder=5
+        )
     shown = np.concatenate([line.get_ydata() for line in loss.lines] or [np.empty(0)]).astype(float)
     if len(shown := shown[np.isfinite(shown)]):
         low, high = np.percentile(shown, [0, 99.5])
         if low > 0 and high > 4 * low:
             loss.set_yscale("log")
-    if marks or len(runs) > 1:
+    if reference or len(runs) > 1:
         loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     speed.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     titles = ((loss, "training loss"), (evaluated, f"evaluation: {metric}"), (speed, "images per second"))
     for axis, title in (*titles, (rate, "learning rate")):
         axis.set_title(title)
-        _calm(axis, resumed)
+        _style(axis, resumes)
     if not any(points for _, _, points in runs):
         evaluated.text(0.5, 0.5, "none yet", transform=evaluated.transAxes, ha="center", color=INK, fontsize=9)
     for axis in (speed, rate):
@@ -70,18 +78,8 @@ def curves(runs: Sequence[Curve], metric: str, marks: Mapping[int, float], resum
     return _svg(figure, salt)
 
 
-def _figure(salt: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.6, 4.5), layout="constrained")
-
-
-def _colours(count: int) -> list[str]:
-    return [SERIES[i % len(SERIES)] for i in range(count)]
-
-
-def _calm(axis: "Axes", resumed: Sequence[int]) -> None:
-    style_axis(axis, resumed)
+def _style(axis: "Axes", resumes: Sequence[int]) -> None:
+    style_axis(axis, resumes)
     axis.grid(False, which="minor")
     axis.grid(True, axis="y", which="major", color=LINE, linewidth=0.8)
     axis.grid(False, axis="x")
@@ -96,14 +94,14 @@ def _svg(figure: "Figure", salt: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     stream = io.StringIO()
-    # Text as text, in the font of the page; no date and no random ids, so that the same run gives the same page.
+    # Text stays text, in the page's font. Without date and random ids the same run gives the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     return stream.getvalue()
 
 
 def sheet(path: Path) -> bytes:
-    """A reconstruction picture, PNG or JPEG: a tall one is cut, and its lower half put beside the upper one."""
+    """A reconstruction picture as PNG or JPEG; the lower half of a tall one is put beside the upper half."""
     from PIL import Image
 
     whole = Image.open(path).convert("RGB")

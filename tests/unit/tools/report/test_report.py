@@ -1,5 +1,6 @@
 """The report's figures, from journals written here: what a resume has withdrawn, what was paid, foreign text."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,9 +19,9 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.pictures import draw_reconstruction
 from tests.support import make_tiny_run
 from tools.report import write_report
-from tools.report.compare import comparison, labels
+from tools.report.compare import comparison_page, run_labels
 from tools.report.facts import gather
-from tools.report.page import page
+from tools.report.page import run_page
 from tools.report.plots import LARGEST_BYTES, sheet
 
 
@@ -62,8 +63,8 @@ def test_what_was_paid_is_counted_by_attempt_also_the_lost_one(run):
     facts = gather(run)
     stage = facts.stages[0]
     assert [a.seconds for a in stage.attempts] == [80.0, 120.0]
-    assert stage.device_hours(gpu=False) == pytest.approx(80 / 3600 * 2 * 3)
-    assert stage.device_hours(gpu=True) == pytest.approx(120 / 3600 * 4)
+    assert stage.device_hours["core-hours"] == pytest.approx(80 / 3600 * 2 * 3)
+    assert stage.device_hours["GPU-hours"] == pytest.approx(120 / 3600 * 4)
     assert [a.host for a in stage.attempts] == ["node1", "node2"]
     assert [(a.first_step, a.last_step) for a in stage.attempts] == [(0, 8), (4, 12)]
     assert [a.end for a in stage.attempts] == ["no end written: running, killed or lost", "done"]
@@ -78,7 +79,7 @@ def test_steps_that_were_withdrawn_count_once(run):
 
 
 def test_the_page_escapes_what_others_wrote_and_shows_events(run):
-    text = page(gather(run)).html()
+    text = run_page(gather(run)).html()
     assert "its &lt;loss&gt; is nan" in text
     assert "<loss>" not in text
     assert "1 of 3 stages are done" in text
@@ -92,7 +93,7 @@ def test_the_recipe_is_shown_as_it_was_written(run, tmp_path):
     write_origin(run, own, ["seed=4"])
     read = [Path(file["path"]).stem for file in read_origin(run)["files"]]
     assert read == ["own", "demo-scratch", "demo", "base"]
-    text = page(gather(run)).html()
+    text = run_page(gather(run)).html()
     for shown in ("# Table 1", "# the paper&#39;s", "seed=4"):
         assert shown in text
 
@@ -103,9 +104,9 @@ def test_the_published_value_stands_beside_the_result(run):
     facts = gather(run)
     last = facts.stages[-1]
     last.status.metrics.update(top1=88.5, top5=98.6, loss=0.8)
-    object.__setattr__(facts, "recipe", {**recipe, "published": published})
-    document = page(facts)
-    table = document.sections[0].blocks[0]
+    facts = dataclasses.replace(facts, recipe={**recipe, "published": published})
+    document = run_page(facts)
+    table = document.chapters[0].blocks[0]
     assert table.headers == ["stage", "metric", "here", "published", "timm", "difference", "verdict"]
     rows = {(row[0], row[1]): row[2:6] for row in table.rows}
     assert rows["finetune", "top1"] == ["88.50 %", "88.90 %", "88.86 %", "-0.40"]
@@ -118,8 +119,8 @@ def test_runs_of_the_same_name_are_told_apart_and_equal_ones_do_not_differ(run, 
     other = tmp_path / "elsewhere" / "run"
     shutil.copytree(run, other)
     facts = [gather(run), gather(other)]
-    assert labels(facts) == [f"{tmp_path.name}/run", "elsewhere/run"]
-    text = comparison(facts).html()
+    assert run_labels(facts) == [f"{tmp_path.name}/run", "elsewhere/run"]
+    text = comparison_page(facts).html()
     assert "Nothing: every value is the same." in text
     assert "Nothing: code, machine, packages and data are the same." in text
 
@@ -128,7 +129,7 @@ def test_markdown_keeps_a_table_a_table(run):
     stage = run / "pretrain"
     with Journal(stage / "journal.jsonl", 2) as log:
         log.write("event", level="warning", message="a | in\na message", step=12)
-    text = page(gather(run)).markdown(run / "report_files")
+    text = run_page(gather(run)).markdown("report_files")
     assert "| pretrain | 12 | a \\| in a message |" in text
     for block in text.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
