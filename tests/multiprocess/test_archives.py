@@ -20,7 +20,7 @@ from pipeline.recipe import load_recipe, load_stage_recipe
 from pipeline.tracking import journal
 from tests.archives import WNIDS, class_images, devkit, train_tar, validation, write_folder
 from tests.support import FCMAE, fcmae, write_tiny_recipe
-from tools.prepare.run import prepare
+from tools.prepare.preparation import prepare_beton
 
 OTHER = (WNIDS[1], WNIDS[3], "n09000001", "n09000002")
 
@@ -73,7 +73,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     """As from 22K to 1K, with classes that 22K lacks. The second stage learns nothing, so that its rows can be seen."""
     images = class_images(24, OTHER, start=5000)
     source = write_folder(tmp_path / "source", images)
-    prepare(source, tmp_path / "other.beton")
+    prepare_beton(source, tmp_path / "other.beton")
     overrides = [
         "stages.pretrain=null",
         "stages.intermediate.schedule.epochs=1",
@@ -102,7 +102,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     assert after["head.weight"][0].abs().max() > 1e-3
 
     strangers = write_folder(tmp_path / "cats", {f"cat {n}": files for n, files in enumerate(images.values())})
-    prepare(strangers, tmp_path / "other.beton", overwrite=True)
+    prepare_beton(strangers, tmp_path / "other.beton", overwrite=True)
     with pytest.raises(DataError, match="share no class name with intermediate's"):
         preflight(open_chain(load_recipe(recipe), tmp_path / "refused"), 1)
 

@@ -45,7 +45,7 @@ from tests.slurm.devcluster import (
     wait_for,
 )  # fmt: skip
 from tests.support import fcmae, write_tiny_recipe
-from tools import cluster_commands
+from tools.run import commands as run_commands
 
 STAGES = ("pretrain", "intermediate", "finetune")
 PATIENCE_SECONDS = 900
@@ -69,7 +69,7 @@ def digests(run: Path, stages: Sequence[str] = STAGES) -> list[str]:
 def submit(recipe: Path, run: Path, site: object = "devcluster") -> None:
     """A chain whose stages obey the brake."""
     with with_brakes():
-        cluster_commands.submit(str(recipe), str(site), run)
+        run_commands.submit_run(str(recipe), str(site), run)
 
 
 def wait_done(run: Path, last: str = STAGES[-1]) -> None:

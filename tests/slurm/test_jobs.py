@@ -29,7 +29,7 @@ from tests.slurm import devcluster as faults
 from tests.slurm.brake import FOR_EVER, START, batches_of, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools import cluster_commands
+from tools.run import commands as run_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
 LONG = [  # 120 steps, long enough to be stopped in the middle
@@ -52,11 +52,11 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
             if hold_at is not None:
                 brake(run, seconds, pretrain=hold_at)
                 stack.enter_context(with_brakes())
-            cluster_commands.submit(str(recipe), str(site), run)
+            run_commands.submit_run(str(recipe), str(site), run)
         return run
 
     yield submit_chain
-    cluster_commands.cancel(run)
+    run_commands.cancel_run(run)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undistu
     assert "TIMEOUT" in subprocess.run(["squeue", "-h", "--states=all", "-j", job_of(stage).id, "-o", "%T"],
                                        capture_output=True, text=True).stdout  # fmt: skip
     assert Stage(stage).attempts.last_outcome() is None
-    cluster_commands.resume(run)
+    run_commands.resume_run(run)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
     assert events(stage, "attempt")[1]["step"] in (20, 25)  # a save is committed between steps
@@ -279,8 +279,8 @@ def test_resume_waits_for_a_cancelled_job_that_still_saves(submit, capsys):
     run = submit("stages.finetune=null", hold_at=2, seconds=5)
     wait_for(lambda: steps_taken(run / "pretrain") >= 2, "two steps")
     first = job_of(run / "pretrain").id
-    cluster_commands.cancel(run)
-    cluster_commands.resume(run)
+    run_commands.cancel_run(run)
+    run_commands.resume_run(run)
     assert f"waiting for job {first} of stage pretrain, which is just ending" in capsys.readouterr().out
     assert job_of(run / "pretrain").id != first
     wait_until(run / "intermediate", JobState.ENDED)
@@ -340,21 +340,21 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
     # As if the machine that submitted had died, and its notes with it.
     for name in names:
         (run / name / "slurm" / "jobs.jsonl").unlink()
-    assert "to submit" not in said(cluster_commands.resume)
+    assert "to submit" not in said(run_commands.resume_run)
     # Two of three are gone, as when the machine died in the middle of submitting.
     scheduler.cancel(first["finetune"].id)
     scheduler.cancel(first["intermediate"].id)
     wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "their end")
-    assert said(cluster_commands.resume).count("to submit") == 2
+    assert said(run_commands.resume_run).count("to submit") == 2
     assert job_of(run / "intermediate").after == first["pretrain"].id
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     # A job that waits for the wrong one is replaced.
     stale = job_of(run / "finetune").id
     subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
-    assert said(cluster_commands.resume).count("to submit") == 1
+    assert said(run_commands.resume_run).count("to submit") == 1
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
     assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
-    assert said(cluster_commands.cancel).count("is cancelled") == 3
+    assert said(run_commands.cancel_run).count("is cancelled") == 3
     assert not [job for job in scheduler.jobs() if job.live]
 
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
         path = tmp_path / "site.yaml"
         path.write_text(yaml.safe_dump(site))
         with pytest.raises(UserError) as refused:
-            cluster_commands.submit(str(recipe), str(path), run)
+            run_commands.submit_run(str(recipe), str(path), run)
         assert "\n" not in str(refused.value)
         assert not run.exists()
         return str(refused.value)
@@ -405,12 +405,12 @@ def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkey
     with faults.devcluster(tmp_path / "slurm", 0, 1):
         faults.configure(MaxJobCount=1)
         with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: the queue is full; the same"):
-            cluster_commands.submit(str(recipe), str(held(run)), run)
+            run_commands.submit_run(str(recipe), str(held(run)), run)
         faults.configure(MaxJobCount=3)
         with pytest.raises(LaunchError, match=r"^sbatch refused stage \w+: the queue is full; the same command"):
-            cluster_commands.submit(str(recipe), str(held(run)), run)
+            run_commands.submit_run(str(recipe), str(held(run)), run)
         faults.configure(MaxJobCount=100)
-        cluster_commands.resume(run)
+        run_commands.resume_run(run)
         assert len([job for job in scheduler.jobs() if job.state is JobState.WAITING]) == 3
 
 
@@ -420,16 +420,16 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
     recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
     with faults.devcluster(tmp_path / "slurm", 0, 1):
         faults.configure(Prolog="/bin/false")
-        cluster_commands.submit(str(recipe), "devcluster", run)
+        run_commands.submit_run(str(recipe), "devcluster", run)
         held = job_of(run / "pretrain").id
         wait_for(lambda: job_of(run / "pretrain").reason == scheduler.LAUNCH_FAILED, "the hold")
         faults.configure(Prolog="/bin/true")
         subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
-        cluster_commands.resume(run)
+        run_commands.resume_run(run)
         wait_for(lambda: job_of(run / "pretrain").state in (JobState.RUNNING, JobState.ENDED), "the new job")
         assert job_of(run / "pretrain").id != held
         assert scheduler.jobs(ids=[held])[0].state is JobState.CANCELLED
-        cluster_commands.cancel(run)
+        run_commands.cancel_run(run)
 
 
 @pytest.mark.slow
@@ -458,7 +458,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
     site = run / "more-nodes.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
     with with_brakes():  # it is held up no more; what its ranks are given is noted
-        cluster_commands.resume(run, str(site))
+        run_commands.resume_run(run, str(site))
     wait_until(stage, JobState.ENDED)
     resumed = events(stage, "attempt")[1]
     assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])

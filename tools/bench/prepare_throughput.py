@@ -19,7 +19,7 @@ from pipeline.data.image_checksum import checksum
 from tools.bench.photographs import photographs
 from tools.bench.timing import cpu_seconds, seconds_of
 from tools.prepare.detect import open_source
-from tools.prepare.run import prepare
+from tools.prepare.preparation import prepare_beton
 
 IMAGES, CLASSES, COPIES = 150, 10, 4
 
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive, path = Path(folder) / "train.tar", Path(folder) / "a.beton"
         write_archive(archive)
-        prepare(archive, Path(folder) / "warm.beton", part_samples=50)  # compiles
+        prepare_beton(archive, Path(folder) / "warm.beton", part_samples=50)  # compiles
         tracemalloc.start()
         source = open_source(str(archive))
         count = len(source.items)
@@ -58,7 +58,7 @@ def main() -> None:
         tracemalloc.stop()
         print(f"{archive.stat().st_size / count / 1e3:.0f} kB an image, {listed_bytes:.0f} bytes to list it")
         print(f"list     {count / _seconds(lambda: open_source(str(archive))):7.0f} images per CPU-second")
-        print(f"prepare  {count / _seconds(lambda: prepare(archive, path)):7.0f} images per CPU-second")
+        print(f"prepare  {count / _seconds(lambda: prepare_beton(archive, path)):7.0f} images per CPU-second")
         beton = open_beton(path)
         print(f"verify   {beton.size_bytes / _seconds(lambda: verify_hashes(path)) / 1e9:7.2f} GB per CPU-second")
         images, checks = samples_of(beton)["f0"], checksums_of(samples_of(beton))

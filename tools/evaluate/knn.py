@@ -22,7 +22,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 _PART = 1 << 16  # bank rows compared at a time
 
 
-def features(model: nn.Module, images: Tensor) -> Tensor:
+def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     """uint8 images (n, 3, H, W) to unit vectors (n, C): the last map's mean, with the final norm if there is one."""
     maps = model.features(normalise(images, next(model.parameters()).dtype))
     pooled = maps.mean((1, 2))
@@ -37,7 +37,7 @@ def make_bank(subject: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, Tensor
     with subject.evaluating() as model:
         for batch in feed:
             batch = subject.to_device(batch)
-            found.append(features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
+            found.append(pooled_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
             labels.append(batch.labels.cpu()[batch.valid])
             ids.append(batch.ids[batch.valid])
     parts = [torch.cat(part) for part in (found, labels, ids)]
@@ -66,7 +66,7 @@ class Neighbours:
         self._bank, self._labels, self._classes = bank, labels, classes
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        votes = vote(features(model, batch.images), self._bank, self._labels, self._classes)
+        votes = vote(pooled_features(model, batch.images), self._bank, self._labels, self._classes)
         return count_correct(votes, batch.labels, batch.valid.to(votes.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

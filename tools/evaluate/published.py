@@ -1,9 +1,10 @@
-"""The published accuracies of released weights, most from the included recipes, and whether a measured one agrees."""
+"""The published accuracies of released weights, and whether a measured accuracy agrees with them."""
 
 import importlib.resources
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Literal
 
@@ -13,28 +14,30 @@ from pydantic import Field
 from pipeline.recipe import load_recipe
 from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings
-from tools.recipes.included import included_recipes
+from tools.evaluate.run_evaluation import EvaluationResult
+from tools.recipes.library import included_recipes
 
 TOLERANCE = 0.1
-"""Percentage points beside the statistical error: other decoders and resizers move as much (Pillow against OpenCV)."""
-Z = 1.96  # standard errors: a result from the same accuracy falls outside once in twenty times
+"""Percentage points on top of the statistical error, because other JPEG decoders and resizers (Pillow, OpenCV) move
+the accuracy by about as much."""
+Z = 1.96  # standard errors: a sample of the same accuracy falls outside once in twenty times
 
 Benchmark = Literal["val", "real", "v2", "a", "r", "sketch"]
 
 
 class Score(Settings):
-    """In percent."""
+    """Accuracy in percent."""
 
     top1: float = Field(gt=0, le=100)
     top5: float | None = Field(None, gt=0, le=100)
 
 
-class Published(Settings):
+class PublishedAccuracy(Settings):
     """A released model's accuracy: as the paper prints it, and as timm measured it with the released file."""
 
     model: str
     chain: Literal["in1k", "in22k_in1k"]
-    """What followed FCMAE."""
+    """The fine-tuning after FCMAE: on ImageNet-1K, or on ImageNet-22K and then 1K."""
     image_size: int
     data: Benchmark = "val"
     paper: Score | None = None
@@ -42,58 +45,62 @@ class Published(Settings):
 
     @property
     def best(self) -> Score:
-        """timm's, which has more digits, else the paper's."""
-        found = self.timm or self.paper
-        assert found is not None
-        return found
+        """timm's score, which has more digits, else the paper's."""
+        score = self.timm or self.paper
+        assert score is not None
+        return score
 
 
-class Table(Settings):
+class PublishedTable(Settings):
+    """`images` is the number of images of each benchmark."""
+
     images: dict[Benchmark, int]
-    results: tuple[Published, ...]
+    results: tuple[PublishedAccuracy, ...]
 
 
 @cache
-def table() -> Table:
-    """Of each recipe whose result was released as weights, and of `recipes/convnextv2/published.yaml`."""
+def published_table() -> PublishedTable:
+    """The accuracies that the included recipes name, and those of `recipes/convnextv2/published.yaml`."""
     text = importlib.resources.files("recipes").joinpath("convnextv2/published.yaml").read_text()
-    others = parse_settings(Table, yaml.safe_load(text), "published.yaml")
+    others = parse_settings(PublishedTable, yaml.safe_load(text), "published.yaml")
     return others.model_copy(update={"results": (*_of_recipes(), *others.results)})
 
 
-def _of_recipes() -> Iterator[Published]:
+def _of_recipes() -> Iterator[PublishedAccuracy]:
     for name, path in included_recipes().items():
         if not name.startswith("convnextv2/") or "/options/" in name:  # options inherit another recipe's result
             continue
         recipe = load_recipe(path)
-        if (found := recipe.published) and found.weights and found.top1 and found.timm_top1:
+        if (result := recipe.published) and result.weights and result.top1 and result.timm_top1:
             *before, last = recipe.stages.values()
-            yield Published(
+            yield PublishedAccuracy(
                 model=last.model.name,
                 chain="in1k" if len(before) == 1 else "in22k_in1k",
                 image_size=last.data.image_size,
-                paper=Score(top1=found.top1),
-                timm=Score(top1=found.timm_top1, top5=found.timm_top5),
+                paper=Score(top1=result.top1),
+                timm=Score(top1=result.timm_top1, top5=result.timm_top5),
             )
 
 
-def published(model: str | None, image_size: int, data: Benchmark = "val", chain: str | None = None) -> list[Published]:
-    """What is known of a model at a resolution; of both chains where `chain` does not say which."""
+def find_published(
+    model: str | None, image_size: int, data: Benchmark = "val", chain: str | None = None
+) -> list[PublishedAccuracy]:
+    """The published accuracies of a model at a resolution; those of both chains where `chain` is None."""
     return [
         row
-        for row in table().results
+        for row in published_table().results
         if (row.model, row.image_size, row.data) == (model, image_size, data) and chain in (None, row.chain)
     ]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A measured top-1 against a published one."""
+class AccuracyComparison:
+    """A measured top-1 beside a published one, in percent."""
 
-    row: Published
+    row: PublishedAccuracy
     measured: float
     band: float
-    """Percentage points to either side: Z standard errors of a share of so many images, and the tolerance."""
+    """Allowed difference to either side in percentage points: Z standard errors, and the tolerance."""
 
     @property
     def difference(self) -> float:
@@ -114,7 +121,37 @@ class Verdict:
         )
 
 
-def judge(row: Published, measured: float, images: int) -> Verdict:
+def compare_accuracy(row: PublishedAccuracy, measured: float, images: int) -> AccuracyComparison:
     """Compare a top-1 in percent, measured on so many images."""
     share = row.best.top1 / 100
-    return Verdict(row, measured, 100 * Z * math.sqrt(share * (1 - share) / images) + TOLERANCE)
+    return AccuracyComparison(row, measured, 100 * Z * math.sqrt(share * (1 - share) / images) + TOLERANCE)
+
+
+def compare_with_published(
+    result: EvaluationResult, data: Benchmark | None = None, chain: str | None = None
+) -> list[AccuracyComparison]:
+    """Compare a result with every published accuracy of this model at this resolution.
+
+    Args:
+        data: which ImageNet test set was evaluated. None means the validation images if there are 50,000 of 1000
+            classes, and no comparison otherwise.
+    """
+    count = int(result.metrics["images"])
+    if data is None and (count, result.classes) == (published_table().images["val"], 1000):
+        data = "val"
+    rows = find_published(result.variant, result.image_size, data, chain) if data else []
+    return [compare_accuracy(row, result.metrics["top1"], count) for row in rows]
+
+
+def result_json(result: EvaluationResult, comparisons: list[AccuracyComparison]) -> str:
+    """The result and its comparisons as JSON."""
+    published = [
+        {
+            **comparison.row.model_dump(mode="json"),
+            "difference": comparison.difference,
+            "band": comparison.band,
+            "within": comparison.within,
+        }
+        for comparison in comparisons
+    ]
+    return json.dumps({**asdict(result), "published": published}, indent=2)

@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
-from tools.prepare.sources import ByteRanges, Item, Source, Stamp, base, is_image, open_stream
+from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream
 
 _BLOCK_BYTES = 512
 
@@ -20,7 +20,7 @@ class Member(NamedTuple):
     size: int
 
 
-def tar_of_classes(fs: AbstractFileSystem, path: str) -> Source:
+def tar_of_classes(fs: AbstractFileSystem, path: str) -> ImageSource:
     """An archive of archives CLASS.tar, as ILSVRC2012_img_train.tar and fall11_whole.tar are."""
     with open_stream(fs, path) as stream:
         inner = sorted(_members(stream, path), key=lambda member: base(member.name))
@@ -28,7 +28,7 @@ def tar_of_classes(fs: AbstractFileSystem, path: str) -> Source:
         return _by_class(fs, "tar of class tars", [(base(m.name), path, found) for m, found in parts], [path])
 
 
-def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> Source:
+def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> ImageSource:
     """Archives CLASS.tar in one folder, as ImageNet-22K is unpacked."""
     parts = []
     for path in paths:
@@ -37,7 +37,7 @@ def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> Source:
     return _by_class(fs, "class tars", parts, paths)
 
 
-def tar_of_folders(fs: AbstractFileSystem, path: str) -> Source:
+def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
     """One archive of CLASS/IMAGE members; the class is the folder that an image lies in."""
     with open_stream(fs, path) as stream:
         members = _members(stream, path)
@@ -61,13 +61,13 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> Source:
     return _by_class(fs, "tar of class folders", parts, [path])
 
 
-def flat_tar(fs: AbstractFileSystem, path: str) -> Source:
+def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
     """One archive of images, as ILSVRC2012_img_val.tar is; all of class 0 until labels are given."""
     with open_stream(fs, path) as stream:
         members = sorted(_members(stream, path), key=lambda member: base(member.name))
     items = [Item(base(m.name), 0, (path, m.offset, m.size)) for m in members if is_image(m.name)]
     ignored = tuple(base(m.name) for m in members if not is_image(m.name))
-    return Source("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
+    return ImageSource("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
 
 
 def holds_tars(fs: AbstractFileSystem, path: str) -> bool:
@@ -79,7 +79,7 @@ def holds_tars(fs: AbstractFileSystem, path: str) -> bool:
 
 def _by_class(
     fs: AbstractFileSystem, kind: str, parts: Sequence[tuple[str, str, Sequence[Member]]], paths: Sequence[str]
-) -> Source:
+) -> ImageSource:
     items, ignored = [], []
     classes = tuple(name.removesuffix(".tar") for name, _, _ in parts)
     for label, (name, path, members) in enumerate(parts):
@@ -92,7 +92,7 @@ def _by_class(
         ignored += [f"{classes[label]}/{base(m.name)}" for m in members if not is_image(m.name)]
     if len(set(classes)) != len(classes) or not classes:
         raise DataError(f"{paths[0]} holds {'a class twice' if classes else 'no images'}; look at its members")
-    return Source(kind, classes, items, ByteRanges(fs), _stamp(fs, paths, items), tuple(ignored))
+    return ImageSource(kind, classes, items, ByteRanges(fs), _stamp(fs, paths, items), tuple(ignored))
 
 
 def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) -> str:

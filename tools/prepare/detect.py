@@ -7,14 +7,24 @@ from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
 from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
+from tools.prepare.image_source import (
+    ImageSource,
+    Item,
+    base,
+    class_folders,
+    flat_folder,
+    is_hidden,
+    is_image,
+    listing,
+    locate,
+)
 from tools.prepare.labels import apply_labels, read_labels
 from tools.prepare.parquet import parquet_files
-from tools.prepare.sources import Item, Source, base, class_folders, flat_folder, is_hidden, is_image, listing, locate
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 
-def open_source(source: str, labels: str | None = None, unlabelled: bool = False) -> Source:
+def open_source(source: str, labels: str | None = None, unlabelled: bool = False) -> ImageSource:
     """The images of a path, URL or pattern of Parquet files, every one of them found.
 
     A folder of class folders, of class tars, of Parquet files or of images; a tar of class tars, of class folders or
@@ -47,7 +57,7 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
     return apply_labels(found, read_labels(labels)) if labels is not None else found
 
 
-def _pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> Source:
+def _pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> ImageSource:
     paths = sorted(fs.glob(path))
     if not paths or not all(name.endswith(".parquet") for name in paths):
         raise DataError(
@@ -56,7 +66,7 @@ def _pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -
     return parquet_files(fs, paths, unlabelled)
 
 
-def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> Source:
+def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
     entries = [entry for entry in listing(fs, path) if not is_hidden(entry["name"])]
     names = [entry["name"] for entry in entries]
     if parquet := [name for name in names if name.endswith(".parquet")]:
@@ -87,7 +97,7 @@ def _is_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
     return entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(entry["name"]))
 
 
-def _file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> Source:
+def _file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
     if path.endswith(".parquet"):
         return parquet_files(fs, [path], unlabelled)
     if path.endswith(_COMPRESSED):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from tools.prepare.sources import Item, Source, base, listing, locate, open_stream, patiently
+from tools.prepare.image_source import ImageSource, Item, base, listing, locate, open_stream, patiently
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -64,7 +64,7 @@ def read_labels(path: str) -> Labels:
     raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each; write one of these")
 
 
-def apply_labels(source: Source, labels: Labels) -> Source:
+def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
     """A flat source with the labels' classes, sorted.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
-from tools.prepare.sources import Item, Source, Stamp, base, patiently
+from tools.prepare.image_source import ImageSource, Item, Stamp, base, patiently
 
 _SYNSET = re.compile(r"(?:^|_)(n\d{8})(?:_|\.|$)")
 
@@ -55,7 +55,7 @@ class ParquetRows:
         return {**self.__dict__, "_at": None, "_column": None}
 
 
-def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool) -> Source:
+def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool) -> ImageSource:
     """The rows of some files, in the files' order.
 
     A class is named by its WordNet id where the images' paths end in one (`n01440764_18_n01440764.JPEG`), and numbered
@@ -85,7 +85,7 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); copy it again") from None
     if unlabelled:
-        return Source("parquet", ("all",), items, ParquetRows(fs, is_struct), stamp.hex())
+        return ImageSource("parquet", ("all",), items, ParquetRows(fs, is_struct), stamp.hex())
     bad = next((number for number in numbers if number is None or number < 0), 0)
     if bad != 0 or not numbers:
         raise DataError(f"column label of {paths[0]} holds {bad!r}; a label is 0 or more, or pass --unlabelled")
@@ -99,7 +99,9 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
     label_of = [classes.index(name) for name in synsets] if synsets else range(len(names))
     items = [Item(item.name, label_of[number], item.place) for item, number in zip(items, numbers, strict=True)]
     descriptions = {synset: name for synset, name in zip(synsets, names, strict=True)} if synsets else {}
-    return Source("parquet", tuple(classes), items, ParquetRows(fs, is_struct), stamp.hex(), descriptions=descriptions)
+    return ImageSource(
+        "parquet", tuple(classes), items, ParquetRows(fs, is_struct), stamp.hex(), descriptions=descriptions
+    )
 
 
 def _check_columns(arrow: Any, schema: Any, path: str, unlabelled: bool) -> bool:

@@ -27,7 +27,7 @@ from pipeline.data.image_checksum import checksum
 from pipeline.distributed.processes import die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.encoding import Encoding, Stored, encode
-from tools.prepare.sources import Item, Reader, base
+from tools.prepare.image_source import Item, Reader, base
 
 PART_SAMPLES = 256
 

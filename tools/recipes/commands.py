@@ -27,7 +27,7 @@ NAMED = ("data.train", "data.validation", "init.weights")  # operational, but wh
 def list_recipes() -> None:
     """The included recipes, with the results that others have published."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.included import included_recipes
+    from tools.recipes.library import included_recipes
 
     columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
     table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
@@ -52,7 +52,7 @@ def show(
 ) -> None:
     """What a recipe says, with all that it inherits."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.included import find_recipe
+    from tools.recipes.library import find_recipe
 
     path, console = find_recipe(name), wide_console()
     chain = load_recipe(path, overrides or [])
@@ -73,7 +73,7 @@ def show(
 def _show_sources(console: Console, chain: "ChainRecipe", path: Path, overrides: list[str], everything: bool) -> None:
     from pipeline.recipe.value_sources import value_sources
     from tools.recipes.docs import mentioned, read_conflicts
-    from tools.recipes.included import conflicts_beside
+    from tools.recipes.library import conflicts_beside
 
     given = value_sources(path, overrides)
     comments = []
@@ -102,7 +102,7 @@ def diff(
 ) -> None:
     """The values in which two recipes differ."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.included import find_recipe
+    from tools.recipes.library import find_recipe
 
     chains = [load_recipe(find_recipe(name)) for name in (first, second)]
     sides: list[dict[str, Any]] = [
@@ -131,7 +131,7 @@ def validate(
     from cluster.chain import check_data, resolved
     from pipeline.data.beton import sidecar_path
     from pipeline.recipe import load_recipe
-    from tools.recipes.included import find_recipe
+    from tools.recipes.library import find_recipe
 
     overrides = [name for name in names if "=" in name]
     for name in (n for n in names if "=" not in n):

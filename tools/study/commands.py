@@ -18,7 +18,7 @@ Overrides = Annotated[
 @app.command("list")
 def list_studies() -> None:
     """The included studies."""
-    from tools.recipes.included import included_studies
+    from tools.recipes.library import included_studies
     from tools.study.definition import load_study
 
     for name, path in included_studies().items():
@@ -37,7 +37,7 @@ def run(
     """Run all arms with all seeds on this machine, or what is missing of them. Exit codes: as `fcmae run`."""
     from pipeline.errors import UserError
     from pipeline.stage.outcome import OutcomeKind
-    from tools.recipes.included import find_study
+    from tools.recipes.library import find_study
     from tools.study.definition import load_study
     from tools.study.runs import run_study
 
@@ -59,7 +59,7 @@ def submit(
 ) -> None:
     """Queue all arms with all seeds as Slurm jobs, or what is missing of them."""
     from cluster.site import load_site
-    from tools.recipes.included import find_study
+    from tools.recipes.library import find_study
     from tools.study.definition import load_study
     from tools.study.runs import submit_study
 

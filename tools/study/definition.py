@@ -13,7 +13,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import ChainRecipe, load_recipe
 from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
-from tools.recipes.included import find_recipe
+from tools.recipes.library import find_recipe
 
 
 class Arm(Settings):

@@ -21,7 +21,7 @@ from pipeline.weights.families import COUNTER
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import head_names
 from pipeline.weights.safetensors_file import read_weights
-from tools.weights.checkpoint import read as read_checkpoint
+from tools.weights.checkpoint_weights import read_checkpoint_weights
 from tools.weights.convert import architecture_of, known_facts
 
 AVERAGES, RAW = ("model_ema", "state_dict_ema"), ("model", "state_dict")
@@ -116,7 +116,7 @@ def _of_checkpoint(stage: Stage, ema: bool | None) -> Opened:
         "image_size": recipe.data.image_size,
     }
     which = f"{'ema' if average else 'model'} of {committed[-1]}"
-    return Opened(read_checkpoint(place, average)[0], facts, which, place, stage.directory)
+    return Opened(read_checkpoint_weights(place, average)[0], facts, which, place, stage.directory)
 
 
 def build(tensors: Mapping[str, Tensor], options: Any = None, source: str = "the file") -> ConvNeXtV2 | SLaK | NextViT:

@@ -129,7 +129,7 @@ def test_no_damage_no_error(whole):
 def test_every_bit_counts(path):
     """Where the decoder alone would be silent, and how often."""
     from pipeline.data.decode import jpeg_status
-    from tools.verify.beton import verify_beton
+    from tools.verify.beton_file import verify_beton
 
     numbers, forgiven = np.random.default_rng(0), 0
     beton = open_beton(path)

@@ -10,7 +10,7 @@ from pipeline.recipe import load_recipe
 from pipeline.recipe.schema import leaf_fields
 from pipeline.recipe.value_sources import value_sources
 from tools.recipes.docs import mentioned, page, read_conflicts
-from tools.recipes.included import SIZES, find_recipe, included_recipes
+from tools.recipes.library import SIZES, find_recipe, included_recipes
 
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
 TABLES = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())

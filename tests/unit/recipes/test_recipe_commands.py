@@ -11,7 +11,7 @@ from pipeline.recipe import load_recipe
 from pipeline.recipe.value_sources import value_sources
 from tests.support import tiny_image
 from tools import cli
-from tools.recipes.included import find_recipe
+from tools.recipes.library import find_recipe
 
 
 def said(capsys, monkeypatch, *arguments: object) -> str:

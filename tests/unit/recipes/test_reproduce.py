@@ -8,7 +8,7 @@ from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.retention import checkpoints_to_keep
 from pipeline.recipe import load_recipe
 from pipeline.training.saving import Checkpoints
-from tools.recipes.included import find_recipe
+from tools.recipes.library import find_recipe
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "reproduce.md").read_text()
 IMAGES = 1_281_167

@@ -9,7 +9,7 @@ import yaml
 from cluster.chain import open_chain
 from pipeline.errors import RecipeError
 from tests.support import write_tiny_recipe
-from tools.recipes.included import find_study, included_studies
+from tools.recipes.library import find_study, included_studies
 from tools.study.definition import cells, dump_study, load_study
 from tools.study.runs import STUDY
 from tools.study.table import markdown, open_study, rows, to_json

@@ -14,8 +14,8 @@ from pipeline.cost.memory import estimate_peak
 from pipeline.errors import LaunchError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from tests.support import write_tiny_recipe
-from tools.cluster_commands import submit
-from tools.recipes.included import find_recipe
+from tools.recipes.library import find_recipe
+from tools.run.commands import submit_run
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_submit_shows_it_and_refuses_before_anything_is_queued(recipe_file, chai
 
     def at(gib: float, **options: bool) -> tuple[str, str]:
         path.write_text(yaml.safe_dump(site(gib).model_dump(mode="json")))
-        submit(str(recipe_file), str(path), run, **options)
+        submit_run(str(recipe_file), str(path), run, **options)
         return capsys.readouterr()
 
     most = max(needed(stage) for stage in chain.stages.values())

@@ -24,7 +24,7 @@ from pipeline.errors import LaunchError
 from pipeline.recipe import load_recipe
 from pipeline.tracking.journal import Journal
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools.cluster_commands import resume, submit
+from tools.run.commands import resume_run, submit_run
 
 
 def journal(stage: Path, attempt: int = 1) -> Journal:
@@ -163,7 +163,7 @@ def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(monkeypatch, tmp_
     monkeypatch.setattr(jobs, "ENDING_SECONDS", 0.01)
     monkeypatch.setattr(jobs, "ASK_SECONDS", 0.01)
     with pytest.raises(LaunchError, match=r"^job 7 of stage pretrain is just ending; try again in a minute"):
-        resume(run)
+        resume_run(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     (run / "pretrain" / "DONE").touch()  # it is finished, whatever its epilog does
     assert [item.done for item in plan(load_recipe(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
@@ -396,19 +396,19 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path, monkeypatch, caps
     monkeypatch.setenv("PATH", str(tmp_path))
     recipe, run = str(write_tiny_recipe(tmp_path)), tmp_path / "run"
     before = sorted(tmp_path.rglob("*"))
-    submit(recipe, "devcluster", run, dry_run=True)
+    submit_run(recipe, "devcluster", run, dry_run=True)
     shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     assert shown.count("#!/bin/bash") == 3
     assert shown.count("--dependency=afterok:JOB-OF-") == 2
     with pytest.raises(LaunchError, match="finetune starts from intermediate, which is neither done nor queued"):
-        submit(recipe, "devcluster", run, dry_run=True, start="finetune")
+        submit_run(recipe, "devcluster", run, dry_run=True, start="finetune")
 
 
 def test_without_submitit_it_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(LaunchError, match="submitit is not installed; run `pip install submitit`"):
-        submit(str(write_tiny_recipe(tmp_path)), "devcluster", tmp_path / "run", dry_run=True)
+        submit_run(str(write_tiny_recipe(tmp_path)), "devcluster", tmp_path / "run", dry_run=True)
 
 
 def test_a_time_limit_that_steps_and_saves_do_not_fit_in_is_one_sentence(tmp_path):
@@ -420,7 +420,7 @@ def test_a_time_limit_that_steps_and_saves_do_not_fit_in_is_one_sentence(tmp_pat
     site = tmp_path / "site.yaml"
     site.write_text("nodes: 2\ntime_limit_minutes: 1\nstop_before_end_seconds: 10\n")
     with pytest.raises(LaunchError, match=r"stage pretrain: time_limit_minutes 1 is too short, for .* 60 s to stop"):
-        submit(str(tmp_path / "tiny.yaml"), str(site), run, dry_run=True)
+        submit_run(str(tmp_path / "tiny.yaml"), str(site), run, dry_run=True)
 
 
 def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):

@@ -12,8 +12,8 @@ from pipeline.cost.measure import measure_steps
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, load_recipe
 from tests.support import tiny_data, write_tiny_recipe
-from tools.estimate.reckon import RESERVE, StageEstimate, estimate
-from tools.estimate.table import render, to_json
+from tools.estimate.estimate_table import estimate_json, render_estimate
+from tools.estimate.stage_estimate import RESERVE, StageEstimate, estimate
 
 CARD = GPU(name="small", memory_gib=0.01, bf16_tflops=10, fp32_tflops=1, utilisation=0.5)
 
@@ -37,7 +37,7 @@ def found(chain) -> list[StageEstimate]:
 def shown(stages: list[StageEstimate], **options) -> str:
     console = Console(width=200, record=True)
     with console.capture() as text:
-        console.print(render(stages, options.get("price"), options.get("formulas", False)))
+        console.print(render_estimate(stages, options.get("price"), options.get("formulas", False)))
     return text.get()
 
 
@@ -59,7 +59,7 @@ def test_everything_is_said(found):
     text = shown(found, price=2.0, formulas=True)
     for word in ("pretrain", "intermediate", "finetune", "zero3", "ASSUMED 50%", "the encoder on its visible cells"):
         assert word in text, text
-    told = json.loads(to_json(found, 2.0))
+    told = json.loads(estimate_json(found, 2.0))
     assert [stage["money"] for stage in told] == [pytest.approx(2 * stage.gpu_hours) for stage in found]
     assert told[0]["chosen"]["engine"] == "ddp"
 
@@ -103,7 +103,7 @@ def test_files_by_variables_and_no_validation(chain, monkeypatch):
     (found,) = estimate(chain.model_copy(update={"stages": {"f": stage.model_copy(update={"data": data})}}), site())
     assert (found.train.images, found.train.known, found.validation) == (192, True, None)
     assert "is not here" not in shown([found], formulas=True)
-    assert json.loads(to_json([found], None))[0]["data_bytes"] == train.stat().st_size
+    assert json.loads(estimate_json([found], None))[0]["data_bytes"] == train.stat().st_size
 
 
 def test_nodes_that_do_not_divide(chain):

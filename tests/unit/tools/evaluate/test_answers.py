@@ -13,8 +13,8 @@ from pipeline.data.batch import Batch
 from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.errors import DataError
 from pipeline.objectives.pixels import denormalise
+from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.knn import NEIGHBOURS, TEMPERATURE, vote
-from tools.evaluate.labels import Answers, outputs_of, real_answers
 
 
 class Table(nn.Module):

@@ -22,9 +22,9 @@ from pipeline.weights.safetensors_file import write_weights
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
 from tests.support import fcmae, tiny_recipe
-from tools.evaluate.run import Job, run
-from tools.evaluate.subject import default_crop, open_subject
-from tools.prepare.run import prepare
+from tools.evaluate.evaluated_model import default_crop, load_evaluated_model
+from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
+from tools.prepare.preparation import prepare_beton
 
 ROOT = Path(__file__).resolve().parents[4]
 SIZE, PER_CLASS = 32, 4
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     """A folder with images, data.beton, and weights of a classifier of HEAD with an average beside them."""
     place = tmp_path_factory.mktemp("evaluate")
     write_folder(place / "images", class_images(PER_CLASS, WNIDS))
-    prepare(place / "images", place / "data.beton")
+    prepare_beton(place / "images", place / "data.beton")
     model = create_model("convnextv2", len(HEAD), depths=(1, 1), dims=(8, 16))
     states = [randomise(model.state_dict(), seed) for seed in (0, 1)]
     raw, average = ({name: 3 * tensor.float() for name, tensor in state.items()} for state in states)
@@ -79,7 +79,7 @@ LABELS = np.repeat(np.arange(len(WNIDS)), PER_CLASS)
 def test_subset_accuracy_is_that_of_a_plain_loop(place, ema, squash):
     logits = by_hand(place, "model_ema" if ema else "model", squash=squash)
     among = np.concatenate([logits[:, :3], np.full((len(logits), 1), -np.inf)], 1)  # no output for the fourth class
-    job = Job(
+    job = EvaluationRequest(
         str(place / "weights.pt"),
         str(place / "data.beton"),
         image_size=SIZE,
@@ -89,7 +89,7 @@ def test_subset_accuracy_is_that_of_a_plain_loop(place, ema, squash):
         batch=5,
         device="cpu",
     )
-    result = run(job)
+    result = run_evaluation(job)
     assert result.metrics["top1"] == pytest.approx(100 * (among.argmax(1) == LABELS).mean())
     assert result.metrics["images"] == len(LABELS)
     assert result.missing == ("n04399382",)
@@ -105,11 +105,11 @@ def test_real_answers_of_files(place, tmp_path):
     answers = [[int(label)] if number % 3 else [] for number, label in enumerate(LABELS)]
     answers[1].append(int(logits[1].argmin()))
     (tmp_path / "real.json").write_text(json.dumps(answers))
-    job = Job(
+    job = EvaluationRequest(
         str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, classes=str(head),
         real=str(tmp_path / "real.json"), device="cpu",
     )  # fmt: skip
-    found = run(job)
+    found = run_evaluation(job)
     right = [row.argmax() in answer for row, answer in zip(logits, answers, strict=True) if answer]
     assert found.metrics["images"] == len(right)
     assert found.metrics["top1"] == pytest.approx(100 * np.mean(right))
@@ -117,18 +117,18 @@ def test_real_answers_of_files(place, tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_the_images_out_once(place):
-    job = Job(
+    job = EvaluationRequest(
         str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, classes=str(place / "head.txt"), batch=3,
         device="cpu",
     )  # fmt: skip
-    assert run(job, 3).metrics == pytest.approx(run(job).metrics)
-    neighbours = Job(
+    assert run_evaluation(job, 3).metrics == pytest.approx(run_evaluation(job).metrics)
+    neighbours = EvaluationRequest(
         str(place / "weights.pt"), str(place / "data.beton"), image_size=SIZE, knn=str(place / "data.beton"), batch=3,
         device="cpu",
     )  # fmt: skip
-    assert run(neighbours, 2).metrics == pytest.approx(run(neighbours).metrics)
+    assert run_evaluation(neighbours, 2).metrics == pytest.approx(run_evaluation(neighbours).metrics)
     with pytest.raises(UserError, match="give --classes"):
-        run(Job(job.weights, job.data, image_size=SIZE, device="cpu"), 2)
+        run_evaluation(EvaluationRequest(job.weights, job.data, image_size=SIZE, device="cpu"), 2)
 
 
 @pytest.mark.slow
@@ -151,10 +151,10 @@ def test_an_answer_longer_than_a_pipe_arrives(place, tmp_path):
 
 LONG_ANSWER = f"""
 import sys
-from tools.evaluate.run import Job, run
+from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 if __name__ == "__main__":
     weights, data, head = sys.argv[1:]
-    found = run(Job(weights, data, image_size={SIZE}, classes=head, device="cpu"), 2)
+    found = run_evaluation(EvaluationRequest(weights, data, image_size={SIZE}, classes=head, device="cpu"), 2)
     print(found.metrics["images"], len(found.missing))
 """
 
@@ -170,7 +170,7 @@ def test_neighbours_of_files(place):
         for label, similarity in zip(LABELS, similarities, strict=True):
             votes[image, label] += np.exp(similarity / 0.07)
     data = str(place / "data.beton")
-    result = run(Job(str(place / "weights.pt"), data, image_size=SIZE, knn=data, device="cpu"))
+    result = run_evaluation(EvaluationRequest(str(place / "weights.pt"), data, image_size=SIZE, knn=data, device="cpu"))
     assert result.metrics["top1"] == pytest.approx(100 * (votes.argmax(1) == LABELS).mean())
 
 
@@ -197,24 +197,24 @@ def stage(tmp_path):
 def test_a_stage_and_its_run_are_evaluated_as_they_were_trained(stage):
     images = torch.randn(2, 3, 16, 16)
     for path in (stage.directory, stage.directory.parent):
-        subject = open_subject(str(path))
+        subject = load_evaluated_model(str(path))
         assert (subject.image_size, subject.crop_pct, subject.weights) == (16, 0.9, "ema")
         assert subject.class_names == tuple("abcd")
         assert subject.model.stages[0][0].grn.normaliser == "sum"
         # A file of ours says the same but for the crop.
-        alone = open_subject(str(stage.directory / "weights.safetensors"))
+        alone = load_evaluated_model(str(stage.directory / "weights.safetensors"))
         assert (alone.image_size, alone.class_names) == (16, tuple("abcd"))
         torch.testing.assert_close(alone.model(images), subject.model(images), rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="no checkpoint; leave --ema and --raw out"):
-        open_subject(str(stage.directory), ema=False)
-    assert open_subject(str(stage.directory), image_size=384).crop_pct == 1.0
+        load_evaluated_model(str(stage.directory), ema=False)
+    assert load_evaluated_model(str(stage.directory), image_size=384).crop_pct == 1.0
 
 
 def test_sizes_and_crops(place):
     assert (default_crop(224), default_crop(288), default_crop(384), default_crop(512)) == (0.875, 0.875, 1.0, 1.0)
     official = place / "convnextv2_atto_22k_384_ema.pt"
     official.write_bytes((place / "weights.pt").read_bytes())
-    subject = open_subject(str(official))
+    subject = load_evaluated_model(str(official))
     assert (subject.image_size, subject.crop_pct) == (384, 1.0)
 
 
@@ -223,12 +223,12 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     encoder = create_model("convnextv2", 0, depths=(1, 1), dims=(8, 16)).state_dict()
     torch.save(encoder, tmp_path / "encoder.pt")
     with pytest.raises(DataError, match="has no head, so it gives no classes; give --knn"):
-        run(Job(str(tmp_path / "encoder.pt"), data, image_size=SIZE, device="cpu"))
+        run_evaluation(EvaluationRequest(str(tmp_path / "encoder.pt"), data, image_size=SIZE, device="cpu"))
     with pytest.raises(CheckpointError, match="leave --ema out"):
-        open_subject(str(tmp_path / "encoder.pt"), ema=True)
+        load_evaluated_model(str(tmp_path / "encoder.pt"), ema=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no finished stage"):
-        open_subject(str(tmp_path / "empty"))
+        load_evaluated_model(str(tmp_path / "empty"))
     done = fcmae("evaluate", tmp_path / "encoder.pt", "--data", tmp_path / "none.beton")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr

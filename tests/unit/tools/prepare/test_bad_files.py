@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from tests.archives import encoded, photograph
 from tools.prepare import encoding
 from tools.prepare.encoding import Encoding
-from tools.prepare.run import prepare
+from tools.prepare.preparation import prepare_beton
 
 PHOTO = photograph(3, 240)
 JPEG = encoded(PHOTO, quality=85)
@@ -133,10 +133,10 @@ def prepared(tmp_path_factory):
     (source / "broken link.jpg").symlink_to("nowhere.jpg")
     (source / "circle.jpg").symlink_to("circle.jpg")
     with pytest.raises(DataError, match=rf"{len(LEFT_OUT)} bad images in .* and {len(LEFT_OUT) - 3} more, listed in"):
-        prepare(directory / "source", directory / "a.beton")
+        prepare_beton(directory / "source", directory / "a.beton")
     refused = (directory / "a.beton.report.jsonl").read_bytes()
     assert sorted(p.name for p in directory.iterdir()) == ["a.beton.parts", "a.beton.report.jsonl", "source"]
-    summary = prepare(directory / "source", directory / "a.beton", on_bad="skip")
+    summary = prepare_beton(directory / "source", directory / "a.beton", on_bad="skip")
     assert sorted(p.name for p in directory.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl", "source"]
     assert summary.report.read_bytes() == refused
     notes = [json.loads(line) for line in refused.splitlines()]
@@ -202,11 +202,11 @@ def test_sizes_qualities_and_pixels(tmp_path):
     source.mkdir(parents=True)
     for number in range(40):
         (source / f"{number:02d}.jpg").write_bytes(encoded(photograph(number, 200)))
-    prepare(tmp_path / "source", tmp_path / "a.beton", encoding=Encoding(max_side=150))
+    prepare_beton(tmp_path / "source", tmp_path / "a.beton", encoding=Encoding(max_side=150))
     beton = open_beton(tmp_path / "a.beton")
     assert max(beton.max_height, beton.max_width) == 150
     assert beton.settings["max_side"] == 150
-    prepare(tmp_path / "source", tmp_path / "b.beton", encoding=Encoding(raw_fraction=0.5))
+    prepare_beton(tmp_path / "source", tmp_path / "b.beton", encoding=Encoding(raw_fraction=0.5))
     beton = open_beton(tmp_path / "b.beton")
     assert 8 <= beton.raw_samples <= 32
     number, content = next(iter(contents_of(beton, RAW)))

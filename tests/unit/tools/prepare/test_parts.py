@@ -9,9 +9,9 @@ import pytest
 from pipeline.data.beton import open_beton, sidecar_path, verify_hashes
 from pipeline.errors import DataError
 from tests.archives import class_images, write_folder
-from tools.prepare import run
+from tools.prepare import preparation
 from tools.prepare.encoding import Encoding
-from tools.prepare.run import prepare
+from tools.prepare.preparation import prepare_beton
 
 PART = 5
 PARTS = 8  # 40 images
@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     images = class_images(10)
     images["n01440764"]["bad.JPEG"] = b""
     source = write_folder(directory / "source", images)
-    prepare(source, directory / "a.beton", on_bad="skip", part_samples=PART)
+    prepare_beton(source, directory / "a.beton", on_bad="skip", part_samples=PART)
     return source, directory / "a.beton"
 
 
@@ -41,7 +41,7 @@ def interrupted(source, path, after, **settings):
             raise Interruption
 
     with pytest.raises(Interruption):
-        prepare(source, path, on_bad="skip", part_samples=PART, progress=progress, **settings)
+        prepare_beton(source, path, on_bad="skip", part_samples=PART, progress=progress, **settings)
     assert not path.exists()
     assert not sidecar_path(path).exists()
 
@@ -57,7 +57,7 @@ def test_it_continues(made, tmp_path, after, monkeypatch):
     assert [p.stat().st_mtime_ns for p in finished] == stamps, "a part was made twice"
     with open(tmp_path / "a.beton.parts" / "data", "ab") as file:
         file.write(b"what a torn write leaves")
-    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)
     assert not (tmp_path / "a.beton.parts").exists()
 
@@ -71,13 +71,13 @@ def test_nothing_is_stored_twice(made, tmp_path):
 def test_workers(made, tmp_path):
     source, undisturbed = made
     interrupted(source, tmp_path / "a.beton", 11, workers=2)
-    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, workers=3)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, workers=3)
     assert files(tmp_path / "a.beton") == files(undisturbed)
 
 
 def test_the_size_of_parts_does_not_matter(made, tmp_path):
     source, undisturbed = made
-    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=1000)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=1000)
     assert files(tmp_path / "a.beton") == files(undisturbed)
 
 
@@ -92,7 +92,7 @@ def test_other_settings_or_images_begin_anew(made, tmp_path):
     image.write_bytes((copy / "n01440764" / "n01440764_1.JPEG").read_bytes())
     interrupted(copy, tmp_path / "a.beton", 21)
     image.write_bytes(content)
-    prepare(copy, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    prepare_beton(copy, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)
 
 
@@ -101,7 +101,7 @@ def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
     """Between the side-car and the file, between the file and cleaning, and in the middle of cleaning."""
     source, undisturbed = made
     path = tmp_path / "a.beton"
-    replace, empty, unlink = run.Path.replace, run._empty, run.Path.unlink
+    replace, empty, unlink = preparation.Path.replace, preparation._empty, preparation.Path.unlink
 
     def failing_replace(self, target):
         if self.name == "data" and moment == "sidecar":
@@ -119,15 +119,15 @@ def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
         return unlink(self, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Path, "replace", failing_replace)
-        patch.setattr(run, "_empty", failing_empty)
-        patch.setattr(run.Path, "unlink", failing_unlink)
+        patch.setattr(preparation.Path, "replace", failing_replace)
+        patch.setattr(preparation, "_empty", failing_empty)
+        patch.setattr(preparation.Path, "unlink", failing_unlink)
         with pytest.raises(Interruption):
-            prepare(source, path, on_bad="skip", part_samples=PART)
+            prepare_beton(source, path, on_bad="skip", part_samples=PART)
     assert path.exists() == (moment != "sidecar")
     if path.exists():
         open_beton(path)
-    prepare(source, path, on_bad="skip", part_samples=PART)
+    prepare_beton(source, path, on_bad="skip", part_samples=PART)
     assert files(path) == files(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl"]
 
@@ -136,18 +136,18 @@ def test_destinations(made, tmp_path):
     source, undisturbed = made
     path = tmp_path / "a.beton"
     with pytest.raises(DataError, match="cannot be written"):
-        prepare(source, tmp_path / "nowhere" / "a.beton")
+        prepare_beton(source, tmp_path / "nowhere" / "a.beton")
     (tmp_path / "a.beton.parts").mkdir()
     (tmp_path / "a.beton.parts" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match=r"is no work of .* for it holds thesis.txt"):
-        prepare(source, path)
+        prepare_beton(source, path)
     assert (tmp_path / "a.beton.parts" / "thesis.txt").exists()
     shutil.rmtree(tmp_path / "a.beton.parts")
     path.write_bytes(b"old")
     with pytest.raises(DataError, match="exists already"):
-        prepare(source, path, on_bad="skip")
+        prepare_beton(source, path, on_bad="skip")
     assert path.read_bytes() == b"old"
-    prepare(source, path, on_bad="skip", overwrite=True)
+    prepare_beton(source, path, on_bad="skip", overwrite=True)
     assert files(path) == files(undisturbed)
 
 
@@ -158,10 +158,10 @@ def test_two_at_once(made, tmp_path):
     def progress(done, total):
         if not second:
             with pytest.raises(DataError, match="written by another process") as caught:
-                prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+                prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
             second.append(caught)
 
-    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, progress=progress)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, progress=progress)
     assert second
     verify_hashes(tmp_path / "a.beton")
 
@@ -172,13 +172,13 @@ def test_a_lost_tail_is_noticed(made, tmp_path):
     data = tmp_path / "a.beton.parts" / "data"
     os.truncate(data, data.stat().st_size - 1)
     with pytest.raises(DataError, match=r"shorter than what was written; remove .*a\.beton\.parts"):
-        prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+        prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
 
 
 def test_nothing_left_to_store(tmp_path):
     source = write_folder(tmp_path / "source", {"x": {"a.jpg": b""}})
     with pytest.raises(DataError, match="would hold no images"):
-        prepare(source, tmp_path / "a.beton", on_bad="skip")
+        prepare_beton(source, tmp_path / "a.beton", on_bad="skip")
     assert not (tmp_path / "a.beton").exists()
 
 
@@ -193,11 +193,11 @@ def test_a_full_disk_is_one_sentence(made, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
     try:
         with pytest.raises(DataError, match="cannot be written: File too large; the same command continues"):
-            prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+            prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
-    prepare(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)
 
 

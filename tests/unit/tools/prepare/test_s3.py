@@ -3,8 +3,8 @@
 import pytest
 
 from tests.archives import class_images, train_tar
-from tools.prepare import sources
-from tools.prepare.run import prepare
+from tools.prepare import image_source
+from tools.prepare.preparation import prepare_beton
 
 BUCKET = "images"
 
@@ -41,11 +41,11 @@ def test_archives_and_folders_in_an_object_store(store, tmp_path):
         for name, content in files.items():
             store.pipe_file(f"{BUCKET}/folder/{wnid}/{name}", content)
     (tmp_path / "train.tar").write_bytes(train_tar(images))
-    prepare(tmp_path / "train.tar", tmp_path / "local.beton")
+    prepare_beton(tmp_path / "train.tar", tmp_path / "local.beton")
     expected = (tmp_path / "local.beton").read_bytes()
-    prepare(f"s3://{BUCKET}/train.tar", tmp_path / "tar.beton", workers=2, part_samples=7)
+    prepare_beton(f"s3://{BUCKET}/train.tar", tmp_path / "tar.beton", workers=2, part_samples=7)
     assert (tmp_path / "tar.beton").read_bytes() == expected
-    prepare(f"s3://{BUCKET}/folder", tmp_path / "folder.beton")
+    prepare_beton(f"s3://{BUCKET}/folder", tmp_path / "folder.beton")
     assert (tmp_path / "folder.beton").read_bytes() == expected
 
 
@@ -61,15 +61,15 @@ def test_a_store_that_fails_now_and_then(store, tmp_path, monkeypatch):
         return read(path, **options)
 
     monkeypatch.setattr(store, "cat_file", cat_file)  # instances are shared by their arguments
-    monkeypatch.setattr(sources, "FIRST_PAUSE_SECONDS", 0)
-    assert not prepare(f"s3://{BUCKET}/few.tar", tmp_path / "a.beton").counts
+    monkeypatch.setattr(image_source, "FIRST_PAUSE_SECONDS", 0)
+    assert not prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "a.beton").counts
     assert not failures
     failures += [OSError("reset by peer")] * 99
-    with pytest.raises(sources.DataError, match=r"reset by peer.*the same command continues from here"):
-        prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
+    with pytest.raises(image_source.DataError, match=r"reset by peer.*the same command continues from here"):
+        prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     failures[:] = [PermissionError("InvalidAccessKeyId")]  # credentials that have run out
-    with pytest.raises(sources.DataError, match=r"InvalidAccessKeyId.*the same command continues from here"):
-        prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
+    with pytest.raises(image_source.DataError, match=r"InvalidAccessKeyId.*the same command continues from here"):
+        prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     failures.clear()
-    prepare(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
+    prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     assert (tmp_path / "b.beton").read_bytes() == (tmp_path / "a.beton").read_bytes()

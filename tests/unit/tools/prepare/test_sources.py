@@ -26,7 +26,7 @@ from tests.archives import (
 )
 from tools.prepare.detect import open_source
 from tools.prepare.labels import read_synsets
-from tools.prepare.run import _digests, prepare
+from tools.prepare.preparation import _digests, prepare_beton
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
@@ -40,7 +40,7 @@ def images():
 def reference(images, tmp_path_factory):
     """The folder's file."""
     directory = tmp_path_factory.mktemp("reference")
-    prepare(write_folder(directory / "train", images), directory / "a.beton")
+    prepare_beton(write_folder(directory / "train", images), directory / "a.beton")
     return directory
 
 
@@ -76,7 +76,7 @@ def test_every_layout_gives_the_same_file(images, reference, tmp_path, layout, s
     for name, content in LAYOUTS[layout](images).items():
         fs.makedirs(os.path.dirname(f"{place}/{name}"), exist_ok=True)
         fs.pipe_file(f"{place}/{name}", content)
-    prepare(f"{root}/{layout}", tmp_path / "b.beton")
+    prepare_beton(f"{root}/{layout}", tmp_path / "b.beton")
     assert (tmp_path / "b.beton").read_bytes() == (reference / "a.beton").read_bytes()
 
 
@@ -97,7 +97,7 @@ def test_meta_mat(compressed):
 
 def test_validation_archive_with_its_devkit(val):
     directory, wnids, _ = val
-    prepare(directory / "val.tar", directory / "val.beton", labels=str(directory / "devkit.tar.gz"))
+    prepare_beton(directory / "val.tar", directory / "val.beton", labels=str(directory / "devkit.tar.gz"))
     beton, contents = written(directory / "val.beton")
     assert beton.classes == WNIDS
     assert beton.class_descriptions == dict(zip(WNIDS, WORDS, strict=True))
@@ -152,8 +152,8 @@ def test_parquet_as_the_hubs_have_it(images, tmp_path):
     parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[7:], WORDS)
     parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", rows[:1], WORDS)
     with pytest.raises(DataError, match=r"holds train, validation; choose one: '.*/data/train-\*.parquet'"):
-        prepare(tmp_path / "data", tmp_path / "a.beton")
-    prepare(f"{tmp_path}/data/train-*.parquet", tmp_path / "a.beton", part_samples=5)
+        prepare_beton(tmp_path / "data", tmp_path / "a.beton")
+    prepare_beton(f"{tmp_path}/data/train-*.parquet", tmp_path / "a.beton", part_samples=5)
     beton, contents = written(tmp_path / "a.beton")
     assert contents == [content for _, content, _ in rows]
     assert samples_of(beton)["f1"].tolist() == [label for *_, label in rows]
@@ -168,7 +168,7 @@ def test_parquet_of_others(images, tmp_path):
     parquet(tmp_path / "bare.parquet", rows)
     assert open_source(str(tmp_path / "bare.parquet")).classes == ("00000", "00001")
     parquet(tmp_path / "broken.parquet", [(None, None, 0), *rows])
-    assert prepare(tmp_path / "broken.parquet", tmp_path / "a.beton", on_bad="skip").counts == {
+    assert prepare_beton(tmp_path / "broken.parquet", tmp_path / "a.beton", on_bad="skip").counts == {
         ("left out", "no bytes in its row"): 1
     }
     parquet(tmp_path / "other.parquet", rows, label="class")
@@ -186,15 +186,15 @@ def test_parquet_of_others(images, tmp_path):
 def test_own_photographs_without_classes(images, tmp_path):
     write_folder(tmp_path, {"photos": images[WNIDS[0]]})
     with pytest.raises(DataError, match="--unlabelled"):
-        prepare(tmp_path / "photos", tmp_path / "a.beton")
-    prepare(tmp_path / "photos", tmp_path / "a.beton", unlabelled=True)
+        prepare_beton(tmp_path / "photos", tmp_path / "a.beton")
+    prepare_beton(tmp_path / "photos", tmp_path / "a.beton", unlabelled=True)
     assert open_beton(tmp_path / "a.beton").classes == ("all",)
     assert open_beton(tmp_path / "a.beton").samples == 3
 
 
 def test_descriptions(images, tmp_path):
     (tmp_path / "words.txt").write_text("n01440764\ttench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn9 x\n")
-    prepare(write_folder(tmp_path / "t", images), tmp_path / "a.beton", descriptions=str(tmp_path / "words.txt"))
+    prepare_beton(write_folder(tmp_path / "t", images), tmp_path / "a.beton", descriptions=str(tmp_path / "words.txt"))
     assert open_beton(tmp_path / "a.beton").class_descriptions == CLASSES
 
 
@@ -206,10 +206,10 @@ def test_images_and_names_to_exclude(images, tmp_path):
         "val_2.JPEG": images[WNIDS[2]][f"{WNIDS[2]}_0.JPEG"],
     }
     (tmp_path / "val.tar").write_bytes(tar(stolen))
-    prepare(tmp_path / "val.tar", tmp_path / "val.beton", unlabelled=True)
+    prepare_beton(tmp_path / "val.tar", tmp_path / "val.beton", unlabelled=True)
     (tmp_path / "broken.txt").write_text(f"{WNIDS[0]}_1\n{WNIDS[3]}/{WNIDS[3]}_0.JPEG\n")
     for source in ("val.tar", "val.beton"):
-        summary = prepare(
+        summary = prepare_beton(
             train,
             tmp_path / f"{source}.beton",
             exclude_images=str(tmp_path / source),
@@ -260,7 +260,7 @@ def test_sources_that_cannot_be_used(images, tmp_path, name):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_bytes(content)
     with pytest.raises(DataError, match=words) as caught:
-        prepare(tmp_path / name, tmp_path / "a.beton")
+        prepare_beton(tmp_path / name, tmp_path / "a.beton")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("a.beton*"))
 
@@ -280,28 +280,28 @@ def test_labels_that_do_not_fit(val, content, words):
     directory = val[0]
     (directory / "labels.txt").write_bytes(content)
     with pytest.raises(DataError, match=words):
-        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "labels.txt"))
+        prepare_beton(directory / "val.tar", directory / "a.beton", labels=str(directory / "labels.txt"))
 
 
 def test_a_devkit_that_is_none(val):
     directory = val[0]
     (directory / "devkit.tar.gz").write_bytes((directory / "devkit.tar.gz").read_bytes()[:300])
     with pytest.raises(DataError, match="copy the devkit again"):
-        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
+        prepare_beton(directory / "val.tar", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
     (directory / "other.tar").write_bytes(tar({"meta.mat": b"x" * 200, "ILSVRC2012_validation_ground_truth.txt": b"1"}))
     with pytest.raises(DataError, match="cannot be understood"):
-        prepare(directory / "val.tar", directory / "a.beton", labels=str(directory / "other.tar"))
+        prepare_beton(directory / "val.tar", directory / "a.beton", labels=str(directory / "other.tar"))
     write_folder(directory / "folders", {"cats": {"a.jpg": b""}})
     with pytest.raises(DataError, match="has its own; leave them out"):
-        prepare(directory / "folders", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
+        prepare_beton(directory / "folders", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
 
 
 def test_images_beside_class_folders_are_not_lost_without_a_word(images, tmp_path):
     source = write_folder(tmp_path / "train", images)
     (source / "stray.jpg").write_bytes(images[WNIDS[0]][f"{WNIDS[0]}_0.JPEG"])
     with pytest.raises(DataError, match=r"1 bad images in .*: stray.jpg \(it lies in no class folder\)"):
-        prepare(source, tmp_path / "a.beton", unlabelled=True)
-    found = prepare(source, tmp_path / "a.beton", on_bad="skip")
+        prepare_beton(source, tmp_path / "a.beton", unlabelled=True)
+    found = prepare_beton(source, tmp_path / "a.beton", on_bad="skip")
     assert found.beton.samples == 12
     assert found.counts == {("left out", "it lies in no class folder"): 1}
 
@@ -310,7 +310,7 @@ def test_an_archive_beside_class_folders_does_not_replace_them(images, tmp_path)
     source = write_folder(tmp_path / "train", images)
     (source / "old.tar").write_bytes(tar(images[WNIDS[0]]))
     with pytest.raises(DataError, match=rf"holds both archives \(old.tar, ...\) and folders \({WNIDS[0]}, ...\)"):
-        prepare(source, tmp_path / "a.beton")
+        prepare_beton(source, tmp_path / "a.beton")
 
 
 def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
@@ -324,14 +324,14 @@ def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
     with pytest.raises(
         DataError, match=f"two folders of class {WNIDS[0]}, set/train/{WNIDS[0]} and set/val/{WNIDS[0]}"
     ):
-        prepare(tmp_path / "set.tar", tmp_path / "a.beton")
+        prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton")
 
 
 def test_labels_that_give_a_name_two_classes(images, tmp_path):
     (tmp_path / "labels.txt").write_text("a/1.jpg cat\nb/1.jpg dog\n")
     (tmp_path / "flat.tar").write_bytes(tar({"a/1.jpg": b"", "b/1.jpg": b""}))
     with pytest.raises(DataError, match="give 1 two classes, cat and dog"):
-        prepare(tmp_path / "flat.tar", tmp_path / "a.beton", labels=str(tmp_path / "labels.txt"))
+        prepare_beton(tmp_path / "flat.tar", tmp_path / "a.beton", labels=str(tmp_path / "labels.txt"))
 
 
 def test_names_that_are_no_text(images, tmp_path):
@@ -339,12 +339,12 @@ def test_names_that_are_no_text(images, tmp_path):
     odd = os.fsencode(source / WNIDS[0]) + b"/caf\xe9.jpg"
     with open(odd, "wb") as file:
         file.write(b"no image")
-    found = prepare(source, tmp_path / "a.beton", on_bad="skip")
+    found = prepare_beton(source, tmp_path / "a.beton", on_bad="skip")
     (note,) = [json.loads(line) for line in found.report.read_text().splitlines()]
     assert note == {"name": os.fsdecode(b"n01440764/caf\xe9.jpg"), "outcome": "left out", "why": "not an image"}
     os.rename(source / WNIDS[1], os.fsencode(source) + b"/caf\xe9")
     with pytest.raises(DataError, match="has a name that is no UTF-8; rename it"):
-        prepare(source, tmp_path / "b.beton", on_bad="skip")
+        prepare_beton(source, tmp_path / "b.beton", on_bad="skip")
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from pipeline.training.saving import open_store
 from pipeline.weights.safetensors_file import read_facts, read_weights, write_weights
 from tests.support import make_tiny_run
 from tools.cli import app as cli
-from tools.verify.run import examine, verify_run
-from tools.weights.checkpoint import app
+from tools.verify.run_directory import examine, verify_run
+from tools.weights.checkpoint_commands import app
 
 
 def state_of(step: int) -> dict:

@@ -41,7 +41,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     kind: str
     classes: tuple[str, ...]
     items: Sequence[Item]
@@ -145,7 +145,7 @@ def locate(source: str) -> tuple[AbstractFileSystem, str]:
         raise DataError(f"source {source} cannot be opened: {error}") from None
 
 
-def class_folders(fs: AbstractFileSystem, folders: Sequence[dict[str, Any]]) -> Source:
+def class_folders(fs: AbstractFileSystem, folders: Sequence[dict[str, Any]]) -> ImageSource:
     """CLASS/IMAGE: classes and images by name. What looks like an image and is no file is an unreadable item."""
     items, ignored, stamp = [], [], Stamp()
     for label, folder in enumerate(folders):
@@ -155,14 +155,14 @@ def class_folders(fs: AbstractFileSystem, folders: Sequence[dict[str, Any]]) -> 
             raise DataError(f"class folder {folder['name']} has no images ({kinds}); fill it or remove it")
         items += found
     classes = tuple(base(folder["name"]) for folder in folders)
-    return Source("folder", classes, items, ByteRanges(fs), stamp.hex(), tuple(ignored))
+    return ImageSource("folder", classes, items, ByteRanges(fs), stamp.hex(), tuple(ignored))
 
 
-def flat_folder(fs: AbstractFileSystem, path: str) -> Source:
+def flat_folder(fs: AbstractFileSystem, path: str) -> ImageSource:
     """IMAGE files of one folder, all of class 0; `pipeline` code needs a class even where nobody asks for one."""
     ignored, stamp = [], Stamp()
     items = _images(fs, path, 0, "", ignored, stamp)
-    return Source("flat folder", ("all",), items, ByteRanges(fs), stamp.hex(), tuple(ignored))
+    return ImageSource("flat folder", ("all",), items, ByteRanges(fs), stamp.hex(), tuple(ignored))
 
 
 def _images(

@@ -16,9 +16,9 @@ from pipeline.data.beton import JPEG, Beton, BetonWriter, contents_of, lock_file
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
+from tools.prepare.image_source import ImageSource, Item, locate
 from tools.prepare.labels import read_descriptions
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, Workshop, finished_parts
-from tools.prepare.sources import Item, Source, locate
 
 NAMED = 3  # bad images named in the sentence that refuses them
 
@@ -32,7 +32,7 @@ class Summary:
     counts: dict[tuple[str, str], int]
 
 
-def prepare(
+def prepare_beton(
     source: str | Path,
     destination: str | Path,
     *,
@@ -127,7 +127,7 @@ def _refuse(source: str | Path, notes: Sequence[Note], report: Path) -> None:
         )
 
 
-def _plan(source: Source, exclusion: Exclusion, settings: dict, part_samples: int) -> str:
+def _plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_samples: int) -> str:
     """A hash of all that the parts depend on."""
     digest = hashlib.sha256(
         json.dumps([source.stamp, source.classes, source.descriptions, settings, part_samples], sort_keys=True).encode()
@@ -179,7 +179,7 @@ def _report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
-def _write_report(destination: Path, source: Source, notes: Sequence[Note]) -> None:
+def _write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
     ignored = [Note(name, "ignored", "its name is not an image's") for name in source.ignored]
     aside = destination.with_name(f"{destination.name}.parts") / "report"
     # A file's name need not be text: its bytes that are none become JSON's own escapes.

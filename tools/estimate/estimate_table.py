@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cost.memory import ENGINES
-from tools.estimate.reckon import GIB, IMAGE_BYTES, RESERVE, Option, StageEstimate
+from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, Option, StageEstimate
 
 
-def render(stages: Sequence[StageEstimate], price: float | None, formulas: bool) -> RenderableType:
+def render_estimate(stages: Sequence[StageEstimate], price: float | None, formulas: bool) -> RenderableType:
     """Tables of all stages, what they rest on below; `price` is for one rank's hour."""
     parts: list[RenderableType] = [_summary(stages, price)]
     for stage in stages:
@@ -159,7 +159,7 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def to_json(stages: Sequence[StageEstimate], price: float | None) -> str:
+def estimate_json(stages: Sequence[StageEstimate], price: float | None) -> str:
     """Everything, in bytes, multiply-adds and hours."""
     return json.dumps([_plain(stage, price) for stage in stages], indent=2)
 

@@ -15,15 +15,15 @@ from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
+from tools.evaluate.answers import Answers, outputs_of, real_answers
+from tools.evaluate.evaluated_model import EvaluatedModel, load_evaluated_model
 from tools.evaluate.knn import Neighbours, make_bank
-from tools.evaluate.labels import Answers, outputs_of, real_answers
-from tools.evaluate.subject import Subject, open_subject
 
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationRequest:
     """What `fcmae evaluate` is asked."""
 
     weights: str
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluationResult:
     """`metrics` in percent, and what was evaluated how."""
 
     metrics: dict[str, float]
@@ -76,7 +76,7 @@ class Result:
         return "\n".join(lines)
 
 
-def run(job: Job, processes: int = 1) -> Result:
+def run_evaluation(job: EvaluationRequest, processes: int = 1) -> EvaluationResult:
     """Evaluate; every image counts once, whatever the number of processes.
 
     Raises:
@@ -88,9 +88,9 @@ def run(job: Job, processes: int = 1) -> Result:
         return _spread(job, processes, meeting.getsockname()[1])
 
 
-def _spread(job: Job, processes: int, port: int) -> Result:
+def _spread(job: EvaluationRequest, processes: int, port: int) -> EvaluationResult:
     answers = mp.get_context("spawn").SimpleQueue()
-    answer: Result | str | None = None
+    answer: EvaluationResult | str | None = None
     try:
         context = mp.spawn(_spawned, (processes, port, job, answers), nprocs=processes, join=False)
         # A process cannot end before its answer is taken: one with many names is longer than a pipe holds.
@@ -108,11 +108,11 @@ def _spread(job: Job, processes: int, port: int) -> Result:
     return answer
 
 
-def _taken(answers: Any) -> Result | str | None:
+def _taken(answers: Any) -> EvaluationResult | str | None:
     return None if answers.empty() else answers.get()
 
 
-def _spawned(rank: int, processes: int, port: int, job: Job, answers: Any) -> None:
+def _spawned(rank: int, processes: int, port: int, job: EvaluationRequest, answers: Any) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -125,8 +125,8 @@ def _spawned(rank: int, processes: int, port: int, job: Job, answers: Any) -> No
         answers.put(result)
 
 
-def _rank(rank: int, job: Job) -> Result:
-    subject = open_subject(job.weights, ema=job.ema, image_size=job.image_size, crop_pct=job.crop_pct)
+def _rank(rank: int, job: EvaluationRequest) -> EvaluationResult:
+    subject = load_evaluated_model(job.weights, ema=job.ema, image_size=job.image_size, crop_pct=job.crop_pct)
     beton = open_beton(job.data)
     world = World.join(job.device, timeout_seconds=job.timeout_seconds)
     try:
@@ -152,7 +152,7 @@ def _rank(rank: int, job: Job) -> Result:
     finally:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
-    return Result(
+    return EvaluationResult(
         metrics,
         str(job.weights),
         subject.name,
@@ -166,7 +166,7 @@ def _rank(rank: int, job: Job) -> Result:
     )
 
 
-def _feed(job: Job, subject: Subject, beton: Beton, world: World) -> EvaluationFeed:
+def _feed(job: EvaluationRequest, subject: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:
     return EvaluationFeed(
         beton,
         image_size=subject.image_size,

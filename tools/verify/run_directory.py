@@ -19,7 +19,7 @@ from pipeline.weights.safetensors_file import read_weights
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckedPath:
     """One thing that was looked at: its path, whether it is as it was written, and a word about it."""
 
     path: str
@@ -48,7 +48,7 @@ def verify_run(directory: str | Path) -> None:
         )
 
 
-def examine(directory: str | Path) -> Iterator[Finding]:
+def examine(directory: str | Path) -> Iterator[CheckedPath]:
     """Everything in a run, a stage, a folder of checkpoints or one checkpoint; a path or a URL."""
     folder = Folder.at(directory)
     name = CheckpointName.parse(folder.path.rstrip("/").rpartition("/")[2])
@@ -66,31 +66,33 @@ def examine(directory: str | Path) -> Iterator[Finding]:
         raise StageError(f"{directory} is no run, stage or checkpoint of ours; correct the path")
 
 
-def checkpoints(folder: Folder) -> Iterator[Finding]:
+def checkpoints(folder: Folder) -> Iterator[CheckedPath]:
     """The checkpoints of a stage, old to new."""
     inside = folder.entries()
     for name in sorted(filter(None, map(CheckpointName.parse, inside))):
         yield _checkpoint(folder / str(name), name)
     if EVER_COMMITTED in inside and not any((folder / entry / COMMIT).exists() for entry in inside):
-        yield Finding(str(folder), False, "a checkpoint was committed here, and none is left")
+        yield CheckedPath(str(folder), False, "a checkpoint was committed here, and none is left")
     if QUARANTINE in inside:
         count = len((folder / QUARANTINE).entries())
-        yield Finding(str(folder / QUARANTINE), True, f"{count} damaged were set aside, and are not used")
+        yield CheckedPath(str(folder / QUARANTINE), True, f"{count} damaged were set aside, and are not used")
 
 
-def _checkpoint(folder: Folder, name: CheckpointName | None) -> Finding:
+def _checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPath:
     if name is None:
-        return Finding(str(folder), False, "the directory has not the name of a checkpoint")
+        return CheckedPath(str(folder), False, "the directory has not the name of a checkpoint")
     if not (folder / COMMIT).exists():
-        return Finding(str(folder), True, "not committed: left over from a save that was cut short, and not used")
+        return CheckedPath(str(folder), True, "not committed: left over from a save that was cut short, and not used")
     manifest, problems = verify_checkpoint(folder, name)
     if manifest is None:
-        return Finding(str(folder), False, "; ".join(problems))
+        return CheckedPath(str(folder), False, "; ".join(problems))
     size = sum(record.bytes for record in manifest.files.values())
-    return Finding(str(folder), True, f"{len(manifest.files)} files, {size:,} bytes, {manifest.facts.get('why', '')}")
+    return CheckedPath(
+        str(folder), True, f"{len(manifest.files)} files, {size:,} bytes, {manifest.facts.get('why', '')}"
+    )
 
 
-def _stages(directory: Path) -> Iterator[Finding]:
+def _stages(directory: Path) -> Iterator[CheckedPath]:
     try:
         stages = [directory / name for name in load_recipe(directory / RECIPE_FILE).stages]
     except UserError:
@@ -99,18 +101,18 @@ def _stages(directory: Path) -> Iterator[Finding]:
         yield from _stage(path)
 
 
-def _stage(directory: Path) -> Iterator[Finding]:
+def _stage(directory: Path) -> Iterator[CheckedPath]:
     stage = Stage(directory)
     home = stage.remote or Folder.at(stage.directory)
     if not stage.attempts.newest():
-        yield Finding(str(home), True, "not begun")
+        yield CheckedPath(str(home), True, "not begun")
         return
     yield from checkpoints(checkpoint_home(stage))
     yield _journal(directory / JOURNAL_FILE, str(home / JOURNAL_FILE))
     try:
         done, result = stage.done(), stage.result()
     except (ValueError, TypeError) as error:
-        yield Finding(str(home / DONE_FILE), False, f"DONE or result.json cannot be read ({error})")
+        yield CheckedPath(str(home / DONE_FILE), False, f"DONE or result.json cannot be read ({error})")
         return
     if done is None:
         return
@@ -118,15 +120,15 @@ def _stage(directory: Path) -> Iterator[Finding]:
     try:
         read_weights(weights, done.weights_sha256)
     except CheckpointError as error:
-        yield Finding(weights, False, str(error))
+        yield CheckedPath(weights, False, str(error))
     else:
         agrees = bool(result) and result.get("weights_sha256") == done.weights_sha256
-        yield Finding(weights, agrees, "as DONE says" if agrees else "DONE and result.json name other weights")
+        yield CheckedPath(weights, agrees, "as DONE says" if agrees else "DONE and result.json name other weights")
 
 
-def _journal(path: Path, name: str) -> Finding:
+def _journal(path: Path, name: str) -> CheckedPath:
     lines = path.read_bytes().splitlines() if path.exists() else []
     bad = [number for number, line in enumerate(lines, 1) if parse_line(line) is None]
     if bad and bad != [len(lines)]:  # the last may be torn: the next attempt cuts it off
-        return Finding(name, False, f"line {bad[0]} is no JSON object")
-    return Finding(name, True, f"{len(lines)} lines")
+        return CheckedPath(name, False, f"line {bad[0]} is no JSON object")
+    return CheckedPath(name, True, f"{len(lines)} lines")

@@ -14,7 +14,7 @@ SQUASHED_FROM = 384  # pixels: the official evaluation squashes images of this s
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """`model` gives logits, or the last map (n, C, h, w) where `classes` is 0."""
 
     source: str
@@ -34,9 +34,9 @@ def default_crop(image_size: int) -> float:
     return 1.0 if image_size >= SQUASHED_FROM else 0.875
 
 
-def open_subject(
+def load_evaluated_model(
     path: str, *, ema: bool | None = None, image_size: int | None = None, crop_pct: float | None = None
-) -> Subject:
+) -> EvaluatedModel:
     """Load weights on the CPU.
 
     Args:
@@ -52,7 +52,7 @@ def open_subject(
     model = build(opened.tensors, facts.get("model"), opened.source)
     names = tuple(facts.get("classes") or ()) or None
     crop = crop_pct or default_crop(size)
-    return Subject(path, model, _variant(model), model.num_classes, names, opened.which, size, crop)
+    return EvaluatedModel(path, model, _variant(model), model.num_classes, names, opened.which, size, crop)
 
 
 def _variant(model: nn.Module) -> str | None:

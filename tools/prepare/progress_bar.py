@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 LINE_SECONDS = 30.0
 
 
-class Progress:
+class ProgressBar:
     """Called with the number of images that are done and that there are."""
 
     def __init__(self, console: Console) -> None:

@@ -1,0 +1,46 @@
+"""`fcmae estimate`: what a run will cost on a cluster."""
+
+from typing import Annotated
+
+import typer
+
+from tools.options import Json, Overrides, RecipeName, SiteName
+from tools.tables import wide_console
+
+
+def estimate_cost(
+    recipe: RecipeName,
+    site: SiteName,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Default: what the site says.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of one hour of one GPU (of one rank on CPUs), to get the cost.")
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[FILE=]N",
+            help="Number of images in a data file that is not on this machine: N for all training files, or FILE=N for"
+            " one file. May be given several times.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Run a few real steps of each stage on this machine and correct the estimate."),
+    ] = False,
+    formulas: Annotated[bool, typer.Option("--formulas", help="Show the formula behind each figure.")] = False,
+    json: Json = False,
+) -> None:
+    """Predict memory per GPU, hours, cost and disk space of a recipe on a cluster, before you queue anything."""
+    from cluster.site import load_site
+    from pipeline.recipe import load_recipe
+    from tools.estimate.estimate_table import estimate_json, render_estimate
+    from tools.estimate.stage_estimate import estimate
+    from tools.recipes.library import find_recipe
+
+    chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
+    stages = estimate(chain, profile, nodes=nodes, images=images or (), measured_here=measure)
+    if json:
+        print(estimate_json(stages, price))
+    else:
+        wide_console(180).print(render_estimate(stages, price, formulas))

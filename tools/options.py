@@ -1,0 +1,28 @@
+"""Arguments and options that several commands share, each with its help text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of an included recipe (see `fcmae recipe list`)."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as stages.pretrain.schedule.epochs=10."),
+]
+SiteName = Annotated[
+    str, typer.Option(metavar="SITE", help="A YAML file that describes the cluster, or the name of an included site.")
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine: one for each GPU, or one for a share of the CPU cores.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+EntryKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which entry of a checkpoint file to read, such as model_ema or state_dict."),
+]

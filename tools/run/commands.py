@@ -1,0 +1,218 @@
+"""The commands for a run: run it here or on Slurm, resume it, cancel it, and see what it does."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import UserError
+from pipeline.storage.file_names import RECIPE_FILE
+from tools.options import Json, Overrides, Processes, RecipeName, RunDirectory, SiteName
+from tools.tables import plain_table, wide_console
+
+if TYPE_CHECKING:
+    from cluster.site import Site
+    from cluster.slurm.gpu_memory_check import Needed
+    from cluster.slurm.submit import Planned
+    from pipeline.recipe import ChainRecipe
+
+
+def run_here(
+    recipe: RecipeName,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="The run directory: a path, or a URL such as s3://... If it exists, it resumes."
+        ),
+    ],
+    overrides: Overrides = None,
+    nproc: Processes = 1,
+) -> None:
+    """Train all stages of a recipe on this machine, or resume them after an interruption.
+
+    Exit codes: 0 done; 75 stopped and saved, run the same command to resume; 76 a process was lost or hung, run the
+    same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there; 1 failed, the message
+    says what to fix.
+    """
+    from cluster.chain import open_chain, preflight, run_chain
+    from cluster.local import LocalLauncher
+    from cluster.origin import write_origin
+    from cluster.show.progress import Progress
+    from cluster.show.status import status
+    from cluster.show.status_table import render
+    from pipeline.recipe import load_recipe
+    from pipeline.stage.outcome import OutcomeKind
+    from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of, working_copy
+    from tools.recipes.library import find_recipe
+
+    chain = load_recipe(find_recipe(recipe), overrides or [])
+    directory = working_copy(out)
+    for stage in chain.stages.values():
+        stage.check_world_size(nproc)
+    stages = open_chain(chain, directory)
+    write_origin(directory, find_recipe(recipe), overrides or [])
+    preflight(stages, nproc)
+    remote = remote_of(directory)
+    run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage uploads its own files
+    if run_files:
+        run_files.push()
+    console = Console()
+    with Progress(directory, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
+        outcome = run_chain(stages, launcher.run)
+    if run_files:
+        run_files.push()
+    if outcome.kind is OutcomeKind.SAVED:
+        print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
+        raise typer.Exit(outcome.kind.exit_code)
+    if outcome.kind is OutcomeKind.BAD_NODE:
+        print(f"fcmae: {outcome.reason}; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(outcome.kind.exit_code)
+    if outcome.kind is not OutcomeKind.DONE:
+        raise UserError(outcome.reason)
+    console.print(render(status(directory)))
+
+
+def submit_run(
+    recipe: RecipeName,
+    site: SiteName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run directory, on a file system that all nodes share.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job scripts; submit nothing and write nothing.")
+    ] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Do not submit the stages before this one.")
+    ] = None,
+) -> None:
+    """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done."""
+    from cluster.chain import resolved
+    from cluster.origin import write_origin
+    from cluster.site import check_path, load_site
+    from cluster.slurm import submit as jobs
+    from cluster.slurm.snapshot import snapshot_path
+    from pipeline.recipe import load_recipe
+    from tools.recipes.library import find_recipe
+
+    chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
+    chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
+    run = check_path((Path(profile.run_root or "") / out).resolve())
+    if dry_run:
+        planned = jobs.plan(chain, run, profile, ask_slurm=False, start=start)
+        for needed in jobs.check(planned).values():  # on stderr, because the scripts are printed to the letter
+            print(
+                needed.warning or f"stage {needed.stage}: {needed} GiB of a {needed.gpu} by estimate", file=sys.stderr
+            )
+        for text in jobs.scripts(planned, snapshot_path(run)):
+            print(text)
+        return
+    _submit(chain, run, profile, start)
+    write_origin(run, find_recipe(recipe), overrides or [])
+
+
+def resume_run(
+    directory: RunDirectory,
+    site: Annotated[
+        str | None,
+        typer.Option(metavar="SITE", help="Continue on another site or number of nodes. Default: the site used last."),
+    ] = None,
+) -> None:
+    """Submit the stages that are neither done nor queued nor running. Safe to call at any time."""
+    from cluster.show.status import stage_names
+    from cluster.site import check_path, load_site, stored_site
+    from pipeline.recipe import load_recipe
+
+    run = check_path(directory.resolve())
+    stage_names(run)
+    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None)
+
+
+def cancel_run(directory: RunDirectory) -> None:
+    """Cancel the Slurm jobs of a run. Running jobs save first; `fcmae resume` continues from there."""
+    from cluster.show.status import stage_names
+    from cluster.slurm import submit as jobs
+
+    for sentence in jobs.cancel(directory.resolve(), stage_names(directory)):
+        print(sentence)
+
+
+def show_status(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The run directory, or its URL.")],
+    json: Json = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep the table up to date until all is done, or until Ctrl-C.")
+    ] = False,
+    refresh_seconds: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two updates.")] = 2.0,
+) -> None:
+    """Show the progress of each stage of a run: state, step, loss, speed, remaining time, job, result."""
+    from cluster.show import status as view
+    from cluster.show.status_table import render
+    from cluster.show.watch import watch as watch_run
+
+    console = wide_console()
+    if watch and not json:
+        watch_run(directory, console, refresh_seconds)
+        return
+    run = view.Run(directory)
+    statuses = run.statuses()
+    if json:
+        print(view.to_json(statuses))
+    else:
+        console.print(render(statuses, run.queue.trouble))
+
+
+def show_times(directory: RunDirectory, json: Json = False) -> None:
+    """Show how long each resume took (stop, save, requeue, queue, start), and each start of an attempt."""
+    from cluster.show import times as view
+    from cluster.show.status import stage_names
+
+    stages = [directory.resolve() / name for name in stage_names(directory)]
+    if json:
+        print(view.to_json(stages))
+    else:
+        wide_console().print(view.render(stages))
+
+
+def show_logs(
+    directory: RunDirectory,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="One stage. Default: all stages.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Show the log of this rank.")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="Lines from the end of each log file.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep printing new lines until all is done, or until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Print what a rank of a run has printed, on Slurm or on this machine."""
+    from cluster.show.logs import show
+
+    show(directory, stage, rank, lines, follow=follow)
+
+
+def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
+    from cluster.slurm import submit as jobs
+    from cluster.slurm.snapshot import snapshot_path
+
+    planned = jobs.plan(chain, run, profile, start=start)
+    needed = jobs.check(planned)
+    jobs.check_with_slurm(planned, snapshot_path(run))
+    Console().print(_plan_table(planned, needed))
+    for estimate in needed.values():
+        if estimate.warning:
+            print(estimate.warning)
+    jobs.submit(chain, run, profile, planned, print)
+
+
+def _plan_table(planned: "list[Planned]", needed: "dict[str, Needed]") -> Table:
+    memory = ("GiB of a GPU",) if needed else ()
+    numbers = ("nodes", "ranks", "GPUs", "CPUs", "minutes", *memory)
+    table = plain_table("stage", "partition", *numbers, "", right=numbers, no_wrap=True)
+    for item in planned:
+        site = item.site
+        state = "done" if item.done else f"job {item.job.id} {item.job.state}" if item.job else "to submit"
+        counts = (site.nodes, site.ranks, site.nodes * site.gpus_per_node, site.ranks * site.cpus_per_task)
+        cells = [site.partition or "default", *map(str, counts), str(site.time_limit_minutes)]
+        cells += [str(needed.get(item.name, "")) for _ in memory]
+        table.add_row(item.name, *(cells if item.missing else [""] * len(cells)), state)
+    return table
