@@ -30,7 +30,7 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
         raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        stages = {name: resolved(stage) for name, stage in recipe.stages.items()}
+        stages = {name: resolve_paths(stage) for name, stage in recipe.stages.items()}
         if known.exists():
             _refuse_other(load_recipe(known).stages, stages, directory)
         write_recipe(recipe.model_copy(update={"stages": stages}), known)
@@ -42,7 +42,7 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
     return made
 
 
-def resolved(recipe: StageRecipe) -> StageRecipe:
+def resolve_paths(recipe: StageRecipe) -> StageRecipe:
     """The recipe with its paths absolute (URLs are) and without variables, so that any process in any directory can run
     the stage.
 
@@ -97,7 +97,7 @@ def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome
     return Outcome(OutcomeKind.DONE)
 
 
-def preflight(stages: list[Stage], processes: int) -> None:
+def check_before_start(stages: list[Stage], processes: int) -> None:
     """Everything that can be refused before a process starts: data files, classes, the number of processes.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from pipeline.distributed.processes import LAUNCHER_PID
-from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import ExitCode, Outcome, OutcomeKind
 from pipeline.storage.file_names import LOGS_FOLDER
@@ -56,7 +56,7 @@ class LocalLauncher:
             return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
         self._ended, deadline, failed = {}, None, False
         attempts = Stage(stage_directory).attempts.newest()
-        meeting = held_port()
+        meeting = reserve_port()
         try:
             self._start(stage_directory, meeting.getsockname()[1])
             shown = 0.0
@@ -91,7 +91,7 @@ class LocalLauncher:
         threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
         self._ranks = []
         # A rank told to stop while it still imports torch would just die: it unblocks these once it can obey.
-        signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for rank in range(self.processes):
             place = {
                 **shared,
@@ -110,7 +110,7 @@ class LocalLauncher:
                         start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
                     )
                 )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._stops += 1
@@ -160,7 +160,7 @@ def _end(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
 
-def held_port() -> socket.socket:
+def reserve_port() -> socket.socket:
     """A socket whose port nobody else is given until it is closed, though rank 0 can listen there meanwhile: it imports
     torch before it does, and a port that is only found free may be gone by then.
 

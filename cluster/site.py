@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from cluster.preflight.settings import PreflightSettings
-from cluster.slurm.history import log_directory
+from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import LaunchError, RecipeError
 from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings
@@ -222,7 +222,7 @@ def stored_site(run: Path, stage: str | None = None) -> Site:
     Raises:
         LaunchError: if it never was.
     """
-    if stage and (own := log_directory(run / stage) / SITE).exists():
+    if stage and (own := slurm_directory(run / stage) / SITE).exists():
         return load_site(str(own))
     if not (run / SITE).exists():
         raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")

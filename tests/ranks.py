@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.local import held_port
+from cluster.local import reserve_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -16,7 +16,7 @@ PROCESSES.set_forkserver_preload(["tests.engines", "deepspeed"])
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600) -> list[Any]:
     """What `work(world, *arguments)` returns on each of `size` ranks; raises RuntimeError with a rank's traceback."""
-    with held_port() as meeting:
+    with reserve_port() as meeting:
         return _on_ranks(size, meeting.getsockname()[1], work, arguments, timeout_seconds)
 
 

@@ -31,14 +31,14 @@ app = typer.Typer(
 
 def examine_machine(json: Json = False) -> None:
     """List what this machine has and lacks for training, and how to get it. Exit code 1 if it cannot run stages."""
-    from cluster.findings import Level, render, to_json
+    from cluster.check_results import Level, results_json, results_table
     from tools.doctor import doctor
 
     findings = doctor()
     if json:
-        print(to_json(findings))
+        print(results_json(findings))
     else:
-        Console().print(render(findings))
+        Console().print(results_table(findings))
     if any(finding.level is Level.MISSING for finding in findings):
         raise typer.Exit(1)
 

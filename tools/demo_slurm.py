@@ -19,8 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.show.status import Run, StageStatus
-from cluster.show.status_table import render
+from cluster.show.status import RunFollower, StageStatus
+from cluster.show.status_table import run_table
 from cluster.site import load_site
 from pipeline.errors import UserError
 from pipeline.storage.file_names import ATTEMPTS_FOLDER
@@ -80,7 +80,7 @@ def disturb(recipe: str, out: Path, overrides: list[str]) -> None:
     """Submit the chain, preempt its first stage and kill a node of its second, and wait until it is done."""
     say(f"the chain on Slurm: {out}; see also `fcmae status {out} --watch`")
     fcmae("submit", recipe, "--site", SITE, "--out", out, *overrides)
-    run = Run(out)
+    run = RunFollower(out)
     first, second = (s.stage for s in run.statuses()[:2])
     trains = until_training(run, first)
     say(f"{first} is at step {trains.step}: a job of higher priority takes every node")
@@ -97,7 +97,7 @@ def disturb(recipe: str, out: Path, overrides: list[str]) -> None:
     wait(run, "the chain is done", lambda s: all(stage.state == "done" for stage in s.values()))
 
 
-def until_training(run: Run, stage: str, attempt: int = 1) -> StageStatus:
+def until_training(run: RunFollower, stage: str, attempt: int = 1) -> StageStatus:
     """The stage, as soon as it makes steps in this attempt or a later one.
 
     Raises:
@@ -119,7 +119,7 @@ def newest_host(stage: Path) -> str:
     return json.loads(max((stage / ATTEMPTS_FOLDER).glob("??????.json")).read_text())["host"]
 
 
-def wait(run: Run, what: str, condition: Callable[[dict[str, StageStatus]], bool]) -> dict[str, StageStatus]:
+def wait(run: RunFollower, what: str, condition: Callable[[dict[str, StageStatus]], bool]) -> dict[str, StageStatus]:
     """The stages by name, as soon as the condition holds."""
     deadline = time.monotonic() + 3600
     while time.monotonic() < deadline:
@@ -134,8 +134,8 @@ def wait(run: Run, what: str, condition: Callable[[dict[str, StageStatus]], bool
 
 def compare(out: Path, reference: Path) -> None:
     """Print both hashes of each stage's weights; DemoError if two differ."""
-    Console(width=160).print(render(found := Run(out).statuses()))
-    wanted = {s.stage: s.weights_sha256 for s in Run(reference).statuses()}
+    Console(width=160).print(run_table(found := RunFollower(out).statuses()))
+    wanted = {s.stage: s.weights_sha256 for s in RunFollower(reference).statuses()}
     for s in found:
         say(f"{s.stage}: weights {s.weights_sha256[:16]} on Slurm, {wanted[s.stage][:16]} undisturbed")
     if differing := [s.stage for s in found if s.weights_sha256 != wanted[s.stage]]:

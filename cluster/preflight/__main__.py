@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.findings import render, to_json
-from cluster.preflight import Expectations, PreflightSettings, preflight, verdict
+from cluster.check_results import results_json, results_table
+from cluster.preflight import Expectations, PreflightSettings, check_node, failure_outcome
 from pipeline.stage.outcome import OutcomeKind
 
 
@@ -25,11 +25,11 @@ def main() -> None:
         settings = PreflightSettings.model_validate_json(given.settings)
     except ValueError as error:
         parser.error(f"--settings: {error}")
-    findings = preflight(
+    findings = check_node(
         Expectations(given.run, given.scratch, given.devices, int(os.environ.get("LOCAL_RANK", 0)), settings)
     )
-    print(to_json(findings)) if given.json else Console().print(render(findings))
-    outcome = verdict(findings)
+    print(results_json(findings)) if given.json else Console().print(results_table(findings))
+    outcome = failure_outcome(findings)
     sys.stdout.flush()
     # A thread that waits for a hung mount would hold an orderly exit.
     os._exit((outcome.kind if outcome else OutcomeKind.DONE).exit_code)

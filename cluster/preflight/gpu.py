@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cluster.findings import Finding, Level
+from cluster.check_results import CheckResult, Level
 from cluster.preflight.host import GIB, is_ours
 from cluster.preflight.settings import Expectations
 
@@ -20,10 +20,10 @@ MATRIX = "matrix product"
 FIELDS = ("uuid", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "remapped_rows.failure")
 
 
-def check_gpu(expected: Expectations) -> Iterator[Finding]:
+def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
     """Everything of this file; on CPUs the matrix product alone."""
     if not expected.devices:
-        yield Finding("gpu", Level.SKIPPED, "training on CPUs")
+        yield CheckResult("gpu", Level.SKIPPED, "training on CPUs")
         yield from _matrix(expected)
         return
     import torch
@@ -31,12 +31,12 @@ def check_gpu(expected: Expectations) -> Iterator[Finding]:
     seen = torch.cuda.device_count()
     if not torch.version.cuda:
         remedy = "install a CUDA build of torch, see docs/install.md"
-        yield Finding("gpu", Level.MISSING, "this torch is built for CPUs only", remedy, 0)
+        yield CheckResult("gpu", Level.MISSING, "this torch is built for CPUs only", remedy, 0)
     elif seen < expected.devices:
         detail = f"{seen} visible, {expected.devices} expected"
-        yield Finding("gpu", Level.BAD_NODE, detail, "look at `nvidia-smi` there", seen)
+        yield CheckResult("gpu", Level.BAD_NODE, detail, "look at `nvidia-smi` there", seen)
     else:
-        yield Finding("gpu", Level.OK, f"{seen} visible", value=seen)
+        yield CheckResult("gpu", Level.OK, f"{seen} visible", value=seen)
         try:
             visible = {_uuid(torch.cuda.get_device_properties(i).uuid) for i in range(seen)}
             yield from gpu_health(_nvidia_smi("--query-gpu=" + ",".join(FIELDS)), visible)
@@ -45,21 +45,21 @@ def check_gpu(expected: Expectations) -> Iterator[Finding]:
             yield from _matrix(expected)
         except RuntimeError as error:  # all that CUDA has to say, lack of memory included
             said = f"GPU {expected.local_rank}: {str(error).splitlines()[0]}"
-            yield Finding("gpu", Level.BAD_NODE, said, "reset the GPU or restart the node")
+            yield CheckResult("gpu", Level.BAD_NODE, said, "reset the GPU or restart the node")
 
 
-def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str]) -> Iterator[Finding]:
+def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str]) -> Iterator[CheckResult]:
     """What nvidia-smi says of the memory of the GPUs we see. An Xid is in the kernel's log, which users may seldom
     read; those that matter here leave a GPU that nvidia-smi or CUDA cannot reach."""
     if answer is None:
-        yield Finding("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
+        yield CheckResult("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
         return
     if answer.returncode != 0:
         said = " ".join((answer.stdout + answer.stderr).split())[:200] or "no answer"
         if "not a valid field" in said:
-            yield Finding("gpu health", Level.SKIPPED, f"nvidia-smi: {said}")
+            yield CheckResult("gpu health", Level.SKIPPED, f"nvidia-smi: {said}")
         else:
-            yield Finding("gpu health", Level.BAD_NODE, f"nvidia-smi: {said}", "reset the GPU or restart the node")
+            yield CheckResult("gpu health", Level.BAD_NODE, f"nvidia-smi: {said}", "reset the GPU or restart the node")
         return
     troubles = []
     for uuid, uncorrected, pending, failure in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
@@ -72,9 +72,11 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
         if failure == "Yes":
             troubles.append(f"{uuid}: a memory row could not be remapped")
     if troubles:
-        yield Finding("gpu health", Level.BAD_NODE, "; ".join(troubles), "reset the GPU; if it comes back, replace it")
+        yield CheckResult(
+            "gpu health", Level.BAD_NODE, "; ".join(troubles), "reset the GPU; if it comes back, replace it"
+        )
     else:
-        yield Finding("gpu health", Level.OK, "no uncorrected memory error")
+        yield CheckResult("gpu health", Level.OK, "no uncorrected memory error")
 
 
 def _nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
@@ -88,29 +90,29 @@ def _nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.Completed
         return subprocess.CompletedProcess(command, 1, "", f"did not answer within {timeout_seconds:.0f} s")
 
 
-def _memory(expected: Expectations) -> Iterator[Finding]:
+def _memory(expected: Expectations) -> Iterator[CheckResult]:
     import torch
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(expected.local_rank)
     fraction, needed = free_bytes / total_bytes, expected.settings.device_memory_fraction
     detail = f"GPU {expected.local_rank}: {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
     if fraction >= needed:
-        yield Finding("gpu memory", Level.OK, detail, value=fraction)
+        yield CheckResult("gpu memory", Level.OK, detail, value=fraction)
     else:
         remedy = "a dead process may hold it: see `nvidia-smi`, reset the GPU"
-        yield Finding("gpu memory", Level.BAD_NODE, f"{detail}, {needed:.0%} needed", remedy, fraction)
+        yield CheckResult("gpu memory", Level.BAD_NODE, f"{detail}, {needed:.0%} needed", remedy, fraction)
 
 
-def _processes(expected: Expectations, visible: set[str]) -> Iterator[Finding]:
+def _processes(expected: Expectations, visible: set[str]) -> Iterator[CheckResult]:
     answer = _nvidia_smi("--query-compute-apps=pid,process_name,gpu_uuid")
     if answer is None or answer.returncode != 0:
-        yield Finding("gpu processes", Level.SKIPPED, "nvidia-smi does not tell")
+        yield CheckResult("gpu processes", Level.SKIPPED, "nvidia-smi does not tell")
     elif others := foreign_processes(answer.stdout, visible, expected.settings.allowed_processes):
         detail = f"others compute on our GPUs: {', '.join(others)}"
         remedy = "end them, or ask for whole nodes (exclusive)"
-        yield Finding("gpu processes", Level.BAD_NODE, detail, remedy, len(others))
+        yield CheckResult("gpu processes", Level.BAD_NODE, detail, remedy, len(others))
     else:
-        yield Finding("gpu processes", Level.OK, "ours alone", value=0)
+        yield CheckResult("gpu processes", Level.OK, "ours alone", value=0)
 
 
 def foreign_processes(table: str, visible: set[str], allowed: list[str]) -> list[str]:
@@ -132,7 +134,7 @@ def _uuid(text: object) -> str:
     return str(text).removeprefix("GPU-")
 
 
-def _matrix(expected: Expectations) -> Iterator[Finding]:
+def _matrix(expected: Expectations) -> Iterator[CheckResult]:
     import torch
 
     device = torch.device("cuda", expected.local_rank) if expected.devices else torch.device("cpu")
@@ -141,12 +143,12 @@ def _matrix(expected: Expectations) -> Iterator[Finding]:
     detail = f"{tflops:.3g} TFLOP/s on {device}"
     if not repeatable:
         said = f"{device}: the same product twice gave different numbers"
-        yield Finding(MATRIX, Level.BAD_NODE, said, "take the node out: its arithmetic is broken", tflops)
+        yield CheckResult(MATRIX, Level.BAD_NODE, said, "take the node out: its arithmetic is broken", tflops)
     elif tflops < floor:
         remedy = "see its clocks and temperature, and what else runs there"
-        yield Finding(MATRIX, Level.BAD_NODE, f"{detail}, {floor:g} needed", remedy, tflops)
+        yield CheckResult(MATRIX, Level.BAD_NODE, f"{detail}, {floor:g} needed", remedy, tflops)
     else:
-        yield Finding(MATRIX, Level.OK, detail, value=tflops)
+        yield CheckResult(MATRIX, Level.OK, detail, value=tflops)
 
 
 def matrix_product(device: "torch.device") -> tuple[float, bool]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import psutil
 
-from cluster.findings import Finding, Level
+from cluster.check_results import CheckResult, Level
 from cluster.preflight.settings import Expectations
 
 T = TypeVar("T")
@@ -24,17 +24,17 @@ RANK_MODULES = ("pipeline.run", "submitit.core._submit", "cluster.slurm.worker")
 NODE_ERRNOS = {errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT}
 
 
-def check_host(expected: Expectations) -> Iterator[Finding]:
+def check_host(expected: Expectations) -> Iterator[CheckResult]:
     """Everything of this file."""
     for check in (_memory, _strays, _disks, _clock):
         yield from check(expected)
 
 
-def _memory(expected: Expectations) -> Iterator[Finding]:
+def _memory(expected: Expectations) -> Iterator[CheckResult]:
     free, needed = available_memory_bytes() / GIB, expected.settings.host_memory_gib
     level = Level.BAD_NODE if free < needed else Level.OK
     remedy = "" if free >= needed else "see what else runs there, or ask for more memory"
-    yield Finding("memory", level, f"{free:.1f} GiB free, {needed:g} needed", remedy, free)
+    yield CheckResult("memory", level, f"{free:.1f} GiB free, {needed:g} needed", remedy, free)
 
 
 def available_memory_bytes() -> int:
@@ -56,15 +56,15 @@ def available_memory_bytes() -> int:
     return available
 
 
-def _strays(expected: Expectations) -> Iterator[Finding]:
+def _strays(expected: Expectations) -> Iterator[CheckResult]:
     deadline = time.monotonic() + expected.settings.stray_seconds
     while (found := stray_ranks(expected.stage_directory)) and time.monotonic() < deadline:
         time.sleep(0.2)
     if not found:
-        yield Finding("processes", Level.OK, "no rank of an earlier attempt", value=0)
+        yield CheckResult("processes", Level.OK, "no rank of an earlier attempt", value=0)
         return
     detail = f"ranks of an earlier attempt still run: {', '.join(found)}"
-    yield Finding("processes", Level.BAD_NODE, detail, "end them; Slurm's slurmd may have lost them", len(found))
+    yield CheckResult("processes", Level.BAD_NODE, detail, "end them; Slurm's slurmd may have lost them", len(found))
 
 
 def stray_ranks(stage_directory: Path) -> list[str]:
@@ -95,27 +95,27 @@ def _start_of_job(environment: dict[str, str]) -> tuple[str | None, str]:
     return environment.get("SLURM_JOB_ID"), environment.get("SLURM_RESTART_COUNT") or "0"
 
 
-def _disks(expected: Expectations) -> Iterator[Finding]:
+def _disks(expected: Expectations) -> Iterator[CheckResult]:
     settings = expected.settings
     places = [("scratch", expected.scratch, True)] if expected.scratch else []
     for name, folder, local in [*places, ("run directory", expected.stage_directory, False)]:
         answer = _within(settings.disk_timeout_seconds, lambda folder=folder, local=local: _probe(folder, make=local))
         if answer is None:
             detail = f"{folder} did not take 4 MiB within {settings.disk_timeout_seconds:g} s"
-            yield Finding(name, Level.BAD_NODE, detail, "the mount may hang: see dmesg there")
+            yield CheckResult(name, Level.BAD_NODE, detail, "the mount may hang: see dmesg there")
         elif isinstance(answer, OSError):
             to_blame = local or answer.errno in NODE_ERRNOS
             detail = f"{folder}: {answer.strerror}"
             remedy = "look at the mount on that node" if to_blame else "make room, or give the run another directory"
-            yield Finding(name, Level.BAD_NODE if to_blame else Level.MISSING, detail, remedy)
+            yield CheckResult(name, Level.BAD_NODE if to_blame else Level.MISSING, detail, remedy)
         else:
             free, seconds = answer
             detail = f"{folder}: {free / GIB:.1f} GiB free, 4 MiB written and read in {seconds * 1000:.0f} ms"
             if free / GIB < settings.disk_gib:
                 level = Level.BAD_NODE if local else Level.MISSING
-                yield Finding(name, level, f"{detail}; {settings.disk_gib:g} GiB needed", "make room", free / GIB)
+                yield CheckResult(name, level, f"{detail}; {settings.disk_gib:g} GiB needed", "make room", free / GIB)
             else:
-                yield Finding(name, Level.OK, detail, value=free / GIB)
+                yield CheckResult(name, Level.OK, detail, value=free / GIB)
 
 
 def _probe(folder: Path, make: bool) -> tuple[int, float]:
@@ -132,15 +132,15 @@ def _probe(folder: Path, make: bool) -> tuple[int, float]:
     return shutil.disk_usage(folder).free, time.perf_counter() - began
 
 
-def _clock(expected: Expectations) -> Iterator[Finding]:
+def _clock(expected: Expectations) -> Iterator[CheckResult]:
     offset = _within(expected.settings.disk_timeout_seconds, lambda: clock_offset_seconds(expected.stage_directory))
     if offset is None or isinstance(offset, OSError):
-        yield Finding("clock", Level.SKIPPED, f"{expected.stage_directory} cannot be written")
+        yield CheckResult("clock", Level.SKIPPED, f"{expected.stage_directory} cannot be written")
     elif abs(offset) > expected.settings.clock_seconds:
         detail = f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} the shared file system's"
-        yield Finding("clock", Level.BAD_NODE, detail, "see whether its time service (chrony, ntpd) runs", offset)
+        yield CheckResult("clock", Level.BAD_NODE, detail, "see whether its time service (chrony, ntpd) runs", offset)
     else:
-        yield Finding("clock", Level.OK, f"{offset:+.2f} s against the shared file system's", value=offset)
+        yield CheckResult("clock", Level.OK, f"{offset:+.2f} s against the shared file system's", value=offset)
 
 
 def clock_offset_seconds(folder: Path) -> float:

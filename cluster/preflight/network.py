@@ -11,20 +11,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cluster.findings import Finding, Level, node_name
+from cluster.check_results import CheckResult, Level, node_name
 from cluster.preflight.gpu import slow_ranks
 from cluster.preflight.settings import PreflightSettings
 
 CPU_BYTES, GPU_BYTES = 4 * 2**20, 256 * 2**20
 
 
-def group_preflight(
+def check_network(
     settings: PreflightSettings,
     *,
     tflops: float | None = None,
     cuda: bool = False,
     hosts: Sequence[str] = (),
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Compare the ranks' matrix products and measure the all-reduce. Collective: one call per rank, with RANK,
     WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; uses the port after MASTER_PORT.
 
@@ -38,7 +38,7 @@ def group_preflight(
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or not settings.enabled:
-        return [Finding("network", Level.SKIPPED, "one rank" if size == 1 else "switched off by the site")]
+        return [CheckResult("network", Level.SKIPPED, "one rank" if size == 1 else "switched off by the site")]
     timeout = timedelta(seconds=settings.join_timeout_seconds)
     try:
         store = dist.TCPStore(
@@ -58,7 +58,7 @@ def group_preflight(
     if missing:
         detail = f"rank {{}} did not come within {settings.join_timeout_seconds:g} s"
         return [
-            Finding("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else "?")
+            CheckResult("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else "?")
             for other in missing
         ]
     try:
@@ -69,12 +69,12 @@ def group_preflight(
             dist.destroy_process_group()
     except RuntimeError as error:
         detail = f"rank {rank}: {str(error).splitlines()[0]}"
-        return [Finding("network", Level.BAD_NODE, detail, "see NCCL's log with NCCL_DEBUG=INFO")]
+        return [CheckResult("network", Level.BAD_NODE, detail, "see NCCL's log with NCCL_DEBUG=INFO")]
 
 
-def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> Finding:
+def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> CheckResult:
     node = hosts[0] if hosts else os.environ["MASTER_ADDR"]
-    return Finding("network", Level.BAD_NODE, f"rank {rank} cannot reach rank 0: {why}", node=node)
+    return CheckResult("network", Level.BAD_NODE, f"rank {rank} cannot reach rank 0: {why}", node=node)
 
 
 def _missing(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> list[int]:
@@ -95,7 +95,7 @@ def _missing(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> 
     return missing
 
 
-def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> list[Finding]:
+def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> list[CheckResult]:
     size = dist.get_world_size()
     shared: list = [None] * size
     dist.all_gather_object(shared, (node_name(), int(os.environ.get("LOCAL_RANK", 0)), tflops))
@@ -106,25 +106,25 @@ def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> l
     rate, floor = allreduce_gb_per_second(cuda), settings.allreduce_floor_gb_per_second
     detail = f"all-reduce of {size} ranks on {len(set(nodes))} nodes: {rate:.3g} GB/s"
     if rate >= floor:
-        return [*findings, Finding("network", Level.OK, detail, value=rate)]
+        return [*findings, CheckResult("network", Level.OK, detail, value=rate)]
     leaders = [rank for rank, (_, local, _) in enumerate(shared) if local == 0]
     slow = slow_places(pair_gb_per_second(leaders, cuda), floor)
     # That most nodes are slow is no node's fault, and another set of nodes need not be better.
     if not slow or len(slow) * 2 >= len(leaders):
-        return [*findings, Finding("network", Level.WARNING, f"{detail}, {floor:g} expected", "ask the site", rate)]
+        return [*findings, CheckResult("network", Level.WARNING, f"{detail}, {floor:g} expected", "ask the site", rate)]
     return findings + [
-        Finding("network", Level.BAD_NODE, f"{detail}, {floor:g} needed; the links of {nodes[leaders[i]]} are slow",
+        CheckResult("network", Level.BAD_NODE, f"{detail}, {floor:g} needed; the links of {nodes[leaders[i]]} are slow",
                 "see its network card and cable", rate, nodes[leaders[i]])
         for i in slow
     ]  # fmt: skip
 
 
-def _compare(products: list[float], nodes: list[str], fraction: float) -> list[Finding]:
+def _compare(products: list[float], nodes: list[str], fraction: float) -> list[CheckResult]:
     slow = slow_ranks(products, fraction)
     if not slow:
-        return [Finding("equal GPUs", Level.OK, f"{min(products):.3g} to {max(products):.3g} TFLOP/s")]
+        return [CheckResult("equal GPUs", Level.OK, f"{min(products):.3g} to {max(products):.3g} TFLOP/s")]
     return [
-        Finding("equal GPUs", Level.BAD_NODE,
+        CheckResult("equal GPUs", Level.BAD_NODE,
                 f"rank {rank}: {products[rank]:.3g} TFLOP/s, where the others have {median:.3g}",
                 "see its clocks and temperature", products[rank], nodes[rank])
         for rank, median in slow.items()

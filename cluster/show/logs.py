@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from cluster.show.status import stage_names
-from cluster.slurm.history import log_directory
+from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import LaunchError
 from pipeline.storage.file_names import DONE_FILE, LOGS_FOLDER
 
@@ -14,11 +14,11 @@ POLL_SECONDS = 0.5
 def log_files(stage_directory: Path, rank: int) -> list[Path]:
     """A rank's files, the oldest first: one for each job, and one for local runs. Rank 0's hold the job's own words."""
     local = stage_directory / LOGS_FOLDER / f"rank-{rank}.log"
-    found = [*log_directory(stage_directory).glob(f"*_{rank}_log.out"), local]
+    found = [*slurm_directory(stage_directory).glob(f"*_{rank}_log.out"), local]
     return sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
-def show(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -> None:
+def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -> None:
     """Print the last lines of the logs of one stage, or of all; then, to follow, what is added until all is done.
 
     Raises:

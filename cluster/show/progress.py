@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.show.status import Follower, StageStatus, stage_names
+from cluster.show.status import StageFollower, StageStatus, stage_names
 from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
 from pipeline.tracking.journal import Event
 
@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, run_directory: str | Path, console: Console | None = None) -> None:
         self.console = console or Console(stderr=False)
-        self._followers = [Follower(Path(run_directory) / name) for name in stage_names(run_directory)]
+        self._followers = [StageFollower(Path(run_directory) / name) for name in stage_names(run_directory)]
         self._statuses: list[StageStatus] = []
         self._live: Live | None = None
         self._line_due = 0.0

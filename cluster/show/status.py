@@ -62,7 +62,7 @@ class StageStatus:
     verdict: str = ""  # in words
 
 
-class Follower:
+class StageFollower:
     """Follows one stage directory, also one that does not exist yet. Odd lines and torn files count as absent."""
 
     def __init__(self, directory: Path) -> None:
@@ -204,7 +204,7 @@ def stage_names(run_directory: str | Path) -> list[str]:
     return [str(name) for name in stages]
 
 
-class Run:
+class RunFollower:
     """Follows all stages of a run directory or a URL, and their jobs where there are any. StageError if it is none.
 
     Attributes:
@@ -215,7 +215,7 @@ class Run:
         self._view = RunView(str(directory)) if is_remote(directory) else None
         here = self._view.directory if self._view else Path(directory).resolve()
         self.name = self._view.url if self._view else str(here)
-        self._followers = [Follower(here / name) for name in stage_names(here)]
+        self._followers = [StageFollower(here / name) for name in stage_names(here)]
         self.queue = Queue([follower.directory for follower in self._followers])
 
     def statuses(self) -> list[StageStatus]:
@@ -228,12 +228,12 @@ class Run:
         return [follower.status(jobs.get(follower.directory.name)) for follower in self._followers]
 
 
-def status(run_directory: str | Path) -> list[StageStatus]:
+def run_status(run_directory: str | Path) -> list[StageStatus]:
     """Every stage of the chain, in order. StageError if `run_directory` is no run directory."""
-    return Run(run_directory).statuses()
+    return RunFollower(run_directory).statuses()
 
 
-def to_json(statuses: list[StageStatus]) -> str:
+def status_json(statuses: list[StageStatus]) -> str:
     """A JSON list of the stages, in strict JSON (non-finite numbers are strings, as in the journal)."""
     return json.dumps([strict_json(asdict(s)) for s in statuses], indent=2, allow_nan=False)
 

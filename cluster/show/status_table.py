@@ -69,7 +69,7 @@ def _job(s: StageStatus) -> str:
     return escape(f"{s.job} {s.job_state.lower()}{waits}")
 
 
-def render(statuses: list[StageStatus], trouble: str = "") -> Group:
+def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
     """The table, and below it how the attempts of each stage ended, and why Slurm was not asked."""
     lines = []
     for s in statuses:

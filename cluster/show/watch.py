@@ -7,18 +7,18 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from cluster.show.status import Run, StageStatus
-from cluster.show.status_table import render
+from cluster.show.status import RunFollower, StageStatus
+from cluster.show.status_table import run_table
 
 
-def watch(run_directory: str | Path, console: Console, refresh_seconds: float = 2.0) -> None:
+def watch_run(run_directory: str | Path, console: Console, refresh_seconds: float = 2.0) -> None:
     """Show a run until all its stages are done, or an interrupt. Without a terminal the table is printed each time a
     stage changes its state, its job or its attempt.
 
     Raises:
         StageError: if it is no run directory.
     """
-    run = Run(run_directory)
+    run = RunFollower(run_directory)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     try:
         if live:
@@ -41,7 +41,7 @@ def watch(run_directory: str | Path, console: Console, refresh_seconds: float = 
             live.stop()
 
 
-def frame(run: Run, statuses: list[StageStatus]) -> Group:
+def frame(run: RunFollower, statuses: list[StageStatus]) -> Group:
     """One picture of the run."""
     head = Text(f"{run.name}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
-    return Group(head, render(statuses, run.queue.trouble))
+    return Group(head, run_table(statuses, run.queue.trouble))

@@ -79,7 +79,7 @@ class NoControllerError(LaunchError):
     """slurmctld does not answer: it may do so later."""
 
 
-def jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
+def query_jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
     """The jobs that Slurm remembers, the newest last, of these ids or names.
 
     Raises:
@@ -88,7 +88,7 @@ def jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
     chosen = [f"--jobs={','.join(ids)}"] if ids else []
     chosen += [f"--name={','.join(names)}"] if names else []
     # The directory comes last: it may hold the separator.
-    text = ask("squeue", *EVERY, *chosen, "--format=%i|%T|%r|%E|%Z", unless="Invalid job id")
+    text = run_command("squeue", *EVERY, *chosen, "--format=%i|%T|%r|%E|%Z", unless="Invalid job id")
     found = []
     for line in text.splitlines():
         id, state, reason, dependency, directory = line.split("|", 4)
@@ -97,19 +97,19 @@ def jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
     return sorted(found, key=lambda job: int(job.id) if job.id.isdigit() else 0)
 
 
-def cancel(id: str) -> None:
+def cancel_job(id: str) -> None:
     """End a job for good; its ranks still get the chance to save (Slurm's KillWait, 30 s by default)."""
-    ask("scancel", id)
+    run_command("scancel", id)
 
 
-def requeue(id: str) -> None:
+def requeue_job(id: str) -> None:
     """Let a job start again. One that a person has cancelled stays so, and one that Slurm has requeued already, as some
     preemptions do, is left alone: a plain requeue would revive the first. Neither the time limit is a reason to end nor
     a preemption that cancels."""
-    ask("scontrol", "requeue", "Incomplete", id)
-    job = _fields(ask("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
+    run_command("scontrol", "requeue", "Incomplete", id)
+    job = _fields(run_command("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
     if job.get("Reason") == "TimeLimit" or _ended_by_preemption(job):
-        ask("scontrol", "requeue", id, unless="Job is pending execution")
+        run_command("scontrol", "requeue", id, unless="Job is pending execution")
 
 
 def _ended_by_preemption(job: dict[str, str]) -> bool:
@@ -117,30 +117,30 @@ def _ended_by_preemption(job: dict[str, str]) -> bool:
     cancelled has none either, or one whose grace was not yet over. Its COMPLETING says nothing."""
     if job.get("PreemptTime", "None") == "None":
         return False
-    grace = (partition(job["Partition"]) or {}).get("GraceTime", "0")
+    grace = (partition_fields(job["Partition"]) or {}).get("GraceTime", "0")
     told, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
     return (ended - told).total_seconds() >= int(grace)
 
 
-def exclude(id: str, nodes: Iterable[str]) -> None:
+def exclude_nodes(id: str, nodes: Iterable[str]) -> None:
     """Keep the next start of a waiting job off these nodes, and off no others. Slurm does so even if too few are left,
     and then never starts it."""
-    ask("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
+    run_command("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
 
 
-def partition(name: str | None) -> dict[str, str] | None:
+def partition_fields(name: str | None) -> dict[str, str] | None:
     """The fields of a partition, or of the default one; None if there is none."""
     # Jobs may be submitted to hidden ones too.
-    text = ask("scontrol", "show", "partition", *([name] if name else []), "-o", "--all", unless="not found")
+    text = run_command("scontrol", "show", "partition", *([name] if name else []), "-o", "--all", unless="not found")
     found = [_fields(line) for line in text.splitlines()]
     return next((p for p in found if name or p.get("Default") == "YES"), None)
 
 
-def out_of_service(partition: str | None) -> bool:
+def has_nodes_out_of_service(partition: str | None) -> bool:
     """Whether some node of a partition (or several: a,b) takes no jobs now: it is down, drained, reserved or asleep."""
     # A partition that is named may be hidden.
     where = f"--partition={partition}" if partition else "--all"
-    return not set(ask("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
+    return not set(run_command("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -148,7 +148,7 @@ def _fields(line: str) -> dict[str, str]:
     return dict(reversed([pair.split("=", 1) for pair in line.split() if "=" in pair]))
 
 
-def minutes(limit: str) -> float:
+def parse_minutes(limit: str) -> float:
     """A time of Slurm ([days-]hours:minutes:seconds, UNLIMITED) in minutes."""
     if not limit[:1].isdigit():
         return float("inf")
@@ -157,7 +157,7 @@ def minutes(limit: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
-def ask(*command: str, unless: str = "") -> str:
+def run_command(*command: str, unless: str = "") -> str:
     """What a command of Slurm prints; nothing if it fails with the words of `unless`.
 
     Raises:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.slurm import client, history
+from cluster.slurm import client
+from cluster.slurm.job_history import read_job_history
 from pipeline.errors import LaunchError
 
 ASK_SECONDS = 15.0  # between two questions: many may watch, and slurmctld has other work
@@ -51,7 +52,7 @@ class QueuedJob:
 
 def entries(directory: Path) -> list[dict[str, Any]]:
     """The history of a stage's jobs, without what is none of ours."""
-    return [entry for entry in history.read(directory) if isinstance(entry, dict)]
+    return [entry for entry in read_job_history(directory) if isinstance(entry, dict)]
 
 
 class Queue:
@@ -100,7 +101,7 @@ class Queue:
         names = ",".join(f"fcmae-{stage}" for stage in stages)
         try:
             # The directory comes last: it may hold the separator.
-            text = client.ask("squeue", *client.EVERY, f"--name={names}", "--format=%A|%T|%N|%r|%Z")
+            text = client.run_command("squeue", *client.EVERY, f"--name={names}", "--format=%A|%T|%N|%r|%Z")
         except LaunchError as error:
             self.trouble = str(error)[:160]
             return

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.site import Site
 from cluster.slurm import client
-from cluster.slurm.history import log_directory
+from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.worker import RunStage, block_stop_signals
 from pipeline.errors import LaunchError
 from pipeline.tracking.startup import JOB_STARTED
@@ -35,7 +35,7 @@ class JobScript:
 
     def __init__(self, stage_directory: Path, site: Site, code: Path, after: str | None = None):
         self.stage_directory, self.site = stage_directory, site
-        self._executor = _executor(log_directory(stage_directory), _python(site, stage_directory, code))
+        self._executor = _executor(slurm_directory(stage_directory), _python(site, stage_directory, code))
         parameters = _parameters(stage_directory, site, code, after)
         self._executor.update_parameters(
             **{name: value for name, value in parameters.items() if value is not None},
@@ -83,7 +83,7 @@ class JobScript:
             return ""
         reason, stage = _reason(answer.stderr), self.stage_directory.name
         # --test-only asks for a start with the nodes that are up; sbatch lets a job wait for the others.
-        if UNAVAILABLE in reason and client.out_of_service(self.site.partition):
+        if UNAVAILABLE in reason and client.has_nodes_out_of_service(self.site.partition):
             return f"stage {stage}: {reason} now, for some nodes are down, drained or reserved; it may have to wait"
         raise LaunchError(f"Slurm would refuse stage {stage}: {reason}")
 

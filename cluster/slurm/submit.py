@@ -11,11 +11,14 @@ from pathlib import Path
 
 from cluster.chain import check_data, check_weights, open_chain
 from cluster.site import Site, store_site
-from cluster.slurm import client, history, snapshot
+from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
+from cluster.slurm.code_snapshot import take_code_snapshot
 from cluster.slurm.gpu_memory_check import Needed, check_memory
+from cluster.slurm.job_history import note_job_event, slurm_directory
+from cluster.slurm.retry import committed_step
 from cluster.slurm.script import JobScript, job_name
-from cluster.slurm.stopwatch import CANCELLED, Pace
+from cluster.slurm.time_limit import CANCELLED, Pace
 from pipeline.errors import LaunchError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
@@ -28,7 +31,7 @@ ASK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """What becomes of one stage: finished, on its way as `job`, or to be submitted."""
 
     name: str
@@ -45,9 +48,9 @@ class Planned:
         return not self.done and self.job is None
 
 
-def plan(
+def plan_jobs(
     chain: ChainRecipe, run: Path, site: Site, *, ask_slurm: bool = True, start: str | None = None
-) -> list[Planned]:
+) -> list[PlannedStage]:
     """What becomes of the stages of a chain, in order, those before `start` left out unless others need them. Waits for
     jobs that are just ending, and says so.
 
@@ -58,7 +61,7 @@ def plan(
     if start is not None and start not in chain.stages:
         raise LaunchError(f"there is no stage {start} in recipe {chain.name}; it has {', '.join(chain.stages)}")
     jobs = _settled_jobs(run, list(chain.stages)) if ask_slurm else {}
-    found: dict[str, Planned] = {}
+    found: dict[str, PlannedStage] = {}
     begun = start is None
     for name, recipe in chain.stages.items():
         begun = begun or name == start
@@ -68,7 +71,9 @@ def plan(
             job, replaces = None, job
         if job and before and not before.done and job.after != (before.job.id if before.job else None):
             job, replaces = None, job
-        item = Planned(name, directory, recipe, site.for_stage(name), (directory / DONE_FILE).exists(), job, replaces)
+        item = PlannedStage(
+            name, directory, recipe, site.for_stage(name), (directory / DONE_FILE).exists(), job, replaces
+        )
         if item.missing and not begun:
             continue
         if item.missing and recipe.previous and before is None:
@@ -81,7 +86,7 @@ def plan(
 
 def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
     """stage -> its newest job that waits or runs, found by its directory: no record of ours can be lost or stale."""
-    found = client.jobs(names=[job_name(run / name) for name in stages])
+    found = client.query_jobs(names=[job_name(run / name) for name in stages])
     return {job.directory.name: job for job in found if job.live and job.directory.parent == run}
 
 
@@ -103,7 +108,7 @@ def _settled_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
         time.sleep(ASK_SECONDS)
 
 
-def check(planned: list[Planned]) -> dict[str, Needed]:
+def check_planned(planned: list[PlannedStage]) -> dict[str, Needed]:
     """Everything that can be refused before queueing: what is done and off track, where the recipe wants to stop, too.
 
     Returns: stage -> the memory that it is estimated to need, where the site says what its GPUs have.
@@ -129,7 +134,7 @@ def check(planned: list[Planned]) -> dict[str, Needed]:
     return {name: found for name, found in needed.items() if found}
 
 
-def check_with_slurm(planned: list[Planned], code: Path) -> None:
+def check_with_slurm(planned: list[PlannedStage], code: Path) -> None:
     """What only Slurm can refuse: partition, limits, nodes. What may have to wait is said.
 
     Raises:
@@ -142,14 +147,14 @@ def check_with_slurm(planned: list[Planned], code: Path) -> None:
                 print(warning)
 
 
-def scripts(planned: list[Planned], code: Path) -> list[str]:
+def job_scripts(planned: list[PlannedStage], code: Path) -> list[str]:
     """The job script of each stage to submit, to the letter but for the ids of jobs that are not there yet."""
     queued = {item.name for item in planned if item.missing}
     after = {item.name: f"JOB-OF-{item.recipe.previous}" for item in planned if item.recipe.previous in queued}
     return [JobScript(item.directory, item.site, code, after.get(item.name)).text() for item in planned if item.missing]
 
 
-def _check_time(item: Planned) -> None:
+def _check_time(item: PlannedStage) -> None:
     pace = Pace()
     for event in Tail(item.directory / JOURNAL_FILE).poll():
         pace.take(event)
@@ -161,7 +166,7 @@ def _check_time(item: Planned) -> None:
         )
 
 
-def check_partition(item: Planned) -> None:
+def check_partition(item: PlannedStage) -> None:
     """Refuse a partition that is not there or, of several, limits by which none would ever start the job.
 
     Raises:
@@ -169,7 +174,7 @@ def check_partition(item: Planned) -> None:
     """
     refused = []
     for name in item.site.partition.split(",") if item.site.partition else [None]:
-        partition = client.partition(name)
+        partition = client.partition_fields(name)
         if partition is None:
             remedy = "see `sinfo` for those there are" if name else "name one, there is no default here"
             raise LaunchError(f"stage {item.name}: there is no partition {name}; {remedy}")
@@ -178,10 +183,10 @@ def check_partition(item: Planned) -> None:
         raise LaunchError(f"stage {item.name}: {refused[0]}")
 
 
-def _refusal(item: Planned, partition: dict[str, str]) -> str:
+def _refusal(item: PlannedStage, partition: dict[str, str]) -> str:
     # Slurm accepts these and lets them wait for ever, unless the cluster is configured to refuse.
     name, asked = partition["PartitionName"], item.site.time_limit_minutes
-    limit = client.minutes(partition.get("MaxTime", ""))
+    limit = client.parse_minutes(partition.get("MaxTime", ""))
     if asked > limit:
         return (
             f"time_limit_minutes {asked} exceeds the {limit:.0f} of partition {name}; lower it, stages go on in as many"
@@ -192,11 +197,11 @@ def _refusal(item: Planned, partition: dict[str, str]) -> str:
     return ""
 
 
-def submit(
+def submit_planned(
     chain: ChainRecipe,
     run: Path,
     site: Site,
-    planned: list[Planned],
+    planned: list[PlannedStage],
     report: Callable[[str], None],
     code: Path | None = None,
 ) -> dict[str, str]:
@@ -211,23 +216,23 @@ def submit(
     open_chain(chain, run)
     store_site(site, run)
     (run / CANCELLED).unlink(missing_ok=True)
-    code = code or snapshot.take(run)
+    code = code or take_code_snapshot(run)
     ids = {item.name: item.job.id for item in planned if item.job}
     for item in planned:
         if not item.missing:
             continue
         if item.replaces:
-            client.cancel(item.replaces.id)
-            history.note(item.directory, "cancelled", item.replaces.id, reason="another takes its place")
+            client.cancel_job(item.replaces.id)
+            note_job_event(item.directory, "cancelled", item.replaces.id, reason="another takes its place")
         before = item.recipe.previous
         after = ids.get(before) if before else None
-        store_site(item.site, history.log_directory(item.directory))
+        store_site(item.site, slurm_directory(item.directory))
         id = ids[item.name] = JobScript(item.directory, item.site, code, after).submit()
-        history.note(
+        note_job_event(
             item.directory,
             "submitted",
             id,
-            committed=history.committed_step(item.directory),
+            committed=committed_step(item.directory),
             nodes=item.site.nodes,
             ranks=item.site.ranks,
             after=after,
@@ -237,15 +242,15 @@ def submit(
     return ids
 
 
-def cancel(run: Path, stages: list[str]) -> list[str]:
+def cancel_jobs(run: Path, stages: list[str]) -> list[str]:
     """Cancel the jobs of a run; a sentence each. A file tells those that Slurm cannot be asked about just now."""
     (run / CANCELLED).write_text("by `fcmae cancel`; `fcmae resume` removes this file\n")
     try:
         live = live_jobs(run, stages)
         # The last first, so that none starts because the one before it has ended.
         for job in reversed(live.values()):
-            client.cancel(job.id)
-            history.note(job.directory, "cancelled", job.id, reason="by `fcmae cancel`")
+            client.cancel_job(job.id)
+            note_job_event(job.directory, "cancelled", job.id, reason="by `fcmae cancel`")
     except client.NoControllerError as error:
         return [f"{error}; until then running stages save and stop within seconds, and none that starts later goes on"]
     said = [f"{name}: job {job.id} is cancelled ({job.state} until now)" for name, job in live.items()]

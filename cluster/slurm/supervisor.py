@@ -15,12 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.preflight.guard import bad_nodes
+from cluster.preflight.bad_nodes import bad_nodes
 from cluster.site import Site, stored_site
-from cluster.slurm import client, history
+from cluster.slurm import client
+from cluster.slurm.job_history import note_job_event
+from cluster.slurm.retry import attempts_without_progress, committed_step
 from cluster.slurm.script import JobScript
-from cluster.slurm.stopwatch import CANCELLED
-from cluster.slurm.worker import STOP_SIGNALS
+from cluster.slurm.time_limit import CANCELLED
+from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import LaunchError, OffTrackError, StageError, UserError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import load_recipe
@@ -33,7 +35,7 @@ RETRY_SECONDS = 5
 T = TypeVar("T")
 
 
-def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) -> int:
+def conclude(stage: Stage, code: int, job: str, most_without_progress: int) -> int:
     """The exit code of the job: 0 if the stage is done or goes on, 1 if it ends here, which cancels its dependents."""
     directory = stage.directory
     if stage.done():
@@ -55,7 +57,7 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
         reason = "; ".join(f"{node} is a bad node ({why})" for node, why in now.items())
     if (directory.parent / CANCELLED).exists():
         print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` continues it")
-        history.note(directory, "stopped", job, reason="cancelled")
+        note_job_event(directory, "stopped", job, reason="cancelled")
         return 1
     if code == SrunCode.PERMANENT:
         try:
@@ -64,27 +66,27 @@ def conclude(stage: Stage, code: int, job: str, attempts_without_progress: int) 
             print(f"{error}; this job just ends")
             return 1
         return give_up(directory, job, reason)
-    committed = history.committed_step(directory)
-    fruitless = history.fruitless(directory, committed)
-    if fruitless >= attempts_without_progress:
+    committed = committed_step(directory)
+    fruitless = attempts_without_progress(directory, committed)
+    if fruitless >= most_without_progress:
         return give_up(directory, job, f"{fruitless} attempts in a row committed no step after {committed}: {reason}")
     avoid = _patiently(lambda: _dispensable(directory, [bad, now])) if bad else set()
     if kept := sorted(bad.keys() - avoid):
         reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; Slurm is asked to run job {job} again", flush=True)
-    history.note(directory, "requeued", job, committed=committed, code=code, reason=reason)
+    note_job_event(directory, "requeued", job, committed=committed, code=code, reason=reason)
 
     def again() -> None:
-        client.requeue(job)
+        client.requeue_job(job)
         if bad:
-            client.exclude(job, {*avoid, *_site(directory).exclude})
+            client.exclude_nodes(job, {*avoid, *_site(directory).exclude})
 
     try:
         _patiently(again)
     except LaunchError as error:
         # Requeued or cancelled by somebody else, in this very moment: then it is no longer ours to decide.
         print(error, flush=True)
-        history.note(directory, "stopped", job, reason=str(error))
+        note_job_event(directory, "stopped", job, reason=str(error))
         return 1
     return 0
 
@@ -137,7 +139,7 @@ def _began_after_us(attempt: Mapping[str, Any]) -> bool:
 def give_up(directory: Path, job: str, reason: str) -> int:
     """End the stage and those that start from it; the code of a failed job."""
     print(f"stage {directory.name} has ended for good: {reason}", flush=True)
-    history.note(directory, "stopped", job, reason=reason)
+    note_job_event(directory, "stopped", job, reason=reason)
     try:
         cancel_dependents(directory, f"stage {directory.name} has ended for good: {reason}")
     except UserError as error:  # Slurm cancels them by itself, though without our words
@@ -151,19 +153,19 @@ def cancel_dependents(directory: Path, reason: str) -> None:
     for name, recipe in load_recipe(run / RECIPE_FILE).stages.items():
         if recipe.previous in lost:
             lost.add(name)
-    waiting = client.jobs(names=[f"fcmae-{name}" for name in lost - {directory.name}]) if len(lost) > 1 else []
+    waiting = client.query_jobs(names=[f"fcmae-{name}" for name in lost - {directory.name}]) if len(lost) > 1 else []
     for job in waiting:
         if job.live and job.directory.parent == run:
-            client.cancel(job.id)
-            history.note(job.directory, "cancelled", job.id, reason=reason)
+            client.cancel_job(job.id)
+            note_job_event(job.directory, "cancelled", job.id, reason=reason)
 
 
 def main() -> int:
     # The requeue's own SIGTERM to all processes of the job would otherwise end scontrol before it has its answer.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    directory, code, attempts_without_progress = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    directory, code, most_without_progress = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     try:
-        return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], attempts_without_progress)
+        return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], most_without_progress)
     except UserError as error:
         print(error, flush=True)
         return 1

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cluster.slurm.rendezvous import export_rank_environment
+from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.stage.outcome import Outcome, SrunCode
-
-# Everything by which a person, a time limit or a preemption asks for a stop.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def block_stop_signals() -> str:
@@ -47,13 +45,13 @@ class RunStage:
             if rank == 0:
                 remove_torn_files(directory / "slurm")
             # Imported as late as this because it brings torch along, which a machine that only submits can do without.
-            from cluster.slurm.stopwatch import StopWatch
+            from cluster.slurm.time_limit import TimeLimitWatch
             from pipeline.run import run_stage
             from pipeline.tracking.startup import startup
 
             startup.lap("imports")
             if rank == 0:
-                StopWatch(directory, _job_end()).start()
+                TimeLimitWatch(directory, _job_end()).start()
             outcome = preflight_outcome(directory)
             startup.lap("preflight")
             outcome = outcome or run_stage(directory)
@@ -70,7 +68,7 @@ def preflight_outcome(directory: Path) -> Outcome | None:
     import submitit
 
     from cluster.preflight import Expectations
-    from cluster.preflight.guard import guard
+    from cluster.preflight.bad_nodes import check_rank
     from cluster.site import stored_site
 
     site = stored_site(directory.parent, directory.name)
@@ -83,7 +81,7 @@ def preflight_outcome(directory: Path) -> Outcome | None:
         settings=site.preflight,
     )
     hosts = submitit.JobEnvironment().hostnames
-    return guard(expected, [host for host in hosts for _ in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
+    return check_rank(expected, [host for host in hosts for _ in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
 
 
 def _job_end() -> float | None:

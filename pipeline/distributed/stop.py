@@ -4,20 +4,21 @@ import signal
 import time
 from collections.abc import Callable
 
+# A person, a time limit or a preemption asks for a stop with any of these.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class StopRequest:
     """The number of the signal that asked for a stop, 0 while none did, and when it came (epoch seconds)."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.number, self.time = 0, 0.0
 
     def install(self) -> "StopRequest":
-        for number in self.SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         # A launcher may have blocked them so that none is lost before this moment.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def _note(self, number: int, frame: object) -> None:

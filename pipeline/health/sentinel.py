@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.distributed.processes import die_with_parent
-from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.stop import STOP_SIGNALS
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def main() -> None:
     die_with_parent()
     if os.getppid() != int(rank):
         return
-    for number in StopRequest.SIGNALS:  # stop signals sent to the whole process group are meant for the rank
+    for number in STOP_SIGNALS:  # stop signals sent to the whole process group are meant for the rank
         signal.signal(number, signal.SIG_IGN)
     beat = wait_for_silence(Path(beat_file), float(silent_seconds))
     with contextlib.suppress(Exception):  # the rank must end even if the stage's disk fails

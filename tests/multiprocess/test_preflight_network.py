@@ -7,23 +7,23 @@ import sys
 
 import pytest
 
-from cluster.local import held_port
+from cluster.local import reserve_port
 
 RANK = """
 import json, sys
 from dataclasses import asdict
 from cluster.preflight import PreflightSettings
-from cluster.preflight.network import group_preflight
+from cluster.preflight.network import check_network
 settings = PreflightSettings.model_validate_json(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()  # all at once, for how long they wait for one another is what is tested
-print(json.dumps([asdict(f) for f in group_preflight(settings, tflops=1.0, hosts=["n1", "n2", "n3"])]))
+print(json.dumps([asdict(f) for f in check_network(settings, tflops=1.0, hosts=["n1", "n2", "n3"])]))
 """
 
 
 def start(ranks: tuple[int, ...], **settings: float) -> list[list[dict]]:
     """The findings of each of `ranks` out of three."""
-    with held_port() as meeting:  # the check meets at the port after MASTER_PORT
+    with reserve_port() as meeting:  # the check meets at the port after MASTER_PORT
         return start_at(meeting.getsockname()[1] - 1, ranks, settings)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from torch.distributed import TCPStore
 
-from cluster.local import held_port
+from cluster.local import reserve_port
 
 SCRIPT = """
 import threading, time
@@ -54,7 +54,7 @@ say(world.cores())
 
 
 def test_success_failure_and_stop_are_everyones():
-    with held_port() as meeting:
+    with reserve_port() as meeting:
         port = str(meeting.getsockname()[1])
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         ranks = [
@@ -76,7 +76,7 @@ def test_success_failure_and_stop_are_everyones():
 
 
 def test_a_held_port_is_for_the_one_who_knows_of_it():
-    with held_port() as holder:
+    with reserve_port() as holder:
         port = holder.getsockname()[1]
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.show.status import Run, StageStatus
+from cluster.show.status import RunFollower, StageStatus
 from tests.slurm.brake import brake, release, with_brakes
 from tests.slurm.devcluster import COMMAND, until_remembered, wait_for
 from tests.support import write_tiny_recipe
@@ -76,7 +76,7 @@ def test_the_demonstration(slurm, tmp_path, monkeypatch):
         with with_brakes():
             return cli.app([command, *map(str, arguments)], standalone_mode=False)
 
-    def until_training(run: Run, stage: str, attempt: int = 1) -> StageStatus:
+    def until_training(run: RunFollower, stage: str, attempt: int = 1) -> StageStatus:
         found = honest_until_training(run, stage, attempt)
         if attempt > 1:
             release(out / stage)

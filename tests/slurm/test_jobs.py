@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.show.times import handovers
+from cluster.show.restart_times import restarts
 from cluster.site import load_site
 from cluster.slurm import client as scheduler
-from cluster.slurm import history, script
+from cluster.slurm import script
 from cluster.slurm.client import Job, JobState
+from cluster.slurm.job_history import read_job_history
 from cluster.slurm.script import JobScript
 from pipeline.errors import LaunchError, UserError
 from pipeline.stage.directory import Stage
@@ -71,8 +72,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 def job_of(stage: Path) -> Job:
     """The last job submitted for a stage."""
-    id = [entry["job"] for entry in history.read(stage) if entry["event"] == "submitted"][-1]
-    return scheduler.jobs(ids=[id])[0]
+    id = [entry["job"] for entry in read_job_history(stage) if entry["event"] == "submitted"][-1]
+    return scheduler.query_jobs(ids=[id])[0]
 
 
 def log(stage: Path) -> str:
@@ -114,16 +115,16 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
-    (handover,) = handovers(stage)
-    assert handover.stop + handover.save < 10
-    assert min(handover.queue, handover.start) > 0
+    (restart,) = restarts(stage)
+    assert restart.stop + restart.save < 10
+    assert min(restart.queue, restart.start) > 0
 
 
 @pytest.mark.slow
 def test_a_preemption_that_cancels_is_made_good_by_the_job_itself(submit, undisturbed):
     """PreemptMode=CANCEL without grace: the job has ended before its ranks have saved."""
     low = ["scontrol", "update", "PartitionName=low"]
-    grace = scheduler.partition("low")["GraceTime"]
+    grace = scheduler.partition_fields("low")["GraceTime"]
     subprocess.run([*low, "PreemptMode=CANCEL", "GraceTime=0"], check=True)
     try:
         run = submit("stages.finetune=null", *LONG, hold_at=2)
@@ -148,7 +149,7 @@ def test_machines_that_stood_still_wake_up_and_commit_nothing(submit, undisturbe
     assert "a newer attempt than 1 has taken the stage; let this process end" in outcome_of_attempt(stage, 1)["reason"]
     saved = [event["step"] for event in events(stage, "save") if event["attempt"] == first["attempt"]]
     assert max(saved) == second["step"]
-    assert not [entry for entry in history.read(stage) if entry["event"] in ("requeued", "stopped")]  # Slurm did it
+    assert not [entry for entry in read_job_history(stage) if entry["event"] in ("requeued", "stopped")]  # Slurm did it
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_a_sick_node_is_excluded_and_the_stage_done_on_others(submit, undisturbe
     )
     assert excluded == sorted([sick, "n4"])
     assert set(used) == {"n1", "n2", "n3"} - {sick}
-    first, *more = [entry["reason"] for entry in history.read(stage) if entry["event"] == "requeued"]
+    first, *more = [entry["reason"] for entry in read_job_history(stage) if entry["event"] == "requeued"]
     assert first.startswith(f"{sick} is a bad node (scratch: {tmp_path}/scratch-{sick}: File exists")
     # The other rank, which waits for the one that left, outlasts the signal to its step until KillWait is over. By then
     # slurmctld has given up waiting for an answer, and sends it again: to the next start, which saves and goes on.
@@ -204,7 +205,7 @@ def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
     release(stage)
     stop = events(stage, "stop")[-1]
     assert (stop["reason"], stop["asked"] < ends_at) == ("SIGUSR1", True)
-    wait_for(lambda: history.read(stage)[-1]["event"] == "requeued", "the requeue")
+    wait_for(lambda: read_job_history(stage)[-1]["event"] == "requeued", "the requeue")
     subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
@@ -293,11 +294,11 @@ def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(sub
     (run.parent / "data" / "validation.beton").write_bytes(b"something else")
     let_go(run)
     wait_until(run / "pretrain", JobState.FAILED)
-    said = [entry for entry in history.read(run / "pretrain") if entry["event"] == "stopped"][-1]["reason"]
+    said = [entry for entry in read_job_history(run / "pretrain") if entry["event"] == "stopped"][-1]["reason"]
     assert "validation.beton" in said
     for name in ("intermediate", "finetune"):
         wait_until(run / name, JobState.CANCELLED)
-        told = history.read(run / name)[-1]
+        told = read_job_history(run / name)[-1]
         assert told["event"] == "cancelled"
         assert said in told["reason"]
     assert f"stage pretrain has ended for good: {said}" in fcmae("logs", run, "pretrain").stdout
@@ -312,7 +313,7 @@ def test_handoff_that_was_changed_ends_the_next_stage(submit, tmp_path):
     (run / "pretrain" / "DONE").write_text(json.dumps({**done, "weights_sha256": "0" * 64}))
     let_go(run, "intermediate")
     wait_until(run / "intermediate", JobState.FAILED)
-    assert "weights.safetensors" in history.read(run / "intermediate")[-1]["reason"]
+    assert "weights.safetensors" in read_job_history(run / "intermediate")[-1]["reason"]
     wait_until(run / "finetune", JobState.CANCELLED)
 
 
@@ -323,7 +324,7 @@ def test_a_stage_off_track_ends_the_chain_where_its_gate_says_so(submit):
     wait_until(run / "intermediate", JobState.CANCELLED)
     assert Stage(run / "pretrain").done()
     assert Stage(run / "intermediate").attempts.newest() == 0
-    assert "stage pretrain is off track" in history.read(run / "intermediate")[-1]["reason"]
+    assert "stage pretrain is off track" in read_job_history(run / "intermediate")[-1]["reason"]
 
 
 def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
@@ -342,9 +343,9 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
         (run / name / "slurm" / "jobs.jsonl").unlink()
     assert "to submit" not in said(run_commands.resume_run)
     # Two of three are gone, as when the machine died in the middle of submitting.
-    scheduler.cancel(first["finetune"].id)
-    scheduler.cancel(first["intermediate"].id)
-    wait_for(lambda: [j.id for j in scheduler.jobs() if j.live] == [first["pretrain"].id], "their end")
+    scheduler.cancel_job(first["finetune"].id)
+    scheduler.cancel_job(first["intermediate"].id)
+    wait_for(lambda: [j.id for j in scheduler.query_jobs() if j.live] == [first["pretrain"].id], "their end")
     assert said(run_commands.resume_run).count("to submit") == 2
     assert job_of(run / "intermediate").after == first["pretrain"].id
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
@@ -353,9 +354,9 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
     subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
     assert said(run_commands.resume_run).count("to submit") == 1
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
-    assert scheduler.jobs(ids=[stale])[0].state is JobState.CANCELLED
+    assert scheduler.query_jobs(ids=[stale])[0].state is JobState.CANCELLED
     assert said(run_commands.cancel_run).count("is cancelled") == 3
-    assert not [job for job in scheduler.jobs() if job.live]
+    assert not [job for job in scheduler.query_jobs() if job.live]
 
 
 def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
@@ -411,7 +412,7 @@ def test_a_full_queue_is_one_sentence_and_resume_goes_on(slurm, tmp_path, monkey
             run_commands.submit_run(str(recipe), str(held(run)), run)
         faults.configure(MaxJobCount=100)
         run_commands.resume_run(run)
-        assert len([job for job in scheduler.jobs() if job.state is JobState.WAITING]) == 3
+        assert len([job for job in scheduler.query_jobs() if job.state is JobState.WAITING]) == 3
 
 
 @pytest.mark.slow
@@ -428,7 +429,7 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
         run_commands.resume_run(run)
         wait_for(lambda: job_of(run / "pretrain").state in (JobState.RUNNING, JobState.ENDED), "the new job")
         assert job_of(run / "pretrain").id != held
-        assert scheduler.jobs(ids=[held])[0].state is JobState.CANCELLED
+        assert scheduler.query_jobs(ids=[held])[0].state is JobState.CANCELLED
         run_commands.cancel_run(run)
 
 
@@ -453,7 +454,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
         subprocess.run([faults.COMMAND, "up"], check=True, capture_output=True)
     assert outcome_of_attempt(stage, 1)["kind"] == OutcomeKind.SAVED
     wait_until(stage, JobState.FAILED)
-    assert history.read(stage)[-1]["reason"] == "cancelled"
+    assert read_job_history(stage)[-1]["reason"] == "cancelled"
 
     site = run / "more-nodes.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
@@ -472,9 +473,9 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
 
 
 def test_forgotten_and_foreign_jobs(slurm):
-    assert scheduler.jobs(ids=["999999999"]) == []
+    assert scheduler.query_jobs(ids=["999999999"]) == []
     with pytest.raises(LaunchError, match="scancel"):
-        scheduler.cancel("not-a-job")
+        scheduler.cancel_job("not-a-job")
 
 
 def test_sbatch_reads_values_as_they_were_written(slurm, tmp_path):
@@ -488,4 +489,4 @@ def test_sbatch_reads_values_as_they_were_written(slurm, tmp_path):
         answer = subprocess.run(["squeue", "-h", "-j", id, "-o", "%k|%Z"], capture_output=True, text=True, check=True)
         assert answer.stdout.rstrip("\n") == f"{odd}|{stage}"
     finally:
-        scheduler.cancel(id)
+        scheduler.cancel_job(id)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from cluster.local import held_port
+from cluster.local import reserve_port
 from pipeline.data.beton import Beton, open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
@@ -84,7 +84,7 @@ def run_evaluation(job: EvaluationRequest, processes: int = 1) -> EvaluationResu
     """
     if processes == 1:
         return _rank(0, job)
-    with held_port() as meeting:
+    with reserve_port() as meeting:
         return _spread(job, processes, meeting.getsockname()[1])
 
 

@@ -128,7 +128,7 @@ def validate(
     nproc: Annotated[int | None, typer.Option(min=1, help="Does a global batch divide into so many ranks?")] = None,
 ) -> None:
     """Whether recipes can be run: their values, and the classes and images of those data files that are here."""
-    from cluster.chain import check_data, resolved
+    from cluster.chain import check_data, resolve_paths
     from pipeline.data.beton import sidecar_path
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
@@ -144,7 +144,7 @@ def validate(
             missing = [file for file in files if file and not _is_here(file, sidecar_path)]
             absent += missing
             if not missing:
-                check_data(resolved(stage), classes)
+                check_data(resolve_paths(stage), classes)
         told = f"{chain.name} is valid: {', '.join(chain.stages)}"
         if absent:
             told += f"; not here, so looked at when it starts: {', '.join(dict.fromkeys(absent))}"

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from cluster.origin import read_origin
-from cluster.show.status import Run, StageStatus
+from cluster.recipe_origin import read_origin
+from cluster.show.status import RunFollower, StageStatus
 from pipeline.health.verdict import Verdict, judge_journal
 from pipeline.recipe import StageRecipe, load_stage_recipe
 from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE
@@ -151,7 +151,7 @@ def gather(directory: Path) -> RunFacts:
     Raises:
         StageError: if the directory is no run directory.
     """
-    statuses = Run(directory).statuses()
+    statuses = RunFollower(directory).statuses()
     text = (directory / RECIPE_FILE).read_text()
     recipe = yaml.safe_load(text)
     stages = [_stage(directory / s.stage, s) for s in statuses if (directory / s.stage / RECIPE_FILE).is_file()]

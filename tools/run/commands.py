@@ -16,7 +16,7 @@ from tools.tables import plain_table, wide_console
 if TYPE_CHECKING:
     from cluster.site import Site
     from cluster.slurm.gpu_memory_check import Needed
-    from cluster.slurm.submit import Planned
+    from cluster.slurm.submit import PlannedStage
     from pipeline.recipe import ChainRecipe
 
 
@@ -37,12 +37,12 @@ def run_here(
     same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there; 1 failed, the message
     says what to fix.
     """
-    from cluster.chain import open_chain, preflight, run_chain
+    from cluster.chain import check_before_start, open_chain, run_chain
     from cluster.local import LocalLauncher
-    from cluster.origin import write_origin
+    from cluster.recipe_origin import write_origin
     from cluster.show.progress import Progress
-    from cluster.show.status import status
-    from cluster.show.status_table import render
+    from cluster.show.status import run_status
+    from cluster.show.status_table import run_table
     from pipeline.recipe import load_recipe
     from pipeline.stage.outcome import OutcomeKind
     from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of, working_copy
@@ -54,7 +54,7 @@ def run_here(
         stage.check_world_size(nproc)
     stages = open_chain(chain, directory)
     write_origin(directory, find_recipe(recipe), overrides or [])
-    preflight(stages, nproc)
+    check_before_start(stages, nproc)
     remote = remote_of(directory)
     run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage uploads its own files
     if run_files:
@@ -72,7 +72,7 @@ def run_here(
         raise typer.Exit(outcome.kind.exit_code)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
-    console.print(render(status(directory)))
+    console.print(run_table(run_status(directory)))
 
 
 def submit_run(
@@ -88,24 +88,24 @@ def submit_run(
     ] = None,
 ) -> None:
     """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done."""
-    from cluster.chain import resolved
-    from cluster.origin import write_origin
+    from cluster.chain import resolve_paths
+    from cluster.recipe_origin import write_origin
     from cluster.site import check_path, load_site
     from cluster.slurm import submit as jobs
-    from cluster.slurm.snapshot import snapshot_path
+    from cluster.slurm.code_snapshot import code_snapshot_path
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
 
     chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
-    chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
+    chain = chain.model_copy(update={"stages": {name: resolve_paths(stage) for name, stage in chain.stages.items()}})
     run = check_path((Path(profile.run_root or "") / out).resolve())
     if dry_run:
-        planned = jobs.plan(chain, run, profile, ask_slurm=False, start=start)
-        for needed in jobs.check(planned).values():  # on stderr, because the scripts are printed to the letter
+        planned = jobs.plan_jobs(chain, run, profile, ask_slurm=False, start=start)
+        for needed in jobs.check_planned(planned).values():  # on stderr, because the scripts are printed to the letter
             print(
                 needed.warning or f"stage {needed.stage}: {needed} GiB of a {needed.gpu} by estimate", file=sys.stderr
             )
-        for text in jobs.scripts(planned, snapshot_path(run)):
+        for text in jobs.job_scripts(planned, code_snapshot_path(run)):
             print(text)
         return
     _submit(chain, run, profile, start)
@@ -134,7 +134,7 @@ def cancel_run(directory: RunDirectory) -> None:
     from cluster.show.status import stage_names
     from cluster.slurm import submit as jobs
 
-    for sentence in jobs.cancel(directory.resolve(), stage_names(directory)):
+    for sentence in jobs.cancel_jobs(directory.resolve(), stage_names(directory)):
         print(sentence)
 
 
@@ -147,32 +147,32 @@ def show_status(
     refresh_seconds: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two updates.")] = 2.0,
 ) -> None:
     """Show the progress of each stage of a run: state, step, loss, speed, remaining time, job, result."""
-    from cluster.show import status as view
-    from cluster.show.status_table import render
-    from cluster.show.watch import watch as watch_run
+    from cluster.show.status import RunFollower, status_json
+    from cluster.show.status_table import run_table
+    from cluster.show.watch import watch_run
 
     console = wide_console()
     if watch and not json:
         watch_run(directory, console, refresh_seconds)
         return
-    run = view.Run(directory)
+    run = RunFollower(directory)
     statuses = run.statuses()
     if json:
-        print(view.to_json(statuses))
+        print(status_json(statuses))
     else:
-        console.print(render(statuses, run.queue.trouble))
+        console.print(run_table(statuses, run.queue.trouble))
 
 
 def show_times(directory: RunDirectory, json: Json = False) -> None:
     """Show how long each resume took (stop, save, requeue, queue, start), and each start of an attempt."""
-    from cluster.show import times as view
+    from cluster.show.restart_times import restart_tables, restart_times_json
     from cluster.show.status import stage_names
 
     stages = [directory.resolve() / name for name in stage_names(directory)]
     if json:
-        print(view.to_json(stages))
+        print(restart_times_json(stages))
     else:
-        wide_console().print(view.render(stages))
+        wide_console().print(restart_tables(stages))
 
 
 def show_logs(
@@ -185,26 +185,26 @@ def show_logs(
     ] = False,
 ) -> None:
     """Print what a rank of a run has printed, on Slurm or on this machine."""
-    from cluster.show.logs import show
+    from cluster.show.logs import print_logs
 
-    show(directory, stage, rank, lines, follow=follow)
+    print_logs(directory, stage, rank, lines, follow=follow)
 
 
 def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
     from cluster.slurm import submit as jobs
-    from cluster.slurm.snapshot import snapshot_path
+    from cluster.slurm.code_snapshot import code_snapshot_path
 
-    planned = jobs.plan(chain, run, profile, start=start)
-    needed = jobs.check(planned)
-    jobs.check_with_slurm(planned, snapshot_path(run))
+    planned = jobs.plan_jobs(chain, run, profile, start=start)
+    needed = jobs.check_planned(planned)
+    jobs.check_with_slurm(planned, code_snapshot_path(run))
     Console().print(_plan_table(planned, needed))
     for estimate in needed.values():
         if estimate.warning:
             print(estimate.warning)
-    jobs.submit(chain, run, profile, planned, print)
+    jobs.submit_planned(chain, run, profile, planned, print)
 
 
-def _plan_table(planned: "list[Planned]", needed: "dict[str, Needed]") -> Table:
+def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, Needed]") -> Table:
     memory = ("GiB of a GPU",) if needed else ()
     numbers = ("nodes", "ranks", "GPUs", "CPUs", "minutes", *memory)
     table = plain_table("stage", "partition", *numbers, "", right=numbers, no_wrap=True)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.chain import open_chain, preflight, resolved, run_chain
+from cluster.chain import check_before_start, open_chain, resolve_paths, run_chain
 from cluster.local import LocalLauncher
-from cluster.origin import write_origin
+from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
 from pipeline.errors import StageError
 from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -25,7 +25,7 @@ def run_study(study: Study, directory: Path, processes: int, report: Report) -> 
     opened = {cell: open_chain(study.chain(cell.arm, cell.seed), cell.directory) for cell in planned}
     for cell, stages in opened.items():
         write_origin(cell.directory, *study.origin(cell.arm, cell.seed))
-        preflight(stages, processes)
+        check_before_start(stages, processes)
     failed: list[str] = []
     with LocalLauncher(processes) as launcher:
         for number, (cell, stages) in enumerate(opened.items(), 1):
@@ -51,25 +51,27 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     Raises:
         UserError: the first thing that is refused.
     """
-    from cluster.slurm import snapshot
     from cluster.slurm import submit as jobs
+    from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
 
     check_path(directory)
     planned, warnings = {}, {}
     for cell in _prepared(study, directory):
         chain = study.chain(cell.arm, cell.seed)
-        chain = chain.model_copy(update={"stages": {name: resolved(stage) for name, stage in chain.stages.items()}})
-        planned[cell] = chain, jobs.plan(chain, cell.directory, site)
-        warnings |= {found.warning: cell for found in jobs.check(planned[cell][1]).values() if found.warning}
+        chain = chain.model_copy(
+            update={"stages": {name: resolve_paths(stage) for name, stage in chain.stages.items()}}
+        )
+        planned[cell] = chain, jobs.plan_jobs(chain, cell.directory, site)
+        warnings |= {found.warning: cell for found in jobs.check_planned(planned[cell][1]).values() if found.warning}
     for warning, cell in warnings.items():
         report(f"{cell.arm} {warning}")
     # What Slurm refuses, it refuses of all arms alike.
     first = next(iter(planned.values()))[1]
-    jobs.check_with_slurm(first, snapshot.snapshot_path(directory))
-    code = snapshot.take(directory)  # for all of them, so that what numba compiles is compiled once
+    jobs.check_with_slurm(first, code_snapshot_path(directory))
+    code = take_code_snapshot(directory)  # for all of them, so that what numba compiles is compiled once
     for cell, (chain, plan) in planned.items():
         told = f"{cell.arm} {cell.seed}"
-        jobs.submit(chain, cell.directory, site, plan, lambda said, told=told: report(f"{told} {said}"), code)
+        jobs.submit_planned(chain, cell.directory, site, plan, lambda said, told=told: report(f"{told} {said}"), code)
         write_origin(cell.directory, *study.origin(cell.arm, cell.seed))
 
 

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from pipeline.distributed.stop import AgreedStop, StopRequest
+from pipeline.distributed.stop import STOP_SIGNALS, AgreedStop, StopRequest
 
 
 @pytest.fixture
 def request_for_stop():
-    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield StopRequest().install()
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -167,14 +167,14 @@ def test_changed_bounds_change_the_verdict_in_the_result(tmp_path):
 
 
 def test_a_slurm_job_of_a_stage_that_ends_the_chain_has_failed(tmp_path, capsys):
-    from cluster.slurm.history import read
+    from cluster.slurm.job_history import read_job_history
     from cluster.slurm.supervisor import conclude
 
     run = make_tiny_run(tmp_path, ["stages.finetune.gate.stop=true"])
     stage = finished(run, "finetune", history(falling(1.4, 0.9), top1=20.0, loss=1.0))
     assert conclude(stage, 0, "7", 3) == 1
     assert "stage finetune is off track" in capsys.readouterr().out
-    assert read(stage.directory)[-1]["event"] == "stopped"
+    assert read_job_history(stage.directory)[-1]["event"] == "stopped"
 
 
 @pytest.mark.parametrize(

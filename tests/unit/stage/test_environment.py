@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.slurm import snapshot
+from cluster.slurm.code_snapshot import take_code_snapshot
 from pipeline.stage.environment import SNAPSHOT, commit, machine, software
 
 
@@ -43,10 +43,10 @@ def test_the_commit_and_what_differs_from_it(tmp_path):
 
 
 def test_a_copy_of_the_code_remembers_its_commit(tmp_path):
-    folder = snapshot.take(tmp_path)
+    folder = take_code_snapshot(tmp_path)
     assert json.loads((folder / SNAPSHOT).read_text())["packages"] == software()["packages"]
     assert commit(folder) == json.loads((folder / SNAPSHOT).read_text())["commit"]
-    assert snapshot.take(tmp_path) == folder
+    assert take_code_snapshot(tmp_path) == folder
 
 
 def test_software_and_machine_are_plain_json():

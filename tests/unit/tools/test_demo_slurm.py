@@ -2,25 +2,25 @@
 
 import pytest
 
-from cluster.show.status import Run
-from cluster.slurm import history
+from cluster.show.status import RunFollower
+from cluster.slurm.job_history import note_job_event
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.demo_slurm import DemoError, until_training, wait
 
 
 def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
     run = make_tiny_run(tmp_path)
-    history.note(run / "pretrain", "stopped", "7", reason="the disk is full")
+    note_job_event(run / "pretrain", "stopped", "7", reason="the disk is full")
     with pytest.raises(
         DemoError, match=f"stage pretrain has failed: the disk is full; see `fcmae logs {run.resolve()}`"
     ):
-        wait(Run(run), "it trains", lambda statuses: False)
+        wait(RunFollower(run), "it trains", lambda statuses: False)
 
 
 def test_a_stage_done_before_its_disturbance_is_no_demonstration(tmp_path):
     only = ["stages.intermediate=null", "stages.finetune=null", "stages.pretrain.schedule.epochs=1"]
     run = tmp_path / "run"
     assert fcmae("run", write_tiny_recipe(tmp_path, only), "--out", run).returncode == 0
-    assert until_training(Run(run), "pretrain").state == "done"
+    assert until_training(RunFollower(run), "pretrain").state == "done"
     with pytest.raises(DemoError, match="stage pretrain was done before anything could happen to it; give it more"):
-        until_training(Run(run), "pretrain", attempt=2)
+        until_training(RunFollower(run), "pretrain", attempt=2)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.findings import Finding, Level, render
+from cluster.check_results import CheckResult, Level, results_table
 from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def examine(monkeypatch: pytest.MonkeyPatch, check, **environment: str) -> list[Finding]:
+def examine(monkeypatch: pytest.MonkeyPatch, check, **environment: str) -> list[CheckResult]:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return list(check())
@@ -90,7 +90,9 @@ def test_the_table_has_a_line_for_each_finding_and_its_remedy():
     from rich.console import Console
 
     console = Console(width=60, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render([Finding("a", Level.OK, "fine"), Finding("b", Level.MISSING, "[x] gone", "get [b] now")]))
+    console.print(
+        results_table([CheckResult("a", Level.OK, "fine"), CheckResult("b", Level.MISSING, "[x] gone", "get [b] now")])
+    )
     assert [line.split() for line in console.export_text().splitlines()[1:]] == [
         ["a", "ok", "fine"], ["b", "missing", "[x]", "gone"], ["get", "[b]", "now"],
     ]  # fmt: skip

@@ -130,12 +130,12 @@ def test_grn_is_exchanged_only_when_asked_for(begin, pretrained, new):
 
 
 def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkeypatch):
-    from cluster.chain import resolved
+    from cluster.chain import resolve_paths
 
     monkeypatch.delenv("NOWHERE", raising=False)
     monkeypatch.setenv("SOMEWHERE", str(tmp_path))
     stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$SOMEWHERE/train.beton"]).stages["finetune"]
-    assert resolved(stage).data.train == f"{tmp_path}/train.beton"
+    assert resolve_paths(stage).data.train == f"{tmp_path}/train.beton"
     stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
     with pytest.raises(RecipeError, match=r"\$NOWHERE is not set; export it, or give stages.finetune.data.train=PATH"):
-        resolved(stage)
+        resolve_paths(stage)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.show.logs import show
+from cluster.show.logs import print_logs
 from tests.support import FCMAE
 
 DEADLINE_SECONDS = 300
@@ -18,7 +18,7 @@ def test_silence_is_told_too(tmp_path, capsys, content):
     (tmp_path / "pretrain" / "logs").mkdir(parents=True)
     if content is not None:
         (tmp_path / "pretrain" / "logs" / "rank-0.log").write_text(content)
-    show(tmp_path, None, 0, 100, follow=False)
+    print_logs(tmp_path, None, 0, 100, follow=False)
     assert capsys.readouterr().out == "rank 0 has not printed anything yet\n"
 
 

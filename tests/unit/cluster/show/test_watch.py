@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.show.watch import watch
+from cluster.show.watch import watch_run
 from pipeline.storage.folder import write_json
 
 # Without what a person's shell may say of terminals.
@@ -45,7 +45,7 @@ def hear_ctrl_c() -> None:
 def test_it_ends_with_the_chain(run):
     finish(run / "pretrain")
     console = Console(file=io.StringIO(), width=120)
-    watch(run, console)
+    watch_run(run, console)
     text = console.file.getvalue()
     assert str(run) in text
     assert "top1 61.50 %" in text

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.show.status import Run, status
-from cluster.show.status_table import render
-from cluster.slurm import history, queue
+from cluster.show.status import RunFollower, run_status
+from cluster.show.status_table import run_table
+from cluster.slurm import queue
+from cluster.slurm.job_history import note_job_event
 from cluster.slurm.queue import Queue
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
@@ -46,7 +47,7 @@ def says(run: Path, *lines: str) -> str:
 
 
 def submit(run: Path, stage: str, job: str) -> None:
-    history.note(run / stage, "submitted", job, committed=-1)
+    note_job_event(run / stage, "submitted", job, committed=-1)
 
 
 def take(stage: Path, number: int, host: str = "n7") -> None:
@@ -55,16 +56,16 @@ def take(stage: Path, number: int, host: str = "n7") -> None:
 
 
 def shown(run: Path) -> str:
-    view = Run(run)
+    view = RunFollower(run)
     statuses = view.statuses()
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render(statuses, view.queue.trouble))
+    console.print(run_table(statuses, view.queue.trouble))
     return console.export_text()
 
 
 def test_a_run_that_was_never_submitted_asks_nobody(run, squeue):
     calls = squeue("exit 1")
-    assert [s.job for s in status(run)] == [None, None]
+    assert [s.job for s in run_status(run)] == [None, None]
     assert not calls.exists()
     assert "job" not in shown(run).splitlines()[0]
 
@@ -76,14 +77,14 @@ def test_jobs_beside_the_files(run, squeue):
         says(run, "41|RUNNING|n[1-2]|None|@/pretrain", "42|PENDING||Dependency|@/finetune",
              "43|RUNNING|n3|None|/other/run/pretrain")
     )  # fmt: skip
-    first, second = status(run)
+    first, second = run_status(run)
     assert (first.state, first.job, first.nodes) == ("starting", "41", "n[1-2]")
     assert (second.state, second.job, second.job_state) == ("queued", "42", "PENDING")
     take(run / "pretrain", 1)
-    assert status(run)[0].state == "running"
+    assert run_status(run)[0].state == "running"
     hours_ago = time.time() - 7200  # a long evaluation on another host: Slurm knows that it runs
     os.utime(run / "pretrain" / "attempts" / "000001.json", (hours_ago, hours_ago))
-    assert status(run)[0].state == "running"
+    assert run_status(run)[0].state == "running"
     text = shown(run)
     assert "41 running" in text
     assert "n[1-2]" in text
@@ -93,11 +94,11 @@ def test_a_cancelled_job_that_still_ends_is_not_starting(run, squeue):
     submit(run, "pretrain", "41")
     take(run / "pretrain", 1)
     squeue(says(run, "41|COMPLETING|n1|None|@/pretrain"))
-    assert status(run)[0].state == "running"
+    assert run_status(run)[0].state == "running"
     write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
-    assert status(run)[0].state == "starting"  # requeued
-    history.note(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
-    assert (status(run)[0].state, status(run)[0].job_state) == ("saved", "COMPLETING")
+    assert run_status(run)[0].state == "starting"  # requeued
+    note_job_event(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
+    assert (run_status(run)[0].state, run_status(run)[0].job_state) == ("saved", "COMPLETING")
 
 
 def test_a_job_that_slurm_will_never_start_is_named(run, squeue):
@@ -120,7 +121,7 @@ def test_what_slurm_says_of_a_stage_that_left_no_word(run, squeue, answer, state
     submit(run, "pretrain", "41")
     take(run / "pretrain", 1)
     squeue(answer.replace("@", str(run)))
-    first = status(run)[0]
+    first = run_status(run)[0]
     assert (first.state, first.job_state) == (state, job_state)
 
 
@@ -128,7 +129,7 @@ def test_a_silent_slurmctld_holds_nobody_up(run, squeue, monkeypatch):
     submit(run, "pretrain", "41")
     squeue("exec sleep 30")
     monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.3)
-    view, began = Run(run), time.monotonic()
+    view, began = RunFollower(run), time.monotonic()
     first = view.statuses()[0]
     assert time.monotonic() - began < 15
     assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
@@ -162,16 +163,16 @@ def test_a_resubmission_counts_not_the_job_before(run, squeue):
     submit(run, "pretrain", "41")
     squeue(says(run, "41|FAILED|n1|NodeFail|@/pretrain"))
     submit(run, "pretrain", "44")  # squeue has not heard of it yet
-    assert (status(run)[0].job, status(run)[0].job_state) == ("44", "FORGOTTEN")
+    assert (run_status(run)[0].job, run_status(run)[0].job_state) == ("44", "FORGOTTEN")
 
 
 def test_the_end_that_the_supervisor_noted(run, squeue):
     squeue("")
     submit(run, "pretrain", "41")
-    history.note(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
+    note_job_event(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
     submit(run, "finetune", "42")
-    history.note(run / "finetune", "cancelled", "42", reason="stage pretrain has ended for good")
-    first, second = status(run)
+    note_job_event(run / "finetune", "cancelled", "42", reason="stage pretrain has ended for good")
+    first, second = run_status(run)
     assert (first.state, first.reason) == ("failed", "3 attempts in a row committed no step")
     assert second.state == "cancelled"
     text = shown(run)
@@ -179,7 +180,7 @@ def test_the_end_that_the_supervisor_noted(run, squeue):
     take(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
     later = time.time() + 1  # a file system's clock may be some milliseconds late
     os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
-    assert status(run)[0].state == "interrupted"
+    assert run_status(run)[0].state == "interrupted"
 
 
 def test_odd_histories_count_as_absent(run, squeue):
@@ -188,7 +189,7 @@ def test_odd_histories_count_as_absent(run, squeue):
     folder.mkdir(parents=True)
     lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
     (folder / "jobs.jsonl").write_text("\n".join(lines))
-    assert status(run)[0].job is None
+    assert run_status(run)[0].job is None
 
 
 def test_data_wait_is_a_share_of_the_step(run):
@@ -199,7 +200,7 @@ def test_data_wait_is_a_share_of_the_step(run):
         for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
             speed, wait = 64 / seconds, seconds / 4
             journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
-    first = status(run)[0]
+    first = run_status(run)[0]
     assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
     assert first.images_per_second == pytest.approx(12.8)
     assert "25%" in shown(run)
@@ -213,4 +214,4 @@ def test_only_the_last_restarts_are_listed(run):
     text = shown(run)
     assert "pretrain, 5 earlier attempts: see --json" in text
     assert text.count("pretrain, attempt") == 3
-    assert len(json.loads(json.dumps(status(run)[0].restart_reasons))) == 7
+    assert len(json.loads(json.dumps(run_status(run)[0].restart_reasons))) == 7

@@ -120,7 +120,7 @@ def test_an_estimate_that_cannot_be_made_is_told_and_refuses_nothing(chain, monk
 
 
 def test_submit_shows_it_and_refuses_before_anything_is_queued(recipe_file, chain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(client, "ask", lambda *_, **__: "")
+    monkeypatch.setattr(client, "run_command", lambda *_, **__: "")
     monkeypatch.setattr(jobs, "check_with_slurm", lambda *_: None)
     monkeypatch.setattr(jobs.JobScript, "submit", lambda _: "7")
     path, run = tmp_path / "site.yaml", tmp_path / "run"

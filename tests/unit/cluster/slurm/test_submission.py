@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster.preflight import guard
-from cluster.show.logs import show
+from cluster.preflight import bad_nodes
+from cluster.show.logs import print_logs
 from cluster.site import Site, stored_site
-from cluster.slurm import client, history, queue, rendezvous, snapshot
+from cluster.slurm import client, code_snapshot, queue, rendezvous
 from cluster.slurm import submit as jobs
-from cluster.slurm.client import minutes
+from cluster.slurm.client import parse_minutes
+from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
+from cluster.slurm.job_history import note_job_event
+from cluster.slurm.rendezvous import export_rank_environment, interface_towards
+from cluster.slurm.retry import attempts_without_progress, committed_step
 from cluster.slurm.script import JobScript
-from cluster.slurm.stopwatch import CANCELLED, Pace, StopWatch
-from cluster.slurm.submit import Planned, check_partition, live_jobs, plan
-from cluster.slurm.worker import export_rank_environment, preflight_outcome, remove_torn_files
+from cluster.slurm.submit import PlannedStage, check_partition, live_jobs, plan_jobs
+from cluster.slurm.time_limit import CANCELLED, Pace, TimeLimitWatch
+from cluster.slurm.worker import preflight_outcome, remove_torn_files
 from pipeline.errors import LaunchError
 from pipeline.recipe import load_recipe
 from pipeline.tracking.journal import Journal
@@ -36,7 +40,7 @@ def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path, monkeypat
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     stage, end = tmp_path / "run" / "pretrain", now + 1000
-    watch = StopWatch(stage, ends_at=end)
+    watch = TimeLimitWatch(stage, ends_at=end)
     margin = Pace().stop_seconds()
     assert not watch.due(end - margin - 1)
     with journal(stage) as log:
@@ -53,12 +57,12 @@ def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path, monkeypat
         log.write("save", step=4, seconds=1e6)
     assert not watch.due(end - 501)
     assert watch.due(end - 499)
-    assert not StopWatch(stage, ends_at=None).due(1e12)
+    assert not TimeLimitWatch(stage, ends_at=None).due(1e12)
 
 
 def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
     stage = tmp_path / "pretrain"
-    watch = StopWatch(stage, ends_at=None)
+    watch = TimeLimitWatch(stage, ends_at=None)
     assert not watch.due(0.0)
     (tmp_path / CANCELLED).touch()
     assert watch.due(0.0)
@@ -77,9 +81,9 @@ def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
 def test_a_controller_that_is_away_or_busy_is_asked_again(words):
     """The supervisor gives a job up for anything else that Slurm says."""
     with pytest.raises(client.NoControllerError, match="try again"):
-        client.ask("sh", "-c", f"echo '{words}' >&2; exit 1")
+        client.run_command("sh", "-c", f"echo '{words}' >&2; exit 1")
     with pytest.raises(LaunchError, match="Invalid job id") as refused:
-        client.ask("sh", "-c", "echo 'slurm_requeue error: Invalid job id specified' >&2; exit 1")
+        client.run_command("sh", "-c", "echo 'slurm_requeue error: Invalid job id specified' >&2; exit 1")
     assert not isinstance(refused.value, client.NoControllerError)
 
 
@@ -109,18 +113,18 @@ def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(monkeypatch
         partition = f"PartitionName=low Default=YES GraceTime={grace} PreemptMode=CANCEL State=UP"
         return {"job": job, "partition": partition}.get(command[2], "")
 
-    monkeypatch.setattr(client, "ask", ask)
-    client.requeue("7")
+    monkeypatch.setattr(client, "run_command", ask)
+    client.requeue_job("7")
     assert asked[0] == ("scontrol", "requeue", "Incomplete", "7")
     assert (asked[-1] == ("scontrol", "requeue", "7")) is again
     job = job.replace("Reason=None", "Reason=TimeLimit", 1)
-    client.requeue("7")
+    client.requeue_job("7")
     assert asked[-1] == ("scontrol", "requeue", "7")
 
 
 @pytest.mark.parametrize("state", [*queue.WAITING, *queue.RUNNING])
 def test_a_job_that_status_calls_live_is_not_submitted_twice(monkeypatch, state):
-    monkeypatch.setattr(client, "ask", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: f"7|{state}|None|(null)|/runs/a/pretrain\n")
     assert list(live_jobs(Path("/runs/a"), ["pretrain"])) == ["pretrain"]
 
 
@@ -129,8 +133,8 @@ def test_a_job_that_slurm_will_never_start_is_replaced(monkeypatch, tmp_path, re
     run = tmp_path / "run"
     chain = load_recipe(write_tiny_recipe(tmp_path))
     jobs = f"7|PENDING|{reason}|(null)|{run}/pretrain\n8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
-    monkeypatch.setattr(client, "ask", lambda *command, **_: jobs)
-    planned = plan(chain, run, Site(nodes=2))
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: jobs)
+    planned = plan_jobs(chain, run, Site(nodes=2))
     assert [item.missing for item in planned] == [True, True, True]
     assert [item.replaces and item.replaces.id for item in planned] == ["7", "8", None]
 
@@ -147,9 +151,9 @@ def test_a_job_that_is_just_ending_is_waited_for(monkeypatch, tmp_path, capsys, 
     run, chain = tmp_path / "run", load_recipe(write_tiny_recipe(tmp_path, ["stages.finetune=null"]))
     waits = f"8|PENDING|Dependency|afterok:7(unfulfilled)|{run}/intermediate\n"
     answers = [f"7|{state}|(null)|{run}/pretrain\n{waits}" for state in (then, "COMPLETING|None", "COMPLETING|None")]
-    monkeypatch.setattr(client, "ask", lambda *command, **_: answers.pop())
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: answers.pop())
     monkeypatch.setattr(jobs, "ASK_SECONDS", 0)
-    assert [item.missing for item in plan(chain, run, Site(nodes=2))] == missing
+    assert [item.missing for item in plan_jobs(chain, run, Site(nodes=2))] == missing
     assert capsys.readouterr().out == "waiting for job 7 of stage pretrain, which is just ending, for up to 75 s\n"
     assert answers == []
 
@@ -159,14 +163,18 @@ def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(monkeypatch, tmp_
     (run / CANCELLED).touch()
     (run / "site.yaml").write_text("nodes: 2\n")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    monkeypatch.setattr(client, "ask", lambda *command, **_: f"7|COMPLETING|None|(null)|{run}/pretrain\n")
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: f"7|COMPLETING|None|(null)|{run}/pretrain\n")
     monkeypatch.setattr(jobs, "ENDING_SECONDS", 0.01)
     monkeypatch.setattr(jobs, "ASK_SECONDS", 0.01)
     with pytest.raises(LaunchError, match=r"^job 7 of stage pretrain is just ending; try again in a minute"):
         resume_run(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     (run / "pretrain" / "DONE").touch()  # it is finished, whatever its epilog does
-    assert [item.done for item in plan(load_recipe(run / "recipe.yaml"), run, Site(nodes=2))] == [True, False, False]
+    assert [item.done for item in plan_jobs(load_recipe(run / "recipe.yaml"), run, Site(nodes=2))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_partition_may_be_several(monkeypatch, tmp_path):
@@ -178,9 +186,9 @@ def test_a_partition_may_be_several(monkeypatch, tmp_path):
 
     def check(partition: str, minutes: int) -> None:
         site = Site(partition=partition, time_limit_minutes=minutes)
-        check_partition(Planned("pretrain", tmp_path, None, site))
+        check_partition(PlannedStage("pretrain", tmp_path, None, site))
 
-    monkeypatch.setattr(client, "ask", ask)
+    monkeypatch.setattr(client, "run_command", ask)
     check("short,long", 600)
     with pytest.raises(LaunchError, match="there is no partition nowhere"):
         check("long,nowhere", 10)
@@ -195,51 +203,51 @@ def test_partitions_may_be_hidden(monkeypatch, tmp_path):
         "scontrol": "PartitionName=secret State=UP MaxTime=01:00:00",
         "squeue": f"7|RUNNING|None|(null)|{stage}\n",
     }
-    monkeypatch.setattr(client, "ask", lambda *command, **_: answers[command[0]] if "--all" in command else "")
-    check_partition(Planned("pretrain", stage, None, Site(partition="secret")))
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: answers[command[0]] if "--all" in command else "")
+    check_partition(PlannedStage("pretrain", stage, None, Site(partition="secret")))
     assert list(live_jobs(tmp_path, ["pretrain"])) == ["pretrain"]
-    history.note(stage, "submitted", "7", committed=-1)
+    note_job_event(stage, "submitted", "7", committed=-1)
     assert queue.Queue([stage]).jobs()["pretrain"].state == "RUNNING"
 
 
 def test_attempts_without_progress_are_counted_since_the_last_progress_or_submission(tmp_path):
     def ends(committed: int) -> int:
-        count = history.fruitless(tmp_path, committed)
-        history.note(tmp_path, "requeued", "1", committed=committed)
+        count = attempts_without_progress(tmp_path, committed)
+        note_job_event(tmp_path, "requeued", "1", committed=committed)
         return count
 
-    history.note(tmp_path, "submitted", "1", committed=-1)
+    note_job_event(tmp_path, "submitted", "1", committed=-1)
     assert [ends(-1), ends(-1), ends(5), ends(5), ends(5), ends(6)] == [1, 2, 0, 1, 2, 0]
-    history.note(tmp_path, "submitted", "2", committed=6)
+    note_job_event(tmp_path, "submitted", "2", committed=6)
     assert ends(6) == 1
     with open(tmp_path / "slurm" / "jobs.jsonl", "a") as file:
         file.write('{"event": "requ')  # a torn line
-    assert history.fruitless(tmp_path, 6) == 2
+    assert attempts_without_progress(tmp_path, 6) == 2
 
 
 def test_the_committed_step_is_the_newest_of_any_attempt(tmp_path):
-    assert history.committed_step(tmp_path) == -1
+    assert committed_step(tmp_path) == -1
     with journal(tmp_path) as log:
         log.write("save", step=20, seconds=1.0)
         log.write("step", step=25, loss=1.0)
     with journal(tmp_path, 2) as log:
         log.write("save", step=15, seconds=1.0)
-    assert history.committed_step(tmp_path) == 20
+    assert committed_step(tmp_path) == 20
 
 
 def test_after_a_rollback_the_way_up_again_is_progress(tmp_path):
     with journal(tmp_path) as log:
         log.write("save", step=20, seconds=1.0)
         log.write("rollback", step=10, left_out=[13, 16])
-    assert history.committed_step(tmp_path) == 10
+    assert committed_step(tmp_path) == 10
     with journal(tmp_path, 2) as log:
         log.write("save", step=15, seconds=1.0)
-    assert history.committed_step(tmp_path) == 15
+    assert committed_step(tmp_path) == 15
 
 
 def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
-    folder = snapshot.take(tmp_path)
-    assert snapshot.take(tmp_path) == folder == snapshot.snapshot_path(tmp_path)
+    folder = take_code_snapshot(tmp_path)
+    assert take_code_snapshot(tmp_path) == folder == code_snapshot_path(tmp_path)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     noted = json.loads((folder / "environment.json").read_text())
     assert noted["interpreter"] == sys.executable
@@ -271,9 +279,9 @@ print(image_checksum.__file__, sum(image_checksum.checksum.stats.cache_hits.valu
         assert ran.stdout.startswith(str(folder))
         return int(ran.stdout.split()[-1])
 
-    root = Path(snapshot.__file__).parents[2]
+    root = Path(code_snapshot.__file__).parents[2]
     hits(root)
-    assert hits(snapshot.take(tmp_path)) == 1
+    assert hits(take_code_snapshot(tmp_path)) == 1
 
 
 @pytest.fixture
@@ -306,7 +314,7 @@ def test_a_rank_finds_its_place_where_host_names_do_not_resolve(place):
     assert export_rank_environment() == 3
     place = {n: os.environ[n] for n in ("MASTER_ADDR", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     assert place == {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert os.environ["GLOO_SOCKET_IFNAME"] == rendezvous.interface_towards("127.0.0.1") == "lo"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == interface_towards("127.0.0.1") == "lo"
     first = os.environ["MASTER_PORT"]
     os.environ["SLURM_RESTART_COUNT"] = "1"
     export_rank_environment()
@@ -354,11 +362,11 @@ def test_a_job_keeps_the_site_that_it_was_submitted_to(tmp_path, monkeypatch, pl
     """Or one that is started again would look for the GPUs of another cluster, and find every node bad."""
     run = make_tiny_run(tmp_path)
     chain, ids, live = load_recipe(run / "recipe.yaml"), iter("123456"), []
-    monkeypatch.setattr(client, "ask", lambda *command, **_: "".join(live))
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: "".join(live))
     monkeypatch.setattr(JobScript, "submit", lambda self: next(ids))
 
     def submit_to(site: Site) -> None:
-        jobs.submit(chain, run, site, jobs.plan(chain, run, site), print, tmp_path / "code")
+        jobs.submit_planned(chain, run, site, jobs.plan_jobs(chain, run, site), print, tmp_path / "code")
 
     submit_to(Site(gpus_per_node=8, stages={"finetune": {"gpus_per_node": 2}}))
     assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 8, 2]
@@ -368,7 +376,7 @@ def test_a_job_keeps_the_site_that_it_was_submitted_to(tmp_path, monkeypatch, pl
     assert stored_site(run).gpus_per_node == 4  # what `fcmae resume` takes without --site
     place("node4.invalid", "127.0.0.1", {})
     export_rank_environment()
-    monkeypatch.setattr(guard, "guard", lambda expected, hosts: expected)
+    monkeypatch.setattr(bad_nodes, "check_rank", lambda expected, hosts: expected)
     assert preflight_outcome(run / "pretrain").devices == 8
 
 
@@ -380,7 +388,7 @@ def test_torn_pickles_are_removed_and_nothing_else(tmp_path):
 
 
 def test_times_of_slurm_in_minutes():
-    limits = [minutes(text) for text in ("00:30:00", "1-00:00:30", "UNLIMITED")]
+    limits = [parse_minutes(text) for text in ("00:30:00", "1-00:00:30", "UNLIMITED")]
     assert limits == [30, 1440.5, float("inf")]
 
 
@@ -433,12 +441,12 @@ def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         os.utime(path, (time.time() - age,) * 2)
-    show(run, None, 0, 1, follow=False)
+    print_logs(run, None, 0, 1, follow=False)
     assert capsys.readouterr().out.splitlines() == [
         "==> pretrain/slurm/9_0_log.out <==", "zero", "==> pretrain/slurm/10_0_log.out <==", "second",
         "==> finetune/logs/rank-0.log <==", "local",
     ]  # fmt: skip
-    show(run, "pretrain", 1, 5, follow=False)
+    print_logs(run, "pretrain", 1, 5, follow=False)
     assert capsys.readouterr().out.splitlines()[1:] == ["other"]
     with pytest.raises(LaunchError, match="there is no stage nope"):
-        show(run, "nope", 0, 5, follow=False)
+        print_logs(run, "nope", 0, 5, follow=False)

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from cluster.site import SITE
-from cluster.slurm import client, history, supervisor
+from cluster.slurm import client, supervisor
+from cluster.slurm.job_history import note_job_event, read_job_history
 from cluster.slurm.script import JobScript
 from cluster.slurm.supervisor import conclude
 from pipeline.errors import LaunchError
@@ -36,9 +37,9 @@ def test_a_job_that_was_overtaken_leaves_the_stage_to_its_successor(stage, monke
         other.setenv("SLURM_JOB_ID", job)
         other.setenv("SLURM_RESTART_COUNT", restarts)
         Stage(stage.directory).attempts.claim(world_size=1)
-    monkeypatch.setattr(client, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
     assert conclude(stage, code, "7", 3) == 1
-    assert history.read(stage.directory) == []
+    assert read_job_history(stage.directory) == []
 
 
 def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before(stage, monkeypatch):
@@ -48,7 +49,7 @@ def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before
     monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
     monkeypatch.setenv("PATH", "")  # no Slurm: it cancels no dependents
     assert conclude(stage, SrunCode.PERMANENT, "7", 3) == 1
-    assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 78 and left no word"
+    assert read_job_history(stage.directory)[-1]["reason"] == "the ranks ended with exit code 78 and left no word"
 
 
 def test_a_job_that_finds_the_stage_in_other_hands_leaves_it_to_them(stage, monkeypatch):
@@ -57,9 +58,9 @@ def test_a_job_that_finds_the_stage_in_other_hands_leaves_it_to_them(stage, monk
         other.setenv("SLURM_JOB_ID", "6")
         stage.attempts.claim(world_size=1)  # by this process, which lives
     monkeypatch.setenv(JOB_STARTED, str(time.time() + 2))
-    monkeypatch.setattr(client, "ask", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: pytest.fail(f"Slurm was asked: {command}"))
     assert conclude(stage, SrunCode.PERMANENT, "7", 3) == 1
-    assert history.read(stage.directory) == []
+    assert read_job_history(stage.directory) == []
 
 
 def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, monkeypatch):
@@ -68,14 +69,14 @@ def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, monkeypatc
     write_json(folder / "7.0.0.json", [{"node": "n3", "check": "disk", "detail": "full"}])
     (stage.directory.parent / SITE).write_text("nodes: 1\n")
     asked = []
-    monkeypatch.setattr(client, "ask", lambda *command, **_: asked.append(command) or "")
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: asked.append(command) or "")
     monkeypatch.setattr(JobScript, "test", lambda script: None)
-    history.note(stage.directory, "submitted", "7", committed=-1)
+    note_job_event(stage.directory, "submitted", "7", committed=-1)
     assert conclude(stage, 70, "7", 9) == 0
-    assert "n3 is a bad node (disk: full)" in history.read(stage.directory)[-1]["reason"]
+    assert "n3 is a bad node (disk: full)" in read_job_history(stage.directory)[-1]["reason"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert conclude(stage, 70, "7", 9) == 0
-    assert history.read(stage.directory)[-1]["reason"] == "the ranks ended with exit code 70 and left no word"
+    assert read_job_history(stage.directory)[-1]["reason"] == "the ranks ended with exit code 70 and left no word"
     assert asked[-1][-1] == "ExcNodeList=n3"  # still kept off it
 
 
@@ -115,13 +116,13 @@ def test_nodes_that_the_job_cannot_do_without_are_not_excluded(stage, monkeypatc
         return ""
 
     monkeypatch.setattr(JobScript, "test", test)
-    monkeypatch.setattr(client, "ask", lambda *command, **_: asked.append(command) or "")
-    history.note(stage.directory, "submitted", "7", committed=-1)
+    monkeypatch.setattr(client, "run_command", lambda *command, **_: asked.append(command) or "")
+    note_job_event(stage.directory, "submitted", "7", committed=-1)
     assert conclude(stage, 70, "7", 2) == 0
     assert asked[-1][-1] == f"ExcNodeList={excluded}"
-    reason = history.read(stage.directory)[-1]["reason"]
+    reason = read_job_history(stage.directory)[-1]["reason"]
     kept = [node for node in ("n2", "n3") if node not in excluded]
     again = f"; {', '.join(kept)} may be used again: too few nodes are left otherwise" if kept else ""
     assert reason == f"n2 is a bad node (disk: full){again}"
     assert conclude(stage, 70, "7", 2) == 1  # and the attempts count
-    assert history.read(stage.directory)[-1]["event"] == "stopped"
+    assert read_job_history(stage.directory)[-1]["event"] == "stopped"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from cluster.origin import read_origin, write_origin
+from cluster.recipe_origin import read_origin, write_origin
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.preflight import Expectations, PreflightSettings
-from cluster.preflight.guard import bad_nodes, guard
+from cluster.preflight.bad_nodes import bad_nodes, check_rank
 from pipeline.stage.outcome import OutcomeKind
 
 
@@ -21,13 +21,13 @@ def settings(**changes: float) -> PreflightSettings:
 
 
 def test_a_good_node_leaves_no_note(tmp_path, capsys):
-    assert guard(Expectations(tmp_path, settings=settings())) is None
+    assert check_rank(Expectations(tmp_path, settings=settings())) is None
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_node_is_noted_by_slurms_name_for_the_job(tmp_path, capsys):
-    outcome = guard(Expectations(tmp_path, settings=settings(matrix_floor_tflops=1e6)))
+    outcome = check_rank(Expectations(tmp_path, settings=settings(matrix_floor_tflops=1e6)))
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert "matrix product on n5: " in outcome.reason
     assert "1e+06 needed" in capsys.readouterr().out
@@ -37,13 +37,13 @@ def test_a_bad_node_is_noted_by_slurms_name_for_the_job(tmp_path, capsys):
 
 
 def test_what_no_node_has_blames_none(tmp_path):
-    outcome = guard(Expectations(tmp_path, settings=settings(disk_gib=1e9)))
+    outcome = check_rank(Expectations(tmp_path, settings=settings(disk_gib=1e9)))
     assert outcome.kind is OutcomeKind.PERMANENT
     assert bad_nodes(tmp_path, "7") == {}
 
 
 def test_where_nothing_can_be_noted_the_table_says_so(tmp_path, capsys):
     (tmp_path / "slurm").write_text("a file where the folder should be")
-    outcome = guard(Expectations(tmp_path, settings=settings(host_memory_gib=1e6)))
+    outcome = check_rank(Expectations(tmp_path, settings=settings(host_memory_gib=1e6)))
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert "not noted: " in capsys.readouterr().out

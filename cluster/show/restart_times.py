@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from cluster.slurm import history
+from cluster.slurm.job_history import read_job_history
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
 
 
 @dataclass
-class Handover:
+class Restart:
     """From one attempt of a stage to the next, in seconds; None is not known. A killed attempt has no stop and no save;
     `queue` then has all the time since its last line in the journal."""
 
@@ -39,7 +39,7 @@ class Handover:
 
 
 @dataclass
-class Start:
+class AttemptStart:
     """An attempt's start: see `pipeline.tracking.startup`."""
 
     stage: str
@@ -49,12 +49,12 @@ class Start:
     laps: dict[str, float] = field(default_factory=dict)
 
 
-def handovers(stage_directory: Path) -> list[Handover]:
+def restarts(stage_directory: Path) -> list[Restart]:
     """One for each attempt that another one followed to its first step, in order."""
     attempts: dict[int, list[Event]] = {}
     for event in journal.read_events(stage_directory / JOURNAL_FILE):
         attempts.setdefault(event["attempt"], []).append(event)
-    asked = [entry["time"] for entry in history.read(stage_directory) if entry["event"] == "requeued"]
+    asked = [entry["time"] for entry in read_job_history(stage_directory) if entry["event"] == "requeued"]
     found = []
     numbers = sorted(attempts)
     for number, following in pairwise(numbers):
@@ -67,26 +67,26 @@ def handovers(stage_directory: Path) -> list[Handover]:
         if not events:
             continue
         stop, ended = _first(events, "stop"), _first(events, "end")
-        handover = Handover(stage_directory.name, number, str(ended.get("reason", "") if ended else "killed or lost"))
+        restart = Restart(stage_directory.name, number, str(ended.get("reason", "") if ended else "killed or lost"))
         now = events[-1]["time"]
         if stop:
-            handover.stop = stop["time"] - stop["asked"]
+            restart.stop = stop["time"] - stop["asked"]
             now = max([e["time"] for e in events if e["kind"] == "save" and e["time"] >= stop["time"]] + [stop["time"]])
-            handover.save = now - stop["time"]
+            restart.save = now - stop["time"]
         requeued = [time for time in asked if now <= time < began]
         if requeued:
-            handover.requeue, now = requeued[-1] - now, requeued[-1]
-        handover.queue = began - now
-        handover.start = started["seconds"]
-        found.append(handover)
+            restart.requeue, now = requeued[-1] - now, requeued[-1]
+        restart.queue = began - now
+        restart.start = started["seconds"]
+        found.append(restart)
     return found
 
 
-def starts(stage_directory: Path) -> list[Start]:
+def attempt_starts(stage_directory: Path) -> list[AttemptStart]:
     """One for each attempt that made a step, in order."""
     events = journal.read_events(stage_directory / JOURNAL_FILE)
     return [
-        Start(stage_directory.name, e["attempt"], e["seconds"], e["cpu_seconds"], e["laps"])
+        AttemptStart(stage_directory.name, e["attempt"], e["seconds"], e["cpu_seconds"], e["laps"])
         for e in events
         if e["kind"] == "started"
     ]
@@ -96,7 +96,7 @@ def _first(events: list[Event], kind: str) -> Event | None:
     return next((event for event in events if event["kind"] == kind), None)
 
 
-def render(stages: list[Path]) -> Group:
+def restart_tables(stages: list[Path]) -> Group:
     """Two tables: from stop to step, and the starts by their parts."""
     between = Table(title="from a stop to the next step, seconds", title_justify="left", box=None)
     for name in ("stage", "attempt", "why"):
@@ -104,12 +104,12 @@ def render(stages: list[Path]) -> Group:
     for name in ("signal to stopped", "to saved", "to requeued", "to running", "to first step", "in all"):
         between.add_column(name, justify="right")
     beginnings = Table(title="a start by its parts, seconds", title_justify="left", box=None)
-    found = [start for stage in stages for start in starts(stage)]
+    found = [start for stage in stages for start in attempt_starts(stage)]
     laps = list(dict.fromkeys(lap for start in found for lap in start.laps))
     for name in ("stage", "attempt", *laps, "in all", "of it CPU"):
         beginnings.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
-        for h in handovers(stage):
+        for h in restarts(stage):
             seconds = (h.stop, h.save, h.requeue, h.queue, h.start, h.total)
             between.add_row(h.stage, str(h.attempt), h.why, *["" if s is None else f"{s:.1f}" for s in seconds])
     for s in found:
@@ -119,10 +119,10 @@ def render(stages: list[Path]) -> Group:
     return Group(*tables or ["no attempt has made its first step yet"])
 
 
-def to_json(stages: list[Path]) -> str:
+def restart_times_json(stages: list[Path]) -> str:
     """{"handovers": [...], "starts": [...]}."""
     told = {
-        "handovers": [{**asdict(h), "total": round(h.total, 3)} for stage in stages for h in handovers(stage)],
-        "starts": [asdict(s) for stage in stages for s in starts(stage)],
+        "handovers": [{**asdict(h), "total": round(h.total, 3)} for stage in stages for h in restarts(stage)],
+        "starts": [asdict(s) for stage in stages for s in attempt_starts(stage)],
     }
     return json.dumps(told, indent=2)

@@ -32,7 +32,7 @@ def node_name() -> str:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One check on one node. `value` is the figure that `detail` words, for programs."""
 
     check: str
@@ -43,7 +43,7 @@ class Finding:
     node: str = field(default_factory=node_name)
 
 
-def render(findings: Iterable[Finding]) -> Table:
+def results_table(findings: Iterable[CheckResult]) -> Table:
     """A row per finding, with the remedy of what is not ok below it. Wraps where the terminal ends."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("check", "", "found"):
@@ -55,6 +55,6 @@ def render(findings: Iterable[Finding]) -> Table:
     return table
 
 
-def to_json(findings: Iterable[Finding]) -> str:
+def results_json(findings: Iterable[CheckResult]) -> str:
     """A JSON list of the findings."""
     return json.dumps([strict_json(asdict(found)) for found in findings], indent=2)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.findings import Finding, Level, render
-from cluster.preflight import Expectations, preflight, verdict
+from cluster.check_results import CheckResult, Level, results_table
+from cluster.preflight import Expectations, check_node, failure_outcome
 from cluster.preflight.gpu import MATRIX
 from pipeline.stage.outcome import Outcome
 from pipeline.storage.folder import write_json
 
 
-def guard(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:
+def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:
     """Check this rank's node, then with the other ranks the network; None if all may train. Collective once the node
     has passed: a rank that returns early must end its process, so that the launcher ends the others.
 
@@ -25,26 +25,26 @@ def guard(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:
     Returns:
         What is wrong, as an outcome (bad node or permanent), printed as a table and noted in the stage directory.
     """
-    findings = preflight(expected)
-    if verdict(findings) is None:
-        from cluster.preflight.network import group_preflight
+    findings = check_node(expected)
+    if failure_outcome(findings) is None:
+        from cluster.preflight.network import check_network
 
         tflops = next((f.value for f in findings if f.check == MATRIX), None)
         if expected.devices:
             import torch
 
             torch.cuda.set_device(expected.local_rank)
-        findings += group_preflight(expected.settings, tflops=tflops, cuda=expected.devices > 0, hosts=hosts)
-    outcome = verdict(findings)
+        findings += check_network(expected.settings, tflops=tflops, cuda=expected.devices > 0, hosts=hosts)
+    outcome = failure_outcome(findings)
     worth_a_look = [found for found in findings if found.level not in (Level.OK, Level.SKIPPED)]
     if worth_a_look:
-        Console(width=120).print(render(worth_a_look))
+        Console(width=120).print(results_table(worth_a_look))
     if outcome:
         _note(expected.stage_directory, worth_a_look)
     return outcome
 
 
-def _note(stage_directory: Path, findings: list[Finding]) -> None:
+def _note(stage_directory: Path, findings: list[CheckResult]) -> None:
     job, restart = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     blamed = [{"node": f.node, "check": f.check, "detail": f.detail} for f in findings if f.level is Level.BAD_NODE]
     folder = stage_directory / "slurm" / "bad-nodes"

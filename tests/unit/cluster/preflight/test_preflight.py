@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.findings import Finding, Level
-from cluster.preflight import Expectations, PreflightSettings, host, preflight, verdict
+from cluster.check_results import CheckResult, Level
+from cluster.preflight import Expectations, PreflightSettings, check_node, failure_outcome, host
 from cluster.preflight.gpu import FIELDS, foreign_processes, gpu_health, slow_ranks
 from cluster.preflight.host import available_memory_bytes, is_ours
 from cluster.preflight.network import slow_places
@@ -26,12 +26,12 @@ from pipeline.stage.outcome import OutcomeKind
 COMMAND = [sys.executable, "-m", "cluster.preflight", "--json"]
 
 
-def check(stage: Path, scratch: Path | None = None, **settings: float) -> dict[str, Finding]:
+def check(stage: Path, scratch: Path | None = None, **settings: float) -> dict[str, CheckResult]:
     expected = Expectations(stage, scratch, settings=PreflightSettings(stray_seconds=0, **settings))
-    return {found.check: found for found in preflight(expected)}
+    return {found.check: found for found in check_node(expected)}
 
 
-def bad(findings: dict[str, Finding]) -> dict[str, Level]:
+def bad(findings: dict[str, CheckResult]) -> dict[str, Level]:
     return {name: found.level for name, found in findings.items() if found.level in (Level.BAD_NODE, Level.MISSING)}
 
 
@@ -42,7 +42,7 @@ def test_a_good_node_passes_every_check(tmp_path):
         "memory": Level.OK, "processes": Level.OK, "scratch": Level.OK, "run directory": Level.OK, "clock": Level.OK,
         "gpu": Level.SKIPPED, "matrix product": Level.OK,
     }  # fmt: skip
-    assert verdict(list(found.values())) is None
+    assert failure_outcome(list(found.values())) is None
     assert found["matrix product"].value > 0
     assert list(tmp_path.iterdir()) == [], "the probes are gone"
     assert time.monotonic() - began < 30, "seconds long"
@@ -59,7 +59,7 @@ def test_a_good_node_passes_every_check(tmp_path):
 def test_what_this_machine_cannot_give_is_found(tmp_path, settings, failing):
     found = check(tmp_path, scratch=tmp_path, **{"disk_gib": 0.0, "host_memory_gib": 0.0, **settings})
     assert bad(found) == failing
-    outcome = verdict(list(found.values()))
+    outcome = failure_outcome(list(found.values()))
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert f"on {socket.gethostname()}: " in outcome.reason
 
@@ -76,7 +76,7 @@ def test_a_disk_that_does_not_answer_is_found(tmp_path, monkeypatch):
 
 
 def test_a_full_run_directory_is_nobodys_node(tmp_path):
-    outcome = verdict(list(check(tmp_path, disk_gib=1e9).values()))
+    outcome = failure_outcome(list(check(tmp_path, disk_gib=1e9).values()))
     assert outcome.kind is OutcomeKind.PERMANENT
     assert "1e+09 GiB needed" in outcome.reason
 
@@ -188,7 +188,7 @@ def test_outside_slurm_a_rank_of_another_launcher_is_found(tmp_path, rank_of, mo
 def test_an_earlier_rank_may_take_a_moment_to_end(tmp_path, rank_of):
     rank_of(seconds=0.3)
     expected = Expectations(tmp_path, settings=PreflightSettings(stray_seconds=20, disk_gib=0))
-    assert {f.check: f.level for f in preflight(expected)}["processes"] is Level.OK
+    assert {f.check: f.level for f in check_node(expected)}["processes"] is Level.OK
 
 
 def test_memory_is_that_of_this_machine_or_less():
@@ -201,7 +201,7 @@ def test_memory_is_that_of_this_machine_or_less():
 UUIDS = {"aaaa", "bbbb"}
 
 
-def health(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+def health(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
     from cluster.preflight.gpu import _nvidia_smi
 
     tool = tmp_path / "nvidia-smi"
@@ -252,8 +252,8 @@ def test_gpus_are_expected_of_a_torch_that_knows_them(tmp_path):
     import torch
 
     expected = Expectations(tmp_path, devices=torch.cuda.device_count() + 1)
-    findings = preflight(expected)
-    assert verdict(findings).kind is (OutcomeKind.BAD_NODE if torch.version.cuda else OutcomeKind.PERMANENT)
+    findings = check_node(expected)
+    assert failure_outcome(findings).kind is (OutcomeKind.BAD_NODE if torch.version.cuda else OutcomeKind.PERMANENT)
 
 
 # -- the rules
@@ -290,5 +290,5 @@ def test_settings_are_strict():
 
 def test_the_site_may_switch_it_off(tmp_path):
     settings = PreflightSettings(enabled=False, matrix_floor_tflops=1e9)
-    (only,) = preflight(Expectations(tmp_path / "absent", settings=settings))
+    (only,) = check_node(Expectations(tmp_path / "absent", settings=settings))
     assert only.level is Level.SKIPPED

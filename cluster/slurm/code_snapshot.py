@@ -13,7 +13,7 @@ from pipeline.stage.environment import SNAPSHOT, commit, software
 ROOMS = ("pipeline", "recipes", "cluster", "tools")
 
 
-def snapshot_path(run: Path) -> Path:
+def code_snapshot_path(run: Path) -> Path:
     """Where this code with these versions goes: named by content, so that what did not change is kept once."""
     digest = hashlib.sha256(json.dumps(software()).encode())
     for path in _files():
@@ -21,9 +21,9 @@ def snapshot_path(run: Path) -> Path:
     return run / "code" / digest.hexdigest()[:12]
 
 
-def take(run: Path) -> Path:
+def take_code_snapshot(run: Path) -> Path:
     """Copy the code and note the versions, unless they are there already; the folder for PYTHONPATH."""
-    folder = snapshot_path(run)
+    folder = code_snapshot_path(run)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=".new-", dir=folder.parent))

@@ -15,7 +15,7 @@ POLL_SECONDS = 5.0
 CANCELLED = "CANCELLED"  # a file in the run directory: `fcmae cancel` without slurmctld
 
 
-class StopWatch(threading.Thread):
+class TimeLimitWatch(threading.Thread):
     """Sends SIGUSR1 to its own process when the stage must stop (Slurm's own warnings are other signals). Rank 0 keeps
     it; the ranks agree."""
 

@@ -6,8 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from cluster.show.times import handovers, render, starts
-from cluster.slurm import history
+from cluster.show.restart_times import attempt_starts, restart_tables, restarts
+from cluster.slurm.job_history import note_job_event
 from pipeline.tracking.journal import Journal
 
 
@@ -35,7 +35,7 @@ def test_a_stop_with_notice_and_one_without(tmp_path, clock):
         log.write("save", step=7, seconds=2.0)
         log.write("end", outcome="saved", reason="stopped by SIGTERM", step=7)
     clock(24)
-    history.note(tmp_path, "requeued", "5", committed=7)
+    note_job_event(tmp_path, "requeued", "5", committed=7)
     with Journal(path, 2) as log:
         clock(40)
         started(log, 8, {"launch": 1.0, "imports": 5.0})
@@ -47,17 +47,17 @@ def test_a_stop_with_notice_and_one_without(tmp_path, clock):
         started(new, 8, {"imports": 4.0})
         old.write("step", step=9, loss=1.0)  # it woke up too late
 
-    first, second = handovers(tmp_path)
+    first, second = restarts(tmp_path)
     assert (first.why, first.stop, first.save, first.requeue, first.queue, first.start) == (
         "stopped by SIGTERM", 0.5, 2.0, 1.0, 10.0, 6.0,
     )  # fmt: skip
     assert first.total == 19.5
     assert (second.why, second.stop, second.save, second.requeue) == ("killed or lost", None, None, None)
     assert (second.queue, second.start) == (15.0, 4.0)
-    assert [(start.attempt, start.seconds) for start in starts(tmp_path)] == [(1, 3.0), (2, 6.0), (3, 4.0)]
+    assert [(start.attempt, start.seconds) for start in attempt_starts(tmp_path)] == [(1, 3.0), (2, 6.0), (3, 4.0)]
 
 
 def test_a_run_that_has_only_begun_is_told_so(tmp_path):
     console = Console(file=io.StringIO())
-    console.print(render([tmp_path / "pretrain"]))
+    console.print(restart_tables([tmp_path / "pretrain"]))
     assert console.file.getvalue() == "no attempt has made its first step yet\n"
