@@ -1,16 +1,19 @@
-"""Errors a person can act on: the command line prints the sentence alone. Anything else is a bug, with a traceback."""
+"""The errors that a person can act on: the command line prints their sentence alone.
+
+Any other error is a bug and is printed with its traceback.
+"""
 
 
 class UserError(Exception):
-    """One sentence that names the field or file, the value and the remedy."""
+    """An error in one sentence that names the field or file, the value found and the remedy."""
 
 
 class OffTrackError(UserError):
-    """A finished stage that its gate judges off track, where the recipe wants the chain to stop then."""
+    """The gate judges a finished stage off track, and its recipe stops the chain then."""
 
 
 class RetryableError(UserError):
-    """A lost connection, a full disk: what was asked for is right, and later or on another machine it may work."""
+    """A lost connection or a full disk: the same request may succeed later or on another machine."""
 
 
 class RecipeError(UserError):
@@ -18,15 +21,15 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A data file that is missing, damaged or not the one the stage was started with."""
+    """A data file that is missing, damaged or not the one that the stage was started with."""
 
 
 class DataTimeoutError(DataError, RetryableError):
-    """A batch that did not come in time: perhaps this machine's disk, so worth another attempt."""
+    """A batch that did not arrive in time. This machine's disk may be at fault, so the stage is retried."""
 
 
 class StageError(UserError):
-    """A stage directory that cannot be opened, continued or written."""
+    """A stage directory that cannot be opened, resumed or written."""
 
 
 class CheckpointError(UserError):
@@ -34,8 +37,13 @@ class CheckpointError(UserError):
 
 
 class OvertakenError(CheckpointError):
-    """A newer attempt has taken the stage: this one may write nothing any more."""
+    """A newer attempt owns the stage, so this attempt may write nothing any more."""
 
 
 class LaunchError(UserError):
-    """A job cannot be submitted, queried or cancelled."""
+    """A job that cannot be submitted, queried or cancelled."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

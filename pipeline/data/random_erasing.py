@@ -1,7 +1,7 @@
 """Random erasing on the device: a box of some normalised images becomes noise (Zhong et al., arXiv 1708.04896).
 
-The rule is timm's RandomErasing in its mode `pixel`. Boxes and noise are hashes of (seed, epoch, sample id), the noise
-by the same integers on any device.
+The rule is timm's RandomErasing in mode `pixel`. Boxes and noise are hashes of (seed, epoch, sample id). The noise
+comes from the same integers on every device.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.randomness import Purpose, key, uniform
+from pipeline.randomness import Purpose, key, mix64_tensor, uniform
 
 TRIES = 10
-AREA = (0.02, 1 / 3)  # shares of the image's
+AREA = (0.02, 1 / 3)  # of a box, as a share of the image's area
 RATIO = (0.3, 1 / 0.3)  # height / width, drawn evenly on a logarithmic scale
 
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Erases a box of each image with `probability`."""
+    """Erase a box of each image with `probability`."""
 
     seed: int
     probability: float
 
     def __call__(self, images: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
-        """images: normalised (n, C, S, S), changed in place and returned; ids: int64 (n,)."""
+        """Erase in place and return `images`: normalised (N, C, S, S). ids: the sample ids, int64 (N,)."""
         boxes = self.boxes(ids, epoch, images.shape[-1])
         chosen = np.flatnonzero(boxes[:, 2])
         if not len(chosen):
@@ -34,10 +34,10 @@ class RandomErasing:
         areas = boxes[chosen, 2] * boxes[chosen, 3]
         table = np.column_stack([chosen, boxes[chosen], areas.cumsum() - areas, areas, keys])
         table = torch.from_numpy(table.T.copy()).to(images.device, non_blocking=True)
-        # One entry per pixel of all boxes; its length is known here, so that the device is not asked.
+        # One entry for each pixel of all boxes. Their number comes from the host, so nothing waits for the device.
         pixels = torch.arange(int(areas.sum()), device=images.device)
-        spread = table.repeat_interleave(table[6], dim=1, output_size=len(pixels))
-        image, top, left, _, width, start, _, pixel_key = spread
+        entries = table.repeat_interleave(table[6], dim=1, output_size=len(pixels))
+        image, top, left, _, width, start, _, pixel_key = entries
         place = pixels - start
         channels = torch.arange(images.shape[1], device=images.device)
         noise = normal(pixel_key[:, None], place[:, None] * len(channels) + channels)
@@ -45,7 +45,7 @@ class RandomErasing:
         return images
 
     def boxes(self, ids: np.ndarray, epoch: int, size: int) -> np.ndarray:
-        """(top, left, height, width) for each image, int64 (n, 4); zeros for one that stays whole."""
+        """Draw (top, left, height, width) for images of `size` pixels a side: int64 (N, 4), zeros for no box."""
         keys = key(self.seed, epoch, ids, Purpose.ERASE)
         draws = uniform(keys, 1 + 4 * TRIES)
         tries = draws[:, 1:].reshape(len(ids), TRIES, 4)
@@ -64,16 +64,8 @@ class RandomErasing:
 
 
 def normal(keys: Tensor, counters: Tensor) -> Tensor:
-    """float32 numbers of the standard normal distribution (Box and Muller), a hash of (key, counter); int64 both."""
-    bits = _mix64(keys ^ _mix64(counters))
+    """Draw float32 numbers of the standard normal distribution (Box and Muller): hashes of (key, counter), int64."""
+    bits = mix64_tensor(keys ^ mix64_tensor(counters))
     first = ((bits >> 40 & 0xFFFFFF) + 1).float() * 2.0**-24
     second = (bits & 0xFFFFFF).float() * 2.0**-24
     return (-2 * first.log()).sqrt() * (2 * torch.pi * second).cos()
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """`pipeline.randomness.mix64`, whose unsigned integers torch lacks: the shifts must not pull the sign along."""
-    z = x + (0x9E3779B97F4A7C15 - 2**64)
-    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
-    return z ^ (z >> 31 & 0x1FFFFFFFF)

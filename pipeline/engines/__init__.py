@@ -29,4 +29,4 @@ def create_engine(build: Callable[[], nn.Module], recipe: StageRecipe, world: Wo
     return engine
 
 
-__all__ = ["Engine", "Guard", "Report", "World", "create_engine"]
+__all__ = ["Engine", "Guard", "Report", "create_engine"]

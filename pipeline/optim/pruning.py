@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipeline.randomness import as_int64, mix64_tensor
+
 Shape = tuple[int, ...]
 DENSE_FROM = 0.99  # a layer this dense is left dense for good, as in the released code
 
@@ -83,21 +85,5 @@ def mark_smallest(values: Tensor, count: int) -> Tensor:
 
 
 def hash_places(key: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int64, all different: number n is a hash of (key, n). `randomness.mix64`, made where the weights are."""
-    return _mix64(_mix64(torch.arange(count, device=device)) ^ _signed(key))
-
-
-def _mix64(x: Tensor) -> Tensor:
-    z = x + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right; int64 would drag its sign along."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
+    """Return `count` different int64 numbers on `device`: number n is a hash of (key, n)."""
+    return mix64_tensor(mix64_tensor(torch.arange(count, device=device)) ^ as_int64(key))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, first_line
 from pipeline.recipe.schema import ChainRecipe, StageRecipe
 from pipeline.recipe.sections import Settings
 
@@ -46,7 +46,7 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {_first_line(error)}") from None
+        raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {first_line(error)}") from None
 
 
 def load_stage_recipe(path: Path) -> StageRecipe:
@@ -76,7 +76,7 @@ def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, 
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}; `fcmae recipe list` shows the included ones") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
+        raise RecipeError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds a {type(tree).__name__}; a recipe is a mapping of keys to values")
     bases = tree.get("extends") or []
@@ -206,7 +206,3 @@ def _walk(kind: type[Settings], location: Sequence[str | int | None]) -> Iterato
 def _sections(annotation: Any) -> list[type[Settings]]:
     kinds = (annotation, *get_args(annotation))
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

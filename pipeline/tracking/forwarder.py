@@ -31,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import first_line
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Event, Tail, is_number
@@ -331,17 +332,14 @@ def follow(stage_dir: Path, uri: str | None, experiment: str, poll_seconds: floa
                 return 1
             except Exception as error:
                 if not warned and not isinstance(error, BlockingIOError):
-                    warn(f"MLflow at {forwarder.uri} does not take the journal, trying again: {_first_line(error)}")
+                    reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+                    warn(f"MLflow at {forwarder.uri} does not take the journal, trying again: {reason}")
                     warned = True
                 if give_up_at is not None and time.monotonic() > give_up_at:
                     warn(f"the rest of {stage_dir / 'journal.jsonl'} is not in MLflow; the next attempt forwards it")
                     return 1
                 if finishing:
                     time.sleep(1.0)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def main() -> None:

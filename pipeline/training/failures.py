@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, TypeGuard
 
-from pipeline.errors import RetryableError, UserError
+from pipeline.errors import RetryableError, UserError, first_line
 from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -33,11 +33,11 @@ def failure(error: BaseException) -> Outcome:
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")
     if is_broken_device(error):
-        return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {_first_line(error)}")
+        return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {first_line(error)}")
     if is_out_of_memory(error):
         remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
         remedy += "share the state out with engine.kind fsdp"
-        return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({_first_line(error)})")
+        return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({first_line(error)})")
     if is_full_disk(error):
         where = f"{error.filename}: " if error.filename else ""
         return Outcome(OutcomeKind.PERMANENT, f"{where}{error.strerror}; make room, then start the stage again")
@@ -63,10 +63,6 @@ def is_broken_device(error: BaseException) -> bool:
 
     # A kernel's assertion is no such thing: a label that is out of range is so everywhere.
     return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def explaining_lost_peers(

@@ -143,7 +143,7 @@ def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
 def test_deepspeed_alone_needs_no_launcher():
     """A world of one without a launcher's variables."""
     code = (
-        "import os; from pipeline.engines import World; from tests.engines import stage_recipe, train;"
+        "import os; from pipeline.distributed.world import World; from tests.engines import stage_recipe, train;"
         "run = train(World.join('cpu', threads=1), stage_recipe('finetune', 'zero3'), range(1));"
         "print(len(run.losses), flush=True); os._exit(0)"
     )

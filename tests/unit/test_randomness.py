@@ -1,20 +1,25 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.randomness import Purpose, key, text_key, uniform
+from pipeline.randomness import Purpose, key, mix64, mix64_tensor, text_key, uniform
 
 
 def test_the_mix_is_splitmix64():
     # The first outputs of the published generator for seed 1234567.
-    from pipeline.randomness import mix64
-
     state, gamma, found = np.array([1234567], np.uint64), np.uint64(0x9E3779B97F4A7C15), []
     for _ in range(3):
         found.append(int(mix64(state)[0]))
         state = state + gamma
     assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_tensors_and_arrays_have_the_same_mix():
+    numbers = np.random.default_rng(0).integers(0, 2**64, 10_000, np.uint64)
+    mixed = mix64_tensor(torch.from_numpy(numbers.view(np.int64)))
+    np.testing.assert_array_equal(mixed.numpy().view(np.uint64), mix64(numbers))
 
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), ids=st.lists(st.integers(0, 2**40), min_size=1))

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, UserError
+from pipeline.errors import CheckpointError, UserError, first_line
 from pipeline.models import create_model
 from pipeline.objectives.pixels import MEAN, STD
 from pipeline.weights.foreign import load_tensors
@@ -122,7 +122,7 @@ def _timm(name: str, options: dict[str, Any], image_size: int) -> Subject:
             torch.manual_seed(0)
             model = timm.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"timm cannot make the model {name}: {reason}; `timm.list_models()` lists them") from error
     if path is not None:  # not by timm's checkpoint_path, which in older versions unpickles anything
         _fill(model, path, load_tensors(path)[0])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.random_erasing import RandomErasing, _mix64, normal
-from pipeline.randomness import mix64
+from pipeline.data.random_erasing import RandomErasing, normal
 from tests.oracles import oracle
 
 IDS = np.arange(40_000)
@@ -64,12 +63,6 @@ def test_noise_depends_on_seed_epoch_and_sample_alone():
     assert (erased(IDS[:50], dtype=torch.float64).float() == whole).all()
     channels_last = torch.full((50, 3, 32, 32), 9.0).to(memory_format=torch.channels_last)
     assert (RandomErasing(3, 1.0)(channels_last, IDS[:50], 0) == whole).all()
-
-
-def test_the_devices_hash_is_the_hosts():
-    numbers = np.random.default_rng(0).integers(0, 2**64, 10_000, np.uint64)
-    found = _mix64(torch.from_numpy(numbers.view(np.int64)))
-    np.testing.assert_array_equal(found.numpy().view(np.uint64), mix64(numbers))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
