@@ -5,6 +5,9 @@ RUN ?= runs/demo
 NPROC ?= 2
 ARCHIVE ?=
 SHORT ?=
+# One more than there are cores: tests wait for processes most of the time.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS)
 
 help:  ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +29,13 @@ demo-data: setup
 	$(FCMAE) prepare cifar10 runs/data $(if $(ARCHIVE),--archive $(ARCHIVE))
 
 test: setup  ## the test suite, real Slurm included
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-slow: setup  ## the tests that take minutes each
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+test-ci: setup  ## the slow tests that a change must pass: those in tests/slow_in_ci.txt
+	grep '^tests/' tests/slow_in_ci.txt | xargs -d '\n' $(PYTEST)
+
+test-slow: setup  ## all slow tests, minutes each (more than an hour on 2 cores)
+	$(PYTEST) -m slow
 
 lint: setup  ## style and formatting
 	.venv/bin/ruff check .
@@ -39,4 +45,4 @@ clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find pipeline cluster recipes tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo demo-scratch demo-slurm demo-data test test-slow lint clean
+.PHONY: help setup demo demo-scratch demo-slurm demo-data test test-ci test-slow lint clean

@@ -1,6 +1,7 @@
-"""Hypothesis looks further on a person's machine; in CI it repeats itself, so that a red run is the change's fault.
+"""What all tests share: a clean environment, one seed, and how files are spread over parallel workers.
 
-What a scheduler, hook, launcher or terminal has left in the environment reaches neither the tests nor their commands.
+Variables that a scheduler, hook, launcher or terminal has left in the environment reach neither the tests nor their
+commands. With CI=true hypothesis draws the same examples each time, so that a failure is the change's fault.
 """
 
 import os
@@ -15,16 +16,19 @@ for name in filter(LEFT_BEHIND.fullmatch, list(os.environ)):
     del os.environ[name]
 for name in ("NO_PROXY", "no_proxy"):  # the tests' own servers
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,0.0.0.0,localhost")))
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes: where tests compare bits, all must round alike
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests that compare bits need the same order of sums
 
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
-# How long an example takes says something of the machine, and of what else it does.
+# No deadline: how long an example takes depends on what else the machine does.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
+
+LONGEST_FIRST = {"slurm": 0, "multiprocess": 1}  # folders of tests/
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +38,21 @@ def group(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+class FileByFile(LoadScopeScheduling):
+    """Each file is run by one worker, as its fixtures are dear; all files that need Slurm by one, as they share it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileByFile:
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
+    return FileByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that at the end no worker is left alone with one of them."""
+    items.sort(key=lambda item: LONGEST_FIRST.get(item.nodeid.split("/")[1], len(LONGEST_FIRST)))

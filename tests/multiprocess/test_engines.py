@@ -127,11 +127,13 @@ def interrupted(world: World, engine: dict, directory: Path) -> tuple[list[str],
 @pytest.mark.parametrize(
     "engine",
     [
-        *ENGINES.values(),
-        {"kind": "fsdp", "shard_ranks": 2, "offload": True},
-        {"kind": "deepspeed", "zero_stage": 3, "offload": True, "precision": "bf16_parameters"},
+        *(pytest.param(settings, id=name) for name, settings in ENGINES.items()),
+        pytest.param({"kind": "fsdp", "shard_ranks": 2, "offload": True}, id="fsdp-replicas-offload"),
+        pytest.param(
+            {"kind": "deepspeed", "zero_stage": 3, "offload": True, "precision": "bf16_parameters"},
+            id="zero3-bf16-offload",
+        ),
     ],
-    ids=str,
 )
 def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
     names, other = on_ranks(4, interrupted, engine, tmp_path)[0]

@@ -261,7 +261,7 @@ def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL], ids=lambda blow: blow.name)
 def test_a_rank_on_another_host_is_named(tmp_path, blow):
     """Two host names, so the ranks know of one another what the files of the stage say, and no more."""
     stage = make_stage(tmp_path, *WATCHED)

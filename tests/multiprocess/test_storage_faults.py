@@ -268,5 +268,6 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path):
-    assert faults.torture_runs(tmp_path, killed_runs=20, seed=11).kills >= 20
+@pytest.mark.parametrize("runs", [6, 20])
+def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path, runs):
+    assert faults.torture_runs(tmp_path, killed_runs=runs, seed=11).kills >= runs
