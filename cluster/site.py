@@ -1,7 +1,6 @@
-"""A site: how one cluster wants to be asked. A YAML file, strict; nothing here knows any cluster by name.
+"""A site: what a cluster offers and how jobs are submitted there, in a strict YAML file.
 
-No field is ever read by a shell: all reach the job script quoted. Whoever needs shell commands puts them into a file
-and names it under `source`.
+No field is read by a shell: the job script quotes them all. Shell commands belong in a file that `source` names.
 """
 
 import os
@@ -19,16 +18,17 @@ from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings
 from pipeline.storage.folder import Folder
 
-# In a run directory: the site that it was last submitted to. Beside a stage's jobs: what theirs was submitted to.
-SITE = "site.yaml"
-INCLUDED = Path(__file__).parent / "sites"
-# What we set ourselves; a second value would win or lose by its place in the script.
-OURS = {
+# In a run directory: the site of the last submission. In a stage's slurm/ folder: the site of its own job.
+SITE_FILE = "site.yaml"
+INCLUDED_SITES = Path(__file__).parent / "sites"
+# Options of sbatch that the job script sets itself; of two values the place in the script would decide.
+RESERVED_OPTIONS = {
     "account", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "gpus-per-node", "job-name",
     "kill-on-invalid-dep", "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos",
     "requeue", "no-requeue", "signal", "time", "array", "wrap",
 }  # fmt: skip
-BINDING = {"gpu-bind", "gpus-per-task", "ntasks-per-gpu"}
+# Options that hide GPUs from a rank, which takes the GPU of its own number on the node.
+BINDING_OPTIONS = {"gpu-bind", "gpus-per-task", "ntasks-per-gpu"}
 
 
 def _printable(text: str) -> str:
@@ -53,81 +53,83 @@ def _expanded(text: str) -> str:
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
 """Anything on one line."""
 SbatchText = Annotated[Text, AfterValidator(_no_escape)]
-"""Anything that sbatch reads back as it was written."""
+"""Anything that sbatch reads without change."""
 GPUType = Annotated[SbatchText, StringConstraints(pattern=r"^[^\s:,=()*]+$")]
-"""TYPE of `--gpus-per-node=TYPE:4`."""
+"""TYPE in `--gpus-per-node=TYPE:4`."""
 Place = Annotated[Text, AfterValidator(_expanded)]
-"""A path that every node sees. ~ and $NAMES are replaced where the site is read, before anything is submitted."""
+"""A path that every node sees. ~ and $NAMES are replaced when the site is read."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
 class Container(Settings):
-    """An image that the ranks run in. The batch script around them runs outside."""
+    """An image that the ranks run in. The batch script runs outside."""
 
     kind: Literal["pyxis", "apptainer"]
     image: Text
-    """What --container-image or `apptainer exec` is given."""
+    """The value of --container-image or `apptainer exec`."""
     mounts: tuple[Text, ...] = ()
-    """FROM:TO, beside the run directory, which is always there."""
+    """FROM:TO. The run directory is always mounted."""
     python: Text = "python3"
     """The interpreter inside."""
 
 
 class GPU(Settings):
-    """What a GPU can do by its data sheet: `fcmae estimate` reckons with it, `fcmae submit` with its memory."""
+    """A GPU by its data sheet. `fcmae estimate` uses all fields, `fcmae submit` the memory."""
 
     name: Text
     memory_gib: float = Field(gt=0)
     bf16_tflops: float = Field(gt=0)
-    """Of dense matrix products, 10^12 floating-point operations a second; a multiply-add is two."""
+    """Dense matrix products, 10^12 floating-point operations a second; a multiply-add is two."""
     fp32_tflops: float = Field(gt=0)
     utilisation: float = Field(0.25, gt=0, le=1)
-    """The share of that which training is assumed to reach: a guess until `fcmae estimate --measure` has run there."""
+    """The part of these rates that training is assumed to reach: a guess until `fcmae estimate --measure` has run."""
 
 
 class Site(Settings):
+    """Where and how the jobs of a run are submitted."""
+
     partition: SbatchText | None = None
-    """Where to queue; null leaves it to the cluster."""
+    """Null leaves it to the cluster."""
     account: SbatchText | None = None
     qos: SbatchText | None = None
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     gpu_type: GPUType | None = None
-    """Which of them, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
+    """The type to ask for, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
     gpu: GPU | None = None
-    """Their kind. A stage that is estimated to need more memory is not submitted; null checks nothing."""
+    """Their data sheet. A stage that is estimated to need more memory is not submitted; null skips this check."""
     tasks_per_node: int | None = Field(None, ge=1)
-    """Ranks on each node; null is one for each GPU, or one on a node without."""
+    """Ranks on each node; null is one per GPU, or one on a node without GPUs."""
     cpus_per_task: int = Field(1, ge=1)
     memory_gb_per_node: float | None = Field(None, gt=0)
     """Null leaves it to the cluster."""
     time_limit_minutes: int = Field(60, ge=1)
-    """Of one run of a job. A stage may need many: each saves, is requeued and goes on."""
+    """The limit of one run of a job. A stage may need several runs: each saves and is requeued, the next resumes."""
     stop_before_end_seconds: int = Field(120, ge=10, le=65535)
-    """How long before the time limit Slurm tells the ranks to save. They stop earlier by themselves if they have
-    measured that steps and saves take longer."""
+    """How long before the time limit Slurm tells the ranks to save. They stop earlier by themselves if their steps and
+    saves were measured to take longer."""
     attempts_without_progress: int = Field(3, ge=1)
-    """So many attempts in a row that commit no new step end the stage for good."""
+    """How often a stage is retried: it fails when so many attempts in a row committed no new step."""
     constraint: SbatchText | None = None
     exclude: tuple[SbatchText, ...] = ()
-    """Nodes to stay away from."""
+    """Nodes that jobs must not use."""
     modules: tuple[Text, ...] = ()
-    """`module load` each, in this order."""
+    """Names for `module load`, in this order."""
     source: tuple[Place, ...] = ()
     """Shell files that the job script sources before it starts the ranks."""
     environment: dict[Variable, Annotated[str, AfterValidator(_printable)]] = Field({})
     container: Container | None = None
     local_scratch: Text | None = None
-    """A folder on the node's own disk. $NAMES of environment variables are replaced inside the job, by Python."""
+    """A folder on the node's own disk. $NAMES are replaced inside the job."""
     run_root: Place | None = None
-    """A folder that every node sees by the same path: a relative --out lies in it."""
+    """A folder that every node sees by the same path. A relative --out lies in it."""
     sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
-    """Further options of sbatch, without their dashes; true for one without value."""
+    """Further options of sbatch, without their dashes; true for an option without value."""
     preflight: PreflightSettings = PreflightSettings()
-    """What a node must have before a rank trains on it."""
+    """What a node must offer before a rank trains on it."""
     stages: dict[str, dict[str, Any]] = Field({})
-    """stage -> fields that differ there."""
+    """Fields that differ for a stage, by its name."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Site":
@@ -142,10 +144,12 @@ class Site(Settings):
                 " a GPU of its own; lower it, or leave it out"
             )
         if self.gpu_type and not self.gpus_per_node:
-            raise ValueError(f"gpu_type {self.gpu_type} says of which type, but gpus_per_node is 0; say how many there")
-        if doubled := sorted(OURS & self.sbatch.keys()):
+            raise ValueError(
+                f"gpu_type is {self.gpu_type}, but gpus_per_node is 0; set how many, or leave gpu_type out"
+            )
+        if doubled := sorted(RESERVED_OPTIONS & self.sbatch.keys()):
             raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
-        if binding := sorted(BINDING & self.sbatch.keys()):
+        if binding := sorted(BINDING_OPTIONS & self.sbatch.keys()):
             raise ValueError(
                 f"sbatch.{binding[0]} would hide GPUs from ranks, which take the one of their own number on the node;"
                 " remove it"
@@ -166,7 +170,7 @@ class Site(Settings):
         """The site as one stage sees it.
 
         Raises:
-            RecipeError: naming the field of the stage that is wrong.
+            ValueError: naming the wrong field of the stage.
         """
         own = self.stages.get(name, {})
         if wrong := sorted({"stages", "run_root"} & own.keys()):
@@ -179,15 +183,15 @@ class Site(Settings):
 
 
 def load_site(name: str) -> Site:
-    """A site by path, or by the name of an included example.
+    """Read a site by its path, or by the name of an included example.
 
     Raises:
         LaunchError: if there is none.
-        RecipeError: naming the file and field, the value, and what would be accepted.
+        RecipeError: naming the file and field, the value, and what is allowed.
     """
-    path = next((p for p in (Path(name), INCLUDED / f"{name.removesuffix('.yaml')}.yaml") if p.is_file()), None)
+    path = next((p for p in (Path(name), INCLUDED_SITES / f"{name.removesuffix('.yaml')}.yaml") if p.is_file()), None)
     if path is None:
-        included = ", ".join(sorted(p.stem for p in INCLUDED.glob("*.yaml")))
+        included = ", ".join(sorted(p.stem for p in INCLUDED_SITES.glob("*.yaml")))
         raise LaunchError(f"there is no site {name}, neither as a file nor among the included ones ({included})")
     try:
         raw = yaml.safe_load(path.read_text())
@@ -199,10 +203,10 @@ def load_site(name: str) -> Site:
 
 
 def check_path(path: Path) -> Path:
-    """A run directory that sbatch, srun and PYTHONPATH all read back as it was written.
+    """Return a run directory that sbatch, srun and PYTHONPATH read without change.
 
     Raises:
-        LaunchError: naming the character that one of them would take for something else.
+        LaunchError: naming the character that one of them would misread.
     """
     odd = next((c for c in str(path) if c in "%\\:," or not c.isprintable()), None)
     if odd is not None:
@@ -211,20 +215,21 @@ def check_path(path: Path) -> Path:
 
 
 def store_site(site: Site, folder: Path) -> None:
-    # At once: a job that starts in this moment reads it, and half a site would end its stage for good.
-    Folder.at(folder).publish(SITE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
+    """Write the site into a folder."""
+    # Atomically: a job that starts in this moment reads the file, and half a site would fail its stage.
+    Folder.at(folder).publish(SITE_FILE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def stored_site(run: Path, stage: str | None = None) -> Site:
-    """The site that a run was last submitted to; for a stage, as that one sees it, the one that its job was submitted
-    to, whichever followed for the others.
+    """The site that a run was last submitted to; for a stage, the site that its own job was submitted to, as the stage
+    sees it.
 
     Raises:
-        LaunchError: if it never was.
+        LaunchError: if the run was never submitted.
     """
-    if stage and (own := slurm_directory(run / stage) / SITE).exists():
+    if stage and (own := slurm_directory(run / stage) / SITE_FILE).exists():
         return load_site(str(own))
-    if not (run / SITE).exists():
+    if not (run / SITE_FILE).exists():
         raise LaunchError(f"{run} was never submitted, so its site is not known; give --site")
-    site = load_site(str(run / SITE))
+    site = load_site(str(run / SITE_FILE))
     return site.for_stage(stage) if stage else site

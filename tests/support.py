@@ -12,6 +12,8 @@ import yaml
 from cluster.chain import open_chain
 from pipeline.data.beton import BetonWriter
 from pipeline.recipe import load_recipe
+from pipeline.storage.file_names import JOURNAL_FILE
+from pipeline.tracking.journal import Journal
 
 CLASSES = ("gradient", "rings", "stripes", "checks")
 FCMAE = [sys.executable, "-m", "tools.cli"]
@@ -107,3 +109,9 @@ def fcmae(*arguments: object, timeout_seconds: float = 300, **environment: str) 
         text=True,
         timeout=timeout_seconds,
     )
+
+
+def open_journal(stage: Path, attempt: int = 1) -> Journal:
+    """The journal of a stage, which need not exist."""
+    stage.mkdir(parents=True, exist_ok=True)
+    return Journal(stage / JOURNAL_FILE, attempt)

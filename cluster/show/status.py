@@ -1,19 +1,22 @@
-"""What the directories of a chain say about it: while it runs, after a crash, or years later. Reads, never writes."""
+"""The state of a run from its directories alone, and from Slurm where it answers. Reads, never writes."""
 
 import json
 import re
 import socket
 import time
-from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from cluster.slurm.queue import Queue, QueuedJob, entries
+from cluster.show.job_watcher import JobWatcher
+from cluster.show.speed import Speed, number
+from cluster.slurm.client import Job, JobState
+from cluster.slurm.job_history import read_job_history
 from pipeline.errors import StageError
 from pipeline.stage.attempts import is_alive
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.storage.file_names import (
     ATTEMPTS_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -27,11 +30,15 @@ from pipeline.storage.working_copy import RunView
 from pipeline.tracking.journal import Event, Tail, parse_line, strict_json
 
 State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
-STATE_OF_OUTCOME: dict[str, State] = {"saved": "saved", "done": "done", "bad_node": "failed", "permanent": "failed"}
+STATE_OF_OUTCOME: dict[str, State] = {
+    OutcomeKind.SAVED: "saved",
+    OutcomeKind.DONE: "done",
+    OutcomeKind.BAD_NODE: "failed",
+    OutcomeKind.PERMANENT: "failed",
+}
 
-# Another machine's processes cannot be asked; a stage that has written nothing for so long there counts as interrupted.
+# A stage on another machine counts as interrupted when it has written nothing for so long.
 SILENCE_SECONDS = 900.0
-RATE_LINES = 20  # step lines of the running attempt that speed and ETA are taken from
 
 
 @dataclass
@@ -44,11 +51,11 @@ class StageStatus:
     total_steps: int | None = None
     loss: float | None = None
     images_per_second: float | None = None
-    data_wait_fraction: float | None = None  # of the time of a step, what it waited for its images
+    data_wait_fraction: float | None = None  # of the time of a step, the part spent waiting for images
     eta_seconds: float | None = None  # of this stage, while it runs
     job: str | None = None  # the last one submitted for this stage
-    job_state: str = ""  # in Slurm's words; "forgotten", or "unknown" while Slurm does not answer
-    job_reason: str = ""  # why it waits or has failed, in Slurm's words
+    job_state: str = ""  # in Slurm's words, or FORGOTTEN, or UNKNOWN while Slurm does not answer
+    job_reason: str = ""  # why the job waits or has failed, in Slurm's words
     nodes: str = ""  # those of the job, else the one of rank 0
     world_size: int | None = None
     attempts: int = 0
@@ -63,134 +70,121 @@ class StageStatus:
 
 
 class StageFollower:
-    """Follows one stage directory, also one that does not exist yet. Odd lines and torn files count as absent."""
+    """Follows one stage directory, even before it exists. Odd lines and torn files count as absent."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._tail = Tail(directory / JOURNAL_FILE)
-        self._seen = StageStatus(directory.name)
-        # Of each step: time, number, images per second, seconds waited for data.
-        self._recent: deque[tuple[float, int, float, float | None]] = deque(maxlen=RATE_LINES)
-        self._batch: float | None = None
-        self._end = ""
-        self._attempt = 0  # the newest in the journal
+        self._journal = StageStatus(directory.name)  # what the journal alone says
+        self._speed = Speed()
+        self._end = ""  # how the newest attempt ended, by the journal
+        self._attempt = 0  # the newest one in the journal
 
     def poll(self) -> list[Event]:
-        """The journal's new lines, taken into account by the next `status`."""
+        """Read the journal's new lines; the next `status` includes them."""
         events = self._tail.poll()
         for event in events:
-            self._take(event)
+            self._apply(event)
         return events
 
-    def _take(self, event: Event) -> None:
-        seen, kind, step = self._seen, event.get("kind"), _count(event.get("step"))
+    def _apply(self, event: Event) -> None:
+        status, kind, step = self._journal, event.get("kind"), _count(event.get("step"))
         attempt = _count(event.get("attempt")) or self._attempt
         if attempt < self._attempt:
-            return  # of a machine that woke up when others had taken over
+            return  # from a machine that woke up after another attempt had taken over
         self._attempt = attempt
         if kind == "attempt":
-            self._recent.clear()
-            self._batch = _number(event.get("global_batch"))
-            seen.step = step or 0
-            seen.total_steps = _count(event.get("total_steps")) or seen.total_steps
-            seen.world_size = _count(event.get("world_size"))
+            self._speed.restart(event)
+            self._end = ""
+            status.step = step or 0
+            status.total_steps = _count(event.get("total_steps")) or status.total_steps
+            status.world_size = _count(event.get("world_size"))
         elif kind == "rollback":
-            self._recent.clear()
-            seen.step = step or 0
+            self._speed.forget()
+            status.step = step or 0
         elif kind == "step" and step is not None:
-            seen.step, seen.loss = step, _number(event.get("loss"))
-            rate = _number(event.get("images_per_second")) or 0.0
-            wait = _number(event.get("data_wait_seconds"))
-            self._recent.append((_number(event.get("time")) or 0.0, step, rate, wait))
+            status.step, status.loss = step, number(event.get("loss"))
+            self._speed.add(step, event)
         elif kind == "evaluate":
-            seen.metrics = _numbers(event.get("metrics"))
-        if kind in ("attempt", "end"):
-            self._end = str(event.get("reason") or event.get("outcome") or "") if kind == "end" else ""
+            status.metrics = _numbers(event.get("metrics"))
+        elif kind == "end":
+            self._end = str(event.get("reason") or event.get("outcome") or "")
 
-    def status(self, job: QueuedJob | None = None) -> StageStatus:
-        """The stage as it stands now; `job` is what Slurm says of its job."""
-        seen = StageStatus(**{**vars(self._seen), "metrics": dict(self._seen.metrics)})
-        attempts = _attempts(self.directory)
-        outcomes = [_json(p.with_suffix(".outcome.json")) for p in attempts]
-        owner = _json(attempts[-1]) if attempts else {}
-        seen.attempts, seen.nodes = len(attempts), str(owner.get("host", ""))
-        ends = [f"attempt {int(p.stem)}: {_ended(o)}" for p, o in zip(attempts, outcomes, strict=True)]
-        seen.restart_reasons = ends[:-1]
-        seen.last_checkpoint_step, seen.last_checkpoint_age_seconds = _last_checkpoint(self.directory)
+    def status(self, job: Job | None = None) -> StageStatus:
+        """The stage as it stands now. `job` is the newest one that was submitted for it."""
+        status = replace(self._journal)
+        attempts = sorted(p for p in (self.directory / ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
+        outcomes = [_read_object(path.with_suffix(".outcome.json")) for path in attempts]
+        owner = _read_object(attempts[-1]) if attempts else {}
+        status.attempts, status.nodes = len(attempts), str(owner.get("host", ""))
+        ended = [f"attempt {int(path.stem)}: {_ended(o)}" for path, o in zip(attempts, outcomes, strict=True)]
+        status.restart_reasons = ended[:-1]
+        status.last_checkpoint_step, status.last_checkpoint_age_seconds = _last_checkpoint(self.directory)
         if job:
-            seen.job, seen.job_state, seen.job_reason = job.id, job.state, job.reason
-            seen.nodes = job.nodes or seen.nodes
+            status.job, status.job_state, status.job_reason = job.id, job.slurm_state, job.reason
+            status.nodes = job.nodes or status.nodes
         if (self.directory / DONE_FILE).exists():
-            seen.state = "done"
-            result = _json(self.directory / RESULT_FILE)
-            seen.step = _count(result.get("steps")) or seen.step
-            seen.total_steps = seen.total_steps or seen.step
-            seen.weights_sha256 = result.get("weights_sha256")
-            verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
-            seen.on_track, seen.verdict = verdict.get("on_track"), str(verdict.get("sentence", ""))
-            seen.metrics = _numbers(result.get("metrics")) or seen.metrics
+            self._add_result(status)
         else:
-            if attempts:
-                seen.state = STATE_OF_OUTCOME.get(str(outcomes[-1].get("kind")), "interrupted")
-                if not outcomes[-1] and self._runs(owner, attempts[-1], job):
-                    seen.state = "running"
-                else:
-                    seen.reason = str(outcomes[-1].get("reason") or self._end)
-            self._take_job(seen, job)
-        if seen.state in ("running", "done") and self._recent:
-            # Seconds are summed, not rates: a slow step weighs as much as it lasts.
-            seconds = [(1 / rate, wait) for _, _, rate, wait in self._recent if rate]
-            if spent := sum(per_image for per_image, _ in seconds):
-                seen.images_per_second = len(seconds) / spent
-            known = [(per_image, wait) for per_image, wait in seconds if wait is not None]
-            if known and self._batch:
-                spent = self._batch * sum(per_image for per_image, _ in known)
-                seen.data_wait_fraction = min(1.0, sum(wait for _, wait in known) / spent)
-        if seen.state == "running":
-            seen.eta_seconds = self._eta(seen)
-        return seen
+            if attempts and not outcomes[-1] and self._is_running(owner, attempts[-1], job):
+                status.state = "running"
+            elif attempts:
+                status.state = STATE_OF_OUTCOME.get(str(outcomes[-1].get("kind")), "interrupted")
+                status.reason = str(outcomes[-1].get("reason") or self._end)
+            self._add_job(status, job, max(map(_modified, attempts), default=0.0))
+        if status.state in ("running", "done"):
+            status.images_per_second = self._speed.images_per_second()
+            status.data_wait_fraction = self._speed.data_wait_fraction()
+        if status.state == "running":
+            status.eta_seconds = self._speed.eta_seconds(status.total_steps)
+        return status
 
-    def _take_job(self, seen: StageStatus, job: QueuedJob | None) -> None:
-        """Let Slurm's word change what the files say of a stage that is not done."""
-        last = (entries(self.directory) or [{}])[-1]
-        over = last.get("event") in ("stopped", "cancelled")
-        if job and job.waits:
-            seen.state, seen.nodes = "queued", ""
-        elif job and job.runs and seen.state != "running" and not (job.ends and over):
-            seen.state = "starting"
-        stale = (_number(last.get("time")) or 0.0) < max(map(_modified, _attempts(self.directory)), default=0.0)
-        if over and not stale and not (job and job.live):
-            seen.reason = str(last.get("reason", ""))
-            seen.state = "cancelled" if "cancelled" in (last["event"], seen.reason) else "failed"
-        elif job and job.state == "CANCELLED" and seen.state != "running":
-            seen.state = "cancelled"
+    def _add_result(self, status: StageStatus) -> None:
+        result = _read_object(self.directory / RESULT_FILE)
+        verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
+        status.state = "done"
+        status.step = _count(result.get("steps")) or status.step
+        status.total_steps = status.total_steps or status.step
+        status.weights_sha256 = result.get("weights_sha256")
+        status.on_track, status.verdict = verdict.get("on_track"), str(verdict.get("sentence", ""))
+        status.metrics = _numbers(result.get("metrics")) or status.metrics
 
-    def _runs(self, owner: dict[str, Any], attempt: Path, job: QueuedJob | None) -> bool:
+    def _add_job(self, status: StageStatus, job: Job | None, newest_attempt: float) -> None:
+        """Correct the state of a stage that is not done by its job, and by the end that the history records.
+
+        newest_attempt: when it began, in epoch seconds. An end recorded before is of an attempt before.
+        """
+        last = (read_job_history(self.directory) or [{}])[-1]
+        has_ended = last.get("event") in ("stopped", "cancelled")
+        if job and job.state is JobState.WAITING:
+            status.state, status.nodes = "queued", ""
+        elif job and job.runs and status.state != "running" and not (job.state is JobState.ENDING and has_ended):
+            status.state = "starting"
+        if has_ended and (number(last.get("time")) or 0.0) >= newest_attempt and not (job and job.live):
+            status.reason = str(last.get("reason", ""))
+            status.state = "cancelled" if "cancelled" in (last["event"], status.reason) else "failed"
+        elif job and job.state is JobState.CANCELLED and status.state != "running":
+            status.state = "cancelled"
+
+    def _is_running(self, owner: dict[str, Any], attempt: Path, job: Job | None) -> bool:
+        """Whether the processes of the newest attempt live: by this machine, by Slurm, or by their last write."""
         if owner.get("host") == socket.gethostname() and "pid" in owner:
             if is_alive({"pid_start_time": None, **owner}):
                 return True
             if not (job and job.runs):
                 return False
-        if job and job.known:
+        if job and job.state is not JobState.UNKNOWN:
             return job.runs
-        last_sign = max(_modified(attempt), _modified(self.directory / JOURNAL_FILE))
-        return bool(owner) and time.time() - last_sign < SILENCE_SECONDS
-
-    def _eta(self, seen: StageStatus) -> float | None:
-        if not self._recent or not seen.total_steps:
-            return None
-        (began, first, *_), (now, last, rate, _) = self._recent[0], self._recent[-1]
-        if last > first and now > began:
-            seconds_per_step = (now - began) / (last - first)
-        elif rate and self._batch:
-            seconds_per_step = self._batch / rate
-        else:
-            return None
-        return max(0.0, (seen.total_steps - last) * seconds_per_step)
+        last_write = max(_modified(attempt), _modified(self.directory / JOURNAL_FILE))
+        return bool(owner) and time.time() - last_write < SILENCE_SECONDS
 
 
 def stage_names(run_directory: str | Path) -> list[str]:
-    """The stages of a run directory, in order. StageError if it is none."""
+    """The stages of a run directory, in order.
+
+    Raises:
+        StageError: if it is no run directory.
+    """
     path = Path(run_directory) / RECIPE_FILE
     try:
         recipe = yaml.safe_load(path.read_text())
@@ -205,41 +199,45 @@ def stage_names(run_directory: str | Path) -> list[str]:
 
 
 class RunFollower:
-    """Follows all stages of a run directory or a URL, and their jobs where there are any. StageError if it is none.
+    """Follows all stages of a run directory or URL, and their jobs if any were submitted.
 
     Attributes:
         name: the run's path or URL, to be shown.
+        job_watcher: what Slurm says of the jobs.
+
+    Raises:
+        StageError: if it is no run directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._view = RunView(str(directory)) if is_remote(directory) else None
-        here = self._view.directory if self._view else Path(directory).resolve()
-        self.name = self._view.url if self._view else str(here)
-        self._followers = [StageFollower(here / name) for name in stage_names(here)]
-        self.queue = Queue([follower.directory for follower in self._followers])
+        local = self._view.directory if self._view else Path(directory).resolve()
+        self.name = self._view.url if self._view else str(local)
+        self._followers = [StageFollower(local / name) for name in stage_names(local)]
+        self.job_watcher = JobWatcher([follower.directory for follower in self._followers])
 
     def statuses(self) -> list[StageStatus]:
-        """Every stage of the chain, in order, as it stands now. Waits for Slurm's first answer, but not for long."""
+        """Every stage of the chain, in order, as it stands now. The first call waits some seconds for Slurm."""
         if self._view:
             self._view.refresh()
         for follower in self._followers:
             follower.poll()
-        jobs = self.queue.jobs()
+        jobs = self.job_watcher.jobs()
         return [follower.status(jobs.get(follower.directory.name)) for follower in self._followers]
 
 
 def run_status(run_directory: str | Path) -> list[StageStatus]:
-    """Every stage of the chain, in order. StageError if `run_directory` is no run directory."""
+    """Every stage of the chain, in order.
+
+    Raises:
+        StageError: if it is no run directory.
+    """
     return RunFollower(run_directory).statuses()
 
 
 def status_json(statuses: list[StageStatus]) -> str:
-    """A JSON list of the stages, in strict JSON (non-finite numbers are strings, as in the journal)."""
+    """The stages as a list in strict JSON: non-finite numbers are strings, as in the journal."""
     return json.dumps([strict_json(asdict(s)) for s in statuses], indent=2, allow_nan=False)
-
-
-def _attempts(directory: Path) -> list[Path]:
-    return sorted(p for p in (directory / ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
 
 
 def _ended(outcome: dict[str, Any]) -> str:
@@ -252,13 +250,13 @@ def _ended(outcome: dict[str, Any]) -> str:
 
 def _last_checkpoint(directory: Path) -> tuple[int | None, float | None]:
     """(step, age in seconds) of the newest committed checkpoint."""
-    found = []
+    committed = []
     for marker in (directory / CHECKPOINTS_FOLDER).glob("step-*/COMMIT"):
         if name := re.match(r"step-(\d+)", marker.parent.name):
-            found.append((int(name[1]), _modified(marker)))
-    if not found:
+            committed.append((int(name[1]), _modified(marker)))
+    if not committed:
         return None, None
-    step, written = max(found)
+    step, written = max(committed)
     return step, max(0.0, time.time() - written)
 
 
@@ -269,16 +267,12 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if it is missing or torn."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if it is missing or torn."""
     try:
         return parse_line(path.read_bytes()) or {}
     except OSError:
         return {}
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _count(value: Any) -> int | None:
@@ -286,4 +280,4 @@ def _count(value: Any) -> int | None:
 
 
 def _numbers(value: Any) -> dict[str, float]:
-    return {k: v for k, v in value.items() if _number(v) is not None} if isinstance(value, dict) else {}
+    return {k: v for k, v in value.items() if number(v) is not None} if isinstance(value, dict) else {}

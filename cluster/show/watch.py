@@ -44,4 +44,4 @@ def watch_run(run_directory: str | Path, console: Console, refresh_seconds: floa
 def frame(run: RunFollower, statuses: list[StageStatus]) -> Group:
     """One picture of the run."""
     head = Text(f"{run.name}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
-    return Group(head, run_table(statuses, run.queue.trouble))
+    return Group(head, run_table(statuses, run.job_watcher.trouble))

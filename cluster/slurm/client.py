@@ -1,4 +1,4 @@
-"""Asking Slurm: which jobs there are, and what they shall do. Nothing is cached, and accounting is not needed."""
+"""Slurm's commands: list, cancel, requeue and restrict jobs. Nothing is cached, and sacct is not needed."""
 
 import subprocess
 from collections.abc import Iterable
@@ -10,16 +10,16 @@ from pathlib import Path
 from pipeline.errors import LaunchError
 
 TIMEOUT_SECONDS = 60
-LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node would not start
-NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # the latter: no nodes are left that fit what it asks for
+LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node failed to start
+NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # BadConstraints: no node is left that fits the job's request
 
-# What sbatch says of a job that the nodes which are up cannot hold, and of one that excludes a node it does not know.
-NO_SUCH_NODES = ("node configuration is not available", "Invalid node name")
+# sbatch's words for a job that the available nodes cannot hold, and those and others that blame the excluded nodes.
+TOO_FEW_NODES = "node configuration is not available"
+NO_SUCH_NODES = (TOO_FEW_NODES, "Invalid node name")
 
-EVERY = ("--noheader", "--all", "--states=all")  # squeue's options for all jobs, also in partitions that are hidden
 IN_SERVICE = {"allocated", "completing", "idle", "mixed", "planned"}  # sinfo's states of nodes that take jobs
 
-# What slurm_strerror says when slurmctld is down, busy, or just being replaced by its backup.
+# slurm_strerror's words when slurmctld is down, busy, or being replaced by its backup.
 AWAY = (
     "Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes were transmitted",
     "Communication connection failure", "Message send failure", "Message receive failure", "standby mode",
@@ -27,14 +27,16 @@ AWAY = (
 
 
 class JobState(StrEnum):
-    """What Slurm says of a job. Whether the *stage* is finished, only its DONE marker says."""
+    """The state of a job. Only the DONE marker says whether its *stage* is finished."""
 
     WAITING = "waiting"  # queued, requeued or held
     RUNNING = "running"  # at least one process may still write
-    ENDING = "ending"  # ended for Slurm, while processes may still save: for good, or to be queued again
+    ENDING = "ending"  # ended for Slurm while its processes may still save; may be requeued afterwards
     ENDED = "ended"  # its script returned 0; a job that is being requeued can look so for a moment
-    FAILED = "failed"  # its script failed, a node was lost or the time ran out, and nothing will start it again
-    CANCELLED = "cancelled"  # by a person, or for want of what it depends on
+    FAILED = "failed"  # the script failed, a node was lost or the time ran out; nothing will start the job again
+    CANCELLED = "cancelled"  # by a person, or because a job that it depends on failed
+    FORGOTTEN = "forgotten"  # submitted, but no longer in Slurm's memory
+    UNKNOWN = "unknown"  # submitted, but Slurm does not answer
 
 
 _STATES = {
@@ -62,50 +64,65 @@ class Job:
 
     id: str
     state: JobState
-    reason: str
+    slurm_state: str
+    """The state in Slurm's words, like PENDING."""
+    reason: str = ""
     """Why it waits or failed, in Slurm's words."""
-    after: str | None
-    """The job that it still waits for."""
-    directory: Path
-    """Where its script runs: for ours, the stage directory."""
+    nodes: str = ""
+    """Where it runs, in Slurm's notation: n[1-2]."""
+    after: str | None = None
+    """Id of the job that it still waits for."""
+    directory: Path = Path()
+    """Its working directory, which is the stage directory."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether its processes may write now."""
+        return self.state in (JobState.RUNNING, JobState.ENDING)
 
     @property
     def live(self) -> bool:
-        """Whether it may still write, now or later."""
-        return self.state in (JobState.WAITING, JobState.RUNNING, JobState.ENDING)
+        """Whether its processes may write, now or later."""
+        return self.runs or self.state is JobState.WAITING
 
 
 class NoControllerError(LaunchError):
-    """slurmctld does not answer: it may do so later."""
+    """slurmctld does not answer; a later attempt may succeed."""
 
 
-def query_jobs(*, ids: Iterable[str] = (), names: Iterable[str] = ()) -> list[Job]:
-    """The jobs that Slurm remembers, the newest last, of these ids or names.
+def job_name(stage: str) -> str:
+    """The name that a stage's jobs have in Slurm."""
+    return f"fcmae-{stage}"
+
+
+def query_jobs(*, ids: Iterable[str] = (), stages: Iterable[str] = ()) -> list[Job]:
+    """List the jobs that Slurm remembers, the newest last: all, those of the ids, or those of stages of this name in
+    any run.
 
     Raises:
-        LaunchError: if it cannot be asked.
+        LaunchError: if Slurm does not answer.
     """
     chosen = [f"--jobs={','.join(ids)}"] if ids else []
-    chosen += [f"--name={','.join(names)}"] if names else []
-    # The directory comes last: it may hold the separator.
-    text = run_command("squeue", *EVERY, *chosen, "--format=%i|%T|%r|%E|%Z", unless="Invalid job id")
-    found = []
-    for line in text.splitlines():
-        id, state, reason, dependency, directory = line.split("|", 4)
+    chosen += [f"--name={','.join(map(job_name, stages))}"] if stages else []
+    # --all also lists jobs of hidden partitions. The directory comes last because it may hold the separator.
+    command = ["squeue", "--noheader", "--all", "--states=all", *chosen, "--format=%A|%T|%r|%N|%E|%Z"]
+    jobs = []
+    for line in run_command(*command, unless="Invalid job id").splitlines():
+        id, state, reason, nodes, dependency, directory = line.split("|", 5)
+        reason = "" if reason == "None" else reason
         after = dependency.partition("afterok:")[2].partition("(")[0] or None
-        found.append(Job(id, _STATES.get(state, JobState.FAILED), reason, after, Path(directory)))
-    return sorted(found, key=lambda job: int(job.id) if job.id.isdigit() else 0)
+        jobs.append(Job(id, _STATES.get(state, JobState.FAILED), state, reason, nodes, after, Path(directory)))
+    return sorted(jobs, key=lambda job: int(job.id))
 
 
 def cancel_job(id: str) -> None:
-    """End a job for good; its ranks still get the chance to save (Slurm's KillWait, 30 s by default)."""
+    """End a job for good. Its ranks have Slurm's KillWait (30 s by default) to save."""
     run_command("scancel", id)
 
 
 def requeue_job(id: str) -> None:
-    """Let a job start again. One that a person has cancelled stays so, and one that Slurm has requeued already, as some
-    preemptions do, is left alone: a plain requeue would revive the first. Neither the time limit is a reason to end nor
-    a preemption that cancels."""
+    """Let a job run again. Leave alone a job that a person has cancelled, which a plain requeue would revive, and one
+    that Slurm itself has requeued. Also requeue jobs that the time limit or PreemptMode=CANCEL ended."""
     run_command("scontrol", "requeue", "Incomplete", id)
     job = _fields(run_command("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
     if job.get("Reason") == "TimeLimit" or _ended_by_preemption(job):
@@ -113,52 +130,51 @@ def requeue_job(id: str) -> None:
 
 
 def _ended_by_preemption(job: dict[str, str]) -> bool:
-    """Whether PreemptMode=CANCEL ended a job. One that was requeued has no PreemptTime any more; one that a person has
-    cancelled has none either, or one whose grace was not yet over. Its COMPLETING says nothing."""
+    """Whether PreemptMode=CANCEL ended a job: then it has a PreemptTime and ended after the grace period. A requeued
+    job has no PreemptTime any more, a job that a person cancelled has none or ended within the grace period."""
     if job.get("PreemptTime", "None") == "None":
         return False
-    grace = (partition_fields(job["Partition"]) or {}).get("GraceTime", "0")
-    told, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
-    return (ended - told).total_seconds() >= int(grace)
+    grace_seconds = (partition_fields(job["Partition"]) or {}).get("GraceTime", "0")
+    preempted, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
+    return (ended - preempted).total_seconds() >= int(grace_seconds)
 
 
 def exclude_nodes(id: str, nodes: Iterable[str]) -> None:
-    """Keep the next start of a waiting job off these nodes, and off no others. Slurm does so even if too few are left,
-    and then never starts it."""
+    """Keep a waiting job off exactly these nodes. If too few are left, Slurm never starts the job."""
     run_command("scontrol", "update", f"JobId={id}", f"ExcNodeList={','.join(sorted(nodes))}")
 
 
 def partition_fields(name: str | None) -> dict[str, str] | None:
-    """The fields of a partition, or of the default one; None if there is none."""
-    # Jobs may be submitted to hidden ones too.
+    """The fields of a partition by Slurm's names, of the default one without a name; None if there is none."""
+    # Jobs may be submitted to hidden partitions too.
     text = run_command("scontrol", "show", "partition", *([name] if name else []), "-o", "--all", unless="not found")
-    found = [_fields(line) for line in text.splitlines()]
-    return next((p for p in found if name or p.get("Default") == "YES"), None)
+    partitions = [_fields(line) for line in text.splitlines()]
+    return next((fields for fields in partitions if name or fields.get("Default") == "YES"), None)
 
 
 def has_nodes_out_of_service(partition: str | None) -> bool:
-    """Whether some node of a partition (or several: a,b) takes no jobs now: it is down, drained, reserved or asleep."""
-    # A partition that is named may be hidden.
-    where = f"--partition={partition}" if partition else "--all"
+    """Whether some node of a partition (or several: a,b) is down, drained, reserved or asleep."""
+    where = f"--partition={partition}" if partition else "--all"  # a named partition may be hidden
     return not set(run_command("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
 
 
 def _fields(line: str) -> dict[str, str]:
-    """What `scontrol show -o` prints. The first of a name counts: paths may hold anything, and come late."""
+    """Parse a line of `scontrol show -o`. The first of equal names counts because paths, which come late, may hold
+    anything."""
     return dict(reversed([pair.split("=", 1) for pair in line.split() if "=" in pair]))
 
 
 def parse_minutes(limit: str) -> float:
-    """A time of Slurm ([days-]hours:minutes:seconds, UNLIMITED) in minutes."""
+    """Convert a time limit of Slurm ([days-]hours:minutes:seconds, or UNLIMITED) to minutes."""
     if not limit[:1].isdigit():
         return float("inf")
     days, _, clock = limit.rpartition("-")
-    hours, mins, seconds = (int(part) for part in clock.split(":"))
-    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def run_command(*command: str, unless: str = "") -> str:
-    """What a command of Slurm prints; nothing if it fails with the words of `unless`.
+    """Run a command of Slurm and return its output, or "" if it fails with the words of `unless`.
 
     Raises:
         NoControllerError: if slurmctld does not answer.
@@ -176,9 +192,9 @@ def run_command(*command: str, unless: str = "") -> str:
         ) from None
     if answer.returncode == 0:
         return answer.stdout
-    said = " ".join((answer.stderr.strip() or answer.stdout).split())
-    if unless and unless in said:
+    message = " ".join((answer.stderr.strip() or answer.stdout).split())
+    if unless and unless in message:
         return ""
-    if any(words in said for words in AWAY):
-        raise NoControllerError(f"slurmctld does not answer ({command[0]}: {said}); try again when it is back")
-    raise LaunchError(f"{' '.join(command[:2])} failed: {said or f'exit code {answer.returncode}'}")
+    if any(words in message for words in AWAY):
+        raise NoControllerError(f"slurmctld does not answer ({command[0]}: {message}); try again when it is back")
+    raise LaunchError(f"{' '.join(command[:2])} failed: {message or f'exit code {answer.returncode}'}")

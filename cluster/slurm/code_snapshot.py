@@ -1,4 +1,4 @@
-"""The code of a run, kept beside it: a job that is requeued weeks later runs what was submitted."""
+"""A copy of the code beside the run: a job that is requeued weeks later runs the code that was submitted."""
 
 import hashlib
 import json
@@ -11,37 +11,38 @@ import pipeline
 from pipeline.stage.environment import SNAPSHOT, commit, software
 
 ROOMS = ("pipeline", "recipes", "cluster", "tools")
+CODE_FOLDER = "code"  # in the run directory
 
 
 def code_snapshot_path(run: Path) -> Path:
-    """Where this code with these versions goes: named by content, so that what did not change is kept once."""
+    """The folder of this code with these package versions, named by its content so that equal code is kept once."""
     digest = hashlib.sha256(json.dumps(software()).encode())
-    for path in _files():
+    for path in _source_files():
         digest.update(f"{path.relative_to(_root())}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return run / "code" / digest.hexdigest()[:12]
+    return run / CODE_FOLDER / digest.hexdigest()[:12]
 
 
 def take_code_snapshot(run: Path) -> Path:
-    """Copy the code and note the versions, unless they are there already; the folder for PYTHONPATH."""
+    """Copy the code and record the versions, unless the copy exists already; the folder for PYTHONPATH."""
     folder = code_snapshot_path(run)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(mkdtemp(prefix=".new-", dir=folder.parent))
-        aside.chmod(0o755)
-        for path in _files():
-            copy = aside / path.relative_to(_root())
+        new = Path(mkdtemp(prefix=".new-", dir=folder.parent))
+        new.chmod(0o755)
+        for path in _source_files():
+            copy = new / path.relative_to(_root())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, copy)
-        # What numba has compiled is kept beside the sources and known by their dates: without it every rank of every
-        # new run would compile for 20 s first.
+        # numba keeps compiled code beside the sources and knows it by their dates. Without a copy of it every rank of
+        # every new run would compile for 20 s first.
         for cache in (path for room in ROOMS for path in (_root() / room).rglob("__pycache__")):
-            with suppress(shutil.Error):  # another process writes there just now, or the files are not ours to read
-                shutil.copytree(cache, aside / cache.relative_to(_root()), dirs_exist_ok=True)
-        (aside / SNAPSHOT).write_text(json.dumps({**software(), "commit": commit(_root())}, indent=2) + "\n")
+            with suppress(shutil.Error):  # another process writes there now, or a file may not be read
+                shutil.copytree(cache, new / cache.relative_to(_root()), dirs_exist_ok=True)
+        (new / SNAPSHOT).write_text(json.dumps({**software(), "commit": commit(_root())}, indent=2) + "\n")
         try:
-            aside.rename(folder)
-        except OSError:  # somebody else was quicker
-            shutil.rmtree(aside)
+            new.rename(folder)
+        except OSError:  # another process has made the same snapshot meanwhile
+            shutil.rmtree(new)
     return folder
 
 
@@ -49,6 +50,6 @@ def _root() -> Path:
     return Path(pipeline.__file__).parents[1]
 
 
-def _files() -> list[Path]:
-    found = (path for room in ROOMS for path in (_root() / room).rglob("*"))
-    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+def _source_files() -> list[Path]:
+    paths = (path for room in ROOMS for path in (_root() / room).rglob("*"))
+    return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)

@@ -1,4 +1,4 @@
-"""Does a stage fit into the GPUs of its site? Asked before it is queued, where the site says which they are."""
+"""Refuse a stage that does not fit into the memory of its site's GPUs, before it is queued."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from pipeline.recipe import StageRecipe
 
 GIB = 2**30
 NEAR = 0.9
-"""Of a GPU's memory: above it CUDA's context, NCCL's buffers and what the allocator wastes may not fit beside."""
+"""Part of a GPU's memory. Above it CUDA's context, NCCL's buffers and fragmentation may not fit beside the estimate."""
 
 
 @dataclass(frozen=True)
-class Needed:
-    """A rank's peak by estimate, against its GPU."""
+class MemoryNeed:
+    """The estimated peak of a rank, against the memory of its GPU."""
 
     stage: str
     gib: float | None
     """None if it cannot be estimated here."""
     gpu_gib: float
     gpu: str
-    why: str = ""
-    """Why it cannot."""
+    why_unknown: str = ""
 
     def __str__(self) -> str:
         return f"{'?' if self.gib is None else f'{self.gib:.1f}'} of {self.gpu_gib:.1f}"
 
     @property
     def warning(self) -> str | None:
+        """A sentence if the estimate failed, or comes near the GPU's memory."""
         if self.gib is None:
-            return f"warning: the memory of stage {self.stage} was not checked: {self.why}"
+            return f"warning: the memory of stage {self.stage} was not checked: {self.why_unknown}"
         if self.gib <= NEAR * self.gpu_gib:
             return None
         return (
@@ -39,42 +39,43 @@ class Needed:
         )
 
 
-def check_memory(recipe: StageRecipe, site: Site) -> Needed | None:
-    """What a rank needs of its GPU; None where the site does not say what GPU it has.
+def check_gpu_memory(recipe: StageRecipe, site: Site) -> MemoryNeed | None:
+    """Estimate what a rank needs of its GPU, as `fcmae estimate` does; None if the site does not describe its GPUs.
 
-    The estimate is that of `fcmae estimate`, of the recipe as it stands: state by formula, activations from a trace on
-    the meta device. That takes some 10 s of CPU for the three stages of Huge, imports included, and a second or two for
-    small models: so nothing cheaper, and less true, is put in its place.
+    State is estimated by formula, activations by a trace on the meta device. This takes 10 s of CPU for the three
+    stages of Huge, imports included, and 1-2 s for small models.
 
-    site: as the stage sees it.
+    Args:
+        site: as the stage sees it.
 
     Raises:
-        LaunchError: if it is more than the GPU has, with what would make it less.
+        LaunchError: if it is more than the GPU has, with the changes that would need less.
     """
     if not (site.gpu and site.gpus_per_node) or recipe.engine.device == "cpu":
         return None
-    has = site.gpu.memory_gib, site.gpu.name
+    gpu_gib, gpu = site.gpu.memory_gib, site.gpu.name
     try:
-        from pipeline.cost.memory import estimate_peak  # brings torch, which a machine that only submits can do without
+        from pipeline.cost.memory import estimate_peak  # loads torch, which a machine that only submits can do without
 
         terms = estimate_peak(recipe, site.ranks, "cuda")
-    except Exception as error:  # whatever keeps an estimate from being made need not keep the stage from training
-        return Needed(recipe.name, None, *has, why=" ".join(f"{type(error).__name__}: {error}".split()))
-    found = Needed(recipe.name, sum(term.bytes for term in terms) / GIB, *has)
-    if found.gib <= found.gpu_gib:
-        return found
+    except Exception as error:  # an estimate that fails need not keep the stage from training
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return MemoryNeed(recipe.name, None, gpu_gib, gpu, reason)
+    gib = sum(term.bytes for term in terms) / GIB
+    if gib <= gpu_gib:
+        return MemoryNeed(recipe.name, gib, gpu_gib, gpu)
     largest = max(terms, key=lambda term: term.bytes)
     remedies = list(_remedies(recipe, evaluating=any(term.name == "evaluation" for term in terms)))
     raise LaunchError(
-        f"stage {recipe.name}: a rank is estimated to need {found.gib:.1f} GiB ({largest.name} alone"
-        f" {largest.bytes / GIB:.1f}), and the site's gpu, {found.gpu}, has {found.gpu_gib:.1f}; set"
+        f"stage {recipe.name}: a rank is estimated to need {gib:.1f} GiB ({largest.name} alone"
+        f" {largest.bytes / GIB:.1f}), and the site's gpu, {gpu}, has {gpu_gib:.1f}; set"
         f" {' or '.join(f'stages.{recipe.name}.{r}' for r in remedies)} (`fcmae estimate` tells what fits), or leave"
         " gpu out of the site if you know better"
     )
 
 
 def _remedies(recipe: StageRecipe, evaluating: bool) -> Iterator[str]:
-    """Values that take less memory than the recipe's, none of which changes what is learnt."""
+    """Changes to the recipe that need less memory and do not change what is learnt."""
     engine = recipe.engine
     if evaluating and recipe.evaluation.batch > 1:
         yield f"evaluation.batch below {recipe.evaluation.batch}"

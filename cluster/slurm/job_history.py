@@ -1,6 +1,7 @@
-"""What was asked of Slurm for a stage, and why: `slurm/jobs.jsonl` in its directory, one JSON object a line.
+"""What was asked of Slurm for a stage, and why: `slurm/jobs.jsonl` in the stage directory, one JSON object a line.
 
-Liveness is Slurm's to tell and success is DONE's; this file is for people, and for counting attempts.
+People read it, and `cluster.slurm.retry` counts attempts in it. Whether a job lives, Slurm says; whether the stage is
+done, its DONE marker.
 """
 
 import json
@@ -8,27 +9,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.journal import read_events
+
+SLURM_FOLDER = "slurm"
+HISTORY_FILE = "jobs.jsonl"
+
 
 def slurm_directory(stage_directory: Path) -> Path:
-    """Script, pickle, logs and the history of a stage's jobs."""
-    return stage_directory / "slurm"
+    """The folder of everything that concerns a stage's jobs: script, pickle, logs, site, bad nodes and this history."""
+    return stage_directory / SLURM_FOLDER
 
 
 def note_job_event(stage_directory: Path, event: str, job: str, **fields: Any) -> None:
-    """Append a line: submitted, requeued (asked for: Slurm leaves a cancelled job alone), stopped or cancelled."""
+    """Append a line. `event` is submitted, requeued (which Slurm may refuse, as for a cancelled job), stopped or
+    cancelled."""
     folder = slurm_directory(stage_directory)
     folder.mkdir(parents=True, exist_ok=True)
     entry = {"event": event, "time": round(time.time(), 3), "job": job, **fields}
-    with open(folder / "jobs.jsonl", "a") as file:
+    with open(folder / HISTORY_FILE, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_job_history(stage_directory: Path) -> list[dict[str, Any]]:
-    """All lines, the oldest first; a torn one is left out."""
-    path, found = slurm_directory(stage_directory) / "jobs.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """All lines, the oldest first, without torn ones."""
+    return read_events(slurm_directory(stage_directory) / HISTORY_FILE)
+
+
+def last_submitted(stage_directory: Path) -> int | None:
+    """The id of the job that was submitted last; None before the first."""
+    ids = [str(entry.get("job")) for entry in read_job_history(stage_directory) if entry.get("event") == "submitted"]
+    return int(ids[-1]) if ids and ids[-1].isdigit() else None

@@ -1,63 +1,62 @@
-"""How the ranks of a Slurm job find each other."""
+"""How the ranks of a Slurm job find each other: address, port and network interface."""
 
 import os
 import socket
 import zlib
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 
 def export_rank_environment() -> int:
-    """Set what `run_stage` reads from what srun has set; the rank."""
+    """Set the variables that `run_stage` reads, from those that srun has set; the rank."""
     import submitit
 
     hosts, launcher = submitit.JobEnvironment().hostnames, os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
-    host, own = hosts[0], socket.gethostname()
-    leads = {name: _leads(name) for name in {own, launcher, *hosts[:2]}}
-    # Names of nodes need not resolve; the batch script, and so srun, runs on the first node.
-    if leads[host] == "nowhere" or (leads[host] == "back" and leads[launcher] == "out"):
-        host = launcher or host
-    # By which way are the other nodes? To itself the first one has none, but to the second.
-    way = next((name for name in (host, *hosts[1:2]) if leads[name] == "out"), host)
-    # gloo and NCCL listen where their own name leads; without one, or with Debian's 127.0.1.1, gloo would take the
-    # loopback. That is right for one node, and where the others' names lead there too: tools/devcluster.
-    unheard = leads[own] == "nowhere" or (leads[own] == "back" and leads[way] == "out" and len(hosts) > 1)
-    if unheard and leads[way] != "nowhere" and (interface := interface_towards(way)):
+    master, own = hosts[0], socket.gethostname()
+    reach = {name: _reach(name) for name in {own, launcher, *hosts[:2]}}
+    # Node names need not resolve; the batch script, and so srun, runs on the first node.
+    if reach[master] == "nothing" or (reach[master] == "loopback" and reach[launcher] == "network"):
+        master = launcher or master
+    # Pick a host that is reached through a real network interface; the first node must look at the second.
+    target = next((name for name in (master, *hosts[1:2]) if reach[name] == "network"), master)
+    # gloo and NCCL listen on the address of their own name. Without one, or with Debian's 127.0.1.1, gloo would take
+    # the loopback, which is right only for one node, or where all nodes are one machine (tools/devcluster).
+    unreachable = reach[own] == "nothing" or (
+        reach[own] == "loopback" and reach[target] == "network" and len(hosts) > 1
+    )
+    if unreachable and reach[target] != "nothing" and (interface := interface_towards(target)):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
-    # Below the ports that Linux gives to outgoing connections, and another one after each requeue: what is left of an
-    # attempt on a node that was out of reach cannot join the next one.
-    run_of_job = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    # A port below those that Linux gives to outgoing connections, and another one after each requeue, so that a process
+    # left over from an attempt on an unreachable node cannot join the next attempt.
+    start_of_job = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
         WORLD_SIZE=os.environ["SLURM_NTASKS"],
         LOCAL_WORLD_SIZE=str(int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_NNODES"])),
-        MASTER_ADDR=host,
-        MASTER_PORT=str(10000 + zlib.crc32(run_of_job.encode()) % 22000),
+        MASTER_ADDR=master,
+        MASTER_PORT=str(10000 + zlib.crc32(start_of_job.encode()) % 22000),
     )
     return int(os.environ["RANK"])
 
 
-def _leads(name: str) -> Literal["nowhere", "back", "out"]:
-    """Where a name leads from this machine: back is the loopback. Of several addresses gloo takes the first."""
+def _reach(name: str) -> Literal["nothing", "loopback", "network"]:
+    """What a host name resolves to on this machine. Of several addresses gloo takes the first."""
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError:
-        return "nowhere"
-    return "back" if ip_address(address).is_loopback else "out"
+        return "nothing"
+    return "loopback" if ip_address(address).is_loopback else "network"
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches a host."""
+    """The network interface through which this machine reaches a host."""
     import psutil
 
-    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(place)  # sends nothing
+        probe.connect(address)  # sends nothing
         own = probe.getsockname()[0]
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, addresses in interfaces if own in (a.address for a in addresses)), None)

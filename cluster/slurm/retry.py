@@ -1,6 +1,7 @@
-"""How often Slurm retries a stage: until `attempts_without_progress` attempts of its site in a row commit no step.
+"""How often a stage is retried on Slurm: until so many attempts in a row commit no new step.
 
-`cluster.slurm.supervisor` asks this after each attempt; the number itself is a field of `cluster.site.Site`.
+The number is `attempts_without_progress` of the site (`cluster.site`), attempts are counted in the history of the
+stage's jobs (`cluster.slurm.job_history`), and the supervisor of a job (`cluster.slurm.supervisor`) applies the rule.
 """
 
 from contextlib import nullcontext
@@ -12,7 +13,8 @@ from pipeline.tracking.journal import parse_line
 
 
 def attempts_without_progress(stage_directory: Path, committed: int) -> int:
-    """How many attempts in a row, the one that ends now included, began and ended with `committed` as newest step."""
+    """Count the attempts in a row, the one that ends now included, that began and ended with `committed` as the newest
+    committed step. A submission by a person starts the count anew."""
     count = 0
     for entry in reversed(read_job_history(stage_directory)):
         if entry["event"] not in ("requeued", "submitted") or entry["committed"] != committed:
@@ -24,11 +26,12 @@ def attempts_without_progress(stage_directory: Path, committed: int) -> int:
 
 
 def committed_step(stage_directory: Path) -> int:
-    """The newest step that a checkpoint was committed of, by the journal; -1 without. What a rollback took back does
-    not count: the way up again is progress."""
+    """The newest step of a committed checkpoint, by the journal; -1 without one. A rollback sets it back, so that the
+    same steps count as progress again."""
     path, newest = stage_directory / JOURNAL_FILE, -1
     with open(path, "rb") if path.exists() else nullcontext(()) as lines:
         for line in lines:
+            # Few lines need parsing, and a journal may be long.
             if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse_line(line)):
                 continue
             if event.get("kind") == "save":

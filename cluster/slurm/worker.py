@@ -1,4 +1,4 @@
-"""What a rank of a Slurm job executes. submitit unpickles it; everything else is ours, its signal handlers too."""
+"""What a rank of a Slurm job executes. submitit unpickles it, but signals and the exit are handled here."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.rendezvous import export_rank_environment
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import UserError
@@ -15,10 +16,10 @@ from pipeline.stage.outcome import Outcome, SrunCode
 
 
 def block_stop_signals() -> str:
-    """Python code that starts a module with the stop signals blocked.
+    """Python code that blocks the stop signals and then starts the module that its arguments name.
 
-    Slurm may signal a task whose Python is still importing torch, and the default action would kill it. A blocked
-    signal waits instead, through exec, until `run_stage` has its handlers in place and unblocks it."""
+    Slurm may signal a task whose Python still imports torch, and the default action would kill it. A blocked signal
+    stays pending through exec until `run_stage` has installed its handlers and unblocks it."""
     return (
         f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {[int(n) for n in STOP_SIGNALS]}); "
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -26,15 +27,15 @@ def block_stop_signals() -> str:
 
 
 class RunStage:
-    """Pickled once and read again at every requeue, perhaps by newer code: so it holds only the path, as a string, and
-    the stage directory says all the rest."""
+    """Runs a stage as one rank. It is pickled once and unpickled at every requeue, perhaps by newer code, so it holds
+    only the path, as a string."""
 
     def __init__(self, stage_directory: Path) -> None:
         self.stage_directory = str(stage_directory)
 
     def __call__(self) -> NoReturn:
-        """Runs the stage as this task's rank, and exits. Whether the job is requeued, the supervisor decides."""
-        # submitit's own handlers act on one rank only. Not SIG_IGN, which would discard what waits blocked.
+        """Run the stage and exit. The supervisor decides whether the job is requeued."""
+        # Replace submitit's handlers because they act on one rank alone. SIG_IGN would discard pending signals.
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: None)
         directory = Path(self.stage_directory)
@@ -43,8 +44,8 @@ class RunStage:
             if scratch := os.environ.get("FCMAE_SCRATCH"):
                 os.environ["FCMAE_SCRATCH"] = os.path.expandvars(scratch)
             if rank == 0:
-                remove_torn_files(directory / "slurm")
-            # Imported as late as this because it brings torch along, which a machine that only submits can do without.
+                remove_torn_files(slurm_directory(directory))
+            # Imported here because it loads torch, which a machine that only submits can do without.
             from cluster.slurm.time_limit import TimeLimitWatch
             from pipeline.run import run_stage
             from pipeline.tracking.startup import startup
@@ -56,15 +57,15 @@ class RunStage:
             startup.lap("preflight")
             outcome = outcome or run_stage(directory)
         except UserError as error:
-            leave(SrunCode.PERMANENT, str(error))
+            _exit(SrunCode.PERMANENT, str(error))
         except Exception:
-            leave(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
+            _exit(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
         sentence = f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". ")
-        leave(outcome.kind.srun_code, sentence)
+        _exit(outcome.kind.srun_code, sentence)
 
 
 def preflight_outcome(directory: Path) -> Outcome | None:
-    """Why this rank had better not train, if so. A signal that comes meanwhile waits for `run_stage`."""
+    """Why this rank must not train; None if it may. A signal stays pending meanwhile, until `run_stage`."""
     import submitit
 
     from cluster.preflight import Expectations
@@ -85,20 +86,20 @@ def preflight_outcome(directory: Path) -> Outcome | None:
 
 
 def _job_end() -> float | None:
-    """When the time limit ends this run of the job, in epoch seconds; None if nobody knows."""
+    """When the time limit ends this run of the job, in epoch seconds; None if unknown."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdigit() else None
 
 
 def remove_torn_files(directory: Path) -> None:
-    """submitit refuses to write where a rank killed while writing has left a temporary file."""
+    """Remove temporary files of a rank that was killed while it wrote, because submitit refuses to write there."""
     for path in directory.glob("*.save_tmp"):
         path.unlink(missing_ok=True)
 
 
-def leave(code: int, sentence: str) -> NoReturn:
+def _exit(code: int, sentence: str) -> NoReturn:
     print(sentence, flush=True)
     sys.stderr.flush()
-    # At once, so that no left-over thread of a loader or of gloo can abort the exit and make a good job a failed one,
-    # and submitit does not mark a job as finished that is about to run again.
+    # Exit at once: a left-over thread of a loader or of gloo could abort an orderly exit and fail a good job, and
+    # submitit would mark a job as finished that is about to run again.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Read sizes of a model from the shapes of its tensors."""
+"""Reading a model's sizes off the shapes of its tensors."""
 
 from collections.abc import Mapping
 
@@ -8,32 +8,24 @@ Shape = tuple[int, ...]
 
 
 class Shapes:
-    """The shapes of a file's tensors by internal name. `layout` is the file's, for error texts."""
+    """Shapes by name, of a file in `layout`; what tells a size must be there and make sense."""
 
     def __init__(self, shapes: Mapping[str, Shape], layout: str):
         self.named, self.layout = shapes, layout
 
     def size(self, name: str, rank: int, axis: int) -> int:
-        """The size of one axis of a tensor.
-
-        Raises:
-            CheckpointError: if the tensor is absent or empty or does not have `rank` axes.
-        """
+        """An axis of a tensor that must have `rank` of them."""
         shape = self.named.get(name)
         if shape is None or len(shape) != rank or 0 in shape:
-            actual = "absent" if shape is None else shape
+            found = "absent" if shape is None else shape
             raise CheckpointError(
-                f"{name} is {actual} in the file, but must have {rank} axes in the {self.layout} layout, the nearest "
-                "one, because it holds a size of the model; fetch the file again"
+                f"{name} is {found} in the file, but tells the shape of the model and must have {rank} axes in the "
+                f"{self.layout} layout, the nearest one; fetch the file again"
             )
         return shape[axis]
 
     def count(self, prefix: str) -> int:
-        """Count the numbers 0, 1, 2, ... that follow the prefix in names.
-
-        Raises:
-            CheckpointError: if there is none, or one is left out.
-        """
+        """How many numbers follow the prefix; they must be 0, 1, 2, ..."""
         parts = {name.removeprefix(prefix).partition(".")[0] for name in self.named if name.startswith(prefix)}
         numbers = {int(part) for part in parts if part.isdecimal()}
         for number in range(max(len(numbers), 1)):
@@ -46,5 +38,5 @@ class Shapes:
         return len(numbers)
 
     def has(self, prefix: str) -> bool:
-        """Whether any name begins with the prefix."""
+        """Whether a name begins so."""
         return any(name.startswith(prefix) for name in self.named)

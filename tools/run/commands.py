@@ -15,7 +15,7 @@ from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
     from cluster.site import Site
-    from cluster.slurm.gpu_memory_check import Needed
+    from cluster.slurm.gpu_memory_check import MemoryNeed
     from cluster.slurm.submit import PlannedStage
     from pipeline.recipe import ChainRecipe
 
@@ -160,7 +160,7 @@ def show_status(
     if json:
         print(status_json(statuses))
     else:
-        console.print(run_table(statuses, run.queue.trouble))
+        console.print(run_table(statuses, run.job_watcher.trouble))
 
 
 def show_times(directory: RunDirectory, json: Json = False) -> None:
@@ -204,7 +204,7 @@ def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None)
     jobs.submit_planned(chain, run, profile, planned, print)
 
 
-def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, Needed]") -> Table:
+def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, MemoryNeed]") -> Table:
     memory = ("GiB of a GPU",) if needed else ()
     numbers = ("nodes", "ranks", "GPUs", "CPUs", "minutes", *memory)
     table = plain_table("stage", "partition", *numbers, "", right=numbers, no_wrap=True)
@@ -214,5 +214,5 @@ def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, Needed]") -> T
         counts = (site.nodes, site.ranks, site.nodes * site.gpus_per_node, site.ranks * site.cpus_per_task)
         cells = [site.partition or "default", *map(str, counts), str(site.time_limit_minutes)]
         cells += [str(needed.get(item.name, "")) for _ in memory]
-        table.add_row(item.name, *(cells if item.missing else [""] * len(cells)), state)
+        table.add_row(item.name, *(cells if item.needs_job else [""] * len(cells)), state)
     return table

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.site import INCLUDED, Site, check_path, load_site
+from cluster.site import INCLUDED_SITES, Site, check_path, load_site
 from pipeline.errors import LaunchError, UserError
 
 
@@ -15,7 +15,7 @@ def load(tmp_path: Path, **fields: object) -> Site:
     return load_site(str(path))
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in INCLUDED.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in INCLUDED_SITES.glob("*.yaml")))
 def test_every_included_example_is_a_site(name):
     assert load_site(name).ranks >= 1
 
@@ -56,7 +56,7 @@ def test_paths_may_name_the_home_and_variables(tmp_path, monkeypatch):
         ({"sbatch": {"array": "1-3"}}, r"sbatch\.array is set by fcmae itself"),
         ({"sbatch": {"gpus-per-task": 1}}, r"sbatch\.gpus-per-task would hide GPUs"),
         ({"gpus_per_node": 2, "tasks_per_node": 4}, "tasks_per_node 4 exceeds gpus_per_node 2"),
-        ({"gpu_type": "a100"}, "gpu_type a100 says of which type, but gpus_per_node is 0"),
+        ({"gpu_type": "a100"}, "gpu_type is a100, but gpus_per_node is 0; set how many"),
         ({"gpus_per_node": 2, "gpu_type": "a100:4"}, "gpu_type is 'a100:4'"),
         ({"gpus_per_node": 2, "gpu_type": "tesla v100"}, "gpu_type is 'tesla v100'"),
         ({"gpus_per_node": 2, "gpu_type": "a100,gpu"}, "gpu_type is 'a100,gpu'"),

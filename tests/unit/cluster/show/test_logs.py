@@ -1,13 +1,17 @@
+"""What `fcmae logs` prints of the files of ranks."""
+
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.show.logs import print_logs
-from tests.support import FCMAE
+from pipeline.errors import LaunchError
+from tests.support import FCMAE, make_tiny_run
 
 DEADLINE_SECONDS = 300
 
@@ -20,6 +24,27 @@ def test_silence_is_told_too(tmp_path, capsys, content):
         (tmp_path / "pretrain" / "logs" / "rank-0.log").write_text(content)
     print_logs(tmp_path, None, 0, 100, follow=False)
     assert capsys.readouterr().out == "rank 0 has not printed anything yet\n"
+
+
+def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
+    run = make_tiny_run(tmp_path)
+    for place, text, age in (
+        ("pretrain/slurm/10_0_log.out", "first\nsecond\n", 30), ("pretrain/slurm/9_0_log.out", "zero\n", 60),
+        ("pretrain/slurm/10_1_log.out", "other\n", 0), ("finetune/logs/rank-0.log", "local\n", 0),
+    ):  # fmt: skip
+        path = run / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (time.time() - age,) * 2)
+    print_logs(run, None, 0, 1, follow=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "==> pretrain/slurm/9_0_log.out <==", "zero", "==> pretrain/slurm/10_0_log.out <==", "second",
+        "==> finetune/logs/rank-0.log <==", "local",
+    ]  # fmt: skip
+    print_logs(run, "pretrain", 1, 5, follow=False)
+    assert capsys.readouterr().out.splitlines()[1:] == ["other"]
+    with pytest.raises(LaunchError, match="there is no stage nope"):
+        print_logs(run, "nope", 0, 5, follow=False)
 
 
 def append(path: Path, text: str) -> None:
@@ -37,8 +62,8 @@ def test_follow_shows_what_is_added_until_the_stage_is_done(tmp_path):
     append(tmp_path / "finetune" / "logs" / "rank-0.log", "of another stage\n")
     command = [*FCMAE, "logs", tmp_path, "pretrain", "--lines", "1", "--follow"]
     logs = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    guard = threading.Timer(DEADLINE_SECONDS, logs.kill)  # whoever waits for a line then finds the end
-    guard.start()
+    deadline = threading.Timer(DEADLINE_SECONDS, logs.kill)  # whoever waits for a line then finds the end
+    deadline.start()
     try:
 
         def said(text: str) -> None:
@@ -64,7 +89,7 @@ def test_follow_shows_what_is_added_until_the_stage_is_done(tmp_path):
         assert logs.stdout.read() == b""
         assert logs.wait() == 0
     finally:
-        guard.cancel()
+        deadline.cancel()
         logs.kill()
         logs.wait()
         logs.stdout.close()

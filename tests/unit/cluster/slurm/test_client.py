@@ -1,217 +1,98 @@
-"""Status with jobs: real directories, a Slurm whose `squeue` is a script of a few lines, and none at all."""
+"""Slurm's commands, which scripts stand in for, and what is made of their answers."""
 
-import json
-import os
-import stat
-import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from cluster.show.status import RunFollower, run_status
-from cluster.show.status_table import run_table
-from cluster.slurm import queue
-from cluster.slurm.job_history import note_job_event
-from cluster.slurm.queue import Queue
-from pipeline.storage.folder import write_json
-from pipeline.tracking.journal import Journal
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    directory = tmp_path / "run"
-    directory.mkdir()
-    (directory / "recipe.yaml").write_text("name: tiny\nstages: {pretrain: {}, finetune: {}}\n")
-    return directory
-
-
-@pytest.fixture
-def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replaces squeue by a script; returns the file in which its calls are counted."""
-
-    def install(script: str) -> Path:
-        folder, calls = tmp_path / "bin", tmp_path / "calls"
-        folder.mkdir(exist_ok=True)
-        (folder / "squeue").write_text(f'#!/bin/sh\necho "$@" >>{calls}\n{script}\n')
-        (folder / "squeue").chmod(stat.S_IRWXU)
-        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)  # a shell may take its time on a busy machine
-        return calls
-
-    return install
-
-
-def says(run: Path, *lines: str) -> str:
-    return "\n".join(f"echo '{line}'" for line in lines).replace("@", str(run))
-
-
-def submit(run: Path, stage: str, job: str) -> None:
-    note_job_event(run / stage, "submitted", job, committed=-1)
-
-
-def take(stage: Path, number: int, host: str = "n7") -> None:
-    (stage / "attempts").mkdir(parents=True, exist_ok=True)
-    write_json(stage / "attempts" / f"{number:06d}.json", {"attempt": number, "host": host, "pid": 1})
-
-
-def shown(run: Path) -> str:
-    view = RunFollower(run)
-    statuses = view.statuses()
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(run_table(statuses, view.queue.trouble))
-    return console.export_text()
-
-
-def test_a_run_that_was_never_submitted_asks_nobody(run, squeue):
-    calls = squeue("exit 1")
-    assert [s.job for s in run_status(run)] == [None, None]
-    assert not calls.exists()
-    assert "job" not in shown(run).splitlines()[0]
-
-
-def test_jobs_beside_the_files(run, squeue):
-    submit(run, "pretrain", "41")
-    submit(run, "finetune", "42")
-    squeue(
-        says(run, "41|RUNNING|n[1-2]|None|@/pretrain", "42|PENDING||Dependency|@/finetune",
-             "43|RUNNING|n3|None|/other/run/pretrain")
-    )  # fmt: skip
-    first, second = run_status(run)
-    assert (first.state, first.job, first.nodes) == ("starting", "41", "n[1-2]")
-    assert (second.state, second.job, second.job_state) == ("queued", "42", "PENDING")
-    take(run / "pretrain", 1)
-    assert run_status(run)[0].state == "running"
-    hours_ago = time.time() - 7200  # a long evaluation on another host: Slurm knows that it runs
-    os.utime(run / "pretrain" / "attempts" / "000001.json", (hours_ago, hours_ago))
-    assert run_status(run)[0].state == "running"
-    text = shown(run)
-    assert "41 running" in text
-    assert "n[1-2]" in text
-
-
-def test_a_cancelled_job_that_still_ends_is_not_starting(run, squeue):
-    submit(run, "pretrain", "41")
-    take(run / "pretrain", 1)
-    squeue(says(run, "41|COMPLETING|n1|None|@/pretrain"))
-    assert run_status(run)[0].state == "running"
-    write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
-    assert run_status(run)[0].state == "starting"  # requeued
-    note_job_event(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
-    assert (run_status(run)[0].state, run_status(run)[0].job_state) == ("saved", "COMPLETING")
-
-
-def test_a_job_that_slurm_will_never_start_is_named(run, squeue):
-    submit(run, "pretrain", "41")
-    squeue(says(run, "41|PENDING||BadConstraints|@/pretrain"))
-    assert "pretrain, Slurm will never start job 41 (BadConstraints): `fcmae resume` replaces it" in shown(run)
+from cluster.slurm import client
+from cluster.slurm.client import JobState, parse_minutes, query_jobs, requeue_job
+from pipeline.errors import LaunchError
+from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "job_state"),
+    "words",
     [
-        ("", "interrupted", "FORGOTTEN"),  # purged from Slurm's memory
-        ("echo '41|FAILED|n1|NonZeroExitCode|@/pretrain'", "interrupted", "FAILED"),
-        ("echo '41|CANCELLED|n1|None|@/pretrain'", "cancelled", "CANCELLED"),
-        ("echo '41|PENDING||BeginTime|@/pretrain'", "queued", "PENDING"),
-        ("echo 'Unable to contact slurm controller' >&2; exit 1", "running", "UNKNOWN"),
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "slurm_requeue error: Socket timed out on send/recv operation",
+        "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "slurm_load_jobs error: Slurm backup controller in standby mode",
+        "slurm_update error: Message receive failure",
     ],
 )
-def test_what_slurm_says_of_a_stage_that_left_no_word(run, squeue, answer, state, job_state):
-    submit(run, "pretrain", "41")
-    take(run / "pretrain", 1)
-    squeue(answer.replace("@", str(run)))
-    first = run_status(run)[0]
-    assert (first.state, first.job_state) == (state, job_state)
+def test_a_controller_that_is_away_or_busy_is_asked_again(words):
+    """The supervisor gives a job up for anything else that Slurm says."""
+    with pytest.raises(client.NoControllerError, match="try again"):
+        client.run_command("sh", "-c", f"echo '{words}' >&2; exit 1")
+    with pytest.raises(LaunchError, match="Invalid job id") as refused:
+        client.run_command("sh", "-c", "echo 'slurm_requeue error: Invalid job id specified' >&2; exit 1")
+    assert not isinstance(refused.value, client.NoControllerError)
 
 
-def test_a_silent_slurmctld_holds_nobody_up(run, squeue, monkeypatch):
-    submit(run, "pretrain", "41")
-    squeue("exec sleep 30")
-    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.3)
-    view, began = RunFollower(run), time.monotonic()
-    first = view.statuses()[0]
-    assert time.monotonic() - began < 15
-    assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
-    assert "did not answer" in view.queue.trouble
-    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60)
-    began = time.monotonic()
-    view.statuses()
-    assert time.monotonic() - began < 10, "only the first question is waited for"
+PREEMPTED = "PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=2026-11-22T22:08:50"
 
 
-def test_many_looks_are_one_question(run, squeue, monkeypatch):
-    submit(run, "pretrain", "41")
-    calls = squeue(says(run, "41|PENDING||Priority|@/pretrain"))
-    monkeypatch.setattr(queue, "ASK_SECONDS", 3600)
-    jobs = Queue([run / "pretrain"])
-    assert [jobs.jobs()["pretrain"].state for _ in range(20)] == ["PENDING"] * 20
-    assert len(calls.read_text().splitlines()) == 1
-    monkeypatch.setattr(jobs, "_due", 0.0)
-    jobs.jobs()
-    jobs._asking.join()
-    assert len(calls.read_text().splitlines()) == 2
+@pytest.mark.parametrize(
+    ("times", "grace", "again"),
+    [
+        (f"EndTime=2026-11-22T22:08:50 Deadline=N/A {PREEMPTED}", 0, True),  # PreemptMode=CANCEL
+        (f"EndTime=2026-11-22T22:09:12 Deadline=N/A {PREEMPTED}", 10, True),  # its ranks took too long
+        (f"EndTime=2026-11-22T22:08:54 Deadline=N/A {PREEMPTED}", 10, False),  # cancelled while they saved
+        ("EndTime=2026-11-22T22:08:50 PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=None", 0, False),  # scancel
+        ("EndTime=2026-11-22T22:18:51 Deadline=N/A SuspendTime=None", 0, False),  # requeued already
+    ],
+)
+def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(fake_slurm: FakeSlurm, times, grace, again):
+    job, partition = fake_slurm.folder / "job", fake_slurm.folder / "partition"
+    text = (
+        "JobId=7 JobName=fcmae-pretrain Priority=4294901757 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1"
+        f" Restarts=0 StartTime=2026-11-22T22:08:46 {times} Partition=low NumNodes=1"
+        " Command=/runs/a/pretrain/slurm/submission_file.sh WorkDir=/runs/a b=c Reason=TimeLimit/pretrain Power= "
+    )
+    job.write_text(text)
+    partition.write_text(f"PartitionName=low Default=YES GraceTime={grace} PreemptMode=CANCEL State=UP")
+    fake_slurm.install("scontrol", f'case "$2" in job) cat {job};; partition) cat {partition};; esac')
+    requeue_job("7")
+    assert fake_slurm.calls()[0] == "scontrol requeue Incomplete 7"
+    assert (fake_slurm.calls()[-1] == "scontrol requeue 7") is again
+    job.write_text(text.replace("Reason=None", "Reason=TimeLimit", 1))
+    requeue_job("7")
+    assert fake_slurm.calls()[-1] == "scontrol requeue 7"
 
 
-def test_no_slurm_here_is_said_below_the_table(run, monkeypatch):
-    submit(run, "pretrain", "41")
-    monkeypatch.setenv("PATH", "/nonexistent")
-    assert "from the files alone: there is no squeue on PATH" in shown(run)
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "CONFIGURING", "SPECIAL_EXIT")
+RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STOPPED", "STAGE_OUT", "RESIZING")
+OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "A_STATE_OF_TOMORROW")
 
 
-def test_a_resubmission_counts_not_the_job_before(run, squeue):
-    submit(run, "pretrain", "41")
-    squeue(says(run, "41|FAILED|n1|NodeFail|@/pretrain"))
-    submit(run, "pretrain", "44")  # squeue has not heard of it yet
-    assert (run_status(run)[0].job, run_status(run)[0].job_state) == ("44", "FORGOTTEN")
+def test_which_states_of_slurm_are_live(fake_slurm: FakeSlurm):
+    """A job that may still write is never submitted twice, and `fcmae status` calls no other job live."""
+    states = [*WAITING, *RUNNING, *OVER]
+    fake_slurm.answer(
+        "squeue", "".join(queued(n, state, Path("/runs/a/pretrain")) for n, state in enumerate(states, 1))
+    )
+    jobs = query_jobs()
+    assert [job.slurm_state for job in jobs if job.state is JobState.WAITING] == list(WAITING)
+    assert [job.slurm_state for job in jobs if job.runs] == list(RUNNING)
+    assert [job.slurm_state for job in jobs if not job.live] == list(OVER)
 
 
-def test_the_end_that_the_supervisor_noted(run, squeue):
-    squeue("")
-    submit(run, "pretrain", "41")
-    note_job_event(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
-    submit(run, "finetune", "42")
-    note_job_event(run / "finetune", "cancelled", "42", reason="stage pretrain has ended for good")
-    first, second = run_status(run)
-    assert (first.state, first.reason) == ("failed", "3 attempts in a row committed no step")
-    assert second.state == "cancelled"
-    text = shown(run)
-    assert "stage pretrain has ended for good" in text
-    take(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
-    later = time.time() + 1  # a file system's clock may be some milliseconds late
-    os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
-    assert run_status(run)[0].state == "interrupted"
+def test_what_is_known_of_a_job(fake_slurm: FakeSlurm):
+    odd = Path("/runs/a|b/it's/pretrain")
+    lines = [
+        queued(10, "PENDING", odd, reason="Dependency", after=9),
+        queued(9, "RUNNING", Path("/runs/c/pretrain"), nodes="n[1-2,4]"),
+    ]
+    fake_slurm.answer("squeue", "".join(lines))
+    older, newer = query_jobs(ids=["9", "10"], stages=["pretrain", "finetune"])
+    assert (older.id, older.nodes, older.reason, older.after) == ("9", "n[1-2,4]", "", None)
+    assert (newer.id, newer.directory, newer.reason, newer.after) == ("10", odd, "Dependency", "9")
+    (call,) = fake_slurm.calls()
+    assert "--jobs=9,10" in call
+    assert "--name=fcmae-pretrain,fcmae-finetune" in call
+    assert "--all" in call, "also in hidden partitions"
 
 
-def test_odd_histories_count_as_absent(run, squeue):
-    squeue("echo '41|RUNNING|n1|None|@/pretrain'".replace("@", str(run)))
-    folder = run / "pretrain" / "slurm"
-    folder.mkdir(parents=True)
-    lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
-    (folder / "jobs.jsonl").write_text("\n".join(lines))
-    assert run_status(run)[0].job is None
-
-
-def test_data_wait_is_a_share_of_the_step(run):
-    stage = run / "pretrain"
-    take(stage, 1, host="elsewhere")
-    with Journal(stage / "journal.jsonl", 1) as journal:
-        journal.write("attempt", step=0, total_steps=10, global_batch=64, world_size=2)
-        for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
-            speed, wait = 64 / seconds, seconds / 4
-            journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
-    first = run_status(run)[0]
-    assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
-    assert first.images_per_second == pytest.approx(12.8)
-    assert "25%" in shown(run)
-
-
-def test_only_the_last_restarts_are_listed(run):
-    stage = run / "pretrain"
-    for number in range(1, 9):
-        take(stage, number)
-        write_json(stage / "attempts" / f"{number:06d}.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
-    text = shown(run)
-    assert "pretrain, 5 earlier attempts: see --json" in text
-    assert text.count("pretrain, attempt") == 3
-    assert len(json.loads(json.dumps(run_status(run)[0].restart_reasons))) == 7
+def test_times_of_slurm_in_minutes():
+    limits = [parse_minutes(text) for text in ("00:30:00", "1-00:00:30", "UNLIMITED")]
+    assert limits == [30, 1440.5, float("inf")]

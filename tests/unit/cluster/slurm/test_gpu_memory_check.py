@@ -9,7 +9,7 @@ import yaml
 from cluster.site import GPU, Site
 from cluster.slurm import client, gpu_memory_check
 from cluster.slurm import submit as jobs
-from cluster.slurm.gpu_memory_check import GIB, check_memory
+from cluster.slurm.gpu_memory_check import GIB, check_gpu_memory
 from pipeline.cost.memory import estimate_peak
 from pipeline.errors import LaunchError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_one_sentence_with_the_figures_and_the_remedy():
     gib = needed(recipe, 64)
     assert 0.4 < gib < 2
     with pytest.raises(LaunchError) as refused:
-        check_memory(recipe, site(0.4, nodes=32))
+        check_gpu_memory(recipe, site(0.4, nodes=32))
     assert re.sub(r"alone \d\.\d", "alone X", str(refused.value)) == (
         f"stage pretrain: a rank is estimated to need {gib:.1f} GiB (activations and gradients alone X), and the site's"
         " gpu, B7 PCIe, has 0.4; set stages.pretrain.batch.micro_slots below 2 or"
@@ -78,7 +78,7 @@ def test_an_evaluation_that_does_not_fit_needs_a_smaller_batch(chain):
     with pytest.raises(
         LaunchError, match=r"evaluation alone .*; set stages\.finetune\.evaluation\.batch below 4096 or"
     ):
-        check_memory(recipe, site(needed(recipe) / 2))
+        check_gpu_memory(recipe, site(needed(recipe) / 2))
 
 
 def test_remedies_take_less(chain):
@@ -93,8 +93,8 @@ def test_remedies_take_less(chain):
 def test_near_the_limit_it_is_a_warning(chain):
     recipe = chain.stages["pretrain"]
     gib = needed(recipe)
-    assert check_memory(recipe, site(gib * 1.2)).warning is None
-    assert check_memory(recipe, site(gib * 1.05)).warning == (
+    assert check_gpu_memory(recipe, site(gib * 1.2)).warning is None
+    assert check_gpu_memory(recipe, site(gib * 1.05)).warning == (
         f"warning: stage pretrain is estimated to need {gib:.1f} of the {gib * 1.05:.1f} GiB that a rank's B7 PCIe has,"
         " and CUDA and NCCL need some too"
     )
@@ -102,9 +102,9 @@ def test_near_the_limit_it_is_a_warning(chain):
 
 def test_nothing_is_checked_where_nobody_says_what_there_is(chain, monkeypatch):
     recipe = chain.stages["pretrain"]
-    assert check_memory(recipe, site(None)) is None
-    assert check_memory(recipe, site(1e-6, gpus_per_node=0)) is None
-    assert check_memory(changed(recipe, engine={"device": "cpu"}), site(1e-6)) is None
+    assert check_gpu_memory(recipe, site(None)) is None
+    assert check_gpu_memory(recipe, site(1e-6, gpus_per_node=0)) is None
+    assert check_gpu_memory(changed(recipe, engine={"device": "cpu"}), site(1e-6)) is None
 
 
 def test_an_estimate_that_cannot_be_made_is_told_and_refuses_nothing(chain, monkeypatch):
@@ -112,7 +112,7 @@ def test_an_estimate_that_cannot_be_made_is_told_and_refuses_nothing(chain, monk
         raise NotImplementedError("no\nmeta kernel")
 
     monkeypatch.setattr("pipeline.cost.memory.estimate_peak", fail)
-    found = check_memory(chain.stages["pretrain"], site(80))
+    found = check_gpu_memory(chain.stages["pretrain"], site(80))
     assert str(found) == "? of 80.0"
     assert found.warning == (
         "warning: the memory of stage pretrain was not checked: NotImplementedError: no meta kernel"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.site import OURS, Container, Site, load_site
+from cluster.site import RESERVED_OPTIONS, Container, Site, load_site
 from cluster.slurm.script import JobScript
 from pipeline.errors import LaunchError, RecipeError
 from pipeline.recipe.yaml_files import parse_settings
@@ -132,7 +132,7 @@ def test_no_field_reaches_a_shell_unquoted(raw):
         gpus = f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else str(site.gpus_per_node or "") or None
         wanted |= {"gpus-per-node": gpus, "exclude": ",".join(site.exclude) or None, "chdir": str(stage), **site.sbatch}
         assert {n: v for n, v in options.items() if n in wanted} == {n: v for n, v in wanted.items() if v is not None}
-        assert options.keys() <= OURS | site.sbatch.keys()
+        assert options.keys() <= RESERVED_OPTIONS | site.sbatch.keys()
 
 
 def test_a_container_sees_the_code_that_the_runs_of_a_study_share():

@@ -1,0 +1,207 @@
+"""Status with jobs: real directories, a Slurm whose `squeue` is a script of a few lines, and none at all."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.show import job_watcher
+from cluster.show.job_watcher import JobWatcher
+from cluster.show.status import RunFollower, run_status
+from cluster.show.status_table import run_table
+from cluster.slurm.job_history import note_job_event
+from pipeline.storage.folder import write_json
+from tests.support import open_journal
+from tests.unit.cluster.fake_slurm import FakeSlurm, queued
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text("name: tiny\nstages: {pretrain: {}, finetune: {}}\n")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 60)  # a shell may take its time on a busy machine
+
+
+def submit(run: Path, stage: str, job: str) -> None:
+    note_job_event(run / stage, "submitted", job, committed=-1)
+
+
+def claim(stage: Path, number: int, host: str = "n7") -> None:
+    (stage / "attempts").mkdir(parents=True, exist_ok=True)
+    write_json(stage / "attempts" / f"{number:06d}.json", {"attempt": number, "host": host, "pid": 1})
+
+
+def shown(run: Path) -> str:
+    follower = RunFollower(run)
+    statuses = follower.statuses()
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(run_table(statuses, follower.job_watcher.trouble))
+    return console.export_text()
+
+
+def test_a_run_that_was_never_submitted_asks_nobody(run, fake_slurm: FakeSlurm):
+    assert [s.job for s in run_status(run)] == [None, None]
+    assert fake_slurm.calls() == []
+    assert "job" not in shown(run).splitlines()[0]
+
+
+def test_jobs_beside_the_files(run, fake_slurm: FakeSlurm):
+    submit(run, "pretrain", "41")
+    submit(run, "finetune", "42")
+    jobs = [
+        queued(41, "RUNNING", run / "pretrain", nodes="n[1-2]"),
+        queued(42, "PENDING", run / "finetune", reason="Dependency"),
+        queued(43, "RUNNING", Path("/other/run/pretrain"), nodes="n3"),
+    ]
+    fake_slurm.answer("squeue", "".join(jobs))
+    first, second = run_status(run)
+    assert (first.state, first.job, first.nodes, first.job_reason) == ("starting", "41", "n[1-2]", "")
+    assert (second.state, second.job, second.job_state) == ("queued", "42", "PENDING")
+    claim(run / "pretrain", 1)
+    assert run_status(run)[0].state == "running"
+    hours_ago = time.time() - 7200  # a long evaluation on another host: Slurm knows that it runs
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (hours_ago, hours_ago))
+    assert run_status(run)[0].state == "running"
+    text = shown(run)
+    assert "41 running" in text
+    assert "n[1-2]" in text
+
+
+def test_a_cancelled_job_that_still_ends_is_not_starting(run, fake_slurm: FakeSlurm):
+    submit(run, "pretrain", "41")
+    claim(run / "pretrain", 1)
+    fake_slurm.answer("squeue", queued(41, "COMPLETING", run / "pretrain", nodes="n1"))
+    assert run_status(run)[0].state == "running"
+    write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
+    assert run_status(run)[0].state == "starting"  # requeued
+    note_job_event(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
+    assert (run_status(run)[0].state, run_status(run)[0].job_state) == ("saved", "COMPLETING")
+
+
+def test_a_job_that_slurm_will_never_start_is_named(run, fake_slurm: FakeSlurm):
+    submit(run, "pretrain", "41")
+    fake_slurm.answer("squeue", queued(41, "PENDING", run / "pretrain", reason="BadConstraints"))
+    assert "pretrain, Slurm will never start job 41 (BadConstraints): `fcmae resume` replaces it" in shown(run)
+
+
+@pytest.mark.parametrize(
+    ("slurm_state", "state"),
+    [
+        ("FORGOTTEN", "interrupted"),  # purged from Slurm's memory
+        ("FAILED", "interrupted"),
+        ("CANCELLED", "cancelled"),
+        ("PENDING", "queued"),
+        ("UNKNOWN", "running"),  # slurmctld is away
+    ],
+)
+def test_what_slurm_says_of_a_stage_that_left_no_word(run, fake_slurm: FakeSlurm, slurm_state, state):
+    submit(run, "pretrain", "41")
+    claim(run / "pretrain", 1)
+    if slurm_state == "UNKNOWN":
+        fake_slurm.install("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    else:
+        jobs = "" if slurm_state == "FORGOTTEN" else queued(41, slurm_state, run / "pretrain")
+        fake_slurm.answer("squeue", jobs)
+    first = run_status(run)[0]
+    assert (first.state, first.job_state) == (state, slurm_state)
+
+
+def test_a_silent_slurmctld_holds_nobody_up(run, fake_slurm: FakeSlurm, monkeypatch):
+    submit(run, "pretrain", "41")
+    fake_slurm.install("squeue", "exec sleep 30")
+    monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 0.3)
+    follower, began = RunFollower(run), time.monotonic()
+    first = follower.statuses()[0]
+    assert time.monotonic() - began < 15
+    assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
+    assert "did not answer" in follower.job_watcher.trouble
+    monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 60)
+    began = time.monotonic()
+    follower.statuses()
+    assert time.monotonic() - began < 10, "only the first question is waited for"
+
+
+def test_many_looks_are_one_question(run, fake_slurm: FakeSlurm, monkeypatch):
+    submit(run, "pretrain", "41")
+    fake_slurm.answer("squeue", queued(41, "PENDING", run / "pretrain"), queued(41, "RUNNING", run / "pretrain"))
+    monkeypatch.setattr(job_watcher, "QUERY_SECONDS", 3600)
+    watcher = JobWatcher([run / "pretrain"])
+    assert [watcher.jobs()["pretrain"].slurm_state for _ in range(20)] == ["PENDING"] * 20
+    assert len(fake_slurm.calls()) == 1
+    monkeypatch.setattr(job_watcher, "QUERY_SECONDS", 0)
+    watcher = JobWatcher([run / "pretrain"])
+    deadline = time.monotonic() + 60
+    while watcher.jobs()["pretrain"].slurm_state != "RUNNING":
+        assert time.monotonic() < deadline, "it is asked again"
+
+
+def test_no_slurm_here_is_said_below_the_table(run, monkeypatch):
+    submit(run, "pretrain", "41")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "from the files alone: there is no squeue on PATH" in shown(run)
+
+
+def test_a_resubmission_counts_not_the_job_before(run, fake_slurm: FakeSlurm):
+    submit(run, "pretrain", "41")
+    fake_slurm.answer("squeue", queued(41, "FAILED", run / "pretrain", reason="NodeFail"))
+    submit(run, "pretrain", "44")  # squeue has not heard of it yet
+    assert (run_status(run)[0].job, run_status(run)[0].job_state) == ("44", "FORGOTTEN")
+
+
+def test_the_end_that_the_supervisor_noted(run, fake_slurm: FakeSlurm):
+    fake_slurm.answer("squeue", "")
+    submit(run, "pretrain", "41")
+    note_job_event(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
+    submit(run, "finetune", "42")
+    note_job_event(run / "finetune", "cancelled", "42", reason="stage pretrain failed")
+    first, second = run_status(run)
+    assert (first.state, first.reason) == ("failed", "3 attempts in a row committed no step")
+    assert second.state == "cancelled"
+    assert "stage pretrain failed" in shown(run)
+    claim(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
+    later = time.time() + 1  # a file system's clock may be some milliseconds late
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
+    assert run_status(run)[0].state == "interrupted"
+
+
+def test_odd_histories_count_as_absent(run, fake_slurm: FakeSlurm):
+    fake_slurm.answer("squeue", queued(41, "RUNNING", run / "pretrain"))
+    folder = run / "pretrain" / "slurm"
+    folder.mkdir(parents=True)
+    lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
+    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    assert run_status(run)[0].job is None
+
+
+def test_data_wait_is_a_share_of_the_step(run):
+    stage = run / "pretrain"
+    claim(stage, 1, host="elsewhere")
+    with open_journal(stage) as journal:
+        journal.write("attempt", step=0, total_steps=10, global_batch=64, world_size=2)
+        for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
+            speed, wait = 64 / seconds, seconds / 4
+            journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
+    first = run_status(run)[0]
+    assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
+    assert first.images_per_second == pytest.approx(12.8)
+    assert "25%" in shown(run)
+
+
+def test_only_the_last_restarts_are_listed(run):
+    stage = run / "pretrain"
+    for number in range(1, 9):
+        claim(stage, number)
+        write_json(stage / "attempts" / f"{number:06d}.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
+    text = shown(run)
+    assert "pretrain, 5 earlier attempts: see --json" in text
+    assert text.count("pretrain, attempt") == 3
+    assert len(json.loads(json.dumps(run_status(run)[0].restart_reasons))) == 7
