@@ -1,4 +1,4 @@
-"""Saving while the training goes on: copy what this rank is to write, then write it in a thread."""
+"""Save while the training continues: copy this rank's share of the state to host memory, then write in a thread."""
 
 import threading
 import time
@@ -13,10 +13,10 @@ Buffers = dict[MetadataIndex, torch.Tensor]
 
 
 class StagingPlanner(DefaultSavePlanner):
-    """Copies to host memory what the plan gives this rank to write, as soon as there is a plan; then calls `staged`.
+    """Copies the tensors that DCP plans for this rank to host memory, then calls `staged`.
 
-    Under DDP that is a share of the state, though every rank holds all of it. The buffers (pinned where the state is
-    on a GPU) are kept from save to save: pinning memory takes longer than filling it.
+    Under DDP every rank holds the whole state but writes, and copies, only a share. The buffers are pinned if the state
+    is on a GPU, and reused by the next save because pinning memory takes longer than filling it.
     """
 
     def __init__(self, buffers: Buffers, staged: Callable[[], None]) -> None:
@@ -30,11 +30,11 @@ class StagingPlanner(DefaultSavePlanner):
             del self._buffers[gone]
         for item in plan.items:
             source = super().resolve_data(item).detach()
-            kept = self._buffers.get(item.index)
-            if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
-                kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._buffers[item.index] = kept
-            kept.copy_(source, non_blocking=True)
+            buffer = self._buffers.get(item.index)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._buffers[item.index] = buffer
+            buffer.copy_(source, non_blocking=True)
             on_gpu = on_gpu or source.is_cuda
         if on_gpu:
             torch.cuda.current_stream().synchronize()
@@ -46,12 +46,12 @@ class StagingPlanner(DefaultSavePlanner):
 
 
 class BackgroundSave:
-    """A save in a thread. The constructor returns once the state may change again, or the save has failed.
+    """A save that runs in a thread. The constructor returns when the state may change, or when the save has failed.
 
     Args:
-        step: of the state.
-        work: saves; is given what it must call once the state may change, and returns the checkpoint's name.
-        then: what follows in the thread; its time is not the save's.
+        step: the step of the state.
+        work: saves and returns the checkpoint's name. It must call its argument once the state may change.
+        then: runs in the thread after the save; `seconds` does not include it.
     """
 
     def __init__(self, step: int, work: Callable[[Callable[[], None]], str], then: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class BackgroundSave:
         self.seconds = 0.0
         self.error: BaseException | None = None
         self._free = threading.Event()
-        # A new thread would start on GPU 0, whichever is this rank's.
+        # A new thread starts on GPU 0, so give it this rank's device.
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, args=(work, then), name="checkpoint", daemon=True)
         self._thread.start()
@@ -81,12 +81,14 @@ class BackgroundSave:
 
     @property
     def running(self) -> bool:
+        """Whether the thread has not ended."""
         return self._thread.is_alive()
 
     @property
     def is_this_thread(self) -> bool:
+        """Whether the caller runs in the save's thread."""
         return threading.current_thread() is self._thread
 
     def wait(self, timeout_seconds: float | None = None) -> None:
-        """Until the thread has ended, or time is up."""
+        """Wait until the thread has ended, for at most `timeout_seconds`."""
         self._thread.join(timeout_seconds)

@@ -1,7 +1,7 @@
-"""What a committed checkpoint says about itself: pure text in, text out; nothing here touches a disk.
+"""Encode and decode a checkpoint's name, manifest and COMMIT. Nothing here reads or writes files.
 
-A checkpoint directory holds DCP's data files and `.metadata`, then `manifest.json` (bytes and sha256 of each of
-those, and facts about the run), then `COMMIT` (sha256 of the manifest). It exists once COMMIT does.
+A checkpoint directory holds DCP's data files and `.metadata`, then `manifest.json` (size and sha256 of each of these
+files, and facts about the run), then `COMMIT` (sha256 of the manifest). The checkpoint exists once COMMIT does.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _NAME = re.compile(r"step-([0-9]{9})\.([0-9]{6})")
 class CheckpointName:
     """`step-000001234.000002`: step 1234, saved by attempt 2.
 
-    Names sort from old to new: a later attempt's checkpoint is the newer one, even after it had to go back some steps.
+    Names sort from old to new: a later attempt's checkpoint is newer even if its step is lower.
     """
 
     attempt: int
@@ -26,7 +26,7 @@ class CheckpointName:
 
     @classmethod
     def parse(cls, text: str) -> "CheckpointName | None":
-        """The name, or None for a text that no checkpoint of ours can have."""
+        """Parse a directory's name; None if it is not a checkpoint's."""
         match = _NAME.fullmatch(text)
         return cls(attempt=int(match[2]), step=int(match[1])) if match else None
 
@@ -38,7 +38,7 @@ class CheckpointName:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its size in bytes and its sha256 in hex."""
+    """The expected size in bytes and sha256 in hex of a file."""
 
     bytes: int
     sha256: str
@@ -46,13 +46,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Every file of one checkpoint, and JSON facts (why it was saved, world size, recipe, data, versions, engine)."""
+    """The records of a checkpoint's files, and JSON facts (why it was saved, world size, recipe, data, versions)."""
 
     name: CheckpointName
     files: dict[str, FileRecord]
     facts: dict[str, Any]
 
     def encode(self) -> bytes:
+        """The content of manifest.json."""
         content = {
             "name": str(self.name),
             "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
@@ -62,7 +63,7 @@ class Manifest:
 
     @classmethod
     def decode(cls, text: bytes) -> "Manifest":
-        """Raises ValueError for anything `encode` did not write."""
+        """Parse manifest.json. Raises ValueError for anything that `encode` does not write."""
         try:
             content = json.loads(text)
             name = CheckpointName.parse(content["name"])

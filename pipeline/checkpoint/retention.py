@@ -1,4 +1,4 @@
-"""Which checkpoints may go. The one place that deletes them: it would rather keep too much."""
+"""Delete checkpoints that the recipe need not keep. In doubt a checkpoint is kept."""
 
 from collections.abc import Collection
 
@@ -16,9 +16,15 @@ def checkpoints_to_keep(
     keep_steps: Collection[int] = (),
     reach_steps: int = 0,
 ) -> set[CheckpointName]:
-    """The newest `keep_last` (at least one), those whose step is a multiple of `keep_every`, and `keep_steps`.
+    """Choose the checkpoints to keep.
 
-    And the newest that lies `reach_steps` or more before the newest of all: a rollback may go back as far."""
+    Args:
+        keep_last: how many of the newest are kept, at least one.
+        keep_every: checkpoints whose step is a multiple of this are kept; None for none.
+        keep_steps: steps whose checkpoints are kept.
+        reach_steps: how far a rollback may go back: the newest checkpoint at least so many steps before the newest of
+            all is kept.
+    """
     newest = sorted(names)[-max(1, keep_last) :]
     within_reach = [name for name in sorted(names) if name.step <= newest[-1].step - reach_steps][-1:]
     return {
@@ -39,12 +45,14 @@ def prune_checkpoints(
     keep_steps: Collection[int] = (),
     reach_steps: int = 0,
 ) -> list[str]:
-    """Delete what need not be kept, and what earlier attempts left uncommitted; returns the names. Collective.
+    """Delete checkpoints that need not be kept and uncommitted ones of earlier attempts; returns names. Collective.
 
-    `keep_every` counts steps (None: no such class); `keep_steps` are those of the best and of the stage's output.
-    Deletes nothing unless the newest checkpoint verifies when re-read now. Never touches a link, a checkpoint of a
-    newer attempt, or a file that is not ours. What cannot be deleted is reported and kept. Raises OvertakenError when
-    a newer attempt has taken the stage.
+    The arguments are those of `checkpoints_to_keep`. Deletes nothing unless the newest checkpoint verifies when it is
+    re-read now. Never deletes links, checkpoints of a newer attempt, or files that `CommittingWriter` does not write.
+    A checkpoint that cannot be deleted is reported and kept.
+
+    Raises:
+        OvertakenError: if a newer attempt has taken the stage.
     """
 
     def plan() -> tuple[CheckpointName | None, list[CheckpointName]]:
@@ -60,8 +68,7 @@ def prune_checkpoints(
                 continue
             if info["type"] != "directory" or info.get("islink"):
                 continue
-            ours = name.attempt <= store.attempt if name in committed else name.attempt < store.attempt
-            if ours:
+            if name.attempt < store.attempt or (name.attempt == store.attempt and name in committed):
                 doomed.append(name)
         return max(committed, default=None), sorted(doomed)
 
@@ -75,12 +82,13 @@ def prune_checkpoints(
             store.on_event(f"nothing was pruned: the newest checkpoint {newest} is damaged ({problems[0]})")
             return []
         store.refuse_if_overtaken()
-        return [str(name) for name in doomed if _deleted(store, name)]
+        return [str(name) for name in doomed if _delete(store, name)]
 
     return store.from_rank_zero(delete)
 
 
-def _deleted(store: CheckpointStore, name: CheckpointName) -> bool:
+def _delete(store: CheckpointStore, name: CheckpointName) -> bool:
+    """Delete a checkpoint; returns whether its directory is gone."""
     try:
         foreign = remove_checkpoint(store.folder / str(name))
     except Exception as error:

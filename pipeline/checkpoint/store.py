@@ -1,8 +1,8 @@
-"""The checkpoints of one stage: save, restore the newest that verifies, never believe anything else.
+"""Save the checkpoints of a stage, and restore the newest one that verifies.
 
-What is marked collective is called by all ranks together, and an error on one is an error on all. Rank 0 alone looks,
-decides and moves. The group handed in must work on CPU tensors, because the default group may not, and must be the
-store's own: a save in the background talks over it while the training talks over others.
+All ranks call a collective method together, and an error on one rank is raised on all. Only rank 0 lists, decides,
+moves and deletes. The process group must work on CPU tensors and must be the store's own, because a save in the
+background uses it while the training uses others.
 """
 
 import contextlib
@@ -59,10 +59,10 @@ class CheckpointStore:
         self._buffers: Buffers = {}
         self._background: BackgroundSave | None = None
 
-    # ---- looking
+    # ---- list and verify
 
     def committed(self) -> list[CheckpointName]:
-        """Checkpoints with a COMMIT, old to new; whether they verify is another question. Any process may ask."""
+        """Checkpoints with a COMMIT, verified or not, old to new. Not collective."""
         names = (CheckpointName.parse(entry) for entry in self.folder.entries())
         return sorted(name for name in names if name and (self.folder / str(name) / COMMIT).exists())
 
@@ -71,14 +71,14 @@ class CheckpointStore:
         return [name.step for name in self.committed()]
 
     def verify(self, name: str) -> list[str]:
-        """What is wrong with a checkpoint, by re-reading it whole; empty when it is good. Any process may ask."""
+        """Re-read a whole checkpoint; returns the problems, none if it is good. Not collective."""
         parsed = CheckpointName.parse(name)
         if parsed is None or not (self.folder / name / COMMIT).exists():
             return [f"{name} is not a committed checkpoint"]
         return verify_checkpoint(self.folder / name, parsed)[1]
 
     def ever_committed(self) -> bool:
-        """Whether a checkpoint was ever committed here, even if none of them is usable now. Collective."""
+        """Whether a checkpoint was ever committed here, even if none is usable now. Collective."""
         return self.from_rank_zero(
             lambda: (
                 (self.folder / EVER_COMMITTED).exists() or (self.folder / QUARANTINE).exists() or bool(self.committed())
@@ -86,9 +86,10 @@ class CheckpointStore:
         )
 
     def damage(self, name: CheckpointName) -> list[str]:
-        """`verify`, with the reading shared among the ranks. Collective.
+        """Re-read a checkpoint, each rank a share of its files; returns the problems of all. Collective.
 
-        Raises CheckpointError when an object store does not answer, which is no damage.
+        Raises:
+            CheckpointError: if an object store does not answer, which says nothing about the checkpoint.
         """
         folder = self.folder / str(name)
         manifest, problems = self.from_rank_zero(lambda: read_manifest(folder, name))
@@ -96,34 +97,37 @@ class CheckpointStore:
             return problems
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
         share = sorted(manifest.files.items())[rank::world]
-        mine: list[str] | CheckpointError
+        problems_or_error: list[str] | CheckpointError
         try:
-            mine = [problem for file, record in share if (problem := file_problem(folder, file, record))]
-        except Exception as error:  # the other ranks wait for it
-            mine = CheckpointError(f"{folder} could not be read ({type(error).__name__}: {error}); repair the storage")
-        found: list[Any] = [None] * world
-        dist.all_gather_object(found, mine, group=self.group)
-        for problems in found:
-            if isinstance(problems, CheckpointError):
-                raise problems
-        return sorted(problem for problems in found for problem in problems)
+            problems_or_error = [problem for file, record in share if (problem := file_problem(folder, file, record))]
+        except Exception as error:  # sent to the other ranks, which wait in the gather
+            reason = f"{type(error).__name__}: {error}"
+            problems_or_error = CheckpointError(f"{folder} could not be read ({reason}); repair the storage")
+        of_all_ranks: list[Any] = [None] * world
+        dist.all_gather_object(of_all_ranks, problems_or_error, group=self.group)
+        for result in of_all_ranks:
+            if isinstance(result, CheckpointError):
+                raise result
+        return sorted(problem for problems in of_all_ranks for problem in problems)
 
-    # ---- saving
+    # ---- save
 
     def save(self, state: State, *, step: int, why: str) -> str:
-        """Save and commit `state` (a nested dict of tensors by name); returns the checkpoint's name. Collective.
+        """Save the state of all ranks, a nested dict of tensors by name, and commit it; returns its name. Collective.
 
-        Saving a step again that this attempt has committed already returns its name and writes nothing. On any
-        failure nothing is committed and all ranks raise: CheckpointError where a person can help.
+        Writes nothing if this attempt has committed the step already.
+
+        Raises:
+            CheckpointError: on all ranks, if a person can repair the cause; nothing is committed then.
         """
         return self._write(flatten(state), step, why, DefaultSavePlanner())
 
     def save_in_background(
         self, state: State, *, step: int, why: str, then: Callable[[], None] = lambda: None
     ) -> BackgroundSave:
-        """`save` in a thread, and `then` in it after the commit; returns when `state` may change again. Collective.
+        """`save` in a thread, followed there by `then`; returns when `state` may change again. Collective.
 
-        One is open at most: whatever else is asked of the store waits for its end.
+        At most one save is open: all other collective methods wait for its end.
         """
         tensors = flatten(state)
         self._wait()
@@ -149,15 +153,15 @@ class CheckpointStore:
         try:
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as failure:
-            with contextlib.suppress(CheckpointError):  # tidying: what made the save fail is what matters
+            with contextlib.suppress(CheckpointError):  # the save's own error matters more than this clean-up's
                 self.from_rank_zero(lambda: self._remove_uncommitted(folder))
-            raise _explained(failure, f"{folder} could not be saved", "free or repair the storage") from failure
+            raise _one_error(failure, f"{folder} could not be saved", "free or repair the storage") from failure
         self.parents = [str(name)]
         self.from_rank_zero(self._note_first_commit)
         return str(name)
 
     def _make_room(self, folder: Folder) -> bool:
-        """False when the checkpoint is there already; leftovers of this attempt's failed save are cleared."""
+        """Create the directory and clear a failed save's files from it; False if it holds a committed checkpoint."""
         self.refuse_if_overtaken()
         if (folder / COMMIT).exists():
             return False
@@ -174,13 +178,16 @@ class CheckpointStore:
         if not (self.folder / EVER_COMMITTED).exists():
             self.folder.publish(EVER_COMMITTED, b"A checkpoint was committed here: this stage is resumed, not begun.\n")
 
-    # ---- restoring
+    # ---- restore
 
     def restore(self, state: State) -> int:
-        """Load the newest checkpoint that verifies into the tensors of `state`, in place; returns its step. Collective.
+        """Load the newest checkpoint that verifies into the tensors of `state`; returns its step. Collective.
 
-        Damaged ones are moved to quarantine/ and reported. Raises CheckpointError when none is left, when more than
-        `most_fallbacks` are damaged, or when keys, shapes or dtypes are not those of `state`.
+        Damaged checkpoints are moved to quarantine/ and reported.
+
+        Raises:
+            CheckpointError: if no checkpoint is left, if more than `most_fallbacks` are damaged, or if the names,
+                shapes or dtypes of the tensors differ from those of `state`.
         """
         tensors = flatten(state)
         fallbacks = 0
@@ -201,7 +208,7 @@ class CheckpointStore:
                 process_group=self.group,
             )
         except CheckpointException as failure:
-            raise _explained(failure, f"{folder} could not be loaded", "repair the storage") from failure
+            raise _one_error(failure, f"{folder} could not be loaded", "repair the storage") from failure
         self.parents = [str(name)]
         return name.step
 
@@ -218,17 +225,18 @@ class CheckpointStore:
         self.refuse_if_overtaken()
         shelf = self.folder / QUARANTINE
         shelf.fs.makedirs(shelf.path, exist_ok=True)
-        taken, goal, again = shelf.entries(), str(name), 1
-        while goal in taken:
-            again += 1
-            goal = f"{name}.{again}"
-        shelf.fs.mv((self.folder / str(name)).path, (shelf / goal).path, recursive=True)
-        listed = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        self.on_event(f"checkpoint {name} is damaged and was moved to {QUARANTINE}/{goal}: {listed}")
+        existing, target, copies = shelf.entries(), str(name), 1
+        while target in existing:
+            copies += 1
+            target = f"{name}.{copies}"
+        shelf.fs.mv((self.folder / str(name)).path, (shelf / target).path, recursive=True)
+        first = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        self.on_event(f"checkpoint {name} is damaged and was moved to {QUARANTINE}/{target}: {first}")
 
-    # ---- together
+    # ---- on rank 0
 
     def refuse_if_overtaken(self) -> None:
+        """Raise OvertakenError if a newer attempt has taken the stage."""
         if not self._still_current():
             raise OvertakenError(
                 f"{self.folder} is left alone: a newer attempt than {self.attempt} has taken the stage; "
@@ -236,9 +244,13 @@ class CheckpointStore:
             )
 
     def from_rank_zero(self, work: Callable[[], T]) -> T:
-        """`work` on rank 0 alone, for all; the storage's errors become a CheckpointError. Collective."""
+        """Run `work` on rank 0; returns its result on all ranks. Collective.
 
-        def explained() -> T:
+        Raises:
+            CheckpointError: if the storage raises an error.
+        """
+
+        def run() -> T:
             try:
                 return work()
             except Exception as error:
@@ -247,11 +259,11 @@ class CheckpointStore:
                 raise CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage") from error
 
         self._wait()
-        return from_rank_zero(explained, self.group)
+        return from_rank_zero(run, self.group)
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, torch.Tensor]:
-    """{"model": {"head.bias": t}} -> {"model.head.bias": t}; raises TypeError for a value that is no tensor."""
+    """Flatten {"model": {"head.bias": t}} to {"model.head.bias": t}. Raises TypeError for a value that is no tensor."""
     flat: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         name = f"{prefix}{key}"
@@ -264,35 +276,35 @@ def flatten(state: State, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 class _StrictLoadPlanner(DefaultLoadPlanner):
-    """Refuses a state that is not exactly the checkpoint's: torch's planner lets surplus tensors and dtypes pass."""
+    """Refuses a state that differs from the checkpoint; torch's planner ignores surplus tensors and other dtypes."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
-        self._where = where
+        self._folder = folder
 
     def create_local_plan(self) -> LoadPlan:
         saved = {name: (tuple(m.size), m.properties.dtype) for name, m in self.metadata.state_dict_metadata.items()}
-        wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.state_dict.items()}
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
+        expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.state_dict.items()}
+        for name in sorted(saved.keys() | expected.keys()):
+            if saved.get(name) != expected.get(name):
                 raise CheckpointError(
-                    f"{self._where} does not fit: {name} is {_described(saved.get(name))} in the checkpoint and "
-                    f"{_described(wanted.get(name))} here; resume with the recipe that the stage was started with"
+                    f"{self._folder} does not fit: {name} is {_describe(saved.get(name))} in the checkpoint and "
+                    f"{_describe(expected.get(name))} here; resume with the recipe that the stage was started with"
                 )
         return super().create_local_plan()
 
 
-def _described(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+def _describe(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return f"{tensor[0]} {str(tensor[1]).removeprefix('torch.')}" if tensor else "absent"
 
 
-def _explained(failure: CheckpointException, what: str, remedy: str) -> Exception:
-    """One error for all ranks: a UserError as it is, a sentence about a failing disk, or a bug with its traces."""
+def _one_error(failure: CheckpointException, problem: str, remedy: str) -> Exception:
+    """Choose the error for all ranks: a UserError, a CheckpointError about the storage, or the traces of a bug."""
     causes = {rank: error for rank, (error, _) in sorted(failure.failures.items())}
     for error in causes.values():
         if isinstance(error, UserError):
             return error
     for rank, error in causes.items():
         if is_storage_error(error):
-            return CheckpointError(f"{what} because rank {rank} met {type(error).__name__} ({error}); {remedy}")
-    return RuntimeError(f"{what}: {failure}")
+            return CheckpointError(f"{problem} because rank {rank} met {type(error).__name__} ({error}); {remedy}")
+    return RuntimeError(f"{problem}: {failure}")

@@ -1,13 +1,12 @@
-"""The journal of a stage: one JSON object a line, `kind`, `time` (epoch seconds) and `attempt` first.
+"""Write and read the journal of a stage: one JSON object per line, with `kind`, `time` (epoch seconds) and `attempt`.
 
-It is the one record of what happened; progress display, status, curves and MLflow are all fed from it and may lag.
-Rank 0 writes. A line goes out in one write() and counts from its newline on, so that a killed process leaves at most
-one torn line, at the end; the next `Journal` cuts it off.
+The journal is the only record of events. The progress display, status, curves and MLflow read it, and may lag. Rank 0
+writes. A line goes out in one write() and is valid from its newline on, so a killed process leaves at most one torn
+line, at the end; the next `Journal` cuts it off.
 
-A resume at step r repeats the steps after r, and so does a rollback to r. The "attempt" or "rollback" line carries r
-and withdraws every earlier line of a later step (`standing`): what is asked after a resume is answered from the history
-of the weights now in memory, also when the repetition is not bit-equal because it runs on another world size. Nothing
-is ever erased from the file.
+A resume at step r repeats the steps after r, and so does a rollback to r. The "attempt" or "rollback" line holds r and
+withdraws all earlier lines of later steps (see `effective_events`), so readers see only the history of the weights now
+in memory, even if the repetition differs because of another world size. Withdrawn lines stay in the file.
 """
 
 import errno
@@ -21,16 +20,15 @@ from types import TracebackType
 from typing import Any
 
 Event = dict[str, Any]
-REWINDS = ("attempt", "rollback")  # lines whose step is the last that counts
+REWINDS = ("attempt", "rollback")  # kinds that withdraw earlier lines of steps after their own
 
-# JSON has no NaN and no infinity, and strict readers refuse a file with Python's bare words. null would not tell a
-# diverged loss from a missing one; these strings can be told apart, and float() in Python and Number() in JavaScript
-# read them. `read` and `Tail` give the floats back.
+# Strings, because JSON has no NaN or infinity and null means a missing value. float() in Python and Number() in
+# JavaScript read them; `read_events` and `Tail` return floats.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def strict_json(value: Any) -> Any:
-    """`value` as strict JSON can hold it: non-finite floats as strings, scalars of numpy and torch as numbers."""
+    """Convert a value to strict JSON: non-finite floats to strings, scalars of numpy and torch to numbers."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -52,7 +50,7 @@ def is_number(value: Any) -> bool:
 
 
 def parse_line(line: bytes) -> Event | None:
-    """The object of one line, or None if the line is torn or no JSON object."""
+    """Parse one line; None if the line is torn or no JSON object."""
     try:
         event = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -69,7 +67,7 @@ def _restored(value: Any) -> Any:
 
 
 class Journal:
-    """Appends lines for one attempt. Opening cuts a torn last line; lines before it are never touched."""
+    """Appends the lines of one attempt. Opening cuts off a torn last line and changes nothing else."""
 
     def __init__(self, path: str | Path, attempt: int) -> None:
         self.path = Path(path)
@@ -78,7 +76,7 @@ class Journal:
         self._latest: dict[str, Event] = {}
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         data = self.path.read_bytes()
-        keep = _whole(data)
+        keep = _valid_bytes(data)
         if keep < len(data):
             os.ftruncate(self._file.fileno(), keep)
         for line in data[:keep].splitlines():
@@ -86,7 +84,7 @@ class Journal:
                 self._note(event)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Appends one line. A full disk raises OSError and leaves no part of the line behind."""
+        """Append one line. Raises OSError if the disk is full, and leaves no part of the line in the file."""
         event = {"kind": kind, "time": round(time.time(), 3), "attempt": self.attempt, **strict_json(fields)}
         line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
@@ -96,13 +94,13 @@ class Journal:
         self._note(event)
 
     def write_changed(self, kind: str, **fields: Any) -> None:
-        """Appends the line unless the last one of its kind says the same."""
+        """Append a line unless the last line of its kind has the same fields."""
         known = {k: v for k, v in self._latest.get(kind, {}).items() if k not in ("kind", "time", "attempt")}
         if strict_json(known) != strict_json(fields):
             self.write(kind, **fields)
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether a standing line of this kind and step exists, written by this attempt or an earlier one."""
+        """Whether this attempt or an earlier one wrote a line of this kind and step that is not withdrawn."""
         return (kind, step) in self._written
 
     def _note(self, event: Event) -> None:
@@ -125,50 +123,48 @@ class Journal:
         self.close()
 
 
-def _whole(data: bytes) -> int:
-    """Bytes to keep: all but what follows the last newline, and but the last line if that is no JSON object."""
+def _valid_bytes(data: bytes) -> int:
+    """Length of the data up to the last newline, and without the last line if that is no JSON object."""
     end = data.rfind(b"\n") + 1
     start = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
     return start if end and parse_line(data[start:end]) is None else end
 
 
 class Tail:
-    """Follows a journal that another process writes, or will write."""
+    """Reads a journal while another process writes it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._offset = 0  # always the end of a good line, so that cutting a torn tail cannot move what lies before it
+        self._offset = 0  # the end of a valid line, so that it stays valid when a torn line after it is cut off
 
     def poll(self) -> list[Event]:
-        """The whole lines added since the last call; lines that are no JSON objects are passed over."""
+        """Read the complete lines added since the last call; skip lines that are no JSON objects."""
         try:
             with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_size < self._offset:
-                    self._offset = 0  # another file has taken the place
+                    self._offset = 0  # the file was replaced
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
-        events, end = [], 0
-        good = 0
+        events, end, valid = [], 0, 0
         while (newline := data.find(b"\n", end)) >= 0:
             event = parse_line(data[end:newline])
             end = newline + 1
             if event is not None:
                 events.append(event)
-                good = end
-        self._offset += good
+                valid = end
+        self._offset += valid
         return events
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """All whole lines in the order written; a torn tail is left out, a missing file is an empty journal."""
+    """Read all complete lines, in the order written; a missing file is an empty journal."""
     return Tail(path).poll()
 
 
 def effective_events(events: Iterable[Event]) -> list[Event]:
-    """The events without those that a resume or a rollback to an earlier step has withdrawn, and without what an
-    attempt wrote that did not know yet that it had been replaced."""
+    """Leave out events that a resume or a rollback withdrew, and those of an attempt after a newer one had begun."""
     kept: list[Event] = []
     newest = 0
     for event in events:
@@ -183,17 +179,15 @@ def effective_events(events: Iterable[Event]) -> list[Event]:
 
 
 def step_events(events: Iterable[Event]) -> dict[int, Event]:
-    """step -> its standing "step" event; of several lines of a step the last."""
-    found = {
-        e["step"]: e for e in effective_events(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)
-    }
-    return dict(sorted(found.items()))
+    """Map each step to its effective "step" event, the last one if there are several; in order of the steps."""
+    kept = [e for e in effective_events(events) if e.get("kind") == "step" and isinstance(e.get("step"), int)]
+    return dict(sorted({event["step"]: event for event in kept}.items()))
 
 
 def changed_versions(path: str | Path, versions: Mapping[str, str]) -> list[str]:
-    """A sentence for each package whose version is not that of the last attempt."""
-    noted = [event["versions"] for event in read_events(path) if event.get("kind") == "attempt" and "versions" in event]
-    before = noted[-1] if noted else versions
+    """Compare package versions with those of the last attempt in the journal; returns a sentence per difference."""
+    known = [event["versions"] for event in read_events(path) if event.get("kind") == "attempt" and "versions" in event]
+    before = known[-1] if known else versions
     names = sorted(before.keys() | versions.keys())
     changed = [name for name in names if before.get(name) != versions.get(name)]
     return [f"{name} was {before.get(name, 'absent')}, now it is {versions.get(name, 'absent')}" for name in changed]

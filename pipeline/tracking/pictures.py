@@ -1,69 +1,63 @@
-"""PNG pictures of a stage: what pre-training paints, and the curves of the journal. Written whole or not at all."""
+"""Draw PNG pictures of a stage: reconstructions of pre-training, and the curves of the journal."""
 
+import io
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.storage.folder import Folder
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CELL_PIXELS = 128  # least width of an image in the grid: 32-pixel images are shown four times as large
+CELL_PIXELS = 128  # least width of an image in the grid; smaller images are enlarged by a whole factor
 GAP, CAPTION = 6, 22  # pixels
 PAPER, INK, HIDDEN = (255, 255, 255), (60, 60, 60), (58, 62, 70)
 RAW, SMOOTH, RATE, METRIC = "#b8cbe0", "#1f5a96", "#8a6d3b", "#2a7f4f"
 
 
-def draw_reconstruction(
-    images: ArrayLike,
-    mask: ArrayLike,
-    painted: ArrayLike,
-    path: str | Path,
-    columns: Sequence[str] = ("input", "masked", "painted"),
-) -> None:
-    """A grid with one row per image: what went in, what the encoder saw of it, what the decoder painted.
+def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: ArrayLike, path: str | Path) -> None:
+    """Draw a grid with one row per image: the input, the masked input, and the output of the decoder.
 
-    images, painted: (n, 3, H, W) uint8, arrays or CPU tensors. mask: (n, L) bool, True where a cell is masked; the L
-    cells are the image cut into equal squares, row by row. columns: the captions.
+    Args:
+        images: (N, 3, H, W) uint8, an array or CPU tensor.
+        mask: (N, L) bool, True where a cell is masked; the L cells are equal squares of the image, row by row.
+        painted: the output of the decoder, like `images`.
+        path: the PNG file, replaced at once.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    given, drawn, hidden = np.asarray(images), np.asarray(painted), np.asarray(mask, dtype=bool)
-    n, channels, height, width = given.shape
+    inputs, outputs, hidden = np.asarray(images), np.asarray(painted), np.asarray(mask, dtype=bool)
+    n, channels, height, width = inputs.shape
     cell = math.isqrt(height * width // hidden.shape[1])
-    assert (channels, drawn.shape, len(hidden)) == (3, given.shape, n)
+    assert (channels, outputs.shape, len(hidden)) == (3, inputs.shape, n)
     assert (height // cell) * (width // cell) == hidden.shape[1], "the cells are not squares that tile the image"
-    over = hidden.reshape(n, height // cell, width // cell).repeat(cell, axis=1).repeat(cell, axis=2)
-    seen = np.where(over[:, None], np.array(HIDDEN, dtype=np.uint8)[:, None, None], given)
+    pixels = hidden.reshape(n, height // cell, width // cell).repeat(cell, axis=1).repeat(cell, axis=2)
+    masked = np.where(pixels[:, None], np.array(HIDDEN, dtype=np.uint8)[:, None, None], inputs)
 
     zoom = max(1, math.ceil(CELL_PIXELS / width))
     wide, high = width * zoom, height * zoom
+    columns = {"input": inputs, "masked": masked, "painted": outputs}
     sheet = Image.new("RGB", (len(columns) * (wide + GAP) + GAP, CAPTION + n * (high + GAP)), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for x, (caption, pictures) in enumerate(zip(columns, (given, seen, drawn), strict=True)):
+    for x, (caption, pictures) in enumerate(columns.items()):
         left = GAP + x * (wide + GAP)
         pen.text((left + wide // 2, CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
         for y, picture in enumerate(pictures):
-            big = _nearest(picture, zoom)
-            sheet.paste(Image.fromarray(big), (left, CAPTION + y * (high + GAP)))
-    with _whole(path) as part:
-        sheet.save(part, format="PNG")
-
-
-def _nearest(picture: NDArray[np.uint8], zoom: int) -> NDArray[np.uint8]:
-    """(3, H, W) -> (zoom*H, zoom*W, 3) uint8."""
-    return np.ascontiguousarray(picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1), dtype=np.uint8)
+            large = picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1).astype(np.uint8)
+            sheet.paste(Image.fromarray(large), (left, CAPTION + y * (high + GAP)))
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    _publish(path, png)
 
 
 def draw_curves(journal_path: str | Path, path: str | Path) -> None:
-    """Loss (raw and smoothed), evaluation metric and learning rate over the steps, as one PNG; resumes are dotted."""
+    """Draw loss (raw and smoothed), evaluation metric and learning rate over the steps; resumes are dotted lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -74,16 +68,15 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
     panels = 3 if evaluated else 2
     figure = Figure(figsize=(8, 1.2 + 2.1 * panels), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.subplots(panels, 1, sharex=True, height_ratios=[1.6, 1, 0.8] if evaluated else [1.6, 0.8])
-
     x, loss = series(kept, "loss")
     axes[0].plot(x, loss, color=RAW, linewidth=0.9, label="as logged")
     axes[0].plot(x, smoothed(loss), color=SMOOTH, linewidth=1.8, label="smoothed")
     axes[0].set_title(f"{Path(journal_path).resolve().parent.name}: training loss")
-    shown = loss[np.isfinite(loss)]
-    if len(shown):
+    finite = loss[np.isfinite(loss)]
+    if len(finite):
         axes[0].legend(frameon=False, loc="upper right")
-    if len(shown) and shown.min() > 0:
-        crowded = shown.max() > 4 * shown.min()  # then only the ticks at 1, 2 and 5 get a label
+    if len(finite) and finite.min() > 0:
+        crowded = finite.max() > 4 * finite.min()  # then only the ticks at 1, 2 and 5 get a label
         label = FuncFormatter(lambda value, _: f"{value:.3g}" if not crowded or _tidy(value) else "")
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter(label)
@@ -98,12 +91,17 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
     resumed = [e["step"] for e in events if e.get("kind") == "attempt" and is_number(e.get("step")) and e["step"] > 0]
     for axis in axes:
         style_axis(axis, resumed)
-    with _whole(path) as part:
-        FigureCanvasAgg(figure).print_figure(part, format="png", dpi=130)
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(png, format="png", dpi=130)
+    _publish(path, png)
+
+
+def _publish(path: str | Path, png: io.BytesIO) -> None:
+    Folder.at(Path(path).parent).publish(Path(path).name, png.getvalue())
 
 
 def style_axis(axis: "Axes", resumed: Sequence[int]) -> None:
-    """Take away what is not data, and dot the steps of resumes."""
+    """Draw an axis with little ink besides the data, and a dotted line at each resume."""
     axis.title.set(fontsize=10, color="#333333")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, which="both", color="#e6e6e6", linewidth=0.8)
@@ -119,23 +117,23 @@ def _tidy(value: float) -> bool:
 
 
 def main_metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
-    """The metric that the evaluations are judged by, and its (step, value): top1 if there is one, else the loss."""
+    """The name of the metric that evaluations are compared by (top1, or else the loss), and its (step, value)s."""
     lines = [e for e in events if e.get("kind") == "evaluate" and is_number(e.get("step"))]
-    found = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
-    names = [name for metrics in found.values() for name in metrics]
+    metrics_of = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
+    names = [name for metrics in metrics_of.values() for name in metrics]
     name = next((n for n in ("top1", "loss", *names) if n in names), "")
-    return name, sorted((step, float(m[name])) for step, m in found.items() if is_number(m.get(name)))
+    return name, sorted((step, float(m[name])) for step, m in metrics_of.items() if is_number(m.get(name)))
 
 
 def series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps, and the values of a field, of the events that have it."""
+    """The steps, and the values of a field, of the events that have the field as a number."""
     pairs = [(e["step"], e[name]) for e in events if is_number(e.get(name))]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weighted mean over about a fiftieth of the curve; from both sides, since a one-sided mean lags a falling loss."""
+    """Smooth by a weighted mean over about a fiftieth of the curve, from both sides because one side would lag."""
     keep = 1 - 1 / max(2.0, len(values) / 50)
     finite = np.isfinite(values)
     sums, weights = (_decayed(np.where(finite, v, 0.0), keep) for v in (values, np.ones_like(values)))
@@ -151,16 +149,3 @@ def _decayed(values: NDArray[np.float64], keep: float) -> NDArray[np.float64]:
             total = keep * total + value
             out[row][i] += total
     return out
-
-
-@contextmanager
-def _whole(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it takes the place of `path` when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

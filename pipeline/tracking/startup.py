@@ -1,15 +1,15 @@
-"""Where the time of a rank's start goes: from the first line of its job, or its process, to the first step."""
+"""Measure the parts of a rank's start-up, from the first line of its job, or of its process, to the first step."""
 
 import os
 import time
 
 from pipeline.distributed.processes import age_seconds
 
-JOB_STARTED = "FCMAE_JOB_STARTED"  # epoch seconds, from the launcher, if it says so
+JOB_STARTED = "FCMAE_JOB_STARTED"  # environment variable with epoch seconds, set by a launcher
 
 
 class StartUp:
-    """A stopwatch with laps. Each process starts once, so there is one: `startup`."""
+    """A stopwatch with laps, running since the process began. There is one instance: `startup`."""
 
     def __init__(self) -> None:
         self.running = True
@@ -17,15 +17,18 @@ class StartUp:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """What came since the lap before was `name`. After `end` nothing is noted any more."""
+        """Add the time since the last lap to `name`. Does nothing after `end`."""
         if self.running:
             now = time.time()
             self._laps[name] = self._laps.get(name, 0.0) + now - self._lap_began
             self._lap_began = now
 
     def end(self, name: str) -> dict[str, object]:
-        """The last lap. Returns `laps` (seconds, by name; "launch" is from the job to the process), `seconds` in all,
-        and `cpu_seconds` of this process, its children left out."""
+        """Add the last lap and stop.
+
+        Returns `laps` (seconds by name; "launch" is from the job's first line to the process), `seconds` in all, and
+        `cpu_seconds` of this process without its children.
+        """
         self.lap(name)
         self.running = False
         job = os.environ.get(JOB_STARTED, "")

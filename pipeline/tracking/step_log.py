@@ -1,4 +1,4 @@
-"""Reports of steps, kept on the device and read together."""
+"""Journal the loss, learning rate, gradient norm and throughput of every step."""
 
 import time
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from pipeline.tracking.journal import Journal
 
 
 class StepLog:
-    """Step reports stay on the device and are read together every few steps, so that no step waits for the host.
+    """Keeps step reports on the device and reads several together, so that no step waits for the device.
 
     Args:
-        journal: rank 0's; None on the others, which only take part in the sums.
-        world_sum: adds a CPU tensor over the ranks.
-        every_steps: how often the reports are read.
+        journal: the journal on rank 0, None on other ranks.
+        world_sum: sums a CPU tensor over all ranks.
+        every_steps: number of steps whose reports are read together.
         global_batch: images per step.
     """
 
@@ -33,20 +33,20 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave the time of an evaluation or a save out of the throughput."""
+        """Exclude the time until now, of an evaluation or a save, from the throughput."""
         self._since = time.perf_counter()
 
     def add(self, step: int, report: Report, lr: float, wait_seconds: float = 0.0) -> None:
-        """`wait_seconds` for data is this rank's share: the sum over ranks is their mean."""
+        """Keep a step's report. `wait_seconds` for data is divided by the number of ranks already."""
         self._pending.append((step, report, lr, wait_seconds))
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to flush."""
+        """Whether `every_steps` reports are kept."""
         return len(self._pending) >= self._every
 
     def flush(self) -> None:
-        """Journal the pending steps, and which of them were refused."""
+        """Journal the kept steps, with a warning for each that was skipped. Collective."""
         if not self._pending:
             return
         reports = [report for _, report, _, _ in self._pending]
@@ -57,7 +57,7 @@ class StepLog:
         accepted = torch.stack([report.accepted for report in reports]).cpu()
         speed = len(self._pending) * self._global_batch / (time.perf_counter() - self._since)
         figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
-        for (step, _, lr, _), loss, norm, wait, made in figures:
+        for (step, _, lr, _), loss, norm, wait, updated in figures:
             self.write(
                 "step",
                 step=step,
@@ -66,16 +66,16 @@ class StepLog:
                 gradient_norm=norm,
                 images_per_second=round(speed, 1),
                 data_wait_seconds=round(wait, 4),
-                **({} if made else {"refused": True}),
+                **({} if updated else {"refused": True}),
             )
-            if not made:
-                message = f"step {step} was not made: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
+            if not updated:
+                message = f"step {step} was skipped: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
                 self.write("event", level="warning", message=message)
         self._pending.clear()
         self.restart_clock()
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Journal a line, on rank 0."""
+        """Write a line to the journal on rank 0; do nothing on other ranks."""
         if self._journal:
             self._journal.write(kind, **fields)
 
@@ -84,5 +84,5 @@ class StepLog:
         return self._journal is not None
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether the journal has such a line. On rank 0."""
+        """Whether the journal has a line of this kind and step that is not withdrawn. False on other ranks."""
         return self._journal is not None and self._journal.has(kind, step)

@@ -1,8 +1,8 @@
-"""What the tensors of a SLaK or a Next-ViT say about its shape, and Next-ViT's names elsewhere.
+"""Infer the architecture of a SLaK or a Next-ViT from the shapes of its tensors, and convert Next-ViT's names in timm.
 
-Ours are the official names and shapes of both, without BatchNorm's counters of batches: those are integers that nothing
-depends on, left out on the way in and written as zeros on the way out. Of SLaK no other layout is in use; one early
-checkpoint calls LoRA1 and LoRA2 Decom1 and Decom2.
+The internal layout has the official names and shapes of both, without BatchNorm's counters of batches: nothing depends
+on these integers, so they are dropped on import and written as zeros on export. No other layout of SLaK is in use; one
+early checkpoint has the names Decom1 and Decom2 for LoRA1 and LoRA2.
 """
 
 import re
@@ -21,11 +21,14 @@ COUNTER = ".num_batches_tracked"
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
-    """What both families have: see `Architecture` for `norm` and `classes`."""
+    """The architecture of a model of another family; `norm` and `classes` are as in `Architecture`.
+
+    Attributes:
+        unrecorded_options: options that cannot be inferred from tensors, and their published values.
+    """
 
     family: ClassVar[str]
     unrecorded_options: ClassVar[Mapping[str, Any]]
-    """Options that no tensor tells, and their published values."""
     decoder: ClassVar[None] = None
 
     depths: tuple[int, ...]
@@ -41,11 +44,11 @@ class FamilyArchitecture:
 
     @property
     def variant(self) -> str | None:
-        """The published name of this shape."""
+        """The published name of this architecture, if it has one."""
         raise NotImplementedError
 
     def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
-        """Name and shape of every tensor, in the order of the official state dict, where the counters are too."""
+        """Name and shape of every tensor in the order of the official state dict, with or without its counters."""
         with torch.device("meta"):
             model = create_model(self.family, **{**self.model_options, "num_classes": self.classes or 1})
         absent = (() if self.norm or self.classes else ("norm.",)) + (() if self.classes else (model.head_prefix,))
@@ -63,7 +66,7 @@ class FamilyArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class SLaKArchitecture(FamilyArchitecture):
-    """`dims` are the real ones, the width factor in them."""
+    """The architecture of a SLaK; `dims` include the width factor."""
 
     family = "slak"
     unrecorded_options: ClassVar[Mapping[str, Any]] = {"order": "parallel"}
@@ -89,6 +92,8 @@ class SLaKArchitecture(FamilyArchitecture):
 
 @dataclass(frozen=True, kw_only=True)
 class NextViTArchitecture(FamilyArchitecture):
+    """The architecture of a Next-ViT."""
+
     family = "nextvit"
     unrecorded_options: ClassVar[Mapping[str, Any]] = {"stem_stride": 4, "pooling": "1d", "activation": "relu"}
 
@@ -115,7 +120,7 @@ class NextViTArchitecture(FamilyArchitecture):
 
 
 def infer_slak(shapes: Shapes) -> SLaKArchitecture:
-    """From our names. Raises CheckpointError if a tensor that tells a size is not there."""
+    """Infer from internal names. Raises CheckpointError if a tensor that holds a size is absent."""
     stages = shapes.count("downsample_layers.")
     stem = "downsample_layers.0.0.weight"
     downs = [f"downsample_layers.{stage}.1.weight" for stage in range(1, stages)]
@@ -137,10 +142,10 @@ def infer_slak(shapes: Shapes) -> SLaKArchitecture:
 
 
 def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
-    """From our names. Raises CheckpointError if a tensor that tells a size is not there.
+    """Infer from internal names. Raises CheckpointError if a tensor that holds a size is absent.
 
-    A stage begins where the channels of its convolution blocks, three quarters of a transformer block's, change; or
-    where they are their size alone is halved.
+    A new stage begins at a block with other channels of convolution (a transformer block has a third more channels), or
+    at a block that halves the resolution and keeps the channels.
     """
     stem = "stem.0.conv.weight"
     blocks = [f"features.{index}." for index in range(shapes.count("features."))]
@@ -150,12 +155,12 @@ def infer_nextvit(shapes: Shapes) -> NextViTArchitecture:
         for block, transformer in zip(blocks, transformers, strict=True)
     ]
     embeds = [shapes.named.get(f"{block}patch_embed.conv.weight", (1, 0)) for block in blocks]
-    halves = [embed[0] == embed[1] for embed in embeds]  # with as many channels as before it is there to halve
+    halves = [embed[0] == embed[1] for embed in embeds]  # an embedding that keeps the channels exists to halve
     starts = [i for i, width in enumerate(widths) if i == 0 or width != widths[i - 1] or halves[i]]
     ends = [*starts[1:], len(widths)]
     kinds = [tuple(transformers[start:end]) for start, end in zip(starts, ends, strict=True)]
     pattern = "".join("C" if not any(kind) else "T" if all(kind) else "H" for kind in kinds)
-    # In a stage with one transformer block, the last one, any larger number says the same as its own.
+    # A stage whose only transformer block is the last one is the same for every larger number.
     groups = tuple(
         kind.index(True) if letter == "H" and any(kind[:-1]) else max(4, len(kind) - 1) if letter == "H" else 4
         for kind, letter in zip(kinds, pattern, strict=True)
@@ -185,30 +190,31 @@ _TIMM_BLOCK = re.compile(r"stages\.(\d{1,3})\.blocks\.(\d{1,3})\.(.+)")
 
 
 def is_nextvit(names: Iterable[str]) -> bool:
+    """Whether the names of a model's tensors are those of a Next-ViT, in any layout."""
     return any(map(_ATTENTION.search, names))
 
 
 def nextvit_names(names: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """The layout, "official dense" or "timm", and our name of each; a name of neither stays as it is."""
+    """Recognise the layout, "official dense" or "timm"; returns it and the internal names. Unknown names stay."""
     blocks = {name: _TIMM_BLOCK.fullmatch(name) for name in names}
     depths: dict[int, set[int]] = {}
-    for found in filter(None, blocks.values()):
-        depths.setdefault(int(found[1]), set()).add(int(found[2]))
+    for match in filter(None, blocks.values()):
+        depths.setdefault(int(match[1]), set()).add(int(match[2]))
     if not depths:
         return "official dense", {name: name for name in blocks}
     first = dict(zip(sorted(depths), accumulate((len(depths[s]) for s in sorted(depths)), initial=0), strict=False))
-    ours = {}
-    for name, found in blocks.items():
-        if found:
-            rest = re.sub(r"^mlp\.fc(?=[12]\.)", "mlp.conv", found[3])
-            ours[name] = f"features.{first[int(found[1])] + int(found[2])}.{rest}"
+    internal = {}
+    for name, match in blocks.items():
+        if match:
+            rest = re.sub(r"^mlp\.fc(?=[12]\.)", "mlp.conv", match[3])
+            internal[name] = f"features.{first[int(match[1])] + int(match[2])}.{rest}"
         else:
-            ours[name] = re.sub(r"^head\.fc\.", "proj_head.0.", name)
-    return "timm", ours
+            internal[name] = re.sub(r"^head\.fc\.", "proj_head.0.", name)
+    return "timm", internal
 
 
 def nextvit_timm_name(name: str, depths: tuple[int, ...]) -> str:
-    """Ours in timm's layout."""
+    """Convert a Next-ViT tensor's internal name to timm's."""
     if not name.startswith("features."):
         return name.replace("proj_head.0.", "head.fc.")
     _, index, rest = name.split(".", 2)

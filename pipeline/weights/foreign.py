@@ -1,4 +1,4 @@
-"""Weights from a file of any origin: ours, the official code's, timm's or transformers'. Nothing in it is executed."""
+"""Read weights from a file of any program: this one, the official code, timm or transformers. No code in it is run."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ from pipeline.weights.conversion import ConversionReport, to_internal
 from pipeline.weights.families import COUNTER
 from pipeline.weights.safetensors_file import read_bytes
 
-_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # where checkpoints keep weights; the first counts
+_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # keys of weights in checkpoints; the first is used
 _ZIP = b"PK\x03\x04"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,7 +32,7 @@ _SUFFIXES = {
 
 
 class LoadedWeights(NamedTuple):
-    """`tensors` are on the CPU under our names, in the dtypes of the file."""
+    """Weights on the CPU, under internal names and in the dtypes of the file, with a report about their conversion."""
 
     tensors: dict[str, Tensor]
     layout: str
@@ -42,38 +42,39 @@ class LoadedWeights(NamedTuple):
 def load_weights(
     path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
 ) -> LoadedWeights:
-    """Read a safetensors file or a PyTorch pickle of tensors (`weights_only`; never more is unpickled).
+    """Read a safetensors file or a PyTorch pickle of tensors (only with `weights_only`).
+
+    Pickles of torch 1.6 and later hold checksums, so a changed byte in a tensor is detected. For safetensors files and
+    older pickles, which hold none, give `expected_sha256`.
 
     Args:
         path: a local file or an fsspec URL.
-        entry: the key of a pickled dictionary that holds the weights, such as "model_ema"; found by default.
-        expected_sha256: refuse any other file.
-
-    A byte that changed inside a tensor is seen in pickles of torch 1.6 and later, which hold checksums; safetensors
-    files and older pickles hold none, so for them it takes `expected_sha256`.
+        entry: the key of a pickled dictionary that holds the weights, such as "model_ema"; None tries the usual keys.
+        expected_sha256: any other file is refused.
 
     Raises:
-        CheckpointError: one sentence, if the file is missing, damaged, mislabelled or of another family, or if one
-            tensor is not accounted for.
+        CheckpointError: if the file is missing, damaged, mislabelled or of another family, or if a tensor of it has no
+            place in the model.
     """
     return decode_weights(path, read_bytes(path, expected_sha256), entry)
 
 
 def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> LoadedWeights:
-    """`load_weights` of a file that is read already; `path` is its name. Errors: as there."""
+    """`load_weights` from the file's content; `path` is its name for error texts."""
     tensors, chosen, ignored = _tensors(path, data, entry)
     try:
-        found, report = to_internal(tensors)
+        converted, report = to_internal(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return LoadedWeights(found, report.layout, replace(report, entry=chosen, ignored=ignored))
+    return LoadedWeights(converted, report.layout, replace(report, entry=chosen, ignored=ignored))
 
 
 def load_tensors(
     path: str | os.PathLike, entry: str | None = None, expected_sha256: str | None = None
 ) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
-    """The tensors of any model's weights under the file's names, the key they were found under, and the other keys; see
-    `load_weights`. Raises CheckpointError.
+    """Read the weights of any model; returns the tensors under the file's names, their key, and the other keys.
+
+    Arguments and errors are those of `load_weights`.
     """
     return _tensors(path, read_bytes(path, expected_sha256), entry)
 
@@ -94,10 +95,10 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
     try:
         if kind == "safetensors":
             return safetensors.torch.load(data)
-        # Torch writes a checksum of each record, and does not look at it when it reads.
+        # torch writes a checksum of each record, but does not compare it when it reads.
         if data[:4] == _ZIP and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
             raise ValueError(f"{record} has another checksum than was written")
-        # The official code keeps its command line beside the weights; a Namespace only takes attributes.
+        # The official code saves its command line, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -113,7 +114,7 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
 
 
 def _kind(path: str | os.PathLike, data: bytes) -> str:
-    # A safetensors file begins with the length of its header, and some lengths begin as a pickle does.
+    # Look for safetensors first, because some lengths of its header begin with the same byte as a pickle.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= 100_000_000:
         kind = "safetensors"
     elif data[:4] == _ZIP or data[:1] == b"\x80":
@@ -132,7 +133,7 @@ def _kind(path: str | os.PathLike, data: bytes) -> str:
 
 def _damaged(path: str | os.PathLike, kind: str, error: Exception) -> CheckpointError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "documentation" not in line]
-    # Torch's unpickler gives its reason last, behind advice; others begin with it.
+    # torch's unpickler gives its reason in the last line, after advice; other errors in the first.
     reason = (
         (lines[-1] if isinstance(error, pickle.UnpicklingError) else lines[0])[:200] if lines else "no reason given"
     )
@@ -143,7 +144,7 @@ def _damaged(path: str | os.PathLike, kind: str, error: Exception) -> Checkpoint
 
 
 def _choose(content: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
-    """The tensors, the key they were under, and the other keys."""
+    """Find the weights in a pickled dictionary; returns the tensors, their key, and the other keys."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"it holds a {type(content).__name__} and not a dictionary of tensors; save a state dict")
     keys = [str(key) for key in content]
@@ -153,8 +154,8 @@ def _choose(content: Any, entry: str | None) -> tuple[dict[str, Tensor], str | N
     tensors = content if chosen is None else content[chosen]
     for name, value in tensors.items():
         if problem := _problem(name, value):
-            found = "" if chosen else f" (no weights under {' or '.join(_ENTRIES)}; its keys are {_some(keys)})"
-            raise CheckpointError(f"{name} {problem}{found}; save the model's state dict alone")
+            tried = "" if chosen else f" (no weights under {' or '.join(_ENTRIES)}; its keys are {_some(keys)})"
+            raise CheckpointError(f"{name} {problem}{tried}; save the model's state dict alone")
     plain = {name: tensor.detach() for name, tensor in tensors.items()}  # parameters become tensors
     return plain, chosen, tuple(key for key in keys if chosen is not None and key != chosen)
 

@@ -1,4 +1,4 @@
-"""A classifier's head for other classes: rows move by the classes' names."""
+"""Map a classifier's head to other classes: rows are matched by the names of the classes."""
 
 import json
 import os
@@ -16,13 +16,19 @@ _HEADS = (("head.weight", "head.bias"), ("proj_head.0.weight", "proj_head.0.bias
 
 
 def head_names(names: Container[str]) -> tuple[str, str]:
-    """The head's weight and bias among the names: Next-ViT's, or else what all others have."""
+    """The names of the head's weight and bias: Next-ViT's if its weight is among `names`, else those of all others."""
     return _HEADS[1] if _HEADS[1][0] in names else _HEADS[0]
 
 
 @dataclass(frozen=True)
 class HeadMatch:
-    """Classes of the new head by name: with a row of the old one, and with none; and old classes nobody asked for."""
+    """Names of the classes of a new head.
+
+    Attributes:
+        matched: classes whose row comes from the old head.
+        unmatched: classes that the old head does not have.
+        unused: classes of the old head that the new head does not have.
+    """
 
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
@@ -41,14 +47,17 @@ def map_head(
     new: Sequence[str],
     fresh: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], HeadMatch]:
-    """Weights with a head for the `new` classes: the row of the `old` class of the same name, or without one that of
-    `fresh`, a head for the new classes, or zeros, an even guess.
+    """Replace the head by one for other classes, for example to go from 22K to 1K.
 
-    Order is free and either side may have more, so this leads from 22K to 1K.
+    Args:
+        tensors: the weights, with a head for the `old` classes.
+        old: class names in the order of the old head's rows.
+        new: class names in the order of the new head's rows; the order is free, and either side may have more.
+        fresh: a head for the `new` classes, whose rows serve classes that are not in `old`; None for rows of zeros.
 
     Raises:
-        CheckpointError: without a head, if `old` is not as long as the head, if a name is there twice, or if no name
-            is in both lists.
+        CheckpointError: if there is no head, if `old` is not as long as the head, if a name is listed twice, or if no
+            name is in both lists.
     """
     head = head_names(tensors)
     if missing := [name for name in head if name not in tensors]:
@@ -62,8 +71,8 @@ def map_head(
     for names in (old, new):
         name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
         if count != 1:
-            found = f"class {name!r} is listed {count} times" if count else "a list of class names is empty"
-            raise CheckpointError(f"{found}; give each class one name of its own")
+            problem = f"class {name!r} is listed {count} times" if count else "a list of class names is empty"
+            raise CheckpointError(f"{problem}; give each class one name of its own")
     row_of = {name: row for row, name in enumerate(old)}
     matched = [name for name in new if name in row_of]
     if not matched:
@@ -71,13 +80,13 @@ def map_head(
             f"no class name is in both lists ({old[0]!r}, ... and {new[0]!r}, ...); give lists of the same kind of "
             "names, or drop the head"
         )
-    there = torch.tensor([row for row, name in enumerate(new) if name in row_of])
-    here = torch.tensor([row_of[name] for name in matched])
+    new_rows = torch.tensor([row for row, name in enumerate(new) if name in row_of])
+    old_rows = torch.tensor([row_of[name] for name in matched])
     result = dict(tensors)
     for name in head:
         tensor = tensors[name]
         rows = tensor.new_zeros(len(new), *tensor.shape[1:]) if fresh is None else fresh[name].cpu()
-        result[name] = rows.index_copy(0, there, tensor[here].to(rows.dtype))
+        result[name] = rows.index_copy(0, new_rows, tensor[old_rows].to(rows.dtype))
     return result, HeadMatch(
         tuple(matched),
         tuple(name for name in new if name not in row_of),
@@ -86,8 +95,9 @@ def map_head(
 
 
 def read_class_names(path: str | os.PathLike) -> list[str]:
-    """Class names in the order of their labels: a text file with one on each line, a JSON list, or the side-car of a
-    .beton file.
+    """Read class names in the order of their labels.
+
+    The file is text with one name per line, a JSON list, or the side-car of a .beton file.
 
     Raises:
         CheckpointError: if the file cannot be read or holds no such list.

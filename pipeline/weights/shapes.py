@@ -1,4 +1,4 @@
-"""Reading a model's sizes off the shapes of its tensors."""
+"""Read sizes of a model from the shapes of its tensors."""
 
 from collections.abc import Mapping
 
@@ -8,24 +8,32 @@ Shape = tuple[int, ...]
 
 
 class Shapes:
-    """Shapes by name, of a file in `layout`; what tells a size must be there and make sense."""
+    """The shapes of a file's tensors by internal name. `layout` is the file's, for error texts."""
 
     def __init__(self, shapes: Mapping[str, Shape], layout: str):
         self.named, self.layout = shapes, layout
 
     def size(self, name: str, rank: int, axis: int) -> int:
-        """An axis of a tensor that must have `rank` of them."""
+        """The size of one axis of a tensor.
+
+        Raises:
+            CheckpointError: if the tensor is absent or empty or does not have `rank` axes.
+        """
         shape = self.named.get(name)
         if shape is None or len(shape) != rank or 0 in shape:
-            found = "absent" if shape is None else shape
+            actual = "absent" if shape is None else shape
             raise CheckpointError(
-                f"{name} is {found} in the file, but tells the shape of the model and must have {rank} axes in the "
-                f"{self.layout} layout, the nearest one; fetch the file again"
+                f"{name} is {actual} in the file, but must have {rank} axes in the {self.layout} layout, the nearest "
+                "one, because it holds a size of the model; fetch the file again"
             )
         return shape[axis]
 
     def count(self, prefix: str) -> int:
-        """How many numbers follow the prefix; they must be 0, 1, 2, ..."""
+        """Count the numbers 0, 1, 2, ... that follow the prefix in names.
+
+        Raises:
+            CheckpointError: if there is none, or one is left out.
+        """
         parts = {name.removeprefix(prefix).partition(".")[0] for name in self.named if name.startswith(prefix)}
         numbers = {int(part) for part in parts if part.isdecimal()}
         for number in range(max(len(numbers), 1)):
@@ -38,5 +46,5 @@ class Shapes:
         return len(numbers)
 
     def has(self, prefix: str) -> bool:
-        """Whether a name begins so."""
+        """Whether any name begins with the prefix."""
         return any(name.startswith(prefix) for name in self.named)

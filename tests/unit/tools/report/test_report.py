@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
             for step in range(first + 1, last + 1):
                 log.write("step", step=step, loss=1 / step, lr=0.1, images_per_second=64.0, data_wait_seconds=0.05)
             if attempt == 1:
-                log.write("event", level="warning", message="step 7 was not made: its <loss> is nan", step=7)
+                log.write("event", level="warning", message="step 7 was skipped: its <loss> is nan", step=7)
             else:
                 log.write("evaluate", step=12, metrics={"loss": 0.5})
         if attempt == 1:
