@@ -10,8 +10,10 @@ import numpy as np
 import yaml
 
 from cluster.chain import open_chain
-from pipeline.data.beton import BetonWriter
+from pipeline.data.beton import Beton, BetonWriter
+from pipeline.data.subset import Subset
 from pipeline.recipe import load_recipe
+from pipeline.recipe.sections import DataSettings
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import Journal
 
@@ -40,6 +42,16 @@ def tiny_data(directory: Path, train: int = 192, validation: int = 50) -> None:
         with BetonWriter(directory / f"{name}.beton", CLASSES, count) as writer:
             for number in range(first, first + count):
                 writer.add(*tiny_image(number))
+
+
+def squashed_images(beton: Beton, size: int) -> list[np.ndarray]:
+    """All images of a data file as evaluation with a crop_pct of 1 decodes them: uint8 (size, size, 3) each."""
+    from pipeline.data.feed import EvaluationFeed
+    from pipeline.distributed.world import World
+
+    settings = DataSettings(train=str(beton.path), image_size=size, crop_pct=1.0)
+    feed = EvaluationFeed(Subset(beton), settings, 8, World.alone(), workers=1)
+    return [image for batch in feed for image in batch.images.permute(0, 2, 3, 1)[batch.valid].numpy()]
 
 
 def tiny_recipe(data: Path) -> dict:

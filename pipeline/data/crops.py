@@ -1,27 +1,26 @@
-"""Which part of each image the network sees: random crops for training, the centre for evaluation."""
+"""Plan which part of each image the network sees: random crops for training, the centre for evaluation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.randaugment import LAYERS, NOTHING, NUMBERS, RandAugment
+from pipeline.data.randaugment import LAYERS, NOTHING, NUMBERS, draw_operations
 from pipeline.randomness import Purpose, key, uniform
+from pipeline.recipe.randaugment_settings import RandAugmentSettings
 
 CROP_TRIES = 10
-# One row per image: the box to cut, the size it is resized to, the window of that, mirrored or not, then what
-# RandAugment does to it.
+# One row per image: the box to crop, the size to resize it to, the window of the result to keep, whether to mirror it,
+# then RandAugment's operations.
 _INTEGERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
 _OPERATIONS = [("operations", "<i8", (LAYERS,)), ("numbers", "<f8", (LAYERS, NUMBERS))]
 PLAN = np.dtype([*((name, "<i8") for name in _INTEGERS), *_OPERATIONS])
-Plan = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (epoch, ids, heights, widths) -> PLAN rows
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Random resized crop, horizontal flip, RandAugment; every number is a hash of (seed, epoch, sample id, purpose).
+    """Plan random resized crops, horizontal flips and RandAugment, from hashes of (seed, epoch, sample id, purpose).
 
-    The crop is drawn by torchvision's rule: up to ten tries at an area of `crop_scale` times the image's and a
+    The crop is drawn by torchvision's rule: up to ten tries at a share `crop_scale` of the image's area and a
     log-uniform aspect ratio within `crop_ratio` (width / height), then the largest centred crop of a permitted ratio.
     """
 
@@ -30,9 +29,10 @@ class TrainingPlan:
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip_probability: float
-    rand_augment: RandAugment | None = None
+    rand_augment: RandAugmentSettings | None = None
 
     def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """Return a PLAN row for each image: the sample ids and sizes are int64 (N,)."""
         plan = np.zeros(len(ids), PLAN)
         draws = uniform(key(self.seed, epoch, ids, Purpose.CROP), 4 * CROP_TRIES).reshape(len(ids), CROP_TRIES, 4)
         low, high = np.log(self.crop_ratio)
@@ -57,13 +57,18 @@ class TrainingPlan:
         plan["flip"] = uniform(key(self.seed, epoch, ids, Purpose.FLIP), 1)[:, 0] < self.flip_probability
         plan["operations"] = NOTHING
         if self.rand_augment is not None:
-            plan["operations"], plan["numbers"] = self.rand_augment.draw(self.seed, epoch, ids, self.image_size)
+            plan["operations"], plan["numbers"] = draw_operations(
+                self.rand_augment, self.seed, epoch, ids, self.image_size
+            )
         return plan
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Short side to int(image_size / crop_pct), then the centre; or, with a crop_pct of 1, squashed to the square."""
+    """Plan evaluation: resize the short side to int(image_size / crop_pct) and crop the centre.
+
+    A crop_pct of 1 squashes the whole image to the square.
+    """
 
     image_size: int
     crop_pct: float
@@ -81,3 +86,6 @@ class EvaluationPlan:
             plan["y0"] = np.rint((plan["full_height"] - self.image_size) / 2)
             plan["x0"] = np.rint((plan["full_width"] - self.image_size) / 2)
         return plan
+
+
+Plan = TrainingPlan | EvaluationPlan

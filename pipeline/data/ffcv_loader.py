@@ -1,14 +1,14 @@
-"""All contact with FFCV: its file reader, pipeline graph and batch-producing thread, less what goes wrong in them.
+"""All contact with FFCV: its file reader, its pipeline graph and its thread, with their faults worked around.
 
-What is replaced, and why (FFCV 1.0.2):
-- its reader copies metadata and allocation table into memory and builds two dictionaries over all samples (0.5 kB per
-  sample and process): here both tables stay in the file's memory map, shared by all processes of a node;
-- its pipelines are compiled anew in each process (4 to 6 s): ours call compiled code that is cached on disk;
-- an exception in its thread leaves the consumer waiting for ever: here it is raised in the consumer;
-- it sets torch's thread count, at import, in the constructor and in its thread: here that is left alone;
-- its epoch's length is that of the first epoch: here a producer runs through any work it is given;
-- its thread decodes inside a CUDA stream, and on leaving that makes GPU 0 its own, where every rank of a machine then
-  has a context of some hundred MB, as has a process that was told to stay on the CPU: here no GPU is touched.
+What this module replaces in FFCV 1.0.2, and why:
+- FFCV's reader copies the tables of samples and allocations into memory and builds two dictionaries over all samples
+  (0.5 kB per sample and process). Here both tables stay in the file's memory map, which a node's processes share.
+- FFCV compiles its pipelines in each process (4 to 6 s). Ours call compiled code that is cached on disk.
+- An exception in FFCV's thread leaves the consumer waiting for ever. Here it is raised in the consumer.
+- FFCV sets torch's thread count at import, in the constructor and in its thread. Here the count stays as it is.
+- FFCV gives every epoch the length of the first. Here a producer takes any number of batches.
+- FFCV's thread decodes inside a CUDA stream and leaves a context of some hundred MB on GPU 0, from every rank of a
+  machine and even from a process that must stay on the CPU. Here no GPU is touched.
 """
 
 import atexit
@@ -28,12 +28,15 @@ from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of,
 from pipeline.data.crops import Plan
 from pipeline.data.decode import CHANGED, ImageDecoder, describe_status
 from pipeline.data.image_checksum import mark_changed
+from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
+
+BATCHES_AHEAD = 2  # decoded batches that wait for the consumer
 
 
 @contextmanager
 def _harmless_import() -> Iterator[None]:
-    """FFCV's import sets torch's thread count and compiles a numba dictionary of two entries, which takes 3 s."""
+    """Keep FFCV's import from setting torch's thread count and from compiling a numba dictionary for 3 s."""
     threads, compiled = torch.get_num_threads(), numba.typed.Dict
     numba.typed.Dict = dict
     try:
@@ -58,12 +61,14 @@ _live: weakref.WeakSet = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A thread inside compiled code at interpreter exit could abort the process."""
+    """End all threads: one inside compiled code at interpreter exit could abort the process."""
     for producer in list(_live):
         producer.close()
 
 
 class _MappedReader(Reader):
+    """FFCV's reader, with its tables in the file's memory map."""
+
     def read_metadata(self) -> None:
         offset = HEADER.itemsize + self.field_descriptors.nbytes
         self.metadata = np.asarray(np.memmap(self._fname, SAMPLE, "r", offset, (int(self.num_samples),)))
@@ -74,7 +79,7 @@ class _MappedReader(Reader):
 
 
 class _MappedFile:
-    """FFCV's memory manager and its context in one: the file as bytes, and each sample's allocation."""
+    """FFCV's memory manager and its context: the bytes of the file, and the allocation of each sample."""
 
     def __init__(self, reader: Reader) -> None:
         self.state = np.asarray(np.memmap(reader.file_name, np.uint8, "r")), reader.alloc_table
@@ -91,17 +96,17 @@ class _MappedFile:
 
 
 class _Images(Operation):
-    """Sample ids to uint8 (n, size, size, 3). The producer sets `epoch` before each batch and reads `status` after."""
+    """Turn sample ids into uint8 (N, S, S, 3). The producer sets `epoch` before a batch and reads `status` after it."""
 
-    def __init__(self, beton: Beton, image_size: int, plan: Plan, workers: int) -> None:
+    def __init__(self, beton: Beton, plan: Plan, workers: int) -> None:
         super().__init__()
-        self.beton, self.image_size, self.plan, self.epoch = beton, image_size, plan, 0
+        self.beton, self.plan, self.epoch = beton, plan, 0
         self.samples = samples_of(beton)
         largest = 3 * beton.max_height * beton.max_width if beton.jpeg_samples else 0
         self.decoder = ImageDecoder(workers, largest)
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        shape, dtype = (self.image_size, self.image_size, 3), np.dtype("u1")
+        shape, dtype = (self.plan.image_size, self.plan.image_size, 3), np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self):
@@ -112,7 +117,7 @@ class _Images(Operation):
         return out
 
     def decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
-        """Fills `out` and returns each image's status."""
+        """Decode the images into `out` and return the status of each."""
         file, table = storage
         images, table = metadata[ids], table[ids]
         heights, widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
@@ -125,7 +130,7 @@ class _Images(Operation):
 
 
 class _Labels(Operation):
-    """Sample ids to int64 (n, 1)."""
+    """Turn sample ids into labels, int64 (N, 1)."""
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
         state = replace(previous_state, jit_mode=True, shape=(1,), dtype=np.dtype("<i8"))
@@ -140,27 +145,16 @@ class _Labels(Operation):
 
 
 class ImageLoader(Loader):
-    """FFCV's Loader over a checked file, for any number of producers one after another."""
+    """FFCV's Loader over the images of a subset, for any number of producers one after another."""
 
     def __init__(
-        self,
-        beton: Beton,
-        *,
-        image_size: int,
-        plan: Plan,
-        batch_size: int,
-        workers: int,
-        batches_ahead: int,
-        skip_damaged: bool = False,
-        substitutes: np.ndarray | None = None,
+        self, subset: Subset, plan: Plan, *, batch_size: int, workers: int, skip_damaged: bool = False
     ) -> None:
-        self.skip_damaged = skip_damaged
-        self.substitutes = substitutes
-        self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, batches_ahead
-        self.beton = beton
-        self.reader = _MappedReader(beton.path)
+        self.subset, self.skip_damaged = subset, skip_damaged
+        self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, BATCHES_AHEAD
+        self.reader = _MappedReader(subset.beton.path)
         self.memory_manager = _MappedFile(self.reader)
-        self.images = _Images(beton, image_size, plan, workers)
+        self.images = _Images(subset.beton, plan, workers)
         specs = {"image": PipelineSpec("image", self.images), "label": PipelineSpec("label", _Labels())}
         self.graph = Graph(specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, None)
         Compiler.set_enabled(False)
@@ -170,50 +164,58 @@ class ImageLoader(Loader):
             Compiler.set_enabled(True)
 
     def replace_damaged(self, ids: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """What the batch holds after each damaged image has given its place to the next whole one of the file.
+        """Put the next undamaged image of the subset in the place of each damaged one of the batch.
 
-        Returns the ids that are now in the batch, and the places where they are others. Errors: DataError naming the
-        sample, unless damaged ones are to be skipped; when the whole file is damaged.
+        Returns the ids that the batch now holds, and the places that were replaced.
+
+        Raises:
+            DataError: naming a damaged sample, unless `skip_damaged`; or if no image of the subset is undamaged.
         """
+        path = self.subset.beton.path
         places = np.flatnonzero(self.images.status).tolist()
         if not places:
             return ids, []
-        now, storage = ids.copy(), self.memory_manager.state
+        new_ids, storage = ids.copy(), self.memory_manager.state
         for place in places:
-            what = f"sample {ids[place]} of {self.beton.path} {describe_status(self.images.status[place])}"
+            damage = f"sample {ids[place]} of {path} {describe_status(self.images.status[place])}"
             if not self.skip_damaged:
-                raise DataError(f"{what}; copy or prepare it again, or set data.on_damaged to skip")
+                raise DataError(f"{damage}; copy or prepare the file again, or set data.on_damaged to skip")
             one = slice(place, place + 1)
             for sample in self._following(ids[place]):
-                now[place] = sample
-                if not self.images.decode(now[one], images[one], self.reader.metadata["f0"], storage).any():
+                new_ids[place] = sample
+                if not self.images.decode(new_ids[one], images[one], self.reader.metadata["f0"], storage).any():
                     break
             else:
-                raise DataError(f"no image of {self.beton.path} is whole; copy or prepare it again")
-            labels[place] = self.reader.metadata["f1"][now[place]]
-            _log.warning("%s; sample %d takes its place", what, now[place])
-        return now, places
+                raise DataError(f"every image of {path} that takes part is damaged; copy or prepare the file again")
+            labels[place] = self.reader.metadata["f1"][new_ids[place]]
+            _log.warning("%s; sample %d takes its place", damage, new_ids[place])
+        return new_ids, places
 
     def _following(self, sample: int) -> Iterator[int]:
-        """The other images that take part, from the next one of the file on."""
-        ids = self.substitutes
-        total, start = (self.beton.samples, sample) if ids is None else (len(ids), np.searchsorted(ids, sample))
+        """Yield the other sample ids of the subset, in the file's order, from the next one on."""
+        ids, total = self.subset.ids, self.subset.samples
+        start = sample if ids is None else np.searchsorted(ids, sample)
         for place in range(start + 1, start + total):
             yield place % total if ids is None else ids[place % total]
 
     def close(self) -> None:
-        """Ends the decoder's threads."""
+        """End the decoder's threads."""
         self.images.decoder.close()
 
 
 class Producer(epoch_iterator.EpochIterator):
-    """A thread that decodes one batch after another into a ring of buffers.
+    """A thread that decodes batches into a ring of buffers, and the iterator over them for the consumer.
 
-    work: (epoch, ids, tag) per batch, ids int64 of at most the loader's batch size. Iterating yields what `finish`
-    makes, in the thread, of (images uint8 (n, S, S, 3), labels int64 (n, 1), ids, epoch, tag, replaced), where
-    `replaced` lists the places of damaged images, in which others are; the arrays are overwritten by later batches, so
-    it copies what it keeps.
-    Errors: whatever went wrong in the thread, raised here; DataError when a batch takes longer than `timeout_seconds`.
+    Args:
+        work: (epoch, ids, tag) of each batch; at most the loader's batch size of int64 ids.
+        finish: called in the thread with (images uint8 (N, S, S, 3), labels int64 (N, 1), ids, epoch, tag, replaced);
+            the iterator yields its results. `replaced` lists the places of damaged images that others replaced. The
+            arrays are overwritten by later batches, so `finish` must copy them.
+        timeout_seconds: how long the consumer waits for a batch.
+
+    Raises:
+        DataTimeoutError: if a batch takes longer than `timeout_seconds`. Every error of the thread is raised in the
+            consumer.
     """
 
     def __init__(
@@ -257,11 +259,13 @@ class Producer(epoch_iterator.EpochIterator):
                 break
             except queue.Empty:
                 waited_seconds += min(1.0, self.timeout_seconds)
-            path = self.loader.beton.path
+            path = self.loader.subset.beton.path
             if not self.is_alive() and self.output_queue.empty():
-                raise DataError(f"the thread that reads {path} has ended without a word; start again")
+                raise DataError(f"the thread that reads {path} has ended without an error; start again")
             if waited_seconds >= self.timeout_seconds:
-                raise DataTimeoutError(f"no batch came from {path} within {self.timeout_seconds:g} s; look at its disk")
+                raise DataTimeoutError(
+                    f"no batch came from {path} within {self.timeout_seconds:g} s; check the disk that holds it"
+                )
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
@@ -269,7 +273,7 @@ class Producer(epoch_iterator.EpochIterator):
         return item
 
     def close(self) -> None:
-        """Ends the thread and frees the ring; may be called twice."""
+        """End the thread and free the ring of buffers; may be called twice."""
         self.terminate_event.set()
         if self.is_alive():
             self.join(self.timeout_seconds)

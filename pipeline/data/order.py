@@ -1,46 +1,60 @@
-"""Who sees which sample when: pure functions, so that nothing about the order is ever saved."""
+"""Which rank reads which sample at which step: pure functions, so no order has to be saved."""
 
 import numpy as np
 
 from pipeline.errors import RecipeError
 from pipeline.randomness import Purpose, key, mix64, unmix64
 
-_PART = 1 << 18  # keys hashed at a time, so that what the hash needs beside its result stays in the cache
+_PART = 1 << 18  # keys hashed at a time, so that the hash's temporary arrays stay in the processor's cache
+
+
+def steps_per_epoch(samples: int, global_batch: int) -> int:
+    """Return the number of whole global batches in an epoch.
+
+    Raises:
+        RecipeError: if there are fewer samples than one global batch.
+    """
+    if not 0 < global_batch <= samples:
+        raise RecipeError(f"a global batch of {global_batch} images cannot be drawn from {samples}; make it smaller")
+    return samples // global_batch
 
 
 def train_order(seed: int, epoch: int, samples: int | np.ndarray, global_batch: int) -> np.ndarray:
-    """The epoch's permutation of the samples, cut into global batches: uint64 keys of shape (steps, global_batch).
+    """Permute the samples of an epoch and cut them into global batches: uint64 keys (steps, global_batch).
 
-    A key is a hash of the sample's id and nothing else that varies, so it tells the id (`ids_of`), and sorting the keys
-    where they lie is the whole permutation: 8 bytes per sample, where a permutation of ids would need 24.
-    samples: how many there are, with the ids 0, 1, ...; or the ids of those that take part.
-    The samples that do not fill a last global batch are left out, others in each epoch.
-    Errors: RecipeError when there are fewer samples than one global batch.
+    Each key is a hash of a sample id that `ids_of` turns back into the id. So sorting the keys in place permutes the
+    samples with 8 bytes each, where a permutation of ids would need 24.
+
+    samples: how many there are, with the ids 0, 1, ...; or the ids of those that take part. The samples that do not
+    fill a last global batch are left out of the epoch; they are others in each epoch.
+
+    Raises:
+        RecipeError: if there are fewer samples than one global batch.
     """
     count = len(samples) if isinstance(samples, np.ndarray) else samples
-    if not 0 < global_batch <= count:
-        raise RecipeError(f"a global batch of {global_batch} images cannot be drawn from {count}; make it smaller")
+    steps = steps_per_epoch(count, global_batch)
     keys = np.empty(count, np.uint64)
     for first in range(0, count, _PART):
         part = slice(first, min(first + _PART, count))
         ids = samples[part] if isinstance(samples, np.ndarray) else np.arange(part.start, part.stop)
         keys[part] = key(seed, epoch, ids, Purpose.ORDER)
     keys.sort()
-    steps = count // global_batch
     return keys[: steps * global_batch].reshape(steps, global_batch)
 
 
 def ids_of(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The sample ids, int64, of keys that `train_order` made for that seed and epoch."""
+    """Return the sample ids, int64, of keys that `train_order` made for the same seed and epoch."""
     before = unmix64(unmix64(keys) ^ mix64(np.uint64([Purpose.ORDER]))) ^ key(seed, epoch)
     return unmix64(before).astype(np.int64)
 
 
 def rank_slots(order: np.ndarray, slots: int, rank: int, world_size: int) -> np.ndarray:
-    """The slots `rank, rank + world_size, ...` of each step.
+    """Return the slots `rank, rank + world_size, ...` of each step: (steps, slots / world_size, slot size).
 
-    order: (steps, global_batch), cut into `slots` equal slots per step. Returns (steps, slots / world_size, slot size).
-    Errors: RecipeError when the slots do not divide the global batch, or the world size does not divide the slots.
+    order: (steps, global_batch); each global batch is cut into `slots` equal slots.
+
+    Raises:
+        RecipeError: if the slots do not divide the global batch, or the world size does not divide the slots.
     """
     steps, global_batch = order.shape
     if global_batch % slots:
@@ -54,10 +68,10 @@ def rank_slots(order: np.ndarray, slots: int, rank: int, world_size: int) -> np.
 
 
 def evaluation_order(samples: int, batch: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every sample once over all ranks, in equally many batches on each: (ids int64, valid bool).
+    """Give every sample to one rank, in equally many batches on each: (places int64, valid bool).
 
-    Both have the shape (batches, world_size, batch). Places after the last sample repeat the first ones and are not
-    valid.
+    Both have the shape (batches, world_size, batch). Places behind the last sample repeat the first samples and are
+    not valid.
     """
     batches = -(-samples // (batch * world_size))
     places = np.arange(batches * world_size * batch).reshape(batches, world_size, batch)

@@ -1,8 +1,9 @@
-"""RandAugment as timm has it: which operations an image gets, and how strong, by hash of (seed, epoch, sample id).
+"""Draw RandAugment's operations and their strengths as timm does, by a hash of (seed, epoch, sample id).
 
 The published fine-tuning recipes use `rand-m9-mstd0.5-inc1`: two of fifteen operations, drawn with replacement, each
 applied with probability 0.5 at a magnitude drawn from N(9, 0.5) and clipped to 0..10, from which the operation's
-strength follows (Cubuk et al., arXiv 1909.13719; ranges and names as in timm's `auto_augment`).
+strength follows (Cubuk et al., arXiv 1909.13719; ranges and names as in timm's `auto_augment`). The operations
+themselves are in `randaugment_operations`.
 """
 
 import math
@@ -21,36 +22,37 @@ OPERATIONS = (
 NOTHING = -1
 LAYERS = 2  # operations per image
 NUMBERS = 6  # per operation: bits, threshold, addend or factor in the first place; or an affine map's coefficients
-_DRAWS = 5  # per operation: which, whether, two for the magnitude, sign
+_DRAWS = 5  # per operation: its code, whether it is applied, two for the magnitude, its sign
 
 
-class RandAugment(RandAugmentSettings):
-    """Draws the operations of each image."""
+def draw_operations(
+    settings: RandAugmentSettings, seed: int, epoch: int, ids: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the operations of images of `size` pixels a side.
 
-    def draw(self, seed: int, epoch: int, ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """For images of `size` pixels a side: codes, int64 (n, LAYERS), and numbers, float64 (n, LAYERS, NUMBERS)."""
-        draws = uniform(key(seed, epoch, ids, Purpose.AUGMENT), LAYERS * _DRAWS).reshape(len(ids), LAYERS, _DRAWS)
-        which, whether, first, second, sign = np.moveaxis(draws, -1, 0)
-        codes = np.where(whether < self.probability, (which * len(OPERATIONS)).astype(np.int64), NOTHING)
-        normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
-        levels = np.clip(self.magnitude + self.deviation * normal, 0, MOST_MAGNITUDE) / MOST_MAGNITUDE
-        signs = np.where(sign < 0.5, -1.0, 1.0)
-        numbers = np.zeros((*codes.shape, NUMBERS))
-        for code, name in enumerate(OPERATIONS):
-            chosen = codes == code
-            if chosen.any():
-                numbers[chosen] = strengths(name, levels[chosen], signs[chosen], size)
-        return codes, numbers
+    Returns codes, int64 (N, LAYERS), and numbers, float64 (N, LAYERS, NUMBERS).
+    """
+    draws = uniform(key(seed, epoch, ids, Purpose.AUGMENT), LAYERS * _DRAWS).reshape(len(ids), LAYERS, _DRAWS)
+    code, chance, first, second, sign = np.moveaxis(draws, -1, 0)
+    codes = np.where(chance < settings.probability, (code * len(OPERATIONS)).astype(np.int64), NOTHING)
+    normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+    levels = np.clip(settings.magnitude + settings.deviation * normal, 0, MOST_MAGNITUDE) / MOST_MAGNITUDE
+    signs = np.where(sign < 0.5, -1.0, 1.0)
+    numbers = np.zeros((*codes.shape, NUMBERS))
+    for number, name in enumerate(OPERATIONS):
+        chosen = codes == number
+        if chosen.any():
+            numbers[chosen] = strengths(name, levels[chosen], signs[chosen], size)
+    return codes, numbers
 
 
 def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.ndarray:
-    """How strong an operation is: float64 (n, NUMBERS) for levels in 0..1 and signs of 1 or -1, both float64 (n,)."""
+    """Return the numbers of an operation, float64 (N, NUMBERS), for levels in 0..1 and signs of 1 or -1, both (N,)."""
     numbers = np.zeros((len(level), NUMBERS))
     match name:
         case "PosterizeIncreasing":
-            numbers[:, 0] = 4 - np.floor(
-                level * 4
-            )  # bits that stay; 0 blackens, which timm asks for and Pillow 13 refuses
+            # The bits that stay. 0 makes the image black: timm's rule, although Pillow 13 refuses it.
+            numbers[:, 0] = 4 - np.floor(level * 4)
         case "SolarizeIncreasing":
             numbers[:, 0] = 256 - np.floor(level * 256)
         case "SolarizeAdd":
@@ -67,7 +69,7 @@ def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.n
 
 
 def rotation(degrees: float, size: int) -> tuple[float, ...]:
-    """The affine map by which Pillow's Image.rotate turns a square counter-clockwise about its centre."""
+    """Return the affine map of Pillow's Image.rotate, which turns a square counter-clockwise about its centre."""
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     centre = size / 2

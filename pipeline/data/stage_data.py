@@ -1,6 +1,4 @@
-"""Whether a stage's data is what its recipe needs: asked before anything starts, and again by every attempt."""
-
-from dataclasses import dataclass
+"""Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
 from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
@@ -10,63 +8,54 @@ from pipeline.errors import DataError
 from pipeline.recipe import ClassificationSettings, StageRecipe
 
 
-@dataclass(frozen=True)
-class StageData:
-    """A data file on this machine, and the images of it that take part."""
-
-    beton: Beton
-    subset: Subset
-    classes: tuple[str, ...]  # those that take part: a label is a place among them
-
-
-def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, StageData]:
-    """The stage's data files, fetched into the cache where they are URLs, and checked.
+def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
+    """Check the stage's data by the side-cars alone, without fetching any images, and return their contents.
 
     Raises:
-        DataError: if one is missing or damaged, or does not hold the classes and images of the recipe.
-        RetryableError: if one cannot be fetched now.
+        DataError, RetryableError: as `fetch_stage_data`.
+    """
+    betons = {name: describe_beton(path, recipe.data.timeout_seconds) for name, path in _locations(recipe).items()}
+    _check_contents(recipe, betons)
+    return betons
+
+
+def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
+    """Open the stage's data files, check them, and select the images that take part. URLs are copied into `cache`.
+
+    Returns the subsets by name: "train", and "validation" unless the stage evaluates nothing.
+
+    Raises:
+        DataError: if a file is missing or damaged, or does not hold the classes and images of the recipe.
+        RetryableError: if a file cannot be fetched now.
     """
     data = recipe.data
-    betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _files(recipe).items()}
-    _check(recipe, betons)
-    fractions = {"train": data.fraction, "validation": 1.0}
+    betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _locations(recipe).items()}
+    _check_contents(recipe, betons)
     return {
-        name: StageData(
-            beton,
-            select_subset(beton, data.classes, fractions[name], recipe.seed),
-            tuple(count_per_class(beton, data.classes, fractions[name])),
-        )
-        for name, beton in betons.items()
+        name: select_subset(beton, data.classes, _fraction(recipe, name), recipe.seed) for name, beton in betons.items()
     }
 
 
-def _files(recipe: StageRecipe) -> dict[str, str]:
-    """Paths or URLs of the data that the stage has, by name: train, and unless it evaluates nothing validation."""
+def _locations(recipe: StageRecipe) -> dict[str, str]:
+    """Paths or URLs by name."""
     paths = {"train": recipe.data.train, "validation": recipe.data.validation}
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
-    """What can be refused without fetching more than side-cars, and what these say. Errors: as in `open_data`."""
-    timeout_seconds = recipe.data.timeout_seconds
-    betons = {name: describe_beton(path, timeout_seconds) for name, path in _files(recipe).items()}
-    _check(recipe, betons)
-    return betons
+def _fraction(recipe: StageRecipe, name: str) -> float:
+    return recipe.data.fraction if name == "train" else 1.0
 
 
-def _check(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
-    found = {
-        name: count_per_class(beton, recipe.data.classes, recipe.data.fraction if name == "train" else 1)
-        for name, beton in betons.items()
-    }
-    train, validation = found["train"], found.get("validation")
+def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
+    counts = {name: count_per_class(b, recipe.data.classes, _fraction(recipe, name)) for name, b in betons.items()}
+    train, validation = counts["train"], counts.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
-        for name, counts in found.items():
-            if len(counts) != recipe.objective.classes:
-                source = "leaves" if recipe.data.classes else "holds"
+        for name, per_class in counts.items():
+            if len(per_class) != recipe.objective.classes:
+                verb = "leaves" if recipe.data.classes else "holds"
                 raise DataError(
                     f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.{name}"
-                    f" {getattr(recipe.data, name)} {source} {len(counts)} classes; correct one of them"
+                    f" {getattr(recipe.data, name)} {verb} {len(per_class)} classes; correct one of them"
                 )
         if validation is not None and list(train) != list(validation):
             differ = sorted(set(train) ^ set(validation))

@@ -1,4 +1,4 @@
-"""Part of a data file, for runs with few labels: some of its classes, and a share of each class's images."""
+"""The images of a data file that take part in a stage: all of them, some classes, or a share of each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,32 @@ from pipeline.randomness import Purpose, key
 
 @dataclass(frozen=True)
 class Subset:
-    """The images of a file that take part."""
+    """A data file on this machine, and which of its images take part."""
 
-    samples: int
-    ids: np.ndarray | None = None  # int64, ascending: places in the file; None is all of them
-    labels: np.ndarray | None = None  # int64: the label here of each label in the file; None keeps them
+    beton: Beton
+    ids: np.ndarray | None = None  # int64, ascending: the sample ids that take part; None is all
+    labels: np.ndarray | None = None  # int64: the new label of each label of the file, -1 if left out; None keeps all
+
+    @property
+    def samples(self) -> int:
+        """How many images take part."""
+        return self.beton.samples if self.ids is None else len(self.ids)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that take part; a new label is an index into them."""
+        if self.labels is None:
+            return self.beton.classes
+        return tuple(name for name, label in zip(self.beton.classes, self.labels, strict=True) if label >= 0)
 
 
 def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float) -> dict[str, int]:
-    """Images per class that take part, in the file's order of classes: `fraction` of each, rounded, at least one.
+    """Count the images of each class that take part: `fraction` of the class, rounded, at least one.
 
-    classes: their names; None is all. Errors: RecipeError for a class that the file does not have.
+    classes: names of those that take part; None is all. The counts are in the file's order of classes.
+
+    Raises:
+        RecipeError: if the file does not have one of the classes.
     """
     chosen = set(beton.classes if classes is None else classes)
     if unknown := sorted(chosen.difference(beton.classes)):
@@ -30,19 +45,22 @@ def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float
             f"data.classes: {beton.path.name} has no class {unknown[0]!r}; it has {len(beton.classes)}, such as"
             f" {', '.join(beton.classes[:3])}"
         )
-    there = zip(beton.classes, beton.samples_per_class, strict=True)
-    return {name: min(max(int(fraction * n + 0.5), 1), n) for name, n in there if name in chosen}
+    sizes = zip(beton.classes, beton.samples_per_class, strict=True)
+    return {name: min(max(int(fraction * n + 0.5), 1), n) for name, n in sizes if name in chosen}
 
 
 def select_subset(beton: Beton, classes: Sequence[str] | None = None, fraction: float = 1.0, seed: int = 0) -> Subset:
-    """The images that take part; labels become places among the classes that are left.
+    """Select `fraction` of the images of each of the `classes`, and number the classes that are left anew.
 
-    Which images of a class is a hash of (seed, sample id), so it is the same for any number of ranks, and a smaller
-    fraction is part of a larger one. Errors: RecipeError for a class that the file does not have.
+    Images are selected by a hash of (seed, sample id). So the subset is the same for any number of ranks, and a
+    smaller fraction is part of a larger one.
+
+    Raises:
+        RecipeError: if the file does not have one of the classes.
     """
     counts = count_per_class(beton, classes, fraction)
     if classes is None and fraction == 1:
-        return Subset(beton.samples)
+        return Subset(beton)
     kept = np.array([name in counts for name in beton.classes])
     labels = samples_of(beton)["f1"]
     ids = np.flatnonzero(kept[labels])
@@ -54,4 +72,4 @@ def select_subset(beton: Beton, classes: Sequence[str] | None = None, fraction: 
         quota = np.array([counts.get(name, 0) for name in beton.classes])
         ids = np.sort(ids[place_in_class < quota[labels]])
     assert len(ids) == sum(counts.values()), "the side-car counts other images than the file has"
-    return Subset(len(ids), ids, np.where(kept, kept.cumsum() - 1, -1))
+    return Subset(beton, ids, np.where(kept, kept.cumsum() - 1, -1))

@@ -1,4 +1,4 @@
-"""The process group of a stage: who am I among how many."""
+"""The ranks of a stage: which one this process is, and what they decide together."""
 
 import os
 import socket
@@ -18,53 +18,63 @@ T = TypeVar("T")
 
 
 def backends(device: torch.device) -> str:
-    """The default group's, for tensors on `device` and on the CPU: there lies what an engine offloads."""
+    """Return the default group's backends: for tensors on `device`, and for offloaded ones on the CPU."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. `group` is a CPU (gloo) group for agreements and checkpoints, beside the default one."""
+    """This process among the ranks of a stage.
+
+    group: a CPU (gloo) group for agreements and checkpoints, beside the default group; None in a world that has not
+        joined one.
+    """
 
     rank: int
     local_rank: int
     size: int
     local_size: int
     device: torch.device
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def alone(cls, device: str | torch.device = "cpu") -> "World":
+        """Return a world of one rank without process groups, for programs that read data but train nothing."""
+        return cls(0, 0, 1, 1, torch.device(device), None)
 
     @classmethod
     def join(cls, device: str = "auto", threads: int = 0, timeout_seconds: float = 600) -> "World":
         """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        Without them this is a world of one. One rank per GPU; on CPUs the machine's cores are shared by its ranks.
+        Without these variables the world has one rank. Each rank gets one GPU; on CPUs the ranks of a machine share
+        its cores.
 
         Raises:
-            RecipeError: if this rank is to have a GPU and there is none for it.
+            RecipeError: if there is no GPU for this rank.
         """
-        place = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
-        local_rank = int(os.environ.get("LOCAL_RANK", place["RANK"]))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", place["WORLD_SIZE"]))
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        own_device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
-            seen = torch.cuda.device_count()
-            if local_rank >= seen:
+            visible = torch.cuda.device_count()
+            if local_rank >= visible:
                 raise RecipeError(
-                    f"device is {device} and this machine shows {seen} GPUs to its {local_size} processes; run one"
+                    f"device is {device} and this machine shows {visible} GPUs to its {local_size} processes; run one"
                     " process for each GPU, or set engine.device to cpu"
                 )
-            torch.cuda.set_device(where)
+            torch.cuda.set_device(own_device)
         timeout = timedelta(seconds=timeout_seconds)
-        # Engines make groups of their own: by torch's defaults those would give up before the watchdog can tell why.
+        # Engines make their own groups. With torch's default these would time out before the watchdog finds the cause.
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backends(where), timeout=timeout)
+            dist.init_process_group(backends(own_device), timeout=timeout)
         else:
             store = dist.HashStore()
-            dist.init_process_group(backends(where), store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backends(own_device), store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
-        world = cls(place["RANK"], local_rank, place["WORLD_SIZE"], local_size, where, group)
+        world = cls(rank, local_rank, size, local_size, own_device, group)
         torch.set_num_threads(threads or world.threads())
         return world
 
@@ -73,7 +83,7 @@ class World:
         return self.rank == 0
 
     def agree(self, value: int) -> int:
-        """The largest value of any rank: collective, about a millisecond, on the CPU."""
+        """Return the largest value of any rank. Collective on the CPU, about a millisecond."""
         if self.size == 1:
             return value
         shared = torch.tensor(value)
@@ -81,23 +91,26 @@ class World:
         return int(shared)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a CPU tensor."""
+        """Add up a CPU tensor over all ranks, in place, and return it. Collective."""
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or raises, on rank 0; on every rank."""
+        """Call `work` on rank 0 and return its result, or raise its error, on every rank. Collective."""
         return from_rank_zero(work, self.group)
 
     def on_every_rank(self, work: Callable[[], T], should_stop: Callable[[], bool]) -> T | None:
-        """What `work` returns, or raises, once all ranks have done theirs; None if they agreed to stop before."""
+        """Call `work` on every rank and wait for all of them; None if they agreed to stop before. Collective.
+
+        An error on one rank is raised on all of them.
+        """
         return on_every_rank(work, self.group, should_stop)
 
     def cores(self) -> int:
-        """The cores this rank may use: those of its affinity mask, shared with the ranks that have them too.
+        """Return how many cores this rank may use: its affinity mask's, divided among the ranks that share them.
 
-        Collective. No launcher needs to say how many ranks a machine has.
+        Collective, so no launcher has to say how many ranks a machine has.
         """
         own = (socket.gethostname(), os.sched_getaffinity(0))
         ranks = [own] * self.size
@@ -105,10 +118,10 @@ class World:
         return max(len(own[1]) // sum(host == own[0] and bool(cores & own[1]) for host, cores in ranks), 1)
 
     def threads(self, before: int | None = None) -> int:
-        """How many threads torch takes on each rank: what its launcher grants in OMP_NUM_THREADS, else its cores.
+        """Return torch's threads per rank: OMP_NUM_THREADS, else this rank's cores. Collective.
 
-        The number decides how sums are rounded. So all ranks take the least that any of them has, and `before`, the
-        number of an earlier attempt, is kept where there are so many. Collective.
+        The number of threads decides how sums are rounded. So all ranks take the smallest number of any rank, and
+        `before`, the number of an earlier attempt, is kept if every rank has that many.
         """
         cores, granted = self.cores(), os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
         own = int(granted) if granted.isdigit() and int(granted) else cores
@@ -117,10 +130,10 @@ class World:
         return -self.agree(-own)
 
     def leave(self, broken: bool = False) -> None:
-        """Leave the group, so that the process can end.
+        """Leave the process group, so that the process can end.
 
-        A `broken` one is left as it is on GPUs: nccl would wait in there for what ranks that are gone have not sent.
-        The process must then end at once.
+        A `broken` group on GPUs is not left, because nccl would wait for ranks that are gone. The process must then
+        end at once.
         """
         if dist.is_initialized() and not (broken and self.device.type == "cuda"):
             dist.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data.stage_data import StageData
+from pipeline.data.subset import Subset
 from pipeline.distributed.stop import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.health.verdict import judge_journal
@@ -50,7 +50,7 @@ def open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack)
 def write_attempt(
     log: journal.Journal | None,
     recipe: StageRecipe,
-    data: Mapping[str, StageData],
+    data: Mapping[str, Subset],
     world: World,
     *,
     step: int,
@@ -108,13 +108,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def _data_facts(recipe: StageRecipe, name: str, part: StageData) -> dict[str, Any]:
+def _data_facts(recipe: StageRecipe, name: str, part: Subset) -> dict[str, Any]:
     beton = part.beton
     return {
         "path": getattr(recipe.data, name),
         "sha256": beton.sha256,
         "samples": beton.samples,
-        "images": part.subset.samples if part.subset.ids is None else len(part.subset.ids),
+        "images": part.samples,
         "classes": len(part.classes),
         "bytes": beton.size_bytes,
         "settings": beton.settings,

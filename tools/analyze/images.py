@@ -39,20 +39,13 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
     from pipeline.data.beton import open_beton, samples_of
     from pipeline.data.feed import EvaluationFeed
     from pipeline.data.subset import Subset
+    from pipeline.distributed.world import World
+    from pipeline.recipe.sections import DataSettings
 
     beton = open_beton(path)
     ids = spread(np.asarray(samples_of(beton)["f1"]), count)
-    feed = EvaluationFeed(
-        beton,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        batch_size=min(len(ids), 32),
-        rank=0,
-        world_size=1,
-        workers=1,
-        timeout_seconds=300,
-        subset=Subset(len(ids), ids),
-    )
+    settings = DataSettings(train=str(path), image_size=image_size, crop_pct=crop_pct, timeout_seconds=300)
+    feed = EvaluationFeed(Subset(beton, ids), settings, min(len(ids), 32), World.alone(), workers=1)
     batches = list(feed)
     pixels, labels = (
         torch.cat([getattr(batch, name)[batch.valid] for batch in batches]) for name in ("images", "labels")

@@ -79,9 +79,10 @@ def open_with_ffcv(path: Path) -> object:
 def open_loader(path: Path) -> object:
     from pipeline.data.crops import EvaluationPlan
     from pipeline.data.ffcv_loader import ImageLoader
+    from pipeline.data.subset import Subset
 
     beton = read_sidecar(path)
-    loader = ImageLoader(beton, image_size=8, plan=EvaluationPlan(8, 1.0), batch_size=8, workers=1, batches_ahead=1)
+    loader = ImageLoader(Subset(beton), EvaluationPlan(8, 1.0), batch_size=8, workers=1)
     loader.reader.metadata[np.random.default_rng(0).integers(beton.samples, size=beton.samples // 8)]  # a rank's epoch
     return loader
 

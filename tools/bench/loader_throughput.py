@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.beton import Beton, BetonWriter, open_beton
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
-from pipeline.data.randaugment import RandAugment
 from pipeline.data.randaugment_operations import FILL
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
 from pipeline.errors import DataError
+from pipeline.recipe.sections import BatchSettings, DataSettings
 from tools.bench.photographs import HEIGHT, WIDTH, photographs
 from tools.bench.timing import cpu_seconds
 
@@ -119,22 +121,11 @@ def web_shards(directory: Path, folder: PillowFolder) -> "torch.utils.data.Itera
 
 def our_batches(beton: Beton, image_size: int, scale: tuple[float, float], operations: str | None, rounds: int):
     """Batches of the feed. Four times the rounds, because it prefetches three batches that nobody uses at the end."""
-    feed = TrainFeed(
-        beton,
-        image_size=image_size,
-        seed=7,
-        slots=1,
-        slot_size=BATCH,
-        rank=0,
-        world_size=1,
-        slots_per_micro_batch=1,
-        workers=WORKERS,
-        crop_scale=scale,
-        crop_ratio=RATIO,
-        flip_probability=0.5,
-        timeout_seconds=120,
-        rand_augment=operations and RandAugment.parse(operations),
+    settings = DataSettings(
+        train=str(beton.path), image_size=image_size, crop_scale=scale, crop_ratio=RATIO, rand_augment=operations
     )
+    batch = BatchSettings(global_batch=BATCH, slot=BATCH)
+    feed = TrainFeed(Subset(beton), settings, batch, World.alone(), seed=7, workers=WORKERS)
     for step in range(4 * rounds * feed.steps_per_epoch + 1):
         yield from (batch.images for batch in feed.slots(step))
     feed.close()

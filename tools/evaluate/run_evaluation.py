@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.multiprocessing as mp
 
 from cluster.local import reserve_port
 from pipeline.data.beton import Beton, open_beton
 from pipeline.data.feed import EvaluationFeed
+from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
+from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
 from tools.evaluate.answers import Answers, outputs_of, real_answers
@@ -167,14 +168,10 @@ def _rank(rank: int, job: EvaluationRequest) -> EvaluationResult:
 
 
 def _feed(job: EvaluationRequest, subject: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:
-    return EvaluationFeed(
-        beton,
+    settings = DataSettings(
+        train=str(beton.path),
         image_size=subject.image_size,
         crop_pct=subject.crop_pct,
-        batch_size=job.batch,
-        rank=world.rank,
-        world_size=world.size,
-        workers=max(world.cores() - 1, 1),
         timeout_seconds=job.timeout_seconds,
-        device=world.device if world.device.type == "cuda" else torch.device("cpu"),
     )
+    return EvaluationFeed(Subset(beton), settings, job.batch, world, workers=max(world.cores() - 1, 1))

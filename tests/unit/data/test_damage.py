@@ -10,8 +10,12 @@ import pytest
 from pipeline.data import beton as module
 from pipeline.data.beton import JPEG, BetonWriter, open_beton, samples_of
 from pipeline.data.feed import TrainFeed
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
 from pipeline.errors import DataError
+from pipeline.recipe.sections import BatchSettings, DataSettings
 from tests.archives import encoded, photograph
+from tests.support import squashed_images
 
 SAMPLES_AT = 24 + 2 * 1041
 COUNT = 32
@@ -39,10 +43,9 @@ def path(whole, tmp_path):
 
 def train(path):
     """An epoch of training's images, as a stage opens and reads them."""
-    feed = TrainFeed(
-        open_beton(path), image_size=32, seed=0, slots=2, slot_size=8, rank=0, world_size=1, slots_per_micro_batch=2,
-        workers=1, timeout_seconds=300, crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33), flip_probability=0.5,
-    )  # fmt: skip
+    settings = DataSettings(train=str(path), image_size=32, crop_scale=(0.5, 1), timeout_seconds=300)
+    batch = BatchSettings(global_batch=16, slot=8, micro_slots=2)
+    feed = TrainFeed(Subset(open_beton(path)), settings, batch, World.alone(), seed=0, workers=1)
     try:
         for step in range(feed.steps_per_epoch):
             list(feed.slots(step))
@@ -148,8 +151,6 @@ def test_every_bit_counts(path):
 @pytest.mark.slow
 def test_beyond_4_gib(tmp_path):
     """A sparse file: five of nine images lie beyond what 32 bits address; our loader and FFCV's own read them."""
-    from pipeline.data.feed import EvaluationFeed
-
     images = [np.array(photograph(number, 64).resize((32, 32))) for number in range(9)]
     with BetonWriter(tmp_path / "a.beton", ["x"], 9) as writer:
         for number, image in enumerate(images):
@@ -159,11 +160,7 @@ def test_beyond_4_gib(tmp_path):
     beton = open_beton(tmp_path / "a.beton")
     assert beton.size_bytes > 1 << 32
     assert beton.path.stat().st_blocks * 512 < 100 << 20
-    feed = EvaluationFeed(
-        beton, image_size=32, crop_pct=1, batch_size=4, rank=0, world_size=1, workers=1, timeout_seconds=60
-    )
-    found = [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
-    np.testing.assert_array_equal(found, images)
+    np.testing.assert_array_equal(squashed_images(beton, 32), images)
 
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

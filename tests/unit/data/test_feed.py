@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -15,13 +16,17 @@ from PIL import Image
 
 from pipeline.data import beton as module
 from pipeline.data.beton import BetonWriter, open_beton
+from pipeline.data.crops import EvaluationPlan
 from pipeline.data.feed import EvaluationFeed, TrainFeed
-from pipeline.data.ffcv_loader import Producer
-from pipeline.data.randaugment import RandAugment
+from pipeline.data.ffcv_loader import ImageLoader, Producer
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
 from pipeline.errors import DataError, RecipeError
+from pipeline.recipe.sections import BatchSettings, DataSettings
 
 SAMPLES, SLOTS, SLOT_SIZE = 70, 4, 4
 STEPS = SAMPLES // (SLOTS * SLOT_SIZE)
+WHOLE_EPOCH = {"global_batch": SAMPLES, "slot": SAMPLES}
 
 
 def photo(i):
@@ -43,17 +48,26 @@ def beton(tmp_path_factory):
     return open_beton(path)
 
 
-def train_feed(beton, rank=0, world_size=1, **changes):
-    options = {
-        "image_size": 24, "seed": 3, "slots": SLOTS, "slot_size": SLOT_SIZE, "slots_per_micro_batch": 1, "workers": 1,
-        "crop_scale": (0.2, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip_probability": 0.5, "timeout_seconds": 60,
-    }  # fmt: skip
-    return TrainFeed(beton, rank=rank, world_size=world_size, **{**options, **changes})
+def data_settings(**changes):
+    return DataSettings(train="-", **{"image_size": 24, "crop_scale": (0.2, 1.0), "timeout_seconds": 60, **changes})
 
 
-def evaluation_feed(beton, rank=0, world_size=1, **changes):
-    options = {"image_size": 24, "crop_pct": 0.875, "batch_size": 8, "workers": 1, "timeout_seconds": 60}
-    return EvaluationFeed(beton, rank=rank, world_size=world_size, **{**options, **changes})
+def world(rank, size):
+    return replace(World.alone(), rank=rank, size=size)
+
+
+def train_feed(beton, rank=0, world_size=1, *, workers=1, batch=None, **changes):
+    batch = BatchSettings(**{"global_batch": SLOTS * SLOT_SIZE, "slot": SLOT_SIZE, **(batch or {})})
+    return TrainFeed(Subset(beton), data_settings(**changes), batch, world(rank, world_size), seed=3, workers=workers)
+
+
+def evaluation_feed(beton, rank=0, world_size=1, *, workers=1, **changes):
+    return EvaluationFeed(Subset(beton), data_settings(**changes), 8, world(rank, world_size), workers=workers)
+
+
+def producer_of(beton, work, timeout_seconds=60, kind=Producer):
+    loader = ImageLoader(Subset(beton), EvaluationPlan(24, 1.0), batch_size=8, workers=1)
+    return kind(loader, work, lambda *batch: batch, timeout_seconds)
 
 
 def slots_of(feed, step):
@@ -79,7 +93,7 @@ def expected(beton):
 
 
 def test_batches(beton):
-    feed = train_feed(beton, slots_per_micro_batch=3)
+    feed = train_feed(beton, batch={"micro_slots": 3})
     assert feed.steps_per_epoch == STEPS
     batches = list(feed.slots(STEPS + 1))
     feed.close()
@@ -96,7 +110,7 @@ def test_batches(beton):
 
 def test_epochs_differ_in_order_and_crops(beton, expected):
     assert len({h for step in expected for h in step.values()}) == 3 * STEPS * SLOTS
-    feed = train_feed(beton, slots=1, slot_size=SAMPLES)
+    feed = train_feed(beton, batch=WHOLE_EPOCH)
     (first,), (second,) = feed.slots(0), feed.slots(1)
     feed.close()
     a, b = (batch.images[batch.ids.argsort()] for batch in (first, second))
@@ -104,7 +118,7 @@ def test_epochs_differ_in_order_and_crops(beton, expected):
     assert all((x != y).any() for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{"workers": 2}, {"slots_per_micro_batch": 2}, {"slots_per_micro_batch": 9}])
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"batch": {"micro_slots": 2}}, {"batch": {"micro_slots": 9}}])
 def test_workers_and_micro_batches_change_nothing(beton, expected, changes):
     feed = train_feed(beton, **changes)
     assert [slots_of(feed, step) for step in range(3 * STEPS)] == expected
@@ -113,16 +127,16 @@ def test_workers_and_micro_batches_change_nothing(beton, expected, changes):
 
 def test_augmented_images_are_the_same_for_any_workers_and_ranks(beton, expected):
     """RandAugment inside the decoding threads: hashes of every slot, 1 and 2 workers, 1 and 4 ranks, after a seek."""
-    policy = RandAugment.parse("rand-m9-mstd0.5-inc1")
-    feed = train_feed(beton, rand_augment=policy)
+    notation = "rand-m9-mstd0.5-inc1"
+    feed = train_feed(beton, rand_augment=notation)
     whole = [slots_of(feed, step) for step in range(2 * STEPS)]
     feed.close()
     assert sum(whole[s][n] != expected[s][n] for s in range(2 * STEPS) for n in range(SLOTS)) > STEPS * SLOTS
-    feed = train_feed(beton, workers=2, rand_augment=policy)
+    feed = train_feed(beton, workers=2, rand_augment=notation)
     assert [slots_of(feed, step) for step in range(2 * STEPS)] == whole
     feed.close()
     for rank in range(4):
-        feed = train_feed(beton, rank, 4, workers=2, rand_augment=policy)
+        feed = train_feed(beton, rank, 4, workers=2, rand_augment=notation)
         for step in (5, 1, 2):
             assert slots_of(feed, step) == {rank: whole[step][rank]}
         feed.close()
@@ -261,7 +275,7 @@ def test_damaged_samples_are_replaced_by_the_next_ones_on_request(beton, tmp_pat
     bad = damaged(beton, tmp_path, 33)
     whole = {i: (b, n) for b in evaluation_feed(beton) for n, i in enumerate(b.ids.tolist()) if b.valid[n]}
     seen = {}
-    for batch in evaluation_feed(bad, workers=workers, skip_damaged=True):
+    for batch in evaluation_feed(bad, workers=workers, on_damaged="skip"):
         for n, i in enumerate(batch.ids.tolist()):
             if batch.valid[n]:
                 assert i not in seen
@@ -270,7 +284,7 @@ def test_damaged_samples_are_replaced_by_the_next_ones_on_request(beton, tmp_pat
     assert all(seen.values())
 
     def steps(world_size):
-        feeds = [train_feed(bad, rank, world_size, workers=workers, skip_damaged=True) for rank in range(world_size)]
+        feeds = [train_feed(bad, rank, world_size, workers=workers, on_damaged="skip") for rank in range(world_size)]
         found = [{slot: h for feed in feeds for slot, h in slots_of(feed, step).items()} for step in range(2 * STEPS)]
         for feed in feeds:
             feed.close()
@@ -279,7 +293,7 @@ def test_damaged_samples_are_replaced_by_the_next_ones_on_request(beton, tmp_pat
     (alone, replaced), (shared, replaced_by_two) = steps(1), steps(2)
     assert alone == shared
     assert replaced == replaced_by_two > 0
-    feed = train_feed(bad, slots=1, slot_size=SAMPLES, skip_damaged=True)
+    feed = train_feed(bad, batch=WHOLE_EPOCH, on_damaged="skip")
     (batch,) = feed.slots(0)
     feed.close()
     assert sorted(batch.ids.tolist()) == sorted([34 if i == 33 else i for i in range(SAMPLES)])
@@ -294,18 +308,16 @@ def test_a_file_without_a_whole_image_is_an_error(tmp_path):
     with BetonWriter(path, ["a"], 4) as writer:
         for _ in range(4):
             writer.add(b"no JPEG", 0, size=(8, 8))
-    with pytest.raises(DataError, match=r"no image of .* is whole"):
-        list(evaluation_feed(open_beton(path), skip_damaged=True))
+    with pytest.raises(DataError, match=r"every image of .* is damaged"):
+        list(evaluation_feed(open_beton(path), on_damaged="skip"))
 
 
 def test_errors_of_the_thread_reach_the_consumer(beton):
-    feed = evaluation_feed(beton)
-
     def work():
-        yield 0, np.arange(8), np.ones(8, bool)
+        yield 0, np.arange(8), None
         raise ZeroDivisionError("in the thread")
 
-    producer = Producer(feed._loader, work(), feed._finish, 60)
+    producer = producer_of(beton, work())
     next(producer)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(producer)
@@ -313,14 +325,14 @@ def test_errors_of_the_thread_reach_the_consumer(beton):
 
 
 def test_slow_disk_is_an_error_in_time(beton):
-    feed, release, answered = evaluation_feed(beton), threading.Event(), threading.Event()
+    release, answered = threading.Event(), threading.Event()
 
     def work():
         release.wait(60)
         answered.set()
-        yield 0, np.arange(8), np.ones(8, bool)
+        yield 0, np.arange(8), None
 
-    producer = Producer(feed._loader, work(), feed._finish, 0.3)
+    producer = producer_of(beton, work(), timeout_seconds=0.3)
     with pytest.raises(DataError, match=r"no batch came from .*a\.beton within 0\.3 s"):
         next(producer)
     assert not answered.is_set()
@@ -333,14 +345,14 @@ def test_silently_ended_thread_is_an_error(beton):
         def run(self):
             pass
 
-    producer = Dying(evaluation_feed(beton)._loader, iter([]), tuple, 60)
-    with pytest.raises(DataError, match="ended without a word"):
+    producer = producer_of(beton, iter([]), kind=Dying)
+    with pytest.raises(DataError, match="ended without an error"):
         next(producer)
 
 
 def test_numbers_that_do_not_fit(beton):
     with pytest.raises(RecipeError, match="global batch of 280 images cannot be drawn from 70"):
-        train_feed(beton, slots=4, slot_size=70)
+        train_feed(beton, batch={"global_batch": 280, "slot": 70})
     with pytest.raises(RecipeError, match="world size 3 does not divide slots=4"):
         train_feed(beton, 0, 3)
 
@@ -353,10 +365,11 @@ import torch
 torch.cuda.is_available = lambda: True  # here it is a lie, so any touch of a GPU raises
 from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
-feed = EvaluationFeed(
-    open_beton(sys.argv[1]), image_size=24, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1,
-    timeout_seconds=60,
-)
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
+from pipeline.recipe.sections import DataSettings
+settings = DataSettings(train="-", image_size=24)
+feed = EvaluationFeed(Subset(open_beton(sys.argv[1])), settings, 8, World.alone(), workers=1)
 assert sum(int(batch.valid.sum()) for batch in feed) == 70
 assert not torch.cuda.is_initialized()
 """

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from pipeline.data.randaugment import NOTHING, NUMBERS, OPERATIONS, RandAugment, strengths
+from pipeline.data.randaugment import NOTHING, NUMBERS, OPERATIONS, draw_operations, strengths
+from pipeline.recipe.randaugment_settings import RandAugmentSettings
 from tests.oracles import oracle
 
 IDS = np.arange(60_000)
-POLICY = RandAugment.parse("rand-m9-mstd0.5-inc1")
+POLICY = RandAugmentSettings.parse("rand-m9-mstd0.5-inc1")
 
 
 @pytest.fixture(scope="module")
@@ -20,47 +21,16 @@ def timm():
 
 @pytest.fixture(scope="module")
 def drawn():
-    return POLICY.draw(3, 1, IDS, 224)
-
-
-def test_notation_means_what_it_means_in_timm(timm):
-    for text in ("rand-m9-mstd0.5-inc1", "rand-inc1-m5", "rand-m10-p0.3-inc1-mstd1"):
-        ours, theirs = RandAugment.parse(text), timm.rand_augment_transform(text, {})
-        assert [op.name for op in theirs.ops] == list(OPERATIONS)
-        assert theirs.num_layers == 2
-        first = theirs.ops[0]
-        assert (ours.magnitude, ours.deviation, ours.probability) == (first.magnitude, first.magnitude_std, first.prob)
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("rand-m9-n3-inc1", "'n3' of 'rand-m9-n3-inc1' is not supported"),
-        ("rand-m9-mmax10-inc1", "'mmax10'"),
-        ("rand-m9-tweights-inc1", "'tweights'"),
-        ("rand-m9-m8-inc1", "'m8'"),
-        ("rand-m9-inc1-", "''"),
-        ("rand-m9-mstd0.5", "only rand-m...-inc1 is"),
-        ("rand-m9-inc0", "only rand-m...-inc1 is"),
-        ("rand-mstd0.5-inc1", "only rand-m...-inc1 is"),
-        ("original-m9-inc1", "only rand-m...-inc1 is"),
-        ("rand-m11-inc1", "m is at most 10"),
-        ("rand-m9-p1.5-inc1", "p at most 1"),
-    ],
-)
-def test_what_is_not_supported_is_named(text, part):
-    with pytest.raises(ValueError, match=r"not supported") as error:
-        RandAugment.parse(text)
-    assert part in str(error.value)
+    return draw_operations(POLICY, 3, 1, IDS, 224)
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(drawn):
     codes, numbers = drawn
     some = IDS[::-7]
-    for found, whole in zip(POLICY.draw(3, 1, some, 224), (codes, numbers), strict=True):
+    for found, whole in zip(draw_operations(POLICY, 3, 1, some, 224), (codes, numbers), strict=True):
         np.testing.assert_array_equal(found, whole[::-7])
     for seed, epoch in ((3, 2), (4, 1), (1, 3)):
-        assert (POLICY.draw(seed, epoch, IDS, 224)[0] == codes).all(1).mean() < 0.4  # 0.25 are both nothing
+        assert (draw_operations(POLICY, seed, epoch, IDS, 224)[0] == codes).all(1).mean() < 0.4  # 0.25 are both nothing
 
 
 def test_operations_are_drawn_evenly_with_replacement_half_the_time(drawn):
@@ -83,7 +53,7 @@ def test_magnitudes_are_normal_and_clipped(drawn):
     assert abs((factors > 0).mean() - 0.5) < 0.03
     assert abs(factors).max() == pytest.approx(0.3)
     assert abs((abs(factors) == 0.3).mean() - 0.0228) < 0.01  # what lies beyond 10, two deviations away
-    plain = RandAugment.parse("rand-m9-inc1").draw(3, 1, IDS, 224)
+    plain = draw_operations(RandAugmentSettings.parse("rand-m9-inc1"), 3, 1, IDS, 224)
     assert np.unique(abs(plain[1][plain[0] == OPERATIONS.index("ShearX"), 1])).tolist() == [pytest.approx(0.27)]
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from pipeline.data import subset as module
 from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import count_per_class, select_subset
+from pipeline.distributed.world import World
 from pipeline.errors import RecipeError
+from pipeline.recipe.sections import DataSettings
 
 CLASSES = ("ape", "bee", "cat", "dog")
 LABELS = [0] * 3 + [1] * 40 + [3] * 7 + [2] * 100
@@ -30,6 +34,7 @@ def labels(beton):
 def test_all_of_it_costs_nothing(beton):
     everything = select_subset(beton)
     assert (everything.samples, everything.ids, everything.labels) == (150, None, None)
+    assert everything.classes == CLASSES
 
 
 @settings(deadline=None)
@@ -68,13 +73,11 @@ def test_an_unknown_class(beton):
 
 def test_what_the_model_sees(beton):
     part = select_subset(beton, ["dog", "ape"])
+    assert part.classes == ("ape", "dog")
+    settings = DataSettings(train=str(beton.path), image_size=8, crop_pct=1.0)
     feeds = [
-        EvaluationFeed(
-            beton, image_size=8, crop_pct=1.0, batch_size=4, rank=rank, world_size=2, workers=1, timeout_seconds=60,
-            subset=part,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        EvaluationFeed(part, settings, 4, replace(World.alone(), rank=rank, size=2), workers=1) for rank in range(2)
+    ]
     seen = [
         (int(i), int(y), int(x[0, 0, 0]))
         for f in feeds

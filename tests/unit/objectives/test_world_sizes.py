@@ -1,11 +1,14 @@
 """What a step sees, pixels and masks, is the same whatever the number of ranks and the size of the micro-batch."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from pipeline.data.beton import open_beton
 from pipeline.data.feed import TrainFeed
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
 from tests.support import write_tiny_recipe
@@ -23,12 +26,9 @@ def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:
     objective = create_objective(recipe, seed=11)
     found: list[dict[int, str]] = [{} for _ in range(STEPS)]
     for rank in range(world_size):
-        feed = TrainFeed(
-            open_beton(recipe.data.train), image_size=recipe.data.image_size, seed=11, slots=recipe.batch.slots,
-            slot_size=recipe.batch.slot, rank=rank, world_size=world_size, slots_per_micro_batch=micro_slots, workers=1,
-            crop_scale=recipe.data.crop_scale, crop_ratio=recipe.data.crop_ratio,
-            flip_probability=recipe.data.flip, timeout_seconds=60,
-        )  # fmt: skip
+        world = replace(World.alone(), rank=rank, size=world_size)
+        batch = recipe.batch.model_copy(update={"micro_slots": micro_slots})
+        feed = TrainFeed(Subset(open_beton(recipe.data.train)), recipe.data, batch, world, seed=11, workers=1)
         for step in range(STEPS):
             for batch in feed.slots(step):
                 parts = zip(

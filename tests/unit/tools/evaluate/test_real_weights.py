@@ -13,8 +13,10 @@ from torch import nn
 
 from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
+from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.objectives.pixels import MEAN, STD
+from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from tests.oracles import oracle
 from tools.evaluate.answers import Answers, outputs_of
@@ -79,9 +81,8 @@ def test_eighteen_of_twenty_photographs(unpacked, group, tmp_path):
     beton = open_beton(tmp_path / "data.beton")
     model = Lite0(next(unpacked.glob("efficientnet*/models/*.pth")))
     world = World(0, 0, 1, 1, torch.device("cpu"), group)
-    feed = EvaluationFeed(
-        beton, image_size=224, crop_pct=0.875, batch_size=10, rank=0, world_size=1, workers=1, timeout_seconds=100
-    )
+    settings = DataSettings(train=str(beton.path), image_size=224, crop_pct=0.875)
+    feed = EvaluationFeed(Subset(beton), settings, 10, world, workers=1)
     scorer = Answers(outputs_of(beton.classes, None, 1000), restricted=False)
     found = evaluate(FixedModel(model, world), scorer, feed)
     assert found["images"] == 20

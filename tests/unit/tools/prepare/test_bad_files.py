@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data.beton import RAW, contents_of, open_beton
-from pipeline.data.feed import EvaluationFeed
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
+from tests.support import squashed_images
 from tools.prepare import encoding
 from tools.prepare.encoding import Encoding
 from tools.prepare.preparation import prepare_beton
@@ -173,10 +173,7 @@ def test_what_is_kept_without_a_word(prepared):
 def test_all_pixels_are_those_of_torchvisions_loader(prepared):
     """Evaluation squashed to 64 pixels: a lossless way from the file to the network, but for what was encoded anew."""
     source, beton, notes = prepared
-    feed = EvaluationFeed(
-        beton, image_size=64, crop_pct=1, batch_size=8, rank=0, world_size=1, workers=1, timeout_seconds=60
-    )
-    pixels = [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
+    pixels = squashed_images(beton, 64)
     names = [n for n in sorted(os.listdir(source)) if n in PLAIN or n in STORED]
     assert len(names) == len(pixels) == beton.samples
     for name, image in zip(names, pixels, strict=True):

@@ -8,16 +8,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data.beton import open_beton, verify_hashes
-from pipeline.data.feed import EvaluationFeed
 from pipeline.errors import DataError
+from tests.support import squashed_images
 from tools.prepare import cifar10
-
-
-def evaluated(beton, size):
-    feed = EvaluationFeed(
-        beton, image_size=size, crop_pct=1, batch_size=4, rank=0, world_size=1, workers=1, timeout_seconds=60
-    )
-    return [image for b in feed for image in b.images.permute(0, 2, 3, 1)[b.valid].numpy()]
 
 
 def small_archive(path):
@@ -46,7 +39,7 @@ def test_cifar10_is_written_once(tmp_path):
     assert open_beton(train).classes[3] == "cat"
     with tarfile.open(archive) as package, Image.open(package.extractfile("package/data_batch_2.png")) as picture:
         row = np.asarray(picture)[1]
-    np.testing.assert_array_equal(evaluated(open_beton(train), 32)[5], row.reshape(32, 32, 3))
+    np.testing.assert_array_equal(squashed_images(open_beton(train), 32)[5], row.reshape(32, 32, 3))
     stamps = [os.stat(p).st_mtime_ns for p in (train, test)]
     cifar10.prepare_cifar10(archive, tmp_path / "out")
     assert [os.stat(p).st_mtime_ns for p in (train, test)] == stamps
