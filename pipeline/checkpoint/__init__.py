@@ -1,6 +1,6 @@
 """Checkpoints of a stage: what a resume needs, and nothing else."""
 
-from pipeline.checkpoint.retention import prune_checkpoints
+from pipeline.checkpoint.retention import prune_store
 from pipeline.checkpoint.store import CheckpointStore
 
-__all__ = ["CheckpointStore", "prune_checkpoints"]
+__all__ = ["CheckpointStore", "prune_store"]

@@ -37,7 +37,7 @@ def checkpoints_to_keep(
     }
 
 
-def prune_checkpoints(
+def prune_store(
     store: CheckpointStore,
     *,
     keep_last: int,

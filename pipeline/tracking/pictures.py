@@ -53,7 +53,7 @@ def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: ArrayLike, 
             sheet.paste(Image.fromarray(large), (left, CAPTION + y * (high + GAP)))
     png = io.BytesIO()
     sheet.save(png, format="PNG")
-    _publish(path, png)
+    _write_png(path, png)
 
 
 def draw_curves(journal_path: str | Path, path: str | Path) -> None:
@@ -93,10 +93,10 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
         style_axis(axis, resumed)
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(png, format="png", dpi=130)
-    _publish(path, png)
+    _write_png(path, png)
 
 
-def _publish(path: str | Path, png: io.BytesIO) -> None:
+def _write_png(path: str | Path, png: io.BytesIO) -> None:
     Folder.at(Path(path).parent).publish(Path(path).name, png.getvalue())
 
 

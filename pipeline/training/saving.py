@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from pipeline.checkpoint.asynchronous import BackgroundSave
-from pipeline.checkpoint.retention import prune_checkpoints
+from pipeline.checkpoint.retention import prune_store
 from pipeline.checkpoint.store import EVER_COMMITTED, CheckpointStore
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
@@ -210,7 +210,7 @@ class Checkpoints:
             return
         best = {self._best[0]} if self._best and self._settings.keep_best else set()
         try:
-            prune_checkpoints(
+            prune_store(
                 self._store,
                 keep_last=self._settings.keep_last,
                 keep_every=self._keep_every,

@@ -1,134 +1,162 @@
-"""Infer the architecture of a ConvNeXt from the shapes of its tensors, and list the shapes of an architecture."""
+"""Describe the architecture of a model: the names and shapes of its tensors, and the options that build it.
 
-import re
+The internal names and shapes are the official ones. For SLaK and Next-ViT they lack BatchNorm's counters of batches:
+nothing depends on these integers, so they are dropped on import and written as zeros on export.
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.models import VARIANTS
-from pipeline.weights.families import FamilyArchitecture, infer_nextvit, infer_slak, is_nextvit
-from pipeline.weights.shapes import Shape, Shapes
+import torch
 
-_LAYER_SCALE = re.compile(r"\.\d+\.gamma$")
-_DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
+from pipeline.models import FAMILIES, create_model
+from pipeline.models.fcmae import FCMAE
+
+COUNTER = ".num_batches_tracked"
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architecture of a ConvNeXt V2 or V1, with or without head, or of its FCMAE.
+    """The architecture of a model, with or without head.
 
     Attributes:
+        family: the name of the family for `create_model`.
+        title: the name of the family for people.
+        unrecorded_options: options that cannot be inferred from tensors, and their published values.
+        decoder: width and number of blocks of FCMAE's decoder; None without one.
         norm: whether there is a final norm.
         classes: rows of the head; 0 without a head.
-        decoder: width and number of blocks of FCMAE's decoder; None without one.
-        v1: whether blocks have V1's layer scale instead of V2's GRN.
     """
 
-    family: ClassVar[str] = "convnextv2"
-    unrecorded_options: ClassVar[Mapping[str, Any]] = {}
+    family: ClassVar[str]
+    title: ClassVar[str]
+    unrecorded_options: ClassVar[Mapping[str, Any]]
+    decoder = None  # not annotated, because it is a field of ConvNeXt alone
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     in_channels: int = 3
-    stem_stride: int = 4
     norm: bool = False
     classes: int = 0
-    decoder: tuple[int, int] | None = None
-    v1: bool = False
-
-    @property
-    def variant(self) -> str | None:
-        """The published name of these depths and dims."""
-        name = next((name for name, shape in VARIANTS.items() if shape == (self.depths, self.dims)), None)
-        return name.replace("convnextv2", "convnext") if name and self.v1 else name
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """Arguments of `create_model("convnextv2", ...)` for the encoder, and for the head if there is one."""
+        """Arguments of `create_model(family, ...)`: the encoder, and the head if there is one."""
+        raise NotImplementedError
+
+    @property
+    def variant(self) -> str | None:
+        """The published name of this architecture, if it has one."""
+        raise NotImplementedError
+
+    def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
+        """Internal name and shape of every tensor, in the order of the official state dict."""
+        with torch.device("meta"):
+            if self.decoder:
+                encoder = create_model(self.family, **self.model_options)
+                model = FCMAE(encoder, decoder_dim=self.decoder[0], decoder_depth=self.decoder[1], cell=encoder.stride)
+            else:
+                model = create_model(self.family, **{**self.model_options, "num_classes": self.classes or 1})
+        absent = () if self.classes else ("head.", "proj_head.") if self.norm else ("head.", "proj_head.", "norm.")
         return {
-            "depths": self.depths,
-            "dims": self.dims,
-            "num_classes": self.classes,
-            "in_channels": self.in_channels,
-            "stem_stride": self.stem_stride,
-            **({"response": "none", "layer_scale": 1e-6} if self.v1 else {}),
+            name: tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(absent) and (counters or not name.endswith(COUNTER))
         }
 
-    def shapes(self) -> dict[str, Shape]:
-        """Internal name and shape of every tensor, in the order of the official model's state dict."""
-        encoder: dict[str, Shape] = {}
-        _add_layer(encoder, "downsample_layers.0.0", (self.dims[0], self.in_channels, *2 * (self.stem_stride,)))
-        _add_layer(encoder, "downsample_layers.0.1", (self.dims[0],))
-        for stage in range(1, len(self.dims)):
-            below, dim = self.dims[stage - 1 : stage + 1]
-            _add_layer(encoder, f"downsample_layers.{stage}.0", (below,))
-            _add_layer(encoder, f"downsample_layers.{stage}.1", (dim, below, 2, 2))
-        for stage, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
-            for block in range(depth):
-                _add_block(encoder, f"stages.{stage}.{block}", dim, self.v1)
-        if not self.decoder:
-            if self.norm:
-                _add_layer(encoder, "norm", (self.dims[-1],))
-            if self.classes:
-                _add_layer(encoder, "head", (self.classes, self.dims[-1]))
-            return encoder
-        width, blocks = self.decoder
-        cell = self.stem_stride * 2 ** (len(self.dims) - 1)
-        shapes: dict[str, Shape] = {"mask_token": (1, width, 1, 1)}
-        shapes |= {f"encoder.{name}": shape for name, shape in encoder.items()}
-        _add_layer(shapes, "proj", (width, self.dims[-1], 1, 1))
-        for block in range(blocks):
-            _add_block(shapes, f"decoder.{block}", width, self.v1)
-        _add_layer(shapes, "pred", (cell * cell * self.in_channels, width, 1, 1))
-        return shapes
-
     def __str__(self) -> str:
-        name = self.variant or f"a ConvNeXt {'V1' if self.v1 else 'V2'} of depths {self.depths} and dims {self.dims}"
+        name = self.variant or f"a {self.title} of depths {self.depths} and dims {self.dims}"
         if self.decoder:
             return f"FCMAE of {name}"
         return f"{name} with {self.classes} classes" if self.classes else f"{name} without head"
 
 
-def _add_layer(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
-    shapes[f"{name}.weight"] = weight
-    shapes[f"{name}.bias"] = weight[:1]
+@dataclass(frozen=True)
+class ConvNeXtArchitecture(Architecture):
+    """The architecture of a ConvNeXt V2 or V1, or of its FCMAE.
 
-
-def _add_block(shapes: dict[str, Shape], name: str, dim: int, v1: bool) -> None:
-    if v1:
-        shapes[f"{name}.gamma"] = (dim,)
-    _add_layer(shapes, f"{name}.dwconv", (dim, 1, 7, 7))
-    _add_layer(shapes, f"{name}.norm", (dim,))
-    _add_layer(shapes, f"{name}.pwconv1", (4 * dim, dim))
-    if not v1:
-        shapes[f"{name}.grn.gamma"] = shapes[f"{name}.grn.beta"] = (1, 1, 1, 4 * dim)
-    _add_layer(shapes, f"{name}.pwconv2", (dim, 4 * dim))
-
-
-def infer_architecture(shapes: Mapping[str, Shape], layout: str) -> Architecture | FamilyArchitecture:
-    """Infer the architecture from internal names and shapes; the caller checks every tensor against the result.
-
-    Raises:
-        CheckpointError: if a stage or block number is left out, or a tensor that holds a width is absent.
+    Attributes:
+        v1: whether blocks have V1's layer scale instead of V2's GRN.
     """
-    reader = Shapes(shapes, layout)
-    if is_nextvit(shapes):
-        return infer_nextvit(reader)
-    if any(".large_kernel." in name for name in shapes):
-        return infer_slak(reader)
-    encoder = "encoder." if reader.has("encoder.") else ""
-    stages = reader.count(f"{encoder}downsample_layers.")
-    stem = f"{encoder}downsample_layers.0.0.weight"
-    downs = [f"{encoder}downsample_layers.{stage}.1.weight" for stage in range(1, stages)]
-    has_head = reader.has("head.")
-    has_decoder = any(map(_DECODER.fullmatch, shapes))
-    return Architecture(
-        depths=tuple(reader.count(f"{encoder}stages.{stage}.") for stage in range(stages)),
-        dims=tuple(reader.size(name, 4, 0) for name in (stem, *downs)),
-        in_channels=reader.size(stem, 4, 1),
-        stem_stride=reader.size(stem, 4, 2),
-        norm=has_head or reader.has("norm."),
-        classes=reader.size("head.weight", 2, 0) if has_head else 0,
-        decoder=(reader.size("proj.weight", 4, 0), reader.count("decoder.")) if has_decoder else None,
-        v1=any(map(_LAYER_SCALE.search, shapes)),
-    )
+
+    family = "convnextv2"
+    unrecorded_options: ClassVar[Mapping[str, Any]] = {}
+
+    stem_stride: int = 4
+    decoder: tuple[int, int] | None = None
+    v1: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"ConvNeXt {'V1' if self.v1 else 'V2'}"
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        names = ("depths", "dims", "in_channels", "stem_stride")
+        v1 = {"response": "none", "layer_scale": 1e-6} if self.v1 else {}
+        return {**{name: getattr(self, name) for name in names}, "num_classes": self.classes, **v1}
+
+    @property
+    def variant(self) -> str | None:
+        variants = FAMILIES["convnextv2"][1].items()
+        name = next((name for name, shape in variants if shape == (self.depths, self.dims)), None)
+        return name.replace("convnextv2", "convnext") if name and self.v1 else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLaKArchitecture(Architecture):
+    """The architecture of a SLaK; `dims` include the width factor."""
+
+    family = "slak"
+    title = "SLaK"
+    unrecorded_options: ClassVar[Mapping[str, Any]] = {"order": "parallel"}
+
+    stem_stride: int = 4
+    kernel_sizes: tuple[int, ...]
+    small_kernel: int | None
+    form: str
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        names = ("depths", "dims", "in_channels", "stem_stride", "kernel_sizes", "small_kernel", "form")
+        return {**{name: getattr(self, name) for name in names}, "width": 1.0, "num_classes": self.classes}
+
+    @property
+    def variant(self) -> str | None:
+        published = (self.kernel_sizes, self.small_kernel, self.form) == ((51, 49, 47, 13), 5, "decomposed")
+        for name, (depths, dims) in FAMILIES["slak"][1].items():
+            if published and (depths, tuple(int(dim * 1.3) for dim in dims)) == (self.depths, self.dims):
+                return name
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextViTArchitecture(Architecture):
+    """The architecture of a Next-ViT."""
+
+    family = "nextvit"
+    title = "Next-ViT"
+    unrecorded_options: ClassVar[Mapping[str, Any]] = {"stem_stride": 4, "pooling": "1d", "activation": "relu"}
+
+    stem_dim: int = 64
+    pattern: str = "CHHH"
+    convolutions_per_transformer: int | tuple[int, ...] = 4
+    shrink: float = 0.75
+    head_dim: int = 32
+    normalisation: str = "batch"
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        names = ("depths", "dims", "in_channels", "stem_dim", "pattern", "convolutions_per_transformer", "shrink")
+        options = {name: getattr(self, name) for name in (*names, "head_dim")}
+        return {**options, "norm": self.normalisation, "num_classes": self.classes}
+
+    @property
+    def variant(self) -> str | None:
+        for name, (depths, dims) in FAMILIES["nextvit"][1].items():
+            published = NextViTArchitecture(depths=depths, dims=dims, in_channels=self.in_channels)
+            if {**published.model_options, "num_classes": self.classes} == self.model_options:
+                return name
+        return None

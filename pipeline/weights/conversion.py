@@ -1,22 +1,16 @@
 """Convert weights between the layouts of other programs and the internal layout: names, shapes and order of elements.
 
-This file has the layouts of ConvNeXt V2 and V1; `families` has those of SLaK and Next-ViT. The internal layout has the
-names and shapes of the official fine-tuning code; FCMAE has them below `encoder.`, and beside that `mask_token`,
-`proj`, `decoder` and `pred`. The layouts of files:
+`tensor_names` lists the layouts. Their shapes differ from the internal ones so:
 
-- official dense: the released weights and the output of fine-tuning; an encoder alone, or with `norm` and `head`.
-- fcmae: the output of this program's pre-training.
-- official sparse: the output of the official pre-training. MinkowskiEngine's `kernel` (sites, in, out) counts sites
-  down the columns, W[o, i, h, w] = kernel[h + size * w, i, o]; biases are (1, C); norms are below `ln`, linear layers
-  below `linear`.
-- timm: other names; GRN is (4C,), and the linear layers of atto to nano are 1x1 convolutions.
-- transformers: other names; `layer_norm_eps` of its config must be 1e-6.
+- official sparse: MinkowskiEngine's `kernel` (sites, in, out) counts sites down the columns,
+  W[o, i, h, w] = kernel[h + size * w, i, o]; biases are (1, C).
+- timm: GRN is (4C,), and the linear layers of atto to nano are 1x1 convolutions.
+- transformers: the same shapes; `layer_norm_eps` of its config must be 1e-6.
 
 GRN's tensors occur as (4C,), (1, 4C) and (1, 1, 1, 4C). The official conversion, applied twice, makes them
 six-dimensional and then loses them without an error; here every tensor is converted or refused by name.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,88 +18,20 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture, infer_architecture
-from pipeline.weights.families import COUNTER, FamilyArchitecture, is_nextvit, nextvit_names, nextvit_timm_name
+from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture
+from pipeline.weights.inference import infer_architecture, is_nextvit
+from pipeline.weights.tensor_names import (
+    LAYOUTS,
+    belongs_to_pretraining,
+    external_name,
+    internal_name,
+    nextvit_internal_names,
+    nextvit_timm_name,
+)
 
-LAYOUTS = ("official dense", "fcmae", "official sparse", "timm", "transformers")
 _CONV_MLP = tuple(
     f"{family}_{size}" for family in ("convnextv2", "convnext") for size in ("atto", "femto", "pico", "nano")
 )
-
-_FIELDS = {
-    "{s}": r"(?P<s>0|[1-9]\d{0,2})",
-    "{b}": r"(?P<b>0|[1-9]\d{0,2})",
-    "{i}": r"(?P<i>[01])",
-    "{p}": r"(?P<p>weight|bias)",
-    "{k}": r"(?P<k>LoRA1|LoRA2|lkb_origin|small_conv)",
-    "{v}": r"(?P<v>weight|bias|running_mean|running_var)",
-}
-_BLOCK_NAMES = (
-    ("gamma", "gamma", "layer_scale_parameter"),
-    ("dwconv.{p}", "conv_dw.{p}", "dwconv.{p}"),
-    ("norm.{p}", "norm.{p}", "layernorm.{p}"),
-    ("pwconv1.{p}", "mlp.fc1.{p}", "pwconv1.{p}"),
-    ("grn.gamma", "mlp.grn.weight", "grn.weight"),
-    ("grn.beta", "mlp.grn.bias", "grn.bias"),
-    ("pwconv2.{p}", "mlp.fc2.{p}", "pwconv2.{p}"),
-)
-_COLUMNS = ("official dense", "timm", "transformers")
-_NAMES = (  # the first row that matches a name is used
-    ("downsample_layers.0.0.{p}", "stem.0.{p}", "embeddings.patch_embeddings.{p}"),
-    ("downsample_layers.0.1.{p}", "stem.1.{p}", "embeddings.layernorm.{p}"),
-    ("downsample_layers.{s}.{i}.{p}", "stages.{s}.downsample.{i}.{p}", "encoder.stages.{s}.downsampling_layer.{i}.{p}"),
-    *(
-        (
-            f"stages.{{s}}.{{b}}.{official}",
-            f"stages.{{s}}.blocks.{{b}}.{timm}",
-            f"encoder.stages.{{s}}.layers.{{b}}.{transformers}",
-        )
-        for official, timm, transformers in _BLOCK_NAMES
-    ),
-    ("norm.{p}", "head.norm.{p}", "layernorm.{p}"),
-    ("head.{p}", "head.fc.{p}", "classifier.{p}"),
-    ("stages.{s}.{b}.large_kernel.{k}.conv.weight", None, None),
-    ("stages.{s}.{b}.large_kernel.{k}.bn.{v}", None, None),
-)
-_HF = re.compile(r"^convnext(v2)?\.")  # transformers' prefix of all names but the classifier's
-_BLOCK = r"(?:(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias)|grn\.(?:gamma|beta)|gamma)"
-_PRETRAINING = re.compile(rf"mask_token|(?:proj|pred)\.(?:weight|bias)|decoder\.(?:0|[1-9]\d{{0,2}})\.{_BLOCK}")
-_SPARSE_PART = re.compile(r"\.(?:ln|linear)(?=\.(?:weight|bias)$)")
-
-
-def _compile(template: str) -> re.Pattern[str]:
-    text = re.escape(template)
-    for field, expression in _FIELDS.items():
-        text = text.replace(re.escape(field), expression)
-    return re.compile(text)
-
-
-_TO_INTERNAL = {layout: [(_compile(row[i]), row[0]) for row in _NAMES if row[i]] for i, layout in enumerate(_COLUMNS)}
-_FROM_INTERNAL = {layout: [(_compile(row[0]), row[i]) for row in _NAMES if row[i]] for i, layout in enumerate(_COLUMNS)}
-
-
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in rules:
-        if match := pattern.fullmatch(name):
-            return template.format(**match.groupdict())
-    return None
-
-
-def internal_name(name: str, layout: str) -> str | None:
-    """Convert a tensor's name from `layout`; None if `layout` has no such name."""
-    dense = _TO_INTERNAL["official dense"]
-    if layout == "fcmae":
-        inner = name.removeprefix("encoder.")
-        return name if _PRETRAINING.fullmatch(name) or (inner != name and _rename(inner, dense)) else None
-    if layout == "official sparse":
-        plain = _SPARSE_PART.sub("", name)
-        plain = plain.removesuffix("kernel") + "weight" if plain.endswith(".kernel") else plain
-        return plain if _rename(plain, dense) else internal_name(plain, "fcmae")
-    if layout == "official dense":
-        name = re.sub(r"\.large_kernel\.Decom(?=[12]\.)", ".large_kernel.LoRA", name)
-    if layout == "transformers":
-        name = _HF.sub("", name)  # absent in transformers' models without classifier
-    return _rename(name, _TO_INTERNAL[layout])
 
 
 @dataclass(frozen=True)
@@ -122,7 +48,7 @@ class ConversionReport:
     """
 
     layout: str
-    architecture: Architecture | FamilyArchitecture
+    architecture: Architecture
     names: Mapping[str, str]
     reshaped: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -156,7 +82,7 @@ def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conve
     counters = tuple(name for name in tensors if name.endswith(COUNTER))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
     if is_nextvit(tensors):
-        layout, names = nextvit_names(tensors)
+        layout, names = nextvit_internal_names(tensors)
     else:
         layout = _recognise(tensors)
         names = {name: internal_name(name, layout) for name in tensors}
@@ -209,7 +135,7 @@ def _outside_encoder(names: Mapping[str, str]) -> str | None:
     bare = [
         name
         for name, internal in names.items()
-        if not internal.startswith("encoder.") and not _PRETRAINING.fullmatch(internal)
+        if not internal.startswith("encoder.") and not belongs_to_pretraining(internal)
     ]
     return bare[0] if bare and len(bare) < len(names) else None
 
@@ -238,7 +164,7 @@ def _to_internal_shape(name: str, internal: str, tensor: Tensor, layout: str) ->
 def _require_shapes(
     tensors: Mapping[str, Tensor],
     sources: Mapping[str, str],
-    architecture: Architecture | FamilyArchitecture,
+    architecture: Architecture,
     layout: str,
 ) -> None:
     """Raise CheckpointError unless names and shapes are exactly those of the architecture."""
@@ -254,7 +180,7 @@ def _require_shapes(
             )
 
 
-def _absent(architecture: Architecture | FamilyArchitecture) -> list[str]:
+def _absent(architecture: Architecture) -> list[str]:
     """Internal names of the tensors that a classifier of this architecture would have in addition."""
     if architecture.decoder:
         return []
@@ -264,7 +190,7 @@ def _absent(architecture: Architecture | FamilyArchitecture) -> list[str]:
 
 
 def from_internal(
-    tensors: Mapping[str, Tensor], architecture: Architecture | FamilyArchitecture, layout: str
+    tensors: Mapping[str, Tensor], architecture: Architecture, layout: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert internal tensors to the layout "official", "timm" or "transformers"; returns also the names left out.
 
@@ -273,7 +199,7 @@ def from_internal(
     Raises:
         CheckpointError: if timm cannot build the architecture, or the other program does not have the family.
     """
-    if isinstance(architecture, FamilyArchitecture):
+    if not isinstance(architecture, ConvNeXtArchitecture):
         return _family_from_internal(tensors, architecture, layout), ()
     if layout == "official":
         return dict(tensors), ()
@@ -283,19 +209,16 @@ def from_internal(
             f"{len(architecture.dims)} behind one of stride {architecture.stem_stride}; convert it to official or "
             "transformers"
         )
-    dropped = tuple(name for name in tensors if _PRETRAINING.fullmatch(name))
+    dropped = tuple(name for name in tensors if belongs_to_pretraining(name))
     converted = {}
     for name, tensor in tensors.items():
         if name not in dropped:
-            external = _rename(name.removeprefix("encoder."), _FROM_INTERNAL[layout])
-            assert external, name
-            if layout == "transformers" and not external.startswith("classifier."):
-                external = ("convnext." if architecture.v1 else "convnextv2.") + external
+            external = external_name(name, layout, architecture.v1)
             converted[external] = _to_timm_shape(name, tensor, architecture) if layout == "timm" else tensor
     return converted, dropped
 
 
-def _to_timm_shape(name: str, tensor: Tensor, architecture: Architecture) -> Tensor:
+def _to_timm_shape(name: str, tensor: Tensor, architecture: ConvNeXtArchitecture) -> Tensor:
     if ".grn." in name:
         return tensor.flatten()
     if architecture.variant in _CONV_MLP and ".pwconv" in name and tensor.ndim == 2:
@@ -303,9 +226,7 @@ def _to_timm_shape(name: str, tensor: Tensor, architecture: Architecture) -> Ten
     return tensor
 
 
-def _family_from_internal(
-    tensors: Mapping[str, Tensor], architecture: FamilyArchitecture, layout: str
-) -> dict[str, Tensor]:
+def _family_from_internal(tensors: Mapping[str, Tensor], architecture: Architecture, layout: str) -> dict[str, Tensor]:
     if layout != "official" and not (architecture.family == "nextvit" and layout == "timm"):
         raise CheckpointError(f"{layout} has no {architecture.family}; convert it to official")
     if layout == "timm" and architecture.variant is None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.weights.architecture import COUNTER
 from pipeline.weights.conversion import ConversionReport, to_internal
-from pipeline.weights.families import COUNTER
 from pipeline.weights.safetensors_file import read_bytes
 
 _ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # keys of weights in checkpoints; the first is used

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.shapes import Shape
+from pipeline.weights.architecture import Shape
 
 _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}

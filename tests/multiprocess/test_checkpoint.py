@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from pipeline.checkpoint import CheckpointStore, prune_checkpoints
+from pipeline.checkpoint import CheckpointStore, prune_store
 from pipeline.errors import CheckpointError
 
 PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, then forks
@@ -232,7 +232,7 @@ def save_for_ever(store, rank, attempt, pipe):
     for step in itertools.count(last + 1):
         store.save(make_state(step), step=step, why="due")
         pipe.send(("saved", step))
-        prune_checkpoints(store, keep_last=2)
+        prune_store(store, keep_last=2)
 
 
 def test_kills_at_random_moments_never_lose_or_invent_a_step(tmp_path):

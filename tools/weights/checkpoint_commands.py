@@ -107,7 +107,7 @@ def prune_checkpoints(
                 else ()
             )
             if yes:
-                gone = retention.prune_checkpoints(store, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
+                gone = retention.prune_store(store, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
             else:
                 gone = [str(name) for name in names if name not in keep]
         finally:

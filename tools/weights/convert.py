@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture, infer_architecture
+from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
-from pipeline.weights.families import FamilyArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head, read_class_names
+from pipeline.weights.inference import infer_architecture
 from pipeline.weights.safetensors_file import FACTS, canonical, read_facts, safetensors_bytes, write_bytes
 
 Head = Literal["keep", "drop", "map"]
@@ -114,7 +114,7 @@ def change_head(
     return {ours: tensors[name] for name, ours in kept.items()}, dropped, None
 
 
-def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture | FamilyArchitecture:
+def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture:
     """What our tensors say about their model."""
     return infer_architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
 
@@ -136,7 +136,7 @@ def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = Mapp
 
 def facts(
     source: str | os.PathLike,
-    architecture: Architecture | FamilyArchitecture,
+    architecture: Architecture,
     layout: str,
     classes: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def known_facts(source: str | os.PathLike) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _plain(architecture: Architecture | FamilyArchitecture) -> dict[str, Any]:
+def _plain(architecture: Architecture) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(architecture).items()}
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from pipeline.errors import CheckpointError, UserError
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
-from pipeline.weights.families import FamilyArchitecture
 from pipeline.weights.foreign import LoadedWeights, load_weights
 from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
 from tools.weights.convert import check_destination, facts, refuse_own_forms
@@ -186,7 +185,7 @@ def _timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, An
     return Export(report, (weights, folder / "config.json"), notes=tuple(notes))
 
 
-def _timm_config(architecture: Architecture | FamilyArchitecture, size: int) -> dict[str, Any]:
+def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
     """What timm reads beside the weights. Other shapes than the published are arguments of its tiny model."""
     from pipeline.objectives.pixels import MEAN, STD  # here, for it loads FFCV
 

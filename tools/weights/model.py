@@ -17,7 +17,7 @@ from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
 from pipeline.stage.directory import Done, Stage
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
 from pipeline.training.saving import checkpoint_home
-from pipeline.weights.families import COUNTER
+from pipeline.weights.architecture import COUNTER
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import head_names
 from pipeline.weights.safetensors_file import read_weights

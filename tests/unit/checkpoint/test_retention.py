@@ -9,7 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import prune_checkpoints
+from pipeline.checkpoint import prune_store
 from pipeline.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
@@ -46,21 +46,21 @@ def five(open_store, state_of, tmp_path):
 
 def test_old_ones_go_and_the_others_stay(five):
     store, _ = five
-    gone = prune_checkpoints(store, keep_last=1, keep_every=20, keep_steps=[30])
+    gone = prune_store(store, keep_last=1, keep_every=20, keep_steps=[30])
     assert gone == ["step-000000010.000002"]
     assert store.steps() == [20, 30, 40, 50]
-    assert prune_checkpoints(store, keep_last=2, keep_steps=[30]) == ["step-000000020.000002"]
-    assert prune_checkpoints(store, keep_last=0) == ["step-000000030.000002", "step-000000040.000002"]
+    assert prune_store(store, keep_last=2, keep_steps=[30]) == ["step-000000020.000002"]
+    assert prune_store(store, keep_last=0) == ["step-000000030.000002", "step-000000040.000002"]
     assert store.steps() == [50]
     assert store.verify("step-000000050.000002") == []
-    assert prune_checkpoints(store, keep_last=1) == []
+    assert prune_store(store, keep_last=1) == []
 
 
 def test_nothing_goes_while_the_newest_is_damaged(five, events, tree):
     store, folder = five
     os.truncate(folder / "step-000000050.000002" / "__0_0.distcp", 10)
     before = tree(folder)
-    assert prune_checkpoints(store, keep_last=1) == []
+    assert prune_store(store, keep_last=1) == []
     assert tree(folder) == before
     assert "nothing was pruned" in events[0]
     assert "step-000000050.000002" in events[0]
@@ -70,7 +70,7 @@ def test_nothing_goes_when_nothing_is_committed(open_store, state_of, tmp_path, 
     name = open_store(1).save(state_of(1), step=1, why="due")
     (tmp_path / "checkpoints" / name / COMMIT).unlink()
     before = tree(tmp_path)
-    assert prune_checkpoints(open_store(2), keep_last=1) == []
+    assert prune_store(open_store(2), keep_last=1) == []
     assert tree(tmp_path) == before
 
 
@@ -80,7 +80,7 @@ def test_leftovers_of_earlier_attempts_go_and_those_of_this_one_or_later_stay(fi
         shutil.copytree(folder / "step-000000050.000002", folder / name)
         (folder / name / COMMIT).unlink()
         (folder / name / "COMMIT.0123abcd.tmp").write_text("torn")
-    assert prune_checkpoints(open_store(2), keep_last=9) == ["step-000000060.000001"]
+    assert prune_store(open_store(2), keep_last=9) == ["step-000000060.000001"]
     assert not (folder / "step-000000060.000001").exists()
     assert (folder / "step-000000060.000002").exists()
     assert (folder / "step-000000060.000003").exists()
@@ -98,7 +98,7 @@ def test_what_is_not_ours_is_never_touched(five, tree, tmp_path, events):
     (folder / "step-000000003.000001").symlink_to(tmp_path / "nowhere")
     (folder / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    gone = prune_checkpoints(store, keep_last=1)
+    gone = prune_store(store, keep_last=1)
     assert gone == [f"step-0000000{step}.000002" for step in (10, 20, 30, 40)]
     ours = {key for key in before if key.startswith("checkpoints/") and key.split("/")[1] in gone}
     assert tree(tmp_path) == {key: value for key, value in before.items() if key not in ours}
@@ -110,7 +110,7 @@ def test_strangers_inside_a_checkpoint_stay_and_are_named(five, events):
     inside = folder / "step-000000010.000002"
     (inside / "notes.txt").write_text("mine")
     (inside / "__0_1.distcp").mkdir()
-    assert "step-000000010.000002" not in prune_checkpoints(store, keep_last=1)
+    assert "step-000000010.000002" not in prune_store(store, keep_last=1)
     assert sorted(os.listdir(inside)) == ["__0_1.distcp", "notes.txt"]
     assert any("is not ours and stays" in event for event in events)
     assert 10 not in store.steps()
@@ -127,7 +127,7 @@ def test_a_deletion_that_stops_half_way_leaves_nothing_to_believe(five, events, 
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalFileSystem, "rm_file", fail)
-        assert prune_checkpoints(store, keep_last=4) == []
+        assert prune_store(store, keep_last=4) == []
     assert "step-000000010.000002 could not be pruned" in events[0]
     assert (folder / "step-000000010.000002" / "__0_0.distcp").exists()
     assert store.steps() == [20, 30, 40, 50]
@@ -139,14 +139,14 @@ def test_an_overtaken_attempt_deletes_nothing(five, open_store, tree):
     for answers in ([], [True]):  # overtaken from the start; overtaken while it verifies
         answer = iter(answers)
         with pytest.raises(CheckpointError, match="newer attempt"):
-            prune_checkpoints(open_store(2, still_current=lambda answer=answer: next(answer, False)), keep_last=1)
+            prune_store(open_store(2, still_current=lambda answer=answer: next(answer, False)), keep_last=1)
         assert tree(folder) == before
 
 
 def test_a_newer_attempts_checkpoints_are_not_ours_to_delete(five, open_store, state_of):
     open_store(3).save(state_of(60), step=60, why="due")
     open_store(3).save(state_of(70), step=70, why="due")
-    prune_checkpoints(open_store(2), keep_last=1)
+    prune_store(open_store(2), keep_last=1)
     assert open_store(3).steps() == [60, 70]
 
 
@@ -154,7 +154,7 @@ def test_pruning_works_on_an_object_store(open_store, state_of, tmp_path):
     store = open_store(directory=f"memory:/{tmp_path}/pruned")
     for step in (1, 2, 3):
         store.save(state_of(step), step=step, why="due")
-    assert prune_checkpoints(store, keep_last=1) == ["step-000000001.000001", "step-000000002.000001"]
+    assert prune_store(store, keep_last=1) == ["step-000000001.000001", "step-000000002.000001"]
     assert store.steps() == [3]
     assert store.restore(state_of(0)) == 3
 
@@ -209,7 +209,7 @@ def test_whatever_lies_there_and_whenever_it_is_killed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(store.folder.fs), "rm_file", remove_until_killed)
         with contextlib.suppress(KilledError):
-            prune_checkpoints(store, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps)
+            prune_store(store, keep_last=keep_last, keep_every=keep_every, keep_steps=keep_steps)
     left = set(store.committed())
     assert left <= committed
     for name in left:

@@ -5,8 +5,8 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.models import FAMILIES, create_model
+from pipeline.weights.architecture import COUNTER
 from pipeline.weights.conversion import from_internal, to_internal
-from pipeline.weights.families import COUNTER
 from pipeline.weights.foreign import load_weights
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.conversion import from_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
 
-MODEL = Architecture((1, 1, 1, 1), (4, 4, 8, 8), norm=True, classes=3)
+MODEL = ConvNeXtArchitecture((1, 1, 1, 1), (4, 4, 8, 8), norm=True, classes=3)
 TENSORS = {
     name: tensor.float()
     for name, tensor in randomise({n: torch.empty(s, device="meta") for n, s in MODEL.shapes().items()}).items()

@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 from pipeline.errors import CheckpointError
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.weights.architecture import Architecture, infer_architecture
-from pipeline.weights.conversion import LAYOUTS, from_internal, to_internal
+from pipeline.weights.architecture import ConvNeXtArchitecture
+from pipeline.weights.conversion import from_internal, to_internal
+from pipeline.weights.inference import infer_architecture
+from pipeline.weights.tensor_names import LAYOUTS
 from tests.oracles import randomise
 
-SMALL = Architecture((1, 1, 2, 1), (8, 16, 24, 32))
-CLASSIFIER = Architecture(SMALL.depths, SMALL.dims, norm=True, classes=7)
-PRETRAINING = Architecture(SMALL.depths, SMALL.dims, decoder=(16, 2))
+SMALL = ConvNeXtArchitecture((1, 1, 2, 1), (8, 16, 24, 32))
+CLASSIFIER = ConvNeXtArchitecture(SMALL.depths, SMALL.dims, norm=True, classes=7)
+PRETRAINING = ConvNeXtArchitecture(SMALL.depths, SMALL.dims, decoder=(16, 2))
 
 
 def weights(architecture):
@@ -56,7 +58,7 @@ def assert_same(found, expected):
 def test_the_formula_is_the_model(stages, classes):
     options = {"depths": (1, 2, 3, 1)[:stages], "dims": (8, 16, 24, 32)[:stages], "in_channels": 4, "stem_stride": 2}
     state = create_model("convnextv2", num_classes=classes, **options).state_dict()
-    architecture = Architecture(**options, norm=classes > 0, classes=classes)
+    architecture = ConvNeXtArchitecture(**options, norm=classes > 0, classes=classes)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == architecture.shapes()
     assert list(state) == list(architecture.shapes())
     assert to_internal(state)[1].architecture == architecture
@@ -66,11 +68,11 @@ def test_the_formula_is_the_model(stages, classes):
 def test_the_formula_is_fcmae(dim, depth):
     encoder = create_model("convnextv2", depths=(1, 2), dims=(8, 16), stem_stride=2, num_classes=0)
     state = FCMAE(encoder, decoder_dim=dim, decoder_depth=depth, cell=4).state_dict()
-    architecture = Architecture((1, 2), (8, 16), stem_stride=2, decoder=(dim, depth))
+    architecture = ConvNeXtArchitecture((1, 2), (8, 16), stem_stride=2, decoder=(dim, depth))
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == architecture.shapes()
     assert list(state) == list(architecture.shapes())
     assert to_internal(state)[1].architecture == architecture
-    assert len(Architecture(SMALL.depths, SMALL.dims, decoder=(512, 1)).shapes()) == 81
+    assert len(ConvNeXtArchitecture(SMALL.depths, SMALL.dims, decoder=(512, 1)).shapes()) == 81
 
 
 def test_official_sparse_comes_back_to_the_bit():
@@ -118,7 +120,7 @@ def test_what_the_official_code_makes_of_grn_the_second_time_is_refused_by_name(
 
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
-@pytest.mark.parametrize("architecture", [SMALL, CLASSIFIER, Architecture(SMALL.depths, SMALL.dims, norm=True)])
+@pytest.mark.parametrize("architecture", [SMALL, CLASSIFIER, ConvNeXtArchitecture(SMALL.depths, SMALL.dims, norm=True)])
 def test_there_and_back_twice_is_once(layout, architecture):
     expected = weights(architecture)
     there, dropped = from_internal(expected, architecture, layout)
@@ -143,7 +145,7 @@ def test_fcmae_leaves_its_decoder_behind_and_says_so(layout):
 
 
 def test_timm_cannot_have_other_stages():
-    small = Architecture((1, 1), (8, 16))
+    small = ConvNeXtArchitecture((1, 1), (8, 16))
     with pytest.raises(CheckpointError, match=r"timm builds ConvNeXts of 4 stages .* has 2 behind"):
         from_internal(weights(small), small, "timm")
 

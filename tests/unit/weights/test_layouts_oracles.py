@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.models import VARIANTS, create_model
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from tests.oracles import assert_equal_outputs, oracle, randomise
 
@@ -32,7 +32,7 @@ V2, V1 = "convnextv2", "convnext"
 
 
 def architecture_of(family, size):
-    return Architecture(*VARIANTS[f"{V2}_{size}"], norm=True, classes=13, v1=family == V1)
+    return ConvNeXtArchitecture(*VARIANTS[f"{V2}_{size}"], norm=True, classes=13, v1=family == V1)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_timm_gives_the_same_logits(family, size):
 @pytest.mark.parametrize("classes", [0, 5])
 def test_timm_takes_any_shape_with_linear_layers(classes):
     timm = oracle("timm", always_in_ci=True)
-    architecture = Architecture((1, 2, 1, 1), (8, 16, 24, 32), in_channels=4, norm=True, classes=classes)
+    architecture = ConvNeXtArchitecture((1, 2, 1, 1), (8, 16, 24, 32), in_channels=4, norm=True, classes=classes)
     theirs, _ = from_internal(weights_of(architecture), architecture, "timm")
     model = timm.models.convnext.ConvNeXt(
         in_chans=4, num_classes=classes, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None

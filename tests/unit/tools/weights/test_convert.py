@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts, write_weights
 from tests.oracles import randomise
 from tests.support import fcmae
 from tools.weights.convert import convert
 
-CLASSIFIER = Architecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes=3)
-PRETRAINING = Architecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
+CLASSIFIER = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes=3)
+PRETRAINING = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
 
 
 def weights(architecture):
@@ -85,7 +85,7 @@ def test_dropping_the_head(tmp_path):
     done = convert(source, tmp_path / "d.pt", "official", head="drop")
     assert done.report.dropped == ("head.weight", "head.bias")
     assert "dropped: head.weight, head.bias" in str(done)
-    assert load_weights(tmp_path / "d.pt").report.architecture == Architecture(
+    assert load_weights(tmp_path / "d.pt").report.architecture == ConvNeXtArchitecture(
         CLASSIFIER.depths, CLASSIFIER.dims, norm=True
     )
 

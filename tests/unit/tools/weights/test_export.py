@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts
 from tests.oracles import assert_equal_outputs, oracle, randomise
@@ -19,9 +19,9 @@ from tools.weights import export as tool
 from tools.weights.export import export, relative_difference
 from tools.weights.model import build
 
-CLASSIFIER = Architecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes=3)
-PRETRAINING = Architecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
-TINY = Architecture((1, 1), (4, 8), decoder=(8, 1))
+CLASSIFIER = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes=3)
+PRETRAINING = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
+TINY = ConvNeXtArchitecture((1, 1), (4, 8), decoder=(8, 1))
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 
@@ -155,7 +155,7 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
     [
         (CLASSIFIER, "convnextv2_tiny", {"depths": (1, 1, 2, 1), "dims": (4, 8, 8, 8)}),
         (PRETRAINING, "convnextv2_tiny", {"depths": (1, 1, 2, 1), "dims": (4, 8, 8, 8)}),
-        (Architecture((2, 2, 6, 2), (40, 80, 160, 320), norm=True, classes=5), "convnextv2_atto", {}),
+        (ConvNeXtArchitecture((2, 2, 6, 2), (40, 80, 160, 320), norm=True, classes=5), "convnextv2_atto", {}),
     ],
     ids=["classifier", "fcmae", "atto"],
 )
@@ -198,7 +198,7 @@ def test_refusals(tmp_path, destination, kind, options, sentence):
 
 
 def test_shapes_that_timm_has_not(tmp_path):
-    source = saved(tmp_path / "w.pt", Architecture((1, 1), (4, 8), norm=True, classes=3))
+    source = saved(tmp_path / "w.pt", ConvNeXtArchitecture((1, 1), (4, 8), norm=True, classes=3))
     with pytest.raises(CheckpointError, match="timm builds ConvNeXts of 4 stages"):
         export(source, tmp_path / "timm", "timm")
     assert not (tmp_path / "timm").exists()
