@@ -1,1 +1,1 @@
-"""What trained networks look like inside: `fcmae analyze`. One file per analysis; each gives numbers and draws them."""
+"""What trained networks contain: one module for each analysis, which computes the numbers and draws the figure."""

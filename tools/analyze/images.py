@@ -1,4 +1,4 @@
-"""The images of an analysis: spread over the classes of a .beton file, decoded as an evaluation does."""
+"""The images of an analysis: chosen from all classes of a .beton file, and decoded as in an evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ class Images:
     source: str
     sha256: str
 
-    def described(self) -> dict[str, Any]:
-        """For the numbers beside a figure."""
+    def facts(self) -> dict[str, Any]:
+        """The entry of the images in the JSON beside a figure."""
         size, classes = self.pixels.shape[-1], len(set(self.labels.tolist()))
         return {
             "count": len(self.pixels), "image_size": size, "classes": classes, "file": self.source,
@@ -29,9 +29,9 @@ class Images:
 
 
 def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) -> Images:
-    """`count` images, or all if there are fewer: the first of each class, then the second of each, ...
+    """Load `count` images, or all if there are fewer: the first of each class, then the second of each, and so on.
 
-    crop_pct: of the short side, as in an evaluation; 1 squashes the whole image into the square.
+    crop_pct: the share of the short side that is kept, as in an evaluation; 1 squashes the whole image into the square.
 
     Raises:
         DataError: if the file is missing or damaged.
@@ -43,7 +43,7 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
     from pipeline.recipe.sections import DataSettings
 
     beton = open_beton(path)
-    ids = spread(np.asarray(samples_of(beton)["f1"]), count)
+    ids = spread_over_classes(np.asarray(samples_of(beton)["f1"]), count)
     settings = DataSettings(train=str(path), image_size=image_size, crop_pct=crop_pct, timeout_seconds=300)
     feed = EvaluationFeed(Subset(beton, ids), settings, min(len(ids), 32), World.alone(), workers=1)
     batches = list(feed)
@@ -53,8 +53,8 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
     return Images(pixels, labels, beton.classes, path.name, beton.sha256)
 
 
-def spread(labels: np.ndarray, count: int) -> np.ndarray:
-    """Places of `count` labels, ascending, of as many different classes as there are: int64."""
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose `count` labels of as many classes as possible; returns their places, int64, ascending."""
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     place_in_class = np.arange(len(labels)) - np.searchsorted(ordered, ordered)

@@ -1,4 +1,4 @@
-"""timm, beside a torchvision that may be of another build than torch."""
+"""Import timm, even beside a torchvision that was built for another torch."""
 
 import importlib
 from types import ModuleType
@@ -9,22 +9,29 @@ from pipeline.errors import UserError
 
 
 def import_timm() -> ModuleType:
-    """Raises UserError without timm."""
+    """Import timm.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
         import_torchvision()
         return importlib.import_module("timm")
     except ImportError as error:
-        raise UserError(f"models of timm need that package ({error}); run: pip install timm") from error
+        raise UserError(f"timm cannot be imported ({error}); run: pip install timm") from error
 
 
 def import_torchvision() -> None:
-    """timm imports it where it is; a build for another torch misses its own operators, none of which is used here."""
+    """Import torchvision if it is installed, because timm does.
+
+    A build for another torch lacks its own operators. No operator is used here, so empty ones are defined instead.
+    """
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError:
         return
     except RuntimeError:
-        global _operators  # the definitions live as long as this object
+        global _operators  # the definitions last as long as this object
         _operators = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             _operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pipeline.errors import UserError
 from tests.support import tiny_data
-from tools.analyze.images import spread
+from tools.analyze.images import spread_over_classes
 from tools.cli import app
 
 TINY = "convnextv2 depths=[1,1] dims=[8,16] stem_stride=2 num_classes=4"
@@ -71,7 +71,7 @@ def test_models_of_one_name_and_other_kinds_of_figures_are_refused(data, tmp_pat
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 50))
 def test_images_are_of_as_many_classes_as_there_are(labels, count):
     labels = np.array(labels)
-    ids = spread(labels, count)
+    ids = spread_over_classes(labels, count)
     assert len(ids) == len(set(ids.tolist())) == min(count, len(labels))
     assert (np.diff(ids) > 0).all()
     taken, there = (np.bincount(x, minlength=6) for x in (labels[ids], labels))

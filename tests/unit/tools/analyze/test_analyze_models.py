@@ -8,7 +8,7 @@ from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
 from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import oracle
-from tools.analyze.models import open_model
+from tools.analyze.analyzed_model import open_model
 
 FORM = {"name": "convnextv2", "depths": [1, 2], "dims": [8, 16], "stem_stride": 2, "grn_aggregation": "l1"}
 OPTIONS = "depths=[1,2] dims=[8,16] stem_stride=2"
@@ -32,7 +32,7 @@ def model():
 def test_a_file_of_ours_has_its_form_of_grn(tmp_path, model, images):
     write_weights(tmp_path / "w.safetensors", model.state_dict(), {"model": FORM, "classes": list("wxyz")})
     found = open_model(f"{tmp_path}/w.safetensors label='with GRN'", 16)
-    assert torch.equal(found.model(images), model(images))
+    assert torch.equal(found.network(images), model(images))
     assert (found.label, found.classes) == ("with GRN", ("w", "x", "y", "z"))
 
 
@@ -42,7 +42,7 @@ def test_other_layouts_come_through_the_loader(tmp_path, images):
     torch.save({"model_ema": model.state_dict()}, tmp_path / "official.pth")
     found = open_model(f"{tmp_path}/official.pth entry=model_ema", 32)
     images = images.repeat(1, 1, 2, 2)
-    assert torch.equal(found.model(images), model(images))
+    assert torch.equal(found.network(images), model(images))
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_of_pre_training_the_encoder_is_taken(tmp_path, images):
     encoder = create_model(**FORM, num_classes=0)
     weights = FCMAE(encoder, decoder_dim=8, cell=4).state_dict()
     write_weights(tmp_path / "w.safetensors", weights, {"model": FORM})
-    assert torch.equal(open_model(f"{tmp_path}/w.safetensors", 16).model(images), encoder.eval()(images))
+    assert torch.equal(open_model(f"{tmp_path}/w.safetensors", 16).network(images), encoder.eval()(images))
 
 
 def test_a_run_gives_its_last_finished_stage_and_the_hash_is_compared(tmp_path, model):
@@ -74,15 +74,15 @@ def test_a_run_gives_its_last_finished_stage_and_the_hash_is_compared(tmp_path, 
 def test_random_weights_are_said_to_be_and_gain_keeps_the_variance():
     plain, wide = open_model(f"convnextv2 {OPTIONS}", 16), open_model(f"convnextv2 {OPTIONS} gain=1 label=wide", 16)
     assert (plain.weights, wide.weights) == ("random weights", "random weights (gain 1)")
-    weight = wide.model.stages[1][0].pwconv2.weight
+    weight = wide.network.stages[1][0].pwconv2.weight
     assert weight.std().item() == pytest.approx(1 / 8, rel=0.1)
-    assert torch.equal(weight, open_model(f"convnextv2 {OPTIONS} gain=1", 16).model.stages[1][0].pwconv2.weight)
+    assert torch.equal(weight, open_model(f"convnextv2 {OPTIONS} gain=1", 16).network.stages[1][0].pwconv2.weight)
 
 
 def test_timms_models_are_built_for_the_image_size():
     oracle("timm", always_in_ci=True)
     found = open_model("timm:vit_tiny_patch16_224 num_classes=3 label=ViT", 32)
-    assert found.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert found.network(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     assert (found.label, found.weights) == ("ViT", "random weights")
     assert found.mean == pytest.approx((127.5,) * 3)
 
@@ -96,7 +96,7 @@ def test_timms_models_take_weights_from_a_file(tmp_path):
     )
     found = open_model(f"timm:resnet10t num_classes=3 weights={tmp_path}/r.pt", 32)
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(found.model(images), model(images))
+    assert torch.equal(found.network(images), model(images))
     for words, sentence in (
         ("resnet10t num_classes=4", "size mismatch for fc"),
         ("resnet18 num_classes=3", "lacks"),
@@ -112,9 +112,9 @@ def test_timms_models_take_weights_from_a_file(tmp_path):
         ("", "there is no model ''"),
         ("convnextv2_atom", "choose one of convnextv2_atto"),
         ("convnextv2_atto width=2", "width"),
-        ("convnextv2_atto tiny", "has no form NAME KEY=VALUE"),
-        ("convnextv2_atto label='x", "has no form NAME KEY=VALUE"),
-        ("convnextv2_atto depths=[1", "has no form NAME KEY=VALUE"),
+        ("convnextv2_atto tiny", "must be NAME KEY=VALUE"),
+        ("convnextv2_atto label='x", "must be NAME KEY=VALUE"),
+        ("convnextv2_atto depths=[1", "must be NAME KEY=VALUE"),
         ("convnextv2_atto gain=much", "could not convert"),
         ("missing.safetensors", "cannot be read"),
         ("missing.safetensors depths=[1]", "depths does not go with weights"),

@@ -4,7 +4,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from tests.oracles import oracle
-from tools.analyze.families import family_of, layers_of, stage_ends, watching
+from tools.analyze.layer_adapters import adapter_of, layers_of, stage_ends, watching
 
 TIMM = {
     "resnet18": {},
@@ -17,9 +17,9 @@ TIMM = {
 
 
 def maps_of(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    maps, family = [], family_of(model)
+    maps, adapter = [], adapter_of(model)
     ends = {end.stage: end.block for end in stage_ends(model)}
-    with torch.no_grad(), watching(ends, lambda stage, x: maps.append(family.to_map(model, x))):
+    with torch.no_grad(), watching(ends, lambda stage, x: maps.append(adapter.to_map(model, x))):
         model(images)
     return maps
 
@@ -66,4 +66,4 @@ def _among(one: torch.Tensor, several: list[torch.Tensor]) -> bool:
 
 def test_unknown_families_are_named():
     with pytest.raises(UserError, match="no adapter for models of class Linear"):
-        family_of(torch.nn.Linear(1, 1))
+        adapter_of(torch.nn.Linear(1, 1))

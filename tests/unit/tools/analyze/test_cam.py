@@ -4,10 +4,10 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from tools.analyze import families
-from tools.analyze.cam import heat_map, measure
+from tools.analyze import layer_adapters
+from tools.analyze.analyzed_model import AnalyzedModel
+from tools.analyze.cam import class_heat_maps, heat_map
 from tools.analyze.images import Images
-from tools.analyze.models import Subject
 
 PLAIN = {"weights": "random weights", "mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -26,8 +26,8 @@ class MeanAndLinear(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _adapter(monkeypatch):
-    family = families.Family(lambda model: [[model.map]], (), lambda model, x: x)
-    monkeypatch.setitem(families.OURS, "MeanAndLinear", family)
+    adapter = layer_adapters.Adapter(lambda model: [[model.map]], (), lambda model, x: x)
+    monkeypatch.setitem(layer_adapters.OURS, "MeanAndLinear", adapter)
 
 
 def some(count: int = 2, size: int = 6, labels: tuple[int, ...] = (3, 1)) -> Images:
@@ -39,7 +39,7 @@ def some(count: int = 2, size: int = 6, labels: tuple[int, ...] = (3, 1)) -> Ima
 
 def test_a_linear_head_on_the_mean_gives_its_weights():
     model, images = MeanAndLinear(), some()
-    numbers, heats = measure(Subject("linear", model, **PLAIN), images, of="label")
+    numbers, heats = class_heat_maps(AnalyzedModel("linear", model, **PLAIN), images, of="label")
     for heat, pixels, label in zip(heats, images.pixels.float(), images.labels, strict=True):
         by_hand = torch.einsum("c,chw->hw", model.head.weight[label].detach(), pixels).relu()
         assert torch.allclose(heat, by_hand / by_hand.max().clamp_min(1e-30), atol=1e-5)
@@ -48,7 +48,7 @@ def test_a_linear_head_on_the_mean_gives_its_weights():
 
 def test_the_predicted_class_is_looked_for_by_default():
     model, images = MeanAndLinear(), some()
-    numbers, _ = measure(Subject("linear", model, classes=("w", "x", "y", "z"), **PLAIN), images)
+    numbers, _ = class_heat_maps(AnalyzedModel("linear", model, classes=("w", "x", "y", "z"), **PLAIN), images)
     logits = model(images.pixels.float())
     assert [found["class"] for found in numbers["images"]] == ["wxyz"[i] for i in logits.argmax(1).tolist()]
     assert [found["probability"] for found in numbers["images"]] == pytest.approx(
@@ -65,8 +65,8 @@ def test_places_that_speak_against_the_class_are_cold():
 def test_what_has_no_classes_or_no_way_from_the_map_to_them_is_refused():
     encoder = create_model("convnextv2", depths=(1,), dims=(8,), num_classes=0, stem_stride=2).eval()
     with pytest.raises(UserError, match="has no head"):
-        measure(Subject("encoder", encoder, "random weights"), some(size=8))
+        class_heat_maps(AnalyzedModel("encoder", encoder, "random weights"), some(size=8))
     with pytest.raises(UserError, match="does not depend on the map"):
-        measure(Subject("token", MeanAndLinear(token=True), **PLAIN), some())
+        class_heat_maps(AnalyzedModel("token", MeanAndLinear(token=True), **PLAIN), some())
     with pytest.raises(UserError, match="has 4 classes, but an image has label 9"):
-        measure(Subject("linear", MeanAndLinear(), **PLAIN), some(labels=(3, 9)), of="label")
+        class_heat_maps(AnalyzedModel("linear", MeanAndLinear(), **PLAIN), some(labels=(3, 9)), of="label")

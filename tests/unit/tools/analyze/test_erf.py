@@ -5,9 +5,9 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from tools.analyze import families
+from tools.analyze import layer_adapters
+from tools.analyze.analyzed_model import AnalyzedModel, keep_variance
 from tools.analyze.erf import area_ratios, centred_shares, on_log_scale, receptive_field
-from tools.analyze.models import Subject, keep_variance
 
 PLAIN = {"weights": "random weights", "mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -24,8 +24,8 @@ class OneConvolution(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _adapter(monkeypatch):
-    family = families.Family(lambda model: [[model.conv]], (), lambda model, x: x)
-    monkeypatch.setitem(families.OURS, "OneConvolution", family)
+    adapter = layer_adapters.Adapter(lambda model: [[model.conv]], (), lambda model, x: x)
+    monkeypatch.setitem(layer_adapters.OURS, "OneConvolution", adapter)
 
 
 def white(size: int, count: int = 2) -> torch.Tensor:
@@ -33,14 +33,14 @@ def white(size: int, count: int = 2) -> torch.Tensor:
 
 
 def test_one_convolution_sees_the_support_of_its_kernel():
-    field = receptive_field(Subject("one", OneConvolution(7, 3), **PLAIN), white(15))
+    field = receptive_field(AnalyzedModel("one", OneConvolution(7, 3), **PLAIN), white(15))
     expected = np.zeros((15, 15))
     expected[4:11, 6:9] = 6  # two channels out, three colours in
     assert (field == expected).all()
 
 
 def test_area_ratios_of_a_square_kernel_are_known():
-    field = on_log_scale(receptive_field(Subject("one", OneConvolution(7, 7), **PLAIN), white(15)))
+    field = on_log_scale(receptive_field(AnalyzedModel("one", OneConvolution(7, 7), **PLAIN), white(15)))
     assert field.max() == 1
     # of 49 sites a square of side 3 has 9, of side 5 has 25 and of side 7 all
     sides = {t: found["side"] for t, found in area_ratios(field).items()}
@@ -63,7 +63,7 @@ def test_a_convnext_block_sees_seven_sites():
     model = create_model("convnextv2", depths=(1,), dims=(8,), num_classes=0, stem_stride=2, response="none")
     keep_variance(model, 1.0)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    field = receptive_field(Subject("block", model.eval(), "random weights"), images)
+    field = receptive_field(AnalyzedModel("block", model.eval(), "random weights"), images)
     rows, columns = np.nonzero(field)
     middle = 8  # of 16 sites, 2 pixels each
     assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (2 * (middle - 3), 2 * (middle + 3) + 1)
@@ -71,4 +71,4 @@ def test_a_convnext_block_sees_seven_sites():
 
 def test_a_middle_that_depends_on_nothing_is_said():
     with pytest.raises(UserError, match="depends on no pixel"):
-        receptive_field(Subject("dead", OneConvolution(3, 3, weight=-1.0), **PLAIN), white(9))
+        receptive_field(AnalyzedModel("dead", OneConvolution(3, 3, weight=-1.0), **PLAIN), white(9))

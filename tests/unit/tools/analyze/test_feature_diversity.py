@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models import create_model
-from tools.analyze.features import dead_and_saturated, diversity, measure
+from tools.analyze.analyzed_model import AnalyzedModel
+from tools.analyze.feature_diversity import dead_and_saturated, diversity, layer_diversity
 from tools.analyze.images import Images
-from tools.analyze.models import Subject
 
 
 def test_orthogonal_channels_are_half_identical_ones_nothing_and_opposed_ones_all():
@@ -50,14 +50,14 @@ def test_dead_channels_have_no_site_and_saturated_ones_all_alike():
 def test_each_layer_of_a_model_is_measured_at_its_output_and_at_its_mlp():
     model = create_model("convnextv2", depths=(1, 2), dims=(8, 16), num_classes=4, stem_stride=2).eval()
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    subject = Subject("tiny", model, "random weights")
-    layers = measure(subject, Images(pixels, torch.zeros(5), ("a",), "", ""), batch=2)["layers"]
+    opened = AnalyzedModel("tiny", model, "random weights")
+    layers = layer_diversity(opened, Images(pixels, torch.zeros(5), ("a",), "", ""), batch=2)["layers"]
     assert [layer["name"] for layer in layers] == ["stages.0.0", "stages.1.0", "stages.1.1"]
     assert [layer["depth"] for layer in layers] == [0, 0.5, 1]
 
     with torch.no_grad():
-        maps = model.forward_features(subject.prepare(pixels))
-        x = model.downsample_layers[0](subject.prepare(pixels))
+        maps = model.forward_features(opened.prepare(pixels))
+        x = model.downsample_layers[0](opened.prepare(pixels))
         block = model.stages[0][0]
         y = torch.nn.functional.conv2d(
             x.permute(0, 3, 1, 2), block.dwconv.weight, block.dwconv.bias, padding=3, groups=8

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from tools.analyze.kernels import analyse, cost, draw, stage_kernels
+from tools.analyze.kernel_costs import draw_kernel_costs, kernel_costs, model_cost, stage_kernels
 
 # Parameters as counted from the official modules, and 10^9 multiply-adds at 224 px as fvcore counts them, which adds
 # a few for normalisations.
@@ -21,7 +21,7 @@ OFFICIAL = [
 @pytest.mark.parametrize(("form", "size", "width", "parameters", "giga_macs"), OFFICIAL)
 def test_formulas_give_the_official_counts(form, size, width, parameters, giga_macs):
     dims = [int(dim * width) for dim in (96, 192, 384, 768)]
-    found = cost(form, size, dims=dims)
+    found = model_cost(form, size, dims=dims)
     assert found.parameters == parameters
     assert found.macs / 1e9 == pytest.approx(giga_macs, rel=0.006)
     assert found.macs / 1e9 < giga_macs
@@ -49,7 +49,7 @@ def counted(model: nn.Module, image_size: int) -> int:
 def test_formulas_give_what_a_model_has_and_counts(form, size):
     with torch.device("meta"):
         model = create_model("slak_tiny", width=1.0, form=form, kernel_sizes=stage_kernels(size)).eval()
-    found = cost(form, size)
+    found = model_cost(form, size)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.macs == counted(model, 224)
 
@@ -57,7 +57,9 @@ def test_formulas_give_what_a_model_has_and_counts(form, size):
 @pytest.mark.parametrize("what", ["parameters", "macs"])
 def test_square_grows_with_the_square_and_decomposed_with_the_size(what):
     sizes = range(21, 62, 10)
-    square, decomposed = (np.array([getattr(cost(form, k), what) for k in sizes]) for form in ("square", "decomposed"))
+    square, decomposed = (
+        np.array([getattr(model_cost(form, k), what) for k in sizes]) for form in ("square", "decomposed")
+    )
     assert (np.diff(decomposed, 2) == 0).all()
     assert (np.diff(square, 2) > 0).all()
     assert (np.diff(square, 3) == 0).all()
@@ -68,10 +70,10 @@ def test_stages_have_the_published_kernels():
 
 
 def test_the_figure_has_both_forms_and_even_kernels_are_refused():
-    numbers = analyse([7, 51])
-    figure = draw(numbers)
+    numbers = kernel_costs([7, 51])
+    figure = draw_kernel_costs(numbers)
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == [
         numbers["sizes"][-1][form]["macs"] / 1e9 for form in ("square", "decomposed")
     ]
-    with pytest.raises(UserError, match="size 8 has no middle"):
-        analyse([7, 8])
+    with pytest.raises(UserError, match="size 8 must be odd"):
+        kernel_costs([7, 8])

@@ -5,9 +5,9 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models import create_model
+from tools.analyze.analyzed_model import AnalyzedModel
 from tools.analyze.images import Images
-from tools.analyze.models import Subject
-from tools.analyze.spectrum import FLOOR, log_amplitudes, measure, relative_diagonal
+from tools.analyze.spectrum import FLOOR, log_amplitudes, relative_diagonal, stage_spectra
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 1), (9, 3), (16, 7)])
@@ -42,13 +42,13 @@ def test_a_models_stages_are_all_measured():
     model = create_model("convnextv2", depths=(1, 1), dims=(8, 16), num_classes=0, stem_stride=2).eval()
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(3), ("a",), "", "")
-    subject = Subject("tiny", model, "random weights")
-    stages = measure(subject, images, batch=2)["stages"]
+    opened = AnalyzedModel("tiny", model, "random weights")
+    stages = stage_spectra(opened, images, batch=2)["stages"]
     assert [len(stage["log_amplitudes"]) for stage in stages] == [8, 4]
     assert stages[-1]["frequencies_over_pi"] == [0, 0.5, 1]
     with torch.no_grad():
-        last = model.forward_features(subject.prepare(pixels))[-1]
+        last = model.forward_features(opened.prepare(pixels))[-1]
     whole = relative_diagonal(log_amplitudes(last).mean((0, 1)))
     assert stages[-1]["relative_log_amplitude"] == pytest.approx(whole.tolist(), abs=1e-3)
     with pytest.raises(UserError, match="--image-size"):
-        measure(subject, Images(pixels[..., :8, :8], torch.zeros(3), ("a",), "", ""))
+        stage_spectra(opened, Images(pixels[..., :8, :8], torch.zeros(3), ("a",), "", ""))

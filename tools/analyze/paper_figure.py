@@ -1,28 +1,27 @@
-"""Figures fit for a paper, the numbers beside them, and where both go.
+"""Figures fit for a paper: their style, their files, and the numbers written beside them.
 
-Drawn 5 inches wide with 9 point letters, so that they can be read at half a page's width. Lines differ by colour (Okabe
-and Ito's, safe for the colour-blind), dash and marker.
+Figures are 5 inches wide with 9 point letters, so that they can be read at half a page's width. Lines differ by colour
+(Okabe and Ito's, safe for the colour-blind), dash and marker.
 """
 
 import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import torch
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 
 from pipeline.errors import UserError
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.folder import Folder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WIDTH_INCHES = 5.0
 FOLDER = "analyses"  # in a run or a stage
@@ -38,60 +37,46 @@ _STYLE = {
 
 
 @contextmanager
-def paper_style() -> Iterator[None]:
-    """Figures made within have the letters and lines of this project's."""
-    import matplotlib
-
+def paper_figure(height_inches: float, width_inches: float = WIDTH_INCHES) -> Iterator[Figure]:
+    """An empty figure; what is drawn inside the block has the style of all figures."""
     with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def new_figure(height_inches: float, width_inches: float = WIDTH_INCHES) -> "Figure":
-    """An empty figure without pyplot: no global state, no display."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+        yield Figure(figsize=(width_inches, height_inches), layout="constrained")  # no pyplot: no display needed
 
 
 def line_styles() -> Iterator[dict[str, Any]]:
-    """How each model's line looks, in the order of the models."""
+    """The style of each model's line, in the order of the models."""
     styles = zip(_COLOURS, _MARKERS, _DASHES, strict=True)
     return ({"color": c, "marker": m, "linestyle": d} for c, m, d in itertools.cycle(styles))
 
 
-def legend(figure: "Figure", axis: "Axes", columns: int = 3) -> None:
-    """The legend of an axis, above all of the figure's axes."""
+def add_legend(figure: Figure | SubFigure, axis: Axes, columns: int = 3) -> None:
+    """Put the legend of one axis above all axes of the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)))
 
 
-def caption(figure: "Figure", *parts: str) -> None:
-    """What a reader must know to judge the figure, in small letters below it."""
-    figure.supxlabel("\n".join(filter(None, parts)), fontsize=7, color="#555555")
-
-
-def said_of(models: list[Mapping[str, Any]]) -> str:
-    """Which of the models have random weights, in words; nothing if none has."""
+def add_caption(figure: Figure | SubFigure, text: str, models: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write small letters below the figure: the text, and which of the models have random weights."""
     random = [model for model in models if model["weights"].startswith("random")]
-    if not random:
-        return ""
-    kinds = dict.fromkeys(model["weights"] for model in random)
+    kinds = list(dict.fromkeys(model["weights"] for model in random))
     if len(random) == len(models) and len(kinds) == 1:
-        return f"{next(iter(kinds))}: not trained"
-    return "; ".join(f"{k}: {', '.join(m['label'] for m in random if m['weights'] == k)}" for k in kinds)
+        text += f"\n{kinds[0]}: not trained"
+    elif kinds:
+        text += "\n" + "; ".join(f"{k}: {', '.join(m['label'] for m in random if m['weights'] == k)}" for k in kinds)
+    figure.supxlabel(text, fontsize=7, color="#555555")
 
 
-def publish(figure: "Figure", name: str, numbers: Mapping[str, Any], out: Path, dpi: int) -> list[Path]:
-    """Write NAME.png, NAME.pdf and NAME.json, each whole or not at all.
+def publish_figure(figure: Figure, name: str, numbers: Mapping[str, Any], out: Path, dpi: int) -> list[Path]:
+    """Write NAME.png, NAME.pdf and NAME.json, each whole or not at all; returns their paths.
 
-    out: a .png file, whose name the others share, or a folder; a run or a stage keeps them in `analyses/`. Inside of a
-        run that MLflow knows, they become artifacts of its MLflow run.
+    out: a .png file, whose name the others share, or a folder. A run or a stage keeps the files in `analyses/`; inside
+        a run that MLflow tracks, they become artifacts of its MLflow run.
 
     Raises:
-        UserError: if `out` is neither.
+        UserError: if `out` has another ending than .png, or cannot be written.
     """
     if out.suffix and out.suffix != ".png" and not out.is_dir():
-        raise UserError(f"{out} is to be a figure, but ends in {out.suffix}; name a .png file or a folder")
+        raise UserError(f"--out {out} ends in {out.suffix}; name a .png file or a folder")
     if out.suffix == ".png" and not out.is_dir():
         directory, name = out.parent, out.stem
     else:
@@ -107,18 +92,18 @@ def publish(figure: "Figure", name: str, numbers: Mapping[str, Any], out: Path, 
         for suffix, content in contents.items():
             Folder.at(directory).publish(name + suffix, content)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}; name another place by --out") from error
+        raise UserError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
     files = [directory / (name + suffix) for suffix in contents]
-    log_to_mlflow(files, numbers.get("metrics", {}))
+    _log_to_mlflow(files, numbers.get("metrics", {}))
     return files
 
 
-def log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> str | None:
-    """Files and numbers to the MLflow run of the stage or run in which the files lie; its id, None if they do not."""
+def _log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> None:
+    """Log files and metrics to the MLflow run of the stage or run that contains the files, if there is one."""
     home = next((folder for folder in files[0].resolve().parents if (folder / "mlflow.json").is_file()), None)
     run = json.loads((home / "mlflow.json").read_text()).get("run_id") if home else None
     if home is None or run is None:
-        return None
+        return
     from mlflow import MlflowClient
 
     recipe = yaml.safe_load((home / RECIPE_FILE).read_text())
@@ -129,4 +114,3 @@ def log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> str | None
         client.log_artifact(run, str(path), FOLDER)
     for name, value in metrics.items():
         client.log_metric(run, re.sub(r"[^\w\-. /:]", "_", f"{files[0].stem}/{name}", flags=re.ASCII)[:250], value)
-    return run

@@ -1,44 +1,43 @@
-"""Feature diversity, layer by layer: whether the channels of a network say different things (arXiv 2301.00808, 3.1).
+"""Feature diversity, layer by layer: how much the channels of a network differ (arXiv 2301.00808, section 3.1).
 
-Of an image's channels as vectors over its sites: the mean over all pairs of (1 - cos) / 2. It is 0 if all channels are
-the same picture, 0.5 if they have nothing to do with each other. The paper's sum also has each channel's pair with
-itself, which makes it smaller by a factor of 1 - 1 / channels. Channels that are zero throughout have no direction and
-are left out; they are counted as dead instead.
+The channels of an image are vectors over its sites; their diversity is the mean over all pairs of (1 - cos) / 2. It is
+0 if all channels are the same picture, and 0.5 if they are unrelated. The paper's sum includes the pair of each channel
+with itself, and so is smaller by a factor of 1 - 1 / channels. Channels that are zero everywhere have no direction and
+count as dead instead.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from tools.analyze.families import Layer, by_channel, family_of, layers_of, watching
-from tools.analyze.figure import caption, legend, line_styles, new_figure, paper_style, said_of
+from tools.analyze.analyzed_model import AnalyzedModel
 from tools.analyze.images import Images
-from tools.analyze.models import Subject
+from tools.analyze.layer_adapters import Layer, adapter_of, by_channel, layers_of, watching
+from tools.analyze.paper_figure import add_caption, add_legend, line_styles, paper_figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DEAD = 0.01  # of the root mean square of the layer in that image: no site of the channel is above it
-SATURATED = 0.1  # of its mean: the channel is not dead, and its deviation over the sites is below it
+DEAD = 0.01  # a channel is dead if no site exceeds this share of the layer's root mean square in that image
+SATURATED = 0.1  # a live channel is saturated if its deviation over the sites is below this share of its mean
 
 
 def diversity(features: Tensor) -> Tensor:
-    """(N, C, sites) to the mean over pairs of different channels of (1 - cos) / 2, (N,); NaN with fewer than two."""
+    """Mean of (1 - cos) / 2 over pairs of channels, (N, C, sites) to (N,); NaN with fewer than two live channels."""
     wide = features.double()
     norms = wide.norm(dim=2, keepdim=True)
     directions = wide / norms.where(norms > 0, 1)
     alive = (norms > 0).sum((1, 2))
-    # The sum of all cosines is the square of the sum of the directions; each channel's with itself is 1.
+    # The sum of all cosines is the squared sum of the directions; that of a channel with itself is 1.
     cosines = directions.sum(1).square().sum(1) - alive
     pairs = alive * (alive - 1)
     return ((1 - cosines / pairs) / 2).where(pairs > 0, torch.nan)
 
 
 def dead_and_saturated(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, sites) to the shares of channels that are dead and saturated in each image, (N,) and (N,)."""
+    """Shares of dead and of saturated channels in each image, (N, C, sites) to (N,) and (N,)."""
     wide = features.double()
     level = wide.square().mean((1, 2)).sqrt()[:, None]
     dead = wide.abs().amax(2) <= DEAD * level
@@ -47,16 +46,15 @@ def dead_and_saturated(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure(subject: Subject, images: Images, batch: int = 16) -> dict[str, Any]:
-    """Diversity of what each block gives and of its MLP channels, and which of these are dead or saturated: means over
-    the images.
+def layer_diversity(model: AnalyzedModel, images: Images, batch: int = 16) -> dict[str, Any]:
+    """Diversity of each block's output and of its MLP channels, and the shares of MLP channels that are dead or
+    saturated: means over the images.
     """
-    layers = layers_of(subject.model)
-    family = family_of(subject.model)
+    layers, adapter = layers_of(model.network), adapter_of(model.network)
     seen: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
 
     def output(layer: Layer, x: Tensor) -> None:
-        seen[layer.name]["diversity"].append(diversity(family.to_map(subject.model, x).flatten(2)))
+        seen[layer.name]["diversity"].append(diversity(adapter.to_map(model.network, x).flatten(2)))
 
     def hidden(layer: Layer, x: Tensor) -> None:
         assert layer.reader is not None
@@ -70,9 +68,9 @@ def measure(subject: Subject, images: Images, batch: int = 16) -> dict[str, Any]
     readers = {layer: layer.reader for layer in layers if layer.reader is not None}
     with watching(blocks, output), watching(readers, hidden, inputs=True):
         for pixels in images.pixels.split(batch):
-            subject.model(subject.prepare(pixels))
+            model.network(model.prepare(pixels))
     return {
-        **subject.described(),
+        **model.facts(),
         "layers": [
             {"name": layer.name, "depth": layer.depth}
             | {name: torch.cat(values).nanmean().item() for name, values in seen[layer.name].items()}
@@ -81,22 +79,21 @@ def measure(subject: Subject, images: Images, batch: int = 16) -> dict[str, Any]
     }
 
 
-def analyse(subjects: Sequence[Subject], images: Images) -> dict[str, Any]:
+def feature_diversity(models: Sequence[AnalyzedModel], images: Images) -> dict[str, Any]:
     """The numbers of the figure."""
-    models = [measure(subject, images) for subject in subjects]
+    measured = [layer_diversity(model, images) for model in models]
     metrics = {
-        f"{model['label']}/{name}": sum(found) / len(found)
-        for model in models
+        f"{model['label']}/{name}": fmean(values)
+        for model in measured
         for name in ("diversity", "mlp_diversity", "dead", "saturated")
-        if (found := [layer[name] for layer in model["layers"] if name in layer])
+        if (values := [layer[name] for layer in model["layers"] if name in layer])
     }
-    return {"images": images.described(), "models": models, "metrics": metrics}
+    return {"images": images.facts(), "models": measured, "metrics": metrics}
 
 
-def draw(numbers: dict[str, Any]) -> "Figure":
+def draw_feature_diversity(numbers: dict[str, Any]) -> Figure:
     """Three panels over normalised depth: diversity of blocks, of their MLP channels; dead and saturated channels."""
-    with paper_style():
-        figure = new_figure(6.2)
+    with paper_figure(6.2) as figure:
         blocks, mlps, flat = figure.subplots(3, 1, sharex=True)
         for style, model in zip(line_styles(), numbers["models"], strict=False):
             layers = model["layers"]
@@ -114,10 +111,8 @@ def draw(numbers: dict[str, Any]) -> "Figure":
         flat.set_ylim(0, max(1.0, flat.get_ylim()[1]))
         for axis in (blocks, mlps):
             axis.axhline(0.5, color="#888888", linewidth=0.8, linestyle=":")
-        legend(figure, blocks)
+        add_legend(figure, blocks)
         seen = numbers["images"]
         count = f"{seen['count']} images of {seen['classes']} classes at {seen['image_size']} px"
-        caption(
-            figure, f"{count}; dotted: channels that have nothing to do with each other", said_of(numbers["models"])
-        )
+        add_caption(figure, f"{count}; dotted: unrelated channels", numbers["models"])
         return figure

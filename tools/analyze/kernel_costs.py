@@ -1,61 +1,60 @@
-"""Parameters and multiply-adds against the size of the depthwise kernels: square ones grow with its square, SLaK's
-decomposed ones with the size alone (arXiv 2207.03620).
+"""Parameters and multiply-adds as functions of the kernel size: those of square kernels grow with its square, those of
+SLaK's decomposed kernels linearly (arXiv 2207.03620).
 
-Formulas for the ConvNeXt V1 skeleton, which SLaK and RepLKNet's form of it share; tests hold them equal to what models
-have and count. Multiply-adds are those of convolutions and linear layers.
+The formulas are for the ConvNeXt V1 skeleton, which SLaK and its RepLKNet form share; tests compare them with real
+models. Multiply-adds are those of convolutions and linear layers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
 
 from pipeline.errors import UserError
-from tools.analyze.figure import caption, legend, line_styles, new_figure, paper_style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from tools.analyze.paper_figure import add_caption, add_legend, line_styles, paper_figure
 
 Form = Literal["square", "decomposed"]
 SHORT_EDGE = 5  # SLaK's N
-LAST_STAGE = 13  # the largest kernel there, whose map is 7 x 7 at 224 px
+LAST_STAGE = 13  # the largest kernel of the last stage, whose map is 7 x 7 at 224 px
 SIZES = (7, 13, 21, 31, 41, 51, 61)
 DEPTHS, DIMS = (3, 3, 9, 3), (96, 192, 384, 768)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a model: numbers of parameters and of multiply-adds for one image."""
+class ModelCost:
+    """Numbers of parameters, and of multiply-adds for one image."""
 
     parameters: int
     macs: int
 
 
 def stage_kernels(size: int) -> tuple[int, int, int, int]:
-    """The kernels of four stages, as SLaK and RepLKNet have them for 31, 51 and 61: 51, 49, 47, 13."""
+    """The kernel sizes of the four stages, as published for 31, 51 and 61: such as 51, 49, 47, 13."""
     return (size, size, size, size) if size <= LAST_STAGE else (size, size - 2, size - 4, LAST_STAGE)
 
 
 def weights_per_channel(form: Form, size: int) -> int:
-    """Of all branches: square is K x K, decomposed K x N and N x K; both have N x N beside them if N < K."""
+    """Weights of all branches: K x K if square, K x N and N x K if decomposed; and N x N beside them if N < K."""
     small = SHORT_EDGE**2 if size > SHORT_EDGE else 0
     return (size * size if form == "square" else 2 * size * SHORT_EDGE) + small
 
 
 def branches(form: Form, size: int) -> int:
-    """Convolutions of a channel, each with a BatchNorm behind it."""
+    """Convolutions of a channel, each followed by a BatchNorm."""
     return (1 if form == "square" else 2) + (size > SHORT_EDGE)
 
 
-def cost(
+def model_cost(
     form: Form,
     size: int,
     depths: Sequence[int] = DEPTHS,
     dims: Sequence[int] = DIMS,
     image_size: int = 224,
     classes: int = 1000,
-) -> Cost:
-    """Of the skeleton with kernels of `stage_kernels(size)`, BatchNorm not merged."""
+) -> ModelCost:
+    """Cost of the skeleton with kernels of `stage_kernels(size)`, BatchNorm not folded."""
     side = image_size // 4
     parameters = (3 * 16 + 1 + 2) * dims[0]  # stem: convolution, bias, LayerNorm
     macs = 3 * 16 * dims[0] * side**2
@@ -71,36 +70,35 @@ def cost(
         if stage:
             macs += 4 * dims[stage - 1] * dim * sites
     parameters += 2 * dims[-1] + (dims[-1] + 1) * classes
-    return Cost(parameters, macs + dims[-1] * classes)
+    return ModelCost(parameters, macs + dims[-1] * classes)
 
 
-def analyse(sizes: Sequence[int] = SIZES, width: float = 1.0, image_size: int = 224) -> dict[str, Any]:
+def kernel_costs(sizes: Sequence[int] = SIZES, width: float = 1.0, image_size: int = 224) -> dict[str, Any]:
     """The numbers of the figure, for the tiny model with all widths times `width`.
 
     Raises:
         UserError: for kernels that are not odd.
     """
     if wrong := next((size for size in sizes if size < 3 or size % 2 == 0), None):
-        raise UserError(f"a kernel of size {wrong} has no middle; give odd sizes from 3 on")
+        raise UserError(f"kernel size {wrong} must be odd and at least 3")
     dims = [int(dim * width) for dim in DIMS]
     forms: tuple[Form, Form] = ("square", "decomposed")
     rows = []
     for size in sorted(sizes):
-        found = {form: cost(form, size, dims=dims, image_size=image_size) for form in forms}
-        rows.append({"kernel": size, "stages": stage_kernels(size)} | {form: vars(found[form]) for form in forms})
+        costs = {form: vars(model_cost(form, size, dims=dims, image_size=image_size)) for form in forms}
+        rows.append({"kernel": size, "stages": stage_kernels(size), **costs})
     return {"depths": DEPTHS, "dims": dims, "short_edge": SHORT_EDGE, "image_size": image_size, "sizes": rows}
 
 
-def draw(numbers: dict[str, Any]) -> "Figure":
-    """Multiply-adds and parameters, each over the kernel's size."""
+def draw_kernel_costs(numbers: dict[str, Any]) -> Figure:
+    """Multiply-adds and parameters, each over the kernel size."""
     labels = {
         "square": f"square K x K + {SHORT_EDGE} x {SHORT_EDGE} (RepLKNet)",
         "decomposed": f"K x {SHORT_EDGE} + {SHORT_EDGE} x K + {SHORT_EDGE} x {SHORT_EDGE} (SLaK)",
     }
     rows = numbers["sizes"]
     sizes = [row["kernel"] for row in rows]
-    with paper_style():
-        figure = new_figure(2.9)
+    with paper_figure(2.9) as figure:
         left, right = figure.subplots(1, 2)
         for style, (form, label) in zip(line_styles(), labels.items(), strict=False):
             left.plot(sizes, [row[form]["macs"] / 1e9 for row in rows], **style, label=label)
@@ -110,7 +108,7 @@ def draw(numbers: dict[str, Any]) -> "Figure":
         for axis in (left, right):
             axis.set(xlabel="kernel size K (sites)", xticks=sizes)
             axis.set_ylim(bottom=0)
-        legend(figure, left, columns=2)
+        add_legend(figure, left, columns=2)
         kernels = f"stages: K, K-2, K-4, {LAST_STAGE}; up to {LAST_STAGE}, K in all"
-        caption(figure, f"ConvNeXt-T skeleton of widths {', '.join(map(str, numbers['dims']))}, dense; {kernels}")
+        add_caption(figure, f"ConvNeXt-T skeleton of widths {', '.join(map(str, numbers['dims']))}, dense; {kernels}")
         return figure
