@@ -1,4 +1,4 @@
-"""Tar archives, read where they lie: every member is found once, then any process reads any image by its offset."""
+"""Tar archives, read in place: list the members once, then any process reads any image by its offset."""
 
 import posixpath
 import tarfile
@@ -21,15 +21,15 @@ class Member(NamedTuple):
 
 
 def tar_of_classes(fs: AbstractFileSystem, path: str) -> ImageSource:
-    """An archive of archives CLASS.tar, as ILSVRC2012_img_train.tar and fall11_whole.tar are."""
+    """An archive of archives CLASS.tar, such as ILSVRC2012_img_train.tar and fall11_whole.tar."""
     with open_stream(fs, path) as stream:
         inner = sorted(_members(stream, path), key=lambda member: base(member.name))
         parts = [(member, _members(stream, f"{path}: {member.name}", member)) for member in inner]
-        return _by_class(fs, "tar of class tars", [(base(m.name), path, found) for m, found in parts], [path])
+        return _by_class(fs, "tar of class tars", [(base(m.name), path, members) for m, members in parts], [path])
 
 
 def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> ImageSource:
-    """Archives CLASS.tar in one folder, as ImageNet-22K is unpacked."""
+    """Archives CLASS.tar in one folder, such as ImageNet-22K unpacked once."""
     parts = []
     for path in paths:
         with open_stream(fs, path) as stream:
@@ -38,31 +38,31 @@ def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> ImageSource:
 
 
 def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
-    """One archive of CLASS/IMAGE members; the class is the folder that an image lies in."""
+    """One archive of CLASS/IMAGE members. An image's class is the folder that holds it."""
     with open_stream(fs, path) as stream:
         members = _members(stream, path)
-    found: dict[str, list[Member]] = {}
+    by_class: dict[str, list[Member]] = {}
     parents: dict[str, str] = {}
     for member in members:
         parent = posixpath.normpath(member.name.rpartition("/")[0])
         folder = base(parent)
         if is_image(member.name) and folder in ("", "."):
             raise DataError(
-                f"{path} holds images without class folders ({member.name}); name their classes by --labels, or pass"
-                " --unlabelled to pre-train on them"
+                f"{path} holds images without class folders ({member.name}); give their classes by --labels, or pass"
+                " --unlabelled if they have none"
             )
         if is_image(member.name) and parents.setdefault(folder, parent) != parent:
             raise DataError(
                 f"{path} holds two folders of class {folder}, {parents[folder]} and {parent}, such as those of training"
                 " and validation; unpack it and name one folder of classes"
             )
-        found.setdefault(folder, []).append(member)
-    parts = [(name, path, found[name]) for name in sorted(found) if any(is_image(m.name) for m in found[name])]
+        by_class.setdefault(folder, []).append(member)
+    parts = [(n, path, by_class[n]) for n in sorted(by_class) if any(is_image(m.name) for m in by_class[n])]
     return _by_class(fs, "tar of class folders", parts, [path])
 
 
 def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
-    """One archive of images, as ILSVRC2012_img_val.tar is; all of class 0 until labels are given."""
+    """One archive of images, such as ILSVRC2012_img_val.tar. All are of class 0 until labels are applied."""
     with open_stream(fs, path) as stream:
         members = sorted(_members(stream, path), key=lambda member: base(member.name))
     items = [Item(base(m.name), 0, (path, m.offset, m.size)) for m in members if is_image(m.name)]
@@ -71,7 +71,7 @@ def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
 
 
 def holds_tars(fs: AbstractFileSystem, path: str) -> bool:
-    """Whether the first file in an archive is an archive."""
+    """Whether the first file in an archive is a .tar itself."""
     with open_stream(fs, path) as stream, _reading(path), tarfile.open(fileobj=stream, mode="r:") as archive:
         first = next((member for member in archive if member.isfile()), None)
         return first is not None and first.name.endswith(".tar")
@@ -98,18 +98,21 @@ def _by_class(
 def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) -> str:
     stamp = Stamp()
     for path in paths:
-        stamp.file(fs.info(path))
+        stamp.add_file(fs.info(path))
     for item in items:
         stamp.add(*item)
     return stamp.hex()
 
 
 def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list[Member]:
-    """All plain files of an archive, which may be a member `within` another one, with their places in the stream.
+    """List the regular files of an archive with their offsets in `stream`.
+
+    Args:
+        within: the member of an outer archive that is the archive to list.
 
     Raises:
-        DataError: for what is no archive, is compressed, or has no end: the end of a download that broke off between
-            two members would go unseen otherwise.
+        DataError: if this is no archive, is compressed, or lacks its end mark. A download that broke off between two
+            members would go unnoticed otherwise.
     """
     start = within.offset if within else 0
     stream.seek(start)

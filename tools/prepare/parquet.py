@@ -1,5 +1,8 @@
-"""Parquet with image bytes, as the hubs publish ImageNet: a column `image` (bytes, or a struct of bytes and path) and a
-column `label` of numbers, whose names are in the schema's metadata."""
+"""Parquet files with image bytes, the form in which model hubs publish ImageNet.
+
+A column `image` holds bytes, or a struct of bytes and path; a column `label` holds numbers, whose class names are in
+the schema's metadata.
+"""
 
 import json
 import re
@@ -10,7 +13,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
-from tools.prepare.image_source import ImageSource, Item, Stamp, base, patiently
+from tools.prepare.image_source import ImageSource, Item, Stamp, base, with_retries
 
 _SYNSET = re.compile(r"(?:^|_)(n\d{8})(?:_|\.|$)")
 
@@ -26,7 +29,7 @@ def _pyarrow() -> Any:
 
 @dataclass
 class ParquetRows:
-    """Reads (path, row group, row); the last row group stays in memory, for rows are read in their order."""
+    """Reader of places (path, row group, row). The last row group stays in memory, because rows are read in order."""
 
     fs: AbstractFileSystem
     is_struct: bool
@@ -36,7 +39,7 @@ class ParquetRows:
     def read(self, place: tuple[str, int, int]) -> bytes:
         path, group, row = place
         if self._at != (path, group):
-            self._column = patiently(self.fs, path, lambda: self._read_group(path, group))
+            self._column = with_retries(self.fs, path, lambda: self._read_group(path, group))
             self._at = (path, group)
         content = self._column[row].as_py()
         if content is None:
@@ -56,10 +59,13 @@ class ParquetRows:
 
 
 def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool) -> ImageSource:
-    """The rows of some files, in the files' order.
+    """The rows of Parquet files, in the order of the files.
 
-    A class is named by its WordNet id where the images' paths end in one (`n01440764_18_n01440764.JPEG`), and numbered
-    anew in the order of these; the schema's names become descriptions. Else the schema's names are the classes.
+    Where all image paths name a WordNet id (`n01440764_18_n01440764.JPEG`), the ids are the classes, numbered in their
+    order, and the schema's names are their descriptions. Otherwise the schema's names are the classes.
+
+    Raises:
+        DataError: if a file cannot be read or lacks a column, or labels are negative or without a name.
     """
     arrow = _pyarrow()
     items: list[Item] = []
@@ -67,11 +73,11 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
     stamp, names, is_struct = Stamp(), None, False
     for path in paths:
         try:
-            with patiently(fs, path, lambda path=path: fs.open(path, "rb")) as stream:
+            with with_retries(fs, path, lambda path=path: fs.open(path, "rb")) as stream:
                 file = arrow.parquet.ParquetFile(stream)
                 is_struct = _check_columns(arrow, file.schema_arrow, path, unlabelled)
                 names = names or _label_names(file.schema_arrow)
-                stamp.file(fs.info(path))
+                stamp.add_file(fs.info(path))
                 with_path = is_struct and file.schema_arrow.field("image").type.get_field_index("path") >= 0
                 columns = [*([] if unlabelled else ["label"]), *(["image.path"] if with_path else [])]
                 for group in range(file.num_row_groups):
@@ -88,10 +94,12 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
         return ImageSource("parquet", ("all",), items, ParquetRows(fs, is_struct), stamp.hex())
     bad = next((number for number in numbers if number is None or number < 0), 0)
     if bad != 0 or not numbers:
-        raise DataError(f"column label of {paths[0]} holds {bad!r}; a label is 0 or more, or pass --unlabelled")
+        raise DataError(f"column label of {paths[0]} holds {bad!r}; labels must be 0 or more, or pass --unlabelled")
     names = names or [f"{number:05d}" for number in range(max(numbers) + 1)]
     if max(numbers) >= len(names):
-        raise DataError(f"column label of {paths[0]} holds {max(numbers)}, but the schema names {len(names)} classes")
+        raise DataError(
+            f"column label of {paths[0]} holds {max(numbers)}, but the schema names {len(names)} classes; correct it"
+        )
     synsets = _synsets(items, numbers, len(names))
     if synsets is None and len(set(names)) != len(names):
         names = [f"{number:05d} {name}" for number, name in enumerate(names)]
@@ -105,14 +113,16 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
 
 
 def _check_columns(arrow: Any, schema: Any, path: str, unlabelled: bool) -> bool:
-    """Whether the images are structs."""
+    """Check the columns; return whether the images are structs."""
     types = arrow.types
     kind = schema.field("image").type if "image" in schema.names else None
     is_struct = kind is not None and types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not is_struct and not (kind is not None and (types.is_binary(kind) or types.is_large_binary(kind))):
-        raise DataError(f"{path} has no column `image` of bytes, but {', '.join(schema.names)}; rename its columns")
+        raise DataError(f"{path} has no column `image` of bytes, but {', '.join(schema.names)}; rename the column")
     if not unlabelled and not ("label" in schema.names and types.is_integer(schema.field("label").type)):
-        raise DataError(f"{path} has no column `label` of numbers; add one, or pass --unlabelled to pre-train on it")
+        raise DataError(
+            f"{path} has no column `label` of numbers; add one, or pass --unlabelled if the images have no classes"
+        )
     return is_struct
 
 
@@ -126,10 +136,10 @@ def _label_names(schema: Any) -> list[str] | None:
 
 
 def _synsets(items: Sequence[Item], numbers: Sequence[int], count: int) -> list[str] | None:
-    """The WordNet id of each label, if every image's path tells it and they agree."""
-    found: dict[int, str] = {}
+    """The WordNet id of each label, if the paths of all its images name the same one; else None."""
+    id_of: dict[int, str] = {}
     for item, number in zip(items, numbers, strict=True):
         ids = _SYNSET.findall(base(item.name))
-        if not ids or found.setdefault(number, ids[-1]) != ids[-1]:
+        if not ids or id_of.setdefault(number, ids[-1]) != ids[-1]:
             return None
-    return [found[n] for n in range(count)] if len(found) == count == len(set(found.values())) else None
+    return [id_of[n] for n in range(count)] if len(id_of) == count == len(set(id_of.values())) else None

@@ -1,9 +1,8 @@
-"""The work on a source, cut into parts of some hundred images that processes finish in any order and at any time.
+"""Encode a source in parts of 256 images, which processes finish in any order and which survive an interruption.
 
-A part is two files: NUMBER.data, the images' bytes one after the other, then NUMBER.npz, what they are and what there
-is to report. The second comes last, so a part without it never happened. When the bytes have been appended to the file
-that grows, NUMBER.data is removed: a part with .npz alone needs nothing any more. So nothing is stored twice for long,
-and whatever is killed, at any moment, the next run goes on.
+A part is two files. NUMBER.data holds the images' bytes one after the other; NUMBER.npz, written second, holds their
+sizes, classes and notes. A part without NUMBER.npz is not finished and is made again. NUMBER.data is deleted once its
+bytes are appended to the growing .beton file, so the images are never stored twice for long.
 """
 
 import json
@@ -33,7 +32,7 @@ PART_SAMPLES = 256
 
 
 class Note(NamedTuple):
-    """A line of the report: what became of an image, and why."""
+    """A line of the report: the outcome of an image, and the reason."""
 
     name: str
     outcome: str  # "left out", "excluded", or "stored"
@@ -41,19 +40,22 @@ class Note(NamedTuple):
 
 
 class Part(NamedTuple):
-    images: np.ndarray  # STORED (n,)
+    """A finished part."""
+
+    images: np.ndarray  # (n,) of dtype STORED
     notes: list[Note]
-    content: bytes | None  # None if it was appended before
+    content: bytes | None  # the images' bytes; None if they are already in the growing file
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Images that are left out on purpose: by the SHA-256 of their bytes, or by name."""
+    """Images to leave out, by the SHA-256 of their bytes or by name."""
 
     digests: frozenset[bytes] = frozenset()
     names: frozenset[str] = frozenset()
 
     def reason(self, name: str, content: bytes) -> str:
+        """Why an image is excluded; "" if it is not."""
         if self.names and not self.names.isdisjoint({name, base(name), base(name).rpartition(".")[0]}):
             return "its name is listed"
         if self.digests and sha256(content).digest() in self.digests:
@@ -62,8 +64,8 @@ class Exclusion:
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where parts lie and how they are made: all that a worker process needs to know."""
+class PartFolder:
+    """Make parts in a directory. Worker processes receive a copy."""
 
     directory: Path
     reader: Reader
@@ -71,7 +73,11 @@ class Workshop:
     exclusion: Exclusion = field(repr=False)
 
     def make(self, number: int, items: Sequence[Item]) -> None:
-        """Make one part, unless it exists."""
+        """Make one part, unless it exists.
+
+        Raises:
+            DataError: if the directory cannot be written.
+        """
         try:
             if not self.is_made(number):
                 self._make(number, items)
@@ -98,8 +104,8 @@ class Workshop:
         with _Aside(self._description(number)) as file:
             np.savez(file, images=np.array(images, STORED), notes=text)
 
-    def take(self, number: int) -> Part:
-        """A finished part, with its bytes if they are not appended yet."""
+    def read(self, number: int) -> Part:
+        """Read a finished part, with its bytes unless they are already in the growing file."""
         with np.load(self._description(number)) as content:
             images, notes = content["images"], [Note(*note) for note in json.loads(content["notes"].tobytes())]
         data = self._data(number)
@@ -108,7 +114,7 @@ class Workshop:
     def is_made(self, number: int) -> bool:
         return self._description(number).exists()
 
-    def forget_bytes(self, number: int) -> None:
+    def delete_bytes(self, number: int) -> None:
         self._data(number).unlink(missing_ok=True)
 
     def _store(self, item: Item) -> Stored | Note:
@@ -131,7 +137,7 @@ class Workshop:
 
 
 class _Aside:
-    """A file that appears whole, and on the disk, or not at all."""
+    """Write a file under another name, sync it to disk and rename it, so it is never seen half-written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,46 +155,46 @@ class _Aside:
             os.replace(self.file.name, self.path)
 
 
-def finished_parts(workshop: Workshop, cut: Sequence[Sequence[Item]], workers: int) -> Iterator[int]:
-    """The parts' numbers in their order, each once it is made; some more are made meanwhile by `workers` processes."""
+def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int) -> Iterator[int]:
+    """Make all parts with `workers` processes and yield their numbers in order, each as soon as it is finished."""
     if workers == 1:
-        for number, items in enumerate(cut):
-            workshop.make(number, items)
+        for number, items in enumerate(parts):
+            folder.make(number, items)
             yield number
         return
     with ExitStack() as stack:
-        # Not forked: threads of this process (an object store's) would be copied in the middle of what they do.
+        # spawn, because fork would copy the locks of an object store's threads in an undefined state.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(workshop,))
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         pending: deque[tuple[int, Future | None]] = deque()
         ahead = 4 * workers
-        for number in range(len(cut) + ahead):
-            if number < len(cut):
-                made = workshop.is_made(number)
-                pending.append((number, None if made else pool.submit(_make, number, cut[number])))
-            if len(pending) > ahead or (number >= len(cut) and pending):
+        for number in range(len(parts) + ahead):
+            if number < len(parts):
+                made = folder.is_made(number)
+                pending.append((number, None if made else pool.submit(_make, number, parts[number])))
+            if len(pending) > ahead or (number >= len(parts) and pending):
                 first, future = pending.popleft()
                 try:
                     if future is not None:
                         future.result()
                 except BrokenProcessPool:
                     raise DataError(
-                        "a process that read images was killed, for lack of memory perhaps; the same command with fewer"
-                        " --workers continues from here"
+                        "a worker process was killed, perhaps for lack of memory; the same command with fewer --workers"
+                        " continues from here"
                     ) from None
                 yield first
 
 
-_workshop: Workshop
+_folder: PartFolder
 
 
-def _start_worker(workshop: Workshop) -> None:
-    global _workshop
+def _start_worker(folder: PartFolder) -> None:
+    global _folder
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
-    _workshop = workshop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    _folder = folder
 
 
 def _make(number: int, items: Sequence[Item]) -> None:
-    _workshop.make(number, items)
+    _folder.make(number, items)

@@ -1,4 +1,4 @@
-"""`fcmae prepare`: from a source to a .beton file, by way of parts that survive an interruption."""
+"""Turn a source of images into a .beton file, in parts that survive an interruption."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_source import ImageSource, Item, locate
 from tools.prepare.labels import read_descriptions
-from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, Workshop, finished_parts
+from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
 
-NAMED = 3  # bad images named in the sentence that refuses them
+NAMED = 3  # bad images that the error names
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written, where the report lies, and how often it says what."""
+    """The file that was written, its report, and how many images have each (outcome, reason) in the report."""
 
     beton: Beton
     report: Path
@@ -48,20 +48,22 @@ def prepare_beton(
     part_samples: int = PART_SAMPLES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """Write `destination`, its side-car and its report `DESTINATION.report.jsonl`; see `open_source` for the sources.
+    """Write a .beton file, its side-car, and the report `DESTINATION.report.jsonl`.
 
-    The same source gives the same bytes for any number of workers and interruptions. What is unfinished lies in
-    `DESTINATION.parts` and goes with the end; called again, it continues from there if source and settings are the
-    same, and begins anew if not. `progress(done, total)` is called after each part.
+    The same source gives the same bytes for any number of workers and interruptions. Unfinished work lies in
+    `DESTINATION.parts`: a second call with the same source and settings continues it, and one with others starts over.
 
     Args:
-        descriptions: a file with what people call each class, for sources that do not say it.
-        exclude_images: a .beton file or another source; images of the same bytes are left out.
-        exclude_names: a file of names to leave out, one on each line.
-        on_bad: images that cannot be read are refused together, once all are known, or left out and reported.
+        source: see `open_source`; also for `labels` and `unlabelled`.
+        descriptions: a file of readable class names, for sources without them; see `read_descriptions`.
+        exclude_images: a .beton file or another source. Images with the same bytes are left out.
+        exclude_names: a file of image names to leave out, one a line.
+        on_bad: "refuse" raises one error for all unreadable images, after all were tried; "skip" leaves them out.
+        part_samples: images in a part.
+        progress: called with (images done, images in all) after each part.
 
     Raises:
-        DataError: for sources and destinations that cannot be used, and for bad images unless they are to be skipped.
+        DataError: if the source or destination cannot be used, or images are bad and `on_bad` is "refuse".
     """
     destination, encoding = Path(destination), encoding or Encoding()
     directory = destination.with_name(destination.name + ".parts")
@@ -73,11 +75,11 @@ def prepare_beton(
     if descriptions is not None:
         known = read_descriptions(descriptions)
         images = replace(images, descriptions={name: known[name] for name in images.classes if name in known})
-    exclusion = Exclusion(_digests(exclude_images), _names(exclude_names))
-    cut = [images.items[start : start + part_samples] for start in range(0, len(images.items), part_samples)]
+    exclusion = Exclusion(_digests(exclude_images), _read_names(exclude_names))
+    parts = [images.items[start : start + part_samples] for start in range(0, len(images.items), part_samples)]
     settings = {"source": images.kind, **asdict(encoding), "pillow": PIL.__version__}
-    workshop = Workshop(directory, images.reader, encoding, exclusion)
-    with _own(directory, destination, _plan(images, exclusion, settings, part_samples)) as data:
+    folder = PartFolder(directory, images.reader, encoding, exclusion)
+    with _locked_folder(directory, destination, _hash_plan(images, exclusion, settings, part_samples)) as data:
         if data.exists():
             writer = BetonWriter(
                 destination,
@@ -89,10 +91,10 @@ def prepare_beton(
                 partial=data,
             )
             with writer:
-                notes = _append_parts(writer, workshop, cut, workers, progress)
+                notes = _append_parts(writer, folder, parts, workers, progress)
                 _write_report(destination, images, notes)
                 if on_bad == "refuse":
-                    _refuse(source, notes, _report_path(destination))
+                    _refuse_bad_images(source, notes, _report_path(destination))
     report = _report_path(destination)
     with report.open() as lines:
         counts = Counter((note["outcome"], note["why"]) for note in map(json.loads, lines))
@@ -100,35 +102,35 @@ def prepare_beton(
 
 
 def _append_parts(
-    writer: BetonWriter, workshop: Workshop, cut: Sequence[Sequence[Item]], workers: int, progress: Callable
+    writer: BetonWriter, folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int, progress: Callable
 ) -> list[Note]:
     notes: list[Note] = []
-    done, total = 0, sum(map(len, cut))
-    for number in finished_parts(workshop, cut, workers):
-        part = workshop.take(number)
+    done, total = 0, sum(map(len, parts))
+    for number in make_parts(folder, parts, workers):
+        part = folder.read(number)
         writer.add_run(part.images, part.content)
         if part.content is not None:
             writer.sync()
-            workshop.forget_bytes(number)
+            folder.delete_bytes(number)
         notes += part.notes
-        done += len(cut[number])
+        done += len(parts[number])
         progress(done, total)
     return notes
 
 
-def _refuse(source: str | Path, notes: Sequence[Note], report: Path) -> None:
+def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) -> None:
     bad = [note for note in notes if note.outcome == "left out"]
     if bad:
         named = ", ".join(f"{note.name} ({note.why})" for note in bad[:NAMED])
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise DataError(
-            f"{len(bad)} bad images in {source}: {named}{more}, listed in {report}; mend them, or pass --on-bad skip to"
-            " continue without them"
+            f"{len(bad)} bad images in {source}: {named}{more}, listed in {report}; repair them, or pass --on-bad skip"
+            " to leave them out"
         )
 
 
-def _plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_samples: int) -> str:
-    """A hash of all that the parts depend on."""
+def _hash_plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_samples: int) -> str:
+    """A hash of everything that the parts depend on."""
     digest = hashlib.sha256(
         json.dumps([source.stamp, source.classes, source.descriptions, settings, part_samples], sort_keys=True).encode()
     )
@@ -141,36 +143,41 @@ def _plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_sample
 
 
 @contextmanager
-def _own(directory: Path, destination: Path, plan: str) -> Iterator[Path]:
-    """The directory of parts, for this process alone: kept if the same plan began it, else begun anew, removed in the
-    end. Yields the path of the file that grows; when that is gone, it has become `destination`.
+def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Path]:
+    """Lock the directory of parts, and empty it unless the same plan started it. Remove it after success.
+
+    Yields:
+        The path of the growing file. It is renamed to `destination` when complete, so after an interruption it may be
+        gone already.
     """
     known, data = directory / "plan", directory / "data"
     try:
         directory.mkdir(exist_ok=True)
         lock = os.open(directory, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{destination} cannot be written: {error.strerror}; name another place") from None
+        raise DataError(f"{destination} cannot be written: {error.strerror}; name another file") from None
     try:
         lock_file(lock, destination)
-        found = known.read_text() if known.exists() else None
+        earlier = known.read_text() if known.exists() else None
         strangers = sorted({path.name for path in directory.iterdir()} - {"data", "plan.new"})
-        if found is None and strangers:
-            raise DataError(f"{directory} is no work of `fcmae prepare`, for it holds {strangers[0]}; move it away")
-        if found != plan or not (data.exists() or destination.exists()):
-            _empty(directory)
+        if earlier is None and strangers:
+            raise DataError(
+                f"{directory} holds {strangers[0]}, which `fcmae prepare` did not write; move the folder away"
+            )
+        if earlier != plan or not (data.exists() or destination.exists()):
+            _empty_folder(directory)
             data.touch()
             (directory / "plan.new").write_text(plan)
             (directory / "plan.new").replace(known)
         yield data
-        _empty(directory)
+        _empty_folder(directory)
         directory.rmdir()
     finally:
         os.close(lock)
 
 
-def _empty(directory: Path) -> None:
-    """The plan goes last: until then, what is left can be told from a stranger's files."""
+def _empty_folder(directory: Path) -> None:
+    """Delete all files, the plan last, because the plan marks the folder as ours."""
     for path in sorted(directory.iterdir(), key=lambda path: path.name == "plan"):
         path.unlink()
 
@@ -182,24 +189,24 @@ def _report_path(destination: Path) -> Path:
 def _write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
     ignored = [Note(name, "ignored", "its name is not an image's") for name in source.ignored]
     aside = destination.with_name(f"{destination.name}.parts") / "report"
-    # A file's name need not be text: its bytes that are none become JSON's own escapes.
+    # A file name may hold bytes that are no UTF-8; backslashreplace writes them as JSON escapes.
     with aside.open("w", errors="backslashreplace") as file:
         file.writelines(json.dumps(note._asdict(), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
     aside.replace(_report_path(destination))
 
 
-def _names(path: str | None) -> frozenset[str]:
+def _read_names(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     fs, place = locate(path)
     try:
         return frozenset(line.strip() for line in fs.cat_file(place).decode().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"list of names {path} cannot be read: {error}") from None
+        raise DataError(f"--exclude-names {path} cannot be read: {error}; name a text file") from None
 
 
 def _digests(source: str | None) -> frozenset[bytes]:
-    """SHA-256 of the images of a .beton file (of those kept byte for byte) or of another source."""
+    """SHA-256 of the images of a .beton file (of those stored as JPEG) or of another source."""
     if source is None:
         return frozenset()
     if source.endswith(".beton"):
@@ -209,4 +216,4 @@ def _digests(source: str | None) -> frozenset[bytes]:
     try:
         return frozenset(hashlib.sha256(images.reader.read(item.place)).digest() for item in readable)
     except OSError as error:
-        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; mend that") from None
+        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; correct that") from None

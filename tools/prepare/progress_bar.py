@@ -1,4 +1,4 @@
-"""How far the preparation is: a bar on a terminal, a line now and then in a log."""
+"""Progress of the preparation: a bar on a terminal, a line every 30 seconds in a log."""
 
 import time
 from datetime import timedelta
@@ -13,7 +13,7 @@ LINE_SECONDS = 30.0
 
 
 class ProgressBar:
-    """Called with the number of images that are done and that there are."""
+    """Call it with the number of images done and the number in all."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

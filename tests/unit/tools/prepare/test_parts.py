@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from pipeline.data.beton import open_beton, sidecar_path, verify_hashes
 from pipeline.errors import DataError
 from tests.archives import class_images, write_folder
-from tools.prepare import preparation
 from tools.prepare.encoding import Encoding
 from tools.prepare.preparation import prepare_beton
 
@@ -47,7 +47,7 @@ def interrupted(source, path, after, **settings):
 
 
 @pytest.mark.parametrize("after", [1, 11, 40])
-def test_it_continues(made, tmp_path, after, monkeypatch):
+def test_it_continues(made, tmp_path, after):
     source, undisturbed = made
     interrupted(source, tmp_path / "a.beton", after)
     finished = sorted((tmp_path / "a.beton.parts").glob("*.npz"))
@@ -101,27 +101,22 @@ def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
     """Between the side-car and the file, between the file and cleaning, and in the middle of cleaning."""
     source, undisturbed = made
     path = tmp_path / "a.beton"
-    replace, empty, unlink = preparation.Path.replace, preparation._empty, preparation.Path.unlink
+    replace, unlink = Path.replace, Path.unlink
 
     def failing_replace(self, target):
         if self.name == "data" and moment == "sidecar":
             raise Interruption
         return replace(self, target)
 
-    def failing_empty(directory):
-        if moment == "data" and path.exists():
-            raise Interruption
-        return empty(directory)
-
     def failing_unlink(self, **options):
-        if (moment == "cleaning" and self.name == "000004.npz") or (moment == "plan" and self.name == "plan"):
+        last = {"cleaning": "000004.npz", "plan": "plan"}.get(moment)
+        if self.name == last or (moment == "data" and path.exists()):
             raise Interruption
         return unlink(self, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.Path, "replace", failing_replace)
-        patch.setattr(preparation, "_empty", failing_empty)
-        patch.setattr(preparation.Path, "unlink", failing_unlink)
+        patch.setattr(Path, "replace", failing_replace)
+        patch.setattr(Path, "unlink", failing_unlink)
         with pytest.raises(Interruption):
             prepare_beton(source, path, on_bad="skip", part_samples=PART)
     assert path.exists() == (moment != "sidecar")
@@ -139,7 +134,7 @@ def test_destinations(made, tmp_path):
         prepare_beton(source, tmp_path / "nowhere" / "a.beton")
     (tmp_path / "a.beton.parts").mkdir()
     (tmp_path / "a.beton.parts" / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match=r"is no work of .* for it holds thesis.txt"):
+    with pytest.raises(DataError, match=r"holds thesis.txt, which .* did not write"):
         prepare_beton(source, path)
     assert (tmp_path / "a.beton.parts" / "thesis.txt").exists()
     shutil.rmtree(tmp_path / "a.beton.parts")

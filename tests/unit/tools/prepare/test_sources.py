@@ -26,7 +26,7 @@ from tests.archives import (
 )
 from tools.prepare.detect import open_source
 from tools.prepare.labels import read_synsets
-from tools.prepare.preparation import _digests, prepare_beton
+from tools.prepare.preparation import prepare_beton
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
@@ -366,7 +366,7 @@ def test_what_may_not_be_read_is_one_sentence(images):
         (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").chmod(0)
         refused = r"train, whose images are to be left out, cannot be read: .*Permission denied"
         with as_nobody(), pytest.raises(DataError, match=refused):
-            _digests(str(folder))
+            prepare_beton(folder, Path(place) / "a.beton", exclude_images=str(folder))
         (folder / WNIDS[0]).chmod(0)
         with as_nobody(), pytest.raises(DataError, match=f"{WNIDS[0]} cannot be listed: Permission denied"):
             open_source(str(folder))
