@@ -1,1 +1,1 @@
-"""Weights against images: accuracy as ConvNeXt V2's paper and timm measure it, and nearest neighbours."""
+"""`fcmae evaluate`: accuracy of weights, measured as the ConvNeXt V2 paper and timm do, or by nearest neighbours."""

@@ -1,4 +1,4 @@
-"""Which output of a classifier is which class of the images, and which answers count as right."""
+"""Match a classifier's outputs to the classes of the images, and count correct answers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,33 @@ from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
 
-LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels: nine of ten where the order is right
+LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels; it is about 0.9 where the images' order is right
 
 
 def outputs_of(data: Sequence[str], head: Sequence[str] | None, outputs: int) -> list[int | None]:
-    """The output that stands for each class of the data; None for a class that the classifier does not have.
+    """Find the output of the classifier for each class of the data; None where the classifier lacks the class.
 
-    By name where the head's names are known. Without them, numbers are places in the head (ImageNet-V2's folders), and
-    as many classes as outputs are in the head's order (sorted names, as the published classifiers have them).
+    Classes are matched by name if the head's names are known. Otherwise numeric class names are output numbers (the
+    folders of ImageNet-V2), and as many classes as outputs are in the order of the outputs (sorted names, as the
+    published classifiers have them).
+
+    Args:
+        data: class names of the data, in their order.
+        head: class names of the outputs, if known.
+        outputs: number of outputs.
 
     Raises:
-        DataError: if nothing tells.
+        DataError: if the classes cannot be matched.
     """
     if head is not None:
         if len(head) != outputs:
-            raise DataError(f"{len(head)} class names were given for a head of {outputs} outputs; give its own")
+            raise DataError(
+                f"--classes names {len(head)} classes and the head has {outputs} outputs; give the head's own names"
+            )
         place = {name: output for output, name in enumerate(head)}
-        found = [place.get(name) for name in data]
-        if any(output is not None for output in found):
-            return found
+        matched = [place.get(name) for name in data]
+        if any(output is not None for output in matched):
+            return matched
     if all(name.isdecimal() and int(name) < outputs for name in data):
         return [int(name) for name in data]
     if head is None and len(data) == outputs:
@@ -41,25 +49,29 @@ def outputs_of(data: Sequence[str], head: Sequence[str] | None, outputs: int) ->
     known = f"named {head[0]!r}, ..." if head else "whose names are not known"
     raise DataError(
         f"the data has {len(data)} classes ({data[0]!r}, ...) and the classifier {outputs}, {known}; give --classes"
-        " with the names of the classifier's classes, of the same kind as the data's"
+        " with the names of the classifier's outputs, spelled as in the data"
     )
 
 
 def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) -> Tensor:
-    """ImageNet-ReaL's right classes: bool (samples, classes of the data), a row without any where none is.
+    """Read ImageNet-ReaL's correct classes as bool (samples, classes of the data). A row may be empty.
 
-    The file lists for each validation image, by number, the places of its classes in the head of 1000. So the data must
-    hold all images in the order of their names, as `fcmae prepare` of the validation archive leaves them.
+    The file lists the correct outputs of each validation image in the order of the images' names. So the data must hold
+    all images in that order, as `fcmae prepare` writes them from the validation archive.
+
+    Args:
+        path: real.json.
+        outputs: see `outputs_of`.
 
     Raises:
-        DataError: if the file is another one, or the data's own labels say that the order is.
+        DataError: if this is another file, or it contradicts the labels of the data.
     """
     try:
         listed = json.loads(Path(path).read_bytes())
         lengths = [len(answers) for answers in listed]
         flat = np.array([int(answer) for answers in listed for answer in answers], np.int64)
     except (OSError, ValueError, TypeError):
-        raise DataError(f"{path} is no list of lists of classes; give ImageNet-ReaL's real.json") from None
+        raise DataError(f"{path} is no list of lists of class numbers; give ImageNet-ReaL's real.json") from None
     if len(listed) != beton.samples:
         raise DataError(
             f"{path} has answers for {len(listed)} images and {beton.path} holds {beton.samples}; prepare exactly the"
@@ -83,20 +95,24 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
 
 
 class Answers:
-    """Counts right answers.
+    """Scorer: counts correct answers.
 
     Args:
         outputs: see `outputs_of`.
-        real: see `real_answers`; images without a right class are not counted.
-        restricted: look at the outputs of the data's classes alone, as ImageNet-A and -R are evaluated; else at all.
+        real: see `real_answers`; images without a correct class are not counted.
+        restricted: compare only the outputs of the data's classes, as the evaluation of ImageNet-A and -R does;
+            otherwise compare all outputs.
+
+    Raises:
+        DataError: if not restricted, and with `real` or with classes that the classifier lacks.
     """
 
     def __init__(self, outputs: Sequence[int | None], real: Tensor | None = None, restricted: bool = True):
         self._outputs, self._real, self._restricted = list(outputs), real, restricted
         if not restricted and (real is not None or None in self._outputs):
             raise DataError(
-                "all outputs are to be looked at, but some images' classes are not among them or several may be right;"
-                " leave --all-outputs out"
+                "--all-outputs needs one correct output for each image, but --real allows several, or the classifier"
+                " lacks some classes; leave --all-outputs out"
             )
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -112,12 +128,12 @@ class Answers:
         return count_correct(logits, right, valid)
 
     def _of_the_data(self, logits: Tensor) -> Tensor:
-        """(n, outputs) to (n, classes of the data). One that the classifier does not have is never its answer."""
+        """(N, outputs) -> (N, classes of the data). Classes that the classifier lacks get -inf, so they never win."""
         logits = F.pad(logits, (0, 1), value=-torch.inf)
         chosen = [logits.shape[1] - 1 if output is None else output for output in self._outputs]
         return logits.index_select(1, torch.tensor(chosen, device=logits.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         if not sums["count"]:
-            raise DataError("no image counts: each is without a right class, or damaged; look at the files")
+            raise DataError("no image has a correct class, or all are damaged; check --data and --real")
         return {**accuracies(sums), "images": int(sums["count"])}

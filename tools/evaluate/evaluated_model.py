@@ -1,4 +1,4 @@
-"""What is evaluated: a weights file of any layout, a stage's directory, or a run's; as a model, with what is known."""
+"""Load a model to evaluate: from a weights file of any layout, a stage or a run."""
 
 import re
 from dataclasses import dataclass
@@ -10,38 +10,42 @@ from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.stage.directory import Stage
 from tools.weights.model import build, open_weights
 
-SQUASHED_FROM = 384  # pixels: the official evaluation squashes images of this size and above to a square
+SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """`model` gives logits, or the last map (n, C, h, w) where `classes` is 0."""
+    """A model on the CPU, and how its images are resized and cropped.
+
+    `model` returns logits, or the last map (N, C, h, w) if `classes` is 0.
+    """
 
     source: str
     model: nn.Module
     name: str | None
-    """The published variant that it has the shape of."""
+    """The published variant with this shape, such as convnextv2_tiny."""
     classes: int
     class_names: tuple[str, ...] | None
     weights: str
-    """Which of a file's weights these are, as far as it says."""
+    """Which weights of the file these are, such as "model_ema"."""
     image_size: int
     crop_pct: float
 
 
 def default_crop(image_size: int) -> float:
-    """The share of the resized image's side that is cut out: 1 squashes the whole image."""
+    """The centre crop's side as a fraction of the resized image; 1 squashes the whole image to a square."""
     return 1.0 if image_size >= SQUASHED_FROM else 0.875
 
 
 def load_evaluated_model(
     path: str, *, ema: bool | None = None, image_size: int | None = None, crop_pct: float | None = None
 ) -> EvaluatedModel:
-    """Load weights on the CPU.
+    """Load weights as a model on the CPU.
 
     Args:
-        path, ema: see `open_weights`, also for errors.
-        image_size, crop_pct: instead of the stage's, the file's, or 224 and what goes with the size.
+        path: see `open_weights`; also for `ema` and for errors.
+        image_size: pixels. Default: that of the stage or the file, or 224.
+        crop_pct: default: that of the stage if the size is the stage's, else see `default_crop`.
     """
     opened = open_weights(path, ema=ema)
     facts = opened.facts
@@ -62,6 +66,6 @@ def _variant(model: nn.Module) -> str | None:
 
 
 def _size_in_name(path: str) -> int | None:
-    """The official files name their resolution: convnextv2_huge_22k_512_ema.pt."""
-    found = re.search(r"(?<!\d)(224|288|384|512)(?!\d)", Path(path).name)
-    return int(found[1]) if found else None
+    """The official files have their resolution in the name: convnextv2_huge_22k_512_ema.pt."""
+    size = re.search(r"(?<!\d)(224|288|384|512)(?!\d)", Path(path).name)
+    return int(size[1]) if size else None

@@ -1,7 +1,7 @@
-"""Weighted nearest neighbours on pooled features: what pre-training has learned, without training a head.
+"""k-nearest-neighbour classification on pooled features: it judges pre-trained weights without training a head.
 
-The 20 training images nearest by cosine vote for their class, each with exp(similarity / 0.07) (Wu et al. 2018,
-arXiv 1805.01978; k and the temperature as DINO uses them).
+The 20 training images nearest by cosine similarity vote for their class, each with the weight exp(similarity / 0.07)
+(Wu et al. 2018, arXiv 1805.01978; k and temperature as in DINO).
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,10 @@ from pipeline.objectives.pixels import normalise
 from pipeline.training.evaluation import FixedModel
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-_PART = 1 << 16  # bank rows compared at a time
 
 
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images (n, 3, H, W) to unit vectors (n, C): the last map's mean, with the final norm if there is one."""
+    """uint8 images (N, 3, H, W) -> unit vectors (N, C): the mean of the last map, after the final norm, if any."""
     maps = model.features(normalise(images, next(model.parameters()).dtype))
     pooled = maps.mean((1, 2))
     if model.num_classes:
@@ -31,23 +30,23 @@ def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     return F.normalize(pooled.float(), dim=1)
 
 
-def make_bank(subject: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, Tensor]:
-    """Features (images, C) and labels (images,) of every image of the feed, on every rank, in the file's order."""
-    found, labels, ids = [], [], []
-    with subject.evaluating() as model:
+def collect_features(fixed: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, Tensor]:
+    """Features (images, C) and labels (images,) of all images of the feed, on every rank, in the order of the file."""
+    features, labels, ids = [], [], []
+    with fixed.evaluating() as model:
         for batch in feed:
-            batch = subject.to_device(batch)
-            found.append(pooled_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
+            batch = fixed.to_device(batch)
+            features.append(pooled_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
             labels.append(batch.labels.cpu()[batch.valid])
             ids.append(batch.ids[batch.valid])
-    parts = [torch.cat(part) for part in (found, labels, ids)]
-    whole = [_gather(part, subject.world) for part in parts]
-    order = whole[2].argsort()  # so that ties fall alike on any number of ranks
-    return whole[0][order].to(subject.world.device), whole[1][order].to(subject.world.device)
+    parts = [torch.cat(part) for part in (features, labels, ids)]
+    whole = [_gather(part, fixed.world) for part in parts]
+    order = whole[2].argsort()  # ties must not depend on the number of ranks
+    return whole[0][order].to(fixed.world.device), whole[1][order].to(fixed.world.device)
 
 
 def _gather(part: Tensor, world: World) -> Tensor:
-    """The ranks' rows, one below the other."""
+    """Concatenate the rows of all ranks."""
     if world.size == 1:
         return part
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
@@ -60,7 +59,7 @@ def _gather(part: Tensor, world: World) -> Tensor:
 
 
 class Neighbours:
-    """Counts the images whose neighbours' vote is right."""
+    """Scorer: counts the images that their nearest neighbours classify correctly."""
 
     def __init__(self, bank: Tensor, labels: Tensor, classes: int):
         self._bank, self._labels, self._classes = bank, labels, classes
@@ -73,12 +72,15 @@ class Neighbours:
         return {**accuracies(sums), "images": int(sums["count"])}
 
 
-def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Each query's (n, C) votes for each class, (n, classes)."""
+def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, rows: int = 1 << 16) -> Tensor:
+    """Votes (N, classes) of the nearest vectors in `bank` (images, C) for each of `queries` (N, C).
+
+    rows: vectors of the bank that are compared at a time, which bounds the memory.
+    """
     best = queries.new_full((len(queries), 0), 0.0)
     whose = labels.new_zeros(len(queries), 0)
-    for first in range(0, len(bank), _PART):
-        near, place = (queries @ bank[first : first + _PART].t()).topk(min(NEIGHBOURS, len(bank) - first, _PART), dim=1)
+    for first in range(0, len(bank), rows):
+        near, place = (queries @ bank[first : first + rows].t()).topk(min(NEIGHBOURS, len(bank) - first, rows), dim=1)
         best, whose = torch.cat([best, near], 1), torch.cat([whose, labels[first + place]], 1)
         best, place = best.topk(min(NEIGHBOURS, best.shape[1]), dim=1)
         whose = whose.gather(1, place)

@@ -1,4 +1,4 @@
-"""Evaluate on one process or several of this machine."""
+"""Evaluate weights with one process or several processes of this machine."""
 
 import os
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
 from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.evaluated_model import EvaluatedModel, load_evaluated_model
-from tools.evaluate.knn import Neighbours, make_bank
+from tools.evaluate.knn import Neighbours, collect_features
 
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What `fcmae evaluate` is asked."""
+    """The arguments of `fcmae evaluate`."""
 
     weights: str
     data: str
@@ -33,12 +33,12 @@ class EvaluationRequest:
     crop_pct: float | None = None
     ema: bool | None = None
     classes: str | None = None
-    """A file of the names of the classifier's classes."""
+    """File with the class names of the classifier's outputs."""
     real: str | None = None
     all_outputs: bool = False
-    """Answers among all of the classifier's classes, not the data's alone."""
+    """Compare all outputs, not only those of the data's classes."""
     knn: str | None = None
-    """Training images for nearest neighbours, instead of the classifier."""
+    """A .beton file of training images: classify by nearest neighbours instead of the head."""
     batch: int = 64
     bf16: bool = False
     device: str = "auto"
@@ -47,7 +47,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`metrics` in percent, and what was evaluated how."""
+    """`metrics` in percent, and what was evaluated, how, and on which data."""
 
     metrics: dict[str, float]
     subject: str
@@ -56,9 +56,9 @@ class EvaluationResult:
     image_size: int
     crop_pct: float
     classes: int
-    """Of the data, among which the answers are."""
+    """Classes of the data."""
     missing: tuple[str, ...]
-    """Those that the classifier does not have: their images are all wrong."""
+    """Classes that the classifier lacks: their images count as wrong."""
     data: str
     data_sha256: str
 
@@ -71,54 +71,54 @@ class EvaluationResult:
         ]
         if self.missing:
             lines.append(
-                f"{len(self.missing)} of the classes are not the classifier's ({', '.join(self.missing[:5])}"
+                f"the classifier lacks {len(self.missing)} of the classes ({', '.join(self.missing[:5])}"
                 f"{', ...' if len(self.missing) > 5 else ''}): their images count as wrong"
             )
         return "\n".join(lines)
 
 
-def run_evaluation(job: EvaluationRequest, processes: int = 1) -> EvaluationResult:
-    """Evaluate; every image counts once, whatever the number of processes.
+def run_evaluation(request: EvaluationRequest, processes: int = 1) -> EvaluationResult:
+    """Measure accuracy. Every image counts once, for any number of processes.
 
     Raises:
-        UserError: if weights and data do not go together, or cannot be read.
+        UserError: if the weights and the data do not match, or one cannot be read.
     """
     if processes == 1:
-        return _rank(0, job)
-    with reserve_port() as meeting:
-        return _spread(job, processes, meeting.getsockname()[1])
+        return _evaluate(request)
+    with reserve_port() as port:
+        return _run_processes(request, processes, port.getsockname()[1])
 
 
-def _spread(job: EvaluationRequest, processes: int, port: int) -> EvaluationResult:
+def _run_processes(request: EvaluationRequest, processes: int, port: int) -> EvaluationResult:
     answers = mp.get_context("spawn").SimpleQueue()
     answer: EvaluationResult | str | None = None
     try:
-        context = mp.spawn(_spawned, (processes, port, job, answers), nprocs=processes, join=False)
-        # A process cannot end before its answer is taken: one with many names is longer than a pipe holds.
+        context = mp.spawn(_run_spawned, (processes, port, request, answers), nprocs=processes, join=False)
+        # Read the queue meanwhile, because a process cannot exit before a long answer is read from its pipe.
         while not context.join(POLL_SECONDS):
-            answer = answer or _taken(answers)
+            answer = answer or _received(answers)
     except mp.ProcessRaisedException:
-        answer = answer or _taken(answers)
+        answer = answer or _received(answers)
         if answer is None:
             raise
     except mp.ProcessExitedException as error:
-        raise UserError(f"a process of the evaluation has ended: {error}; try a smaller --batch") from None
-    answer = answer or _taken(answers)
+        raise UserError(f"an evaluation process was killed: {error}; try a smaller --batch") from None
+    answer = answer or _received(answers)
     if isinstance(answer, str):
         raise UserError(answer)
     return answer
 
 
-def _taken(answers: Any) -> EvaluationResult | str | None:
+def _received(answers: Any) -> EvaluationResult | str | None:
     return None if answers.empty() else answers.get()
 
 
-def _spawned(rank: int, processes: int, port: int, job: EvaluationRequest, answers: Any) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in place.items()})
+def _run_spawned(rank: int, processes: int, port: int, request: EvaluationRequest, answers: Any) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     try:
-        result = _rank(rank, job)
+        result = _evaluate(request)
     except UserError as error:
         answers.put(str(error))
         raise
@@ -126,52 +126,57 @@ def _spawned(rank: int, processes: int, port: int, job: EvaluationRequest, answe
         answers.put(result)
 
 
-def _rank(rank: int, job: EvaluationRequest) -> EvaluationResult:
-    subject = load_evaluated_model(job.weights, ema=job.ema, image_size=job.image_size, crop_pct=job.crop_pct)
-    beton = open_beton(job.data)
-    world = World.join(job.device, timeout_seconds=job.timeout_seconds)
+def _evaluate(request: EvaluationRequest) -> EvaluationResult:
+    loaded = load_evaluated_model(
+        request.weights, ema=request.ema, image_size=request.image_size, crop_pct=request.crop_pct
+    )
+    beton = open_beton(request.data)
+    world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:
-        model = FixedModel(subject.model, world, job.bf16)
+        model = FixedModel(loaded.model, world, request.bf16)
         outputs: list[int | None] = list(range(len(beton.classes)))
-        if job.knn:
-            train = open_beton(job.knn)
+        if request.knn:
+            train = open_beton(request.knn)
             if train.classes != beton.classes:
-                raise DataError(f"{job.knn} and {job.data} hold different classes; prepare them with the same names")
-            bank = make_bank(model, _feed(job, subject, train, world))
+                raise DataError(
+                    f"--knn {request.knn} and --data {request.data} have different classes; they need the same"
+                )
+            bank = collect_features(model, _feed(request, loaded, train, world))
             scorer: Any = Neighbours(*bank, len(beton.classes))
         else:
-            if not subject.classes:
+            if not loaded.classes:
                 raise DataError(
-                    f"{job.weights} has no head, so it gives no classes; give --knn TRAIN.beton to vote by neighbours"
+                    f"{request.weights} has no head, so it gives no classes; give --knn TRAIN.beton to"
+                    " classify by nearest neighbours"
                 )
-            names = read_class_names(job.classes) if job.classes else subject.class_names
-            outputs = outputs_of(beton.classes, names, subject.classes)
-            real = real_answers(job.real, beton, outputs) if job.real else None
-            scorer = Answers(outputs, real, restricted=not job.all_outputs)
-        metrics = evaluate(model, scorer, _feed(job, subject, beton, world))
+            names = read_class_names(request.classes) if request.classes else loaded.class_names
+            outputs = outputs_of(beton.classes, names, loaded.classes)
+            real = real_answers(request.real, beton, outputs) if request.real else None
+            scorer = Answers(outputs, real, restricted=not request.all_outputs)
+        metrics = evaluate(model, scorer, _feed(request, loaded, beton, world))
         assert metrics is not None
     finally:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
         metrics,
-        str(job.weights),
-        subject.name,
-        subject.weights,
-        subject.image_size,
-        subject.crop_pct,
+        str(request.weights),
+        loaded.name,
+        loaded.weights,
+        loaded.image_size,
+        loaded.crop_pct,
         len(beton.classes),
         missing,
-        str(Path(job.data)),
+        str(Path(request.data)),
         beton.sha256,
     )
 
 
-def _feed(job: EvaluationRequest, subject: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:
+def _feed(request: EvaluationRequest, loaded: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:
     settings = DataSettings(
         train=str(beton.path),
-        image_size=subject.image_size,
-        crop_pct=subject.crop_pct,
-        timeout_seconds=job.timeout_seconds,
+        image_size=loaded.image_size,
+        crop_pct=loaded.crop_pct,
+        timeout_seconds=request.timeout_seconds,
     )
-    return EvaluationFeed(Subset(beton), settings, job.batch, world, workers=max(world.cores() - 1, 1))
+    return EvaluationFeed(Subset(beton), settings, request.batch, world, workers=max(world.cores() - 1, 1))

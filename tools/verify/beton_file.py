@@ -1,8 +1,8 @@
-"""`fcmae verify FILE.beton`: every byte against the side-car, and with `full` every image through the decoder."""
+"""Check a .beton file: its bytes against the hashes in the side-car, and with `full` every image in the decoder."""
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,17 @@ from pipeline.data.decode import CHANGED, describe_status, jpeg_status
 from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError
 
-_AHEAD = 64  # images in the queue of each thread
+_CHUNK = 64  # images of each thread that are in memory at once
 
 
 def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[Beton, list[str]]:
-    """The file's side-car and a sentence for each thing that is wrong; no sentences if all is well.
+    """Check a file.
+
+    Returns:
+        The side-car, and a sentence for each damaged part.
 
     Raises:
-        DataError: if the file cannot be opened at all: see `open_beton`.
+        DataError: if the file cannot be opened; see `open_beton`.
     """
     beton = open_beton(path)
     damage: list[str] = []
@@ -39,36 +42,30 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         damage.append(str(error))
     if full:
         samples = samples_of(beton)
-        for number, status in _statuses(beton, workers):
-            place = int(samples["f0"]["data_ptr"][number])
+        for number, status in _damaged_samples(beton, workers):
+            block = int(samples["f0"]["data_ptr"][number]) // PAGE_BYTES
             name = beton.classes[samples["f1"][number]]
-            damage.append(f"sample {number} (class {name}, block {place // PAGE_BYTES}) {describe_status(status)}")
+            damage.append(f"sample {number} (class {name}, block {block}) {describe_status(status)}")
     return beton, damage
 
 
-def _statuses(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
-    """(number, status) of the images that the decoder refuses or whose checksum differs."""
+def _damaged_samples(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
+    """(number, status) of the images that do not decode or whose checksum differs."""
     samples = samples_of(beton)
-    images, checks = samples["f0"], checksums_of(samples)
+    images, checksums = samples["f0"], checksums_of(samples)
 
-    def look(number: int, content: memoryview) -> tuple[int, int]:
+    def status_of(sample: tuple[int, memoryview]) -> int:
+        number, content = sample
         status = 0
         if images["mode"][number] == JPEG:
             status = jpeg_status(content, int(images["height"][number]), int(images["width"][number]))
-        if status == 0 and checksum(np.frombuffer(content, np.uint8)) != checks[number]:
+        if status == 0 and checksum(np.frombuffer(content, np.uint8)) != checksums[number]:
             status = CHANGED
-        return number, status
+        return status
 
+    contents = iter(contents_of(beton, JPEG, RAW))
     with ThreadPoolExecutor(workers, "verify") as pool:
-        pending: deque = deque()
-        for number, content in contents_of(beton, JPEG, RAW):
-            pending.append(pool.submit(look, number, content))
-            if len(pending) > _AHEAD * workers:
-                yield from _bad(pending.popleft().result())
-        for future in pending:
-            yield from _bad(future.result())
-
-
-def _bad(result: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    if result[1] != 0:
-        yield result
+        while chunk := list(islice(contents, _CHUNK * workers)):
+            for (number, _), status in zip(chunk, pool.map(status_of, chunk), strict=True):
+                if status != 0:
+                    yield number, status

@@ -1,4 +1,4 @@
-"""Compare what is in a run, a stage or a checkpoint with the hashes that were noted when it was written."""
+"""Compare the files of a run, a stage or a checkpoint with the hashes recorded when they were written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,69 +20,73 @@ from pipeline.weights.safetensors_file import read_weights
 
 @dataclass(frozen=True)
 class CheckedPath:
-    """One thing that was looked at: its path, whether it is as it was written, and a word about it."""
+    """A path that was checked, and whether it is as it was written."""
 
     path: str
-    good: bool
-    word: str
+    intact: bool
+    detail: str
 
     def __str__(self) -> str:
-        return f"{'ok     ' if self.good else 'DAMAGED'} {self.path}: {self.word}"
+        return f"{'ok     ' if self.intact else 'DAMAGED'} {self.path}: {self.detail}"
 
 
 def verify_run(directory: str | Path) -> None:
-    """Print a line for everything that was checked.
+    """Check a run, a stage, a folder of checkpoints or one checkpoint, and print a line for each thing checked.
 
     Raises:
-        StageError: if the directory is no run, stage or checkpoint.
+        StageError: if the directory is none of these.
         CheckpointError: if anything is damaged.
     """
     damaged = 0
-    for finding in examine(directory):
-        print(finding, flush=True)
-        damaged += not finding.good
+    for checked in examine(directory):
+        print(checked, flush=True)
+        damaged += not checked.intact
     if damaged:
         raise CheckpointError(
-            f"{directory}: {damaged} damaged; a resume passes over damaged checkpoints by itself, the rest must be "
-            "restored from a copy or trained again"
+            f"{directory}: {damaged} damaged; a resume skips damaged checkpoints by itself, restore other files from a"
+            " copy or train it again"
         )
 
 
 def examine(directory: str | Path) -> Iterator[CheckedPath]:
-    """Everything in a run, a stage, a folder of checkpoints or one checkpoint; a path or a URL."""
+    """Check a run, a stage, a folder of checkpoints or one checkpoint, by path or URL.
+
+    Raises:
+        StageError: if the directory is none of these.
+    """
     folder = Folder.at(directory)
     name = CheckpointName.parse(folder.path.rstrip("/").rpartition("/")[2])
     inside = folder.entries()
     if name or MANIFEST in inside:
-        yield _checkpoint(folder, name)
+        yield _check_checkpoint(folder, name)
     elif EVER_COMMITTED in inside or any(map(CheckpointName.parse, inside)):
-        yield from checkpoints(folder)
+        yield from check_checkpoints(folder)
     elif RECIPE_FILE in inside and folder.local:
-        yield from _stages(Path(folder.path))
+        yield from _check_stages(Path(folder.path))
     elif RECIPE_FILE in inside:
-        view = RunView(folder.url)
-        yield from _stages(view.directory)
+        view = RunView(folder.url)  # a variable, because the copy lives as long as the view
+        yield from _check_stages(view.directory)
     else:
-        raise StageError(f"{directory} is no run, stage or checkpoint of ours; correct the path")
+        raise StageError(f"{directory} is no run, stage or checkpoint; correct the path")
 
 
-def checkpoints(folder: Folder) -> Iterator[CheckedPath]:
-    """The checkpoints of a stage, old to new."""
+def check_checkpoints(folder: Folder) -> Iterator[CheckedPath]:
+    """Check the checkpoints of a stage, old to new."""
     inside = folder.entries()
     for name in sorted(filter(None, map(CheckpointName.parse, inside))):
-        yield _checkpoint(folder / str(name), name)
+        yield _check_checkpoint(folder / str(name), name)
     if EVER_COMMITTED in inside and not any((folder / entry / COMMIT).exists() for entry in inside):
-        yield CheckedPath(str(folder), False, "a checkpoint was committed here, and none is left")
+        yield CheckedPath(str(folder), False, "all committed checkpoints are missing")
     if QUARANTINE in inside:
         count = len((folder / QUARANTINE).entries())
-        yield CheckedPath(str(folder / QUARANTINE), True, f"{count} damaged were set aside, and are not used")
+        yield CheckedPath(str(folder / QUARANTINE), True, f"{count} damaged checkpoints, set aside and not used")
 
 
-def _checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPath:
+def _check_checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPath:
     if name is None:
-        return CheckedPath(str(folder), False, "the directory has not the name of a checkpoint")
+        return CheckedPath(str(folder), False, "the directory is not named like a checkpoint")
     if not (folder / COMMIT).exists():
-        return CheckedPath(str(folder), True, "not committed: left over from a save that was cut short, and not used")
+        return CheckedPath(str(folder), True, "not committed: left by an interrupted save, and not used")
     manifest, problems = verify_checkpoint(folder, name)
     if manifest is None:
         return CheckedPath(str(folder), False, "; ".join(problems))
@@ -92,23 +96,23 @@ def _checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPath:
     )
 
 
-def _stages(directory: Path) -> Iterator[CheckedPath]:
+def _check_stages(directory: Path) -> Iterator[CheckedPath]:
     try:
         stages = [directory / name for name in load_recipe(directory / RECIPE_FILE).stages]
     except UserError:
         stages = [directory]
     for path in stages:
-        yield from _stage(path)
+        yield from _check_stage(path)
 
 
-def _stage(directory: Path) -> Iterator[CheckedPath]:
+def _check_stage(directory: Path) -> Iterator[CheckedPath]:
     stage = Stage(directory)
     home = stage.remote or Folder.at(stage.directory)
     if not stage.attempts.newest():
-        yield CheckedPath(str(home), True, "not begun")
+        yield CheckedPath(str(home), True, "not started")
         return
-    yield from checkpoints(checkpoint_home(stage))
-    yield _journal(directory / JOURNAL_FILE, str(home / JOURNAL_FILE))
+    yield from check_checkpoints(checkpoint_home(stage))
+    yield _check_journal(directory / JOURNAL_FILE, str(home / JOURNAL_FILE))
     try:
         done, result = stage.done(), stage.result()
     except (ValueError, TypeError) as error:
@@ -126,9 +130,9 @@ def _stage(directory: Path) -> Iterator[CheckedPath]:
         yield CheckedPath(weights, agrees, "as DONE says" if agrees else "DONE and result.json name other weights")
 
 
-def _journal(path: Path, name: str) -> CheckedPath:
+def _check_journal(path: Path, name: str) -> CheckedPath:
     lines = path.read_bytes().splitlines() if path.exists() else []
     bad = [number for number, line in enumerate(lines, 1) if parse_line(line) is None]
-    if bad and bad != [len(lines)]:  # the last may be torn: the next attempt cuts it off
+    if bad and bad != [len(lines)]:  # an interruption may tear the last line; the next attempt cuts it off
         return CheckedPath(name, False, f"line {bad[0]} is no JSON object")
     return CheckedPath(name, True, f"{len(lines)} lines")

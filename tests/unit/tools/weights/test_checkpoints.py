@@ -97,14 +97,14 @@ def test_a_changed_byte_is_found_from_the_run_and_from_the_stage(stage, broken, 
 
 
 def test_a_checkpoint_and_a_folder_of_them_are_verified(stage, broken):
-    assert [finding.good for finding in examine(checkpoint_of(stage, 20))] == [True]
-    assert [finding.good for finding in examine(stage.directory / "checkpoints")] == [True] * 4
+    assert [checked.intact for checked in examine(checkpoint_of(stage, 20))] == [True]
+    assert [checked.intact for checked in examine(stage.directory / "checkpoints")] == [True] * 4
     broken(checkpoint_of(stage, 20) / "manifest.json")
-    assert [finding.good for finding in examine(checkpoint_of(stage, 20))] == [False]
+    assert [checked.intact for checked in examine(checkpoint_of(stage, 20))] == [False]
     commit = checkpoint_of(stage, 30) / "COMMIT"
     kept = commit.read_bytes()
     commit.unlink()
-    assert "not committed" in next(examine(checkpoint_of(stage, 30))).word
+    assert "not committed" in next(examine(checkpoint_of(stage, 30))).detail
     commit.write_bytes(kept)
 
 
