@@ -75,8 +75,8 @@ def test_half_precision_sums_in_single(variant):
         y = convolve_tokens(conv, leaf, plan_depthwise(visible, 2, variant))
         results.append([y, *torch.autograd.grad(y, (leaf, conv.weight), gradient.to(dtype))])
     # Inputs are equal, so only the rounding of results differs, by 2^-9 of each number; 49 sums in bfloat16 would be
-    # 8e-3 off. `scatter` is torch's convolution, which on a processor without AVX-512 adds the seven rows of a kernel in
-    # bfloat16 to get the gradient of its input: 4.4e-3.
+    # 8e-3 off. `scatter` is torch's convolution, which on a processor without AVX-512 adds the seven rows of a kernel
+    # in bfloat16 to get the gradient of its input: 4.4e-3.
     bounds = (3e-3, 6e-3 if variant == "scatter" else 3e-3, 3e-3)  # output, gradients of the input and of the weight
     for exact, rounded, bound in zip(*results, bounds, strict=True):
         assert rounded.dtype == torch.bfloat16
