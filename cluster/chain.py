@@ -1,4 +1,4 @@
-"""A chain of stages as a run directory: which stage is next, and whether what it starts from is there."""
+"""A chain of stages as a run directory: open it, check it before it starts, run its stages in order."""
 
 import os
 import re
@@ -18,33 +18,37 @@ from pipeline.storage.folder import Folder
 
 
 def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
-    """Make or reopen the run directory of a chain, its stages in order.
+    """Make or reopen the run directory of a chain; its stages in order.
 
     Raises:
         RecipeError: if the directory belongs to another recipe, naming the fields.
-        StageError: if it cannot be written, or holds something else.
+        StageError: if it cannot be written, or is no run directory.
     """
     directory = Path(directory)
-    known = directory / RECIPE_FILE
-    if directory.exists() and not known.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
+    path = directory / RECIPE_FILE
+    if directory.exists() and not path.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
         raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        stages = {name: resolve_paths(stage) for name, stage in recipe.stages.items()}
-        if known.exists():
-            _refuse_other(load_recipe(known).stages, stages, directory)
-        write_recipe(recipe.model_copy(update={"stages": stages}), known)
+        recipe = resolve_chain_paths(recipe)
+        if path.exists():
+            _refuse_other(load_recipe(path).stages, recipe.stages, directory)
+        write_recipe(recipe, path)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
-    made = [Stage.create(directory / name, stage) for name, stage in stages.items()]
-    for stage in made:
+    stages = [Stage.create(directory / name, stage) for name, stage in recipe.stages.items()]
+    for stage in stages:
         update_verdict(stage)
-    return made
+    return stages
+
+
+def resolve_chain_paths(recipe: ChainRecipe) -> ChainRecipe:
+    """Resolve the paths of all stages."""
+    return recipe.model_copy(update={"stages": {name: resolve_paths(stage) for name, stage in recipe.stages.items()}})
 
 
 def resolve_paths(recipe: StageRecipe) -> StageRecipe:
-    """The recipe with its paths absolute (URLs are) and without variables, so that any process in any directory can run
-    the stage.
+    """Make the paths of a stage absolute and replace their variables, so that any process in any directory can run it.
 
     Raises:
         RecipeError: if a variable in a path is not set.
@@ -71,8 +75,8 @@ def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], dire
     if list(old) != list(new):
         differs = f"stages {', '.join(old)} instead of {', '.join(new)}"
     else:
-        found = [f"stages.{name}.{change}" for name in new for change in changed_fields(old[name], new[name])[0]]
-        differs = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        changes = [f"stages.{name}.{change}" for name in new for change in changed_fields(old[name], new[name])[0]]
+        differs = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     if differs:
         raise RecipeError(
             f"--out {directory} was started with another recipe ({differs});"
@@ -81,12 +85,12 @@ def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], dire
 
 
 def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome:
-    """Run the stages that are not done, one after the other; the first outcome other than done ends it.
+    """Run the stages that are not done, one after the other, until one ends with another outcome than done.
 
-    Each stage verifies for itself what it starts from: the order here is only a convenience.
+    Each stage verifies its input itself and does not rely on this order.
 
     Raises:
-        OffTrackError: at a stage that is done, off track, and whose gate is to stop the chain then.
+        OffTrackError: if a done stage is off track and its gate stops the chain then.
     """
     for stage in stages:
         if stage.done() is None:
@@ -98,10 +102,10 @@ def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome
 
 
 def check_before_start(stages: list[Stage], processes: int) -> None:
-    """Everything that can be refused before a process starts: data files, classes, the number of processes.
+    """Refuse what can be refused before a process starts: data files, classes, the number of processes.
 
     Raises:
-        UserError: the first one found.
+        UserError: for the first defect.
     """
     classes: dict[str, set[str]] = {}
     for stage in stages:
@@ -113,25 +117,26 @@ def check_before_start(stages: list[Stage], processes: int) -> None:
 
 
 def check_weights(recipe: StageRecipe, directory: Path) -> None:
-    """Raise CheckpointError unless the weights that the stage begins with are there; asked until it has begun."""
+    """Raise CheckpointError if a stage that has not begun starts from weights that do not exist."""
     weights = recipe.init.weights
     if weights is not None and not (directory / INIT_FILE).exists() and not Folder.at(weights).exists():
         raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
 
 
 def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:
-    """What the side-cars of a stage's data can be refused for, and what they say.
+    """Check the data of a stage by their side-car files, and return the content of these.
 
-    classes: of the stages looked at before, by name; this one's are added.
+    Args:
+        classes: the class names of the stages that were checked before, by stage; this stage's are added.
 
     Raises:
-        UserError: the first one found.
+        UserError: for the first defect.
     """
     data = check_stage_data(recipe)
     own = classes[recipe.name] = set(recipe.data.classes or data["train"].classes)
     if recipe.init.head == "map" and recipe.previous and not own & classes.get(recipe.previous, own):
         raise DataError(
             f"stage {recipe.name}: init.head is map, but its data share no class name with {recipe.previous}'s;"
-            " prepare both with the same kind of names, or make it new"
+            " prepare both with the same kind of names, or set init.head to new"
         )
     return data

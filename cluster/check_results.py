@@ -1,4 +1,4 @@
-"""What a check found, as a line of a table: shared by the preflight of a job and by `fcmae doctor`."""
+"""The result of one check of a machine, and a table of results: for the preflight of a job and for `fcmae doctor`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pipeline.tracking.journal import strict_json
 
 class Level(StrEnum):
     OK = "ok"
-    SKIPPED = "skipped"  # does not apply here, or cannot be asked
+    SKIPPED = "skipped"  # does not apply here, or cannot be checked
     WARNING = "warning"
     MISSING = "missing"  # needed, and no other node has it either
     BAD_NODE = "bad node"  # needed, and this node is to blame
@@ -33,28 +33,29 @@ def node_name() -> str:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check on one node. `value` is the figure that `detail` words, for programs."""
+    """One check on one node."""
 
     check: str
     level: Level
     detail: str
     remedy: str = ""
     value: float | None = None
+    """The figure in `detail`, for programs."""
     node: str = field(default_factory=node_name)
 
 
-def results_table(findings: Iterable[CheckResult]) -> Table:
-    """A row per finding, with the remedy of what is not ok below it. Wraps where the terminal ends."""
+def results_table(results: Iterable[CheckResult]) -> Table:
+    """A row per result, with the remedy below it. Long lines wrap at the end of the terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("check", "", "found"):
         table.add_column(name, no_wrap=name != "found", overflow="fold")
-    for found in findings:
-        remedy = f"\n[dim]{escape(found.remedy)}[/]" if found.remedy else ""
-        level = f"[{COLOUR[found.level]}]{found.level}[/]"
-        table.add_row(escape(found.check), level, escape(found.detail) + remedy)
+    for result in results:
+        remedy = f"\n[dim]{escape(result.remedy)}[/]" if result.remedy else ""
+        level = f"[{COLOUR[result.level]}]{result.level}[/]"
+        table.add_row(escape(result.check), level, escape(result.detail) + remedy)
     return table
 
 
-def results_json(findings: Iterable[CheckResult]) -> str:
-    """A JSON list of the findings."""
-    return json.dumps([strict_json(asdict(found)) for found in findings], indent=2)
+def results_json(results: Iterable[CheckResult]) -> str:
+    """The results as a JSON list."""
+    return json.dumps([strict_json(asdict(result)) for result in results], indent=2)

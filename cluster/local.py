@@ -1,4 +1,4 @@
-"""Stages as processes of this machine, one per rank."""
+"""Run stages as processes of this machine, one per rank."""
 
 import os
 import shutil
@@ -19,18 +19,20 @@ from pipeline.stage.outcome import ExitCode, Outcome, OutcomeKind
 from pipeline.storage.file_names import LOGS_FOLDER
 
 POLL_SECONDS = 0.1
-KILL_AFTER_SECONDS = 120.0  # from the first request to stop; a checkpoint of a large model takes its time
-LAST_WORDS_SECONDS = 20.0  # from the first bad end of a rank, for the others to say what they know
-_LEAST_FREE_BYTES = 64 * 1024  # with less than that a disk counts as full
+WATCH_SECONDS = 0.5
+KILL_AFTER_SECONDS = 120.0  # after the first request to stop, because saving a large model takes long
+KILL_AFTER_FAILURE_SECONDS = 20.0  # after the first failure of a rank, so that the others can record what they know
+FULL_DISK_BYTES = 64 * 1024  # a disk with less free space counts as full
 
 
 class LocalLauncher:
-    """Runs a stage in `processes` ranks and waits for them.
+    """Runs a stage in several ranks and waits for them.
 
-    As a context manager it passes SIGINT and SIGTERM on to the ranks, also one that comes between two stages; a second
-    one kills.
+    As a context manager it passes SIGINT and SIGTERM on to the ranks, which save and stop; a second signal kills them.
+    A signal between two stages keeps the next one from starting.
 
-    Attributes:
+    Args:
+        processes: how many ranks.
         watch: called about twice a second while waiting, to show progress.
     """
 
@@ -51,7 +53,7 @@ class LocalLauncher:
             signal.signal(number, handler)
 
     def run(self, stage_directory: Path) -> Outcome:
-        """Run the stage to an outcome."""
+        """Run the stage until its ranks have ended, and return how."""
         if self._stops:
             return Outcome(OutcomeKind.SAVED, f"stopped before stage {stage_directory.name} began")
         self._ended, deadline, failed = {}, None, False
@@ -62,24 +64,23 @@ class LocalLauncher:
             shown = 0.0
             while len(self._codes()) < len(self._ranks):
                 time.sleep(POLL_SECONDS)
-                if time.monotonic() - shown > 0.5:
+                if time.monotonic() - shown > WATCH_SECONDS:
                     self.watch()
                     shown = time.monotonic()
                 if self._stops and deadline is None:
                     deadline = time.monotonic() + KILL_AFTER_SECONDS
-                if not failed and self._codes(but=(ExitCode.DONE, ExitCode.SAVED)):
-                    failed, words_until = True, time.monotonic() + LAST_WORDS_SECONDS
-                    deadline = min(deadline or words_until, words_until)
+                if not failed and set(self._codes().values()) - {ExitCode.DONE, ExitCode.SAVED}:
+                    failed, failure_deadline = True, time.monotonic() + KILL_AFTER_FAILURE_SECONDS
+                    deadline = min(deadline or failure_deadline, failure_deadline)
                 if self._stops > 1 or (deadline and time.monotonic() > deadline):
-                    self._kill()  # the others wait for the one that is gone, and would wait for ever
+                    self._kill()  # ranks that wait for one that is gone would wait for ever
         finally:
             self._kill()
             meeting.close()
         return self._outcome(Stage(stage_directory), attempts)
 
     def _start(self, stage_directory: Path, port: int) -> None:
-        attempt_logs = stage_directory / LOGS_FOLDER
-        attempt_logs.mkdir(exist_ok=True)
+        (stage_directory / LOGS_FOLDER).mkdir(exist_ok=True)
         shared = {
             "WORLD_SIZE": self.processes,
             "LOCAL_WORLD_SIZE": self.processes,
@@ -90,20 +91,20 @@ class LocalLauncher:
         }
         threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
         self._ranks = []
-        # A rank told to stop while it still imports torch would just die: it unblocks these once it can obey.
+        # A stop signal would kill a rank that still imports torch. The rank unblocks the signals once it handles them.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for rank in range(self.processes):
-            place = {
+            own = {
                 **shared,
                 "RANK": rank,
                 "LOCAL_RANK": rank,
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
             }
-            with open(attempt_logs / f"rank-{rank}.log", "ab") as log:
+            with open(rank_log(stage_directory, rank), "ab") as log:
                 self._ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-m", self.module, str(stage_directory)],
-                        env={**os.environ, **{name: str(value) for name, value in place.items()}},
+                        env={**os.environ, **{name: str(value) for name, value in own.items()}},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -118,10 +119,10 @@ class LocalLauncher:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGTERM)
 
-    def _codes(self, but: tuple[int, ...] = ()) -> dict[int, int]:
-        """Exit codes, by rank, of the ranks that have ended, without those in `but`."""
+    def _codes(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended, by rank."""
         codes = {rank: process.poll() for rank, process in enumerate(self._ranks)}
-        return {rank: code for rank, code in codes.items() if code is not None and code not in but}
+        return {rank: code for rank, code in codes.items() if code is not None}
 
     def _kill(self) -> None:
         self._ended = self._ended or self._codes()
@@ -136,18 +137,18 @@ class LocalLauncher:
         if codes == {ExitCode.DONE} and (done := stage.done()):
             return Outcome(OutcomeKind.DONE, step=done.step)
         outcome = stage.attempts.last_outcome() if stage.attempts.newest() > attempts_before else None
-        # When a rank is killed the others fail for want of it: what they say is not the reason, unless they know of it.
+        # After a rank was killed the others fail because it is gone, so their reason does not count.
         killed = {rank: code for rank, code in self._ended.items() if code < 0}
         ended_well = codes <= {ExitCode.DONE, ExitCode.SAVED}
-        told = outcome and (ended_well or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
-        if outcome and told and codes and not killed:
+        explains = outcome and (ended_well or outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE))
+        if outcome and explains and codes and not killed:
             return outcome
-        ends = ", ".join(f"rank {rank} {_end(code)}" for rank, code in (killed or self._ended).items())
+        ends = ", ".join(f"rank {rank} {_end_of_rank(code)}" for rank, code in (killed or self._ended).items())
         if outcome and outcome.kind is OutcomeKind.BAD_NODE and killed:
             return replace(outcome, reason=f"{outcome.reason} ({ends})")
         logs = stage.directory / LOGS_FOLDER
-        # On a full disk neither logs nor outcome tell the reason.
-        full = shutil.disk_usage(logs).free < _LEAST_FREE_BYTES
+        # On a full disk neither the logs nor the outcome hold the reason.
+        full = shutil.disk_usage(logs).free < FULL_DISK_BYTES
         return Outcome(
             OutcomeKind.BAD_NODE if killed else OutcomeKind.PERMANENT,
             f"stage {stage.recipe.name} ended early ({ends or 'killed'}); "
@@ -156,16 +157,21 @@ class LocalLauncher:
         )
 
 
-def _end(code: int) -> str:
+def _end_of_rank(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
 
-def reserve_port() -> socket.socket:
-    """A socket whose port nobody else is given until it is closed, though rank 0 can listen there meanwhile: it imports
-    torch before it does, and a port that is only found free may be gone by then.
+def rank_log(stage_directory: Path, rank: int) -> Path:
+    """The file of a rank's output."""
+    return stage_directory / LOGS_FOLDER / f"rank-{rank}.log"
 
-    Linux gives a bound port to nobody who asks for any. Who asks for this one and for its reuse, as torch does, gets
-    it while nobody listens.
+
+def reserve_port() -> socket.socket:
+    """Reserve a port of this machine for rank 0, which listens there seconds later, after it has imported torch.
+
+    Returns:
+        A socket that holds the port until it is closed. Linux does not give a bound port to processes that ask for any
+        free one; torch asks for this very port with SO_REUSEADDR and gets it while nobody listens.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,7 @@
-"""Is this node fit to train? Asked in the job before its ranks join a group: a sick node is cheaper to leave than to
-wait for. Takes seconds. `cluster.preflight.network` asks the same of what lies between the nodes."""
+"""Check whether a node is fit to train, in seconds, before its ranks join a process group.
+
+`host` and `gpu` check one node, `network` the connections between nodes, `bad_nodes` runs all of them for a rank.
+"""
 
 from cluster.check_results import CheckResult, Level
 from cluster.preflight.gpu import check_gpu
@@ -11,15 +13,15 @@ __all__ = ["Expectations", "PreflightSettings", "check_node", "failure_outcome"]
 
 
 def check_node(expected: Expectations) -> list[CheckResult]:
-    """Every check of this node. Never raises for what it finds."""
+    """Run every check of this node. A defect is a result, not an exception."""
     if not expected.settings.enabled:
         return [CheckResult("preflight", Level.SKIPPED, "switched off by the site")]
     return [*check_host(expected), *check_gpu(expected)]
 
 
-def failure_outcome(findings: list[CheckResult]) -> Outcome | None:
-    """The outcome that findings amount to: a bad node, a permanent failure, or None for none."""
+def failure_outcome(results: list[CheckResult]) -> Outcome | None:
+    """The outcome of a stage that these results prevent: a bad node or a permanent failure; None if they do not."""
     for level, kind in ((Level.BAD_NODE, OutcomeKind.BAD_NODE), (Level.MISSING, OutcomeKind.PERMANENT)):
-        if found := [f for f in findings if f.level is level]:
-            return Outcome(kind, "; ".join(f"{f.check} on {f.node}: {f.detail}" for f in found))
+        if defects := [result for result in results if result.level is level]:
+            return Outcome(kind, "; ".join(f"{d.check} on {d.node}: {d.detail}" for d in defects))
     return None

@@ -1,5 +1,7 @@
-"""python -m cluster.preflight --run runs/demo --devices 8: a table; exits with 76 if this node is to blame, with 1 if
-no other node would do better."""
+"""Check this node, print a table, and exit with 76 if the node is to blame, with 1 if no other node would do better:
+
+python -m cluster.preflight --run runs/demo --devices 8
+"""
 
 import argparse
 import os
@@ -25,13 +27,13 @@ def main() -> None:
         settings = PreflightSettings.model_validate_json(given.settings)
     except ValueError as error:
         parser.error(f"--settings: {error}")
-    findings = check_node(
+    results = check_node(
         Expectations(given.run, given.scratch, given.devices, int(os.environ.get("LOCAL_RANK", 0)), settings)
     )
-    print(results_json(findings)) if given.json else Console().print(results_table(findings))
-    outcome = failure_outcome(findings)
+    print(results_json(results)) if given.json else Console().print(results_table(results))
+    outcome = failure_outcome(results)
     sys.stdout.flush()
-    # A thread that waits for a hung mount would hold an orderly exit.
+    # A thread that waits for a hung mount would block an orderly exit.
     os._exit((outcome.kind if outcome else OutcomeKind.DONE).exit_code)
 
 

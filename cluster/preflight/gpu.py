@@ -1,4 +1,4 @@
-"""A node's GPUs: visible, healthy, empty, and right and fast in a matrix product. A CPU does the product too."""
+"""Check that a node's GPUs are visible, healthy and unused, and that a matrix product is exact and fast."""
 
 import csv
 import statistics
@@ -21,7 +21,7 @@ FIELDS = ("uuid", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pendin
 
 
 def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
-    """Everything of this file; on CPUs the matrix product alone."""
+    """Run the checks of this module; for training on CPUs the matrix product alone."""
     if not expected.devices:
         yield CheckResult("gpu", Level.SKIPPED, "training on CPUs")
         yield from _matrix(expected)
@@ -43,14 +43,14 @@ def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
             yield from _memory(expected)
             yield from _processes(expected, visible)
             yield from _matrix(expected)
-        except RuntimeError as error:  # all that CUDA has to say, lack of memory included
-            said = f"GPU {expected.local_rank}: {str(error).splitlines()[0]}"
-            yield CheckResult("gpu", Level.BAD_NODE, said, "reset the GPU or restart the node")
+        except RuntimeError as error:  # every error of CUDA, also lack of memory
+            detail = f"GPU {expected.local_rank}: {str(error).splitlines()[0]}"
+            yield CheckResult("gpu", Level.BAD_NODE, detail, "reset the GPU or restart the node")
 
 
 def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str]) -> Iterator[CheckResult]:
-    """What nvidia-smi says of the memory of the GPUs we see. An Xid is in the kernel's log, which users may seldom
-    read; those that matter here leave a GPU that nvidia-smi or CUDA cannot reach."""
+    """Check the memory errors that nvidia-smi reports of the visible GPUs. Xid errors are only in the kernel's log,
+    which users may rarely read; after the severe ones nvidia-smi or CUDA cannot reach the GPU."""
     if answer is None:
         yield CheckResult("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
         return
@@ -80,7 +80,7 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
 
 
 def _nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
-    """nvidia-smi's answer; a hang is an answer too. None where there is no such program."""
+    """Run nvidia-smi. A hang counts as a failed run; None if there is no such program."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
@@ -106,17 +106,18 @@ def _memory(expected: Expectations) -> Iterator[CheckResult]:
 def _processes(expected: Expectations, visible: set[str]) -> Iterator[CheckResult]:
     answer = _nvidia_smi("--query-compute-apps=pid,process_name,gpu_uuid")
     if answer is None or answer.returncode != 0:
-        yield CheckResult("gpu processes", Level.SKIPPED, "nvidia-smi does not tell")
+        yield CheckResult("gpu processes", Level.SKIPPED, "nvidia-smi does not list them")
     elif others := foreign_processes(answer.stdout, visible, expected.settings.allowed_processes):
         detail = f"others compute on our GPUs: {', '.join(others)}"
         remedy = "end them, or ask for whole nodes (exclusive)"
         yield CheckResult("gpu processes", Level.BAD_NODE, detail, remedy, len(others))
     else:
-        yield CheckResult("gpu processes", Level.OK, "ours alone", value=0)
+        yield CheckResult("gpu processes", Level.OK, "no other processes", value=0)
 
 
 def foreign_processes(table: str, visible: set[str], allowed: list[str]) -> list[str]:
-    """`pid (name)` of those in nvidia-smi's table that are on a GPU of ours and neither of our job nor allowed."""
+    """List the processes in nvidia-smi's table that use a visible GPU and are neither of our job nor allowed, as
+    `pid (name)`."""
     others = []
     for pid, name, uuid in csv.reader(table.splitlines(), skipinitialspace=True):
         if _uuid(uuid) not in visible or any(part in name for part in allowed):
@@ -124,7 +125,7 @@ def foreign_processes(table: str, visible: set[str], allowed: list[str]) -> list
         try:
             if is_ours(psutil.Process(int(pid))):
                 continue
-        except psutil.Error:  # another user's, or outside our container
+        except psutil.Error:  # the process is another user's, or outside of our container
             pass
         others.append(f"{pid} ({name})")
     return others
@@ -142,8 +143,8 @@ def _matrix(expected: Expectations) -> Iterator[CheckResult]:
     tflops, repeatable = matrix_product(device)
     detail = f"{tflops:.3g} TFLOP/s on {device}"
     if not repeatable:
-        said = f"{device}: the same product twice gave different numbers"
-        yield CheckResult(MATRIX, Level.BAD_NODE, said, "take the node out: its arithmetic is broken", tflops)
+        detail = f"{device}: the same product twice gave different numbers"
+        yield CheckResult(MATRIX, Level.BAD_NODE, detail, "take the node out: its arithmetic is broken", tflops)
     elif tflops < floor:
         remedy = "see its clocks and temperature, and what else runs there"
         yield CheckResult(MATRIX, Level.BAD_NODE, f"{detail}, {floor:g} needed", remedy, tflops)
@@ -152,8 +153,11 @@ def _matrix(expected: Expectations) -> Iterator[CheckResult]:
 
 
 def matrix_product(device: "torch.device") -> tuple[float, bool]:
-    """TFLOP/s of a square product (bf16 on a GPU, float32 on a CPU; the best of five), and whether it repeats to the
-    bit. About a tenth of a second."""
+    """Multiply a square matrix by itself (bf16 on a GPU, float32 on a CPU), in about 0.1 s.
+
+    Returns:
+        TFLOP/s, the best of five; and whether the product repeats to the bit.
+    """
     import torch
 
     cuda = device.type == "cuda"
@@ -174,7 +178,7 @@ def matrix_product(device: "torch.device") -> tuple[float, bool]:
 
 
 def slow_ranks(tflops: list[float], fraction: float) -> dict[int, float]:
-    """The ranks below `fraction` of the median of the others, with that median."""
+    """The ranks below `fraction` of the median of the other ranks, with that median."""
     slow = {}
     for rank, own in enumerate(tflops):
         others = tflops[:rank] + tflops[rank + 1 :]

@@ -1,4 +1,4 @@
-"""The node but for its GPUs: memory, what is left of earlier attempts, disks, the clock."""
+"""Check a node without its GPUs: memory, ranks left over from earlier attempts, disks, the clock."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ from cluster.preflight.settings import Expectations
 T = TypeVar("T")
 GIB = 2**30
 DISK_PROBE_BYTES = 4 * 2**20
-# How the ranks of a stage are started, here and by `cluster.slurm`: nothing else that names the stage trains it.
+# Modules that ranks are started by, locally and under Slurm. Other processes that name the stage do not train it.
 RANK_MODULES = ("pipeline.run", "submitit.core._submit", "cluster.slurm.worker")
-# Errors of a shared directory that other nodes need not have; a full disk, a quota or a permission is everybody's.
+# Errors of a shared directory that another node may not have, unlike a full disk, a quota or a permission.
 NODE_ERRNOS = {errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT}
 
 
 def check_host(expected: Expectations) -> Iterator[CheckResult]:
-    """Everything of this file."""
+    """Run the checks of this module."""
     for check in (_memory, _strays, _disks, _clock):
         yield from check(expected)
 
@@ -38,19 +38,19 @@ def _memory(expected: Expectations) -> Iterator[CheckResult]:
 
 
 def available_memory_bytes() -> int:
-    """What can be allocated: the machine's, or less where a control group (version 2) has a limit."""
+    """Memory that can be allocated: the machine's, or less where a control group (version 2) limits it."""
     available = psutil.virtual_memory().available
     try:
-        place = Path("/proc/self/cgroup").read_text().splitlines()[-1].split("::", 1)[1].lstrip("/")
+        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].split("::", 1)[1].lstrip("/")
     except (OSError, IndexError):
         return available
-    group = Path("/sys/fs/cgroup") / place
+    group = Path("/sys/fs/cgroup") / own
     for folder in (group, *group.parents):
         try:
             limit = int((folder / "memory.max").read_text())
             statistic = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / "memory.current").read_text()) - int(statistic["inactive_file"])
-        except (OSError, ValueError, KeyError):  # no limit here, or above all groups
+        except (OSError, ValueError, KeyError):  # this group has no limit
             continue
         available = min(available, max(limit - used, 0))
     return available
@@ -58,18 +58,18 @@ def available_memory_bytes() -> int:
 
 def _strays(expected: Expectations) -> Iterator[CheckResult]:
     deadline = time.monotonic() + expected.settings.stray_seconds
-    while (found := stray_ranks(expected.stage_directory)) and time.monotonic() < deadline:
+    while (strays := stray_ranks(expected.stage_directory)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    if not found:
+    if not strays:
         yield CheckResult("processes", Level.OK, "no rank of an earlier attempt", value=0)
         return
-    detail = f"ranks of an earlier attempt still run: {', '.join(found)}"
-    yield CheckResult("processes", Level.BAD_NODE, detail, "end them; Slurm's slurmd may have lost them", len(found))
+    detail = f"ranks of an earlier attempt still run: {', '.join(strays)}"
+    yield CheckResult("processes", Level.BAD_NODE, detail, "end them; Slurm's slurmd may have lost them", len(strays))
 
 
 def stray_ranks(stage_directory: Path) -> list[str]:
-    """`pid (name)` of this node's processes that run the stage but are of another job, or of an earlier start of
-    this one."""
+    """List this node's processes that run the stage for another job, or for an earlier start of this job, as
+    `pid (name)`."""
     stage, strays = str(Path(stage_directory).resolve()), []
     for process in psutil.process_iter():
         try:
@@ -77,13 +77,13 @@ def stray_ranks(stage_directory: Path) -> list[str]:
             names_stage = any(word == stage or word.startswith(stage + os.sep) for word in words)
             if names_stage and any(module in words for module in RANK_MODULES) and not is_ours(process):
                 strays.append(f"{process.pid} ({process.name()})")
-        except psutil.Error:  # gone, or another user's
+        except psutil.Error:  # the process is gone, or another user's
             continue
     return strays
 
 
 def is_ours(process: psutil.Process) -> bool:
-    """Whether it is a rank of this very start: of the same job and restart, or started by who started us."""
+    """Whether a process is a rank of this start: of the same job and restart; outside of Slurm, of the same parent."""
     if process.pid == os.getpid():
         return True
     if "SLURM_JOB_ID" not in os.environ:
@@ -119,7 +119,7 @@ def _disks(expected: Expectations) -> Iterator[CheckResult]:
 
 
 def _probe(folder: Path, make: bool) -> tuple[int, float]:
-    """(free bytes, seconds to write, sync and read back some random bytes). A folder of ours is made first."""
+    """Write, sync and read back some random bytes; (free bytes, seconds). `make`: create the folder first."""
     if make:
         folder.mkdir(parents=True, exist_ok=True)
     content, began = os.urandom(DISK_PROBE_BYTES), time.perf_counter()
@@ -128,7 +128,7 @@ def _probe(folder: Path, make: bool) -> tuple[int, float]:
         file.flush()
         os.fsync(file.fileno())
         if Path(file.name).read_bytes() != content:
-            raise OSError(errno.EIO, "what is read is not what was written")
+            raise OSError(errno.EIO, "the disk returned other bytes than were written")
     return shutil.disk_usage(folder).free, time.perf_counter() - began
 
 
@@ -144,7 +144,7 @@ def _clock(expected: Expectations) -> Iterator[CheckResult]:
 
 
 def clock_offset_seconds(folder: Path) -> float:
-    """This node's clock minus that of the server of `folder`: utime without a time takes the server's."""
+    """This node's clock minus the clock of the file server of `folder`, which utime without a time uses."""
     with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder) as file:
         before = time.time()
         os.utime(file.name)
@@ -152,8 +152,8 @@ def clock_offset_seconds(folder: Path) -> float:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | OSError | None:
-    """What `work` returns, or its OSError; None if it takes longer. It is then left behind: nothing ends a thread
-    that waits for a hung mount."""
+    """What `work` returns, or its OSError; None if it takes longer. Its thread is then left behind, because nothing
+    ends a thread that waits for a hung mount."""
     answer: list[T | OSError] = []
 
     def run() -> None:

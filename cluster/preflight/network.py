@@ -1,5 +1,7 @@
-"""Are the ranks equally fast, and the network between their nodes? Asked once after the preflight of each node, in a
-group of its own that is left again, so that what is found has a name before training hangs on it."""
+"""Check that the ranks and the network between their nodes are equally fast, after the preflight of each node.
+
+The check uses a process group of its own, so that a slow or absent node is named before training hangs on it.
+"""
 
 import json
 import os
@@ -29,12 +31,12 @@ def check_network(
     WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; uses the port after MASTER_PORT.
 
     Args:
-        tflops: this rank's matrix product, from `preflight`.
-        cuda: over NCCL instead of gloo. The device must have been set.
-        hosts: each rank's node as scheduled, to name the node of a rank that never comes.
+        tflops: this rank's matrix product, from `check_node`.
+        cuda: use NCCL instead of gloo. The device must have been set.
+        hosts: each rank's node as scheduled, to name the node of a rank that does not join.
 
     Returns:
-        The same findings on every rank.
+        The same results on every rank.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or not settings.enabled:
@@ -49,14 +51,14 @@ def check_network(
             timeout=timeout,
             wait_for_workers=False,
         )
-    except RuntimeError as error:  # every DistStoreError is one
+    except RuntimeError as error:  # DistStoreError is a subclass
         return [_unreachable(rank, str(error).splitlines()[0], hosts)]
     try:
         missing = _missing(store, rank, size, timeout)
     except RuntimeError:
-        return [_unreachable(rank, "it left before all had come", hosts)]
+        return [_unreachable(rank, "rank 0 left before all ranks had joined", hosts)]
     if missing:
-        detail = f"rank {{}} did not come within {settings.join_timeout_seconds:g} s"
+        detail = f"rank {{}} did not join within {settings.join_timeout_seconds:g} s"
         return [
             CheckResult("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else "?")
             for other in missing
@@ -78,20 +80,20 @@ def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> CheckResult:
 
 
 def _missing(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> list[int]:
-    """The ranks that did not come in time: rank 0 says so, all believe it."""
+    """The ranks that did not join in time, as rank 0 sees it; the same on every rank."""
     store.set(f"here/{rank}", "")
     if rank:
-        store.wait(["missing"], timeout * 2)  # rank 0 may have begun to wait later than we
+        store.wait(["missing"], timeout * 2)  # rank 0 may have begun to wait later
         missing = json.loads(store.get("missing"))
-        store.set(f"told/{rank}", "")
+        store.set(f"informed/{rank}", "")
         return missing
     with suppress(RuntimeError):
         store.wait([f"here/{other}" for other in range(size)], timeout)
     missing = [other for other in range(size) if not store.check([f"here/{other}"])]
     store.set("missing", json.dumps(missing))
-    if missing:  # the store ends with this process
+    if missing:  # the store ends with this process, so wait until the others have read it
         with suppress(RuntimeError):
-            store.wait([f"told/{other}" for other in range(1, size) if other not in missing], timeout)
+            store.wait([f"informed/{other}" for other in range(1, size) if other not in missing], timeout)
     return missing
 
 
@@ -100,19 +102,19 @@ def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> l
     shared: list = [None] * size
     dist.all_gather_object(shared, (node_name(), int(os.environ.get("LOCAL_RANK", 0)), tflops))
     nodes = [node for node, _, _ in shared]
-    findings = []
+    results = []
     if cuda and all(product is not None for _, _, product in shared):
-        findings += _compare([product for _, _, product in shared], nodes, settings.matrix_fraction)
+        results += _compare([product for _, _, product in shared], nodes, settings.matrix_fraction)
     rate, floor = allreduce_gb_per_second(cuda), settings.allreduce_floor_gb_per_second
     detail = f"all-reduce of {size} ranks on {len(set(nodes))} nodes: {rate:.3g} GB/s"
     if rate >= floor:
-        return [*findings, CheckResult("network", Level.OK, detail, value=rate)]
+        return [*results, CheckResult("network", Level.OK, detail, value=rate)]
     leaders = [rank for rank, (_, local, _) in enumerate(shared) if local == 0]
     slow = slow_places(pair_gb_per_second(leaders, cuda), floor)
-    # That most nodes are slow is no node's fault, and another set of nodes need not be better.
+    # If most nodes are slow, none of them is to blame, and other nodes need not be better.
     if not slow or len(slow) * 2 >= len(leaders):
-        return [*findings, CheckResult("network", Level.WARNING, f"{detail}, {floor:g} expected", "ask the site", rate)]
-    return findings + [
+        return [*results, CheckResult("network", Level.WARNING, f"{detail}, {floor:g} expected", "ask the site", rate)]
+    return results + [
         CheckResult("network", Level.BAD_NODE, f"{detail}, {floor:g} needed; the links of {nodes[leaders[i]]} are slow",
                 "see its network card and cable", rate, nodes[leaders[i]])
         for i in slow
@@ -132,8 +134,8 @@ def _compare(products: list[float], nodes: list[str], fraction: float) -> list[C
 
 
 def allreduce_gb_per_second(cuda: bool) -> float:
-    """Bus bandwidth of an all-reduce over all ranks, 10^9 bytes a second: what the slowest link must carry, whatever
-    the number of ranks (2 (n-1)/n times the bytes; nccl-tests, doc/PERFORMANCE.md). The same on every rank."""
+    """Bus bandwidth of an all-reduce over all ranks, in 10^9 bytes/s: the load of the slowest link, independent of the
+    number n of ranks (2 (n-1)/n times the bytes; nccl-tests, doc/PERFORMANCE.md). The same on every rank."""
     tensor = torch.ones((GPU_BYTES if cuda else CPU_BYTES) // 4, device="cuda" if cuda else "cpu")
     repeats = 5
 
@@ -148,7 +150,8 @@ def allreduce_gb_per_second(cuda: bool) -> float:
 
 
 def pair_gb_per_second(leaders: list[int], cuda: bool) -> list[float]:
-    """Between each leader and the next one in the ring, one pair after the other. The same on every rank."""
+    """Bandwidth in 10^9 bytes/s from each leader to the next one in the ring, one pair after the other. The same on
+    every rank."""
     tensor = torch.ones((GPU_BYTES if cuda else CPU_BYTES) // 4, device="cuda" if cuda else "cpu")
     rates = torch.zeros(len(leaders), device=tensor.device)
     for i, first in enumerate(leaders):
@@ -170,7 +173,7 @@ def pair_gb_per_second(leaders: list[int], cuda: bool) -> list[float]:
 
 
 def _timed(work: Callable[[], None], cuda: bool) -> float:
-    work()  # connections are made at first use
+    work()  # the first use opens the connections
     if cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -181,5 +184,5 @@ def _timed(work: Callable[[], None], cuda: bool) -> float:
 
 
 def slow_places(rates: list[float], floor: float) -> list[int]:
-    """Places in a ring both of whose links are below `floor`; `rates[i]` is the link from place i to the next."""
+    """The places in a ring with both links below `floor`; `rates[i]` is the link from place i to the next."""
     return [i for i in range(len(rates)) if max(rates[i - 1], rates[i]) < floor]

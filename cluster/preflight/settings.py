@@ -1,4 +1,4 @@
-"""What a site may demand of its nodes, and what a rank counts on."""
+"""What a site demands of its nodes, and what a rank expects of its node."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,44 +7,44 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class PreflightSettings(BaseModel):
-    """The `preflight` section of a site. A floor of 0 measures and reports without judging."""
+    """The `preflight` section of a site. A floor of 0 measures and reports but refuses nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     enabled: bool = True
     host_memory_gib: float = Field(1.0, ge=0)
-    """Free memory that a rank must find, inside the job's own limit."""
+    """Free memory that a rank needs, inside the job's own limit."""
     device_memory_fraction: float = Field(0.9, ge=0, le=1)
-    """Of a GPU's memory, what must be free before we start."""
+    """The part of a GPU's memory that must be free."""
     disk_gib: float = Field(1.0, ge=0)
-    """Free space in the local scratch and in the run directory."""
+    """Free space needed in the local scratch and in the run directory."""
     disk_timeout_seconds: float = Field(30.0, gt=0)
-    """For a directory to take and give back 4 MiB; a hung mount takes longer."""
+    """The time to write and read back 4 MiB, which a hung mount exceeds."""
     clock_seconds: float = Field(10.0, gt=0)
-    """Between this node's clock and the shared file system's."""
+    """The largest difference between this node's clock and the shared file system's."""
     stray_seconds: float = Field(5.0, ge=0)
-    """How long what is left of an earlier attempt may take to end."""
+    """How long ranks left over from an earlier attempt may take to end."""
     allowed_processes: list[str] = ["nvidia-cuda-mps-server", "nvidia-cuda-mps-control", "dcgm"]
-    """Programs that may be on a GPU beside us, by a part of their name."""
+    """Programs that may use the same GPU, by a part of their name."""
     matrix_floor_tflops: float = Field(0.0, ge=0)
-    """A GPU's bf16 matrix product; a CPU's in float32."""
+    """The least rate of a matrix product: in bf16 on a GPU, in float32 on a CPU."""
     matrix_fraction: float = Field(0.7, ge=0, le=1)
-    """Of the median of the other ranks' products, on GPUs; see `cluster.preflight.network`."""
+    """The least part of the median rate of the other ranks' GPUs; see `cluster.preflight.network`."""
     allreduce_floor_gb_per_second: float = Field(0.0, ge=0)
-    """Bus bandwidth of an all-reduce over all ranks (10^9 bytes)."""
+    """The least bus bandwidth of an all-reduce over all ranks (10^9 bytes/s)."""
     join_timeout_seconds: float = Field(120.0, gt=0)
-    """For all ranks to reach the network check."""
+    """The time for all ranks to reach the network check."""
 
 
 @dataclass(frozen=True)
 class Expectations:
-    """What a rank counts on."""
+    """What a rank expects of its node."""
 
     stage_directory: Path
-    """On the file system that the nodes share."""
+    """On the file system that all nodes share."""
     scratch: Path | None = None
     """Local disk that data is staged to."""
     devices: int = 0
-    """GPUs that this rank must see; 0 is training on CPUs."""
+    """GPUs that this rank must see; 0 for training on CPUs."""
     local_rank: int = 0
     settings: PreflightSettings = field(default_factory=PreflightSettings)

@@ -1,25 +1,30 @@
-"""What the ranks of a run have printed: under Slurm, and as processes of this machine."""
+"""Print what the ranks of a run have printed, as Slurm jobs or as processes of this machine."""
 
 import time
 from pathlib import Path
 
+from cluster.local import rank_log
 from cluster.show.status import stage_names
 from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import LaunchError
-from pipeline.storage.file_names import DONE_FILE, LOGS_FOLDER
+from pipeline.storage.file_names import DONE_FILE
 
 POLL_SECONDS = 0.5
 
 
 def log_files(stage_directory: Path, rank: int) -> list[Path]:
-    """A rank's files, the oldest first: one for each job, and one for local runs. Rank 0's hold the job's own words."""
-    local = stage_directory / LOGS_FOLDER / f"rank-{rank}.log"
-    found = [*slurm_directory(stage_directory).glob(f"*_{rank}_log.out"), local]
-    return sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
+    """A rank's log files, the oldest first: one per job, and one of local runs. Rank 0's also hold the batch script's
+    output."""
+    paths = [*slurm_directory(stage_directory).glob(f"*_{rank}_log.out"), rank_log(stage_directory, rank)]
+    return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
 def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -> None:
-    """Print the last lines of the logs of one stage, or of all; then, to follow, what is added until all is done.
+    """Print the last lines of each log file of one stage, or of all.
+
+    Args:
+        lines: how many of each file.
+        follow: also print what is added, until all stages are done.
 
     Raises:
         StageError: if this is no run directory.
@@ -32,7 +37,7 @@ def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: b
     offsets: dict[Path, int] = {}
     last: Path | None = None
     while True:
-        finished = all((directory / DONE_FILE).exists() for directory in stages)  # asked before the files are read
+        finished = all((directory / DONE_FILE).exists() for directory in stages)  # before the files are read
         for path in (path for directory in stages for path in log_files(directory, rank)):
             data = path.read_bytes()
             new = data[offsets.get(path, 0) :] if path in offsets else b"".join(data.splitlines(True)[-lines:])

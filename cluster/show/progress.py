@@ -1,4 +1,4 @@
-"""A running chain, shown from its files alone: it can be started in the middle, and nothing it meets ends the run."""
+"""Show a running chain from its files alone. It may start in the middle of a run, and its errors do not end the run."""
 
 import sys
 import time
@@ -8,7 +8,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 
 from cluster.show.status import StageFollower, StageStatus, stage_names
 from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
@@ -18,9 +17,9 @@ LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 
 class Progress:
-    """With a terminal a live table, one row per stage; otherwise plain lines. Call `update` about twice a second.
+    """A live table with one row per stage, or plain lines if there is no terminal. Call `update` about twice a second.
 
-    What the journals hold before the start is history and only counts; what comes later is also told line by line.
+    Events that the journals hold before the start only count; later ones are also printed, one line each.
     """
 
     def __init__(self, run_directory: str | Path, console: Console | None = None) -> None:
@@ -29,7 +28,7 @@ class Progress:
         self._statuses: list[StageStatus] = []
         self._live: Live | None = None
         self._line_due = 0.0
-        self._told: set[str] = set()  # stages whose end has been told
+        self._announced: set[str] = set()  # stages whose end has been printed
         self._broken = False
 
     def __enter__(self) -> "Progress":
@@ -38,10 +37,12 @@ class Progress:
         self._statuses = [follower.status() for follower in self._followers]
         for s in self._statuses:
             if s.state == "done":
-                self._told.add(s.stage)
-                self._say(f"{s.stage}: done before, {_result(s)}")
+                self._announced.add(s.stage)
+                self._print(f"{s.stage}: done before, {_result(s)}")
         if self.console.is_terminal:
-            self._live = Live(self._table(), console=self.console, auto_refresh=False, redirect_stderr=False)
+            self._live = Live(
+                stage_table(self._statuses, bars=True), console=self.console, auto_refresh=False, redirect_stderr=False
+            )
             self._live.start()
         return self
 
@@ -52,40 +53,37 @@ class Progress:
             self._live = None
 
     def update(self) -> None:
-        """Shows what the files say now."""
+        """Show what the files say now."""
         try:
             self._update()
-        except Exception as error:  # the run is worth more than its display
+        except Exception as error:  # a broken display must not end the run
             if not self._broken:
                 print(f"progress display: {type(error).__name__}: {error}", file=sys.stderr)
             self._broken = True
 
     def _update(self) -> None:
-        news = [(follower.directory.name, event) for follower in self._followers for event in follower.poll()]
+        events = [(follower.directory.name, event) for follower in self._followers for event in follower.poll()]
         self._statuses = [follower.status() for follower in self._followers]
-        for stage, event in news:
-            if sentence := _sentence(event, terse=self._live is not None):
-                self._say(f"{stage}: {sentence}")
+        for stage, event in events:
+            if sentence := event_sentence(event, terse=self._live is not None):
+                self._print(f"{stage}: {sentence}")
         for s in self._statuses:
-            if s.state == "done" and s.stage not in self._told:
-                self._told.add(s.stage)
-                self._say(f"{s.stage}: done, {_result(s)}")
+            if s.state == "done" and s.stage not in self._announced:
+                self._announced.add(s.stage)
+                self._print(f"{s.stage}: done, {_result(s)}")
         if self._live:
-            self._live.update(self._table(), refresh=True)
-        elif time.monotonic() >= self._line_due and any(event.get("kind") == "step" for _, event in news):
+            self._live.update(stage_table(self._statuses, bars=True), refresh=True)
+        elif time.monotonic() >= self._line_due and any(event.get("kind") == "step" for _, event in events):
             self._line_due = time.monotonic() + LINE_SECONDS
             for s in self._statuses:
                 if s.state == "running":
-                    self._say(f"{s.stage}: {_line(s)}")
+                    self._print(f"{s.stage}: {_progress_line(s)}")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self.console.print(escape(line), highlight=False, soft_wrap=True)
 
-    def _table(self) -> Table:
-        return stage_table(self._statuses, bars=True)
 
-
-def _line(s: StageStatus) -> str:
+def _progress_line(s: StageStatus) -> str:
     parts = [f"step {of_total(s)}", f"loss {figure(s.loss)}" if s.loss is not None else ""]
     parts += [f"{s.images_per_second:,.0f} images/s" if s.images_per_second else ""]
     parts += [f"ETA {duration(s.eta_seconds)}" if s.eta_seconds is not None else ""]
@@ -98,8 +96,8 @@ def _result(s: StageStatus) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _sentence(event: Event, terse: bool) -> str:
-    """What a journal line is worth saying; terse: without what the table shows anyhow."""
+def event_sentence(event: Event, terse: bool) -> str:
+    """An event of the journal in words; empty if it is not worth a line. `terse`: leave out what the table shows."""
     step, kind = event.get("step"), event.get("kind")
     match kind:
         case "event":
@@ -115,8 +113,8 @@ def _sentence(event: Event, terse: bool) -> str:
         case "end" if event.get("outcome") != "done":
             return f"{event.get('outcome')} at step {step}: {event.get('reason', '')}"
         case "evaluate" if not terse and isinstance(metrics := event.get("metrics"), dict):
-            told = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
-            return f"evaluation at step {step}: {', '.join(told)}"
+            values = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
+            return f"evaluation at step {step}: {', '.join(values)}"
         case "save" if not terse:
             seconds = event.get("seconds")
             took = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
@@ -127,11 +125,11 @@ def _sentence(event: Event, terse: bool) -> str:
 
 
 def _transfer(event: Event) -> str:
-    """`64 tensors loaded; initialised: head.*; dropped: head.*`: the journal has every name."""
-    told = [f"{event.get('loaded')} tensors loaded"]
-    for what in ("initialised", "dropped"):
-        names = event.get(what)
+    """`64 tensors loaded; initialised: head.*; dropped: head.*`. The journal has every name."""
+    parts = [f"{event.get('loaded')} tensors loaded"]
+    for change in ("initialised", "dropped"):
+        names = event.get(change)
         if isinstance(names, list) and names:
-            parts = sorted({str(name).partition(".")[0] + (".*" if "." in str(name) else "") for name in names})
-            told.append(f"{what}: {', '.join(parts)}")
-    return "; ".join(told)
+            groups = sorted({str(name).partition(".")[0] + (".*" if "." in str(name) else "") for name in names})
+            parts.append(f"{change}: {', '.join(groups)}")
+    return "; ".join(parts)

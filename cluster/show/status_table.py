@@ -1,4 +1,4 @@
-"""Stages as rows of a table: for `fcmae status`, and for the progress of `fcmae run`."""
+"""The stages of a run as rows of a table, for `fcmae status` and for the live display of `fcmae run`."""
 
 import math
 
@@ -21,7 +21,7 @@ LEFT = ("stage", "state", "job", "nodes", "result", "track")
 
 
 def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
-    """One row per stage. Columns that would be empty are left out; with `bars` so are those that a glance can spare."""
+    """One row per stage, without the columns that would be empty. `bars`: with progress bars, for the live display."""
     rows = [_cells(s) for s in statuses]
     columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
     if bars:
@@ -29,7 +29,7 @@ def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0) if not bars else (0, 2, 0, 0), header_style="dim" if bars else "bold")
     shown = [name for name, cells in columns.items() if any(cells) or name in ("step", "loss", "images/s", "ETA")]
     for name in shown:
-        # On a narrow terminal these may break at a blank.
+        # On a narrow terminal the last three may wrap at a blank.
         table.add_column(
             name, justify="left" if name in LEFT else "right", no_wrap=name not in ("job", "nodes", "result")
         )
@@ -44,7 +44,7 @@ def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
 
 
 def _cells(s: StageStatus) -> dict[str, str]:
-    """Column -> text, in the order of the table."""
+    """The text of each column, in the order of the table."""
     return {
         "stage": escape(s.stage),
         "state": f"[{COLOUR[s.state]}]{s.state}[/]",
@@ -70,7 +70,7 @@ def _job(s: StageStatus) -> str:
 
 
 def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
-    """The table, and below it how the attempts of each stage ended, and why Slurm was not asked."""
+    """The table, and below it how the attempts of each stage ended, and why Slurm has not answered (`trouble`)."""
     lines = []
     for s in statuses:
         ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
@@ -83,7 +83,7 @@ def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
             lines.append(f"{s.stage}, {s.verdict}")
     if trouble:
         lines.append(f"from the files alone: {trouble}")
-    # One row each; --json has them whole.
+    # One row per line; --json has the whole text.
     rows = [Text(" ".join(line.split()), style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
     return Group(stage_table(statuses), *rows)
 
@@ -97,7 +97,7 @@ def figure(value: float | None, form: str = "{:.4g}") -> str:
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """`top1 61.20 %` or `loss 0.6123`: the metric that the stage is judged by, first."""
+    """`top1 61.20 %` or `loss 0.6123`: the metric that the stage is judged by."""
     first = [name for name in ("top1", "loss") if name in metrics][:1] or list(metrics)[:1]
     return "".join(f"{n} {metrics[n]:.2f} %" if n == "top1" else f"{n} {metrics[n]:.4f}" for n in first)
 

@@ -1,4 +1,4 @@
-"""`fcmae status --watch`: the table, drawn again and again until the chain is done or Ctrl-C."""
+"""`fcmae status --watch`: keep the table up to date until the chain is done, or until Ctrl-C."""
 
 import time
 from pathlib import Path
@@ -12,8 +12,8 @@ from cluster.show.status_table import run_table
 
 
 def watch_run(run_directory: str | Path, console: Console, refresh_seconds: float = 2.0) -> None:
-    """Show a run until all its stages are done, or an interrupt. Without a terminal the table is printed each time a
-    stage changes its state, its job or its attempt.
+    """Show a run until all its stages are done, or until Ctrl-C. Without a terminal, print the table each time a stage
+    changes its state, its job or its attempt.
 
     Raises:
         StageError: if it is no run directory.
@@ -42,6 +42,6 @@ def watch_run(run_directory: str | Path, console: Console, refresh_seconds: floa
 
 
 def frame(run: RunFollower, statuses: list[StageStatus]) -> Group:
-    """One picture of the run."""
+    """The table below the run's name and the time."""
     head = Text(f"{run.name}  {time.strftime('%Y-%m-%d %H:%M:%S')}", style="dim", no_wrap=True)
     return Group(head, run_table(statuses, run.job_watcher.trouble))

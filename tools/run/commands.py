@@ -88,7 +88,7 @@ def submit_run(
     ] = None,
 ) -> None:
     """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done."""
-    from cluster.chain import resolve_paths
+    from cluster.chain import resolve_chain_paths
     from cluster.recipe_origin import write_origin
     from cluster.site import check_path, load_site
     from cluster.slurm import submit as jobs
@@ -96,8 +96,7 @@ def submit_run(
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
 
-    chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
-    chain = chain.model_copy(update={"stages": {name: resolve_paths(stage) for name, stage in chain.stages.items()}})
+    chain, profile = resolve_chain_paths(load_recipe(find_recipe(recipe), overrides or [])), load_site(site)
     run = check_path((Path(profile.run_root or "") / out).resolve())
     if dry_run:
         planned = jobs.plan_jobs(chain, run, profile, ask_slurm=False, start=start)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.chain import check_before_start, open_chain, resolve_paths, run_chain
+from cluster.chain import check_before_start, open_chain, resolve_chain_paths, run_chain
 from cluster.local import LocalLauncher
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
@@ -57,10 +57,7 @@ def submit_study(study: Study, directory: Path, site: Site, report: Report) -> N
     check_path(directory)
     planned, warnings = {}, {}
     for cell in _prepared(study, directory):
-        chain = study.chain(cell.arm, cell.seed)
-        chain = chain.model_copy(
-            update={"stages": {name: resolve_paths(stage) for name, stage in chain.stages.items()}}
-        )
+        chain = resolve_chain_paths(study.chain(cell.arm, cell.seed))
         planned[cell] = chain, jobs.plan_jobs(chain, cell.directory, site)
         warnings |= {found.warning: cell for found in jobs.check_planned(planned[cell][1]).values() if found.warning}
     for warning, cell in warnings.items():

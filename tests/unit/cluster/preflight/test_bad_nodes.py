@@ -46,4 +46,4 @@ def test_where_nothing_can_be_noted_the_table_says_so(tmp_path, capsys):
     (tmp_path / "slurm").write_text("a file where the folder should be")
     outcome = check_rank(Expectations(tmp_path, settings=settings(host_memory_gib=1e6)))
     assert outcome.kind is OutcomeKind.BAD_NODE
-    assert "not noted: " in capsys.readouterr().out
+    assert "not recorded: " in capsys.readouterr().out
