@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.data.batch import example_batch
 from pipeline.engines import Engine
 from pipeline.errors import RecipeError
-from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms, fastest_form, record_input_shapes
+from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
+from pipeline.kernels.large_kernel_timing import fastest_form, record_inputs
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
@@ -38,7 +39,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
     with engine.evaluating() as model:
-        shapes = record_input_shapes(model, lambda: objective.evaluate(model, batch))
+        shapes = record_inputs(model, lambda: objective.evaluate(model, batch))
     keys = {
         conv: f"{device.type} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}, kernel"
         f" {conv.kernel_size[0]}x{conv.kernel_size[1]}"

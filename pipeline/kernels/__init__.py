@@ -1,0 +1,1 @@
+"""Operators with forward and backward passes by hand, and their Triton kernels for CUDA."""

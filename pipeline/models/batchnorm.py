@@ -1,85 +1,95 @@
-"""BatchNorm that activation checkpointing cannot count twice, and its exact folding into the layer beside it."""
+"""BatchNorm whose running statistics move once per step, and how to fold it into the layer before or after it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.response_norm import ResponseBatchNorm
+from pipeline.kernels.precision import sum_dtype
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Over (N, C, ...), with torch's names, eps of 1e-5 and momentum of 0.1.
+class RunningStatistics:
+    """The buffers of a BatchNorm, which only `update_running` moves.
 
-    What `forward` sees is kept in `seen` and enters the buffers only by `update_running`, which the model calls once
-    per forward: a block under activation checkpointing runs twice. Statistics are fp32 at least. The batch is the one
-    this process is given; that equal slots give equal buffers on any number of processes is up to the engine.
+    A block under activation checkpointing runs its forward twice, so a forward must not change buffers: it leaves its
+    statistics in `seen`, and the model calls `update_running_statistics` once at its end. A forward sees one slot; the
+    engine averages the buffers over the slots of a step.
     """
 
-    def __init__(self, dim: int):
-        super().__init__(dim)
-        self.seen: tuple[Tensor, Tensor] | None = None
+    momentum = 0.1
+    seen: tuple[Tensor, Tensor] | None = None
+    """Mean and unbiased variance (C,) of the last forward in training."""
+
+    @torch.no_grad()
+    def update_running(self) -> None:
+        """Move the running statistics towards those of the last forward."""
+        if self.training and self.seen is not None:
+            self.running_mean.lerp_(self.seen[0].to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(self.seen[1].to(self.running_var.dtype), self.momentum)
+            self.seen = None
+
+
+class BatchNorm(RunningStatistics, nn.BatchNorm2d):
+    """nn.BatchNorm2d of (N, C, ...) with statistics in at least fp32; names, eps and momentum are torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = sum_dtype(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if not self.training:
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
-        # With a momentum of 1 buffers become the statistics of this batch: they come at no cost.
+        # With a momentum of 1 these buffers become the statistics of this batch, at no cost.
         self.seen = (torch.zeros_like(weight.detach()), torch.ones_like(weight.detach()))
         return F.batch_norm(x, *self.seen, weight, bias, training=True, momentum=1.0, eps=self.eps)
 
-    update_running = ResponseBatchNorm.update_running
-
 
 def counts_batches(model: nn.Module) -> bool:
-    """Whether the model has running statistics, so that a forward must see one slot."""
-    return any(isinstance(module, BatchNorm | ResponseBatchNorm) for module in model.modules())
+    """Return whether the model has running statistics, so that a forward must see exactly one slot."""
+    return any(isinstance(module, RunningStatistics) for module in model.modules())
 
 
 def update_running_statistics(model: nn.Module) -> None:
-    """To be called at the end of a model's forward, outside of what activation checkpointing runs twice."""
+    """Update every BatchNorm; call it at the end of a model's forward, outside of what checkpointing runs twice."""
     for module in model.modules():
-        if isinstance(module, BatchNorm | ResponseBatchNorm):
+        if isinstance(module, RunningStatistics):
             module.update_running()
 
 
 def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What the norm does in evaluation: scale and shift of each channel (C,), in float64."""
+    """Return the scale and shift of each channel (C,), float64, that the norm applies in evaluation."""
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
 @torch.no_grad()
 def fold_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    """A convolution equal to `norm(conv(x))`; the same one if `norm` is no BatchNorm."""
+    """Return a convolution equal to `norm(conv(x))` in evaluation; `conv` itself if `norm` is no BatchNorm."""
     if not isinstance(norm, BatchNorm):
         return conv
     scale, shift = affine(norm)
     bias = shift if conv.bias is None else shift + conv.bias.double() * scale
-    return with_values(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
+    return with_weights(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
 
 
 @torch.no_grad()
 def fold_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> nn.Conv2d | nn.Linear:
-    """A layer equal to `layer(scale * x + shift)`, for linear layers and 1x1 convolutions: padding would not shift."""
+    """Return a layer equal to `layer(scale * x + shift)`: for linear layers and 1x1 convolutions, which do not pad."""
     weight = layer.weight.double()
     bias = weight.flatten(1) @ shift
     bias = bias if layer.bias is None else bias + layer.bias.double()
-    return with_values(layer, weight * scale.view(1, -1, *[1] * (weight.ndim - 2)), bias)
+    return with_weights(layer, weight * scale.view(1, -1, *[1] * (weight.ndim - 2)), bias)
 
 
 @torch.no_grad()
-def with_values(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Conv2d | nn.Linear:
-    """The layer's like with a bias and other values; a kernel may be larger, and is then padded to keep the size."""
-    place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+def with_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Conv2d | nn.Linear:
+    """Return a copy of the layer with this weight and bias; a larger kernel gets the padding that keeps the size."""
+    options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
-        new = nn.Linear(layer.in_features, layer.out_features, **place)
+        new = nn.Linear(layer.in_features, layer.out_features, **options)
     else:
         size = tuple(weight.shape[2:])
         padding = layer.padding if size == layer.kernel_size else tuple(side // 2 for side in size)
         channels = (layer.in_channels, layer.out_channels)
-        new = nn.Conv2d(*channels, size, layer.stride, padding, groups=layer.groups, **place)
+        new = nn.Conv2d(*channels, size, layer.stride, padding, groups=layer.groups, **options)
     new.weight.copy_(weight)
     new.bias.copy_(bias)
     return new

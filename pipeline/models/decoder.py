@@ -1,7 +1,7 @@
-"""Decoders of FCMAE: from the last stage's map, mask tokens filled in, to features that predict pixels.
+"""Decoders of FCMAE: they turn the last map of the encoder, mask tokens filled in, into features that predict pixels.
 
-All are dense over all cells. ConvNeXt is the published one; its paper (table 1) compares it with a transformer and
-with U-Nets, whose details it does not give: those here are documented in their classes.
+All are dense over all cells. The published decoder is ConvNeXt blocks; the paper (table 1) compares it with a
+transformer and with U-Nets. The paper gives no details of these, so the classes here document their own.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2, run_block
+from pipeline.models.backbone import run_block
+from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
 from pipeline.models.response_norm import EPS
 from pipeline.sparse import Layout, VisibleCells
 
@@ -19,10 +20,10 @@ HEAD_DIM = 32
 
 
 def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "FCMAEDecoder":
-    """The decoder of a kind, `dim` wide at the encoder's last stride.
+    """Create a decoder with `depth` blocks, `dim` wide at the encoder's last stride.
 
     Raises:
-        ValueError: for an unknown kind, or a width that it cannot have.
+        ValueError: if the kind is unknown, or cannot have this width.
     """
     if kind not in KINDS:
         raise ValueError(f"decoder is {kind!r}; choose one of {', '.join(KINDS)}")
@@ -34,19 +35,27 @@ def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "FCM
 
 
 class FCMAEDecoder(nn.Module):
-    """`width` channels come out, at `upscale` sites for each site of the last stage's map, along each axis."""
+    """The base of all decoders."""
 
     width: int
+    """Channels of the output."""
     upscale: int = 1
+    """Sites of the output along a side of one site of the last map."""
 
     def forward(self, x: Tensor, stages: Sequence[Tensor], layout: Layout, visible: VisibleCells) -> Tensor:
-        """x (N, h, w, dim), mask tokens in hidden cells; the encoder's features after each stage, as they lie in
-        `layout`. Returns (N, h*upscale, w*upscale, width)."""
+        """Map features to (N, h*upscale, w*upscale, width).
+
+        Args:
+            x: (N, h, w, dim), with mask tokens in the hidden cells.
+            stages: the encoder's features after each stage, as they lie in `layout`.
+            layout: the layout of the encoder.
+            visible: the visible cells.
+        """
         raise NotImplementedError
 
 
 class ConvNeXtDecoder(FCMAEDecoder, nn.Sequential):
-    """Blocks of the encoder's kind, under the official names `decoder.N.*`."""
+    """Blocks like those of the encoder, under the official names `decoder.N.*`."""
 
     def __init__(self, encoder: ConvNeXtV2, dim: int, depth: int):
         super().__init__(*[ConvNeXtBlock(dim, encoder.response, encoder.layer_scale) for _ in range(depth)])
@@ -59,7 +68,7 @@ class ConvNeXtDecoder(FCMAEDecoder, nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP of width 4C over tokens (N, L, C); one head for each 32 channels."""
+    """Pre-norm self-attention and an MLP of width 4C on tokens (N, L, C), with one head for every 32 channels."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -78,8 +87,10 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerDecoder(FCMAEDecoder):
-    """The decoder of MAE (He et al. 2022): fixed sine and cosine positions are added, `depth` pre-norm blocks with
-    heads of 32 channels (512 channels have 16, as there), a last LayerNorm."""
+    """The decoder of MAE (He et al. 2022): fixed sine and cosine positions, `depth` pre-norm blocks, a LayerNorm.
+
+    Heads have 32 channels, so 512 channels have 16 heads, as in MAE.
+    """
 
     def __init__(self, encoder: ConvNeXtV2, dim: int, depth: int):
         if dim % HEAD_DIM:
@@ -91,15 +102,17 @@ class TransformerDecoder(FCMAEDecoder):
 
     def forward(self, x: Tensor, stages: Sequence[Tensor], layout: Layout, visible: VisibleCells) -> Tensor:
         grid = x.shape[1:3]
-        x = (x + positions(grid, x.shape[-1], x.device).to(x.dtype)).flatten(1, 2)
+        x = (x + sine_positions(grid, x.shape[-1], x.device).to(x.dtype)).flatten(1, 2)
         for block in self.blocks:
             x = run_block(block, x, checkpointing=self.checkpointing)
         return self.norm(x).unflatten(1, grid)
 
 
-def positions(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """(h, w, dim) fp32: half the channels tell the row, half the column, by sines and cosines of periods 2 pi to
-    20000 pi sites (Vaswani et al. 2017, on two axes)."""
+def sine_positions(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor:
+    """Return position encodings (h, w, dim), fp32: half the channels encode the row, half the column.
+
+    Sines and cosines have periods of 2 pi to 20000 pi sites (Vaswani et al. 2017, on two axes).
+    """
     rates = 10000.0 ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
     rows, columns = (torch.arange(n, device=device)[:, None] * rates for n in grid)
     row, column = (torch.cat((angle.sin(), angle.cos()), -1) for angle in (rows, columns))
@@ -107,11 +120,11 @@ def positions(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor:
 
 
 class UNetDecoder(FCMAEDecoder):
-    """From the last stride back to the first, halving the channels at each step.
+    """A U-Net from the last stride back to the first, with half the channels at each finer stride.
 
-    At every stride `depth` blocks of the encoder's kind; between two strides a 2x2 transposed convolution. With skips,
-    the encoder's map of that stride goes through a 1x1 convolution and is added before the blocks, a mask token of its
-    own in the hidden sites. Pixels are predicted from the first stride, one stem patch at a site.
+    Every stride has `depth` blocks like those of the encoder, and a 2x2 transposed convolution leads to the next. With
+    skips, the encoder's map of that stride goes through a 1x1 convolution, gets a mask token of its own in the hidden
+    sites, and is added before the blocks. Pixels are predicted at the first stride, one stem patch per site.
     """
 
     def __init__(self, encoder: ConvNeXtV2, dim: int, depth: int, skips: bool):
@@ -136,7 +149,7 @@ class UNetDecoder(FCMAEDecoder):
                 x = self.up[step - 1](x.permute(0, 3, 1, 2))
                 if self.skips:
                     skip = self.skips[step - 1](layout.to_map(stages[-1 - step]).permute(0, 3, 1, 2))
-                    shown = visible.keep(2**step).permute(0, 3, 1, 2)
+                    shown = visible.visible_sites(2**step).permute(0, 3, 1, 2)
                     x = x + torch.where(shown, skip, self.mask_tokens[step - 1].to(skip.dtype))
                 x = x.permute(0, 2, 3, 1)
             for block in blocks:

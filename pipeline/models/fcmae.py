@@ -1,4 +1,8 @@
-"""FCMAE: a masked autoencoder of a ConvNet that computes visible cells only (arXiv 2301.00808, section 3)."""
+"""FCMAE, the fully convolutional masked autoencoder of ConvNeXt V2 (arXiv 2301.00808, section 3).
+
+The encoder computes visible cells only. The official code is facebookresearch/ConvNeXt-V2, models/fcmae.py; names and
+shapes of parameters are its own, those of the encoder are the dense ones of fine-tuning.
+"""
 
 from typing import NamedTuple
 
@@ -14,30 +18,28 @@ from pipeline.sparse import VisibleCells, find_layout
 
 
 class FCMAEOutput(NamedTuple):
-    """`loss` is a scalar, the mean over hidden cells; `prediction` is (N, cell*cell*3, h, w).
-
-    A tuple, because FSDP and ZeRO look for a module's output tensors in tuples, lists and dictionaries only.
-    """
+    """A tuple, because FSDP and ZeRO look for a module's output tensors in tuples, lists and dictionaries only."""
 
     loss: Tensor
+    """Scalar: the mean over the hidden cells."""
     prediction: Tensor
+    """(N, cell*cell*3, h, w)."""
 
 
 class FCMAE(nn.Module):
-    """Encoder on the visible cells, a mask token in the hidden ones, a dense decoder, a linear prediction of pixels.
+    """Encode the visible cells, put a mask token into the hidden ones, decode densely, predict pixels linearly.
 
-    Activation checkpointing, the blocks' response normalisation and the scheme of the initial weights are those of the
-    encoder.
+    The decoder takes activation checkpointing, response normalisation and initialisation scheme from the encoder.
 
     Args:
         encoder: a ConvNeXtV2 without head (`num_classes=0`).
-        encoder_backend: "packed" computes visible cells only, as does "spconv" with that package's tensors; "masked" is
-            their dense oracle. "dense" is the paper's comparison: hidden pixels are zero and nothing else is done.
-        grn_statistics: "image", or "batch" as the official PyTorch code has it (its published weights do not).
-        normalize_target: predict each cell's pixels after subtracting their mean and dividing by their deviation.
-        decoder: "convnext", or for comparison "transformer", "unet" and "unet_no_skips" (see `decoder.py`).
-        decoder_dim, decoder_depth: width and number of decoder blocks; a U-Net has as many at each stride, and half
-            the width at each finer one.
+        encoder_backend: "packed" or "spconv" compute visible cells only; "masked" computes the same densely, to check
+            them. "dense" is the paper's comparison: hidden pixels are set to zero and nothing else is done.
+        grn_statistics: "image"; or "batch" as in the official PyTorch code, though not in the published weights.
+        normalize_target: predict each cell's pixels less their mean and divided by their deviation.
+        decoder: "convnext", or for comparison "transformer", "unet", "unet_no_skips", see decoder.py.
+        decoder_dim, decoder_depth: width and number of decoder blocks; a U-Net has this many blocks at each stride,
+            and half the width at each finer one.
         cell: pixels on a side of a cell; must be the encoder's stride.
         seed: of the initial weights.
     """
@@ -78,14 +80,19 @@ class FCMAE(nn.Module):
         initialise(self, seed)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w) cells of images (N, 3, H, W)."""
+        """Return the number of cells (h, w) of images (N, 3, H, W)."""
         height, width = images.shape[-2:]
         if height % self.cell or width % self.cell:
             raise ValueError(f"images are {height}x{width} pixels; both must be multiples of the cell, {self.cell}")
         return height // self.cell, width // self.cell
 
     def forward(self, images: Tensor, mask: Tensor | VisibleCells) -> FCMAEOutput:
-        """Images (N, 3, H, W); mask (N, L) bool, True = hidden, cells row-major, best left on the CPU, or its cells."""
+        """Predict the hidden cells of images (N, 3, H, W).
+
+        Args:
+            images: normalised.
+            mask: (N, L) bool, True = hidden, cells in row-major order, best on the CPU; or the visible cells.
+        """
         grid = self.grid(images)
         visible = mask if isinstance(mask, VisibleCells) else VisibleCells(mask, grid, images.device)
         if visible.grid != grid:
@@ -97,34 +104,37 @@ class FCMAE(nn.Module):
         x = self.decoder(x.permute(0, 2, 3, 1), stages, layout, visible)
         prediction = self.pred(x.permute(0, 3, 1, 2))
         if self.decoder.upscale > 1:
-            prediction = regroup(prediction, self.cell, self.decoder.upscale)
-        if self.encoder.response.kind == "bn":
+            prediction = group_patches(prediction, self.cell, self.decoder.upscale)
+        if self.encoder.counts_batches:
             update_running_statistics(self)
         return FCMAEOutput(self.loss(images, prediction, visible.mask), prediction)
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Squared error, averaged over the hidden cells' pixels; 0 if none is hidden."""
+        """Return the mean squared error over the pixels of hidden cells; 0 if no cell is hidden."""
         target = patchify(images, self.cell)
         if self.normalize_target:
-            mean, std = patch_statistics(target)
+            mean, std = cell_statistics(target)
             target = (target - mean) / std
         error = (prediction.flatten(2).transpose(1, 2).to(target.dtype) - target).square().mean(-1)
         return (error * mask).sum() / mask.sum().clamp_min(1)
 
     @torch.no_grad()
     def paint(self, images: Tensor, mask: Tensor, prediction: Tensor) -> Tensor:
-        """Images (N, 3, H, W) with the hidden cells replaced by what was predicted for them."""
+        """Return images (N, 3, H, W) with the hidden cells replaced by their prediction."""
         cells = patchify(images, self.cell)
         painted = prediction.flatten(2).transpose(1, 2).to(cells.dtype)
         if self.normalize_target:
-            mean, std = patch_statistics(cells)
+            mean, std = cell_statistics(cells)
             painted = painted * std + mean
         cells = torch.where(mask.to(cells.device).unsqueeze(-1), painted, cells)
         return unpatchify(cells, self.cell, self.grid(images))
 
 
 def patchify(images: Tensor, cell: int) -> Tensor:
-    """(N, C, H, W) to (N, L, cell*cell*C): cells row-major; in a cell channels run fastest, then columns, then rows."""
+    """Cut images (N, C, H, W) into cells (N, L, cell*cell*C).
+
+    Cells are in row-major order; inside a cell channels run fastest, then columns, then rows.
+    """
     n, c, height, width = images.shape
     x = images.reshape(n, c, height // cell, cell, width // cell, cell)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, cell * cell * c)
@@ -137,15 +147,14 @@ def unpatchify(cells: Tensor, cell: int, grid: tuple[int, int]) -> Tensor:
     return x.reshape(n, -1, h * cell, w * cell)
 
 
-def regroup(prediction: Tensor, cell: int, upscale: int) -> Tensor:
-    """Predictions of small patches, (N, p*p*C, h*upscale, w*upscale), as those of the cells they make up:
-    (N, cell*cell*C, h, w)."""
+def group_patches(prediction: Tensor, cell: int, upscale: int) -> Tensor:
+    """Group predictions of patches (N, p*p*C, h*upscale, w*upscale) into cells (N, cell*cell*C, h, w)."""
     patch, (height, width) = cell // upscale, prediction.shape[-2:]
     pixels = unpatchify(prediction.flatten(2).transpose(1, 2), patch, (height, width))
     cells = patchify(pixels, cell).transpose(1, 2)
     return cells.unflatten(2, (height // upscale, width // upscale))
 
 
-def patch_statistics(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each cell's values, (N, L, 1): unbiased variance plus 1e-6, as in the official code."""
+def cell_statistics(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (N, L, 1) of each cell; the variance is unbiased plus 1e-6, as in the official code."""
     return cells.mean(-1, keepdim=True), (cells.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,16 +1,15 @@
 """Initial weights as a function of (seed, tensor name): the same on any rank, engine or world size.
 
-Two schemes, named by the model's `init`:
+A model's `init` names one of two schemes:
 
 plain: convolutions, linear layers and mask tokens are normal with standard deviation 0.02; norms are 1 and 0; biases,
-    gamma and beta are 0. This is what the official classifier does (its truncation at 2.0 cuts nothing).
-official: what the official pre-training code really does, for comparisons. It initialises its encoder as above and
-    then draws most of it again with a truncation's default, standard deviation 1: the stem, every depthwise and
-    pointwise layer of the encoder, the decoder's depthwise convolution, `proj` and `pred`. The 2x2 convolutions stay
-    at 0.02; the decoder's linear layers are never touched and keep torch's default, biases included. Atto's
-    predictions then start near 1e5 and its loss near 16 instead of 1, which overflows half precision; users of that
-    code have traced NaNs to it. Hence it is not the default. Outside FCMAE, and for tensors that the official code does
-    not have, it is the same as plain.
+    gamma and beta are 0. The official classifier does the same (its truncation at 2.0 cuts nothing).
+official: the scheme of the official pre-training code (models/fcmae.py), for comparisons. That code initialises the
+    encoder as above and then draws most of it again with trunc_normal's default standard deviation, 1: the stem, every
+    depthwise and pointwise layer of the encoder, the decoder's depthwise convolution, `proj` and `pred`. The 2x2
+    convolutions stay at 0.02. The decoder's linear layers are never touched and keep torch's default, biases included.
+    Atto's predictions then start near 1e5 and its loss near 16 instead of 1, which overflows half precision; users
+    have traced NaNs to it. Outside FCMAE, and for tensors that the official code does not have, it equals plain.
 """
 
 import hashlib
@@ -23,18 +22,19 @@ from torch import Tensor, nn
 SCHEMES = ("plain", "official")
 STD = 0.02
 
-_WIDE = re.compile(
+_DEVIATION_1 = re.compile(
     r"encoder\.downsample_layers\.0\.0\.weight|encoder\.stages\.\d+\.\d+\.(dwconv|pwconv1|pwconv2)\.weight"
     r"|decoder\.\d+\.dwconv\.weight|proj\.weight|pred\.weight"
 )
-_UNTOUCHED = re.compile(r"(decoder\.\d+\.pwconv[12])\.(weight|bias)")
+_TORCH_DEFAULT = re.compile(r"(decoder\.\d+\.pwconv[12])\.(weight|bias)")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Set all parameters and buffers of `model` in place. On the meta device only the seed is noted, in
-    `model.seed`: call it again when the tensors have memory (after `to_empty`), and they are those of a model built
-    there at once.
+    """Set all parameters and buffers of the model in place, and `model.seed`.
+
+    On the meta device only `model.seed` is set: call this again when the tensors have memory (after `to_empty`). They
+    are then equal to those of a model that was built with memory.
     """
     model.seed = seed
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -45,10 +45,10 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and initial value (fp32, on the CPU) of each parameter and buffer, one at a time; `model` may be on meta.
+    """Yield the name and initial value (fp32, on the CPU) of each parameter and buffer; the model may be on meta.
 
-    A module's `initial_constants` (name of its own tensor to value) and the model's `init_scales` (full name to factor)
-    go before and after the model's scheme.
+    A module's `initial_constants` (name of its own tensor to value) replace the scheme, and the model's `init_scales`
+    (full name to factor) are multiplied with the result.
     """
     scales, official = getattr(model, "init_scales", {}), getattr(model, "init", "plain") == "official"
     shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
@@ -59,7 +59,7 @@ def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
             name = f"{path}.{short}" if path else short
             if short in constants:
                 value = torch.full(tensor.shape, constants[short], device="cpu", dtype=torch.float32)
-            elif official and (_WIDE.fullmatch(name) or _UNTOUCHED.fullmatch(name)):
+            elif official and (_DEVIATION_1.fullmatch(name) or _TORCH_DEFAULT.fullmatch(name)):
                 value = _official(name, shapes, seed)
             else:
                 value = _plain(name, tensor.shape, seed)
@@ -74,14 +74,14 @@ def _plain(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 def _official(name: str, shapes: dict[str, torch.Size], seed: int) -> Tensor:
     generator = _generator(name, seed)
-    if _WIDE.fullmatch(name):
+    if _DEVIATION_1.fullmatch(name):
         return nn.init.trunc_normal_(_empty(shapes[name]), std=1.0, a=-2.0, b=2.0, generator=generator)
     fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
     return _empty(shapes[name]).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
 
 
 def _empty(shape: torch.Size) -> Tensor:
-    # The device is named, for a caller may be inside `with torch.device("meta")`.
+    # The device is named because the caller may be inside `with torch.device("meta")`.
     return torch.empty(shape, device="cpu", dtype=torch.float32)
 
 

@@ -1,8 +1,9 @@
-"""The response-normalisation slot of a block, between GELU and the second linear layer, on 4C channels.
+"""Response normalisation of a block, GRN or another; the fused form of GRN's formula stands in kernels/grn.py.
 
-GRN is what ConvNeXt V2 puts there; the others are what its paper compares GRN with (arXiv 2301.00808, table 2). Each
-kind is a module called with features and their layout, and a statistic that crosses sites asks the layout for it, so
-that hidden sites count nowhere. Statistics are at least fp32, whatever the features are.
+It stands between GELU and the second linear layer of a ConvNeXt block, on 4C channels. ConvNeXt V2 has GRN there; the
+other kinds are the ones that its paper compares GRN with (arXiv 2301.00808, table 2). Each is a module called with
+features (N, sites..., 4C) and their layout. A statistic over sites comes from the layout, so that hidden sites count
+nowhere. Statistics are at least fp32.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.kernels.grn import grn
+from pipeline.kernels.precision import widen
+from pipeline.models.batchnorm import RunningStatistics
 from pipeline.sparse import Layout
 
 EPS = 1e-6
@@ -22,12 +25,16 @@ NORMALISERS = ("mean", "sum", "inverse", "standardise")
 
 
 @dataclass(frozen=True)
-class Response:
-    """What is in the slot. The last three fields are GRN's own and must be left alone for any other kind.
+class ResponseNorm:
+    """Which response normalisation the blocks of a model have.
 
-    `aggregation` makes one number of a channel's sites: L2 norm, L1 norm or average. `normaliser` compares the channels
-    of an image by it: over the mean of all (equation 2 with its footnote, and the official code), over the sum
-    (equation 2 as printed), the inverse of the mean alone, or standardised. `residual` adds the input.
+    Args:
+        kind: one of KINDS; "none" is ConvNeXt V1.
+        aggregation: GRN only, how a channel's sites become one number: L2 norm, L1 norm or average.
+        normaliser: GRN only, how that number is compared with the other channels of the image: "mean" divides by their
+            mean (equation 2 with its footnote, and the official code), "sum" by their sum (equation 2 as printed),
+            "inverse" is the inverse of their mean, "standardise" subtracts their mean and divides by their deviation.
+        residual: GRN only, whether the input is added.
     """
 
     kind: str = "grn"
@@ -48,23 +55,26 @@ class Response:
 
     @property
     def name(self) -> str:
-        """The slot's name in a block: GRN's is the official one."""
+        """The name of the module in a block: the official one for GRN."""
         return "grn" if self.kind == "grn" else "response"
 
-    def build(self, dim: int) -> nn.Module:
-        """The module for `dim` channels."""
+    def create(self, dim: int) -> nn.Module:
+        """Create the module for `dim` channels."""
         if self.kind == "grn":
             return GRN(dim, self.aggregation, self.normaliser, self.residual)
-        kinds = {"none": Nothing, "lrn": LRN, "bn": ResponseBatchNorm, "ln": ResponseLayerNorm, "se": SE, "cbam": CBAM}
+        kinds = {"none": NoNorm, "lrn": LRN, "bn": ResponseBatchNorm, "ln": ResponseLayerNorm, "se": SE, "cbam": CBAM}
         return kinds[self.kind](dim)
 
 
 class GRN(nn.Module):
-    """Global response normalisation (paper, algorithm 1): each channel is scaled by its share of the image's energy.
+    """Global response normalisation: scale each channel by its share of the image's response (paper, algorithm 1).
+
+        share = norm / (mean of norm over the channels + 1e-6), norm = L2 norm of a channel over its sites
+        y = gamma * (x * share) + beta + x
 
     `gamma` and `beta` are (1, 1, 1, C). With the residual both start at 0, so GRN starts as the identity; without it
-    gamma starts at 1, or nothing would pass. Statistics are those of each image over the sites the layout counts;
-    `across_images` is the form of the official PyTorch pre-training code, which mixes all images of a batch.
+    gamma starts at 1. For `aggregation`, `normaliser` and `residual` see `ResponseNorm`. Statistics are those of each
+    image; set `across_images` to mix all images of the batch, as the official PyTorch pre-training code does.
     """
 
     def __init__(self, dim: int, aggregation: str = "l2", normaliser: str = "mean", residual: bool = True):
@@ -77,36 +87,36 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         published = (self.aggregation, self.normaliser, self.residual) == ("l2", "mean", True)
-        every_site_counts = layout.sites(x) * x.shape[0] * x.shape[-1] == x.numel()
+        every_site_counts = layout.count_sites(x) * x.shape[0] * x.shape[-1] == x.numel()
         if published and every_site_counts and not torch.compiler.is_compiling():
             return grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
         scale = self.gamma.flatten() * self._share(self._aggregate(x, layout))
         if self.residual:
             scale = 1 + scale
-        # Rounded after the product: as a bf16 number, a scale of 1.010 is 1.008 for every site of the channel.
+        # Round the product, not the scale: as a bf16 number a scale of 1.010 is 1.008 for every site of the channel.
         return torch.addcmul(self.beta.flatten(), x, scale).to(x.dtype)
 
     def _aggregate(self, x: Tensor, layout: Layout) -> Tensor:
         if self.aggregation == "l2":
-            return layout.energy(x, self.across_images)
+            return layout.norm(x, self.across_images)
         if self.aggregation == "average":
             return layout.mean(x, self.across_images)
-        sites = layout.sites(x) * (x.shape[0] if self.across_images else 1)
+        sites = layout.count_sites(x) * (x.shape[0] if self.across_images else 1)
         return layout.mean(x.abs(), self.across_images) * sites
 
-    def _share(self, energy: Tensor) -> Tensor:
+    def _share(self, response: Tensor) -> Tensor:
         if self.normaliser == "sum":
-            return energy / (energy.sum(-1, keepdim=True) + EPS)
-        mean = energy.mean(-1, keepdim=True)
+            return response / (response.sum(-1, keepdim=True) + EPS)
+        mean = response.mean(-1, keepdim=True)
         if self.normaliser == "mean":
-            return energy / (mean + EPS)
+            return response / (mean + EPS)
         if self.normaliser == "inverse":
             return 1 / (mean + EPS)
-        return (energy - mean) * (energy.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
+        return (response - mean) * (response.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
 
 
-class Nothing(nn.Module):
-    """An empty slot: ConvNeXt V1."""
+class NoNorm(nn.Module):
+    """The identity: ConvNeXt V1."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -123,13 +133,13 @@ class LRN(nn.Module):
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        squares = _wide(x).square().flatten(0, -2)
-        around = F.avg_pool1d(squares[None], self.size, stride=1, padding=self.size // 2)[0] * self.size
-        return (x * (self.k + self.alpha * around).pow(-self.beta).view(x.shape)).to(x.dtype)
+        squares = widen(x).square().flatten(0, -2)
+        sums = F.avg_pool1d(squares[None], self.size, stride=1, padding=self.size // 2)[0] * self.size
+        return (x * (self.k + self.alpha * sums).pow(-self.beta).view(x.shape)).to(x.dtype)
 
 
 class ResponseLayerNorm(nn.Module):
-    """Over the channels of each site."""
+    """LayerNorm over the channels of each site."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -140,15 +150,8 @@ class ResponseLayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPS)
 
 
-class ResponseBatchNorm(nn.Module):
-    """Each channel by its mean and variance over the sites of the batch that count; in evaluation, by running ones.
-
-    What `forward` sees is noted in `seen` and enters the buffers only by `update_running`, which the model calls once
-    per forward: a block under activation checkpointing runs twice. The batch is the one this process is given. That
-    statistics of equal slots give equal buffers on any number of processes is up to the engine.
-    """
-
-    momentum = 0.1
+class ResponseBatchNorm(RunningStatistics, nn.Module):
+    """BatchNorm over the sites of the batch that count."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -156,31 +159,22 @@ class ResponseBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
-        self.seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        wide = _wide(x)
+        wide = widen(x)
         if self.training:
             mean = layout.mean(wide, across_images=True)
             variance = layout.mean((wide - mean).square(), across_images=True)
-            count = layout.sites(x) * x.shape[0]
+            count = layout.count_sites(x) * x.shape[0]
             self.seen = (mean.detach().flatten(), variance.detach().flatten() * (count / max(count - 1, 1)))
         else:
             mean, variance = self.running_mean, self.running_var
         scale = self.weight * (variance + EPS).rsqrt()
         return ((wide - mean) * scale + self.bias).to(x.dtype)
 
-    @torch.no_grad()
-    def update_running(self) -> None:
-        """Move the running statistics towards those of the last forward."""
-        if self.training and self.seen is not None:
-            self.running_mean.lerp_(self.seen[0].to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(self.seen[1].to(self.running_var.dtype), self.momentum)
-            self.seen = None
-
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018): each channel by a gate computed from all channels' means."""
+    """Squeeze and excitation (Hu et al. 2018): scale each channel by a gate computed from the means of all channels."""
 
     def __init__(self, dim: int, reduction: int = 16):
         super().__init__()
@@ -191,13 +185,16 @@ class SE(nn.Module):
         return x * self.gate(layout.mean(x).to(x.dtype)).sigmoid().to(x.dtype)
 
     def gate(self, pooled: Tensor) -> Tensor:
-        """Pooled channels (N, 1..., C) to the gate's logits."""
+        """Compute the logits of the gate from pooled channels (N, 1..., C)."""
         return self.fc2(F.relu(self.fc1(pooled)))
 
 
 class CBAM(SE):
-    """Convolutional block attention (Woo et al. 2018): a gate on channels from their means and maxima, then one on
-    sites by a 7x7 convolution over each site's mean and maximum."""
+    """Convolutional block attention (Woo et al. 2018): a gate on channels, then a gate on sites.
+
+    The first is computed from the channels' means and maxima, the second by a 7x7 convolution over each site's mean and
+    maximum.
+    """
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -206,9 +203,5 @@ class CBAM(SE):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         pooled = self.gate(layout.mean(x).to(x.dtype)) + self.gate(layout.maximum(x))
         x = x * pooled.sigmoid().to(x.dtype)
-        ends = torch.stack((x.mean(-1), x.amax(-1)), -1)
-        return x * layout.convolve(self.conv, ends).sigmoid().to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_and_maximum = torch.stack((x.mean(-1), x.amax(-1)), -1)
+        return x * layout.convolve(self.conv, mean_and_maximum).sigmoid().to(x.dtype)

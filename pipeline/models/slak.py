@@ -1,10 +1,11 @@
-"""SLaK (Liu et al. 2022, arXiv 2207.03620) with the official parameter names, shapes and definition order.
+"""SLaK (Liu et al. 2022, arXiv 2207.03620) with the official names, shapes and order of parameters.
 
-ConvNeXt V1 whose depthwise convolution is as large as 51x51, affordable because it is decomposed into two stripes, 51x5
-and 5x51, and a 5x5 beside them. `form="square"` is RepLKNet's (Ding et al. 2022), the whole square and a small one;
-without the small one, plain ConvNeXt at any kernel size, with BatchNorm in place of the bias as in SLaK's comparison.
+SLaK is ConvNeXt V1 with depthwise kernels of up to 51x51, decomposed into two stripes of 51x5 and 5x51 beside a 5x5.
+The official code is VITA-Group/SLaK, models/SLaK.py. With `form="square"` it is RepLKNet (Ding et al. 2022): the whole
+square beside a small kernel. Without the small kernel it is plain ConvNeXt at any kernel size, with BatchNorm in place
+of the bias, as in SLaK's comparison.
 
-The published sizes, 30M for SLaK-T, count 40 % of the weights as absent: dense, as here, it has 50.7M.
+The published sizes leave out the 40 % of weights that sparse training masks: SLaK-T has 30M of them, and 50.7M dense.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.kernels.large_kernel import DepthwiseConv2d
-from pipeline.models.batchnorm import BatchNorm, fold_after, with_values
+from pipeline.models.backbone import drop_path
+from pipeline.models.batchnorm import BatchNorm, fold_after, with_weights
 from pipeline.models.convnextv2 import ConvNeXt
 from pipeline.models.response_norm import EPS
 from pipeline.sparse import DENSE, Layout
@@ -30,24 +32,31 @@ ORDERS = ("parallel", "sequential")
 
 
 class ConvNorm(nn.Sequential):
-    """A depthwise convolution of any odd rectangle that keeps the size, and BatchNorm."""
+    """A depthwise convolution with an odd kernel (height, width) that keeps the size, then BatchNorm."""
 
     def __init__(self, dim: int, height: int, width: int):
         super().__init__()
         self.conv = DepthwiseConv2d(dim, (height, width), bias=False)
         self.bn = BatchNorm(dim)
 
-    def merged(self) -> nn.Conv2d:
+    def folded(self) -> nn.Conv2d:
         return fold_after(self.conv, self.bn)
 
 
 class LargeKernel(nn.Module):
-    """The large depthwise convolution of (N, C, H, W) as a sum of branches; the official names, LoRA1 and LoRA2, are of
-    no low-rank adapter.
+    """The large depthwise convolution of (N, C, H, W), as a sum of branches under the official names.
 
-    decomposed: LoRA1, (K, N); LoRA2, (N, K), of the same input (parallel) or of LoRA1's output (sequential).
-    square: lkb_origin, (K, K).
-    Both: small_conv, (N, N), if there is an N.
+    - decomposed: LoRA1 with a kernel of (K, N), and LoRA2 of (N, K) on the same input (parallel) or on LoRA1's output
+      (sequential). They are no low-rank adapters in spite of their names.
+    - square: lkb_origin with a kernel of (K, K).
+    - both: small_conv with a kernel of (N, N), if `small` is given.
+
+    Args:
+        dim: channels.
+        kernel: the long edge K.
+        small: the short edge N; None for no small branch.
+        form: "decomposed" or "square".
+        order: "parallel" or "sequential".
     """
 
     def __init__(self, dim: int, kernel: int, small: int | None, form: str, order: str):
@@ -70,29 +79,32 @@ class LargeKernel(nn.Module):
             y = self.LoRA2(first) if self.sequential else first + self.LoRA2(x)
         return y if self.small_conv is None else y + self.small_conv(x)
 
-    def merge(self) -> None:
-        """One kernel with a bias for each branch and no BatchNorm. The small kernel, where all branches are parallel,
-        becomes a part of the first large one, which RepLKNet then calls lkb_reparam. Exact in evaluation."""
-        small = None if self.small_conv is None else self.small_conv.merged()
-        first = (self.lkb_origin if self.LoRA1 is None else self.LoRA1).merged()
+    def fold_batchnorm(self) -> None:
+        """Fold each BatchNorm into its convolution; exact in evaluation.
+
+        If all branches are parallel, the small kernel is added to the first large one, which RepLKNet then calls
+        lkb_reparam.
+        """
+        small = None if self.small_conv is None else self.small_conv.folded()
+        first = (self.lkb_origin if self.LoRA1 is None else self.LoRA1).folded()
         if small is not None and not self.sequential:
-            first = with_values(first, first.weight + centred(small.weight, first), first.bias + small.bias)
+            first = with_weights(first, first.weight + pad_kernel(small.weight, first), first.bias + small.bias)
             small = None
         if self.LoRA1 is None:
             self.lkb_origin, self.lkb_reparam = None, first
         else:
-            self.LoRA1, self.LoRA2 = first, self.LoRA2.merged()
+            self.LoRA1, self.LoRA2 = first, self.LoRA2.folded()
         self.small_conv = small
 
 
-def centred(kernel: Tensor, around: nn.Conv2d) -> Tensor:
-    """A kernel (C, 1, h, w) in the middle of zeros, as large as that of `around`."""
-    high, wide = ((large - small) // 2 for large, small in zip(around.kernel_size, kernel.shape[2:], strict=True))
+def pad_kernel(kernel: Tensor, large: nn.Conv2d) -> Tensor:
+    """Surround a kernel (C, 1, h, w) with zeros, up to the size of the kernel of `large`."""
+    high, wide = ((outer - inner) // 2 for outer, inner in zip(large.kernel_size, kernel.shape[2:], strict=True))
     return F.pad(kernel, (wide, wide, high, high))
 
 
 class SLaKBlock(nn.Module):
-    """ConvNeXt V1's block around a large kernel; see `ConvNeXtBlock` for `keep`. `gamma` (C,) scales the branch."""
+    """Large kernel, LayerNorm, linear to 4C, GELU, linear to C, times `gamma` (C,); residual, as in ConvNeXt V1."""
 
     def __init__(self, dim: int, kernel: int, small: int | None, form: str, order: str, layer_scale: float):
         super().__init__()
@@ -104,24 +116,25 @@ class SLaKBlock(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
+        """Map features (N, h, w, C) to features; `keep` (N,) scales the branch of each image, see `drop_path`."""
         y = self.large_kernel(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         y = self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
         y = y * self.gamma.to(y.dtype)
-        return x + (y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1, 1))
+        return x + drop_path(y, keep)
 
 
 class SLaK(ConvNeXt):
-    """The classifier, or without `num_classes` the encoder.
+    """The published family.
 
     Args:
-        depths, num_classes, in_channels, stem_stride, checkpointing, head_init_scale, seed: see `ConvNeXt`.
-        dims: channels of each stage before they are multiplied with `width` and cut to whole numbers.
-        width: 1.3 pays for 40 % of absent weights.
-        kernel_sizes: the long edge K at each stage, odd.
-        small_kernel: the short edge N, odd; None has no small branch, for the square form alone.
-        form: "decomposed" or "square".
-        order: stripes "parallel" to each other, as published, or "sequential".
-        layer_scale: initial value of the factor on each block's branch.
+        depths, and further options: see `ConvNeXt`.
+        dims: channels of each stage, before they are multiplied by `width` and cut to whole numbers.
+        width: 1.3 makes up for the 40 % of weights that sparse training masks.
+        kernel_sizes: the long edge K of each stage, odd.
+        small_kernel: the short edge N, odd; None, for the square form alone, has no small branch.
+        form: "decomposed" or "square", see `LargeKernel`.
+        order: "parallel" stripes, as published, or "sequential" ones.
+        layer_scale: initial value of `gamma`.
     """
 
     def __init__(
@@ -140,7 +153,9 @@ class SLaK(ConvNeXt):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         if len(kernel_sizes) != len(depths):
-            raise ValueError(f"kernel_sizes {tuple(kernel_sizes)} and depths {tuple(depths)} must be as many")
+            raise ValueError(
+                f"kernel_sizes {tuple(kernel_sizes)} and depths {tuple(depths)} must name the same number of stages"
+            )
         if even := [size for size in (*kernel_sizes, small_kernel or 1) if size % 2 == 0]:
             raise ValueError(f"kernel size {even[0]} is even and has no middle; take {even[0] + 1}")
         if small_kernel is None and (form, order) != ("square", "parallel"):
@@ -149,16 +164,17 @@ class SLaK(ConvNeXt):
             raise ValueError(f"small_kernel {small_kernel} is not below kernel_sizes {tuple(kernel_sizes)}; lower it")
         if form == "square" and order != "parallel":
             raise ValueError(f"order is {order}, but form square has one large branch; set it to parallel")
-        self.kernel_sizes, self.small_kernel, self.form, self.order = tuple(kernel_sizes), small_kernel, form, order
 
         def block(stage: int, dim: int) -> SLaKBlock:
             return SLaKBlock(dim, kernel_sizes[stage], small_kernel, form, order, layer_scale)
 
         super().__init__(depths, [int(dim * width) for dim in dims], block, **options)
 
-    def merge_batchnorm(self) -> "SLaK":
-        """Fold every BatchNorm into its convolution, and small branches into large ones, in place; exact. The model is
-        for evaluation from then on, with other names."""
+    def fold_batchnorm(self) -> "SLaK":
+        """Fold every BatchNorm into its convolution, and small branches into large ones, in place.
+
+        The outputs in evaluation stay the same; the names of the parameters do not, and training is over.
+        """
         for block in (block for stage in self.stages for block in stage):
-            block.large_kernel.merge()
+            block.large_kernel.fold_batchnorm()
         return self.eval()

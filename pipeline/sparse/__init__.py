@@ -1,7 +1,7 @@
-"""Where features lie in memory. `models` compute; the layouts here decide over which sites.
+"""How features lie in memory while only some cells of an image are visible.
 
 In every layout a feature tensor is (N, sites..., C): images first, channels last, so that LayerNorm, Linear and GELU
-need no layout at all. Only the stem, the downsampling, the depthwise convolution and GRN ask the layout.
+need no layout. Only the stem, the downsampling, the depthwise convolution and response normalisation ask the layout.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,14 @@ from collections.abc import Callable
 from pipeline.sparse.geometry import VisibleCells
 from pipeline.sparse.layouts import DENSE, Dense, Layout, Leaking, Masked, Packed
 
-__all__ = ["DENSE", "LAYOUTS", "Dense", "Layout", "Leaking", "Masked", "Packed", "VisibleCells", "find_layout"]
-
 LAYOUTS = ("packed", "masked", "spconv", "dense")
 
 
 def find_layout(name: str) -> Callable[[VisibleCells], Layout]:
-    """The layout of an encoder that is shown some cells, by name: it is to be called with them.
+    """Return the layout of an `encoder_backend`: call it with the visible cells of a batch.
 
     Raises:
-        ValueError: if there is none of this name, or the package it needs is not installed.
+        ValueError: if the name is unknown, or the package that it needs is not installed.
     """
     if name not in LAYOUTS:
         raise ValueError(f"encoder_backend is {name!r}; choose one of {', '.join(LAYOUTS)}")
@@ -32,3 +30,6 @@ def find_layout(name: str) -> Callable[[VisibleCells], Layout]:
             ) from error
         return Spconv
     return {"packed": Packed, "masked": Masked, "dense": Leaking}[name]
+
+
+__all__ = ["DENSE", "LAYOUTS", "Dense", "Layout", "Leaking", "Masked", "Packed", "VisibleCells", "find_layout"]

@@ -1,158 +1,164 @@
-"""Layouts: `Dense` for whole images, `Packed` for visible cells alone, `Masked` as the packed one's oracle.
+"""Layouts of features: Dense for whole images, Packed for visible cells alone, Masked to check Packed against.
 
-A layout owns no parameters. It is given the layer that does, and returns features (N, sites..., C).
+A layout has no parameters: the caller hands it the layer that has them. Features are (N, sites..., C).
 """
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.precision import widen
 from pipeline.sparse.depthwise import Plan, convolve_tokens, plan_depthwise
 from pipeline.sparse.geometry import VisibleCells
 
 
-class Layout(Protocol):
-    """What a block asks of the place where its features lie."""
+class Layout:
+    """The operations of a block that depend on how features lie in memory, and on which sites count.
+
+    A site counts if it is visible; in `Dense` and `Leaking` every site does. Statistics are at least fp32 and have the
+    shape (N, 1..., C), or (1, 1..., C) with `across_images`.
+    """
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to features."""
+        """Turn images (N, 3, H, W) into features by a convolution whose stride is its kernel size."""
+        raise NotImplementedError
 
-    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """A 2x2 convolution of stride 2."""
+    def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Apply a 2x2 convolution of stride 2."""
+        raise NotImplementedError
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """A depthwise convolution that keeps the size."""
-
-    def energy(self, x: Tensor, across_images: bool) -> Tensor:
-        """L2 norm of each channel over the sites that count: (N, 1..., C), or (1, 1..., C) across the whole batch."""
-
-    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
-        """Mean of each channel over the sites that count, in the shape of `energy` and at least fp32."""
-
-    def maximum(self, x: Tensor) -> Tensor:
-        """Maximum of each channel over the sites of an image that count: (N, 1..., C)."""
-
-    def sites(self, x: Tensor) -> int:
-        """How many sites of each image count."""
+        """Apply a 7x7 depthwise convolution that keeps the size."""
+        raise NotImplementedError
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """A convolution over few channels that keeps the size and sees zeros where no site counts."""
+        """Apply a convolution that keeps the size, on few channels; sites that do not count are read as zeros."""
+        raise NotImplementedError
+
+    def count_sites(self, x: Tensor) -> int:
+        """Count the sites of an image that count."""
+        raise NotImplementedError
 
     def to_map(self, x: Tensor) -> Tensor:
-        """Features as a dense (N, h, w, C) map."""
+        """Return the features as a dense map (N, h, w, C)."""
+        raise NotImplementedError
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Return each channel's maximum over the sites of an image."""
+        raise NotImplementedError
+
+    def norm(self, x: Tensor, across_images: bool = False) -> Tensor:
+        """Return each channel's L2 norm over the sites."""
+        # The clamp gives a channel of zeros the gradient 0. vector_norm does too, at three times the time on a CPU.
+        wide = widen(x)
+        squares = wide.square().sum(_site_dims(x, across_images), keepdim=True)
+        return squares.clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
+
+    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
+        """Return each channel's mean over the sites."""
+        # As a sum over a count, because in a masked map fewer sites count than exist.
+        wide, count = widen(x), self.count_sites(x) * (x.shape[0] if across_images else 1)
+        return wide.sum(_site_dims(x, across_images), keepdim=True) / count
 
 
-def _norm(x: Tensor, across_images: bool) -> Tensor:
-    # Statistics are at least fp32 whatever the activations are: squares overflow fp16 and round in bf16. The clamp
-    # gives a channel of zeros the gradient 0; vector_norm does so too, at three times the time on a CPU.
-    dims = tuple(range(0 if across_images else 1, x.ndim - 1))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.square().sum(dims, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
+def _site_dims(x: Tensor, across_images: bool) -> tuple[int, ...]:
+    return tuple(range(0 if across_images else 1, x.ndim - 1))
 
 
-def _mean(x: Tensor, sites: int, across_images: bool) -> Tensor:
-    # As a sum over a count, because in a masked map fewer sites count than there are.
-    dims = tuple(range(0 if across_images else 1, x.ndim - 1))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.sum(dims, keepdim=True) / (sites * x.shape[0] if across_images else sites)
-
-
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of (N, H, W, C) features; the permuted views are channels-last memory, so nothing is copied."""
+def _convolve_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve features (N, H, W, C); the permuted views are channels-last memory, so nothing is copied."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class Dense:
-    """Features (N, H, W, C) of whole images: fine-tuning, evaluation, the decoder."""
+class Dense(Layout):
+    """Features (N, H, W, C) of whole images: for fine-tuning, evaluation and the decoder."""
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         return conv(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
-    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _conv(conv, x)
+    def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        return _convolve_map(conv, x)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _conv(conv, x)
-
-    def energy(self, x: Tensor, across_images: bool) -> Tensor:
-        return _norm(x, across_images)
-
-    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
-        return _mean(x, self.sites(x), across_images)
-
-    def maximum(self, x: Tensor) -> Tensor:
-        return x.amax((1, 2), keepdim=True)
-
-    def sites(self, x: Tensor) -> int:
-        return x.shape[1] * x.shape[2]
+        return _convolve_map(conv, x)
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _conv(conv, x)
+        return _convolve_map(conv, x)
+
+    def count_sites(self, x: Tensor) -> int:
+        return x.shape[1] * x.shape[2]
 
     def to_map(self, x: Tensor) -> Tensor:
         return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return x.amax((1, 2), keepdim=True)
 
 
 DENSE = Dense()
 
 
 class Masked(Dense):
-    """Dense features in which hidden sites are kept from the visible ones: as costly as dense, and obviously right.
+    """Dense features in which hidden sites never reach visible ones: as slow as dense, and plainly right.
 
-    Hidden sites may hold anything between the blocks; they are zeroed where a convolution would look at them (only the
-    depthwise one reaches across cells) and left out of every statistic.
+    Between blocks hidden sites may hold anything. They are set to zero before the depthwise convolution, the only one
+    that reaches across cells, and left out of every statistic.
     """
 
     def __init__(self, visible: VisibleCells):
         self.visible = visible
 
-    def _shown(self, x: Tensor) -> Tensor:
-        return x * self.visible.keep(x.shape[1] // self.visible.grid[0])
+    def _side(self, x: Tensor) -> int:
+        return x.shape[1] // self.visible.grid[0]
+
+    def _zero_hidden(self, x: Tensor) -> Tensor:
+        return x * self.visible.visible_sites(self._side(x))
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return super().depthwise(conv, self._shown(x))
-
-    def energy(self, x: Tensor, across_images: bool) -> Tensor:
-        return _norm(self._shown(x), across_images)
-
-    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
-        return _mean(self._shown(x), self.sites(x), across_images)
-
-    def maximum(self, x: Tensor) -> Tensor:
-        hidden = ~self.visible.keep(x.shape[1] // self.visible.grid[0])
-        return super().maximum(x.masked_fill(hidden, -torch.inf))
-
-    def sites(self, x: Tensor) -> int:
-        return self.visible.visible * (x.shape[1] // self.visible.grid[0]) ** 2
+        return super().depthwise(conv, self._zero_hidden(x))
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return super().convolve(conv, self._shown(x))
+        return super().convolve(conv, self._zero_hidden(x))
+
+    def count_sites(self, x: Tensor) -> int:
+        return self.visible.cells_per_image * self._side(x) ** 2
 
     def to_map(self, x: Tensor) -> Tensor:
-        return self._shown(x)
+        return self._zero_hidden(x)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return super().maximum(x.masked_fill(~self.visible.visible_sites(self._side(x)), -torch.inf))
+
+    def norm(self, x: Tensor, across_images: bool = False) -> Tensor:
+        return super().norm(self._zero_hidden(x), across_images)
+
+    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
+        return super().mean(self._zero_hidden(x), across_images)
 
 
 class Leaking(Dense):
-    """Dense features of images whose hidden pixels are zero: what a masked autoencoder of a ConvNet does if nothing is
-    done about it. Convolutions carry visible content into hidden cells and every site counts, so it equals no other
-    layout; it is the paper's comparison (section 3.2)."""
+    """Dense features of images whose hidden pixels are zero, and nothing more: the paper's comparison (section 3.2).
+
+    Convolutions carry visible content into hidden cells and every site counts, so the result equals no other layout's.
+    """
 
     def __init__(self, visible: VisibleCells):
         self.visible = visible
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
-        shown = self.visible.keep(images.shape[2] // self.visible.grid[0]).permute(0, 3, 1, 2)
-        return super().stem(conv, images * shown)
+        side = images.shape[2] // self.visible.grid[0]
+        return super().stem(conv, images * self.visible.visible_sites(side).permute(0, 3, 1, 2))
 
 
-class Packed:
+class Packed(Layout):
     """Tokens (N, K*s*s, C) of the visible cells alone, cell by cell, s*s sites in each.
 
-    Cells are aligned with every stride of the network, so the stem and the 2x2 convolutions never leave a cell and are
-    plain linear maps on tokens; only the depthwise convolution looks at neighbours. `depthwise` names its variant for
-    all stages, see `depthwise.py`; None takes the fastest known for each.
+    Cells are aligned with every stride of the network, so the stem and the 2x2 convolutions never leave a cell: they
+    are linear layers on tokens. Only the depthwise convolution looks at neighbours.
+
+    Args:
+        visible: the visible cells of the batch.
+        depthwise: the variant of the depthwise convolution, see depthwise.py; None for the fastest known variant.
     """
 
     def __init__(self, visible: VisibleCells, depthwise: str | None = None):
@@ -165,54 +171,46 @@ class Packed:
         s = images.shape[2] // h // p
         cells = images.reshape(v.images, channels, h, s, p, w, s, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
         self._prepare(s)
-        shown = cells.reshape(v.images * h * w, -1).index_select(0, v.cells)
-        return F.linear(shown.view(v.images, v.visible * s * s, -1), conv.weight.flatten(1), conv.bias)
+        patches = cells.reshape(v.images * h * w, -1).index_select(0, v.token_rows(1))
+        return F.linear(patches.view(v.images, v.cells_per_image * s * s, -1), conv.weight.flatten(1), conv.bias)
 
-    def down(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         v, c = self.visible, x.shape[-1]
         s = self._side(x)
         self._prepare(s // 2)
-        patches = x.view(v.images, v.visible, s // 2, 2, s // 2, 2, c).transpose(3, 4).reshape(v.images, -1, 4 * c)
-        return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+        patches = x.view(v.images, v.cells_per_image, s // 2, 2, s // 2, 2, c).transpose(3, 4)
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches.reshape(v.images, -1, 4 * c), weight, conv.bias)
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         return convolve_tokens(conv, x.reshape(-1, x.shape[-1]), self._plans[self._side(x)]).view_as(x)
 
-    def energy(self, x: Tensor, across_images: bool) -> Tensor:
-        return _norm(x, across_images)
+    def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        y = _convolve_map(conv, self.to_map(x))
+        y = y.reshape(-1, y.shape[-1]).index_select(0, self._rows(self._side(x)))
+        return y.view(*x.shape[:-1], -1)
 
-    def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
-        return _mean(x, self.sites(x), across_images)
+    def count_sites(self, x: Tensor) -> int:
+        return x.shape[1]
+
+    def to_map(self, x: Tensor) -> Tensor:
+        v, s, c = self.visible, self._side(x), x.shape[-1]
+        h, w = v.grid[0] * s, v.grid[1] * s
+        empty = x.new_zeros(v.images * h * w, c)
+        return empty.index_copy(0, self._rows(s), x.reshape(-1, c)).view(v.images, h, w, c)
 
     def maximum(self, x: Tensor) -> Tensor:
         return x.amax(1, keepdim=True)
 
-    def sites(self, x: Tensor) -> int:
-        return x.shape[1]
-
-    def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        y = _conv(conv, self._scatter(x))
-        y = y.reshape(-1, y.shape[-1]).index_select(0, self._rows(self._side(x)))
-        return y.view(*x.shape[:-1], -1)
-
-    def to_map(self, x: Tensor) -> Tensor:
-        return self._scatter(x)
-
     def _prepare(self, side: int) -> None:
-        # Between the stages, because making an index inside a block breaks its compiled graph.
+        """Make the tables of a stage before its first block: made inside a block, they would break its graph."""
         if side not in self._plans:
             self._plans[side] = plan_depthwise(self.visible, side, self._variant)
             self._rows(side)
 
     def _rows(self, side: int) -> Tensor:
-        """(tokens,): row of each token in a dense map."""
-        return self.visible.sites(side)
+        """(tokens,): the row of each token in a dense map."""
+        return self.visible.token_rows(side)
 
     def _side(self, x: Tensor) -> int:
-        return round((x.shape[1] // self.visible.visible) ** 0.5)
-
-    def _scatter(self, x: Tensor) -> Tensor:
-        v, s, c = self.visible, self._side(x), x.shape[-1]
-        h, w = v.grid[0] * s, v.grid[1] * s
-        empty = x.new_zeros(v.images * h * w, c)
-        return empty.index_copy(0, self._rows(s), x.reshape(-1, c)).view(v.images, h, w, c)
+        return round((x.shape[1] // self.visible.cells_per_image) ** 0.5)

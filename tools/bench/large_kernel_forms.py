@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from pipeline.kernels.large_kernel import available_forms, convolve_depthwise, time_form
+from pipeline.kernels.large_kernel import available_forms, convolve_depthwise
+from pipeline.kernels.large_kernel_timing import time_form
 from tools.bench.timing import print_header, print_row, quiet_clock
 
 FIRST = [(56, (k, k)) for k in (31, 51, 61)] + [(56, kernel) for k in (31, 51, 61) for kernel in ((k, 5), (5, k))]

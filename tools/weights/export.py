@@ -111,7 +111,7 @@ def _onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, s
 
 def merged(model: nn.Module) -> nn.Module:
     """A copy to deploy; the model itself if there is nothing to merge."""
-    return copy.deepcopy(model).merge_batchnorm() if hasattr(model, "merge_batchnorm") else model
+    return copy.deepcopy(model).fold_batchnorm() if hasattr(model, "fold_batchnorm") else model
 
 
 def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:

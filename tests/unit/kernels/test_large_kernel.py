@@ -1,7 +1,6 @@
 """All forms of a large depthwise convolution against torch's in float64, forward and backward."""
 
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -9,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.kernels import large_kernel as module
-from pipeline.kernels.large_kernel import (
-    FORMS,
-    DepthwiseConv2d,
-    available_forms,
-    convolve_depthwise,
-    fastest_form,
-    record_input_shapes,
-)
+from pipeline.kernels.large_kernel import FORMS, DepthwiseConv2d, available_forms, convolve_depthwise
+from pipeline.kernels.large_kernel_timing import fastest_form, record_inputs
 
 CPU = torch.device("cpu")
 OTHERS = ("fft", "banded")
@@ -90,18 +82,17 @@ def test_backward_is_the_same_twice(form):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_choice_is_measured_for_the_shapes_that_are_used(monkeypatch):
+def test_choice_is_measured_for_the_shapes_that_are_used():
     model = nn.Sequential(DepthwiseConv2d(4, (31, 31)), nn.AvgPool2d(4), DepthwiseConv2d(4, (3, 3)))
     with torch.autocast("cpu", torch.bfloat16):
-        shapes = record_input_shapes(model, lambda: model(torch.randn(2, 4, 32, 32)))
-    assert [tuple(shape) for shape, _ in shapes.values()] == [(2, 4, 32, 32), (2, 4, 8, 8)]
-    assert {dtype for _, dtype in shapes.values()} == {torch.bfloat16}
-    # By this thread's own time, for other processes may take the core from one form and not from the next.
-    monkeypatch.setattr(module, "time_form", partial(module.time_form, clock=time.thread_time))
-    assert fastest_form((2, 4, 32, 32), (31, 31), torch.float32, CPU) in OTHERS
+        inputs = record_inputs(model, lambda: model(torch.randn(2, 4, 32, 32)))
+    assert [tuple(shape) for shape, _ in inputs.values()] == [(2, 4, 32, 32), (2, 4, 8, 8)]
+    assert {dtype for _, dtype in inputs.values()} == {torch.bfloat16}
+    # On the clock of this thread, because other processes may take the core from one form and not from the next.
+    assert fastest_form((2, 4, 32, 32), (31, 31), torch.float32, CPU, clock=time.thread_time) in OTHERS
 
 
 def test_forms_that_are_not_there():
     assert set(available_forms(CPU)) == set(FORMS) - {"triton"}
-    with pytest.raises(ValueError, match="no form 'fastest' of large kernels; choose one of native, fft, banded"):
+    with pytest.raises(ValueError, match="form of large kernels is 'fastest'; choose one of native, fft, banded"):
         convolve_depthwise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), None, "fastest")

@@ -44,8 +44,8 @@ def test_kernels_compile_without_atomics(capability, tmp_path, monkeypatch):
     fixed = {"WINDOW": 7, "WIDE": tl.float32, "SITES": triton_depthwise.SITES, "CHANNELS": triton_depthwise.CHANNELS}
     features = dict.fromkeys(("x", "taps", "bias", "y", "gradient"), "*bf16") | {"halo": "*i64", "parts": "*fp32"}
     for kernel, more in (
-        (triton_depthwise._convolve, {"BIAS": True}),
-        (triton_depthwise._correlate, {"SPLIT": triton_depthwise.SPLIT}),
+        (triton_depthwise.convolve_tokens_kernel, {"BIAS": True}),
+        (triton_depthwise.correlate_tokens_kernel, {"SPLIT": triton_depthwise.SPLIT}),
     ):
         constants = fixed | more
         signature = {name: "constexpr" if name in constants else features.get(name, "i32") for name in kernel.arg_names}

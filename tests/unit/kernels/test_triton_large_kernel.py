@@ -46,7 +46,10 @@ def test_kernels_compile_to_matrix_products_without_atomics(dtype, capability, t
 
     fixed = {"WIDE": tl.float32, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
     maps = dict.fromkeys(("x", "weight", "y", "gradient"), f"*{dtype}") | {"parts": "*fp32"}
-    for kernel, more in ((kernels._convolve, {}), (kernels._correlate, {"SPLIT": kernels.SPLIT})):
+    for kernel, more in (
+        (kernels.convolve_lines_kernel, {}),
+        (kernels.correlate_lines_kernel, {"SPLIT": kernels.SPLIT}),
+    ):
         constants = fixed | more
         signature = {name: "constexpr" if name in constants else maps.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

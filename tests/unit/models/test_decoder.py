@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pipeline.models import create_model
-from pipeline.models.decoder import positions
-from pipeline.models.fcmae import FCMAE, patchify, regroup
+from pipeline.models.decoder import sine_positions
+from pipeline.models.fcmae import FCMAE, group_patches, patchify
 from tests.unit.models.tiny_models import scatter_weights, tiny_fcmae, visible_cells
 
 KINDS = ("convnext", "transformer", "unet", "unet_no_skips")
@@ -76,7 +76,7 @@ def test_a_transformer_tells_cells_apart_by_position_alone():
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column():
-    table = positions((3, 5), 8, torch.device("cpu"))
+    table = sine_positions((3, 5), 8, torch.device("cpu"))
     assert table.shape == (3, 5, 8)
     rate = torch.tensor([1.0, 0.01])
     for row, column in ((0, 0), (2, 1), (1, 4)):
@@ -88,7 +88,7 @@ def test_regrouped_patches_are_the_cells_they_make_up():
     images = torch.randn(2, 3, 16, 24)
     patches = patchify(images, 2).transpose(1, 2).unflatten(2, (8, 12))
     cells = patchify(images, 8).transpose(1, 2).unflatten(2, (2, 3))
-    assert torch.equal(regroup(patches, 8, 4), cells)
+    assert torch.equal(group_patches(patches, 8, 4), cells)
 
 
 def test_names_of_the_published_decoder_are_official():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pipeline.models import create_model
 from pipeline.models.batchnorm import BatchNorm
-from pipeline.models.nextvit import NCB, NTB, Attention, Layers
+from pipeline.models.nextvit import NCB, NTB, Attention, BlockOptions
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 from tests.unit.models.tiny_models import multiply_adds, scatter_norms, scatter_weights
 
@@ -60,7 +60,7 @@ def test_timm_gives_the_same_logits_before_and_after_merging(size, pixels):
     theirs.load_state_dict({name: tensor.clone() for name, tensor in pairs}, assign=True)
     expected = theirs.eval()(images)
     assert_equal_outputs(model(images), expected, 1e-12)
-    merged = model.merge_batchnorm()(images)
+    merged = model.fold_batchnorm()(images)
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
     assert_equal_outputs(merged, expected, 1e-12)
     for module in theirs.modules():
@@ -91,7 +91,7 @@ def test_options_learn_and_merging_is_exact(options):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         before = model.eval()(IMAGES)
-        after = model.merge_batchnorm()(IMAGES)
+        after = model.fold_batchnorm()(IMAGES)
     assert_equal_outputs(after, before, 1e-12)
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
     assert [tuple(x.shape[2:]) for x in model.forward_features(IMAGES)] == [(32, 32), (16, 16), (8, 8)]
@@ -114,7 +114,7 @@ def test_pooling():
         ("1d", F.avg_pool1d(x.flatten(2), 4)),
         ("2d", F.avg_pool2d(F.pad(x, (0, 1, 0, 0), mode="replicate"), 2).flatten(2)),
     ):
-        attention = Attention(2, 2, Layers(pooling=pooling, head_dim=2)).double()
+        attention = Attention(2, 2, BlockOptions(pooling=pooling, head_dim=2)).double()
         seen = []
         attention.norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         attention(x)
@@ -186,4 +186,4 @@ def test_weights_scattered_far_still_merge():
     model = scatter_norms(scatter_weights(create_model("nextvit", 5, **MICRO))).eval()
     with torch.no_grad():
         before = model(IMAGES)
-        assert (model.merge_batchnorm()(IMAGES) - before).abs().max() <= 1e-12 * before.abs().max()
+        assert (model.fold_batchnorm()(IMAGES) - before).abs().max() <= 1e-12 * before.abs().max()

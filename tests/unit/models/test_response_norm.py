@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.models import create_model
-from pipeline.models.response_norm import KINDS, Response, ResponseBatchNorm
+from pipeline.models.response_norm import KINDS, ResponseBatchNorm, ResponseNorm
 from pipeline.sparse import DENSE, Masked, Packed, VisibleCells
 from tests.unit.models.tiny_models import scatter_weights, tiny_fcmae, visible_cells
 
@@ -23,7 +23,7 @@ def label(choice: dict) -> str:
 
 
 def build(dim: int, **fields) -> torch.nn.Module:
-    return scatter_weights(Response(**fields).build(dim))
+    return scatter_weights(ResponseNorm(**fields).create(dim))
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=label)

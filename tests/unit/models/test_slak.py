@@ -90,7 +90,7 @@ def test_merging_is_exact(form):
     images = torch.randn(2, 3, 22, 18, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         before = model(images)
-        assert model.merge_batchnorm() is model
+        assert model.fold_batchnorm() is model
         after = model(images)
     assert_equal_outputs(after, before, 1e-12)
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
@@ -108,7 +108,7 @@ def test_merging_the_published_model_is_exact():
     images = different_images(2, 64)
     model = as_if_trained(create_model("slak_tiny", 13).double(), images)
     before = model(images)
-    after = model.merge_batchnorm()(images)
+    after = model.fold_batchnorm()(images)
     assert_equal_outputs(after, before, 1e-12)
     assert not any(isinstance(module, BatchNorm) for module in model.modules())
 
@@ -147,7 +147,7 @@ def test_checkpointing_changes_neither_gradients_nor_buffers(form):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"kernel_sizes": (9,)}, "must be as many"),
+        ({"kernel_sizes": (9,)}, "must name the same number of stages"),
         ({"kernel_sizes": (9, 8)}, "kernel size 8 is even"),
         ({"small_kernel": 7}, "small_kernel 7 is not below kernel_sizes"),
         ({"small_kernel": None}, "small_kernel is null"),

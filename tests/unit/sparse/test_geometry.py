@@ -34,8 +34,9 @@ def test_sites_and_keep(visible, side):
     h, w = visible.grid[0] * side, visible.grid[1] * side
     places = walk(visible, side)
     assert visible.tokens(side) == len(places)
-    assert visible.sites(side).tolist() == [(image * h + y) * w + x for image, y, x in places]
-    assert visible.keep(side).flatten().nonzero().flatten().tolist() == sorted(visible.sites(side).tolist())
+    assert visible.token_rows(side).tolist() == [(image * h + y) * w + x for image, y, x in places]
+    rows = visible.visible_sites(side).flatten().nonzero().flatten()
+    assert rows.tolist() == sorted(visible.token_rows(side).tolist())
 
 
 @given(visible_cells(), st.integers(1, 5), st.integers(0, 4))
@@ -45,7 +46,7 @@ def test_halo_and_pairs(visible, side, reach):
     missing, window = len(places), 2 * reach + 1
     halo = visible.halo(side, reach)
     pairs, counts = visible.pairs(side, reach)
-    assert halo.shape == (visible.images * visible.visible, side + 2 * reach, side + 2 * reach)
+    assert halo.shape == (visible.images * visible.cells_per_image, side + 2 * reach, side + 2 * reach)
     expected = set()
     for (image, y, x), token in places.items():
         cell, (row, column) = token // side**2, divmod(token % side**2, side)
@@ -63,7 +64,7 @@ def test_halo_and_pairs(visible, side, reach):
 def test_a_table_is_made_once():
     visible = VisibleCells(torch.tensor([[True, False, False, True]]), (2, 2))
     assert visible.halo(2, 3) is visible.halo(2, 3)
-    assert visible.sites(2) is visible.sites(2)
+    assert visible.token_rows(2) is visible.token_rows(2)
     assert visible.pairs(2, 3)[0] is visible.pairs(2, 3)[0]
 
 

@@ -172,7 +172,7 @@ def test_an_unknown_layout_is_refused():
         find_layout("sparse")
     encoder = create_model("convnextv2", 0, depths=(1,), dims=(4,), stem_stride=2)
     layout = Packed(VisibleCells(random_mask(1, 4, 0.5), (2, 2)), "fast")
-    with pytest.raises(ValueError, match="no depthwise variant 'fast'; choose one of scatter, halo, pairs, triton"):
+    with pytest.raises(ValueError, match="depthwise variant is 'fast'; choose one of scatter, halo, pairs, triton"):
         encoder.features(torch.randn(1, 3, 4, 4), layout)
 
 
