@@ -1,4 +1,4 @@
-"""The data file: FFCV's .beton format, with a side-car `NAME.beton.json` that says what must be in it.
+"""Read and write data files: FFCV's .beton format, with a side-car `NAME.beton.json` that describes the contents.
 
 A file holds one RGB image and one integer label per sample; FFCV's own Loader can read it. FFCV checks nothing when it
 opens a file: half an allocation table silently gives wrong images. So `open_beton` compares every file with its
@@ -6,8 +6,8 @@ side-car before anything reads it. The layout, all little-endian:
 
     header | two field descriptors | 24 bytes per sample | padding | pages of 8 MiB | allocation table
 
-FFCV's writer hangs on a bad sample and its output depends on the workers' timing; this one does neither.
-The side-car hashes the file in blocks of one page: an image lies in one block, so a damaged block names its samples.
+FFCV's writer hangs on a bad sample, and its output depends on its workers' timing, so files are written here.
+The side-car holds a hash of each block of one page. No image crosses a page, so a damaged block names its samples.
 """
 
 import fcntl
@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError
 
-FORMAT_VERSION = 2  # of the side-car, and of what our writer puts where
-PAGE_BYTES = 8 << 20  # an image must fit a page; also the length of a hashed block
+FORMAT_VERSION = 2  # of the side-car and of our writer's layout
+PAGE_BYTES = 8 << 20  # an image must fit into a page; also the length of a hashed block
 LONGEST_SIDE = (1 << 16) - 1
 
 HEADER = np.dtype(
@@ -45,7 +45,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 STORED = np.dtype(
     [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("label", "<i8"), ("size", "<u8"), ("check", "<u4")]
 )
-"""An image on its way into a file, as `BetonWriter.add_run` takes it."""
+"""An image to be written, for `BetonWriter.add_run`."""
 JPEG, RAW = 0, 1
 _FFCV_VERSION, _INT_FIELD, _IMAGE_FIELD = 2, 1, 2
 _SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
@@ -53,7 +53,7 @@ _CHECK = slice(13, 16)  # a sample's checksum, in bytes that FFCV leaves unused 
 
 
 class Beton(BaseModel):
-    """What a side-car says about its .beton file; `path` is where the file lies and is not written down."""
+    """The contents of a side-car, and the `path` of its .beton file, which is not written down."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,35 +70,41 @@ class Beton(BaseModel):
     sha256: str  # of the whole file: its identity
     index_sha256: str  # of all but the images: header, descriptors, samples and allocation table
     block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
-    settings: dict[str, str | int | float | None]  # how it was made
-    class_descriptions: dict[str, str] = {}  # what people call a class, where the source says it
+    settings: dict[str, str | int | float | None]  # of the program that wrote it
+    class_descriptions: dict[str, str] = {}  # readable names of classes, where the source has them
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the side-car of a .beton file lies: `NAME.beton.json`."""
+    """Return the path of a .beton file's side-car: `NAME.beton.json`."""
     return path.with_name(path.name + ".json")
 
 
 def open_beton(path: str | Path) -> Beton:
-    """Compares a file with its side-car without reading the images: seconds for millions of samples.
+    """Compare a data file with its side-car without reading the images, and return the side-car's contents.
 
-    Errors: DataError when either is missing or they disagree (another size, damaged header, samples or allocation
-    table). Damage inside an image is found by `verify_hashes`, or by the decoder when it comes to it.
+    Takes seconds for millions of samples. Damage inside an image is found by `verify_hashes`, or by the decoder.
+
+    Raises:
+        DataError: if either file is missing, or if size, header, sample table or allocation table differ.
     """
     try:
-        return _check(Path(path))
+        return _compare_with_sidecar(Path(path))
     except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}; mend that, or name another") from None
+        raise DataError(
+            f"data file {path} cannot be read: {error.strerror}; make it readable, or name another"
+        ) from None
 
 
-def _check(path: Path) -> Beton:
+def _compare_with_sidecar(path: Path) -> Beton:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; make it with `fcmae prepare SOURCE {path}`")
     beton = read_sidecar(path)
     size_bytes = path.stat().st_size
     if size_bytes != beton.size_bytes:
-        what = "truncated" if size_bytes < beton.size_bytes else "not the one its side-car describes"
-        raise DataError(f"{path} is {what}: {size_bytes} bytes instead of {beton.size_bytes}; copy or prepare it again")
+        fault = "truncated" if size_bytes < beton.size_bytes else "not the file that its side-car describes"
+        raise DataError(
+            f"{path} is {fault}: {size_bytes} bytes instead of {beton.size_bytes}; copy or prepare it again"
+        )
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER.itemsize), HEADER)[0]
         expected = (_FFCV_VERSION, 2, PAGE_BYTES, beton.samples, beton.size_bytes - beton.samples * ALLOCATION.itemsize)
@@ -117,50 +123,49 @@ def verify_hashes(path: str | Path) -> Beton:
     """
     beton = open_beton(path)
     with beton.path.open("rb") as file:
-        found, blocks = hash_blocks(file)
-    bad = [n for n, (ours, theirs) in enumerate(zip(blocks, beton.block_sha256, strict=False)) if ours != theirs]
+        sha256, blocks = hash_blocks(file)
+    bad = [n for n, (actual, noted) in enumerate(zip(blocks, beton.block_sha256, strict=False)) if actual != noted]
     if bad:
-        named = "; ".join(describe_block(beton, block) for block in bad[:3])
+        named = "; ".join(_describe_block(beton, block) for block in bad[:3])
         raise DataError(
             f"{path} is damaged (SHA-256) in {len(bad)} of {len(blocks)} blocks of {PAGE_BYTES >> 20} MiB: {named}"
             f"{'; and more' if len(bad) > 3 else ''}; copy it again"
         )
-    if found != beton.sha256:
-        raise DataError(f"{path} is not the file of its side-car: its SHA-256 is {found[:12]}...; copy both again")
+    if sha256 != beton.sha256:
+        raise DataError(f"{path} is not the file of its side-car: its SHA-256 is {sha256[:12]}...; copy both again")
     return beton
 
 
-def describe_block(beton: Beton, block: int) -> str:
-    """A block with the samples that lie in it, in words."""
+def _describe_block(beton: Beton, block: int) -> str:
     samples = np.flatnonzero(samples_of(beton)["f0"]["data_ptr"] // PAGE_BYTES == block)
     return f"block {block} ({f'samples {samples[0]} to {samples[-1]}' if len(samples) else 'no samples'})"
 
 
 def hash_blocks(file: BinaryIO) -> tuple[str, tuple[str, ...]]:
-    """SHA-256 of all that follows in a file, and of each block of PAGE_BYTES of it; on two threads."""
+    """Return the SHA-256 of the rest of a file, and of each block of PAGE_BYTES in it. Uses two threads."""
     whole, blocks = hashlib.sha256(), []
     with ThreadPoolExecutor(1, "hash") as pool:
         while block := file.read(PAGE_BYTES):
-            own = pool.submit(hashlib.sha256, block)
+            digest = pool.submit(hashlib.sha256, block)
             whole.update(block)
-            blocks.append(own.result().hexdigest())
+            blocks.append(digest.result().hexdigest())
     return whole.hexdigest(), tuple(blocks)
 
 
 def samples_of(beton: Beton) -> np.ndarray:
-    """The sample table of a checked file, SAMPLE (n,): where each image lies (f0) and its label (f1)."""
+    """Return the sample table of an opened file, SAMPLE (N,): where each image lies (f0) and its label (f1)."""
     return np.asarray(np.memmap(beton.path, SAMPLE, "r", _SAMPLES_AT, (beton.samples,)))
 
 
 def checksums_of(samples: np.ndarray, ids: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """The checksums of some samples of a table, SAMPLE (n,): int64."""
-    # Bytes first: copying a sample copies its fields, and a checksum is none.
+    """Return the image checksums of some rows of a sample table, SAMPLE (N,): int64."""
+    # Viewed as bytes, because copying a row copies its fields alone, and the checksum is not a field.
     three = samples.view(np.uint8).reshape(-1, SAMPLE.itemsize)[ids, _CHECK].astype(np.int64)
     return three @ np.array([1, 1 << 8, 1 << 16])
 
 
 def contents_of(beton: Beton, *modes: int) -> Iterator[tuple[int, memoryview]]:
-    """(number, bytes) of every image of a checked file that is stored in one of the modes: JPEG, RAW."""
+    """Yield (sample id, bytes) of every image of an opened file that is stored in one of the modes: JPEG, RAW."""
     file = memoryview(np.memmap(beton.path, np.uint8, "r"))
     table = np.memmap(beton.path, ALLOCATION, "r", beton.size_bytes - beton.samples * ALLOCATION.itemsize)
     for number in np.flatnonzero(np.isin(samples_of(beton)["f0"]["mode"], modes)).tolist():
@@ -169,12 +174,16 @@ def contents_of(beton: Beton, *modes: int) -> Iterator[tuple[int, memoryview]]:
 
 
 def read_sidecar(path: Path) -> Beton:
-    """What the side-car of a data file says; the file itself is not looked at. Errors: DataError."""
+    """Read the side-car of a data file, not the file itself.
+
+    Raises:
+        DataError: if there is none, or if it cannot be used.
+    """
     sidecar = sidecar_path(path)
     try:
         content = json.loads(sidecar.read_bytes())
     except (OSError, ValueError):
-        raise DataError(f"{path} has no readable side-car {sidecar.name}; copy it along or prepare again") from None
+        raise DataError(f"{path} has no readable side-car {sidecar.name}; copy it too, or prepare again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"side-car {sidecar} has format_version {version}, not {FORMAT_VERSION}; prepare again")
@@ -199,17 +208,20 @@ def _index_sha256(file: BinaryIO, header: np.void) -> str:
 
 
 class BetonWriter:
-    """Writes a .beton file and its side-car; the same calls give the same bytes.
+    """Write a .beton file and its side-car; the same calls write the same bytes.
 
     A context manager: images go to `PATH.partial`, which is renamed to `PATH` when the block ends without an error; the
     side-car is written before. A crash leaves nothing that `open_beton` accepts, and the next writer of that path
     begins the partial file anew.
 
-    capacity: the most samples that will be added (their places come before the images); fewer may come.
-    partial: another place for the unfinished file, on the same disk; it then outlives an error, and a later writer may
-        go on with it: runs added with `content` None are in it already.
-    Errors: DataError for a path that cannot be written, that another process writes, or that exists already without
-        `overwrite`, and for no samples.
+    Args:
+        capacity: the most samples that will be added. Their table comes before the images.
+        partial: another path for the unfinished file, on the same disk. It then outlives an error, and a later writer
+            may continue it by adding the runs that it holds with `content` None.
+
+    Raises:
+        DataError: if the path cannot be written, if another process writes it, if it exists and `overwrite` is not
+            set, or if no samples were added.
     """
 
     def __init__(
@@ -243,8 +255,8 @@ class BetonWriter:
                 self._file.truncate(0)
         except OSError as error:
             raise DataError(f"{self.path} cannot be written: {error.strerror}; name another place") from None
-        self._written: int | None = None  # up to where this writer has written; None before its first image
-        self._kept = 0  # up to where the partial file must have been written before
+        self._written: int | None = None  # end of this writer's last image; None before its first
+        self._kept = 0  # end of the images that the partial file must hold already
 
     def __enter__(self) -> Self:
         return self
@@ -261,8 +273,10 @@ class BetonWriter:
                 self._partial.unlink(missing_ok=True)
 
     def add(self, image: np.ndarray | bytes, label: int, *, size: tuple[int, int] | None = None) -> None:
-        """Adds pixels, uint8 (height, width, 3), or the bytes of an RGB or grey JPEG, kept as they are, whose `size` is
-        (height, width). Errors: DataError for an image that the format cannot hold.
+        """Add an image: pixels, uint8 (H, W, 3), or the bytes of an RGB or grey JPEG of `size` (height, width).
+
+        Raises:
+            DataError: if the format cannot hold the image.
         """
         if isinstance(image, np.ndarray):
             assert image.dtype == np.uint8
@@ -277,7 +291,7 @@ class BetonWriter:
         self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content)
 
     def add_run(self, images: np.ndarray, content: bytes | memoryview | None) -> None:
-        """Adds images, STORED (n,), whose bytes follow each other in `content`; None if the partial file has them."""
+        """Add images, STORED (N,), whose bytes follow each other in `content`; None if the partial file holds them."""
         assert (images["label"] >= 0).all()
         assert (images["label"] < len(self.classes)).all()
         sizes = images["size"].tolist()
@@ -307,7 +321,7 @@ class BetonWriter:
                 raise DataError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def _write(self, places: list[int], sizes: list[int], content: memoryview) -> None:
-        if self._written is None:  # whatever an interrupted writer left behind what is known goes
+        if self._written is None:  # drop everything behind the known images of an interrupted writer
             self._check_kept()
             self._file.truncate(places[0])
         done = 0
@@ -319,17 +333,19 @@ class BetonWriter:
             self._written = place + size
 
     def sync(self) -> None:
-        """Brings all that was added to the disk."""
+        """Flush all images added so far to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def _check_kept(self) -> None:
         if os.fstat(self._file.fileno()).st_size < self._kept:
-            raise DataError(f"{self._partial} is shorter than what was written; remove {self._partial.parent}")
+            raise DataError(
+                f"{self._partial} is shorter than the {self._kept} bytes written to it; remove {self._partial.parent}"
+            )
 
     def _finish(self) -> None:
         if self._count == 0:
-            raise DataError(f"{self.path} would hold no images; look at the source")
+            raise DataError(f"{self.path} would hold no images; check the source")
         self._check_kept()
         samples, file = self._samples[: self._count], self._file
         images = samples["f0"]
@@ -366,7 +382,7 @@ class BetonWriter:
             settings=self.settings,
             class_descriptions=self.class_descriptions,
         )
-        self.path.unlink(missing_ok=True)  # an older file never meets the new side-car
+        self.path.unlink(missing_ok=True)  # so that an older file never stands beside the new side-car
         sidecar = sidecar_path(self.path)
         draft = sidecar.with_name(sidecar.name + ".partial")
         with draft.open("w") as text:
@@ -381,9 +397,10 @@ class BetonWriter:
 
 
 def lock_file(file: BinaryIO | int, path: Path) -> None:
-    """Holds the lock of an open file or folder until it is closed. Where a disk knows no locks, nobody is kept out.
+    """Lock an open file or folder until it is closed; does nothing on a disk without locks.
 
-    Errors: DataError if another process, which writes `path` then, holds it.
+    Raises:
+        DataError: if another process holds the lock, because it is writing `path`.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,11 @@
 """A directory of fetched data that the processes of a machine share: filled once, kept within a byte budget.
 
-    NAME/           an entry, complete: only a finished fill gets this name
-    NAME.partial/   being filled, or left by a process that was killed; the next one continues it
-    NAME.lock       exclusively locked while the entry is filled or removed, shared by every process that uses it;
-                    holds the entry's bytes, reserved before the filling; its time is that of the last use
+    NAME/           a complete entry; it gets this name when the filling is finished
+    NAME.partial/   an entry being filled, or left by a killed process; the next process continues it
+    NAME.lock       locked exclusively while the entry is filled or removed, shared by every process that uses it;
+                    its content is the entry's size in bytes, reserved before the filling; its time is the last use
 
-Locks are the kernel's (flock): they end with the process that holds them, however it ends.
+Locks are the kernel's (flock), so they end with the process that holds them, however it ends.
 """
 
 import errno
@@ -26,15 +26,16 @@ POLL_SECONDS = 0.1
 
 
 class CancelledError(Exception):
-    """The caller no longer wants what it waits for."""
+    """The owner of the cache has cancelled the wait."""
 
 
 class Cache:
-    """Entries of a directory; those obtained stay on the disk until `close` or the end of this process.
+    """A cache directory. Entries that were obtained stay on the disk until `close` or the end of this process.
 
-    directory: on a local disk; `~` and `$VARIABLES` are those of the machine that opens it.
-    budget_bytes: the most that all entries may take; None leaves it to the disk.
-    cancelled: asked several times a second while waiting; CancelledError is raised once it says yes.
+    Args:
+        directory: on a local disk; `~` and `$VARIABLES` are expanded on the machine that opens it.
+        budget_bytes: the most that all entries may take; None is limited by the disk alone.
+        cancelled: called several times a second while waiting; CancelledError is raised once it returns True.
     """
 
     def __init__(
@@ -51,19 +52,22 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the entries, so that they may be evicted."""
+        """Release the entries, so that they may be evicted."""
         while self._held:
             self._held.popitem()[1].close()
 
     def obtain(
         self, name: str, size_bytes: int, fill: Callable[[Path], None], is_sound: Callable[[Path], bool]
     ) -> Path:
-        """The directory of an entry. One process fills it, the others wait.
+        """Return the directory of an entry. One process fills the entry while the others wait.
 
-        fill: writes the entry's files into a directory, which may hold what an earlier, killed one wrote.
-        is_sound: whether a complete entry can still be used; else it is removed and filled again.
-        Errors: whatever `fill` raises; DataError for an entry that can never fit or a directory that cannot be written;
-        RetryableError when the disk or the budget is full of what is in use.
+        Args:
+            fill: writes the entry's files into a directory, which may hold files of an earlier, killed `fill`.
+            is_sound: whether a complete entry can still be used; if not, it is removed and filled again.
+
+        Raises:
+            DataError: if the entry can never fit, or if the directory cannot be written.
+            RetryableError: if the disk or the budget is full of entries in use. Errors of `fill` are raised too.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ class Cache:
         partial.mkdir(exist_ok=True)
         try:
             fill(partial)
-        except OSError:  # a full disk is given back
+        except OSError:  # perhaps the disk is full, so free what this entry took
             shutil.rmtree(partial, ignore_errors=True)
             lock.truncate(0)
             raise
@@ -97,11 +101,11 @@ class Cache:
             if not (self.directory / name).exists() or not is_sound(self.directory / name):
                 return False
             os.utime(lock.fileno(), ns=(time.time_ns(),) * 2)
-            self._held[name] = os.fdopen(os.dup(lock.fileno()), "rb")  # the lock lives as long as one of the two
+            self._held[name] = os.fdopen(os.dup(lock.fileno()), "rb")  # keeps the lock after `lock` is closed
         return True
 
     def _reserve(self, name: str, size_bytes: int, lock: BinaryIO) -> None:
-        """Evict the least recently used entries that nobody uses until this one fits; none if it cannot."""
+        """Evict unused entries, the least recently used first, until this one fits; none if it cannot fit."""
         if self.budget_bytes is not None and size_bytes > self.budget_bytes:
             raise DataError(f"{name} has {size_bytes} bytes but data.cache_bytes is {self.budget_bytes}; raise it")
         with self._locked("eviction", fcntl.LOCK_EX):
@@ -121,7 +125,7 @@ class Cache:
                 if on_disk > 0 or in_budget > 0:
                     raise RetryableError(
                         f"{name} needs {size_bytes} bytes, {max(on_disk, in_budget)} more than {self.directory} has"
-                        " left, and nothing unused is there to evict; try again later, raise data.cache_bytes, or set"
+                        " left, and no unused entry can be evicted; try again later, raise data.cache_bytes, or set"
                         " data.cache_dir or FCMAE_SCRATCH to a larger disk"
                     )
                 for other, file in evicted.items():
@@ -135,9 +139,9 @@ class Cache:
             os.pwrite(lock.fileno(), str(size_bytes).encode(), 0)
 
     def _bytes_of(self, name: str) -> int:
-        """What an entry takes of the disk, complete or not."""
-        found = [*self.directory.glob(f"{name}/*"), *self.directory.glob(f"{name}.partial/*")]
-        return sum(path.stat().st_blocks * 512 for path in found)
+        """Return the disk space of an entry, complete or not."""
+        files = [*self.directory.glob(f"{name}/*"), *self.directory.glob(f"{name}.partial/*")]
+        return sum(path.stat().st_blocks * 512 for path in files)
 
     def _size(self, name: str) -> int:
         return int((self.directory / f"{name}.lock").read_bytes() or 0)
@@ -153,12 +157,12 @@ class Cache:
 
     @contextmanager
     def _locked(self, name: str, mode: int) -> Iterator[BinaryIO]:
-        began, said = time.monotonic(), False
+        began, reported = time.monotonic(), False
         while (file := self._try_lock(name, mode)) is None:
             if self.cancelled():
                 raise CancelledError
-            if not said and time.monotonic() - began > 5:
-                said = True
+            if not reported and time.monotonic() - began > 5:
+                reported = True
                 print(f"waiting for another process that fills or uses {self.directory / name}", file=sys.stderr)
             time.sleep(POLL_SECONDS)
         with file:

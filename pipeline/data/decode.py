@@ -1,8 +1,7 @@
-"""From stored images to network inputs: which crop (numpy, by hash), then decoding, resizing, RandAugment (compiled).
+"""Decode, crop, resize and augment the stored images of a batch by compiled functions, following a plan (`crops`).
 
-JPEGs are decoded by libturbojpeg with the accurate DCT, as Pillow does, and its status is looked at. (FFCV's own
-decoder asks for the fast DCT and drops the status.) The compiled functions are cached on disk: FFCV would compile its
-pipelines anew in every process.
+JPEGs are decoded by libturbojpeg with the accurate DCT, as in Pillow, and its status is checked; FFCV's own decoder
+uses the fast DCT and ignores the status. The compiled functions are cached on disk.
 """
 
 import ctypes
@@ -25,14 +24,14 @@ OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED = range(5)
 _REASONS = {
     BAD_PLACE: "lies outside of the file",
     BAD_JPEG: "is a damaged JPEG",
-    OTHER_SIZE: "is a JPEG of another size than noted",
-    CHANGED: "is damaged: its checksum is another than noted",
+    OTHER_SIZE: "is a JPEG whose size differs from the sample table",
+    CHANGED: "is damaged: its checksum differs from the sample table",
 }
 
 
 @cache
 def _turbojpeg() -> ctypes.CDLL:
-    """libturbojpeg, its decoder made known to LLVM by name: an address in the code could not be cached on disk."""
+    """Load libturbojpeg and register its decoder with LLVM by name, because code with an address cannot be cached."""
     try:
         library = ctypes.CDLL(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
     except OSError:
@@ -54,12 +53,12 @@ _decompress = types.ExternalFunction(
 
 @njit(cache=True, nogil=True)
 def decode_jpeg(handle, content, height, width, out):
-    """RGB pixels of a JPEG into `out`, bytes of at least 3 * height * width. Returns OK, BAD_JPEG or OTHER_SIZE."""
-    found = np.zeros(4, np.int32)
-    at = found.ctypes.data
+    """Decode a JPEG to RGB in `out`, at least 3 * height * width bytes. Returns OK, BAD_JPEG or OTHER_SIZE."""
+    header = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = header.ctypes.data
     if _read_header(handle, content.ctypes.data, len(content), at, at + 4, at + 8, at + 12) != 0:
         return BAD_JPEG
-    if found[0] != width or found[1] != height:
+    if header[0] != width or header[1] != height:
         return OTHER_SIZE
     status = _decompress(
         handle, content.ctypes.data, len(content), out.ctypes.data, width, 0, height, _PIXEL_RGB, _ACCURATE_DCT
@@ -92,10 +91,10 @@ def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths,
 
 
 class ImageDecoder:
-    """Decodes batches on `workers` threads; each holds a JPEG decompressor and room for the largest image.
+    """Decode batches on `workers` threads, each with a JPEG decompressor and a buffer for the largest image.
 
-    The threads are Python's, running compiled code without the lock: numba's own pool cannot serve two loaders at once
-    (its default, workqueue, aborts) nor be joined.
+    The threads are Python's and run compiled code without the GIL, because numba's own thread pool can neither serve
+    two loaders at once (its default, workqueue, aborts) nor be joined.
     """
 
     def __init__(self, workers: int, largest_image_bytes: int) -> None:
@@ -106,9 +105,9 @@ class ImageDecoder:
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
 
     def __call__(self, file, places, sizes, modes, plan, heights, widths, out) -> np.ndarray:
-        """Decodes the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (n, size, size, 3).
+        """Decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, S, S, 3).
 
-        Returns a status per image, int32 (n,): 0, or what `reason` puts into words.
+        Returns a status per image, int32 (N,), for `describe_status`; OK is 0.
         """
         status = np.zeros(len(out), np.int32)
 
@@ -123,7 +122,7 @@ class ImageDecoder:
         return status
 
     def close(self) -> None:
-        """Ends the threads and frees the decompressors; may be called twice."""
+        """End the threads and free the decompressors; may be called twice."""
         if self._pool is not None:
             self._pool.shutdown()
         while self._handles:
@@ -131,7 +130,7 @@ class ImageDecoder:
 
 
 def jpeg_status(content: bytes, height: int, width: int) -> int:
-    """Decodes a JPEG as training will and returns the status: 0, or what `reason` puts into words."""
+    """Decode a JPEG as training does and return its status, for `describe_status`; OK is 0."""
     library = _turbojpeg()
     handle = library.tjInitDecompress()
     try:
@@ -142,5 +141,5 @@ def jpeg_status(content: bytes, height: int, width: int) -> int:
 
 
 def describe_status(status: int) -> str:
-    """What is wrong with an image of that status, to follow 'sample 7 of FILE'."""
+    """Say what is wrong with an image of a status other than OK, to follow "sample 7 of FILE"."""
     return _REASONS[status]

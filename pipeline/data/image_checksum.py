@@ -1,19 +1,19 @@
-"""A checksum of 24 bits for each image: what a decoder forgives, and damage to plain pixels, is seen all the same.
+"""A 24-bit checksum of each image, to find damage that the decoder does not notice.
 
-FFCV's table of samples has three bytes between image and label that nobody reads; there it lies. A change of one byte
-is always seen before the last step's folding, any other with a chance of all but 1 in 16 million.
+The checksum is stored in three bytes of FFCV's sample table, between image and label, that FFCV does not use. Damage
+goes unnoticed with a chance of 1 in 16 million.
 """
 
 import numpy as np
 from numba import njit
 
-_LANES = 64  # independent sums, so that the compiler does eight or sixteen at a time: faster than memory
+_LANES = 64  # independent sums, so that the compiler computes eight or sixteen at a time
 _FACTOR = np.uint32(0x9E3779B1)
 
 
 @njit(cache=True, nogil=True)
 def checksum(content) -> int:
-    """24 bits of a contiguous array of bytes: in each lane a polynomial modulo 2**32, then all lanes in one more."""
+    """Return 24 bits of a contiguous byte array: a polynomial modulo 2**32 in each lane, then one over the lanes."""
     lanes = np.zeros(_LANES, np.uint32)
     whole = len(content) // _LANES
     for row in range(whole):
@@ -31,7 +31,7 @@ def checksum(content) -> int:
 
 @njit(cache=True, nogil=True)
 def mark_changed(file, places, sizes, checks, status, changed) -> None:
-    """Sets `status` of the images whose checksum is not the noted one to `changed`, where it is 0."""
+    """Set `status` to `changed` for images of status 0 whose checksum differs from `checks`."""
     for i in range(len(places)):
         if status[i] == 0 and checksum(file[places[i] : places[i] + sizes[i]]) != checks[i]:
             status[i] = changed

@@ -1,8 +1,8 @@
-"""RandAugment's fifteen operations on 8-bit RGB images, compiled, equal to Pillow's in every bit.
+"""Apply RandAugment's fifteen operations to 8-bit RGB images: compiled, and equal to Pillow's in every bit.
 
-Eight of them map each level of a channel to another: they fill a table, and the pixels go through it in one pass. The
-geometric ones interpolate as Pillow's Image.transform does, bicubic (src/libImaging/Geometry.c; its filter has a = -1,
-not the -0.5 of resizing), in double precision and in Pillow's order, because truncation follows.
+Eight operations map each level of a channel to another, by a table and one pass over the pixels. The geometric ones
+interpolate bicubically as Pillow's Image.transform does (src/libImaging/Geometry.c; its filter has a = -1, not the -0.5
+of resizing): in double precision and in Pillow's order, because the results are truncated.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from numba import njit
 
 from pipeline.data.randaugment import NOTHING
 
-FILL = (124, 116, 104)  # ImageNet's mean, for what comes from outside of the image
+FILL = (124, 116, 104)  # for pixels from outside the image: ImageNet's mean
 
 _R, _G, _B = FILL
 
@@ -20,9 +20,9 @@ _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _T
 
 @njit(cache=True, nogil=True)
 def apply_operation(image, operation, numbers):
-    """Changes `image`, uint8 (H, W, 3) and contiguous, by the operation of that code; NOTHING leaves it alone.
+    """Change `image`, uint8 (H, W, 3) and contiguous, in place by the operation with that code.
 
-    numbers: float64 (6,), its strength, as `pipeline.data.randaugment` draws it.
+    numbers: float64 (6,), the operation's strength, drawn by `pipeline.data.randaugment`.
     """
     if operation == _ROTATE:
         _rotate(image, numbers)
@@ -40,7 +40,7 @@ def apply_operation(image, operation, numbers):
 
 @njit(cache=True, nogil=True)
 def blend(first, second, share):
-    """Pillow's Image.blend of two levels: `share` of the second, in single precision, clipped and truncated."""
+    """Blend two levels as Pillow's Image.blend: `share` of the second, in single precision, clipped and truncated."""
     mixed = np.float32(first) + share * np.float32(second - first)
     return np.uint8(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
 
@@ -70,7 +70,7 @@ def _histogram(image):
 
 @njit(cache=True, nogil=True)
 def _table(image, operation, numbers):
-    """The new level of each channel's 256."""
+    """Return the new level for each of the 256 levels of each channel: uint8 (3, 256)."""
     table = np.empty((3, 256), np.uint8)
     if operation in (_AUTO_CONTRAST, _EQUALIZE):
         counts = _histogram(image)
@@ -143,7 +143,7 @@ def _color(image, factor):
 
 @njit(cache=True, nogil=True)
 def _sharpness(image, factor):
-    """Away from, or towards, the 3 x 3 mean in which the centre counts five times; the border stays."""
+    """Blend each pixel with the 3 x 3 mean in which the centre counts five times; the border stays unchanged."""
     height, length = image.shape[0], 3 * image.shape[1]
     source = image.copy().reshape(height, length)
     result = image.reshape(height, length)
@@ -162,13 +162,13 @@ def _cubic(a, b, c, d, t):
 
 @njit(cache=True, nogil=True)
 def _rotate(image, m):
-    """Output pixel (x, y) is the input at (m[0] x + m[1] y + m[2], m[3] x + m[4] y + m[5]), centres at halves.
+    """Set output pixel (x, y) to the input at (m[0] x + m[1] y + m[2], m[3] x + m[4] y + m[5]), centres at halves.
 
-    A fourth channel and double precision from the start let the compiler treat a pixel as one vector, and unsigned
-    places spare it Python's rule for negative ones: a quarter faster than plain loops over 8-bit pixels.
+    A fourth channel in double precision lets the compiler treat a pixel as one vector, and unsigned indices spare it
+    Python's rule for negative ones. This is a quarter faster than plain loops over 8-bit pixels.
     """
     height, width = image.shape[0], image.shape[1]
-    source = np.zeros((height + 4, width + 4, 4))  # the border repeated twice, for neighbours outside
+    source = np.zeros((height + 4, width + 4, 4))  # the image with its border repeated twice on each side
     for y in range(height + 4):
         for x in range(width + 4):
             pixel = image[min(max(y - 2, 0), height - 1), min(max(x - 2, 0), width - 1)]
@@ -197,17 +197,17 @@ def _rotate(image, m):
 
 @njit(cache=True, nogil=True)
 def _slide_rows(image, slope, shift):
-    """Output pixel (x, y) is the input at (x + slope y + shift, y), centres at halves.
+    """Set output pixel (x, y) to the input at (x + slope y + shift, y), centres at halves.
 
-    All pixels of a row have their neighbours at the same distance, unless rounding tips one over: then the row goes
-    pixel by pixel, else by a loop without branches.
+    All pixels of a row have their neighbours at the same offset, so one loop without branches filters the row. Only if
+    rounding changes a pixel's offset is the row filtered pixel by pixel.
     """
     height, width = image.shape[0], image.shape[1]
     row, between = np.empty(3 * (width + 4), np.int32), np.empty(3 * width)
     for y in range(height):
         out = image[y].reshape(3 * width)
         row[6 : 6 + 3 * width] = out
-        for i in range(6):  # the border repeated twice, for neighbours outside
+        for i in range(6):  # repeat the border twice on each side
             row[i], row[6 + 3 * width + i] = out[i % 3], out[3 * width - 3 + i % 3]
         move = slope * (y + 0.5)
         first = np.floor(0.5 + move + shift - 0.5)
@@ -250,7 +250,7 @@ def _transpose(source, out):
 
 @njit(cache=True, nogil=True)
 def _slide_columns(image, slope, shift):
-    """Output pixel (x, y) is the input at (x, y + slope x + shift): transposed twice, to go along rows."""
+    """Set output pixel (x, y) to the input at (x, y + slope x + shift), by transposing, sliding rows, transposing."""
     turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
     _transpose(image, turned)
     _slide_rows(turned, slope, shift)

@@ -1,7 +1,7 @@
-"""Antialiased bicubic resizing of 8-bit images, equal to Pillow's `Image.crop(...).resize(..., BICUBIC)` in every bit.
+"""Crop and resize 8-bit images, antialiased bicubic, equal to Pillow's crop and resize in every bit.
 
-Pillow (src/libImaging/Resample.c) filters rows, rounds to 8 bits, then filters columns, with weights computed in double
-precision and rounded to 22 fractional bits. Only sums of integers follow, so equal weights mean equal pixels, on any
+Pillow (src/libImaging/Resample.c) filters rows, rounds to 8 bits, then filters columns. Its weights are computed in
+double precision and rounded to 22 fractional bits; all sums are of integers. So equal weights give equal pixels on any
 machine and in any order of the work.
 """
 
@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-_FRACTION_BITS = 22  # 32 bits, less 8 of the pixel, less 2 of headroom for weights whose absolute sum exceeds one
+_FRACTION_BITS = 22  # 32 less 8 bits of the pixel and 2 of headroom, as weights may sum up to more than one
 _ONE = 1 << _FRACTION_BITS
 _HALF = 1 << (_FRACTION_BITS - 1)
 _SUPPORT = 2.0  # the cubic filter reaches two pixels to either side
@@ -18,7 +18,7 @@ _SUPPORT = 2.0  # the cubic filter reaches two pixels to either side
 
 @njit(cache=True, nogil=True)
 def cubic(x: float) -> float:
-    """Keys' cubic convolution filter with a = -0.5, in Pillow's order of operations."""
+    """Evaluate Keys' cubic convolution filter with a = -0.5, in Pillow's order of operations."""
     a = -0.5
     x = abs(x)
     if x < 1.0:
@@ -30,10 +30,12 @@ def cubic(x: float) -> float:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def filter_weights(source_size: int, full_size: int, first: int, count: int):
-    """Weights of output pixels `first .. first + count` when a line of `source_size` pixels becomes `full_size` long.
+    """Compute the weights of the output pixels `first .. first + count` of a resized line.
+
+    The line is resized from `source_size` to `full_size` pixels.
 
     Returns (start, number, weights): output pixel i is the sum over t < number[i] of source[start[i] + t] times
-    weights[i, t] / 2**22; weights is int32 of shape (count, most taps).
+    weights[i, t] / 2**22. weights is int32 (count, most taps).
     """
     scale = source_size / full_size
     stretch = max(scale, 1.0)
@@ -62,7 +64,7 @@ def filter_weights(source_size: int, full_size: int, first: int, count: int):
 
 @njit(cache=True, nogil=True)
 def _filter_lines(lines, first, start, number, weights, out, backwards):
-    """Output line i is the weighted sum of the lines `start[i] - first ...`, each a row of bytes as long as `out`'s."""
+    """Set output line i to the weighted sum of the lines `start[i] - first ...`, rows of bytes as long as `out`'s."""
     length, count = lines.shape[1], len(start)
     sums = np.empty(length, np.int32)
     for i in range(count):
@@ -79,7 +81,7 @@ def _filter_lines(lines, first, start, number, weights, out, backwards):
 
 @njit(cache=True, nogil=True)
 def _transpose(source, out):
-    """`out = source.T` for bytes, eight rows at a time: three times as fast as element by element."""
+    """Write the transpose of bytes to `out`, eight rows at a time: three times as fast as element by element."""
     height, width = source.shape
     whole = height - height % 8
     for y in range(0, whole, 8):
@@ -96,10 +98,10 @@ def _transpose(source, out):
 
 @njit(cache=True, nogil=True)
 def _filter_columns(pixels, first, start, number, weights, out, flip):
-    """Filters along rows of interleaved RGB, bytes (h, 3 * width) to `out`, bytes (h, 3 * len(start)).
+    """Filter along rows of interleaved RGB: bytes (h, 3 * width) to `out`, bytes (h, 3 * len(start)).
 
-    A transposed image has a column's three channels in successive lines, so that the other pass's loop, which the
-    compiler vectorises, serves here too: two transpositions cost less than half of filtering pixel by pixel.
+    The image is transposed, so that `_filter_lines`, which the compiler vectorises, serves here too. Two
+    transpositions cost less than half of filtering pixel by pixel.
     """
     height, count = out.shape[0], len(start)
     columns = np.empty((pixels.shape[1], height), np.uint8)
@@ -111,12 +113,13 @@ def _filter_columns(pixels, first, start, number, weights, out, flip):
 
 @njit(cache=True, nogil=True)
 def resized_crop(image, top, left, height, width, full_height, full_width, y0, x0, out, flip):
-    """Crops, resizes, takes a window of the result, mirrors it: all into `out`.
+    """Crop and resize `image`, uint8 (H, W, 3), and write a window of the result to `out`, uint8 (h, w, 3).
 
-    image: uint8 (H, W, 3), contiguous. The box (top, left, height, width) of it is resized to full_height x full_width,
-    of which the window at (y0, x0) of the size of `out`, uint8 (h, w, 3) and contiguous, is computed; `flip` mirrors
-    that window left to right. Which pass comes first is Pillow 13's rule; until Pillow 12 rows always came first, which
-    differs by the rounding between the passes, in tall crops alone.
+    The box (top, left, height, width) of the image is resized to full_height x full_width; the window starts at
+    (y0, x0) of that and has the size of `out`. `flip` mirrors the window left to right. Both arrays are contiguous.
+
+    The order of the two passes is Pillow 13's. Until Pillow 12 rows were always filtered first, which rounds
+    differently between the passes of tall crops.
     """
     out_height, out_width = out.shape[0], out.shape[1]
     x_start, x_number, x_weights = filter_weights(width, full_width, x0, out_width)

@@ -1,7 +1,7 @@
-"""Data from anywhere to this machine's disk: any fsspec URL, each byte compared with the side-car on its way.
+"""Copy data files from any fsspec URL to this machine's disk, and compare every byte with the side-car.
 
 A plain path is read where it lies. A URL (`s3://bucket/train.beton`, `file:///lustre/train.beton`) is copied once per
-machine into a cache, under a name that holds its hash, so that changed data is other data.
+machine into a cache, under a name that holds its hash, so changed data gets another name.
 """
 
 import hashlib
@@ -23,23 +23,30 @@ from pipeline.data.beton import Beton, open_beton, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
 from pipeline.errors import DataError, RetryableError, UserError
 
-CHUNK_BYTES, CHUNKS_AT_ONCE = 8 << 20, 8  # one stream of an object store is far slower than the network
+CHUNK_BYTES, CHUNKS_AT_ONCE = (
+    8 << 20,
+    8,
+)  # several, because one stream of an object store is far slower than the network
 REPORT_SECONDS = 10.0
 
 
 def is_url(location: str) -> bool:
-    """Whether a data path names a place to copy from, not a file to open."""
+    """Return whether a data path must be copied to this machine before it can be opened."""
     return "://" in location
 
 
 def cache_directory(setting: str | None) -> str:
-    """`data.cache_dir`, else below $FCMAE_SCRATCH (a node's own disk), else in the user's cache directory."""
+    """Return `data.cache_dir`, else a folder of $FCMAE_SCRATCH (a node's own disk) or of the user's cache directory."""
     home = os.environ.get("FCMAE_SCRATCH") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return setting or f"{home}/fcmae"
 
 
 def describe_beton(location: str, timeout_seconds: float) -> Beton:
-    """What the side-car of a data file says; of a URL no more than that is read. Errors: as in `fetch_beton`."""
+    """Return the contents of a data file's side-car; of a URL nothing else is read.
+
+    Raises:
+        DataError, RetryableError: as `fetch_beton`.
+    """
     if not is_url(location):
         return open_beton(location)
     with tempfile.TemporaryDirectory() as directory:
@@ -47,12 +54,14 @@ def describe_beton(location: str, timeout_seconds: float) -> Beton:
 
 
 def fetch_beton(location: str, cache: Cache, timeout_seconds: float) -> Beton:
-    """The checked data file, on this machine's disk.
+    """Open and check a data file, after copying it to this machine's disk if it is a URL.
 
-    It stays there until `cache` is closed. Copying goes on where a killed process left it.
-    Errors: DataError when there is no such file, it cannot be reached for a reason that stays, or its bytes are not
-    those of its side-car; RetryableError for a lost connection, a server that says nothing for `timeout_seconds`, a
-    full disk; CancelledError when the cache's owner says so.
+    The copy stays there until `cache` is closed. A copy that a killed process began is continued.
+
+    Raises:
+        DataError: if the file does not exist, cannot be reached for a lasting reason, or differs from its side-car.
+        RetryableError: if the connection is lost, the server sends nothing for `timeout_seconds`, or the disk is full.
+        CancelledError: if the cache's owner cancels.
     """
     if not is_url(location):
         return open_beton(location)
@@ -60,17 +69,17 @@ def fetch_beton(location: str, cache: Cache, timeout_seconds: float) -> Beton:
     with tempfile.TemporaryDirectory() as directory:
         beton = remote.sidecar(Path(directory))
     name = f"{beton.path.stem}-{beton.sha256[:16]}"
-    found = cache.obtain(
+    entry = cache.obtain(
         name, beton.size_bytes, partial(remote.copy, beton, cache.cancelled), partial(_is_sound, beton)
     )
-    return open_beton(found / beton.path.name)
+    return open_beton(entry / beton.path.name)
 
 
 def _is_sound(beton: Beton, directory: Path) -> bool:
     try:
         return open_beton(directory / beton.path.name).sha256 == beton.sha256
     except DataError as error:
-        print(f"{error}: it will be, now", file=sys.stderr)
+        print(f"{error}: it is copied again now", file=sys.stderr)
         return False
 
 
@@ -85,9 +94,9 @@ class _Remote:
             raise DataError(f"data from {url} cannot be read: {_sentence(error)}") from None
 
     def sidecar(self, directory: Path) -> Beton:
-        """The description, its side-car written into `directory`."""
+        """Copy the side-car into `directory` and return its contents."""
         path = directory / self._path.rsplit("/", 1)[-1]
-        content = self._answer(self._ask(self._files.cat_file, f"{self._path}.json"))
+        content = self._answer(self._request(self._files.cat_file, f"{self._path}.json"))
         sidecar_path(path).write_bytes(content)
         try:
             return read_sidecar(path)
@@ -95,25 +104,25 @@ class _Remote:
             raise DataError(f"{self.url}: {error}") from None
 
     def copy(self, beton: Beton, cancelled: Callable[[], bool], directory: Path) -> None:
-        """Data and side-car into `directory`, going on where an earlier copy was cut off."""
+        """Copy the data file and its side-car into `directory`, continuing an interrupted copy."""
         path = directory / beton.path.name
         continued = path.exists()
         if self._append(beton, path, cancelled) != beton.sha256:
             path.unlink()
-            # A power cut may have spoilt what was there; the rest of a fresh copy cannot be blamed on that.
+            # The part that was there may be damaged, for example by a power cut, so try once from the beginning.
             if not continued or self._append(beton, path, cancelled) != beton.sha256:
                 path.unlink(missing_ok=True)
-                raise DataError(f"the bytes of {self.url} are not those its side-car describes; upload both again")
+                raise DataError(f"the bytes of {self.url} differ from its side-car; upload both again")
         self.sidecar(directory)
 
     def _append(self, beton: Beton, path: Path, cancelled: Callable[[], bool]) -> str:
-        """Copy what is missing; the hash of the whole."""
+        """Copy the missing part of the file and return the hash of the whole."""
         digest, reported = hashlib.sha256(), time.monotonic()
         with path.open("a+b") as file:
             file.truncate(min(file.tell(), beton.size_bytes))
             file.seek(0)
-            while there := file.read(CHUNK_BYTES):
-                digest.update(there)
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
                 if cancelled():
                     raise CancelledError
             done = file.tell()
@@ -125,24 +134,24 @@ class _Remote:
                 done += len(chunk)
                 if time.monotonic() - reported > REPORT_SECONDS:
                     reported = time.monotonic()
-                    print(f"{self.url}: {done / 1e9:.1f} of {beton.size_bytes / 1e9:.1f} GB are here", file=sys.stderr)
+                    print(f"{self.url}: copied {done / 1e9:.1f} of {beton.size_bytes / 1e9:.1f} GB", file=sys.stderr)
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
 
     def _chunks(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` to `end`, in order, several pieces on their way at a time."""
-        asked: deque[queue.Queue] = deque()
+        """Yield the bytes from `start` to `end` in order, with several requests under way at a time."""
+        requests: deque[queue.Queue] = deque()
         for place in range(start, end, CHUNK_BYTES):
             piece = {"start": place, "end": min(place + CHUNK_BYTES, end)}
-            asked.append(self._ask(self._files.cat_file, self._path, **piece))
-            if len(asked) == CHUNKS_AT_ONCE:
-                yield self._answer(asked.popleft())
-        while asked:
-            yield self._answer(asked.popleft())
+            requests.append(self._request(self._files.cat_file, self._path, **piece))
+            if len(requests) == CHUNKS_AT_ONCE:
+                yield self._answer(requests.popleft())
+        while requests:
+            yield self._answer(requests.popleft())
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> queue.Queue:
-        """Call in a thread of its own: a server that never answers must not keep this process from ending."""
+    def _request(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> queue.Queue:
+        """Call in a daemon thread, because a server that never answers must not keep this process from ending."""
         box: queue.Queue = queue.Queue(1)
 
         def call() -> None:

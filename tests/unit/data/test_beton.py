@@ -144,7 +144,7 @@ DAMAGE = {
     "nothing": (lambda p: os.truncate(p, 0), "truncated"),
     "last byte missing": (lambda p: os.truncate(p, p.stat().st_size - 1), "truncated"),
     "half of the allocation table": (lambda p: os.truncate(p, p.stat().st_size - 240), "truncated"),
-    "one byte more": (lambda p: p.open("ab").write(b"x"), "not the one"),
+    "one byte more": (lambda p: p.open("ab").write(b"x"), "not the file that"),
     "garbage": (lambda p: p.write_bytes(os.urandom(p.stat().st_size)), "header"),
     "allocation pointer 0": (lambda p: header_field(p, "alloc_table_ptr", 0), "header"),
     "fewer samples": (lambda p: header_field(p, "num_samples", 19), "header"),

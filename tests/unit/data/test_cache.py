@@ -112,7 +112,7 @@ def test_processes_at_once_fill_once_and_keep_it_from_eviction(tmp_path):
     said = [p.stdout.readline() for p in processes]
     assert said == ["filled\n"] * 3
     with Cache(tmp_path, 12) as cache:
-        with pytest.raises(RetryableError, match="nothing unused is there to evict"):
+        with pytest.raises(RetryableError, match="no unused entry can be evicted"):
             obtain(cache, "b", 5)
         for p in processes:
             p.kill()

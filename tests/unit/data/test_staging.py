@@ -154,7 +154,7 @@ def test_other_bytes_than_the_side_car_says(source, tmp_path, monkeypatch):
     (directory / "a.beton").write_bytes(content)
     sidecar_path(directory / "a.beton").write_bytes(sidecar_path(source.path).read_bytes())
     with Cache(tmp_path / "cache") as cache:
-        with pytest.raises(DataError, match=r"a\.beton are not those its side-car describes"):
+        with pytest.raises(DataError, match=r"a\.beton differ from its side-car"):
             fetch_beton(f"file://{directory}/a.beton", cache, 10)
         assert not list((tmp_path / "cache").glob("*/a.beton"))
 
