@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import BinaryIO
 
 from pipeline.distributed.processes import LAUNCHER_PID
 from pipeline.distributed.stop import STOP_SIGNALS
@@ -35,8 +36,6 @@ class LocalLauncher:
         processes: how many ranks.
         watch: called about twice a second while waiting, to show progress.
     """
-
-    module = "pipeline.run"
 
     def __init__(self, processes: int, watch: Callable[[], None] = lambda: None):
         self.processes, self.watch = processes, watch
@@ -100,18 +99,21 @@ class LocalLauncher:
                 "LOCAL_RANK": rank,
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
             }
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             with open(rank_log(stage_directory, rank), "ab") as log:
-                self._ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", self.module, str(stage_directory)],
-                        env={**os.environ, **{name: str(value) for name, value in own.items()}},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-                    )
-                )
+                self._ranks.append(self.start_rank(stage_directory, environment, log))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def start_rank(self, stage_directory: Path, environment: dict[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+        """Start one rank, as a process that writes to `log`."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.run", str(stage_directory)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+        )
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._stops += 1

@@ -28,6 +28,18 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="of the moments at which tests disturb what they watch")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of all chance in a test; printed if the test fails."""
+    print(f"--seed {request.config.option.seed}")
+    return request.config.option.seed
+
+
 LONGEST_FIRST = {"slurm": 0, "multiprocess": 1}  # folders of tests/
 
 

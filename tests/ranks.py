@@ -1,6 +1,5 @@
-"""Real processes in a real group, quickly: forked from one that has imported what takes long."""
+"""Functions that run on several ranks: real processes in a real group."""
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -8,10 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from cluster.local import reserve_port
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.engines", "deepspeed"])
+from tests.processes import PROCESSES
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600) -> list[Any]:

@@ -1,8 +1,9 @@
 """A tiny chain on images made here: seconds long, and every part of the real one in it."""
 
-import os
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from pipeline.data.beton import Beton, BetonWriter
 from pipeline.data.subset import Subset
 from pipeline.recipe import load_recipe
 from pipeline.recipe.sections import DataSettings
-from pipeline.storage.file_names import JOURNAL_FILE
+from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
+from pipeline.tracking import journal
 from pipeline.tracking.journal import Journal
+from tests.processes import start_fcmae
 
 CLASSES = ("gradient", "rings", "stripes", "checks")
 FCMAE = [sys.executable, "-m", "tools.cli"]
@@ -113,14 +116,31 @@ def make_tiny_run(directory: Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def fcmae(*arguments: object, timeout_seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, as a person runs it."""
-    return subprocess.run(
-        [*FCMAE, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-    )
+    """The command, in a process that is forked with its imports done; its ranks are, too."""
+    with start_fcmae(*arguments, **environment) as process:
+        out, error = process.communicate(timeout_seconds)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, error)
+
+
+def fcmae_anew(*arguments: object, timeout_seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    """The command as a person runs it: an interpreter is started for it, and for each of its ranks."""
+    return subprocess.run([*FCMAE, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_seconds)
+
+
+def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
+    """Until the attempt, or a later one, has journalled the step or one beyond."""
+    deadline = time.monotonic() + timeout_seconds
+    while not any(
+        e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt
+        for e in journal.read_events(stage / JOURNAL_FILE)
+    ):
+        assert time.monotonic() < deadline, f"{stage.name} did not reach step {step}"
+        time.sleep(0.02)
+
+
+def weights_sha256(stage: Path) -> str:
+    """The hash of the weights that a finished stage hands on."""
+    return json.loads((stage / RESULT_FILE).read_text())["weights_sha256"]
 
 
 def open_journal(stage: Path, attempt: int = 1) -> Journal:

@@ -19,7 +19,8 @@ from pipeline.randomness import text_key
 from pipeline.recipe import load_recipe, load_stage_recipe
 from pipeline.tracking import journal
 from tests.archives import WNIDS, class_images, devkit, train_tar, validation, write_folder
-from tests.support import FCMAE, fcmae, write_tiny_recipe
+from tests.processes import start_fcmae
+from tests.support import fcmae, write_tiny_recipe
 from tools.prepare.preparation import prepare_beton
 
 OTHER = (WNIDS[1], WNIDS[3], "n09000001", "n09000002")
@@ -125,8 +126,7 @@ def test_killed_at_random_moments(tmp_path, workers):
     chance, killed, unfinished = random.Random(workers), 0, 0
     while killed < 10 or not unfinished:
         started, whole = time.monotonic(), not (tmp_path / "b.beton.parts").exists()
-        command = [*FCMAE, "prepare", str(archive), str(tmp_path / "b.beton"), *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_fcmae("prepare", archive, tmp_path / "b.beton", *options)
         try:
             process.wait(chance.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:

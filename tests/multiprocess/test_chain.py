@@ -5,54 +5,43 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalLauncher
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
-from tests.support import fcmae, make_tiny_run, write_tiny_recipe
+from tests.processes import Forked, run_stage, start_fcmae
+from tests.support import (
+    FCMAE,
+    fcmae,
+    fcmae_anew,
+    make_tiny_run,
+    wait_for_step,
+    weights_sha256,
+    write_tiny_recipe,
+)
 
 STAGES = ("pretrain", "intermediate", "finetune")
 
 
 def digests(run: Path) -> dict[str, str]:
-    return {name: json.loads((run / name / "result.json").read_text())["weights_sha256"] for name in STAGES}
+    return {name: weights_sha256(run / name) for name in STAGES}
 
 
-def start(recipe: Path, run: Path, nproc: int, hold: dict[str, int]) -> subprocess.Popen:
+def start(recipe: Path, run: Path, nproc: int, hold: dict[str, int]) -> Forked:
     """The command. A stage in `hold` waits before the given step until it is disturbed."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.faults", "fcmae", "run", str(recipe), "--out", str(run), "--nproc", str(nproc)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps({"hold": hold})},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
-    """Until the attempt, or a later one, has journalled the step or one beyond."""
-    deadline = time.monotonic() + timeout_seconds
-    while not any(
-        e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt
-        for e in journal.read_events(stage / "journal.jsonl")
-    ):
-        assert time.monotonic() < deadline, f"{stage.name} did not reach step {step}"
-        time.sleep(0.05)
+    return start_fcmae("run", recipe, "--out", run, "--nproc", nproc, FAULTS=json.dumps({"hold": hold}))
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Path, Path]:
-    """A recipe, and its run on two ranks that nothing disturbed."""
+    """A recipe, and its run on two ranks that nothing disturbed, with an interpreter for each process."""
     directory = tmp_path_factory.mktemp("chain")
     recipe = write_tiny_recipe(directory, ["defaults.tracking.log_every_steps=1", "defaults.tracking.mlflow=true"])
-    done = fcmae("run", recipe, "--out", directory / "run", "--nproc", 2)
+    done = fcmae_anew("run", recipe, "--out", directory / "run", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     return recipe, directory / "run"
 
@@ -119,9 +108,9 @@ def test_running_again_does_nothing(chain):
     assert (digests(run), (run / "finetune" / "journal.jsonl").read_bytes()) == before
 
 
-def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain, tmp_path):
+def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain, tmp_path, seed):
     recipe, undisturbed = chain
-    run, chance = tmp_path / "run", random.Random()
+    run, chance = tmp_path / "run", random.Random(seed)
     for name in STAGES:
         process = start(recipe, run, 2, {name: 12})
         wait_for_step(run / name, chance.randint(1, 11))
@@ -131,7 +120,7 @@ def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain
             process = start(recipe, run, 2, {name: 12})
             wait_for_step(run / name, chance.randint(1, 11), attempt=2)
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(120)
             assert process.returncode == 75, said
             assert "the same command resumes it" in said
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
@@ -144,7 +133,7 @@ def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(120)
     assert process.returncode == 75, said
     outcome = Stage(run / "pretrain").attempts.last_outcome()
     assert outcome.kind is OutcomeKind.SAVED
@@ -155,13 +144,6 @@ def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     steps = [e["step"] for e in journal.read_events(run / "pretrain" / "journal.jsonl") if e["kind"] == "step"]
     assert steps == list(range(1, 13)), "a step was repeated or left out"
     assert digests(run) == digests(undisturbed)
-
-
-def run_stage_alone(directory: Path, nproc: int, overrides: list[str]) -> Path:
-    run = make_tiny_run(directory, overrides)
-    stage = run / "pretrain"
-    assert LocalLauncher(nproc).run(stage).kind is OutcomeKind.DONE
-    return stage
 
 
 def losses(stage: Path) -> list[float]:
@@ -176,7 +158,8 @@ def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
         "stages.pretrain.objective.decoder_dim=256",
         "defaults.tracking.log_every_steps=1",
     ]
-    undisturbed = run_stage_alone(tmp_path / "a", 4, wide)
+    undisturbed = make_tiny_run(tmp_path / "a", wide) / "pretrain"
+    assert run_stage(undisturbed, 4).kind is OutcomeKind.DONE
     recipe = tmp_path / "b" / "tiny.yaml"
     recipe.parent.mkdir()
     write_tiny_recipe(recipe.parent, wide)
@@ -185,7 +168,7 @@ def test_four_ranks_killed_and_resumed_are_bit_equal(tmp_path):
     wait_for_step(stage, 7)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert LocalLauncher(4).run(stage).kind is OutcomeKind.DONE
+    assert run_stage(stage, 4).kind is OutcomeKind.DONE
     assert Stage(stage).done() == Stage(undisturbed).done()
     starts = [e["step"] for e in journal.read_events(stage / "journal.jsonl") if e["kind"] == "attempt"]
     assert starts in ([0, 5], [0, 6])  # the second has the best evaluation, saved after step 6
@@ -203,7 +186,7 @@ def test_world_sizes_agree(tmp_path, capsys, stage, precision, bound):
     curves = []
     for nproc in (1, 2, 4):
         run = make_tiny_run(tmp_path / str(nproc), overrides)
-        assert LocalLauncher(nproc).run(run / stage).kind is OutcomeKind.DONE
+        assert run_stage(run / stage, nproc).kind is OutcomeKind.DONE
         curves.append(losses(run / stage))
     assert len(curves[0]) == 54
     for nproc, curve in zip((2, 4), curves[1:], strict=True):
@@ -219,39 +202,38 @@ def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     run = tmp_path / "run"
     process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 6)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    [victim] = [int(pid) for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(victim, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    os.kill(process.children()[1], signal.SIGKILL)
+    _, said = process.communicate(120)
     assert process.returncode == 76
     assert "rank 1 was killed by SIGKILL" in said
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
     assert digests(run) == digests(undisturbed)
 
 
-def wait_for_ranks(launcher: subprocess.Popen) -> None:
-    """Until there is one, which has its imports before it."""
-    while subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).returncode:
-        assert launcher.poll() is None, launcher.stderr.read()
-        time.sleep(0.02)
+@pytest.fixture
+def starting(chain, tmp_path):
+    """The command, whose ranks are there and have their imports before them."""
+    command = [*FCMAE, "run", chain[0], "--out", tmp_path / "run", "--nproc", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        while subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).returncode:
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.02)
+        yield launcher
 
 
-def test_ranks_that_still_start_do_not_outlive_their_launcher(chain, tmp_path):
-    process = start(chain[0], tmp_path / "run", 2, {"pretrain": 1})
-    wait_for_ranks(process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path):
+    stage = tmp_path / "run" / "pretrain"
+    os.killpg(starting.pid, signal.SIGKILL)
+    starting.wait()
     deadline = time.monotonic() + 120
-    while subprocess.run(["pgrep", "-f", f"{tmp_path}/run/pretrain"], capture_output=True).stdout:
+    while subprocess.run(["pgrep", "-f", str(stage)], capture_output=True).stdout:
         assert time.monotonic() < deadline, "a rank goes on alone"
         time.sleep(0.1)
+    assert not (stage / "journal.jsonl").exists()
 
 
-def test_a_stop_while_the_ranks_still_start_is_a_stop(chain, tmp_path):
-    recipe, _ = chain
-    process = start(recipe, tmp_path / "run", 2, {"pretrain": 1})
-    wait_for_ranks(process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 75, said
+def test_a_stop_while_the_ranks_still_start_is_a_stop(starting, tmp_path):
+    starting.send_signal(signal.SIGINT)
+    _, said = starting.communicate(timeout=120)
+    assert starting.returncode == 75, said
     assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().step == 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import resource
@@ -19,11 +18,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pipeline.checkpoint import CheckpointStore, prune_store
 from pipeline.errors import CheckpointError
+from tests.processes import PROCESSES
 
-PROCESSES = multiprocessing.get_context("forkserver")  # imports torch once, then forks
-PROCESSES.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "test_checkpoint"]
-)
 TIMEOUT_SECONDS = 200
 _meetings = itertools.count()
 

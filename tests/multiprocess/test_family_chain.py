@@ -1,7 +1,6 @@
 """SLaK and Next-ViT through the same commands as the demo: killed in both stages and resumed, they end with the bits of
 a run that nothing disturbed. Minutes each."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -10,8 +9,8 @@ import pytest
 import yaml
 
 from pipeline.recipe import load_recipe
-from tests.multiprocess.test_chain import start, wait_for_step
-from tests.support import fcmae, tiny_data
+from tests.multiprocess.test_chain import start
+from tests.support import fcmae, tiny_data, wait_for_step, weights_sha256
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # The demo's recipe on tiny images, of tiny dims.
@@ -42,7 +41,7 @@ def micro_recipe(name: str, directory: Path) -> Path:
 
 
 def digests(run: Path) -> list[str]:
-    return [json.loads((run / s / "result.json").read_text())["weights_sha256"] for s in ("intermediate", "finetune")]
+    return [weights_sha256(run / stage) for stage in ("intermediate", "finetune")]
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Bad steps and ranks that stand still, in real processes."""
 
+import contextlib
 import functools
-import json
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.stage.directory import Stage
-from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from tests.engines import ENGINES
-from tests.faults import FaultyLauncher
-from tests.support import make_tiny_run
+from tests.processes import run_stage, start_stage
+from tests.support import make_tiny_run, wait_for_step, weights_sha256
 
 HOST = socket.gethostname()
 STATISTICS = [
@@ -35,34 +33,8 @@ def make_stage(directory: Path, *overrides: str) -> Path:
     return make_tiny_run(directory, [*STATISTICS, "defaults.checkpoint.keep_best=false", *overrides]) / "finetune"
 
 
-def launch(stage: Path, processes: int, faults: dict, monkeypatch: pytest.MonkeyPatch) -> Outcome:
-    monkeypatch.setenv("FAULTS", json.dumps(faults))
-    return FaultyLauncher(processes).run(stage)
-
-
-def start(stage: Path, processes: int, faults: dict) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.faults", "launch", str(stage), str(processes)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults)},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def events(stage: Path) -> list[dict]:
     return journal.read_events(stage / "journal.jsonl")
-
-
-def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not any(e["kind"] == "step" and e["step"] >= step and e["attempt"] >= attempt for e in events(stage)):
-        assert time.monotonic() < deadline, f"step {step} did not come"
-        time.sleep(0.02)
-
-
-def digest(stage: Path) -> str:
-    return json.loads((stage / "result.json").read_text())["weights_sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +44,7 @@ def references(tmp_path_factory) -> Callable[[int], Path]:
     @functools.cache
     def made(processes: int) -> Path:
         stage = make_stage(tmp_path_factory.mktemp("anomalies"))
-        with pytest.MonkeyPatch.context() as patch:
-            assert launch(stage, processes, BAD_BATCHES, patch).kind is OutcomeKind.DONE
+        assert run_stage(stage, processes, BAD_BATCHES).kind is OutcomeKind.DONE
         return stage
 
     return made
@@ -104,55 +75,55 @@ def assert_refused_and_taken_back(stage: Path, norm: str = "nan") -> None:
 
 @pytest.mark.slow
 @on_one_and_two_ranks
-def test_a_rollback_is_as_if_the_steps_had_never_been(references, processes, tmp_path, monkeypatch):
+def test_a_rollback_is_as_if_the_steps_had_never_been(references, processes, tmp_path):
     plain = make_stage(tmp_path)
-    assert launch(plain, processes, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
+    assert run_stage(plain, processes, {**BAD_BATCHES, "left_out": [[13, 16]]}).kind is OutcomeKind.DONE
     assert not [e for e in events(plain) if e["kind"] == "rollback"]
-    assert digest(plain) == digest(references(processes))
+    assert weights_sha256(plain) == weights_sha256(references(processes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
-def test_every_engine_refuses_and_goes_back_like_ddp(references, engine, tmp_path, monkeypatch):
+def test_every_engine_refuses_and_goes_back_like_ddp(references, engine, tmp_path):
     settings = [f"defaults.engine.{key}={value}" for key, value in ENGINES[engine].items()]
     stage, plain = make_stage(tmp_path / "stage", *settings), make_stage(tmp_path / "plain", *settings)
-    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
+    assert run_stage(stage, 2, BAD_BATCHES).kind is OutcomeKind.DONE
     assert_refused_and_taken_back(stage, norm="nan" if engine == "fsdp" else "inf")  # ZeRO does not tell them apart
     losses, expected = (
         [event["loss"] for event in journal.step_events(events(s)).values() if not event.get("refused")]
         for s in (stage, references(2))
     )
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert launch(plain, 2, {**BAD_BATCHES, "left_out": [[13, 16]]}, monkeypatch).kind is OutcomeKind.DONE
-    assert digest(plain) == digest(stage)
+    assert run_stage(plain, 2, {**BAD_BATCHES, "left_out": [[13, 16]]}).kind is OutcomeKind.DONE
+    assert weights_sha256(plain) == weights_sha256(stage)
 
 
 @pytest.mark.slow
 @on_one_and_two_ranks
-def test_killed_at_random_moments_it_ends_with_the_same_bits(references, processes, tmp_path):
+def test_killed_at_random_moments_it_ends_with_the_same_bits(references, processes, tmp_path, seed):
     """Also saved by SIGTERM, at a step where the undisturbed run has no checkpoint."""
-    stage, chance = make_stage(tmp_path), random.Random()
+    stage, chance = make_stage(tmp_path), random.Random(seed)
     for attempt, how in enumerate(chance.sample([signal.SIGKILL, signal.SIGTERM], 2), start=1):
         # Steps are journalled by threes: the second attempt has some to tell, wherever the first was saved.
-        process = start(stage, processes, {**BAD_BATCHES, "hold": {"finetune": 16 + 4 * attempt}})
+        process = start_stage(stage, processes, {**BAD_BATCHES, "hold": {"finetune": 16 + 4 * attempt}})
         wait_for_step(stage, chance.randint(1, 17), attempt)
         time.sleep(chance.uniform(0, 0.3))
         if how is signal.SIGKILL:
             os.killpg(process.pid, how)
         else:
             process.send_signal(how)
-        process.communicate(timeout=400)
-    process = start(stage, processes, BAD_BATCHES)
-    assert process.wait(400) == 0, process.stdout.read()
-    assert digest(stage) == digest(references(processes)), [
+        process.communicate(400)
+    process = start_stage(stage, processes, BAD_BATCHES)
+    assert process.wait(400) == 0, process.said()
+    assert weights_sha256(stage) == weights_sha256(references(processes)), [
         e for e in events(stage) if e["kind"] in ("attempt", "rollback")
     ]
 
 
 @pytest.mark.slow
-def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path, monkeypatch):
+def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path):
     faults = {"poison": {str(step): "nan" for step in range(7, 25)}}
-    outcome = launch(make_stage(tmp_path, "defaults.health.max_rollbacks=2"), 1, faults, monkeypatch)
+    outcome = run_stage(make_stage(tmp_path, "defaults.health.max_rollbacks=2"), 1, faults)
     assert outcome.kind is OutcomeKind.PERMANENT
     assert "2 steps from 11 to 12 had a loss or gradient norm that is not finite or far above the last ones, after 2 "\
         "rollbacks (health.max_rollbacks)" in outcome.reason  # fmt: skip
@@ -179,23 +150,35 @@ def stacks(stage: Path, rank: int, attempt: int = 1) -> str:
     return (stage / "health" / f"{attempt:06d}" / f"rank-{rank:05d}.stacks").read_text()
 
 
-def ranks_of(stage: Path) -> list[int]:
-    """Processes that have the stage's directory on their command line."""
-    found = subprocess.run(["pgrep", "-f", f"^[^ ]+ -m [a-z.]+ {stage}"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+def processes_of(stage: Path) -> list[str]:
+    """The command lines of those that write to the logs of the stage: its ranks and their sentinels."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if Path(os.readlink(process / "fd" / "1")).parent == stage / "logs":
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+def assert_all_gone(stage: Path) -> None:
+    """Sentinels die of their rank's death, which takes them a moment."""
+    assert [command for command in processes_of(stage) if "sentinel" not in command] == []
+    deadline = time.monotonic() + 60
+    while processes_of(stage):
+        assert time.monotonic() < deadline, "somebody is left"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.usefixtures("compiled")
-def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references, tmp_path, monkeypatch, frozen):
+def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references, tmp_path, frozen, seed):
     stage = make_stage(tmp_path, *WATCHED)
-    process = start(stage, 2, {**BAD_BATCHES, "rank": frozen, "sleep": slow_from(11)})
-    wait_for_step(stage, random.randint(4, 9))
-    [victim] = [pid for pid in ranks_of(stage) if f"RANK={frozen}" in environment(pid)]
-    os.kill(victim, signal.SIGSTOP)
+    process = start_stage(stage, 2, {**BAD_BATCHES, "rank": frozen, "sleep": slow_from(11)})
+    wait_for_step(stage, random.Random(seed).randint(4, 9))
+    os.kill(process.children()[frozen], signal.SIGSTOP)
     reached = max(event.get("step", 0) for event in events(stage))  # now: it is woken once more, to show its stacks
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(400)
     assert process.returncode == 76, said
     assert f"rank {frozen} on {HOST} gave no sign of life after" in said
     outcome = Stage(stage).attempts.last_outcome()
@@ -204,47 +187,43 @@ def test_a_frozen_rank_is_named_and_the_run_resumes_to_the_same_bits(references,
     assert f"rank {1 - frozen} waited for it in" in outcome.reason
     for rank in (0, 1):
         assert "pipeline/training/trainer.py" in stacks(stage, rank)
-    assert ranks_of(stage) == []
-    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
-    assert digest(stage) == digest(references(2))
-
-
-def environment(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+    assert_all_gone(stage)
+    assert run_stage(stage, 2, BAD_BATCHES).kind is OutcomeKind.DONE
+    assert weights_sha256(stage) == weights_sha256(references(2))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
-def test_a_rank_that_hangs_in_its_data_is_named(references, tmp_path, monkeypatch):
+def test_a_rank_that_hangs_in_its_data_is_named(references, tmp_path):
     stage = make_stage(tmp_path, *WATCHED)
-    outcome = launch(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"8": 1000}}, monkeypatch)
+    outcome = run_stage(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"8": 1000}})
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert outcome.step == 8
     assert f"rank 1 on {HOST} has been in data of step 8 for" in outcome.reason
     assert "rank 0 waited for it in synchronise of step 8" in outcome.reason
-    assert "tests/faults.py" in stacks(stage, 1)
-    assert ranks_of(stage) == []
-    assert launch(stage, 2, BAD_BATCHES, monkeypatch).kind is OutcomeKind.DONE
-    assert digest(stage) == digest(references(2))
+    assert "tests/faulty_rank.py" in stacks(stage, 1)
+    assert_all_gone(stage)
+    assert run_stage(stage, 2, BAD_BATCHES).kind is OutcomeKind.DONE
+    assert weights_sha256(stage) == weights_sha256(references(2))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
-def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path, monkeypatch):
+def test_a_rank_stuck_in_c_code_is_named_and_shows_its_stack(tmp_path):
     stage = make_stage(tmp_path, *WATCHED)
-    outcome = launch(stage, 2, {"rank": 1, "hang": 8}, monkeypatch)
+    outcome = run_stage(stage, 2, {"rank": 1, "hang": 8})
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert f"rank 1 on {HOST} gave no sign of life after" in outcome.reason
-    assert "tests/faults.py" in stacks(stage, 1)
-    assert ranks_of(stage) == []
+    assert "tests/faulty_rank.py" in stacks(stage, 1)
+    assert_all_gone(stage)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
 def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
     stage = make_stage(tmp_path, *WATCHED)
-    process = start(stage, 1, {"rank": 0, "hang": 8, "sleep": {"7": 1}})  # several beats tell of step 7
-    said, _ = process.communicate(timeout=400)
+    process = start_stage(stage, 1, {"rank": 0, "hang": 8, "sleep": {"7": 1}})  # several beats tell of step 7
+    said, _ = process.communicate(400)
     assert process.returncode == 76, said
     sentence = f"rank 0 on {HOST} gave no sign of life for 8 s after"
     assert sentence in said
@@ -252,11 +231,8 @@ def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
     assert outcome.kind is OutcomeKind.BAD_NODE
     assert outcome.reason.startswith(sentence)
     assert outcome.step in (7, 8)  # the last beat may be older than the last move
-    assert "tests/faults.py" in stacks(stage, 0)
-    deadline = time.monotonic() + 60  # the sentinel dies of its rank's death, which takes it a moment
-    while subprocess.run(["pgrep", "-f", str(stage)], capture_output=True).stdout:
-        assert time.monotonic() < deadline, "somebody is left"
-        time.sleep(0.1)
+    assert "tests/faulty_rank.py" in stacks(stage, 0)
+    assert_all_gone(stage)
 
 
 @pytest.mark.slow
@@ -265,11 +241,10 @@ def test_a_single_rank_stuck_in_c_code_is_ended_and_named(tmp_path):
 def test_a_rank_on_another_host_is_named(tmp_path, blow):
     """Two host names, so the ranks know of one another what the files of the stage say, and no more."""
     stage = make_stage(tmp_path, *WATCHED)
-    process = start(stage, 2, {"hosts": {"0": "node-a", "1": "node-b"}, "rank": 1, "sleep": slow_from(7)})
+    process = start_stage(stage, 2, {"hosts": {"0": "node-a", "1": "node-b"}, "rank": 1, "sleep": slow_from(7)})
     wait_for_step(stage, 5)
-    [victim] = [pid for pid in ranks_of(stage) if "RANK=1" in environment(pid)]
-    os.kill(victim, blow)
-    said, _ = process.communicate(timeout=400)
+    os.kill(process.children()[1], blow)
+    said, _ = process.communicate(400)
     assert process.returncode == 76, said
     outcome = Stage(stage).attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
@@ -279,26 +254,25 @@ def test_a_rank_on_another_host_is_named(tmp_path, blow):
         assert "pipeline/training/trainer.py" in stacks(stage, 0)
     else:
         assert "rank 1 on node-b was lost in" in outcome.reason
-    assert ranks_of(stage) == []
+    assert_all_gone(stage)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
-def test_a_slow_rank_raises_no_alarm(references, tmp_path, monkeypatch):
+def test_a_slow_rank_raises_no_alarm(references, tmp_path):
     stage = make_stage(tmp_path, *WATCHED)
-    outcome = launch(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"6": 2.5, "7": 2.5, "8": 2.5}}, monkeypatch)
+    outcome = run_stage(stage, 2, {**BAD_BATCHES, "rank": 1, "sleep": {"6": 2.5, "7": 2.5, "8": 2.5}})
     assert outcome.kind is OutcomeKind.DONE, outcome.reason
-    assert digest(stage) == digest(references(2))
+    assert weights_sha256(stage) == weights_sha256(references(2))
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named_by_the_others(tmp_path):
     stage = make_stage(tmp_path, "defaults.tracking.log_every_steps=1")
-    process = start(stage, 2, {"rank": 1, "sleep": {"12": 400}})
+    process = start_stage(stage, 2, {"rank": 1, "sleep": {"12": 400}})
     wait_for_step(stage, 7)
-    [victim] = [pid for pid in ranks_of(stage) if "RANK=1" in environment(pid)]
-    os.kill(victim, signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
+    os.kill(process.children()[1], signal.SIGKILL)
+    said, _ = process.communicate(400)
     assert process.returncode == 76
     assert "rank 1 was killed by SIGKILL" in said
     outcome = Stage(stage).attempts.last_outcome()

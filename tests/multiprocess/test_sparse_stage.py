@@ -1,6 +1,5 @@
 """A sparse SLaK stage through the command: killed, resumed, handed on with its zeros and its masks."""
 
-import json
 import os
 import signal
 
@@ -9,8 +8,8 @@ import torch
 
 from pipeline.tracking import journal
 from pipeline.weights.safetensors_file import read_facts, read_weights
-from tests.multiprocess.test_chain import start, wait_for_step
-from tests.support import fcmae, write_tiny_recipe
+from tests.multiprocess.test_chain import start
+from tests.support import fcmae, wait_for_step, weights_sha256, write_tiny_recipe
 
 SPARSE_SLAK = [
     "stages.pretrain=null",
@@ -34,7 +33,7 @@ def test_a_sparse_stage_is_killed_resumed_and_handed_on(tmp_path):
     for name in ("straight", "killed"):
         done = fcmae("run", recipe, "--out", tmp_path / name, "--nproc", 2)
         assert done.returncode == 0, done.stderr
-        hashes[name] = json.loads((tmp_path / name / "finetune" / "result.json").read_text())["weights_sha256"]
+        hashes[name] = weights_sha256(tmp_path / name / "finetune")
     assert hashes["killed"] == hashes["straight"]
     stage = tmp_path / "killed" / "finetune"
     weights, masks = read_weights(stage / "weights.safetensors"), read_weights(stage / "masks.safetensors")

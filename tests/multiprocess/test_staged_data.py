@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import time
 import uuid
 
@@ -11,7 +10,8 @@ import pytest
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
-from tests.support import FCMAE, fcmae, tiny_data, write_tiny_recipe
+from tests.processes import start_fcmae
+from tests.support import fcmae, tiny_data, write_tiny_recipe
 from tests.unit.data.test_staging import Server
 
 pytest.importorskip("moto")
@@ -78,19 +78,14 @@ def test_a_stop_while_data_is_fetched_is_a_stop(tmp_path):
     server = Server(tmp_path / "data")
     server.serves = 0  # it will never send the images
     overrides = [f"stages.pretrain.data.train={server.url}/train.beton", f"stages.pretrain.data.cache_dir={tmp_path}/c"]
-    process = subprocess.Popen(
-        [*FCMAE, "run", str(recipe), "--out", str(tmp_path / "run"), "--nproc", "2", *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_fcmae("run", recipe, "--out", tmp_path / "run", "--nproc", 2, *overrides)
     deadline = time.monotonic() + 400
     while not server.asked:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(100)
     server.stop()
     assert process.returncode == 75, said
     assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().reason == "stopped by SIGTERM"

@@ -20,10 +20,10 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.recipe.sections import CheckpointSettings
 from pipeline.training.saving import Checkpoints
-from tests.multiprocess import faults
+from tests.chaos import kill_saves
 from tests.multiprocess.flaky_s3 import flaky_s3
-from tests.multiprocess.test_chain import start, wait_for_step
-from tests.support import fcmae, write_tiny_recipe
+from tests.processes import start_fcmae
+from tests.support import fcmae, wait_for_step, write_tiny_recipe
 
 
 def make_state(step: int, numel: int = 2000) -> dict:
@@ -182,10 +182,10 @@ def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(sm
     only = ["stages.intermediate=null", "stages.finetune=null", "defaults.tracking.log_every_steps=1"]
     recipe = write_tiny_recipe(tmp_path, [*only, "stages.pretrain.schedule.epochs=20"])
     run, undisturbed = small_disk / "run", tmp_path / "undisturbed"
-    with start(recipe, run, 1, {}) as running:
+    with start_fcmae("run", recipe, "--out", run) as running:
         wait_for_step(run / "pretrain", 3)
         hog = fill(small_disk)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(120)
     assert running.returncode == 1
     assert re.search(r"make room, then|No space left on device", said), said
     hog.unlink()
@@ -236,11 +236,11 @@ def test_an_object_store_that_drops_a_fifth_of_the_requests(group, tmp_path, mon
 
 @pytest.mark.slow
 def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
-    recipe = faults.make_recipe(tmp_path)
-    reference = faults.undisturbed(tmp_path, recipe)
-    stage = faults.Stage.create(tmp_path / "twice", recipe).directory
+    recipe = kill_saves.make_recipe(tmp_path)
+    reference = kill_saves.undisturbed(tmp_path, recipe)
+    stage = kill_saves.Stage.create(tmp_path / "twice", recipe).directory
     gate = tmp_path / "gate"
-    first = faults.Attempt(stage, tmp_path / "meet-1", gate=gate)
+    first = kill_saves.Attempt(stage, tmp_path / "meet-1", gate=gate)
     assert first.receive()[0] == "resumed"
     deadline = time.monotonic() + 120
     while not list(stage.glob("checkpoints/*/COMMIT")):
@@ -250,7 +250,7 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
         os.kill(process.pid, signal.SIGSTOP)  # a machine that does not answer for a while
     taken = stage / "attempts" / "000001.json"
     taken.write_text(json.dumps({**json.loads(taken.read_text()), "host": "elsewhere", "heartbeat_seconds": 0.1}))
-    second = faults.Attempt(stage, tmp_path / "meet-2")
+    second = kill_saves.Attempt(stage, tmp_path / "meet-2")
     assert second.receive()[1] > 0
     for process, _ in first.ranks:
         os.kill(process.pid, signal.SIGCONT)
@@ -264,10 +264,10 @@ def test_of_two_attempts_at_once_one_commits_and_the_other_stops(tmp_path):
     for attempt in (first, second):
         attempt.kill([])
     late = [path.name for path in stage.glob("checkpoints/step-*.000001") if (path / "COMMIT").exists()]
-    assert all(name < f"step-{faults.STEPS:09d}" for name in late)
+    assert all(name < f"step-{kill_saves.STEPS:09d}" for name in late)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [6, 20])
 def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path, runs):
-    assert faults.torture_runs(tmp_path, killed_runs=runs, seed=11).kills >= runs
+    assert kill_saves.kill_runs(tmp_path, killed_runs=runs, seed=11).kills >= runs

@@ -1,16 +1,14 @@
 """A study in real processes: stopped, continued, and its table."""
 
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 
+from tests.processes import start_fcmae
 from tests.support import fcmae, write_tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -31,21 +29,14 @@ def test_a_study_that_is_stopped_goes_on_and_ends_in_a_table(tmp_path):
     path, out = tmp_path / "study.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     command = ["study", "run", str(path), "--out", str(out)]
-    held = json.dumps({"hold": {"plain/seed-0/intermediate": 1}})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults", "fcmae", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": held},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_fcmae(*command, FAULTS=json.dumps({"hold": {"plain/seed-0/intermediate": 1}}))
     deadline = time.monotonic() + 240
     while not (out / "plain" / "seed-0" / "intermediate" / "attempts").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=240)
+    process.wait(240)
     assert process.returncode == 75
     assert not (out / "plain" / "seed-1" / "intermediate" / "DONE").exists()
     first = json.loads((out / "mixed" / "seed-0" / "intermediate" / "result.json").read_text())

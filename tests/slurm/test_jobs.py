@@ -25,7 +25,7 @@ from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from pipeline.tracking.journal import step_events
 from tests.batches import batches
-from tests.faults import FaultyLauncher
+from tests.processes import run_stage
 from tests.slurm import devcluster as faults
 from tests.slurm.brake import FOR_EVER, START, batches_of, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
@@ -64,9 +64,7 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The long stage after a run on two ranks that nothing stopped, without Slurm."""
     stage = make_tiny_run(tmp_path_factory.mktemp("undisturbed"), [*ONE_STAGE, *LONG]) / "pretrain"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAULTS", json.dumps({"record": str(batches_of(stage))}))
-        assert FaultyLauncher(2).run(stage).kind is OutcomeKind.DONE
+    assert run_stage(stage, 2, {"record": str(batches_of(stage))}).kind is OutcomeKind.DONE
     return Stage(stage)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.slurm_matrix import digests, long_recipe, storm
 from tests.slurm.devcluster import FAULTS
-from tests.slurm.matrix import digests, long_recipe, storm
 from tests.support import fcmae
 
 # These take a minute each and have tests of their own in test_jobs.py. Each fault in each stage, and longer storms:
-# python -m tests.slurm.matrix
+# python -m tests.chaos.slurm_matrix
 ELSEWHERE = ("freeze_nodes", "time_limit")
 
 

@@ -1,12 +1,12 @@
 """Every fault in every stage of a chain on a real Slurm, and the bits at the end:
 
-    python -m tests.slurm.matrix [--only FAULT ...] [--stages STAGE ...] [--settings N ...]
+    python -m tests.chaos.slurm_matrix [--only FAULT ...] [--stages STAGE ...] [--settings N ...]
 
 Each fault has a chain of its own, which ends with the last of the stages given, and strikes once in each of them; the
 weights are compared with those of `fcmae run` on as many ranks. Preemption is tried under all four GraceTime and
 user-signal settings, everything else under the first. Exit code 0 if all weights are equal.
 
-    python -m tests.slurm.matrix --storm 20 [--seed S]
+    python -m tests.chaos.slurm_matrix --storm 20 [--seed S]
 
 Instead of one fault after the other: so many of them, drawn at random with the stage's step they strike at, over one
 chain.

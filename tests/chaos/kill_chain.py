@@ -1,6 +1,6 @@
 """Kill a chain at a random moment of each stage, stop it once by SIGTERM, and compare it with an undisturbed run:
 
-    python -m tests.multiprocess.torture RECIPE OUT REFERENCE [--nproc N]
+    python -m tests.chaos.kill_chain RECIPE OUT REFERENCE [--nproc N]
 
 RECIPE's steps are taken from REFERENCE, a finished run of it on as many ranks. Exit code 0 if every stage's weights
 have the reference's hash.

@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, also inside a save and inside retention, and restarted until they are done:
 
-    python -m tests.multiprocess.faults [--runs 100] [--seed 0]
+    python -m tests.chaos.kill_saves [--runs 100] [--seed 0]
 
 Real stages, attempts and checkpoints, two real ranks; only the model is tiny and its data are hashes of the step. Every
 restart must find the very state that an undisturbed run had after that step, and every run must end with its bits.
@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -30,10 +29,9 @@ from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.sections import CheckpointSettings
 from pipeline.stage.directory import Stage
 from pipeline.training.saving import Checkpoints, open_store
+from tests.processes import PROCESSES
 from tests.support import write_tiny_recipe
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "pipeline.training.saving", "tests.support"])
 STEPS, RANKS = 16, 2
 SETTINGS = CheckpointSettings(every_steps=2, keep_last=1, keep_every_epochs=1.0)
 
@@ -198,7 +196,7 @@ class Count:
     in_retention: int = 0
 
 
-def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: random.Random, count: Count) -> None:
+def kill_run(directory: Path, recipe: StageRecipe, reference: Reference, chance: random.Random, count: Count) -> None:
     """One run, killed until it gets through. AssertionError if it ever holds a state that the reference did not."""
     stage = Stage.create(directory, recipe).directory
     for number in range(200):
@@ -228,7 +226,7 @@ def torture(directory: Path, recipe: StageRecipe, reference: Reference, chance: 
     assert not (stage / "checkpoints" / "quarantine").exists()
 
 
-def torture_runs(directory: Path, killed_runs: int, seed: int, report=lambda count: None) -> Count:
+def kill_runs(directory: Path, killed_runs: int, seed: int, report=lambda count: None) -> Count:
     """Runs until so many of them were killed, and three saves and three retentions hit; some may get through."""
     recipe, chance, count = make_recipe(directory), random.Random(seed), Count()
     reference = undisturbed(directory, recipe)
@@ -236,7 +234,7 @@ def torture_runs(directory: Path, killed_runs: int, seed: int, report=lambda cou
         assert count.runs < 3 * killed_runs, (
             f"the kills must hit the runs, their saves and retention, or this shows nothing: {count}"
         )
-        torture(directory / f"run-{count.runs}", recipe, reference, chance, count)
+        kill_run(directory / f"run-{count.runs}", recipe, reference, chance, count)
         report(count)
     return count
 
@@ -262,7 +260,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        count = torture_runs(Path(name), given.runs, given.seed, report=lambda count: print(json.dumps(vars(count))))
+        count = kill_runs(Path(name), given.runs, given.seed, report=lambda count: print(json.dumps(vars(count))))
     print(f"{count.runs} runs ended with the bits of the undisturbed one, after {count.kills} kills")
     return 0
 

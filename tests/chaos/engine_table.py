@@ -1,4 +1,4 @@
-"""All engines on 1, 2 and 4 ranks against ddp on one: `python -m tests.multiprocess.engine_table [PART...]`.
+"""All engines on 1, 2 and 4 ranks against ddp on one: `python -m tests.chaos.engine_table [PART...]`.
 
 `--only TEXT` leaves out the rows that do not contain it.
 

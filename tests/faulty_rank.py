@@ -1,0 +1,98 @@
+"""A rank in which things go wrong on purpose: `python -m tests.faulty_rank STAGE`, told which by FAULTS in the
+environment.
+
+FAULTS is JSON. Steps are numbered as in the journal.
+    poison     {step: factor}: multiply the loss of the step's first slot ("nan": as one bad image may do)
+    left_out   [[first, last]]: leave these steps out from the start
+    rank       the rank that the next two happen to
+    sleep      {step: seconds}: loading the step's first micro-batch takes so long
+    hang       step: loading it never returns, and never lets another thread run
+    hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
+    hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
+               before a test disturbs it. A stage is given by the end of its path
+    record     folder: note what each rank is given, as `tests.batches` does
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pipeline.run
+from pipeline.training.step_guard import Guard
+from tests.batches import recorded
+
+
+def main() -> None:
+    faults = json.loads(os.environ.get("FAULTS", "{}"))
+    if name := faults.get("hosts", {}).get(os.environ["RANK"]):
+        _rename_host(name)
+    # A patched loss would be missing in copies of an objective, so leave objectives alone where nothing is poisoned.
+    if poison := faults.get("poison"):
+        pipeline.run.create_objective = _poison(pipeline.run.create_objective, poison)
+    pipeline.run.train_feed = _hinder(pipeline.run.train_feed, faults)
+    if stretches := faults.get("left_out"):
+        Guard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
+    pipeline.run.main()
+
+
+def _poison(create: Any, factors: dict[str, Any]) -> Any:
+    def poisoned(*arguments: Any) -> Any:
+        objective = create(*arguments)
+        honest = objective.loss
+
+        def loss(model: Any, batch: Any, step: int) -> Any:
+            value, terms = honest(model, batch, step)
+            return value * (float(factors.get(str(step + 1), 1)) if 0 in batch.slots else 1.0), terms
+
+        objective.loss = loss
+        return objective
+
+    return poisoned
+
+
+def _hinder(create: Any, faults: dict[str, Any]) -> Any:
+    def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
+        feed = create(recipe, data, seed, world, workers)
+        if folder := faults.get("record"):
+            recorded(feed, recipe, seed, world, Path(folder))
+        honest = feed.slots
+
+        def slots(step: int) -> Iterator[Any]:
+            if any(sys.argv[1].endswith(f"/{end}") and step + 1 == at for end, at in faults.get("hold", {}).items()):
+                _hold()
+            if world.rank == faults.get("rank"):
+                time.sleep(faults.get("sleep", {}).get(str(step + 1), 0))
+                if step + 1 == faults.get("hang"):
+                    while True:  # a signal, such as the one that makes it write its stacks, ends a sleep
+                        ctypes.PyDLL(None).sleep(10**6)
+            yield from honest(step)
+
+        feed.slots = slots
+        return feed
+
+    return hindered
+
+
+def _hold() -> None:
+    request, deadline = signal.getsignal(signal.SIGTERM).__self__, time.monotonic() + 900
+    while not request.number and time.monotonic() < deadline:  # a test that has failed leaves nobody behind
+        time.sleep(0.01)
+
+
+def _rename_host(name: str) -> None:
+    clone_new_uts, clone_new_user = 0x04000000, 0x10000000
+    unshare = ctypes.CDLL(None, use_errno=True).unshare
+    if unshare(clone_new_uts) and unshare(clone_new_user | clone_new_uts):
+        raise OSError(ctypes.get_errno(), "no namespace of host names")
+    socket.sethostname(name)
+
+
+if __name__ == "__main__":
+    main()
