@@ -10,7 +10,7 @@ from pipeline.models import create_model
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts, write_weights
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
-from tests.unit.weights.test_families import MICRO, assert_same, build, ours
+from tests.unit.weights.test_other_families import MICRO, assert_same, build, ours
 from tools.weights.convert import convert
 from tools.weights.export import export
 
