@@ -1,4 +1,4 @@
-"""`fcmae study`: arms of a recipe compared, over seeds, with what others published."""
+"""`fcmae study`: compare arms of a recipe over several seeds with published values."""
 
 import sys
 from pathlib import Path
@@ -6,18 +6,25 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Studies: a recipe's arms over seeds, beside published values.")
+from tools.options import Json, Processes, SiteName
 
-Name = Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file, or the name of an included study.")]
+app = typer.Typer(
+    no_args_is_help=True, help="Compare variants (arms) of a recipe over several seeds with published values."
+)
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file, or the name of an included study.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to all arms' recipes; seeds=[0,1] or arms.NAME=null."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes to the recipes of all arms. seeds=[0,1] chooses the seeds, arms.NAME=null leaves an arm out.",
+    ),
 ]
 
 
 @app.command("list")
 def list_studies() -> None:
-    """The included studies."""
+    """List the included studies."""
     from tools.recipes.library import included_studies
     from tools.study.definition import load_study
 
@@ -27,37 +34,41 @@ def list_studies() -> None:
         print(f"{name}: {study.about} {len(study.arms)} arms, {seeds}, {study.recipe}")
 
 
-@app.command()
-def run(
-    name: Name,
-    out: Annotated[Path, typer.Option(help="The study's directory: made, or continued.")],
+@app.command("run")
+def run_study_here(
+    name: StudyName,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The directory of the study. If it exists, the study continues.")
+    ],
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    nproc: Processes = 1,
 ) -> None:
-    """Run all arms with all seeds on this machine, or what is missing of them. Exit codes: as `fcmae run`."""
+    """Train all arms with all seeds on this machine, except what is done already. Exit codes: see `fcmae run`."""
     from pipeline.errors import UserError
     from pipeline.stage.outcome import OutcomeKind
     from tools.recipes.library import find_study
     from tools.study.definition import load_study
     from tools.study.runs import run_study
 
-    outcome = run_study(load_study(find_study(name), overrides or []), out, nproc, lambda said: print(said, flush=True))
+    outcome = run_study(load_study(find_study(name), overrides or []), out, nproc, lambda line: print(line, flush=True))
     if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
-        print(f"fcmae: {outcome.reason}; the same command goes on", file=sys.stderr)
+        print(f"fcmae: {outcome.reason}; the same command resumes the study", file=sys.stderr)
         raise typer.Exit(outcome.kind.exit_code)
-    table(out)
+    print_table(out)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
 
 
-@app.command()
-def submit(
-    name: Name,
-    site: Annotated[str, typer.Option(help="A YAML file that describes the cluster, or an included example.")],
-    out: Annotated[Path, typer.Option(help="The study's directory, on a file system that all nodes share.")],
+@app.command("submit")
+def submit_study_jobs(
+    name: StudyName,
+    site: SiteName,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The directory of the study, on a file system that all nodes share.")
+    ],
     overrides: Overrides = None,
 ) -> None:
-    """Queue all arms with all seeds as Slurm jobs, or what is missing of them."""
+    """Queue all arms with all seeds as Slurm jobs, except what is done or queued already."""
     from cluster.site import load_site
     from tools.recipes.library import find_study
     from tools.study.definition import load_study
@@ -68,21 +79,24 @@ def submit(
     submit_study(load_study(find_study(name), overrides or []), directory, profile, print)
 
 
-@app.command()
-def table(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The study's directory.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="For a page.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+@app.command("table")
+def print_table(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the study.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    json: Json = False,
 ) -> None:
-    """Mean and deviation over the seeds, beside the published value. Arms that are not done are empty."""
-    from tools.study import table as view
+    """Print the mean and deviation of each arm over the seeds, beside the published value.
+
+    Arms without a finished run have no result.
+    """
+    from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_table
     from tools.tables import wide_console
 
-    study = view.open_study(directory)
-    found = view.rows(study, directory)
+    study = open_study(directory)
+    results = arm_results(study, directory)
     if json:
-        print(view.to_json(study, found))
+        print(study_json(study, results))
     elif markdown:
-        print(view.markdown(study, found))
+        print(study_markdown(study, results))
     else:
-        wide_console(140).print(view.render(study, found))
+        wide_console(140).print(study_table(study, results))

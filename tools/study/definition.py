@@ -1,4 +1,4 @@
-"""A study: one recipe, arms that change it, seeds; what others published of each arm, and of rivals."""
+"""The YAML file of a study: a recipe, arms that change it, seeds, and published values to compare with."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,23 @@ from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from tools.recipes.library import find_recipe
 
+STUDY_FILE = "study.yaml"  # in the directory of a study
+
 
 class Arm(Settings):
+    """A variant of the recipe."""
+
     recipe: str | None = None
-    """Another recipe than the study's."""
+    """Replaces the study's recipe."""
     change: dict[str, Any] = Field(default_factory=dict)
-    """`stages.pretrain.objective.mask_ratio: 0.5`: values by the keys that `key=value` takes."""
+    """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
     published: float | None = None
-    """Top-1 that others got; by default, of an arm that changes nothing, the recipe's."""
+    """Published top-1 in percent; the default for an arm without changes is the recipe's."""
     remark: str = ""
 
 
 class Reference(Settings):
-    """A published result of something that this program does not train."""
+    """A published result of a model that this program does not train."""
 
     name: str
     top1: float
@@ -37,24 +41,24 @@ class Reference(Settings):
 class Study(Settings):
     name: str
     about: str
-    """The question."""
+    """The question that the study answers."""
     source: str = ""
-    """Where the published values are printed."""
+    """The paper and table of the published values."""
     recipe: str
     """Path or name of the recipe that arms change."""
     change: dict[str, Any] = Field(default_factory=dict)
-    """Of all arms, below their own."""
+    """Changes to the recipes of all arms; an arm's own changes come later and win."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     arms: dict[str, Arm] = Field(min_length=1)
     references: tuple[Reference, ...] = ()
     overrides: tuple[str, ...] = ()
-    """`key=value` of the command line, above the arms' own."""
+    """`key=value` of the command line, which win over the arms' changes."""
 
     def chain(self, arm: str, seed: int) -> ChainRecipe:
         """The recipe of one arm with one seed.
 
         Raises:
-            RecipeError: naming study and arm.
+            RecipeError: if the recipe is wrong; names study and arm.
         """
         try:
             chain = load_recipe(*self.origin(arm, seed))
@@ -64,27 +68,27 @@ class Study(Settings):
         if last.data.validation is None:
             raise RecipeError(
                 f"study {self.name}, arm {arm}: stages.{last.name}.data.validation is null, so there would be no result"
-                " to compare; name a file"
+                " to compare; give a file"
             )
         return chain
 
     def origin(self, arm: str, seed: int) -> tuple[Path, list[str]]:
-        """The recipe's file of an arm, and all changes to it as `key=value`."""
-        changed = {**self.change, **self.arms[arm].change, "seed": seed, "name": f"{self.name}-{arm}-{seed}"}
-        dotted = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
-        return find_recipe(self.arms[arm].recipe or self.recipe), [*dotted, *self.overrides]
+        """The recipe file of an arm, and all changes to it as `key=value`."""
+        changes = {**self.change, **self.arms[arm].change, "seed": seed, "name": f"{self.name}-{arm}-{seed}"}
+        texts = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        return find_recipe(self.arms[arm].recipe or self.recipe), [*texts, *self.overrides]
 
     def published(self, arm: str) -> float | None:
-        """Top-1 that others got, of the arm or its unchanged recipe."""
+        """Published top-1 of the arm, or of its recipe if the arm changes nothing."""
         own = self.arms[arm]
         if own.published is not None or own.change or self.change:
             return own.published
-        found = load_recipe(find_recipe(own.recipe or self.recipe)).published
-        return found.top1 if found else None
+        published = load_recipe(find_recipe(own.recipe or self.recipe)).published
+        return published.top1 if published else None
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyRun:
     """An arm with a seed, and its run directory."""
 
     arm: str
@@ -92,18 +96,18 @@ class Cell:
     directory: Path
 
 
-def cells(study: Study, directory: Path) -> Iterator[Cell]:
-    """All of a study, a seed after the other, so that a first row of results is there early."""
+def study_runs(study: Study, directory: Path) -> Iterator[StudyRun]:
+    """All runs of a study: all arms with the first seed come first, so that they can be compared early."""
     for seed in study.seeds:
         for arm in study.arms:
-            yield Cell(arm, seed, directory / arm / f"seed-{seed}")
+            yield StudyRun(arm, seed, directory / arm / f"seed-{seed}")
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study's file; `seeds=[0]` and `arms...` change the study, every other override the recipes of its arms.
+    """Read a study. The overrides `seeds=...` and `arms...` change the study, all others the recipes of its arms.
 
     Raises:
-        RecipeError: naming the file and field, the value, and what would be accepted.
+        RecipeError: names the file and field, the value, and what is allowed.
     """
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in ("seeds", "arms")]
     raw = read_mapping(path, own)
@@ -112,13 +116,13 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     study = parse_settings(Study, {**raw, "overrides": [*raw.get("overrides", []), *others]}, str(path))
     for arm in study.arms:
         if not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise RecipeError(f"{path}: arm {arm!r} must be made of letters, digits, -, _ and dots")
+            raise RecipeError(f"{path}: arm {arm!r} may have letters, digits, -, _ and dots; rename it")
     return study
 
 
-def dump_study(study: Study, path: Path) -> None:
-    """Write it beside its runs, so that their table needs nothing else."""
+def write_study(study: Study, path: Path) -> None:
+    """Write the study with all published values beside its runs, so that `fcmae study table` needs no other file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: arm.model_copy(update={"published": study.published(name)}) for name, arm in study.arms.items()}
-    study = study.model_copy(update={"arms": whole})
+    arms = {name: arm.model_copy(update={"published": study.published(name)}) for name, arm in study.arms.items()}
+    study = study.model_copy(update={"arms": arms})
     path.write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
