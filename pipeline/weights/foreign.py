@@ -35,7 +35,6 @@ class LoadedWeights(NamedTuple):
     """Weights on the CPU, under internal names and in the dtypes of the file, with a report about their conversion."""
 
     tensors: dict[str, Tensor]
-    layout: str
     report: ConversionReport
 
 
@@ -66,7 +65,7 @@ def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = Non
         converted, report = to_internal(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return LoadedWeights(converted, report.layout, replace(report, entry=chosen, ignored=ignored))
+    return LoadedWeights(converted, replace(report, entry=chosen, ignored=ignored))
 
 
 def load_tensors(

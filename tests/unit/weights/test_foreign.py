@@ -67,8 +67,8 @@ WRAPPINGS = {
 def test_pickles(tmp_path, wrapping, legacy):
     content, entry, ignored = WRAPPINGS[wrapping]
     path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=not legacy)
-    tensors, layout, report = load_weights(path)
-    assert layout == ("timm" if wrapping == "timm" else "official dense")
+    tensors, report = load_weights(path)
+    assert report.layout == ("timm" if wrapping == "timm" else "official dense")
     assert (report.entry, report.ignored, report.architecture) == (entry, ignored, MODEL)
     assert_same(tensors, TENSORS)
     assert not any(tensor.requires_grad for tensor in tensors.values())

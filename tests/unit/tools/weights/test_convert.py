@@ -145,7 +145,7 @@ def test_the_command(tmp_path):
     done = fcmae("convert", source, tmp_path / "t.safetensors", "--to", "timm")
     assert done.returncode == 0, done.stderr
     assert "official dense layout, a ConvNeXt V2 of depths (1, 1, 2, 1)" in done.stdout
-    assert load_weights(tmp_path / "t.safetensors").layout == "timm"
+    assert load_weights(tmp_path / "t.safetensors").report.layout == "timm"
     again = fcmae("convert", source, tmp_path / "t.safetensors", "--to", "timm")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert "exists already" in again.stderr
