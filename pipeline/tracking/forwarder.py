@@ -272,8 +272,7 @@ def metrics_of(event: Event) -> tuple[str, list[tuple[str, float]]]:
             return "", []
     if not isinstance(values, dict):
         return family, []
-    numbers = [(k, v) for k, v in values.items() if is_number(v)]
-    return family, [(re.sub(r"[^\w\-. /:]", "_", k, flags=re.ASCII), float(v)) for k, v in numbers]
+    return family, [(allowed_name(key), float(value)) for key, value in values.items() if is_number(value)]
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -282,7 +281,12 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield re.sub(r"[^\w\-. /:]", "_", prefix, flags=re.ASCII), str(value)
+        yield allowed_name(prefix), str(value)
+
+
+def allowed_name(name: str) -> str:
+    """Replace the characters that MLflow does not allow in names of metrics and parameters."""
+    return re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)
 
 
 @contextlib.contextmanager
