@@ -1,4 +1,4 @@
-"""What ranks decide together: everybody learns what came of it, also what went wrong."""
+"""Run work on one rank or on all of them, and share its result or its error with every rank."""
 
 import pickle
 from collections.abc import Callable
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 def from_rank_zero(work: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What `work` returns, or raises, on rank 0; the other ranks do not call it. Collective over a CPU group."""
+    """Call `work` on rank 0, and return its result or raise its error on every rank. Collective over a CPU group."""
     outcome: list = [None, None]
     own: Exception | None = None
     if dist.get_rank(group) == 0:
         try:
             outcome = [work(), None]
-        except Exception as error:  # the other ranks wait for it
+        except Exception as error:  # sent to the other ranks, which wait for the result
             own, outcome = error, [None, _portable(error)]
     dist.broadcast_object_list(outcome, group_src=0, group=group)
     if outcome[1] is not None:
@@ -29,11 +29,11 @@ def from_rank_zero(work: Callable[[], T], group: dist.ProcessGroup) -> T:
 def on_every_rank(
     work: Callable[[], T], group: dist.ProcessGroup, should_stop: Callable[[], bool], poll_seconds: float = 1.0
 ) -> T | None:
-    """What `work` returns, once it has returned on every rank; None if the ranks agreed to stop before.
+    """Call `work` on every rank, and return its result once all are done; None if the ranks agreed to stop before.
 
-    What it raises on one rank is raised on all. The work runs in a thread while the ranks ask one another how it goes:
-    it may take hours more on one than on another, without the group's time-out. It is not waited for after a stop or
-    another rank's failure; the caller must tell it.
+    An error on one rank is raised on all of them. The work runs in a thread while the ranks exchange its state every
+    `poll_seconds`. So it may take hours longer on one rank than on another without reaching the group's time-out.
+    After a stop or another rank's error nothing waits for the work: the caller must cancel it.
     """
     done, running, failed = range(3)
     outcome: list[tuple[T | None, BaseException | None]] = []
@@ -62,7 +62,7 @@ def on_every_rank(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or what it says, where it cannot be sent to other ranks: those of some libraries cannot be rebuilt."""
+    """Return the error, or a RuntimeError with its text if it cannot be pickled and rebuilt on another rank."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

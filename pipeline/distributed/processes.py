@@ -1,16 +1,19 @@
-"""Processes: telling one from another, and not outliving the one that started us."""
+"""Identify processes by their start time, and end with the process that started this one."""
 
 import ctypes
 import os
 import signal
 from pathlib import Path
 
-LAUNCHER_PID = "FCMAE_LAUNCHER_PID"  # of the process that started a rank, which may be gone before the rank can look
+LAUNCHER_PID = "FCMAE_LAUNCHER_PID"  # pid of the process that started a rank; it may end before the rank can look it up
 _PR_SET_PDEATHSIG = 1
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks from boot to the start of a process: tells it from a later one with its pid. 0 if it is gone."""
+    """Return the start of a process in clock ticks since boot, which a later process with its pid differs in.
+
+    Returns 0 if the process is gone.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -19,14 +22,16 @@ def start_time(pid: int) -> int:
 
 
 def age_seconds(pid: int) -> float:
-    """How long a process has been running."""
+    """Return how long a process has been running."""
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return max(uptime - start_time(pid) / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the process that started this one ends, however it ends (Linux), or at once if that was not
-    `parent`: importing what this one needs took its time, and the process that started it may have ended meanwhile."""
+    """Have the kernel kill this process when its parent ends, however it ends (Linux).
+
+    Exits at once if the parent is not `parent`, because that one has then ended during this process's imports.
+    """
     parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,7 +1,8 @@
-"""Logical tensors: a parameter, moment or average by its full shape, of which this rank may hold only a part.
+"""Logical tensors: parameters, moments and averages with their full shape, of which this rank may hold a part.
 
-Three kinds: a plain tensor is whole on every rank, a DTensor is FSDP's, a `FlatShard` is ZeRO's. All three are saved
-and loaded in place by torch.distributed.checkpoint, and each can load what another has saved, on any number of ranks.
+There are three kinds: a plain tensor is whole on every rank, a DTensor is FSDP's shard, a `FlatShard` is ZeRO's.
+torch.distributed.checkpoint saves and loads all three in place, and each kind can load a checkpoint of another kind, on
+any number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +17,14 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 
 class FlatShard(Tensor):
-    """`local` holds the elements from `start` on of a row-major tensor of `shape`; the other ranks hold the others.
+    """A run of elements of a row-major tensor of `shape`: `local` holds those from `start` on, on this rank.
 
-    Checkpoints know boxes, not runs of elements, so a run is shown to them as the few boxes that it is made of. Nothing
-    can be computed with it but through `local`, a 1-D view of what the engine works with.
+    Checkpoints know boxes, not runs of elements, so a run presents itself as the few boxes that it consists of. All
+    computation uses `local`, a 1-D view of the engine's own memory.
     """
 
     @staticmethod
@@ -35,7 +36,7 @@ class FlatShard(Tensor):
         self._boxes = list(boxes(shape, start, start + local.numel()))
 
     def like(self, local: Tensor) -> "FlatShard":
-        """The same run of another tensor of this shape."""
+        """Return the same run of another tensor of this shape."""
         return FlatShard(local, self.start, self.shape)
 
     @classmethod
@@ -47,7 +48,7 @@ class FlatShard(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"FlatShard({tuple(self.shape)}, {self.start}:{self.start + self.local.numel()})"
 
-    # What torch.distributed.checkpoint asks of a tensor of which a rank holds a part.
+    # The interface that torch.distributed.checkpoint requires of a sharded tensor.
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.local)
@@ -68,15 +69,15 @@ class FlatShard(Tensor):
         for offsets, sizes in self._boxes:
             if torch.Size(offsets) == index.offset:
                 part = self.local.narrow(0, position, prod(sizes)).view(sizes)
-                # Of what is a part of a larger storage torch's writer makes a copy, and keeps all copies to the end:
-                # twice the memory. Through numpy the same bytes are a storage of their own.
+                # torch's writer copies each view of a larger storage and keeps all copies to the end, which doubles
+                # the memory. A tensor made through numpy has a storage of its own with the same bytes.
                 return torch.from_numpy(part.numpy()) if part.device.type == "cpu" else part
             position += prod(sizes)
         raise KeyError(f"no part of this shard begins at {index.offset}")
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Offsets and sizes of the boxes that make up the elements `start` to `stop` of a row-major tensor, in order."""
+    """Yield the boxes that together are the elements `start` to `stop` of a row-major tensor, in order."""
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -99,34 +100,34 @@ def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds, to compute with in place."""
+    """Return this rank's part of a logical tensor, to compute with in place."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor.local if isinstance(tensor, FlatShard) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every rank. Collective."""
+    """Gather a logical tensor whole on every rank. Collective."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if not isinstance(tensor, FlatShard):
         return tensor
-    # Bits are added, not numbers: all ranks but one add 0, and -0.0 + 0.0 would be another number.
+    # Add bits as integers, because as numbers -0.0 plus the other ranks' 0.0 would become 0.0.
     bits = {4: torch.int32, 8: torch.int64}[tensor.local.element_size()]
-    found = torch.zeros(prod(tensor.shape), dtype=bits, device=tensor.local.device)
-    found[tensor.start : tensor.start + tensor.local.numel()] = tensor.local.view(bits)
-    dist.all_reduce(found)
-    return found.view(tensor.dtype).view(tensor.shape)
+    full = torch.zeros(prod(tensor.shape), dtype=bits, device=tensor.local.device)
+    full[tensor.start : tensor.start + tensor.local.numel()] = tensor.local.view(bits)
+    dist.all_reduce(full)
+    return full.view(tensor.dtype).view(tensor.shape)
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Set this rank's part from a whole `value` of the same shape, on any device and in any dtype."""
-    here = local(tensor)
+    """Set this rank's part of a logical tensor from a whole `value` of the same shape, of any device and dtype."""
+    part = local(tensor)
     if isinstance(tensor, DTensor):
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
             value = value.narrow(dim, min(offset, value.shape[dim]), size)
     elif isinstance(tensor, FlatShard):
-        value = value.flatten()[tensor.start : tensor.start + here.numel()]
-    here.copy_(value)
+        value = value.flatten()[tensor.start : tensor.start + part.numel()]
+    part.copy_(value)

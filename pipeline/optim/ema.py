@@ -1,4 +1,4 @@
-"""What acts on parameters beside the optimizer: components. Here, the moving average of the weights."""
+"""Components, which act on parameters beside the optimizer, and the moving average of the weights, one of them."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,30 +10,29 @@ from pipeline.distributed.sharded_tensors import local
 
 
 class Component(Protocol):
-    """Acts around each update; its state is part of the checkpoint."""
+    """Acts before and after each optimizer update; its state is part of the checkpoint."""
 
     name: str
 
     def before_update(self, step: int) -> None:
-        """Before update number `step`: the gradients are there, not yet clipped, and gone after it."""
+        """Act before update number `step`, when the gradients are complete but not clipped."""
 
     def after_update(self, step: int) -> None:
-        """`step` counts finished updates, this one included."""
+        """Act after update number `step`, when the gradients are gone."""
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by logical name; restored in place."""
+        """Return the state's tensors by logical name; a checkpoint restores them in place."""
 
 
 class EMA(Component):
-    """average = decay * average + (1 - decay) * weights, from the weights of step 0 on.
+    """The moving average of the weights: average = decay * average + (1 - decay) * weights, from step 0 on.
 
     torch's AveragedModel copies the weights at its first update instead, and cannot copy sharded models.
 
     Args:
         tensors: the live weights by name: logical tensors, see `pipeline.distributed.sharded_tensors`.
         decay: per step.
-        accepted: 0-dim bool tensor that tells after each step whether it was made; an average of a step that was not
-            made stays as it is.
+        accepted: 0-dim bool tensor, False after a step that was skipped; the average then stays unchanged.
     """
 
     name = "ema"
@@ -45,7 +44,7 @@ class EMA(Component):
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        # A weight of 0 leaves the average alone without asking the device; the live weights are finite.
+        # A weight of 0 skips the average without reading `accepted` on the host. The live weights are always finite.
         weight = {d: (1 - self.decay) * self._accepted.to(d) for d in {t.dtype for t in self._live.values()}}
         for name, live in self._live.items():
             local(self._average[name]).lerp_(local(live.detach()), weight[live.dtype].to(live.device))

@@ -1,4 +1,4 @@
-"""Which learning-rate scale and weight decay each parameter gets."""
+"""Group parameters by learning-rate scale and weight decay."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Group:
 
 
 def layer_number(name: str, depths: Sequence[int]) -> int:
-    """The "single" layer id of the official fine-tuning code: 1 for the stem, one per block, last for norm and head.
+    """Return the "single" layer id of the official fine-tuning code: 1 for the stem, one per block, last for the head.
 
-    Next-ViT, which has no published one, is given the like: its blocks are counted through in `features`.
+    Next-ViT has no published layer ids, so its blocks are counted through in `features` likewise.
     """
     part = name.split(".")
     if part[0] == "stem":
@@ -34,7 +34,7 @@ def layer_number(name: str, depths: Sequence[int]) -> int:
 
 
 def layer_group(name: str, depths: Sequence[int]) -> int:
-    """The "group" layer id (12 groups): made for the depths 3, 3, 27, 3 of Base, Large and Huge."""
+    """Return the "group" layer id (12 groups), defined for the depths 3, 3, 27, 3 of Base, Large and Huge."""
     part = name.split(".")
     if part[0] == "downsample_layers":
         return (0, 2, 3, 12)[int(part[1])]
@@ -54,25 +54,25 @@ def parameter_groups(
 ) -> list[Group]:
     """Group named parameters by learning-rate scale and weight decay.
 
-    The scale is `layer_decay ** (last - id)`. Biases and 1-D tensors are never decayed; GRN's gamma and beta (and the
-    mask token) only with `decay_grn`, which is what the official pre-training does and the fine-tuning does not.
+    The scale is `layer_decay ** (last - id)`. Biases and 1-D tensors have no weight decay. GRN's gamma and beta and the
+    mask token have it only with `decay_grn`, as in the official pre-training but not in its fine-tuning.
 
     Raises:
-        ValueError: if "group" is asked for other depths than it is made for.
+        ValueError: if `layer_decay_groups` is "group" and the depths are not 3, 3, 27, 3.
     """
     if layer_decay_groups == "group" and tuple(depths) != (3, 3, 27, 3):
         raise ValueError(
-            f"layer_decay_groups is group, made for depths 3, 3, 27, 3; this model has {tuple(depths)}: use single"
+            f"layer_decay_groups is group, which needs depths 3, 3, 27, 3; this model has {tuple(depths)}: use single"
         )
     number = layer_number if layer_decay_groups == "single" else layer_group
     last = number("norm", depths)
-    found: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    grouped: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
         exempt = parameter.ndim == 1 or name.endswith(".bias")
         if not decay_grn:
             exempt = exempt or name.endswith((".gamma", ".beta")) or name == "mask_token"
         layer = number(name, depths) if layer_decay < 1 else last
-        found.setdefault((layer, exempt), []).append((name, parameter))
+        grouped.setdefault((layer, exempt), []).append((name, parameter))
     return [
         Group(
             names=tuple(name for name, _ in members),
@@ -80,5 +80,5 @@ def parameter_groups(
             lr_scale=layer_decay ** (last - layer),
             weight_decay=0.0 if exempt else weight_decay,
         )
-        for (layer, exempt), members in found.items()
+        for (layer, exempt), members in grouped.items()
     ]

@@ -1,7 +1,7 @@
-"""Which weights of a layer are zero, and how that changes: pure functions, the same on any device.
+"""Choose the masks of sparse layers, prune and grow them: pure functions with the same results on any device.
 
 The method is SLaK's (Liu et al. 2022, arXiv 2207.03620): layer-wise densities from SNIP (Lee et al. 2019), then, every
-so many steps, the smallest weights of each layer are pruned and as many grown elsewhere. Counts here are exact, where
+so many steps, the smallest weights of each layer are pruned and as many grown elsewhere. Counts are exact here, while
 the released code draws each weight by itself.
 """
 
@@ -14,27 +14,30 @@ from torch import Tensor
 from pipeline.randomness import as_int64, mix64_tensor
 
 Shape = tuple[int, ...]
-DENSE_FROM = 0.99  # a layer this dense is left dense for good, as in the released code
+DENSE_FROM = 0.99  # a layer of this density or more stays dense, as in the released code
 
 
 def prune_rate(step: int, total_steps: int, first: float, last: float) -> float:
-    """Share of a layer's weights that are moved after `step`: a cosine from `first` to `last` over the stage."""
+    """Return the share of a layer's weights that is moved after `step`: a cosine from `first` to `last`."""
     return last + (first - last) * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
 
 
 def snip_densities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
-    """Each layer's share of the scores above a threshold that int(total * (1 - sparsity)) of all scores reach.
+    """Return each layer's share of scores above the threshold that int(total * (1 - sparsity)) of all scores reach.
 
     scores: |weight * gradient| of each weight.
     """
-    every = torch.cat([score.flatten() for score in scores.values()])
-    reach = max(int(every.numel() * (1 - sparsity)), 1)
-    threshold = every.kthvalue(every.numel() - reach + 1).values
+    all_scores = torch.cat([score.flatten() for score in scores.values()])
+    reach = max(int(all_scores.numel() * (1 - sparsity)), 1)
+    threshold = all_scores.kthvalue(all_scores.numel() - reach + 1).values
     return {name: (score > threshold).sum().item() / score.numel() for name, score in scores.items()}
 
 
 def erk_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
-    """Densities in proportion to (sum of a layer's dimensions / product), at most 1 (Evci et al. 2020, RigL)."""
+    """Return densities in proportion to the sum of a layer's dimensions over their product, at most 1 (RigL).
+
+    Source: Evci et al. 2020, arXiv 1911.11134.
+    """
     raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     wanted = (1 - sparsity) * sum(sizes.values())
@@ -50,12 +53,12 @@ def erk_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str, flo
 
 
 def uniform_densities(shapes: Mapping[str, Shape], sparsity: float) -> dict[str, float]:
-    """The same density everywhere."""
+    """Return the same density for every layer."""
     return dict.fromkeys(shapes, 1 - sparsity)
 
 
 def random_weight_mask(shape: Shape, density: float, key: int, device: torch.device) -> Tensor:
-    """Bool tensor with exactly round(density * size) places True, chosen by hash; all of them from DENSE_FROM on."""
+    """Return a bool tensor with exactly round(density * size) places True, by hash; all True from DENSE_FROM on."""
     count = math.prod(shape)
     if density >= DENSE_FROM:
         return torch.ones(shape, dtype=torch.bool, device=device)
@@ -63,20 +66,20 @@ def random_weight_mask(shape: Shape, density: float, key: int, device: torch.dev
 
 
 def prune_mask(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
-    """The mask without its ceil(rate * count) smallest weights."""
+    """Return the mask without its ceil(rate * count) smallest weights."""
     count = math.ceil(rate * int(mask.sum()))
     magnitudes = torch.where(mask, weight.abs(), torch.inf)
     return mask & ~mark_smallest(magnitudes.flatten(), count).view(mask.shape)
 
 
 def grow_mask(mask: Tensor, count: int, scores: Tensor) -> Tensor:
-    """The mask and the `count` places outside of it with the smallest scores (int64, or floating), in its shape."""
+    """Return the mask with the `count` places outside it that have the smallest scores, int64 or floating."""
     last = torch.iinfo(torch.int64).max if scores.dtype == torch.int64 else torch.inf
     return mask | mark_smallest(torch.where(mask, last, scores.view(mask.shape)).flatten(), count).view(mask.shape)
 
 
 def mark_smallest(values: Tensor, count: int) -> Tensor:
-    """Bool tensor that marks exactly `count` of the 1-D `values`: the smallest, of equal ones the first."""
+    """Return a bool tensor that marks exactly `count` of the 1-D `values`: the smallest, of equal ones the first."""
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
     bound = values.kthvalue(count).values

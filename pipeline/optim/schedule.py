@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Compute the learning rate, a pure function of the step."""
 
 import math
 
@@ -6,9 +6,10 @@ import math
 def learning_rate(
     step: int, *, steps_per_epoch: int, epochs: float, warmup_epochs: float, lr: float, min_lr: float
 ) -> float:
-    """Linear warm-up from 0, then half a cosine down to `min_lr` (official code: set once per optimizer update).
+    """Return the learning rate of the next update: linear warm-up from 0, then half a cosine down to `min_lr`.
 
-    `step` counts finished optimizer steps, so the first update of a run with warm-up has learning rate 0.
+    `step` counts finished optimizer steps, so the first update of a run with warm-up has learning rate 0. The official
+    code also sets the rate once per optimizer update.
     """
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:

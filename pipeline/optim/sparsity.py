@@ -1,4 +1,4 @@
-"""Dynamic sparsity: a component that keeps part of the weights at zero, and moves the zeros now and then."""
+"""Dynamic sparsity: a component that keeps part of the weights at zero and moves the zeros every few steps."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -15,39 +15,41 @@ from pipeline.recipe.sections import SparsitySettings
 DECOMPOSED = "large_kernel.LoRA"  # in the official names of SLaK's long thin kernels
 
 
-def maskable(weights: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
-    """What sparsity is about: matrices and convolutions, never biases, norms, GRN's or LayerScale's factors.
+def maskable_weights(weights: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+    """Select the weights that may be zero: matrices and convolutions, not biases, norms or factors of channels.
+
+    which: "all", or "decomposed" for SLaK's long thin kernels alone.
 
     Raises:
-        RecipeError: if `which` is "decomposed" and there are none.
+        RecipeError: if `which` is "decomposed" and the model has no such kernels.
     """
-    found = {name: w for name, w in weights.items() if name.endswith(".weight") and w.ndim in (2, 4)}
+    selected = {name: w for name, w in weights.items() if name.endswith(".weight") and w.ndim in (2, 4)}
     if which == "decomposed":
-        found = {name: weight for name, weight in found.items() if DECOMPOSED in name}
-        if not found:
+        selected = {name: weight for name, weight in selected.items() if DECOMPOSED in name}
+        if not selected:
             raise RecipeError(
                 f"sparsity.weights is decomposed but this model has no {DECOMPOSED}*; take model slak, or all"
             )
-    return found
+    return selected
 
 
 class DynamicSparsity(Component):
-    """Masked weights are zero after every update, in the average too; it must come before the average's component.
+    """Keeps masked weights and their averages at zero after every update.
 
-    A weight that is grown starts at zero, and its average at its first value. Gradients stay dense: they are what
-    gradient growth looks at, and part of the norm that is reported and clipped.
+    Must come before the EMA's component. A grown weight starts at zero, and its average at the weight's first value.
+    Gradients stay dense: gradient growth uses them, and they count in the norm that is reported and clipped.
 
-    All tensors are logical ones (see `sharded_tensors`). When zeros are moved, each layer is gathered whole on every
-    rank, one after the other, so that all decide alike; else nothing is communicated, and nobody waits for the device.
+    All tensors are logical ones (see `sharded_tensors`). When zeros are moved, each layer in turn is gathered whole on
+    every rank, so all ranks decide alike. Other steps neither communicate nor wait for the device.
 
     Args:
-        weights: the live ones by name.
-        averages: their moving averages, or none.
-        moments: the optimizer's, by name of the weight.
-        gradient: the gradient of a weight by name, once it is summed over slots and ranks.
-        seed: what is random is a hash of it, the step, and the weight's name and place.
-        total_steps: of the stage. After the last one nothing is moved: what was grown then would never be trained.
-        accepted: 0-dim bool tensor that tells after each step whether it was made.
+        weights: the live weights by name.
+        averages: their moving averages, or an empty mapping.
+        moments: the optimizer's moments of each weight.
+        gradient: returns the gradient of a weight by name, summed over slots and ranks.
+        seed: random masks are hashes of the seed, the step, and the weight's name and place.
+        total_steps: of the stage. The last step moves no zeros, because grown weights would not be trained any more.
+        accepted: 0-dim bool tensor, False after a step that was skipped.
     """
 
     name = "sparsity"
@@ -65,21 +67,21 @@ class DynamicSparsity(Component):
         accepted: Tensor,
     ):
         self.settings, self._seed, self._total, self._accepted = settings, seed, total_steps, accepted
-        self.weights = maskable(weights, settings.weights)
+        self.weights = maskable_weights(weights, settings.weights)
         self._averages = {name: averages[name] for name in self.weights if name in averages}
         self._moments = {name: list(moments[name]) if settings.moments == "zeroed" else [] for name in self.weights}
         self._gradient, self._gradients = gradient, {}
         self._masks = {name: torch.ones_like(w.detach(), dtype=torch.bool) for name, w in self.weights.items()}
 
     def start(self, densities: Mapping[str, float]) -> None:
-        """Random masks of these densities by weight's name."""
+        """Start with random masks of these densities, by name of the weight."""
         for name, mask in self._masks.items():
             drawn = random_weight_mask(tuple(mask.shape), densities[name], self._key(name, 0), local(mask).device)
             fill(mask, drawn)
             self._apply(name)
 
     def start_from_zeros(self) -> None:
-        """Weights that are zero stay zero: for those of a stage that was sparse itself."""
+        """Start with the zeros of the weights, which a sparse stage has handed on."""
         for name, weight in self.weights.items():
             local(self._masks[name]).copy_(local(weight.detach()) != 0)
 
@@ -97,11 +99,11 @@ class DynamicSparsity(Component):
             self._apply(name)
 
     def state(self) -> dict[str, Tensor]:
-        """True where a weight is trained."""
+        """Return the masks by name: True where a weight is trained."""
         return self._masks
 
     def densities(self) -> dict[str, float]:
-        """Share of each layer's weights that are trained. Collective; waits for the device."""
+        """Return the share of each layer's weights that is trained. Collective; waits for the device."""
         return {name: whole(mask).sum().item() / mask.numel() for name, mask in self._masks.items()}
 
     def _is_due(self, step: int) -> bool:
@@ -114,9 +116,9 @@ class DynamicSparsity(Component):
             return
         rate = prune_rate(step, self._total, self.settings.prune_rate, self.settings.final_prune_rate)
         kept = prune_mask(whole(self.weights[name].detach()), mask, rate)
-        count = int(mask.sum()) - int(kept.sum())  # now, for `mask` may be what is filled next
+        count = int(mask.sum()) - int(kept.sum())  # before `fill`, because `mask` may be the same memory
         fill(self._masks[name], kept)
-        self._apply(name)  # what is pruned and grown at once starts at zero as well
+        self._apply(name)  # so that a weight that is pruned and grown at once starts at zero too
         if self._gradients:
             scores = -whole(self._gradients[name]).abs()
         else:

@@ -61,7 +61,7 @@ def train(
                 log.restart_clock()
         if stop.number or step == last:
             if stop.number:
-                log.write("stop", step=step, reason=stop.reason, asked=round(stop.asked, 3))
+                log.write("stop", step=step, reason=stop.reason, asked=round(stop.time, 3))
             watchdog.phase("save", step)
             checkpoints.save(step, why=stop.reason if stop.number else "end")
             if stop.number:

@@ -1,4 +1,4 @@
-"""A stop that is asked for: when, and by whom."""
+"""Stop requests: the first signal of any rank stops all of them, and its time is known."""
 
 import os
 import signal
@@ -24,17 +24,17 @@ def test_the_first_signal_counts_and_is_dated(request_for_stop):
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     after = time.time()
-    time.sleep(0.05)  # the ranks agree between slots, which may take a while
+    time.sleep(0.05)  # the ranks agree later, between two slots
     assert stop()
     assert (stop.number, stop.reason) == (signal.SIGUSR1, "SIGUSR1")
-    assert before - 0.002 <= stop.asked <= after + 0.002
+    assert before - 0.002 <= stop.time <= after + 0.002
 
 
 def test_a_rank_that_got_none_believes_the_others(request_for_stop):
-    told = iter([0, signal.SIGTERM, 3000])  # what another rank has: no signal, then one, which is 3 s old
-    stop = AgreedStop(request_for_stop, lambda value: max(value, next(told)))
+    from_another_rank = iter([0, signal.SIGTERM, 3000])  # no signal, then one that is 3 s (3000 ms) old
+    stop = AgreedStop(request_for_stop, lambda value: max(value, next(from_another_rank)))
     assert not stop()
     before = time.time()
     assert stop()
-    assert before - 3 <= stop.asked <= time.time() - 3
-    assert stop()  # without asking again
+    assert before - 3 <= stop.time <= time.time() - 3
+    assert stop()  # without another agreement

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.models import create_model
 from pipeline.optim.pruning import DENSE_FROM, snip_densities
-from pipeline.optim.sparsity import maskable
+from pipeline.optim.sparsity import maskable_weights
 from tests.unit.models.test_slak import SIZES, norms_of_blocks
 
 
@@ -33,7 +33,7 @@ def test_slak_tiny_has_its_published_cost():
     for conv in (module for module in model.modules() if isinstance(module, DepthwiseConv2d)):
         conv.form = "fft"
     cost, logits = macs(model, torch.randn(8, 3, 224, 224))
-    weights = maskable(dict(model.named_parameters()), "all")
+    weights = maskable_weights(dict(model.named_parameters()), "all")
     gradients = torch.autograd.grad(F.cross_entropy(logits, torch.randint(0, 1000, (8,))), list(weights.values()))
     scores = {n: (w.detach() * g).abs() for (n, w), g in zip(weights.items(), gradients, strict=True)}
     densities = {name: 1.0 if d >= DENSE_FROM else d for name, d in snip_densities(scores, 0.4).items()}
