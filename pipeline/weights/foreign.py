@@ -31,6 +31,10 @@ _SUFFIXES = {
 }
 
 
+class MissingEntryError(CheckpointError):
+    """A file that has no dictionary under the requested key."""
+
+
 class LoadedWeights(NamedTuple):
     """Weights on the CPU, under internal names and in the dtypes of the file, with a report about their conversion."""
 
@@ -52,6 +56,7 @@ def load_weights(
         expected_sha256: any other file is refused.
 
     Raises:
+        MissingEntryError: if there is no dictionary under `entry`.
         CheckpointError: if the file is missing, damaged, mislabelled or of another family, or if a tensor of it has no
             place in the model.
     """
@@ -85,7 +90,7 @@ def _tensors(
     try:
         tensors, chosen, ignored = _choose(content, entry)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     return _unwrapped(tensors), chosen, ignored
 
 
@@ -145,10 +150,12 @@ def _damaged(path: str | os.PathLike, kind: str, error: Exception) -> Checkpoint
 def _choose(content: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None, tuple[str, ...]]:
     """Find the weights in a pickled dictionary; returns the tensors, their key, and the other keys."""
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"it holds a {type(content).__name__} and not a dictionary of tensors; save a state dict")
+        raise MissingEntryError(
+            f"it holds a {type(content).__name__} and not a dictionary of tensors; save a state dict"
+        )
     keys = [str(key) for key in content]
     if entry is not None and not isinstance(content.get(entry), Mapping):
-        raise CheckpointError(f"it has no dictionary under {entry!r}; its keys are {_some(keys)}")
+        raise MissingEntryError(f"it has no dictionary under {entry!r}; its keys are {_some(keys)}")
     chosen = entry or next((key for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
     tensors = content if chosen is None else content[chosen]
     for name, value in tensors.items():

@@ -22,7 +22,7 @@ from pipeline.models import create_model
 from pipeline.objectives.pixels import MEAN, STD
 from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
-from tools.weights.model import build, open_weights
+from tools.weights.model import build_model, open_weights
 
 RANDOM = "random weights"
 
@@ -110,7 +110,7 @@ def _open_weights(path: str, options: dict[str, Any]) -> AnalyzedModel:
     if options:
         raise UserError(f"model {path}: {next(iter(options))} does not go with weights; the file fixes the model")
     opened = open_weights(path, entry=entry)
-    model = build(opened.tensors, opened.facts.get("model"), opened.source)
+    model = build_model(opened.tensors, opened.facts.get("model"), opened.source)
     stage = opened.stage and opened.stage.resolve()
     label = f"{stage.parent.name}/{stage.name}" if stage else Path(path).stem
     return AnalyzedModel(label, model, opened.source, classes=tuple(opened.facts.get("classes") or ()))

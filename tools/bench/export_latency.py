@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.models import create_model
 from tools.bench.timing import Clock, medians, print_header, print_row
-from tools.weights.export import ONNX_TOLERANCE, merged, relative_difference, trace
+from tools.weights.export import ONNX_TOLERANCE, folded, relative_difference, write_onnx
 
 MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]
@@ -95,11 +95,11 @@ def scattered(name: str, size: int) -> nn.Module:
 def measure_model(name: str, batch: int, size: int, rounds: int, threads: int) -> list[object]:
     """A row of the table."""
     original = scattered(name, size)
-    model = merged(original)
+    model = folded(original)
     images = torch.randn(batch, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        trace(model, path, size, external=True)
+        write_onnx(model, path, size, external=True)
         session = onnx_session(path, threads)
         inputs, expected = {"images": images.numpy()}, original(images)
         clock = time.process_time if threads == 1 else time.perf_counter

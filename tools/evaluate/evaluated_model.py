@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.stage.directory import Stage
-from tools.weights.model import build, open_weights
+from tools.weights.model import build_model, open_weights
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
 
@@ -53,7 +53,7 @@ def load_evaluated_model(
     if crop_pct is None and opened.stage is not None:
         data = Stage(opened.stage).recipe.data
         crop_pct = data.crop_pct if size == data.image_size else None
-    model = build(opened.tensors, facts.get("model"), opened.source)
+    model = build_model(opened.tensors, facts.get("model"), opened.source)
     names = tuple(facts.get("classes") or ()) or None
     crop = crop_pct or default_crop(size)
     return EvaluatedModel(path, model, _variant(model), model.num_classes, names, opened.which, size, crop)

@@ -1,4 +1,4 @@
-"""Weights from any layout to another: `fcmae convert`."""
+"""Rename and reshape weights from any layout to another."""
 
 import io
 import os
@@ -27,7 +27,7 @@ PICKLES = (".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was read, what became of the head, and what was written: the layout's names and a sha256."""
+    """The report about reading, the match of the head's classes, the names of the written tensors, and the sha256."""
 
     report: ConversionReport
     head: HeadMatch | None
@@ -49,35 +49,34 @@ def convert(
     entry: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Read weights of any layout and write them in `to`, values and dtypes as they are.
+    """Read weights of any layout and write them in layout `to`, with the same values and dtypes.
 
-    Equal content gives an equal file, and what is in that layout already comes out unchanged.
+    Equal content gives an equal file. Weights that are in that layout already come out unchanged.
 
     Args:
         destination: ends in .safetensors, or in .pt, .pth or .bin for a pickle of tensors (in the official layout
-            below the key `model`, where its code looks).
-        head: "keep"; "drop" what follows the encoder's features, a classifier's head or the decoder's side of FCMAE,
-            whose encoder then has the names of the released ones; or "map" its rows by class names.
-        classes: for "map", files of the class names of the source and of the destination.
+            under the key `model`, which the official code reads).
+        head: "keep", "drop" or "map". Drop removes a classifier's head or FCMAE's decoder; the encoder then has the
+            names of the released ones. Map moves the head's rows to other classes by name.
+        classes: for "map", the files of class names of the source and of the destination.
         entry: see `load_weights`.
 
     Raises:
-        CheckpointError: if the source is not accounted for in full, or the destination cannot be written.
+        CheckpointError: if a tensor of the source has no place, or the destination cannot be written.
     """
     check_destination(destination, (".safetensors", *PICKLES), overwrite)
     loaded = load_weights(source, entry)
-    refuse_own_forms(source, loaded.report.architecture.unrecorded_options)
+    refuse_unpublished_options(source, loaded.report.architecture.unrecorded_options)
     tensors, dropped, match = change_head(loaded.tensors, head, classes)
     architecture = architecture_of(tensors)
-    tensors, homeless = from_internal(tensors, architecture, to)
-    report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *homeless))
+    tensors, unsupported = from_internal(tensors, architecture, to)
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *unsupported))
     if destination.suffix == ".safetensors":
-        # transformers refuses files whose metadata names no format; a second key would make the bytes vary.
-        metadata = (
-            {"format": "pt"}
-            if to == "transformers"
-            else {FACTS: canonical(facts(source, architecture, to, read_class_names(classes[1]) if classes else None))}
-        )
+        if to == "transformers":
+            metadata = {"format": "pt"}  # transformers requires this key, and a second one would make the bytes vary
+        else:
+            names = read_class_names(classes[1]) if classes else None
+            metadata = {FACTS: canonical(output_facts(source, architecture, to, names))}
         data = safetensors_bytes(tensors, metadata)
     else:
         data = _pickle({"model": tensors} if to == "official" else tensors)
@@ -85,9 +84,9 @@ def convert(
 
 
 def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raises CheckpointError for another ending, or for what exists and is not to be overwritten."""
+    """Raise CheckpointError if the path has another suffix, is a directory, or exists and `overwrite` is False."""
     if path.suffix not in suffixes:
-        raise CheckpointError(f"{path} ends in none of {', '.join(suffixes)}; name the file to write by its kind")
+        raise CheckpointError(f"{path} ends in none of {', '.join(suffixes)}; name a file with one of these suffixes")
     if path.is_dir() or (path.exists() and not overwrite):
         raise CheckpointError(f"{path} exists already; name another file, or add --overwrite to replace a file")
 
@@ -95,11 +94,18 @@ def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) ->
 def change_head(
     tensors: Mapping[str, Tensor], head: Head, classes: tuple[Path, Path] | None = None
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...], HeadMatch | None]:
-    """Our weights with the head kept, dropped or mapped by class names; the names that were dropped; the match."""
+    """Keep, drop or map the head of internal tensors.
+
+    Returns:
+        The tensors, the names that were dropped, and for "map" the match of the classes.
+
+    Raises:
+        CheckpointError: if class names are missing or superfluous, or do not fit the head.
+    """
     if (head == "map") != (classes is not None):
         raise CheckpointError(
-            f"head is {head} {'with' if classes else 'without'} files of class names; "
-            "mapping needs those of both sides, and nothing else takes them"
+            f"head is {head} {'with' if classes else 'without'} files of class names; give --classes OLD NEW with"
+            " --head map, and only then"
         )
     if classes is not None:
         mapped, match = map_head(tensors, *map(read_class_names, classes))
@@ -111,49 +117,51 @@ def change_head(
     else:
         kept = {name: name for name in tensors if name not in head_names(tensors)}
     dropped = tuple(name for name in tensors if name not in kept)
-    return {ours: tensors[name] for name, ours in kept.items()}, dropped, None
+    return {new: tensors[name] for name, new in kept.items()}, dropped, None
 
 
 def architecture_of(tensors: Mapping[str, Tensor]) -> Architecture:
-    """What our tensors say about their model."""
+    """Infer the architecture from internal tensors."""
     return infer_architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "our")
 
 
-def refuse_own_forms(source: str | os.PathLike, untold: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Raises CheckpointError for weights trained with forms of their own while their tensors look like everybody's:
-    other code would read them without a word and compute something else. `untold` has the published values of what
-    tensors do not tell beside the form of GRN.
+def refuse_unpublished_options(source: str | os.PathLike, unrecorded: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse weights that other programs would load without an error and compute differently.
+
+    Args:
+        unrecorded: published values of the options that tensors do not show, in addition to those of GRN.
+
+    Raises:
+        CheckpointError: if the weights were trained with another value of such an option.
     """
-    published = {**PUBLISHED_GRN, **untold}
+    published = {**PUBLISHED_GRN, **unrecorded}
     model = known_facts(source).get("model")
     for name, value in published.items() if isinstance(model, dict) else ():
         if model.get(name, value) != value:
             raise CheckpointError(
                 f"{source} was trained with model.{name} {model[name]}, which no other code computes (theirs is"
-                f" {value}); keep the file as it is, or export it as safetensors, which says so"
+                f" {value}); keep the file, or export it as safetensors, which records the option"
             )
 
 
-def facts(
-    source: str | os.PathLike,
-    architecture: Architecture,
-    layout: str,
-    classes: list[str] | None = None,
+def output_facts(
+    source: str | os.PathLike, architecture: Architecture, layout: str, classes: list[str] | None = None
 ) -> dict[str, Any]:
-    """What the source says about itself, if it is a file of ours, with the shape and layout of what is written.
+    """The facts to write: those of the source, if it has any, with the new architecture and layout.
 
-    classes: the names of the rows of a head that was mapped. A head that is gone takes its names along.
+    classes: the class names of a mapped head. Without a head, the class names are removed.
     """
     known = known_facts(source)
     if classes is not None:
         known["classes"] = classes
     elif not architecture.classes:
         known.pop("classes", None)
-    return {**known, "layout": layout, "architecture": _plain(architecture)}
+    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(architecture).items()}
+    return {**known, "layout": layout, "architecture": shape}
 
 
 def known_facts(source: str | os.PathLike) -> dict[str, Any]:
-    """What a file of ours says about itself; of others, nothing."""
+    """The facts in a file that this program wrote; {} for other files."""
     try:
         known = read_facts(source)
     except CheckpointError:
@@ -161,12 +169,8 @@ def known_facts(source: str | os.PathLike) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _plain(architecture: Architecture) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(architecture).items()}
-
-
 def _pickle(content: dict[str, Any]) -> bytes:
-    def owned(value: Any) -> Any:  # a view would drag the whole of its storage into the file
+    def owned(value: Any) -> Any:  # clone, because torch.save would write the whole storage behind a view
         return value.clone().contiguous() if isinstance(value, Tensor) else {k: owned(v) for k, v in value.items()}
 
     stream = io.BytesIO()

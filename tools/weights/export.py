@@ -1,4 +1,4 @@
-"""Weights for use elsewhere: `fcmae export` to safetensors, ONNX, or a folder that timm loads."""
+"""Export weights to safetensors, to ONNX, or to a folder that timm loads."""
 
 import copy
 import json
@@ -19,21 +19,21 @@ from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
 from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
-from tools.weights.convert import check_destination, facts, refuse_own_forms
-from tools.weights.model import build, placed
+from tools.weights.convert import check_destination, output_facts, refuse_unpublished_options
+from tools.weights.model import build_model, model_tensors
 
 Format = Literal["safetensors", "onnx", "timm"]
-ONNX_TOLERANCE = 1e-4  # of the largest output; fp32 in another order of sums differs by about 1e-6
-_ONE_FILE_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which ends at 2 GiB
+ONNX_TOLERANCE = 1e-4  # relative to the largest output; another order of sums in fp32 differs by about 1e-6
+_ONE_FILE_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was read, what was written, and for ONNX how far it is from this model's outputs."""
+    """The report about reading, the files written, and for ONNX the difference from the model's outputs."""
 
     report: ConversionReport
     files: tuple[Path, ...]
-    max_difference: float | None = None  # a share of the largest output
+    max_difference: float | None = None  # relative to the largest output
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -54,54 +54,55 @@ def export(
 ) -> Export:
     """Write weights of any layout as fp32.
 
-    - "safetensors": our names, with one metadata key, `fcmae`: sorted JSON of what the weights are.
-    - "onnx": images (batch, 3, R, R) to logits, or without a head to the last map (batch, C, h, w); the batch is free,
-      R is `image_size`. BatchNorms, and SLaK's small kernels, are merged into their neighbours. It is compared with
-      onnxruntime, unmerged, before it is written; above 2 GB, weights lie in OUT.data.
+    - "safetensors": internal names, and one metadata key `fcmae` with sorted JSON of facts about the weights.
+    - "onnx": images (N, 3, R, R) -> logits, or without a head the last map (N, C, h, w), for any N and for
+      R = `image_size`. BatchNorms and SLaK's small kernels are folded into the convolutions beside them. Before it is
+      written, its outputs in onnxruntime are compared with those of the model as it is. Above 1.8 GB, the weights are
+      in OUT.data.
     - "timm": a folder with model.safetensors and config.json.
 
     Args:
-        image_size: pixels; by default what the weights' facts say, or 224.
+        image_size: pixels. Default: that in the facts of the weights, or 224.
         entry: see `load_weights`.
 
     Raises:
-        CheckpointError: if the source is not accounted for in full, or the destination cannot be written.
-        UserError: if a package is missing, or onnxruntime's outputs are not the model's.
+        CheckpointError: if a tensor of the source has no place, or the destination cannot be written.
+        UserError: if a package is missing, or onnxruntime's outputs differ from the model's.
     """
     loaded = load_weights(source, entry)
-    about = facts(source, loaded.report.architecture, "official")
+    about = output_facts(source, loaded.report.architecture, "official")
     size = image_size or about.get("image_size") or 224
     if kind == "safetensors":
         check_destination(destination, (".safetensors",), overwrite)
         write_weights(destination, loaded.tensors, about)
         return Export(loaded.report, (destination,))
     if kind == "onnx":
-        refuse_own_forms(source)
+        refuse_unpublished_options(source)
         check_destination(destination, (".onnx",), overwrite)
-        return _onnx(source, loaded, destination, size, about.get("model"))
-    refuse_own_forms(source, loaded.report.architecture.unrecorded_options)
-    return _timm(loaded, destination, size, about, overwrite)
+        return _export_onnx(source, loaded, destination, size, about.get("model"))
+    refuse_unpublished_options(source, loaded.report.architecture.unrecorded_options)
+    return _export_timm(loaded, destination, size, about, overwrite)
 
 
-def _onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, known: Any) -> Export:
+def _export_onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, known: Any) -> Export:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise UserError(
-            f"ONNX needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
+            f"--format onnx needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
-    model = build(loaded.tensors, known, str(source))
-    report = replace(loaded.report, dropped=(*loaded.report.dropped, *placed(loaded.tensors)[1]))
+    model = build_model(loaded.tensors, known, str(source))
+    report = replace(loaded.report, dropped=(*loaded.report.dropped, *model_tensors(loaded.tensors)[1]))
     if size < model.stride:
         raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
     bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
-        path = Path(folder) / destination.name  # its name is written into it when the weights lie beside it
-        trace(merged(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
+        path = Path(folder) / destination.name  # the final name, because ONNX records it when the weights lie beside
+        write_onnx(folded(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        difference = max(_compare(model, session, batch, size) for batch in (1, 3))
+        difference = max(_compare_outputs(model, session, batch, size) for batch in (1, 3))
         del session
         files = sorted(Path(folder).iterdir(), reverse=True)  # OUT.data before OUT
         for file in files:
@@ -109,16 +110,19 @@ def _onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, s
     return Export(report, tuple(destination.parent / file.name for file in files), difference)
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """A copy to deploy; the model itself if there is nothing to merge."""
+def folded(model: nn.Module) -> nn.Module:
+    """A copy with BatchNorms and small kernels folded into convolutions; the model itself if it has none."""
     return copy.deepcopy(model).fold_batchnorm() if hasattr(model, "fold_batchnorm") else model
 
 
-def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
-    """Write a merged model as ONNX, of `images` (batch, 3, size, size); `external` puts the weights beside it."""
+def write_onnx(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
+    """Write a folded model as ONNX with input `images` (N, 3, size, size).
+
+    external: write the weights to a second file.
+    """
     images = torch.zeros(2, model.in_channels, size, size)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         torch.onnx.export(
             model,
             (images,),
@@ -133,18 +137,22 @@ def trace(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, session: Any, batch: int, size: int) -> float:
-    """The largest difference of outputs, as a share of the largest one. Raises UserError above the tolerance."""
+def _compare_outputs(model: nn.Module, session: Any, batch: int, size: int) -> float:
+    """The largest difference of outputs, relative to the largest output.
+
+    Raises:
+        UserError: if onnxruntime fails, or the difference exceeds ONNX_TOLERANCE.
+    """
     images = torch.randn(batch, model.in_channels, size, size, generator=torch.Generator().manual_seed(batch))
-    ours = model(images)
+    expected = model(images)
     try:
-        theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    except Exception as error:  # its classes are not public; the exporter may have fixed the batch without a word
+        outputs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    except Exception as error:  # its classes are not public; the exporter may have fixed the batch size
         raise UserError(
             f"onnxruntime cannot run the exported model at batch {batch} ({' '.join(str(error).split())[:200]}), so "
             "nothing is written; try other versions of torch, onnxscript and onnxruntime"
         ) from error
-    difference = relative_difference(ours, theirs)
+    difference = relative_difference(expected, outputs)
     if not difference <= ONNX_TOLERANCE:
         raise UserError(
             f"onnxruntime differs from the model by {difference:.2e} of its largest output at batch {batch}, more than "
@@ -153,15 +161,15 @@ def _compare(model: nn.Module, session: Any, batch: int, size: int) -> float:
     return difference
 
 
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference as a share of our largest output; of outputs that are all zero, 0 or infinite."""
-    if ours.shape != theirs.shape:
+def relative_difference(expected: torch.Tensor, outputs: torch.Tensor) -> float:
+    """The largest difference relative to the largest expected output; 0 or infinity if that is 0."""
+    if expected.shape != outputs.shape:
         return math.inf
-    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    difference, largest = (expected - outputs).abs().max().item(), expected.abs().max().item()
     return difference / largest if largest else math.inf if difference else 0.0
 
 
-def _timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
+def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
     report, notes = loaded.report, []
@@ -170,7 +178,7 @@ def _timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, An
     width = report.architecture.dims[-1]
     if report.architecture.family == "convnextv2" and "head.norm.weight" not in tensors:
         tensors |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
-        notes.append("added: head.norm.weight (ones), head.norm.bias (zeros), which timm has behind every encoder")
+        notes.append("added: head.norm.weight (ones), head.norm.bias (zeros), which timm has after the encoder")
     config = _timm_config(report.architecture, size)
     written = {name: tensor.float() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +194,7 @@ def _timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, An
 
 
 def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
-    """What timm reads beside the weights. Other shapes than the published are arguments of its tiny model."""
+    """The config.json for timm. Unpublished shapes are described as arguments of its tiny model."""
     from pipeline.objectives.pixels import MEAN, STD  # here, for it loads FFCV
 
     options: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from tests.oracles import assert_equal_outputs, oracle, randomise
 from tests.support import fcmae
 from tools.weights import export as tool
 from tools.weights.export import export, relative_difference
-from tools.weights.model import build
+from tools.weights.model import build_model
 
 CLASSIFIER = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes=3)
 PRETRAINING = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
@@ -62,7 +62,7 @@ def exported(tmp_path_factory):
 
 
 def test_build_is_the_model():
-    assert torch.equal(build(weights(CLASSIFIER))(IMAGES), outputs(CLASSIFIER))
+    assert torch.equal(build_model(weights(CLASSIFIER))(IMAGES), outputs(CLASSIFIER))
 
 
 @pytest.mark.parametrize("architecture", [CLASSIFIER, PRETRAINING])
@@ -114,7 +114,7 @@ def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch, exporte
     bias = scale * (weights(CLASSIFIER)["head.bias"] + 0.01)
     weight = scale * weights(CLASSIFIER)["head.weight"]
     torch.save({**weights(CLASSIFIER), "head.weight": weight, "head.bias": bias}, tmp_path / "w.pt")
-    monkeypatch.setattr(tool, "trace", lambda model, path, *_, **__: onnx.save(right, path))
+    monkeypatch.setattr(tool, "write_onnx", lambda model, path, *_, **__: onnx.save(right, path))
     share = r"differs from the model by [3-9]\.\d\de-03 of its largest output at batch 1, more than 1e-04"
     with pytest.raises(UserError, match=share):
         export(tmp_path / "w.pt", tmp_path / "m.onnx", "onnx", image_size=64)

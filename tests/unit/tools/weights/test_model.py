@@ -9,7 +9,7 @@ from pipeline.recipe.model_settings import ConvNeXtSettings, SLaKSettings
 from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
 from tools.weights.export import export
-from tools.weights.model import build, open_weights
+from tools.weights.model import build_model, open_weights
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SHAPE = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
@@ -37,7 +37,7 @@ def test_a_recipes_model_comes_back(tmp_path, section):
     write_weights(path, model.state_dict(), {"model": section.model_dump(mode="json"), "weights": "ema"})
     opened = open_weights(str(path))
     assert opened.which == "ema"
-    assert torch.equal(build(opened.tensors, opened.facts["model"])(IMAGES), model(IMAGES))
+    assert torch.equal(build_model(opened.tensors, opened.facts["model"])(IMAGES), model(IMAGES))
 
 
 @torch.no_grad()
@@ -46,20 +46,23 @@ def test_our_weights_in_timms_layout_come_back(tmp_path):
     write_weights(path, model.state_dict(), {"model": V2.model_dump(mode="json")})
     export(path, tmp_path / "timm", "timm")
     opened = open_weights(str(tmp_path / "timm" / "model.safetensors"))
-    assert torch.equal(build(opened.tensors, opened.facts["model"])(IMAGES), model(IMAGES))
+    assert torch.equal(build_model(opened.tensors, opened.facts["model"])(IMAGES), model(IMAGES))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dims": [8, 16, 24, 40]}, r"downsample_layers.3.1.bias is \(32,\) and \(40,\) in the model that it names"),
+        (
+            {"dims": [8, 16, 24, 40]},
+            r"downsample_layers.3.1.bias is \(32,\) and \(40,\) in the model that",
+        ),
         ({"depths": [1, 1, 2, 1]}, r"stages.2.1.dwconv.bias is absent and \(24,\)"),
         ({"response": "lrn"}, r"stages.0.0.grn.beta is \(1, 1, 1, 32\) and absent"),
-        ({"response": "what"}, "is of a model that cannot be made"),
+        ({"response": "what"}, "is of a model that cannot be built"),
     ],
 )
 def test_what_does_not_fit(change, sentence):
     section = V2.model_dump(mode="json") | change
     with pytest.raises(CheckpointError, match=sentence) as raised:
-        build(trained(V2).state_dict(), section, "w.safetensors")
+        build_model(trained(V2).state_dict(), section, "w.safetensors")
     assert "\n" not in str(raised.value)
