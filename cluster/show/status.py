@@ -16,26 +16,13 @@ from cluster.slurm.client import Job, JobState
 from cluster.slurm.job_history import read_job_history
 from pipeline.errors import StageError
 from pipeline.stage.attempts import is_alive
-from pipeline.stage.outcome import OutcomeKind
-from pipeline.storage.file_names import (
-    ATTEMPTS_FOLDER,
-    CHECKPOINTS_FOLDER,
-    DONE_FILE,
-    JOURNAL_FILE,
-    RECIPE_FILE,
-    RESULT_FILE,
-)
+from pipeline.storage import file_names
 from pipeline.storage.folder import is_remote
 from pipeline.storage.working_copy import RunView
 from pipeline.tracking.journal import Event, Tail, parse_line, strict_json
 
 State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
-STATE_OF_OUTCOME: dict[str, State] = {
-    OutcomeKind.SAVED: "saved",
-    OutcomeKind.DONE: "done",
-    OutcomeKind.BAD_NODE: "failed",
-    OutcomeKind.PERMANENT: "failed",
-}
+STATE_OF_OUTCOME: dict[str, State] = {"saved": "saved", "done": "done", "bad_node": "failed", "permanent": "failed"}
 
 # A stage on another machine counts as interrupted when it has written nothing for so long.
 SILENCE_SECONDS = 900.0
@@ -74,7 +61,7 @@ class StageFollower:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._tail = Tail(directory / JOURNAL_FILE)
+        self._tail = Tail(directory / file_names.JOURNAL_FILE)
         self._journal = StageStatus(directory.name)  # what the journal alone says
         self._speed = Speed()
         self._end = ""  # how the newest attempt ended, by the journal
@@ -94,13 +81,14 @@ class StageFollower:
             return  # from a machine that woke up after another attempt had taken over
         self._attempt = attempt
         if kind == "attempt":
-            self._speed.restart(event)
+            self._speed.steps.clear()
+            self._speed.global_batch = number(event.get("global_batch"))
             self._end = ""
             status.step = step or 0
             status.total_steps = _count(event.get("total_steps")) or status.total_steps
             status.world_size = _count(event.get("world_size"))
         elif kind == "rollback":
-            self._speed.forget()
+            self._speed.steps.clear()
             status.step = step or 0
         elif kind == "step" and step is not None:
             status.step, status.loss = step, number(event.get("loss"))
@@ -113,7 +101,7 @@ class StageFollower:
     def status(self, job: Job | None = None) -> StageStatus:
         """The stage as it stands now. `job` is the newest one that was submitted for it."""
         status = replace(self._journal)
-        attempts = sorted(p for p in (self.directory / ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
+        attempts = sorted(p for p in (self.directory / file_names.ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
         outcomes = [_read_object(path.with_suffix(".outcome.json")) for path in attempts]
         owner = _read_object(attempts[-1]) if attempts else {}
         status.attempts, status.nodes = len(attempts), str(owner.get("host", ""))
@@ -123,7 +111,7 @@ class StageFollower:
         if job:
             status.job, status.job_state, status.job_reason = job.id, job.slurm_state, job.reason
             status.nodes = job.nodes or status.nodes
-        if (self.directory / DONE_FILE).exists():
+        if (self.directory / file_names.DONE_FILE).exists():
             self._add_result(status)
         else:
             if attempts and not outcomes[-1] and self._is_running(owner, attempts[-1], job):
@@ -140,7 +128,7 @@ class StageFollower:
         return status
 
     def _add_result(self, status: StageStatus) -> None:
-        result = _read_object(self.directory / RESULT_FILE)
+        result = _read_object(self.directory / file_names.RESULT_FILE)
         verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
         status.state = "done"
         status.step = _count(result.get("steps")) or status.step
@@ -175,7 +163,7 @@ class StageFollower:
                 return False
         if job and job.state is not JobState.UNKNOWN:
             return job.runs
-        last_write = max(_modified(attempt), _modified(self.directory / JOURNAL_FILE))
+        last_write = max(_modified(attempt), _modified(self.directory / file_names.JOURNAL_FILE))
         return bool(owner) and time.time() - last_write < SILENCE_SECONDS
 
 
@@ -185,7 +173,7 @@ def stage_names(run_directory: str | Path) -> list[str]:
     Raises:
         StageError: if it is no run directory.
     """
-    path = Path(run_directory) / RECIPE_FILE
+    path = Path(run_directory) / file_names.RECIPE_FILE
     try:
         recipe = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -226,15 +214,6 @@ class RunFollower:
         return [follower.status(jobs.get(follower.directory.name)) for follower in self._followers]
 
 
-def run_status(run_directory: str | Path) -> list[StageStatus]:
-    """Every stage of the chain, in order.
-
-    Raises:
-        StageError: if it is no run directory.
-    """
-    return RunFollower(run_directory).statuses()
-
-
 def status_json(statuses: list[StageStatus]) -> str:
     """The stages as a list in strict JSON: non-finite numbers are strings, as in the journal."""
     return json.dumps([strict_json(asdict(s)) for s in statuses], indent=2, allow_nan=False)
@@ -251,7 +230,7 @@ def _ended(outcome: dict[str, Any]) -> str:
 def _last_checkpoint(directory: Path) -> tuple[int | None, float | None]:
     """(step, age in seconds) of the newest committed checkpoint."""
     committed = []
-    for marker in (directory / CHECKPOINTS_FOLDER).glob("step-*/COMMIT"):
+    for marker in (directory / file_names.CHECKPOINTS_FOLDER).glob("step-*/COMMIT"):
         if name := re.match(r"step-(\d+)", marker.parent.name):
             committed.append((int(name[1]), _modified(marker)))
     if not committed:

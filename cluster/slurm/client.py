@@ -1,7 +1,7 @@
 """Slurm's commands: list, cancel, requeue and restrict jobs. Nothing is cached, and sacct is not needed."""
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -39,20 +39,13 @@ class JobState(StrEnum):
     UNKNOWN = "unknown"  # submitted, but Slurm does not answer
 
 
+# Slurm's words for these states; a job in any other state has failed.
+_WAITING = ["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "CONFIGURING"]
+_RUNNING = ["RUNNING", "SIGNALING", "STOPPED", "STAGE_OUT", "RESIZING"]
 _STATES = {
-    "PENDING": JobState.WAITING,
-    "REQUEUED": JobState.WAITING,
-    "REQUEUE_HOLD": JobState.WAITING,
-    "REQUEUE_FED": JobState.WAITING,
-    "SPECIAL_EXIT": JobState.WAITING,
-    "SUSPENDED": JobState.WAITING,
-    "CONFIGURING": JobState.WAITING,
-    "RUNNING": JobState.RUNNING,
+    **dict.fromkeys(_WAITING, JobState.WAITING),
+    **dict.fromkeys(_RUNNING, JobState.RUNNING),
     "COMPLETING": JobState.ENDING,
-    "SIGNALING": JobState.RUNNING,
-    "STOPPED": JobState.RUNNING,
-    "STAGE_OUT": JobState.RUNNING,
-    "RESIZING": JobState.RUNNING,
     "COMPLETED": JobState.ENDED,
     "CANCELLED": JobState.CANCELLED,
 }
@@ -88,6 +81,14 @@ class Job:
 
 class NoControllerError(LaunchError):
     """slurmctld does not answer; a later attempt may succeed."""
+
+
+class CommandError(LaunchError):
+    """A command of Slurm failed. `words` is what it printed."""
+
+    def __init__(self, command: Sequence[str], words: str) -> None:
+        super().__init__(f"{' '.join(command[:2])} failed: {' '.join(words.split())}")
+        self.words = words
 
 
 def job_name(stage: str) -> str:
@@ -178,7 +179,8 @@ def run_command(*command: str, unless: str = "") -> str:
 
     Raises:
         NoControllerError: if slurmctld does not answer.
-        LaunchError: if the command fails or is absent, with its own words.
+        CommandError: if the command fails.
+        LaunchError: if the command is absent.
     """
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
@@ -192,9 +194,10 @@ def run_command(*command: str, unless: str = "") -> str:
         ) from None
     if answer.returncode == 0:
         return answer.stdout
-    message = " ".join((answer.stderr.strip() or answer.stdout).split())
-    if unless and unless in message:
+    words = answer.stderr.strip() or answer.stdout.strip() or f"exit code {answer.returncode}"
+    if unless and unless in words:
         return ""
-    if any(words in message for words in AWAY):
-        raise NoControllerError(f"slurmctld does not answer ({command[0]}: {message}); try again when it is back")
-    raise LaunchError(f"{' '.join(command[:2])} failed: {message or f'exit code {answer.returncode}'}")
+    if any(sign in words for sign in AWAY):
+        sentence = " ".join(words.split())
+        raise NoControllerError(f"slurmctld does not answer ({command[0]}: {sentence}); try again when it is back")
+    raise CommandError(command, words)

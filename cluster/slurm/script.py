@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -50,23 +49,18 @@ class JobScript:
             A warning if the job may have to wait for nodes that are out of service; otherwise "".
 
         Raises:
+            NoControllerError: if slurmctld does not answer.
             LaunchError: with Slurm's reason.
         """
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, _without_inherited_settings():
             file.write(self.text())
             file.flush()
-            command = ["sbatch", "--test-only", file.name]
             try:
-                answer = subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_SECONDS, check=False)
-            except FileNotFoundError:
-                raise LaunchError(
-                    "there is no sbatch on PATH; submit from a machine of the Slurm cluster, or use `fcmae run`"
-                ) from None
-            except subprocess.TimeoutExpired:
-                raise LaunchError(f"sbatch --test-only had no answer in {SBATCH_SECONDS} s; is slurmctld up?") from None
-        if answer.returncode == 0:
-            return ""
-        reason, stage = _reason(answer.stderr), self.stage_directory.name
+                client.run_command("sbatch", "--test-only", file.name)
+            except client.CommandError as error:
+                reason, stage = _reason(error.words), self.stage_directory.name
+            else:
+                return ""
         # --test-only refuses what cannot start with the nodes that are up; sbatch lets a job wait for the others.
         if client.TOO_FEW_NODES in reason and client.has_nodes_out_of_service(self.site.partition):
             return f"stage {stage}: {reason} now, for some nodes are down, drained or reserved; it may have to wait"

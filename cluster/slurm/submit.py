@@ -126,13 +126,13 @@ def check_planned(planned: list[PlannedStage]) -> dict[str, MemoryNeed]:
         UserError: for the first defect.
     """
     classes: dict[str, set[str]] = {}
-    needs_job = [stage for stage in planned if stage.needs_job]
     for stage in planned:
         if stage.done:
             refuse_off_track(Stage(stage.directory), stage.recipe)
         elif stage.needs_job:
             _check_stage(stage, classes)
-    needs = {stage.name: check_gpu_memory(stage.recipe, stage.site) for stage in needs_job}  # last: it takes longest
+    # Last, because it takes longest.
+    needs = {stage.name: check_gpu_memory(stage.recipe, stage.site) for stage in planned if stage.needs_job}
     return {name: need for name, need in needs.items() if need}
 
 
@@ -202,16 +202,9 @@ def _defect(planned: PlannedStage, partition: dict[str, str]) -> str:
 
 def job_scripts(planned: list[PlannedStage], code: Path) -> list[str]:
     """The job script of each stage that needs a job, with JOB-OF-STAGE for the ids of jobs that do not exist yet."""
-    stages = {stage.name: stage for stage in planned if stage.needs_job}
-    return [
-        JobScript(
-            stage.directory,
-            stage.site,
-            code,
-            f"JOB-OF-{stage.recipe.previous}" if stage.recipe.previous in stages else None,
-        ).text()
-        for stage in stages.values()
-    ]
+    stages = [stage for stage in planned if stage.needs_job]
+    ids = {stage.name: f"JOB-OF-{stage.name}" for stage in stages}
+    return [JobScript(s.directory, s.site, code, ids.get(s.recipe.previous or "")).text() for s in stages]
 
 
 def submit_planned(
@@ -240,25 +233,15 @@ def submit_planned(
     (run / CANCELLED_FILE).unlink(missing_ok=True)
     code = code or take_code_snapshot(run)
     ids = {stage.name: stage.job.id for stage in planned if stage.job}
-    for stage in planned:
-        if not stage.needs_job:
-            continue
+    for stage in (stage for stage in planned if stage.needs_job):
+        directory, site, after = stage.directory, stage.site, ids.get(stage.recipe.previous or "")
         if stage.replaces:
             client.cancel_job(stage.replaces.id)
-            note_job_event(stage.directory, "cancelled", stage.replaces.id, reason="another takes its place")
-        after = ids.get(stage.recipe.previous or "")
-        store_site(stage.site, slurm_directory(stage.directory))
-        id = ids[stage.name] = JobScript(stage.directory, stage.site, code, after).submit()
-        note_job_event(
-            stage.directory,
-            "submitted",
-            id,
-            committed=committed_step(stage.directory),
-            nodes=stage.site.nodes,
-            ranks=stage.site.ranks,
-            after=after,
-            code=code.name,
-        )
+            note_job_event(directory, "cancelled", stage.replaces.id, reason="another takes its place")
+        store_site(site, slurm_directory(directory))
+        id = ids[stage.name] = JobScript(directory, site, code, after).submit()
+        facts = {"nodes": site.nodes, "ranks": site.ranks, "after": after, "code": code.name}
+        note_job_event(directory, "submitted", id, committed=committed_step(directory), **facts)
         report(f"{stage.name}: job {id}" + (f", after job {after}" if after else ""))
     return ids
 

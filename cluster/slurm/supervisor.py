@@ -135,9 +135,9 @@ def _nodes_to_exclude(directory: Path, choices: Sequence[Collection[str]]) -> se
             without = site.model_copy(update={"exclude": tuple(sorted({*site.exclude, *nodes}))})
             if JobScript(directory, without, Path(__file__).parents[2]).test():
                 continue  # the job would wait for nodes that are out of service
+        except client.NoControllerError:
+            raise
         except LaunchError as error:
-            if any(words in str(error) for words in (*client.AWAY, "had no answer")):
-                raise client.NoControllerError(str(error)) from None
             # Any other refusal, such as that this node may not submit, says nothing about the nodes.
             if any(words in str(error) for words in client.NO_SUCH_NODES):
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.show.status import run_status
+from cluster.show.status import RunFollower
 from pipeline.errors import OffTrackError, StageError
 from pipeline.stage.directory import Stage
 from pipeline.tracking import journal
@@ -39,7 +39,7 @@ def test_an_off_track_stage_ends_the_chain_if_the_recipe_says_so(chain):
     verdict = Stage(run / "pretrain").result()["verdict"]
     lines = [e for e in journal.read_events(run / "pretrain" / "journal.jsonl") if e["kind"] == "verdict"]
     assert [line["sentence"] for line in lines] == [verdict["sentence"]]
-    assert [s.on_track for s in run_status(run)] == [False, None]
+    assert [s.on_track for s in RunFollower(run).statuses()] == [False, None]
 
 
 def test_the_next_stage_refuses_by_itself_to_start(chain):

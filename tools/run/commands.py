@@ -41,7 +41,7 @@ def run_here(
     from cluster.local import LocalLauncher
     from cluster.recipe_origin import write_origin
     from cluster.show.progress import Progress
-    from cluster.show.status import run_status
+    from cluster.show.status import RunFollower
     from cluster.show.status_table import run_table
     from pipeline.recipe import load_recipe
     from pipeline.stage.outcome import OutcomeKind
@@ -72,7 +72,7 @@ def run_here(
         raise typer.Exit(outcome.kind.exit_code)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
-    console.print(run_table(run_status(directory)))
+    console.print(run_table(RunFollower(directory).statuses()))
 
 
 def submit_run(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cluster.show.status import StageFollower, run_status, status_json
+from cluster.show.status import RunFollower, StageFollower, status_json
 from cluster.show.status_table import duration, run_table
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.errors import StageError
@@ -57,7 +57,7 @@ def train(stage: Path, attempt: int, start: int, stop: int) -> None:
 
 
 def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
-    assert [(s.stage, s.state, s.step) for s in run_status(run)] == [
+    assert [(s.stage, s.state, s.step) for s in RunFollower(run).statuses()] == [
         ("pretrain", "waiting", 0),
         ("finetune", "waiting", 0),
     ]
@@ -68,7 +68,7 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
     (stage / "checkpoints" / "step-000000030.1").mkdir(parents=True)
     (stage / "checkpoints" / "step-000000030.1" / "COMMIT").touch()
     (stage / "checkpoints" / "step-000000040.1").mkdir()  # never committed
-    first = run_status(run)[0]
+    first = RunFollower(run).statuses()[0]
     assert (first.state, first.step, first.total_steps, first.loss, first.attempts) == ("running", 40, 100, 1 / 40, 1)
     assert first.images_per_second == pytest.approx(32)
     assert first.eta_seconds == pytest.approx(120, rel=0.01)
@@ -77,23 +77,23 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
 
     process.kill()
     process.wait()
-    first = run_status(run)[0]
+    first = RunFollower(run).statuses()[0]
     assert (first.state, first.eta_seconds, first.images_per_second) == ("interrupted", None, None)
 
     take(stage, 2, process.pid, start_time=1)
     end(stage, 2, "saved", "SIGTERM", 50)
     train(stage, 2, 30, 50)
-    first = run_status(run)[0]
+    first = RunFollower(run).statuses()[0]
     assert (first.state, first.step, first.attempts, first.reason) == ("saved", 50, 2, "SIGTERM")
     assert first.restart_reasons == ["attempt 1: killed or lost, without an outcome"]
 
     take(stage, 3, os.getpid())
     train(stage, 3, 50, 100)
-    assert run_status(run)[0].state == "running"
-    assert run_status(run)[0].restart_reasons[1] == "attempt 2: saved at step 50 (SIGTERM)"
+    assert RunFollower(run).statuses()[0].state == "running"
+    assert RunFollower(run).statuses()[0].restart_reasons[1] == "attempt 2: saved at step 50 (SIGTERM)"
     write_json(stage / "result.json", {"steps": 100, "metrics": {"top1": 61.5}, "weights_sha256": "ab" * 32})
     (stage / "DONE").write_text("{}")
-    first, second = run_status(run)
+    first, second = RunFollower(run).statuses()
     assert (first.state, first.step, first.metrics, first.eta_seconds) == ("done", 100, {"top1": 61.5}, None)
     assert second.state == "waiting"
     shown = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -108,24 +108,24 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
 def test_an_outcome_decides_even_while_the_process_lives(run: Path, kind: str, state: str) -> None:
     take(run / "pretrain", 1, os.getpid())
     end(run / "pretrain", 1, kind, "because", 3)
-    assert (run_status(run)[0].state, run_status(run)[0].reason) == (state, "because")
+    assert (RunFollower(run).statuses()[0].state, RunFollower(run).statuses()[0].reason) == (state, "because")
 
 
 def test_a_recycled_pid_is_not_the_process(run: Path) -> None:
     take(run / "pretrain", 1, os.getpid(), start_time=process_start_time(os.getpid()) - 1)
-    assert run_status(run)[0].state == "interrupted"
+    assert RunFollower(run).statuses()[0].state == "interrupted"
 
 
 def test_another_host_is_judged_by_its_last_sign_of_life(run: Path) -> None:
     stage = run / "pretrain"
     take(stage, 1, 1, host="some-other-node")
-    assert run_status(run)[0].state == "running"
+    assert RunFollower(run).statuses()[0].state == "running"
     train(stage, 1, 0, 2)
     hour_ago = time.time() - 3600
     os.utime(stage / "attempts" / "000001.json", (hour_ago, hour_ago))
-    assert run_status(run)[0].state == "running"
+    assert RunFollower(run).statuses()[0].state == "running"
     os.utime(stage / "journal.jsonl", (hour_ago, hour_ago))
-    assert run_status(run)[0].state == "interrupted"
+    assert RunFollower(run).statuses()[0].state == "interrupted"
 
 
 @pytest.mark.parametrize("content", [None, "", "name: x", "stages: []", "stages: {}", "a: [", "\0"])
@@ -133,10 +133,10 @@ def test_no_run_directory_is_one_sentence(tmp_path: Path, content: str | None) -
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(StageError, match="is no run directory") as caught:
-        run_status(tmp_path)
+        RunFollower(tmp_path).statuses()
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(StageError):
-        run_status(tmp_path / "missing")
+        RunFollower(tmp_path / "missing").statuses()
 
 
 def test_json_is_strict_and_torn_files_count_as_absent(run: Path) -> None:
@@ -146,7 +146,7 @@ def test_json_is_strict_and_torn_files_count_as_absent(run: Path) -> None:
     with Journal(stage / "journal.jsonl", 1) as journal:
         journal.write("attempt", step=0, total_steps=10)
         journal.write("step", step=1, loss=math.nan)
-    (entry, _) = json.loads(status_json(run_status(run)), parse_constant=lambda word: pytest.fail(word))
+    (entry, _) = json.loads(status_json(RunFollower(run).statuses()), parse_constant=lambda word: pytest.fail(word))
     assert (entry["state"], entry["loss"], entry["attempts"]) == ("interrupted", "NaN", 2)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.show import job_watcher
 from cluster.show.job_watcher import JobWatcher
-from cluster.show.status import RunFollower, run_status
+from cluster.show.status import RunFollower
 from cluster.show.status_table import run_table
 from cluster.slurm.job_history import note_job_event
 from pipeline.storage.folder import write_json
@@ -49,7 +49,7 @@ def shown(run: Path) -> str:
 
 
 def test_a_run_that_was_never_submitted_asks_nobody(run, fake_slurm: FakeSlurm):
-    assert [s.job for s in run_status(run)] == [None, None]
+    assert [s.job for s in RunFollower(run).statuses()] == [None, None]
     assert fake_slurm.calls() == []
     assert "job" not in shown(run).splitlines()[0]
 
@@ -63,14 +63,14 @@ def test_jobs_beside_the_files(run, fake_slurm: FakeSlurm):
         queued(43, "RUNNING", Path("/other/run/pretrain"), nodes="n3"),
     ]
     fake_slurm.answer("squeue", "".join(jobs))
-    first, second = run_status(run)
+    first, second = RunFollower(run).statuses()
     assert (first.state, first.job, first.nodes, first.job_reason) == ("starting", "41", "n[1-2]", "")
     assert (second.state, second.job, second.job_state) == ("queued", "42", "PENDING")
     claim(run / "pretrain", 1)
-    assert run_status(run)[0].state == "running"
+    assert RunFollower(run).statuses()[0].state == "running"
     hours_ago = time.time() - 7200  # a long evaluation on another host: Slurm knows that it runs
     os.utime(run / "pretrain" / "attempts" / "000001.json", (hours_ago, hours_ago))
-    assert run_status(run)[0].state == "running"
+    assert RunFollower(run).statuses()[0].state == "running"
     text = shown(run)
     assert "41 running" in text
     assert "n[1-2]" in text
@@ -80,11 +80,11 @@ def test_a_cancelled_job_that_still_ends_is_not_starting(run, fake_slurm: FakeSl
     submit(run, "pretrain", "41")
     claim(run / "pretrain", 1)
     fake_slurm.answer("squeue", queued(41, "COMPLETING", run / "pretrain", nodes="n1"))
-    assert run_status(run)[0].state == "running"
+    assert RunFollower(run).statuses()[0].state == "running"
     write_json(run / "pretrain" / "attempts" / "000001.outcome.json", {"kind": "saved", "reason": "SIGTERM", "step": 1})
-    assert run_status(run)[0].state == "starting"  # requeued
+    assert RunFollower(run).statuses()[0].state == "starting"  # requeued
     note_job_event(run / "pretrain", "cancelled", "41", reason="by `fcmae cancel`")
-    assert (run_status(run)[0].state, run_status(run)[0].job_state) == ("saved", "COMPLETING")
+    assert (RunFollower(run).statuses()[0].state, RunFollower(run).statuses()[0].job_state) == ("saved", "COMPLETING")
 
 
 def test_a_job_that_slurm_will_never_start_is_named(run, fake_slurm: FakeSlurm):
@@ -111,7 +111,7 @@ def test_what_slurm_says_of_a_stage_that_left_no_word(run, fake_slurm: FakeSlurm
     else:
         jobs = "" if slurm_state == "FORGOTTEN" else queued(41, slurm_state, run / "pretrain")
         fake_slurm.answer("squeue", jobs)
-    first = run_status(run)[0]
+    first = RunFollower(run).statuses()[0]
     assert (first.state, first.job_state) == (state, slurm_state)
 
 
@@ -154,7 +154,7 @@ def test_a_resubmission_counts_not_the_job_before(run, fake_slurm: FakeSlurm):
     submit(run, "pretrain", "41")
     fake_slurm.answer("squeue", queued(41, "FAILED", run / "pretrain", reason="NodeFail"))
     submit(run, "pretrain", "44")  # squeue has not heard of it yet
-    assert (run_status(run)[0].job, run_status(run)[0].job_state) == ("44", "FORGOTTEN")
+    assert (RunFollower(run).statuses()[0].job, RunFollower(run).statuses()[0].job_state) == ("44", "FORGOTTEN")
 
 
 def test_the_end_that_the_supervisor_noted(run, fake_slurm: FakeSlurm):
@@ -163,14 +163,14 @@ def test_the_end_that_the_supervisor_noted(run, fake_slurm: FakeSlurm):
     note_job_event(run / "pretrain", "stopped", "41", reason="3 attempts in a row committed no step")
     submit(run, "finetune", "42")
     note_job_event(run / "finetune", "cancelled", "42", reason="stage pretrain failed")
-    first, second = run_status(run)
+    first, second = RunFollower(run).statuses()
     assert (first.state, first.reason) == ("failed", "3 attempts in a row committed no step")
     assert second.state == "cancelled"
     assert "stage pretrain failed" in shown(run)
     claim(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
     later = time.time() + 1  # a file system's clock may be some milliseconds late
     os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
-    assert run_status(run)[0].state == "interrupted"
+    assert RunFollower(run).statuses()[0].state == "interrupted"
 
 
 def test_odd_histories_count_as_absent(run, fake_slurm: FakeSlurm):
@@ -179,7 +179,7 @@ def test_odd_histories_count_as_absent(run, fake_slurm: FakeSlurm):
     folder.mkdir(parents=True)
     lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
     (folder / "jobs.jsonl").write_text("\n".join(lines))
-    assert run_status(run)[0].job is None
+    assert RunFollower(run).statuses()[0].job is None
 
 
 def test_data_wait_is_a_share_of_the_step(run):
@@ -190,7 +190,7 @@ def test_data_wait_is_a_share_of_the_step(run):
         for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
             speed, wait = 64 / seconds, seconds / 4
             journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
-    first = run_status(run)[0]
+    first = RunFollower(run).statuses()[0]
     assert (first.data_wait_fraction, first.world_size) == (pytest.approx(0.25), 2)
     assert first.images_per_second == pytest.approx(12.8)
     assert "25%" in shown(run)
@@ -204,4 +204,4 @@ def test_only_the_last_restarts_are_listed(run):
     text = shown(run)
     assert "pretrain, 5 earlier attempts: see --json" in text
     assert text.count("pretrain, attempt") == 3
-    assert len(json.loads(json.dumps(run_status(run)[0].restart_reasons))) == 7
+    assert len(json.loads(json.dumps(RunFollower(run).statuses()[0].restart_reasons))) == 7
