@@ -32,9 +32,9 @@ app = typer.Typer(
 def examine_machine(json: Json = False) -> None:
     """List what this machine has and lacks for training, and how to get it. Exit code 1 if it cannot run stages."""
     from cluster.check_results import Level, results_json, results_table
-    from tools.doctor import doctor
+    from tools.doctor import check_machine
 
-    findings = doctor()
+    findings = check_machine()
     if json:
         print(results_json(findings))
     else:

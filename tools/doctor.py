@@ -1,4 +1,4 @@
-"""What this machine has and lacks for the pipeline, each with how to get it."""
+"""The checks of `fcmae doctor`: what this machine has and lacks for training, each with a remedy."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -20,203 +19,184 @@ from cluster.preflight.host import GIB, available_memory_bytes
 INSTALL = "see docs/install.md"
 FFCV = "1.0.2"
 SLURM = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-IMPORT_SECONDS = 120
+IMPORT_SECONDS, SLURM_SECONDS = 120, 10
 OPEN_FILES, SHARED_MEMORY_GIB, DISK_GIB, MEMORY_GIB = 4096, 1.0, 10.0, 4.0
 
 
-def doctor() -> list[CheckResult]:
-    """Every check of this file. What is missing keeps stages from running; the rest is only good to know."""
+def check_machine() -> list[CheckResult]:
+    """Run all checks. Stages cannot run without what is MISSING; warnings concern speed or single features."""
     checks: list[Callable[[], Iterator[CheckResult]]] = [
-        _python, _torch, _ffcv, _compiler, _deepspeed, _spconv, _triton, _submitit, _slurm, _mlflow, _stores,
-        _memory, _disk, _limits,
+        check_python, check_torch, check_ffcv, check_compiler, check_deepspeed, check_spconv, check_triton,
+        check_submitit, check_slurm, check_mlflow, check_stores, check_memory, check_disks, check_limits,
     ]  # fmt: skip
-    return [found for check in checks for found in check()]
+    return [result for check in checks for result in check()]
 
 
-def _python() -> Iterator[CheckResult]:
+def check_python() -> Iterator[CheckResult]:
     enough = sys.version_info >= (3, 11)
-    remedy = "" if enough else "3.11 or newer is needed"
-    yield CheckResult("python", Level.OK if enough else Level.MISSING, platform.python_version(), remedy)
+    yield _judge("python", enough, platform.python_version(), "install Python 3.11 or newer", otherwise=Level.MISSING)
 
 
-def _torch() -> Iterator[CheckResult]:
-    if trouble := _import("torch"):
-        yield CheckResult("torch", Level.MISSING, trouble, f"pip install torch; {INSTALL}")
+def check_torch() -> Iterator[CheckResult]:
+    if error := _import_error("torch"):
+        yield CheckResult("torch", Level.MISSING, error, f"pip install torch; {INSTALL}")
         return
     import torch
 
+    version, cuda = torch.__version__, torch.version.cuda
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield CheckResult("torch", Level.OK, f"{torch.__version__}, CUDA {torch.version.cuda}, {', '.join(names)}")
+        yield CheckResult("torch", Level.OK, f"{version}, CUDA {cuda}, {', '.join(names)}")
     elif shutil.which("nvidia-smi"):
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
-        remedy = "see whether `nvidia-smi` works" if torch.version.cuda else f"install a CUDA build of torch; {INSTALL}"
-        yield CheckResult(
-            "torch", Level.WARNING, f"{torch.__version__}, {built}, reaches no GPU of this machine", remedy
-        )
+        build = f"built for CUDA {cuda}" if cuda else "built for CPUs only"
+        remedy = "see whether `nvidia-smi` works" if cuda else f"install a CUDA build of torch; {INSTALL}"
+        yield CheckResult("torch", Level.WARNING, f"{version}, {build}, reaches no GPU of this machine", remedy)
     else:
-        yield CheckResult("torch", Level.OK, f"{torch.__version__}, no GPU here: stages run on CPUs (gloo, float32)")
+        yield CheckResult("torch", Level.OK, f"{version}, no GPU here: stages run on CPUs (gloo, float32)")
 
 
-def _ffcv() -> Iterator[CheckResult]:
-    trouble, version = _import("ffcv.libffcv"), _version("ffcv")
-    if trouble:
-        remedy = f"tools/setup/setup.sh installs it on Debian; elsewhere {INSTALL}"
-        if ".so" in trouble:
-            remedy = f"libturbojpeg0 and libopencv-imgproc406 on Debian; elsewhere {INSTALL}"
-        yield CheckResult("ffcv", Level.MISSING, trouble, remedy)
+def check_ffcv() -> Iterator[CheckResult]:
+    error, version = _import_error("ffcv.libffcv"), _version("ffcv")
+    if error:
+        packages = "install libturbojpeg0 and libopencv-imgproc406 on Debian"
+        remedy = packages if ".so" in error else "tools/setup/setup.sh installs it on Debian"
+        yield CheckResult("ffcv", Level.MISSING, error, f"{remedy}; elsewhere {INSTALL}")
     elif version != FFCV:
         yield CheckResult("ffcv", Level.WARNING, f"{version}; made for {FFCV}", f"pip install --no-deps ffcv=={FFCV}")
     else:
         yield CheckResult("ffcv", Level.OK, f"{version}, with libturbojpeg and OpenCV")
 
 
-def _compiler() -> Iterator[CheckResult]:
-    if shutil.which("g++"):
-        yield CheckResult("g++", Level.OK, shutil.which("g++") or "")
+def check_compiler() -> Iterator[CheckResult]:
+    path = shutil.which("g++")
+    remedy = "FFCV's build, torch.compile and Triton's kernels need it: apt-get install g++"
+    yield _judge("g++", path is not None, path or "not on PATH", remedy)
+
+
+def check_deepspeed() -> Iterator[CheckResult]:
+    version, pin, use = _version("deepspeed"), _pinned_version("deepspeed"), "engine.kind: deepspeed"
+    if version is None:
+        yield CheckResult("deepspeed", Level.SKIPPED, f"not installed; only {use} needs it", _pip("deepspeed"))
     else:
-        remedy = "needed to build FFCV, by torch.compile and by Triton's kernels: apt-get install g++"
-        yield CheckResult("g++", Level.WARNING, "not on PATH", remedy)
+        fits = pin is None or version == pin
+        yield _judge("deepspeed", fits, version if fits else f"{version}; {use} is made for {pin}", _pip("deepspeed"))
 
 
-def _deepspeed() -> Iterator[CheckResult]:
-    yield _pinned("deepspeed", "deepspeed", "engine.kind: deepspeed")
-
-
-def _spconv() -> Iterator[CheckResult]:
-    builds = sorted(name for name in _installed() if name == "spconv" or name.startswith("spconv-cu"))
-    use = "encoder_backend: spconv"
+def check_spconv() -> Iterator[CheckResult]:
+    names = {dist.name.lower().replace("_", "-") for dist in importlib.metadata.distributions() if dist.name}
+    builds = sorted(name for name in names if name == "spconv" or name.startswith("spconv-cu"))
+    use, pin = "encoder_backend: spconv", _pinned_version("spconv")
+    installed = ", ".join(f"{name} {_version(name)}" for name in builds)
     if not builds:
-        yield CheckResult("spconv", Level.SKIPPED, f"not installed; only {use} needs it", _how_to_get("spconv"))
-        return
-    found = f"{', '.join(f'{name} {_version(name)}' for name in builds)}"
-    if trouble := _import("spconv.pytorch"):
-        yield CheckResult(
-            "spconv", Level.WARNING, f"{found}: {trouble}", f"{use} will not work; {_how_to_get('spconv')}"
-        )
+        yield CheckResult("spconv", Level.SKIPPED, f"not installed; only {use} needs it", _pip("spconv"))
+    elif error := _import_error("spconv.pytorch"):
+        yield CheckResult("spconv", Level.WARNING, f"{installed}: {error}", f"{use} will not work; {_pip('spconv')}")
     elif builds == ["spconv"] and shutil.which("nvidia-smi"):
         remedy = "pip uninstall spconv cumm; pip install spconv-cu126==2.3.8"
-        yield CheckResult("spconv", Level.WARNING, f"{found} is the build for CPUs", remedy)
-    elif _version(builds[0]) != _pin("spconv", "spconv"):
-        yield CheckResult(
-            "spconv", Level.WARNING, f"{found}; made for {_pin('spconv', 'spconv')}", _how_to_get("spconv")
-        )
+        yield CheckResult("spconv", Level.WARNING, f"{installed} is the build for CPUs", remedy)
     else:
-        yield CheckResult("spconv", Level.OK, found)
+        fits = _version(builds[0]) == pin
+        yield _judge("spconv", fits, installed if fits else f"{installed}; made for {pin}", _pip("spconv"))
 
 
-def _triton() -> Iterator[CheckResult]:
+def check_triton() -> Iterator[CheckResult]:
     version = _version("triton")
     if version is None:
         yield CheckResult("triton", Level.SKIPPED, "not installed; a CUDA build of torch brings its own")
-    elif trouble := _import("triton"):
-        yield CheckResult("triton", Level.WARNING, trouble, "reinstall torch with its triton")
     else:
-        yield CheckResult("triton", Level.OK, version)
+        error = _import_error("triton")
+        yield _judge("triton", not error, error or version, "reinstall torch with its triton")
 
 
-def _submitit() -> Iterator[CheckResult]:
+def check_submitit() -> Iterator[CheckResult]:
     version = _version("submitit")
-    if version is None:
-        yield CheckResult("submitit", Level.WARNING, "not installed", "`fcmae submit` needs it: pip install submitit")
-    else:
-        yield CheckResult("submitit", Level.OK, version)
+    remedy = "`fcmae submit` needs it: pip install submitit"
+    yield _judge("submitit", version is not None, version or "not installed", remedy)
 
 
-def _slurm() -> Iterator[CheckResult]:
-    absent = [name for name in SLURM if not shutil.which(name)]
-    if absent:
-        remedy = "`fcmae run` does without; to submit, be on a machine of the cluster, or see tools/devcluster"
+def check_slurm() -> Iterator[CheckResult]:
+    if absent := [name for name in SLURM if not shutil.which(name)]:
+        remedy = "`fcmae run` works without it; to submit, log in to a machine of the cluster, or see tools/devcluster"
         yield CheckResult("slurm", Level.SKIPPED, f"not on PATH: {', '.join(absent)}", remedy)
         return
+    options = {"capture_output": True, "text": True, "timeout": SLURM_SECONDS}
     try:
-        ran = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=10, check=False)
-        asked = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=10, check=False)
+        version = subprocess.run(["sinfo", "--version"], **options)
+        partitions = subprocess.run(["sinfo", "-h", "-o", "%P"], **options)
     except subprocess.TimeoutExpired:
-        yield CheckResult("slurm", Level.WARNING, "slurmctld did not answer within 10 s", "see `scontrol ping`")
+        detail = f"slurmctld did not answer within {SLURM_SECONDS} s"
+        yield CheckResult("slurm", Level.WARNING, detail, "see `scontrol ping`")
         return
-    if asked.returncode != 0:
-        said = " ".join(asked.stderr.split())[:160]
-        yield CheckResult("slurm", Level.WARNING, said, "see `scontrol ping`; SLURM_CONF names the configuration")
-    else:
-        partitions = ", ".join(asked.stdout.split()[:6])
-        yield CheckResult("slurm", Level.OK, f"{ran.stdout.strip()}, partitions {partitions}")
+    answered = partitions.returncode == 0
+    detail = f"{version.stdout.strip()}, partitions {', '.join(partitions.stdout.split()[:6])}"
+    error = " ".join(partitions.stderr.split())[:160]
+    remedy = "see `scontrol ping`; SLURM_CONF names the configuration"
+    yield _judge("slurm", answered, detail if answered else error, remedy)
 
 
-def _mlflow() -> Iterator[CheckResult]:
-    """Opens a new sqlite store, as a run without tracking.mlflow_uri does."""
+def check_mlflow() -> Iterator[CheckResult]:
+    """Open a new sqlite store, as a run without tracking.mlflow_uri does."""
     code = (
         "import sys, logging; logging.disable(logging.WARNING); from mlflow import MlflowClient;"
         "MlflowClient(tracking_uri=f'sqlite:///{sys.argv[1]}/m.db').create_experiment('x')"
     )
     with tempfile.TemporaryDirectory() as folder:
-        trouble = _run_python(code, folder)
-    if trouble:
-        remedy = "pip install mlflow-skinny sqlalchemy alembic, or set tracking.mlflow=false"
-        yield CheckResult("mlflow", Level.WARNING, trouble, remedy)
-    else:
-        yield CheckResult(
-            "mlflow", Level.OK, f"{_version('mlflow-skinny') or _version('mlflow')}, opens a sqlite store"
-        )
+        error = _error_of(code, folder)
+    version = _version("mlflow-skinny") or _version("mlflow")
+    remedy = "pip install mlflow-skinny sqlalchemy alembic, or set tracking.mlflow=false"
+    yield _judge("mlflow", not error, error or f"{version}, opens a sqlite store", remedy)
 
 
-def _stores() -> Iterator[CheckResult]:
-    if trouble := _run_python("import fsspec; fsspec.get_filesystem_class('s3')"):
-        yield CheckResult("s3", Level.SKIPPED, f"{trouble}; only s3:// paths need it", _how_to_get("s3"))
+def check_stores() -> Iterator[CheckResult]:
+    if error := _error_of("import fsspec; fsspec.get_filesystem_class('s3')"):
+        yield CheckResult("s3", Level.SKIPPED, f"{error}; only s3:// paths need it", _pip("s3"))
     else:
         yield CheckResult("s3", Level.OK, f"s3fs {_version('s3fs')}")
 
 
-def _memory() -> Iterator[CheckResult]:
+def check_memory() -> Iterator[CheckResult]:
     free = available_memory_bytes() / GIB
-    remedy = "" if free >= MEMORY_GIB else "a rank with its FFCV workers takes about 1 GiB, and the model's state"
-    level = Level.OK if free >= MEMORY_GIB else Level.WARNING
-    yield CheckResult("memory", level, f"{free:.1f} GiB free, {os.cpu_count()} cores", remedy, free)
+    remedy = "free memory: a rank with its FFCV workers needs about 1 GiB, and the model's state"
+    yield _judge("memory", free >= MEMORY_GIB, f"{free:.1f} GiB free, {os.cpu_count()} cores", remedy, free)
 
 
-def _disk() -> Iterator[CheckResult]:
+def check_disks() -> Iterator[CheckResult]:
     for name, folder in (("disk", Path.cwd()), ("temporary files", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free / GIB
-        remedy = "" if free >= DISK_GIB else "ImageNet-1K takes 102 GB at 256 pixels; TMPDIR names another folder"
-        level = Level.OK if free >= DISK_GIB else Level.WARNING
-        yield CheckResult(name, level, f"{folder}: {free:.1f} GiB free", remedy, free)
+        remedy = "free space, or set TMPDIR to another folder; ImageNet-1K takes 102 GB at 256 pixels"
+        yield _judge(name, free >= DISK_GIB, f"{folder}: {free:.1f} GiB free", remedy, free)
     shared = Path("/dev/shm")
-    size = shutil.disk_usage(shared).free / GIB if shared.exists() else 0.0
-    remedy = "" if size >= SHARED_MEMORY_GIB else "NCCL and the writer of .beton files use it: docker run --shm-size=8g"
-    level = Level.OK if size >= SHARED_MEMORY_GIB else Level.WARNING
-    yield CheckResult("/dev/shm", level, f"{size:.1f} GiB free", remedy, size)
+    free = shutil.disk_usage(shared).free / GIB if shared.exists() else 0.0
+    remedy = "NCCL and `fcmae prepare` use it: docker run --shm-size=8g"
+    yield _judge("/dev/shm", free >= SHARED_MEMORY_GIB, f"{free:.1f} GiB free", remedy, free)
 
 
-def _limits() -> Iterator[CheckResult]:
+def check_limits() -> Iterator[CheckResult]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    enough = files == resource.RLIM_INFINITY or files >= OPEN_FILES
-    remedy = "" if enough else f"ulimit -n {OPEN_FILES}; in jobs: what /etc/security/limits.conf says there"
-    yield CheckResult("open files", Level.OK if enough else Level.WARNING, _limit(files), remedy, files)
+    unlimited = files == resource.RLIM_INFINITY
+    remedy = f"ulimit -n {OPEN_FILES}; for jobs, raise it in /etc/security/limits.conf"
+    amount = "unlimited" if unlimited else f"{files:,}"
+    yield _judge("open files", unlimited or files >= OPEN_FILES, amount, remedy, files)
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    fast = Path("/sys/class/infiniband").exists()
-    enough = locked == resource.RLIM_INFINITY or not fast
-    remedy = "" if enough else "InfiniBand needs it unlimited: ulimit -l unlimited, or slurmd's LimitMEMLOCK"
-    amount = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / 2**20:.0f} MiB"
-    yield CheckResult("locked memory", Level.OK if enough else Level.WARNING, amount, remedy)
+    unlimited = locked == resource.RLIM_INFINITY
+    remedy = "InfiniBand needs it unlimited: ulimit -l unlimited, or slurmd's LimitMEMLOCK"
+    amount = "unlimited" if unlimited else f"{locked / 2**20:.0f} MiB"
+    yield _judge("locked memory", unlimited or not Path("/sys/class/infiniband").exists(), amount, remedy)
 
 
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
+def _judge(
+    check: str,
+    passed: bool,
+    detail: str,
+    remedy: str,
+    value: float | None = None,
+    otherwise: Level = Level.WARNING,
+) -> CheckResult:
+    """OK, or `otherwise` with the remedy."""
+    return CheckResult(check, Level.OK if passed else otherwise, detail, "" if passed else remedy, value)
 
 
-# -- packages
-
-
-def _pinned(name: str, extra: str, use: str) -> CheckResult:
-    version, wanted = _version(name), _pin(name, extra)
-    if version is None:
-        return CheckResult(name, Level.SKIPPED, f"not installed; only {use} needs it", _how_to_get(extra))
-    if wanted and version != wanted:
-        return CheckResult(name, Level.WARNING, f"{version}; {use} is made for {wanted}", _how_to_get(extra))
-    return CheckResult(name, Level.OK, version)
-
-
-def _how_to_get(extra: str) -> str:
+def _pip(extra: str) -> str:
     return f"pip install 'fcmae[{extra}]'"
 
 
@@ -227,32 +207,27 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _pin(name: str, extra: str) -> str | None:
-    """The version that our own extra asks for."""
+def _pinned_version(name: str) -> str | None:
+    """The version of a package that our extra of the same name requires."""
     for text in importlib.metadata.requires("fcmae") or []:
-        wanted = Requirement(text)
-        if wanted.name == name and wanted.marker and wanted.marker.evaluate({"extra": extra}):
-            return next((part.version for part in wanted.specifier if part.operator == "=="), None)
+        required = Requirement(text)
+        if required.name == name and required.marker and required.marker.evaluate({"extra": name}):
+            return next((part.version for part in required.specifier if part.operator == "=="), None)
     return None
 
 
-@cache
-def _installed() -> set[str]:
-    return {dist.name.lower().replace("_", "-") for dist in importlib.metadata.distributions() if dist.name}
+def _import_error(module: str) -> str:
+    return _error_of(f"import {module}")
 
 
-def _import(module: str) -> str:
-    return _run_python(f"import {module}")
-
-
-def _run_python(code: str, *arguments: str) -> str:
-    """Why this code fails, in a process of its own: what crashes there spares us. Empty if it does not."""
+def _error_of(code: str, *arguments: str) -> str:
+    """Run code in a process of its own, because it may crash; returns its error, empty if there is none."""
     try:
         command = [sys.executable, "-c", code, *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return f"took longer than {IMPORT_SECONDS} s"
-    if ran.returncode == 0:
+    if process.returncode == 0:
         return ""
-    lines = ran.stderr.strip().splitlines()
-    return lines[-1][:200] if ran.returncode > 0 and lines else f"ended with code {ran.returncode}"
+    lines = process.stderr.strip().splitlines()
+    return lines[-1][:200] if process.returncode > 0 and lines else f"ended with code {process.returncode}"

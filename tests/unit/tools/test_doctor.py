@@ -1,4 +1,4 @@
-"""The doctor on this machine, and on one where things are missing: hidden, broken or scarce."""
+"""The checks of `fcmae doctor` on this machine, and where something is hidden, broken or scarce."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, check, **environment: str) -> list[
 
 
 def shadow(folder: Path, module: str, source: str) -> str:
-    """A PYTHONPATH on which `module` is what `source` says."""
+    """A PYTHONPATH on which `source` replaces `module`."""
     (folder / module).mkdir()
     (folder / module / "__init__.py").write_text(source)
     return os.pathsep.join([str(folder), str(ROOT)])
@@ -30,7 +30,7 @@ def shadow(folder: Path, module: str, source: str) -> str:
 
 def test_the_whole_command_where_ffcv_is_broken(tmp_path):
     broken = shadow(tmp_path, "ffcv", "raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
-    # Quick: what else would be imported is hidden too.
+    # The other slow imports are hidden too, to be quick.
     for module in ("torch", "mlflow", "spconv", "triton", "s3fs"):
         shadow(tmp_path, module, f"raise ImportError('no {module} today')")
     ran = subprocess.run(
@@ -50,39 +50,39 @@ def test_the_whole_command_where_ffcv_is_broken(tmp_path):
 
 def test_a_crash_while_importing_is_survived(monkeypatch, tmp_path):
     path = shadow(tmp_path, "ffcv", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
-    (found,) = examine(monkeypatch, doctor._ffcv, PYTHONPATH=path)
+    (found,) = examine(monkeypatch, doctor.check_ffcv, PYTHONPATH=path)
     assert (found.level, found.detail) == (Level.MISSING, "ended with code -11")
 
 
 def test_optional_packages_are_compared_with_our_pins(monkeypatch, tmp_path):
-    wanted = 'Requires-Dist: deepspeed==0.19.8; extra == "deepspeed"\n'
+    pins = {"0.1.0": "s3", "0.19.8": "deepspeed"}
+    wanted = "".join(f'Requires-Dist: deepspeed=={pin}; extra == "{extra}"\n' for pin, extra in pins.items())
     for name, version, rest in (("deepspeed", "0.9.0", ""), ("fcmae", "0.1.0", wanted)):
         metadata = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{rest}")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor._pin("deepspeed", "s3") is None
-    (found,) = doctor._deepspeed()
+    (found,) = doctor.check_deepspeed()
     assert found.level is Level.WARNING
     assert "0.9.0; engine.kind: deepspeed is made for 0.19.8" in found.detail
     assert "fcmae[deepspeed]" in found.remedy
 
 
 def test_slurm_absent_dead_and_mute(monkeypatch, tmp_path):
-    (found,) = examine(monkeypatch, doctor._slurm, PATH=str(tmp_path))
+    (found,) = examine(monkeypatch, doctor.check_slurm, PATH=str(tmp_path))
     assert found.level is Level.SKIPPED
     for name in doctor.SLURM:
         (tmp_path / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
         (tmp_path / name).chmod(0o755)
-    (found,) = doctor._slurm()
+    (found,) = doctor.check_slurm()
     assert found.level is Level.WARNING
     assert "Unable to contact" in found.detail
 
 
 def test_limits_are_those_of_this_process():
-    found = {f.check: f for f in doctor._limits()}
+    found = {f.check: f for f in doctor.check_limits()}
     assert found["open files"].value == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    disks = {f.check for f in doctor._disk()}
+    disks = {f.check for f in doctor.check_disks()}
     assert disks == {"disk", "temporary files", "/dev/shm"}
 
 
