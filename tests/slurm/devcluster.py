@@ -191,11 +191,26 @@ def is_down(node: str) -> bool:
     return slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%T").startswith("down")
 
 
+@contextmanager
+def partition_low(**settings: object) -> Iterator[None]:
+    """Other settings of partition `low`, for a while: all tests share the cluster."""
+    shown = slurm("scontrol", "show", "partition", "low").split()
+    before = [pair for pair in shown if pair.partition("=")[0] in settings]
+    update = ["scontrol", "update", "PartitionName=low"]
+    slurm(*update, *(f"{name}={value}" for name, value in settings.items()))
+    try:
+        yield
+    finally:
+        slurm(*update, *before)
+
+
 def configure(**settings: object) -> None:
-    """Change the cluster's configuration. Its slurmctld starts anew, for not everything is read again without."""
+    """Change the cluster's configuration; None takes a setting away. Its slurmctld starts anew, for not everything is
+    read again without."""
     path = Path(os.environ["SLURM_CONF"])
-    lines = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
-    path.write_text("\n".join([*lines, *[f"{name}={value}" for name, value in settings.items()]]) + "\n")
+    kept = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
+    new = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    path.write_text("\n".join([*kept, *new]) + "\n")
     controller = controller_pid()
     slurm("scontrol", "shutdown", "slurmctld")  # it writes its state down, unlike one that is killed
     wait_for(lambda: has_ended(controller), "the end of slurmctld")

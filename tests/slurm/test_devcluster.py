@@ -8,7 +8,7 @@ import pytest
 
 from cluster.show.status import RunFollower, StageStatus
 from tests.slurm.brake import brake, release, with_brakes
-from tests.slurm.devcluster import COMMAND, until_remembered, wait_for
+from tests.slurm.devcluster import COMMAND, partition_low, until_remembered, wait_for
 from tests.support import write_tiny_recipe
 from tools import cli, demo_slurm
 
@@ -25,11 +25,12 @@ def state(job: str) -> Callable[[str], bool]:
 
 @pytest.fixture
 def sleeper(slurm) -> str:
-    """A job on two nodes that sleeps and may be preempted."""
-    job = run("sbatch", "--parsable", "-N2", "--requeue", "--chdir=/", "--output=/dev/null", "--wrap=sleep 600")
-    wait_for(lambda: state(job)("RUNNING"), "the job to run")
-    yield job
-    run("scancel", job)
+    """A job on two nodes that sleeps and may be preempted, without grace."""
+    with partition_low(GraceTime=0):
+        job = run("sbatch", "--parsable", "-N2", "--requeue", "--chdir=/", "--output=/dev/null", "--wrap=sleep 600")
+        wait_for(lambda: state(job)("RUNNING"), "the job to run")
+        yield job
+        run("scancel", job)
 
 
 def test_usage():

@@ -1,4 +1,4 @@
-"""Chains on a real Slurm: stopped and continued, ended for good, refused."""
+"""Chains on a real Slurm: stopped and resumed, failed, refused."""
 
 import json
 import os
@@ -102,6 +102,27 @@ def outcome_of_attempt(stage: Path, attempt: int) -> dict:
     return json.loads((stage / "attempts" / f"{attempt:06d}.outcome.json").read_text())
 
 
+@pytest.fixture
+def announced(slurm, request) -> Iterator[None]:
+    """Preemption is announced in this way: (GraceTime in seconds, whether the job's own --signal is sent)."""
+    grace_seconds, user_signal = request.param
+    if not user_signal:
+        faults.configure(SlurmctldParameters=None)
+    try:
+        with faults.partition_low(GraceTime=grace_seconds):
+            yield
+    finally:
+        if not user_signal:
+            faults.configure(SlurmctldParameters="preempt_send_user_signal")
+
+
+@pytest.mark.parametrize(
+    "announced",
+    [faults.PREEMPTION[0], *(pytest.param(way, marks=pytest.mark.slow) for way in faults.PREEMPTION[1:])],
+    ids=["grace-signal", "grace", "signal", "unannounced"],
+    indirect=True,
+)
+@pytest.mark.usefixtures("announced")
 def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undisturbed):
     stage = submit(hold_at=2) / "pretrain"
     faults.strike(stage, faults.preempt, at_step=2)
@@ -121,14 +142,9 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
 @pytest.mark.slow
 def test_a_preemption_that_cancels_is_made_good_by_the_job_itself(submit, undisturbed):
     """PreemptMode=CANCEL without grace: the job has ended before its ranks have saved."""
-    low = ["scontrol", "update", "PartitionName=low"]
-    grace = scheduler.partition_fields("low")["GraceTime"]
-    subprocess.run([*low, "PreemptMode=CANCEL", "GraceTime=0"], check=True)
-    try:
+    with faults.partition_low(PreemptMode="CANCEL", GraceTime=0):
         run = submit("stages.finetune=null", *LONG, hold_at=2)
         faults.strike(run / "pretrain", faults.preempt, at_step=2)
-    finally:  # other tests have the same cluster
-        subprocess.run([*low, "PreemptMode=REQUEUE", f"GraceTime={grace}"], check=True)
     wait_until(run / "intermediate", JobState.ENDED)
     assert outcome_of_attempt(run / "pretrain", 1)["kind"] == OutcomeKind.SAVED
     assert Stage(run / "pretrain").done() == undisturbed.done()
@@ -299,7 +315,7 @@ def test_stage_whose_input_is_wrong_ends_for_good_and_its_dependents_with_it(sub
         told = read_job_history(run / name)[-1]
         assert told["event"] == "cancelled"
         assert said in told["reason"]
-    assert f"stage pretrain has ended for good: {said}" in fcmae("logs", run, "pretrain").stdout
+    assert f"stage pretrain failed: {said}" in fcmae("logs", run, "pretrain").stdout
 
 
 @pytest.mark.slow
@@ -373,16 +389,12 @@ def test_what_cannot_be_submitted_is_one_sentence(slurm, tmp_path):
     assert "3 processes do not divide the 4 slots" in refusal(nodes=3)
     assert "Slurm would refuse stage pretrain" in refusal(nodes=1, tasks_per_node=4, cpus_per_task=4)
     assert "Slurm would refuse stage pretrain" in refusal(gpus_per_node=2)
-    low = ["scontrol", "update", "PartitionName=low"]
-    try:
-        subprocess.run([*low, "MaxTime=30"], check=True)
+    with faults.partition_low(MaxTime=30):
         assert "time_limit_minutes 31 exceeds the 30 of partition low" in refusal(
             partition="low", time_limit_minutes=31
         )
-        subprocess.run([*low, "MaxTime=UNLIMITED", "State=DOWN"], check=True)
+    with faults.partition_low(State="DOWN"):
         assert "partition low is DOWN" in refusal(partition="low")
-    finally:  # other tests have the same cluster
-        subprocess.run([*low, "MaxTime=UNLIMITED", "State=UP"], check=True)
 
 
 def test_a_job_for_all_nodes_waits_for_the_one_that_is_drained(submit, tmp_path, capsys):
