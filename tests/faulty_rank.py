@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.run
-from pipeline.training.step_guard import Guard
+from pipeline.training import trainer
+from pipeline.training.step_guard import StepGuard
 from tests.batches import recorded
 
 
@@ -35,10 +36,10 @@ def main() -> None:
         _rename_host(name)
     # A patched loss would be missing in copies of an objective, so leave objectives alone where nothing is poisoned.
     if poison := faults.get("poison"):
-        pipeline.run.create_objective = _poison(pipeline.run.create_objective, poison)
-    pipeline.run.train_feed = _hinder(pipeline.run.train_feed, faults)
+        trainer.create_objective = _poison(trainer.create_objective, poison)
+    trainer.train_feed = _hinder(trainer.train_feed, faults)
     if stretches := faults.get("left_out"):
-        Guard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
+        StepGuard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
     pipeline.run.main()
 
 

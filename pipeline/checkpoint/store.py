@@ -7,7 +7,7 @@ background uses it while the training uses others.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -49,12 +49,13 @@ class CheckpointStore:
         still_current: Callable[[], bool],
         facts: dict[str, Any],
         on_event: Callable[[str], None],
+        parents: Iterable[str] = (),
         most_fallbacks: int = 3,
     ) -> None:
         self.folder = Folder.at(directory)
         self.attempt, self.group, self.facts, self.on_event = attempt, group, facts, on_event
         self.most_fallbacks = most_fallbacks
-        self.parents: list[str] = []
+        self.parents = list(parents)
         self._still_current = still_current
         self._buffers: Buffers = {}
         self._background: BackgroundSave | None = None
@@ -63,8 +64,7 @@ class CheckpointStore:
 
     def committed(self) -> list[CheckpointName]:
         """Checkpoints with a COMMIT, verified or not, old to new. Not collective."""
-        names = (CheckpointName.parse(entry) for entry in self.folder.entries())
-        return sorted(name for name in names if name and (self.folder / str(name) / COMMIT).exists())
+        return committed_checkpoints(self.folder)
 
     def steps(self) -> list[int]:
         """The steps of `committed()`, old to new."""
@@ -76,14 +76,6 @@ class CheckpointStore:
         if parsed is None or not (self.folder / name / COMMIT).exists():
             return [f"{name} is not a committed checkpoint"]
         return verify_checkpoint(self.folder / name, parsed)[1]
-
-    def ever_committed(self) -> bool:
-        """Whether a checkpoint was ever committed here, even if none is usable now. Collective."""
-        return self.from_rank_zero(
-            lambda: (
-                (self.folder / EVER_COMMITTED).exists() or (self.folder / QUARANTINE).exists() or bool(self.committed())
-            )
-        )
 
     def damage(self, name: CheckpointName) -> list[str]:
         """Re-read a checkpoint, each rank a share of its files; returns the problems of all. Collective.
@@ -251,15 +243,38 @@ class CheckpointStore:
         """
 
         def run() -> T:
-            try:
+            with _storage_errors_explained(self.folder):
                 return work()
-            except Exception as error:
-                if not is_storage_error(error):
-                    raise
-                raise CheckpointError(f"{self.folder}: {error}; free, unlock or repair the storage") from error
 
         self._wait()
         return from_rank_zero(run, self.group)
+
+
+def committed_checkpoints(folder: Folder) -> list[CheckpointName]:
+    """The checkpoints with a COMMIT, old to new. They are not verified."""
+    names = (CheckpointName.parse(entry) for entry in folder.entries())
+    return sorted(name for name in names if name and (folder / str(name) / COMMIT).exists())
+
+
+def ever_committed(folder: Folder) -> bool:
+    """Whether a checkpoint was ever committed in a folder, even if none is usable now.
+
+    Raises:
+        CheckpointError: if the storage fails.
+    """
+    with _storage_errors_explained(folder):
+        marked = (folder / EVER_COMMITTED).exists() or (folder / QUARANTINE).exists()
+        return marked or bool(committed_checkpoints(folder))
+
+
+@contextlib.contextmanager
+def _storage_errors_explained(folder: Folder) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}; free, unlock or repair the storage") from error
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -24,6 +24,17 @@ class Batch:
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
 
+    def part(self, images: slice, slots: tuple[int, ...] = ()) -> "Batch":
+        """Some of the images, and the slots that they make up."""
+        return replace(
+            self,
+            images=self.images[images],
+            labels=self.labels[images],
+            ids=self.ids[images],
+            valid=self.valid[images],
+            slots=slots,
+        )
+
 
 def example_batch(recipe: StageRecipe) -> Batch:
     """Return a black micro-batch of the stage's size, for the engine's warm-up."""

@@ -1,4 +1,5 @@
-"""The engine protocol: one optimizer step over the slots of this rank, and the state as logical tensors."""
+"""The base class of all engines: it makes one optimizer step over this rank's slots and shows the state as logical
+tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -27,39 +28,45 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16_parameters": torch
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a step tells: tensors on the device, read only when the journal is written."""
+class StepReport:
+    """Loss, gradient norm and fate of one step: 0-dim tensors on the device, read only when the journal is written."""
 
     loss: Tensor
     """This rank's share: the sum over ranks is the mean over the global batch."""
     gradient_norm: Tensor
-    """Global, before clipping."""
+    """Over all parameters and ranks, before clipping."""
     accepted: Tensor
-    """Whether the step was made; False: parameters, buffers, optimizer and components are as they were."""
+    """False if the step was skipped: parameters, buffers, optimizer and components are unchanged."""
 
 
-class Guard(Protocol):
-    """Decides on the device whether a step is made. Must say the same on all ranks, and wait for nothing."""
+class StepFilter(Component, Protocol):
+    """A component that decides on the device whether a step is made. All ranks must decide alike."""
 
     def accept(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """0-dim tensors: the mean loss over the global batch, and the gradient norm before clipping. Returns a 0-dim
-        bool tensor on the same device. Called once for each step, also with values that are not finite."""
+        """Decide about one step, without waiting for the device. Called once per step.
+
+        Args:
+            loss: 0-dim, the mean over the global batch; may be non-finite.
+            gradient_norm: 0-dim, before clipping; may be non-finite.
+
+        Returns:
+            A 0-dim bool tensor on the same device.
+        """
 
 
 class Engine(ABC):
-    """Owns the model, the optimizer and the components. Public methods here, the engine's own ways in the hooks.
-
-    `guard` may be set at any time; without one a step is made if and only if its loss and gradient norm are finite.
+    """Owns the model, the optimizer and the components. Subclasses implement the private hooks.
 
     Args:
-        model: on the meta device; its tensors get memory here, and values by `fill`.
-        recipe: the stage's.
-        world: this process's place.
+        model: on the meta device; the engine allocates its tensors, and `fill` sets their values.
+        recipe: of the stage.
+        world: this process's rank among all ranks.
+        guard: decides whether a step is made; without one every step with a finite loss and gradient norm is.
     """
 
     _sums_in_a_new_order_after_the_first_backward = False
 
-    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
         if recipe.engine.compile:
@@ -74,25 +81,26 @@ class Engine(ABC):
             decay_grn=settings.decay_grn,
         )
         self.components: list[Component] = []
-        self.guard: Guard | None = None
+        self.guard = guard
         self._accepted = torch.ones((), dtype=torch.bool, device=world.device)
         self._buffers = StepBuffers(self.module, world.size)
 
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Set parameters and buffers from whole ones, of which this rank's part is kept. Alike on all ranks."""
+        """Set parameters and buffers from whole tensors, the same on all ranks. Each rank keeps its shard."""
         tensors = {**dict(self.module.named_buffers()), **self.items()}
         for name, value in values:
             fill(tensors[name], value)
         self.refresh()
 
     def attach_components(self, total_steps: int = 1) -> None:
-        """Components start from the weights of step 0: call this once those are in place, before a restore.
+        """Make the components, which start from the current weights: those of step 0. Call it before a restore.
 
-        total_steps: of the stage, for what follows a schedule.
+        Args:
+            total_steps: of the stage, for components that follow a schedule.
         """
         average = EMA(self.items(), self.recipe.ema, self._accepted) if self.recipe.ema else None
         sparsity = self._sparsity(self.recipe.sparsity, average, total_steps) if self.recipe.sparsity else None
-        self.components = [component for component in (sparsity, average) if component]
+        self.components = [component for component in (sparsity, average, self.guard) if component]
 
     def _sparsity(self, settings: SparsitySettings, average: EMA | None, total_steps: int) -> DynamicSparsity:
         parameters = dict(self.module.named_parameters())
@@ -116,10 +124,17 @@ class Engine(ABC):
         step: int,
         lr: float,
         should_stop: Callable[[], bool],
-    ) -> Report | None:
-        """One optimizer update over this rank's micro-batches; None if the ranks agreed to stop: nothing has changed.
+    ) -> StepReport | None:
+        """Make one optimizer step over this rank's micro-batches.
 
-        Every rank has the same number of micro-batches. `step` counts the updates finished before this one.
+        Args:
+            batches: as many on every rank.
+            step: the number of steps finished before this one.
+            lr: the learning rate, before the scale of each parameter group.
+            should_stop: the same answer on all ranks; asked before each micro-batch.
+
+        Returns:
+            None if the ranks agreed to stop; the partial step is discarded and nothing has changed.
         """
         total = self.recipe.batch.slots // self.world.size // self.recipe.batch.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
@@ -140,7 +155,7 @@ class Engine(ABC):
         self._buffers.finish(self._accepted)
         for component in self.components:
             component.after_update(step + 1)
-        return Report(loss, norm, self._accepted.clone())
+        return StepReport(loss, norm, self._accepted.clone())
 
     def _accept(self, loss: Tensor, norm: Tensor) -> Tensor:
         mean = loss.clone()
@@ -149,11 +164,11 @@ class Engine(ABC):
         return self.guard.accept(mean, norm) if self.guard else mean.isfinite() & norm.isfinite()
 
     def _place(self, model: nn.Module) -> nn.Module:
-        """The model where and how its parameters are to lie, without values."""
+        """Allocate the model on its device, in its dtype and sharded, without values."""
         return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with images and labels on the device."""
+        """Move the images and labels of a batch to the device."""
         return batch.to(self.world.device)
 
     def precision(self) -> torch.autocast:
@@ -164,7 +179,7 @@ class Engine(ABC):
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The module in evaluation mode, holding the weights that are handed on."""
+        """Yield the module in evaluation mode, with the weights that are handed on and without gradients."""
         average = self.component("ema") if self.recipe.handoff == "ema" else None
         if average:
             average.swap()
@@ -180,10 +195,11 @@ class Engine(ABC):
                 self.refresh()
 
     def component(self, name: str) -> Any:
+        """The component of this name, or None."""
         return next((c for c in self.components if c.name == name), None)
 
     def state(self, step: int) -> dict[str, Any]:
-        """The whole resumable state, as tensors by logical name; restoring copies into these very tensors."""
+        """The whole resumable state as logical tensors by name. A restore writes into these tensors in place."""
         return {
             "model": self.items(),
             "optim": self._optimizer_state(),
@@ -192,16 +208,17 @@ class Engine(ABC):
         }
 
     def gather(self) -> dict[str, Tensor]:
-        """The tensors of `items()`, whole and on the CPU, on rank 0; nothing on the others. Collective."""
-        found = {}
+        """Gather the tensors of `items()` whole on the CPU of rank 0; other ranks get nothing. Collective."""
+        gathered = {}
         for name, tensor in self.items().items():
             full = whole(tensor)
             if self.world.is_main:
-                found[name] = full.to("cpu", copy=True)
-        return found
+                gathered[name] = full.to("cpu", copy=True)
+        return gathered
 
     def warm_up(self, batch: Batch, objective: Objective) -> None:
-        """Whatever must happen before the first step so that a fresh and a resumed run add in the same order."""
+        """Run one discarded backward pass if the engine needs it, so that a fresh and a resumed run add in the same
+        order."""
         if self._sums_in_a_new_order_after_the_first_backward:
             self._buffers.begin()
             self._backward(self.to_device(batch), objective, 0, 1.0, last=True)
@@ -209,8 +226,8 @@ class Engine(ABC):
             self._buffers.discard()
 
     def refresh(self) -> None:  # noqa: B027 most engines have nothing to do
-        """To be called when the tensors of `state()` or `items()` were written from outside: a restore, a hand-off.
-        Engines that compute with copies of them make the copies again. Collective."""
+        """Update the copies that the engine computes with. Call it after the tensors of `state()` or `items()` were
+        written from outside, as by a restore or a hand-off. Collective."""
 
     @abstractmethod
     def items(self) -> dict[str, Tensor]:
@@ -222,7 +239,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _gradient_norm(self) -> Tensor:
-        """0-dim, over all parameters and ranks."""
+        """The norm over all parameters and ranks: 0-dim."""
 
     @abstractmethod
     def _update(self, lr: float, norm: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed.world import World
+from pipeline.engines.base import StepFilter
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.recipe import StageRecipe
 
@@ -14,8 +15,8 @@ from pipeline.recipe import StageRecipe
 class DDPEngine(NativeEngine):
     _sums_in_a_new_order_after_the_first_backward = True
 
-    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
-        super().__init__(model, recipe, world)
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
+        super().__init__(model, recipe, world, guard)
         # Gradients of channels-last convolutions have other strides than DDP's buckets: copied, and no cause for alarm.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._callable = DistributedDataParallel(self.module, forward_sync_buffers=False, init_sync=False)

@@ -16,7 +16,7 @@ from pipeline.data.batch import Batch
 from pipeline.distributed.sharded_tensors import FlatShard
 from pipeline.distributed.world import World
 from pipeline.engines.adamw import AdamW
-from pipeline.engines.base import Engine
+from pipeline.engines.base import Engine, StepFilter
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.deepspeed_settings import configuration, load
 from pipeline.objectives import Objective
@@ -24,10 +24,10 @@ from pipeline.recipe import StageRecipe
 
 
 class DeepSpeedEngine(Engine):
-    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         settings = configuration(recipe, world.size)
         deepspeed = load(world.device, world.local_rank)
-        super().__init__(model, recipe, world)
+        super().__init__(model, recipe, world, guard)
         buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
         self._engine, self._zero, *_ = deepspeed.initialize(

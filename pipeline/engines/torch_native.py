@@ -11,7 +11,7 @@ from pipeline.data.batch import Batch
 from pipeline.distributed.sharded_tensors import local
 from pipeline.distributed.world import World
 from pipeline.engines.adamw import AdamW
-from pipeline.engines.base import Engine
+from pipeline.engines.base import Engine, StepFilter
 from pipeline.objectives import Objective
 from pipeline.recipe import StageRecipe
 
@@ -21,8 +21,8 @@ class NativeEngine(Engine):
 
     _callable: nn.Module
 
-    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World):
-        super().__init__(model, recipe, world)
+    def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
+        super().__init__(model, recipe, world, guard)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
         self._optimizer.make_state(self._names)

@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ class Journal:
     def __init__(self, path: str | Path, attempt: int) -> None:
         self.path = Path(path)
         self.attempt = attempt
+        self._lock = threading.Lock()  # the thread that saves in the background writes events
         self._written: set[tuple[str, int]] = set()
         self._latest: dict[str, Event] = {}
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
@@ -87,11 +89,12 @@ class Journal:
         """Append one line. Raises OSError if the disk is full, and leaves no part of the line in the file."""
         event = {"kind": kind, "time": round(time.time(), 3), "attempt": self.attempt, **strict_json(fields)}
         line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        written = self._file.write(line)
-        if written != len(line):
-            os.ftruncate(self._file.fileno(), self._file.tell() - (written or 0))
-            raise OSError(errno.ENOSPC, "the journal line could not be written whole", str(self.path))
-        self._note(event)
+        with self._lock:
+            written = self._file.write(line)
+            if written != len(line):
+                os.ftruncate(self._file.fileno(), self._file.tell() - (written or 0))
+                raise OSError(errno.ENOSPC, "the journal line could not be written whole", str(self.path))
+            self._note(event)
 
     def write_changed(self, kind: str, **fields: Any) -> None:
         """Append a line unless the last line of its kind has the same fields."""

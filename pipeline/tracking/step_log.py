@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engines import Report
+from pipeline.engines import StepReport
 from pipeline.tracking.journal import Journal
 
 
@@ -29,14 +29,14 @@ class StepLog:
     ):
         self._journal, self._world_sum = journal, world_sum
         self._every, self._global_batch = every_steps, global_batch
-        self._pending: list[tuple[int, Report, float, float]] = []
+        self._pending: list[tuple[int, StepReport, float, float]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Exclude the time until now, of an evaluation or a save, from the throughput."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, report: Report, lr: float, wait_seconds: float = 0.0) -> None:
+    def add(self, step: int, report: StepReport, lr: float, wait_seconds: float = 0.0) -> None:
         """Keep a step's report. `wait_seconds` for data is divided by the number of ranks already."""
         self._pending.append((step, report, lr, wait_seconds))
 

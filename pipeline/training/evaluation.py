@@ -1,4 +1,4 @@
-"""Evaluation over all ranks: every image once, whatever their number."""
+"""Evaluate a model over all ranks: every image counts once, on any number of ranks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -13,30 +13,31 @@ from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
 
 
-class Subject(Protocol):
-    """Whose weights are evaluated: an engine, or a `FixedModel`."""
+class ModelOwner(Protocol):
+    """Holds the model that is evaluated: an engine, or a `FixedModel`."""
 
     world: World
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """The model in evaluation mode, without gradients."""
+        """Yield the model in evaluation mode, without gradients."""
 
-    def to_device(self, batch: Batch) -> Batch: ...
+    def to_device(self, batch: Batch) -> Batch:
+        """Move the images and labels of a batch to the model's device."""
 
 
 class Scorer(Protocol):
-    """What is counted: an objective is one."""
+    """Computes metrics: an objective is one."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch's valid images, and their `count`."""
+        """Sum scores over the valid images of a batch; `count` is their number."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The sums over all images and ranks, as metrics."""
+        """Turn the sums over all images and ranks into metrics."""
 
 
 @dataclass
 class FixedModel:
-    """A model that is not trained, on `world`'s device; bf16 is autocast."""
+    """A model that is not trained, on the device of `world`; `bf16` turns autocast on."""
 
     model: nn.Module
     world: World
@@ -55,26 +56,28 @@ class FixedModel:
 
 
 def evaluate(
-    subject: Subject,
+    owner: ModelOwner,
     scorer: Scorer,
     feed: EvaluationFeed,
     should_stop: Callable[[], bool] = lambda: False,
-    look: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
+    on_first_batch: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
 ) -> dict[str, float] | None:
-    """Metrics of the weights that are handed on; None if the ranks agreed to stop. Collective.
+    """Compute the metrics of the weights that are handed on; None if the ranks agreed to stop. Collective.
 
-    `look` is shown the model and this rank's first batch.
+    Args:
+        should_stop: the same answer on all ranks; asked before each batch.
+        on_first_batch: gets the model and this rank's first batch, as for pictures.
     """
     sums: dict[str, Tensor] = {}
-    with subject.evaluating() as model:
+    with owner.evaluating() as model:
         for index, batch in enumerate(feed):
             if should_stop():
                 return None
-            batch = subject.to_device(batch)
+            batch = owner.to_device(batch)
             for name, value in scorer.evaluate(model, batch).items():
                 value = value.double()
                 sums[name] = sums[name] + value if name in sums else value
             if index == 0:
-                look(model, batch)
-    total = subject.world.sum(torch.stack([value.cpu() for value in sums.values()]))
+                on_first_batch(model, batch)
+    total = owner.world.sum(torch.stack([value.cpu() for value in sums.values()]))
     return scorer.metrics(dict(zip(sums, total.tolist(), strict=True)))

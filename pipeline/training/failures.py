@@ -1,11 +1,11 @@
-"""What an error means for the stage: the outcome it is recorded as, and the exit code that a launcher sees."""
+"""Turn an error into the outcome of an attempt, and an outcome into the exit code of this process."""
 
 import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeGuard
 
 from pipeline.errors import RetryableError, UserError, first_line
@@ -17,14 +17,14 @@ _CUDA_ASSERT = 710  # cudaErrorAssert
 
 
 class PeerLostError(Exception):
-    """A collective broke because another rank is gone, or hangs. `outcome` says which, as far as it is known."""
+    """A collective broke because another rank is lost or hangs. `outcome` names that rank if it is known."""
 
     def __init__(self, outcome: Outcome):
         super().__init__(outcome.reason)
         self.outcome = outcome
 
 
-def failure(error: BaseException) -> Outcome:
+def classify_error(error: BaseException) -> Outcome:
     """The outcome of an attempt that ends with this error."""
     if isinstance(error, PeerLostError):
         return error.outcome
@@ -46,45 +46,45 @@ def failure(error: BaseException) -> Outcome:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory did not suffice."""
+    """Whether a GPU ran out of memory."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
 
 
 def is_full_disk(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a disk, or a quota on it, did not suffice."""
+    """Whether a disk is full, or a quota used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_broken_device(error: BaseException) -> bool:
-    """Whether the error is a GPU's own: what it has lost or cannot reach, perhaps not on another machine."""
+    """Whether a GPU failed, so that another machine may succeed."""
     import torch
 
-    # A kernel's assertion is no such thing: a label that is out of range is so everywhere.
+    # A kernel's assertion fails on every machine, as for a label out of range.
     return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT
 
 
-def explaining_lost_peers(
-    stage: Stage, watchdog: Watchdog
-) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
-    """For an ExitStack: an error of a collective becomes a PeerLostError that names the rank, or tells what that rank
-    itself has recorded."""
-
-    def explain(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None or not is_broken_collective(error):
-            return
+@contextmanager
+def explain_lost_peers(stage: Stage, watchdog: Watchdog) -> Iterator[None]:
+    """Turn the error of a broken collective into a PeerLostError with the outcome that the lost rank recorded, or with
+    one that names the rank."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_broken_collective(error):
+            raise
         sentence = watchdog.explain_lost_peer()
         recorded = stage.attempts.last_outcome() if stage.attempts.is_newest() else None
-        outcome = failure(error) if sentence is None else Outcome(OutcomeKind.BAD_NODE, sentence)
+        outcome = classify_error(error) if sentence is None else Outcome(OutcomeKind.BAD_NODE, sentence)
         raise PeerLostError(recorded or outcome) from error
 
-    return explain
 
+def exit_rank(outcome: Outcome) -> NoReturn:
+    """End this process at once with the outcome's exit code.
 
-def leave(outcome: Outcome) -> NoReturn:
-    """End this process with the outcome's exit code, at once: threads of the loader and of gloo outlive their owners
-    now and then and abort an orderly exit."""
+    An orderly exit is sometimes aborted by threads of the loader and of gloo that outlive their owners.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.kind.exit_code)

@@ -1,4 +1,4 @@
-"""From one stage to the next, or from others' weights to a stage: a file named by hash, every tensor accounted for."""
+"""Load the weights of the stage before, or foreign ones, and write the weights for the next stage."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,29 +22,62 @@ from pipeline.weights.transfer import Transfer, plan_transfer
 
 @dataclass(frozen=True)
 class Received:
-    """From which file, what became of each tensor, and of each class if the head was mapped."""
+    """Loaded weights: their file, what became of each tensor, and of each class if the head was mapped."""
 
     source: str
     sha256: str
     transfer: Transfer
     head: HeadMatch | None
 
+    def summary(self) -> dict[str, Any]:
+        """For the journal."""
+        head = self.head
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "loaded": len(self.transfer.loaded),
+            "initialised": self.transfer.initialised,
+            "dropped": self.transfer.dropped,
+            **({"head_mapped": len(head.matched), "head_initialised": head.unmatched} if head else {}),
+        }
+
 
 def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received | None:
-    """Load what the stage before has finished, or the weights of `init.weights`, into the engine; None if this stage
-    starts from scratch.
+    """Load the weights of the stage before, or of `init.weights`, into the engine; None if there are none.
 
-    classes: the names of this stage's classes, in order: with `init.head: map` the rows of those that the stage before
-    had too are taken over, and the others keep their initial values.
+    Args:
+        classes: the names of this stage's classes, in order. With `init.head: map` the rows of the classes that the
+            loaded head knows are loaded, and the others keep their initial values.
 
     Raises:
         StageError: if the stage before is not done.
         OffTrackError: if it is off track and its gate is to stop the chain.
-        CheckpointError: if its weights are not the ones its DONE marker names, or those of `init.weights` not the ones
-            of the first start, or a tensor is unaccounted for.
+        CheckpointError: if its weights are not those that its DONE marker names, or those of `init.weights` are not
+            those of the first start, or a tensor is neither loaded, dropped nor initialised.
     """
-    if stage.recipe.init.weights is not None:
-        return _receive_file(stage, stage.recipe.init.weights, engine, objective, classes)
+    source = _read_source(stage, engine)
+    if source is None:
+        return None
+    path, sha256, weights = source
+    weights, drop, fresh = objective.adapt_weights(weights)
+    if stage.recipe.init.response == "new":
+        drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
+    head = None
+    if stage.recipe.init.head == "map":
+        weights, head = _map_head(path, weights, engine.items(), classes)
+    transfer = _copy_weights(engine.items(), weights, drop, fresh)
+    engine.refresh()
+    return Received(path, sha256, transfer, head)
+
+
+def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, Tensor]] | None:
+    """Path, SHA-256 and tensors of the weights that the stage starts from, if any."""
+    if (path := stage.recipe.init.weights) is not None:
+        data = read_bytes(path)
+        digest = hashlib.sha256(data).hexdigest()
+        # The first rank of the first start decides which file all ranks and later starts must read.
+        engine.world.on_main(lambda: stage.pin_weights(path, digest))
+        return path, digest, decode_weights(path, data).tensors
     before = stage.previous()
     if before is None:
         return None
@@ -54,41 +87,12 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
     refuse_off_track(before)
-    path = before.directory / done.weights
-    weights = read_weights(path, done.weights_sha256)
-    return _take(str(path), done.weights_sha256, weights, stage, engine, objective, classes)
-
-
-def _receive_file(stage: Stage, path: str, engine: Engine, objective: Objective, classes: Sequence[str]) -> Received:
-    """The same file on every rank and at every start: its hash is fixed by the first rank of the first one."""
-    data = read_bytes(path)
-    digest = hashlib.sha256(data).hexdigest()
-    engine.world.on_main(lambda: stage.pin_weights(path, digest))
-    return _take(path, digest, decode_weights(path, data).tensors, stage, engine, objective, classes)
-
-
-def _take(
-    path: str,
-    sha256: str,
-    weights: Mapping[str, Tensor],
-    stage: Stage,
-    engine: Engine,
-    objective: Objective,
-    classes: Sequence[str],
-) -> Received:
-    weights, drop, fresh = objective.adapt_weights(weights)
-    if stage.recipe.init.response == "new":
-        drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
-    head = None
-    if stage.recipe.init.head == "map":
-        weights, head = _map_head(path, weights, engine.items(), classes)
-    transfer = _load(engine.items(), weights, drop, fresh)
-    engine.refresh()
-    return Received(path, sha256, transfer, head)
+    file = before.directory / done.weights
+    return str(file), done.weights_sha256, read_weights(file, done.weights_sha256)
 
 
 def _responses(names: Iterable[str]) -> list[str]:
-    """The tensors that normalise the blocks' channels: GRN's, or those in its slot."""
+    """The names of the tensors of GRN, or of the layer in its place."""
     return [name for name in names if name.split(".")[-2:-1] in (["grn"], ["response"])]
 
 
@@ -97,14 +101,14 @@ def _map_head(
 ) -> tuple[Mapping[str, Tensor], HeadMatch]:
     try:
         old = read_facts(path).get("classes")
-    except CheckpointError:  # others' weights
+    except CheckpointError:  # foreign weights have no facts
         old = None
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
     return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})
 
 
-def _load(
+def _copy_weights(
     target: Mapping[str, Tensor], weights: Mapping[str, Tensor], drop: tuple[str, ...], fresh: tuple[str, ...]
 ) -> Transfer:
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, target))
@@ -115,8 +119,10 @@ def _load(
 
 
 def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
-    """Write the weights that were evaluated, with the names of their classes, and the masks of sparsity if the recipe
-    asks for them; returns the result's entries about the weights. Collective.
+    """Write the weights that were evaluated, and the sparsity masks if the recipe exports them. Collective.
+
+    Returns:
+        The result's entries about the weights.
     """
     recipe = stage.recipe
     facts = {

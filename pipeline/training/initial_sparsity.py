@@ -1,7 +1,6 @@
 """The masks that a sparse stage starts with: how dense each layer is to be, known before the first step."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -63,15 +62,7 @@ def single_slots(batch: Batch) -> Iterator[Batch]:
     """A micro-batch cut into its slots."""
     size = len(batch.images) // len(batch.slots)
     for index, slot in enumerate(batch.slots):
-        part = slice(index * size, (index + 1) * size)
-        yield replace(
-            batch,
-            images=batch.images[part],
-            labels=batch.labels[part],
-            ids=batch.ids[part],
-            valid=batch.valid[part],
-            slots=(slot,),
-        )
+        yield batch.part(slice(index * size, (index + 1) * size), (slot,))
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""What a stage writes down about itself: its journal, what it is made of and runs on, and its result."""
+"""Write the records of a stage: the journal's lines about an attempt, its environment and data, and the result."""
 
 import importlib.metadata
 import os
 import platform
 import socket
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,30 +21,34 @@ from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.forwarder import start_forwarder
 from pipeline.tracking.step_log import StepLog
-from pipeline.training.failures import failure
+from pipeline.training.failures import classify_error
 
 
-def open_journal(stage: Stage, world: World, stop: AgreedStop, stack: ExitStack) -> journal.Journal | None:
-    """Rank 0's journal, followed by MLflow's forwarder. The stack ends both, with the reason of a failure in them."""
+@contextmanager
+def open_journal(stage: Stage, world: World, stop: AgreedStop) -> Iterator[journal.Journal | None]:
+    """Open the journal and start its forwarder to MLflow, on rank 0; yields None on the others.
+
+    An error that leaves the block is recorded as the outcome of the attempt, also in the journal.
+    """
     if not world.is_main:
-        return None
-    log_file = stack.enter_context(journal.Journal(stage.directory / JOURNAL_FILE, stage.attempts.own))
-    for change in journal.changed_versions(log_file.path, versions()):
-        log_file.write("event", level="warning", message=change)
-    tracking = stage.recipe.tracking
-    if tracking.mlflow:
-        forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)
-        # A grace period is for the checkpoint; what MLflow has not got by then, the next attempt sends.
-        stack.callback(lambda: forwarder.finish(10 if stop.number else 60))
-
-    def end_in_failure(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            outcome = failure(error)
+        yield None
+        return
+    with ExitStack() as stack:
+        log_file = stack.enter_context(journal.Journal(stage.directory / JOURNAL_FILE, stage.attempts.own))
+        for change in journal.changed_versions(log_file.path, versions()):
+            log_file.write("event", level="warning", message=change)
+        tracking = stage.recipe.tracking
+        if tracking.mlflow:
+            forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)
+            # Short at a stop, because the grace period is for the checkpoint and the next attempt sends the rest.
+            stack.callback(lambda: forwarder.finish(10 if stop.number else 60))
+        try:
+            yield log_file
+        except BaseException as error:
+            outcome = classify_error(error)
             stage.attempts.record(outcome)
             log_file.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
-
-    stack.push(end_in_failure)
-    return log_file
+            raise
 
 
 def write_attempt(
@@ -56,7 +60,7 @@ def write_attempt(
     step: int,
     total_steps: int,
 ) -> None:
-    """The attempt's line, and the environment's and the data's where they are not those of the attempt before."""
+    """Journal that an attempt starts, and the environment and the data if they differ from the last attempt's."""
     if log is None:
         return
     log.write(
@@ -79,7 +83,12 @@ def write_attempt(
 def write_result(
     stage: Stage, weights: Mapping[str, Any], metric: str, log: StepLog, step: int, world_size: int
 ) -> None:
-    """Judge the finished stage and mark it done; `metric` comes first among those of its last evaluation. On rank 0."""
+    """Judge the finished stage, write its result and mark it done. On rank 0.
+
+    Args:
+        weights: the result's entries about the weights.
+        metric: the objective's, listed first.
+    """
     events = journal.read_events(stage.directory / JOURNAL_FILE)
     recipe, verdict = stage.recipe, judge_journal(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
@@ -102,8 +111,18 @@ def write_result(
     stage.finish(result, step)
 
 
+def checkpoint_facts(recipe: StageRecipe, data_hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What every checkpoint's manifest tells about its origin."""
+    return {
+        "recipe": recipe.fingerprint(),
+        "data": dict(data_hashes),
+        "engine": recipe.engine.kind,
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Of what decides the bits: another version may give other ones."""
+    """The versions of the software that decides about the bits of training."""
     names = ("fcmae", "torch", "numpy", "numba", "ffcv")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 

@@ -1,10 +1,10 @@
-"""Steps that must not be made, and the way back when there are many of them.
+"""Refuse steps with a bad loss or gradient norm, and ask for a rollback when there are many of them.
 
-A step with a loss or gradient norm that is not finite, or far above what the last steps had, is refused on the device:
-nothing of the state moves. Several refusals close together mean that the weights were hurt before: then the stage goes
-back to a checkpoint before them, and the steps from shortly before the first to the last of them are left out when they
-come again. All of it is a function of the steps themselves, never of when somebody looked, so a run that is killed and
-resumed anywhere decides the same.
+A step is refused, on the device, if its loss or gradient norm is non-finite or far above that of the last steps:
+weights, optimizer, buffers and averages then keep their values. Several refusals close together mean that the weights
+were damaged earlier: the stage then goes back to a checkpoint from before the first of them, and leaves out the steps
+from shortly before the first to the last of them when it comes to them again. All decisions depend on the steps alone,
+never on when the host reads them, so a run that is killed and resumed anywhere decides the same.
 """
 
 import math
@@ -12,19 +12,19 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.optim.ema import Component
+from pipeline.engines import StepFilter
 from pipeline.recipe.sections import HealthSettings
 
 MOST_ROLLBACKS = 64  # places in the checkpoint; health.max_rollbacks cannot be more
-NEVER = -(2**40)  # a step that no window reaches back to
-SMALLEST_DEVIATION = (0.02, 0.1)  # of the logarithms of loss and gradient norm: less is no spike, however calm it was
+NEVER = -(2**40)  # marks an empty place: a step before any window
+SMALLEST_DEVIATION = (0.02, 0.1)  # floor of the deviations of log loss and log gradient norm, for very calm runs
 
 
-class Guard(Component):
-    """An engine's guard, and the component that keeps what it knows in the checkpoint.
+class StepGuard(StepFilter):
+    """Decides whether a step is made; a component, so that its statistics are in the checkpoint.
 
-    It holds an exponential mean and variance of the logarithms of loss and gradient norm. Values far out count as if
-    they lay half as far as a spike, so that one of them changes little and a new level is still learnt.
+    It keeps an exponential mean and variance of the logarithms of loss and gradient norm. An outlier is clamped to half
+    the distance of a spike before it enters them, so that one outlier changes little and a new level is still learnt.
     """
 
     name = "guard"
@@ -36,11 +36,11 @@ class Guard(Component):
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._mean = torch.zeros(2, dtype=torch.float64, device=device)
         self._variance = torch.zeros(2, dtype=torch.float64, device=device)
-        self._refused = torch.full((settings.rollback_after,), NEVER, device=device)  # the last steps refused
-        self._alarm = torch.full((2,), NEVER, device=device)  # first and last step of the refusals that are too many
-        self._left_out = torch.full((MOST_ROLLBACKS, 2), NEVER, device=device)  # first and last steps
+        self._refused = torch.full((settings.rollback_after,), NEVER, device=device)  # the newest refused steps
+        self._alarm = torch.full((2,), NEVER, device=device)  # first and last of the refusals that were too many
+        self._left_out = torch.full((MOST_ROLLBACKS, 2), NEVER, device=device)  # first and last step per rollback
         self._accepted = torch.ones((), dtype=torch.bool, device=device)
-        self._known: list[tuple[int, int]] = []
+        self._left_out_on_host: list[tuple[int, int]] = []  # so that `skips` needs not wait for the device
 
     @torch.no_grad()
     def accept(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
@@ -73,24 +73,25 @@ class Guard(Component):
             "alarm": self._alarm, "left_out": self._left_out,
         }  # fmt: skip
 
-    # -- read by the host, rarely
-
     def alarm(self) -> tuple[int, int] | None:
-        """First and last step of the refusals that ask for a rollback. Waits for the device."""
+        """The first and last step of the refusals that ask for a rollback, if any. Waits for the device."""
         first, last = self._alarm.tolist()
         return None if last == NEVER else (first, last)
 
     def left_out(self) -> list[tuple[int, int]]:
-        """The first and last step of each stretch that is left out, in the order in which they were found."""
+        """The first and last step of each stretch of steps that is left out, oldest rollback first. Waits for the
+        device."""
         return [(first, last) for first, last in self._left_out.tolist() if last != NEVER]
 
     def leave_out(self, stretches: list[tuple[int, int]]) -> None:
+        """Leave these stretches of steps out from now on."""
         self._left_out[: len(stretches)] = torch.tensor(stretches, device=self._left_out.device)
         self.restored()
 
     def restored(self) -> None:
-        """To be called when the tensors of `state()` were written."""
-        self._known = self.left_out()
+        """Read the left-out stretches. Call it after the tensors of `state()` were written, as by a restore."""
+        self._left_out_on_host = self.left_out()
 
     def skips(self, step: int) -> bool:
-        return any(first <= step <= last for first, last in self._known)
+        """Whether the step is left out."""
+        return any(first <= step <= last for first, last in self._left_out_on_host)

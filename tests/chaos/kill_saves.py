@@ -28,7 +28,7 @@ from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.sections import CheckpointSettings
 from pipeline.stage.directory import Stage
-from pipeline.training.saving import Checkpoints, open_store
+from pipeline.training.saving import Checkpoints, has_checkpoint, open_store
 from tests.processes import PROCESSES
 from tests.support import write_tiny_recipe
 
@@ -93,10 +93,13 @@ def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
         stage, engine, log = Stage(stage_directory), TinyEngine(world), Log()
         stage.attempts.own = world.on_main(lambda: stage.attempts.claim(RANKS))
         with stage.attempts.heartbeat() if rank == 0 else contextlib.nullcontext():
+            resumes = has_checkpoint(stage, world)
             store = open_store(stage, world, {}, lambda message: log.write("event", message=message))
-            start = store.restore(engine.state(0)) if store.ever_committed() else 0
+            start = store.restore(engine.state(0)) if resumes else 0
             pipe.send(("resumed", start, engine.digest(start)))
-            checkpoints = Checkpoints(store, engine, log, settings, saved=start or None, steps_per_epoch=10)
+            health = stage.recipe.health.model_copy(update={"window_steps": 0, "skip_before": 0})  # prune at once
+            recipe = stage.recipe.model_copy(update={"checkpoint": settings, "health": health})
+            checkpoints = Checkpoints(store, engine, log, recipe, steps_per_epoch=10, restored=start or None)
             digests = {}
             for step in range(start + 1, STEPS + 1):
                 while gate and step == 3 and not gate.exists():

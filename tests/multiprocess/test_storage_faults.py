@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,9 +51,8 @@ class Run:
     def __init__(self, store, group, numel, **settings):
         self.lines, self.numel = [], numel
         self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
-        self.checkpoints = Checkpoints(
-            store, self, self, CheckpointSettings(**settings), saved=None, steps_per_epoch=10
-        )
+        recipe = SimpleNamespace(checkpoint=CheckpointSettings(**settings), health=SimpleNamespace(reach_steps=0))
+        self.checkpoints = Checkpoints(store, self, self, recipe, steps_per_epoch=10, restored=None)
 
     def state(self, step):
         return make_state(step, self.numel)

@@ -65,9 +65,9 @@ class BrakedStage(RunStage):
 
     def __call__(self) -> NoReturn:
         self._wait(START)
-        import pipeline.run
+        from pipeline.training import trainer
 
-        pipeline.run.train_feed = self._slow(pipeline.run.train_feed)
+        trainer.train_feed = self._slow(trainer.train_feed)
         super().__call__()
 
     def _slow(self, create: Callable[..., Any]) -> Callable[..., Any]:

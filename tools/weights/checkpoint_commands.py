@@ -85,7 +85,7 @@ def prune_checkpoints(
     opened, folder = Stage(stage), _checkpoints_of(stage)
     opened.attempts.check_free()
     metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
-    best = best_evaluation(journal.read_events(opened.directory / JOURNAL_FILE), metric, metric == "loss")
+    best = best_evaluation(journal.read_events(opened.directory / JOURNAL_FILE), metric)
     done = opened.done()
     steps = ({best[0]} if best else set()) | ({done.step} if done else set())
     with tempfile.TemporaryDirectory() as meeting:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.checkpoint.manifest import COMMIT, CheckpointName
+from pipeline.checkpoint.store import committed_checkpoints
 from pipeline.errors import CheckpointError
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
 from pipeline.stage.directory import Done, Stage
@@ -102,8 +102,7 @@ def _open_file(path: str, entry: str | None, ema: bool | None, sha256: str | Non
 
 def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
     home, recipe = checkpoint_home(stage), stage.recipe
-    names = sorted(name for entry in home.entries() if (name := CheckpointName.parse(entry)))
-    committed = [name for name in names if (home / str(name) / COMMIT).exists()]
+    committed = committed_checkpoints(home)
     if not committed:
         raise CheckpointError(f"{stage.directory} has no checkpoint; leave --ema and --raw out, or train it first")
     average = recipe.handoff == "ema" if ema is None else ema

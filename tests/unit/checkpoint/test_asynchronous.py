@@ -1,5 +1,6 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ class Log:
         return [line for line in self.lines if line["kind"] == kind]
 
 
+def recipe_with(checkpoint: CheckpointSettings) -> SimpleNamespace:
+    return SimpleNamespace(checkpoint=checkpoint, health=SimpleNamespace(reach_steps=0))
+
+
 @pytest.fixture
 def log():
     return Log()
@@ -47,14 +52,14 @@ def log():
 
 @pytest.fixture
 def open_checkpoints(open_store, group, state_of, log):
-    def open_checkpoints(store=None, saved=None, hurry=lambda: False, **settings):
+    def open_checkpoints(store=None, hurry=lambda: False, **settings):
         return Checkpoints(
             store or open_store(),
             Engine(group, state_of),
             log,
-            CheckpointSettings(**{"keep_last": 9, **settings}),
-            saved=saved,
+            recipe_with(CheckpointSettings(**{"keep_last": 9, **settings})),
             steps_per_epoch=10,
+            restored=None,
             hurry=hurry,
         )
 
@@ -213,14 +218,14 @@ def test_the_best_is_saved_and_kept(open_checkpoints, open_store):
     store = open_store()
     checkpoints = open_checkpoints(store, keep_last=1)
     for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0), (4, float("nan"))):
-        checkpoints.evaluated(step, top1, lower_is_better=False)
+        checkpoints.evaluated(step, top1, "top1")
         poll_until_settled(checkpoints)
     assert store.steps() == [2]
     for step in (5, 6):
         checkpoints.save(step, why="due", wait=False)
         poll_until_settled(checkpoints)
     assert store.steps() == [2, 6]
-    checkpoints.evaluated(7, 80.0, lower_is_better=False)
+    checkpoints.evaluated(7, 80.0, "top1")
     checkpoints.save(8, why="end")
     assert store.steps() == [7, 8]
 
@@ -228,24 +233,24 @@ def test_the_best_is_saved_and_kept(open_checkpoints, open_store):
 def test_the_best_of_a_journal_counts_what_stands():
     events = [
         {"kind": "attempt", "step": 0},
-        {"kind": "evaluate", "step": 5, "metrics": {"loss": 2.0}},
-        {"kind": "evaluate", "step": 9, "metrics": {"loss": 1.0}},
+        {"kind": "evaluate", "step": 5, "metrics": {"loss": 2.0, "top1": 40.0}},
+        {"kind": "evaluate", "step": 9, "metrics": {"loss": 1.0, "top1": 50.0}},
         {"kind": "attempt", "step": 7},
         {"kind": "evaluate", "step": 9, "metrics": {"loss": float("nan")}},
     ]
-    assert best_evaluation(events, "loss", True) == (5, 2.0)
-    assert best_evaluation(events[:3], "loss", True) == (9, 1.0)
-    assert best_evaluation(events[:3], "loss", False) == (5, 2.0)
-    assert best_evaluation([], "loss", True) is None
+    assert best_evaluation(events, "loss") == (5, 2.0)
+    assert best_evaluation(events[:3], "loss") == (9, 1.0)
+    assert best_evaluation(events[:3], "top1") == (9, 50.0)
+    assert best_evaluation([], "loss") is None
 
 
 def test_going_back_forgets_what_came_after(open_checkpoints, open_store):
     store = open_store()
     checkpoints = open_checkpoints(store, keep_last=1)
-    checkpoints.evaluated(5, 50.0, lower_is_better=False)
+    checkpoints.evaluated(5, 50.0, "top1")
     checkpoints.settle()
     assert store.steps() == [5]
     checkpoints.went_back(3)
-    checkpoints.evaluated(4, 40.0, lower_is_better=False)
+    checkpoints.evaluated(4, 40.0, "top1")
     poll_until_settled(checkpoints)
     assert 4 in store.steps()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.manifest import COMMIT, MANIFEST, METADATA
-from pipeline.checkpoint.store import flatten
+from pipeline.checkpoint.store import ever_committed, flatten
 from pipeline.errors import CheckpointError
 
 DATA = "__0_0.distcp"
@@ -42,10 +42,10 @@ def swap(left, right):
 
 def test_a_new_directory_has_never_committed(open_store, state_of):
     store = open_store()
-    assert not store.ever_committed()
+    assert not ever_committed(store.folder)
     assert store.steps() == []
     store.save(state_of(3), step=3, why="due")
-    assert store.ever_committed()
+    assert ever_committed(store.folder)
 
 
 @pytest.mark.parametrize("where", ["path", "file", "memory"])
@@ -137,7 +137,7 @@ def test_when_all_are_damaged_nothing_starts_from_scratch(two, open_store, state
         again.restore(target)
     assert same(target, state_of(0))
     assert len(events) == 2
-    assert again.ever_committed()
+    assert ever_committed(again.folder)
     assert set(tree(older.parent / "quarantine")) >= {older.name, newer.name, f"{newer.name}/{DATA}"}
 
 
@@ -145,7 +145,7 @@ def test_losing_the_only_commit_is_not_a_beginning(open_store, state_of, tmp_pat
     store = open_store()
     name = store.save(state_of(5), step=5, why="due")
     (tmp_path / "checkpoints" / name / COMMIT).unlink()
-    assert store.ever_committed()
+    assert ever_committed(store.folder)
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         store.restore(state_of(0))
 

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.retention import checkpoints_to_keep
@@ -19,10 +18,8 @@ def test_the_checkpoint_that_an_early_fine_tuning_starts_from_is_saved_and_kept(
     (name,) = (CheckpointName.parse(text) for text in re.findall(r"runs/huge/pretrain/checkpoints/(\S+)", TEXT))
     recipe = load_recipe(find_recipe("huge-22k-512"), options.split()).stages["pretrain"]
     epoch = IMAGES // recipe.batch.global_batch
-    checkpoints = Checkpoints(
-        SimpleNamespace(), None, None, recipe.checkpoint, saved=None, steps_per_epoch=epoch, reach_steps=0
-    )
+    checkpoints = Checkpoints(None, None, None, recipe, steps_per_epoch=epoch, restored=None)
     end = round(recipe.schedule.epochs * epoch)
     saved = [CheckpointName(name.attempt, step) for step in range(1, end + 1) if checkpoints.due(step)]
     assert name.step == 400 * epoch
-    assert name in checkpoints_to_keep(saved, keep_last=recipe.checkpoint.keep_last, keep_every=checkpoints._keep_every)
+    assert name in checkpoints_to_keep(saved, keep_last=recipe.checkpoint.keep_last, keep_every=checkpoints.keep_every)

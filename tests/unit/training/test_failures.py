@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.stage.outcome import OutcomeKind
-from pipeline.training.failures import failure
+from pipeline.training.failures import classify_error
 
 
 def device_error(message: str, code: int) -> torch.AcceleratorError:
@@ -25,13 +25,13 @@ def device_error(message: str, code: int) -> torch.AcceleratorError:
     ],
 )
 def test_a_gpu_that_breaks_is_worth_another_machine(error, kind):
-    outcome = failure(error)
+    outcome = classify_error(error)
     assert outcome.kind is kind
     assert "\n" not in outcome.reason
 
 
 def test_a_full_gpu_is_told_with_a_remedy():
-    outcome = failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."))
+    outcome = classify_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."))
     assert outcome.kind is OutcomeKind.PERMANENT
     assert "lower batch.micro_slots" in outcome.reason
     assert "2.00 GiB" in outcome.reason
@@ -39,6 +39,6 @@ def test_a_full_gpu_is_told_with_a_remedy():
 
 
 def test_a_full_disk_is_told_with_a_remedy():
-    outcome = failure(OSError(errno.ENOSPC, "No space left on device", "/runs/journal.jsonl"))
+    outcome = classify_error(OSError(errno.ENOSPC, "No space left on device", "/runs/journal.jsonl"))
     assert outcome.kind is OutcomeKind.PERMANENT
     assert outcome.reason.startswith("/runs/journal.jsonl: No space left on device; make room")

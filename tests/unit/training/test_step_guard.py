@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from pipeline.recipe.sections import HealthSettings
-from pipeline.training.step_guard import Guard
+from pipeline.training.step_guard import StepGuard
 
 
-def make_guard(**settings) -> Guard:
+def make_guard(**settings) -> StepGuard:
     settings = {"statistics_steps": 20, "rollback_after": 3, "window_steps": 10, **settings}
-    return Guard(HealthSettings(**settings), torch.device("cpu"))
+    return StepGuard(HealthSettings(**settings), torch.device("cpu"))
 
 
-def feed(guard: Guard, values: list[tuple[float, float]], first_step: int = 1) -> list[bool]:
+def feed(guard: StepGuard, values: list[tuple[float, float]], first_step: int = 1) -> list[bool]:
     answers = []
     for step, (loss, norm) in enumerate(values, start=first_step):
         answers.append(guard.accept(torch.tensor(loss).double(), torch.tensor(norm)).item())
