@@ -1,4 +1,4 @@
-"""A store on one real gloo process, as the engine hands it in, and small states that differ from step to step."""
+"""Fixtures: a checkpoint store with a gloo group of one process, and a small state for every step."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def state_of():
 
 @pytest.fixture
 def tree():
-    """Every file and link below a directory with its bytes or goal: two equal trees mean that nothing was touched."""
+    """Map every file and link below a directory to its bytes or target, to show that nothing was changed."""
 
     def tree(directory: Path) -> dict:
         found = {}

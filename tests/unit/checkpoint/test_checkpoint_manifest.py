@@ -14,7 +14,7 @@ def test_a_name_is_read_as_it_was_written(name):
     assert CheckpointName.parse(str(name)) == name
 
 
-@example("step-000000000.00000\u0660")  # a digit, and no ASCII one
+@example("step-000000000.00000\u0660")  # a digit outside ASCII
 @given(st.one_of(st.text(), st.from_regex(r"step-\d{1,12}\.\d{1,8}.?", fullmatch=True)))
 def test_only_the_exact_text_of_a_name_is_one(text):
     name = CheckpointName.parse(text)

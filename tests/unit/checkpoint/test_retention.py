@@ -160,11 +160,11 @@ def test_pruning_works_on_an_object_store(open_store, state_of, tmp_path):
 
 
 class KilledError(Exception):
-    """Stands for a kill between two deletions."""
+    """Simulates a kill between two deletions."""
 
 
 def make_checkpoint(folder, name, committed, damaged):
-    """A checkpoint as a writer leaves it, of one small file."""
+    """Write a checkpoint of one small file, as CommittingWriter does."""
     place, data = folder / str(name), str(name).encode() * 3
     place.publish("__0_0.distcp", data[:-1] if damaged else data)
     place.publish(METADATA, b"metadata")

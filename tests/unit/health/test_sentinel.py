@@ -1,4 +1,4 @@
-"""A real process that never lets another thread run, and one that does, with a sentinel beside each."""
+"""Sentinels beside real processes: one hangs in code that lets no other thread run, the others do not."""
 
 import os
 import signal
@@ -71,7 +71,7 @@ def test_a_rank_that_beats_is_left_alone_and_its_sentinel_goes_with_it(stage):
 
 
 def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
-    """Writing them while other code runs may crash the process: it is for one that is to end."""
+    """Writing stacks of running threads may crash a process, so only a rank that is to end may write them."""
     command = [sys.executable, "-c", RANK, str(stage.directory), "beats"]
     beat = stage.directory / "health" / "rank-00003.beat"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as rank:
@@ -80,7 +80,7 @@ def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(rank.pid, signal.SIGSTOP)
-        time.sleep(3)  # twice as long as either of the two waits for a sign of life
+        time.sleep(3)  # longer than watchdog and sentinel wait
         os.killpg(rank.pid, signal.SIGCONT)
         _, said = rank.communicate(timeout=300)
     assert (rank.returncode, said) == (0, "")

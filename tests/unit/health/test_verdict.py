@@ -1,4 +1,4 @@
-"""Verdicts as functions of journal and recipe: what they must see, and what must not move them."""
+"""Judge journals: every check fails where it must, and events that do not count change nothing."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def gated(recipe: StageRecipe, **gate: object) -> StageRecipe:
 
 
 def history(losses: list[float], refused: tuple[int, ...] = (), **metrics: float) -> list[dict]:
-    """A journal of one attempt, with an evaluation at its end."""
+    """The events of one attempt, with an evaluation at the end if there are metrics."""
     events: list[dict] = [
         {"kind": "attempt", "step": 0, "total_steps": len(losses)},
         {"kind": "data", "validation": {"images": 1000}},
@@ -119,14 +119,14 @@ def test_properties(recipes, losses, more, at, top1, bounds):
     events = history(losses, top1=top1, loss=1.0)
     verdict = judge_journal(recipe, events)
     json.dumps(strict_json(verdict.entry()), allow_nan=False)
-    # What a resume has withdrawn never happened.
+    # Withdrawn events change nothing.
     start = min(at, len(losses))
     lost = [{"kind": "step", "step": start + i, "loss": loss} for i, loss in enumerate(more, 1)]
     kept = [e for e in events if e.get("step", 0) <= start]
     rewound = [*kept, *lost, {"kind": "attempt", "step": start, "total_steps": len(losses)}]
     rest = [e for e in events if e.get("step", 0) > start]
     assert judge_journal(recipe, [*rewound, *rest]).entry() == verdict.entry()
-    # Asking for less never makes it worse.
+    # A lower bound never turns a pass into a failure.
     low, high = sorted(bounds)
     asks = [gated(recipe, metric="top1", at_least=bound) for bound in (low, high)]
     easy, hard = (judge_journal(recipe, events).on_track for recipe in asks)
@@ -134,7 +134,7 @@ def test_properties(recipes, losses, more, at, top1, bounds):
 
 
 def finished(run: Path, name: str, events: list[dict]) -> Stage:
-    """A stage directory that ended with these lines."""
+    """A finished stage directory with these events in its journal."""
     stage = Stage(run / name)
     with Journal(stage.directory / "journal.jsonl", 1) as log:
         for event in events:

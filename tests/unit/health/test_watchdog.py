@@ -1,4 +1,4 @@
-"""Who is blamed for a standstill; what counts as a lost peer. Real processes: tests/multiprocess/test_health.py."""
+"""Name the ranks that the others wait for, and recognise a lost peer. tests/multiprocess/test_health.py runs ranks."""
 
 import json
 import threading

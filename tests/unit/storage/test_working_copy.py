@@ -17,7 +17,7 @@ def url():
 
 @pytest.fixture
 def copy_on(tmp_path, monkeypatch, url):
-    """Makes or updates the working copy of one run on a machine of a name."""
+    """A function that makes or updates the working copy of one run on a named machine."""
 
     def copy_on(machine):
         monkeypatch.setenv("FCMAE_MIRROR", str(tmp_path / machine))

@@ -1,4 +1,4 @@
-"""The forwarder as a real process against real MLflow stores: kills, rewinds, outages."""
+"""The forwarder as a process with real MLflow databases: kills, resumes, outages."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from pipeline.tracking.forwarder import ForwarderProcess, flat, start_forwarder
 from pipeline.tracking.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
-WAIT_SECONDS = 400.0  # the forwarder is nice: where others take the cores it needs minutes to import MLflow
+WAIT_SECONDS = 400.0  # on a busy machine the forwarder, at low priority, needs minutes to import MLflow
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,7 +25,7 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An initialised database: making one takes seconds, so all tests but one start from a copy."""
+    """An initialised database. Making one takes seconds, so tests copy it."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -88,7 +88,7 @@ def test_kill_rewind_and_resume_keep_one_child_without_duplicates(tmp_path: Path
         assert handle.finish(5) is False
     (child,) = [r.info.run_id for name, r in runs(run).items() if name == "pretrain"]
     assert runs(run)["pretrain"].info.status == "RUNNING"
-    # As if killed after logging and before noting it: the same lines go out again.
+    # Simulate a kill between logging and recording that: the same events are sent again.
     (first / "mlflow.json").write_text(f'{{"run_id": "{child}", "logged": {{}}}}')
 
     with Journal(first / "journal.jsonl", 2) as journal:
@@ -153,7 +153,7 @@ def test_three_stages_at_once_make_one_database_and_one_parent(tmp_path: Path) -
 
 
 def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: Path) -> None:
-    """Also when a forked child of rank 0 still holds the other end of the pipe."""
+    """Also while a forked child of rank 0 holds the other end of the pipe."""
     (stage,) = make_run(tmp_path / "run", "pretrain")
     shutil.copy(empty_store, tmp_path / "run" / "mlflow.db")
     with Journal(stage / "journal.jsonl", 1) as journal:
@@ -169,7 +169,7 @@ def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: P
     forwarder, worker = map(int, rank_zero.stdout.readline().split())
     wait_until((stage / "mlflow.lock").exists)
     try:
-        os.kill(forwarder, signal.SIGTERM)  # as a scheduler would: it stays for the last lines
+        os.kill(forwarder, signal.SIGTERM)  # schedulers signal all processes; the forwarder must continue
         rank_zero.kill()
         rank_zero.wait()
         wait_until(lambda: _ended(forwarder))
@@ -203,7 +203,7 @@ def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: 
         handle = start(stage, "--uri", f"sqlite:///{away}", "--poll-seconds", "0.2")
         train(journal, 0, 7)
         wait_until(lambda: (stage / "stderr").read_text().endswith("\n"))
-        time.sleep(1)  # for some more vain tries
+        time.sleep(1)  # for some more failing attempts
         (tmp_path / "back").mkdir()
         shutil.copy(empty_store, tmp_path / "back" / "mlflow.db")
         away.parent.unlink()
@@ -243,7 +243,7 @@ def test_a_finish_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     handle = start(stage, "--uri", "http://127.0.0.1:9")
     began = time.monotonic()
     assert handle.finish(1.0) is False
-    assert time.monotonic() - began < 30  # by itself it would go on trying for 60
+    assert time.monotonic() - began < 30  # without the cut-off it would retry for 60 s
     assert handle.process.returncode == -signal.SIGKILL
 
 

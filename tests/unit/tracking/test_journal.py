@@ -1,4 +1,4 @@
-"""Torn lines at every byte, rewinds, strict JSON."""
+"""Torn lines, withdrawn lines, strict JSON."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_a_rewind_withdraws_what_lies_beyond_it(tmp_path: Path) -> None:
                 journal.write("evaluate", step=step, metrics={"loss": 1.0})
         assert journal.has("evaluate", 8)
     with Journal(path, 2) as journal:
-        assert journal.has("evaluate", 8)  # not yet known where this attempt begins
+        assert journal.has("evaluate", 8)  # the new attempt has not written its step yet
         journal.write("attempt", step=4, total_steps=8)
         assert journal.has("evaluate", 4)
         assert not journal.has("evaluate", 6)
@@ -113,7 +113,7 @@ def test_a_rewind_withdraws_what_lies_beyond_it(tmp_path: Path) -> None:
 
 
 def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
-    """An attempt that was fenced off may still write its last lines while the next one runs."""
+    """An overtaken attempt may write its last lines while the next attempt runs."""
     path = tmp_path / "journal.jsonl"
     program = (
         "import sys; from pipeline.tracking.journal import Journal\n"
@@ -132,7 +132,7 @@ def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
-    """A limit on the file's size stands in for the full disk: both make write() take only a part of the line."""
+    """A limit on the file size acts like a full disk: write() writes only a part of the line."""
     program = (
         "import resource, sys; from pipeline.tracking.journal import Journal\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -169,7 +169,7 @@ def test_other_versions_than_the_last_attempts_are_told(tmp_path):
 
 
 def test_what_a_replaced_attempt_still_writes_does_not_count(tmp_path):
-    """A machine that stood still wakes up after its successor has begun."""
+    """A suspended machine wakes up after the next attempt has begun."""
     path = tmp_path / "journal.jsonl"
     with Journal(path, 1) as old, Journal(path, 2) as new:
         old.write("step", step=1, loss=1.0)

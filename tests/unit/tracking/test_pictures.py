@@ -1,4 +1,4 @@
-"""The pixels of the grid, and curves of odd journals."""
+"""The pixels of the grid of reconstructions, and curves of unusual journals."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names, shapes and the order of elements of every layout, against models and formulas; nothing here touches a file."""
+"""Names, shapes and order of elements in every layout, compared with models and formulas."""
 
 import pytest
 import torch
@@ -226,7 +226,7 @@ FILES = {
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(LAYOUTS), st.data())
 def test_no_tensor_can_change_or_vanish_unseen(layout, data):
-    """Any one tensor taken out, renamed or cut: it is refused, or what remains is another whole model."""
+    """A file is refused if any tensor of it is removed, renamed or cut."""
     tensors = dict(FILES[layout])
     name = data.draw(st.sampled_from(sorted(tensors)))
     match data.draw(st.sampled_from(["out", "renamed", "cut", "more axes"])):

@@ -61,7 +61,7 @@ def test_lists_that_cannot_be_right(old, new, sentence):
 
 
 def test_from_imagenet_22k_to_1k():
-    """Fall 2011 has all classes of ImageNet-1K but one; the lists of synsets are timm's, which is not imported."""
+    """Fall 2011 has all classes of ImageNet-1K but one; the lists are read from timm's files without importing timm."""
     if (timm := find_spec("timm")) is None:
         assert not os.environ.get("CI")
         pytest.skip("timm is not installed")

@@ -1,4 +1,4 @@
-"""Weights of SLaK and Next-ViT: recognised with their shape, accounted for, converted and back to the bit."""
+"""Convert weights of SLaK and Next-ViT, and back to the same bits."""
 
 import pytest
 import torch
