@@ -1,11 +1,11 @@
-"""What the demonstration says when a stage is lost on the way, or was too quick for it."""
+"""Errors of the demonstration on Slurm: a stage that fails, and one that is done before its disturbance."""
 
 import pytest
 
 from cluster.show.status import RunFollower
 from cluster.slurm.job_history import note_job_event
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools.demo_slurm import DemoError, until_training, wait
+from tools.demo_slurm import DemoError, until_training, wait_until
 
 
 def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
@@ -14,7 +14,7 @@ def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
     with pytest.raises(
         DemoError, match=f"stage pretrain has failed: the disk is full; see `fcmae logs {run.resolve()}`"
     ):
-        wait(RunFollower(run), "it trains", lambda statuses: False)
+        wait_until(RunFollower(run), "it trains", lambda statuses: False)
 
 
 def test_a_stage_done_before_its_disturbance_is_no_demonstration(tmp_path):
@@ -22,5 +22,5 @@ def test_a_stage_done_before_its_disturbance_is_no_demonstration(tmp_path):
     run = tmp_path / "run"
     assert fcmae("run", write_tiny_recipe(tmp_path, only), "--out", run).returncode == 0
     assert until_training(RunFollower(run), "pretrain").state == "done"
-    with pytest.raises(DemoError, match="stage pretrain was done before anything could happen to it; give it more"):
+    with pytest.raises(DemoError, match="stage pretrain was done before it could be disturbed; give it more epochs"):
         until_training(RunFollower(run), "pretrain", attempt=2)
