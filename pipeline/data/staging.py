@@ -91,7 +91,7 @@ class _Remote:
         try:
             self._files, self._path = fsspec.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise DataError(f"data from {url} cannot be read: {_sentence(error)}") from None
+            raise DataError(f"data from {url} cannot be read: {_one_line(error)}") from None
 
     def sidecar(self, directory: Path) -> Beton:
         """Copy the side-car into `directory` and return its contents."""
@@ -181,9 +181,9 @@ class _Remote:
                 f"{self.url} or its side-car {self.url}.json does not exist; correct the path, or upload both"
             )
         if isinstance(error, (PermissionError, ImportError)) or "Credentials" in type(error).__name__:
-            return DataError(f"{self.url} cannot be read: {_sentence(error)}; correct the credentials or the path")
-        return RetryableError(f"the connection to {self.url} was lost ({_sentence(error)}); try again")
+            return DataError(f"{self.url} cannot be read: {_one_line(error)}; correct the credentials or the path")
+        return RetryableError(f"the connection to {self.url} was lost ({_one_line(error)}); try again")
 
 
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

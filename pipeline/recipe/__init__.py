@@ -1,8 +1,8 @@
-"""What to train: a typed schema of `sections`, read from YAML (`files`).
+"""Recipes: typed sections (`sections`, `model_settings`, `schema`), read from YAML (`yaml_files`).
 
-A recipe is YAML. `extends: other.yaml` starts from another file, or a list of them; `defaults:` is what the stages
-share; a stage set to null is left out; `init:` names weights that the first stage begins with; `published:` tells what
-others got. Every key is checked.
+A recipe is a YAML file. `extends: other.yaml`, or a list of files, names the files that it builds on. `defaults:` are
+values that all stages share. A stage set to null is left out. `init:` names weights that the first stage starts with.
+`published:` holds the results of others. Every key is checked.
 """
 
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings

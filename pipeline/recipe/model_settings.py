@@ -1,4 +1,4 @@
-"""The recipe's `model` section: one class for each family; `name` tells which."""
+"""The recipe's `model` section: one class for each family, selected by `name`."""
 
 from typing import Any, Literal
 
@@ -8,18 +8,18 @@ from pipeline.recipe.sections import Settings, operational
 
 
 class ModelSettings(Settings):
-    """What all families have. Fields bear the names of the options of `pipeline.models.create_model`."""
+    """The fields that all families have. Fields have the names of `pipeline.models.create_model`'s options."""
 
     name: str
-    """A published size; or the family, with depths and dims."""
+    """A published size, or the family together with depths and dims."""
     depths: tuple[int, ...] | None = None
-    """Blocks of each stage; None takes the named size's."""
+    """Blocks of each stage; None is the named size's."""
     dims: tuple[int, ...] | None = None
     """Channels of each stage."""
     stem_stride: int = Field(4, ge=1)
-    """Pixels on a side of a stem patch."""
+    """Edge of a stem patch in pixels."""
     checkpointing: bool = operational(False)
-    """Compute activations inside a block again in the backward pass: less memory, a third more work."""
+    """Recompute the activations inside a block in the backward pass: less memory, a third more work."""
 
     @property
     def family(self) -> str:
@@ -27,27 +27,27 @@ class ModelSettings(Settings):
 
     @property
     def stride(self) -> int:
-        """Pixels on a side of one site of the last stage; with masks, of a cell."""
+        """Edge in pixels of one site of the last stage, which is a cell of FCMAE's masks."""
         return self.stem_stride * 2 ** (len(self.depths or (1, 1, 1, 1)) - 1)
 
     @property
     def counts_batches(self) -> bool:
-        """Whether there is a BatchNorm, whose batch is a slot."""
+        """Whether the model has a BatchNorm, whose batch is a slot."""
         return True
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `create_model` beside the name."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
-        return {name: value for name, value in given.items() if name not in ("depths", "dims") or value is not None}
+        """The arguments of `create_model` other than the name."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        return {name: value for name, value in fields.items() if name not in ("depths", "dims") or value is not None}
 
     @model_validator(mode="after")
-    def _whole(self) -> "ModelSettings":
+    def _check_size(self) -> "ModelSettings":
         if (self.depths is None) != (self.dims is None) or len(self.depths or ()) != len(self.dims or ()):
             raise ValueError(
                 f"depths {self.depths} and dims {self.dims} must be given together, one number for each stage"
             )
-        # Without any key this is a placeholder: a recipe that says nothing of its model is refused when it is used.
+        # Without any key this is the default of a recipe without a model section, which is refused when it is used.
         if self.model_fields_set and (self.name == self.family) != (self.depths is not None):
             raise ValueError(
                 f"name {self.name} and depths {self.depths} do not go together; {self.family} needs depths and dims,"
@@ -62,25 +62,25 @@ class ConvNeXtSettings(ModelSettings):
         "convnextv2_base", "convnextv2_large", "convnextv2_huge",
     ] = "convnextv2"  # fmt: skip
     response: Literal["grn", "none", "lrn", "bn", "ln", "se", "cbam"] = "grn"
-    """What normalises a block's 4C channels. ConvNeXt V1 is none, with a layer_scale of 1e-6."""
+    """The normalisation of a block's 4C channels. ConvNeXt V1 is none, with a layer_scale of 1e-6."""
     grn_aggregation: Literal["l2", "l1", "average"] = "l2"
-    """GRN: how one number is made of a channel's sites."""
+    """GRN: how the sites of a channel are reduced to one number."""
     grn_normaliser: Literal["mean", "sum", "inverse", "standardise"] = "mean"
-    """GRN: a channel's number over the mean of all, over their sum, the inverse of the mean alone, or standardised."""
+    """GRN: a channel's number divided by the mean or the sum of all channels, one over the mean, or standardised."""
     grn_residual: bool = True
     """GRN: whether its input is added."""
     layer_scale: float | None = Field(None, gt=0)
-    """Initial value of a factor on each block's branch, as in ConvNeXt V1; null has none."""
+    """Initial value of a factor on each block's branch, as in ConvNeXt V1; null means no factor."""
     init: Literal["plain", "official"] = "plain"
-    """Initial weights: normal with deviation 0.02, or the official pre-training's, which starts FCMAE at a loss of 16
-    and overflows half precision. Both are the same in a classifier."""
+    """Initial weights: plain is normal with deviation 0.02; official is that of the official pre-training, which starts
+    FCMAE at a loss of 16 and overflows half precision. In a classifier both are the same."""
 
     @property
     def counts_batches(self) -> bool:
         return self.response == "bn"
 
     @model_validator(mode="after")
-    def _grn_alone(self) -> "ConvNeXtSettings":
+    def _check_grn_fields(self) -> "ConvNeXtSettings":
         for name in ("grn_aggregation", "grn_normaliser", "grn_residual"):
             value = getattr(self, name)
             if self.response != "grn" and value != type(self).model_fields[name].default:
@@ -89,43 +89,43 @@ class ConvNeXtSettings(ModelSettings):
 
 
 class SLaKSettings(ModelSettings):
-    """ConvNeXt V1 with large kernels; also RepLKNet's form of them, and plain ones."""
+    """SLaK: ConvNeXt V1 with large kernels, in SLaK's or RepLKNet's form, or plain."""
 
     name: Literal["slak", "slak_tiny", "slak_small", "slak_base"]
     width: float = Field(1.3, gt=0)
-    """Factor on dims."""
+    """Factor on the dims."""
     kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
-    """Long edge of each stage's kernels, odd."""
+    """Long edge of the kernels of each stage, odd."""
     small_kernel: int | None = Field(5, ge=1)
-    """Short edge of the stripes, and the edge of the small kernel beside them; null, with form square, has none."""
+    """Short edge of the stripes and edge of the small kernel beside them; null, with form square, means none."""
     form: Literal["decomposed", "square"] = "decomposed"
-    """Two stripes, as SLaK, or one square, as RepLKNet; square without a small kernel is plain ConvNeXt."""
+    """decomposed: two stripes, as in SLaK; square: one square, as in RepLKNet, or plain without a small kernel."""
     order: Literal["parallel", "sequential"] = "parallel"
-    """Whether the second stripe sees what the first one sees, as published, or what it gives."""
+    """parallel: both stripes see the same input, as published; sequential: the second sees the first one's output."""
     layer_scale: float = Field(1e-6, gt=0)
     """Initial value of the factor on each block's branch."""
 
 
 class NextViTSettings(ModelSettings):
-    """Convolution blocks with a transformer block at the end of each group."""
+    """Next-ViT: convolution blocks (NCB) with a transformer block (NTB) at the end of each group."""
 
     name: Literal["nextvit", "nextvit_small", "nextvit_base", "nextvit_large"]
     stem_stride: Literal[1, 2, 4] = 4
     stem_dim: int = Field(64, ge=2)
     """Channels of the stem."""
     pattern: str = Field("CHHH", pattern="^[CHT]+$")
-    """A letter for each stage: C convolution blocks, H hybrid, T transformer blocks. CHHH is what was released, HHHH
-    what the paper's text describes."""
+    """A letter for each stage: C convolution blocks, H hybrid, T transformer blocks. CHHH is the released model, HHHH
+    the one that the paper's text describes."""
     convolutions_per_transformer: int | tuple[int, ...] = 4
-    """N of the paper's (NCB x N + NTB) x L, of all hybrid stages or one for each stage; L follows from the depths."""
+    """N of the paper's (NCB x N + NTB) x L, for all hybrid stages or one for each stage; L follows from the depths."""
     shrink: float = Field(0.75, gt=0, le=1)
-    """Share r of a transformer block's channels that has self-attention."""
+    """Share r of a transformer block's channels that passes through self-attention."""
     norm: Literal["batch", "layer"] = "batch"
     activation: Literal["relu", "gelu"] = "relu"
     pooling: Literal["1d", "2d"] = "1d"
-    """How keys and values are averaged: along rows, as released weights need it, or over squares."""
+    """How keys and values are averaged: 1d along rows, as the released weights need it, or 2d over squares."""
     head_dim: int = Field(32, ge=1)
-    """Channels of an attention head, and of a group of the 3x3 convolutions."""
+    """Channels of an attention head and of a group of the 3x3 convolutions."""
 
     @property
     def counts_batches(self) -> bool:

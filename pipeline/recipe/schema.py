@@ -1,7 +1,6 @@
-"""The typed recipe of a chain of stages, and of one stage: what the keys are, and which values go together.
+"""The typed recipe of a chain of stages and of one stage, with the checks of values in different sections.
 
-Fields marked operational may change on resume; all others make another experiment. The module
-`pipeline.recipe.yaml_files` reads YAML.
+Fields marked operational may change on resume; a change of any other field makes another experiment.
 """
 
 import hashlib
@@ -31,11 +30,12 @@ from pipeline.recipe.sections import (
     TrackingSettings,
 )
 
+# The sizes with depths 3, 3, 27, 3, which layer decay in groups needs.
 GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
 
 
 class StageRecipe(Settings):
-    """Everything one stage does. `name`, `seed` and `previous` are filled in from the chain."""
+    """The recipe of one stage. `name`, `seed` and `previous` are filled in from the chain."""
 
     name: str = ""
     seed: int = 0
@@ -47,11 +47,11 @@ class StageRecipe(Settings):
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of the moving average of the weights, per step."""
+    """Decay per step of the moving average of the weights; null keeps no average."""
     handoff: Literal["model", "ema"] = "model"
-    """Which weights are evaluated and handed on."""
+    """The weights that are evaluated and handed on to the next stage."""
     sparsity: SparsitySettings | None = None
-    """Part of the weights at zero; None is dense."""
+    """Keep part of the weights at zero; null is dense."""
     init: InitSettings = InitSettings()
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -61,7 +61,7 @@ class StageRecipe(Settings):
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "StageRecipe":
+    def _check_sections(self) -> "StageRecipe":
         if self.handoff == "ema" and self.ema is None:
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
         if self.model.counts_batches and self.batch.micro_slots != 1:
@@ -73,10 +73,10 @@ class StageRecipe(Settings):
                 f"data.image_size {self.data.image_size} is less than the stride of the model, {self.model.stride};"
                 " choose a larger one, or a smaller model.stem_stride"
             )
-        made_for = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
+        groupable = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
         if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
-            raise ValueError("optimizer.layer_decay_groups is group, which is ConvNeXt's; set it to single")
-        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in made_for:
+            raise ValueError("optimizer.layer_decay_groups is group, which only ConvNeXt has; set it to single")
+        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in groupable:
             raise ValueError(
                 "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of ConvNeXt's Base, Large and"
                 f" Huge; this model is {self.model.name}: set it to single"
@@ -90,13 +90,13 @@ class StageRecipe(Settings):
     def _check_sparsity(self, sparsity: SparsitySettings) -> None:
         if self.engine.kind == "deepspeed":
             raise ValueError(
-                "engine.kind deepspeed has sent its weights to all ranks before sparsity could zero them; take ddp or"
-                " fsdp, or remove sparsity"
+                "engine.kind is deepspeed, which sends the weights to all ranks before sparsity can zero them;"
+                " set it to ddp or fsdp, or remove sparsity"
             )
         if sparsity.distribution == "handed_on" and self.init.start == "scratch":
             raise ValueError(
-                "sparsity.distribution is handed_on but init.start is scratch: there are no weights with zeros; take"
-                " snip"
+                "sparsity.distribution is handed_on but init.start is scratch, so no zeros are handed on; set"
+                " distribution to snip"
             )
 
     def _check_fcmae(self, objective: FCMAESettings) -> None:
@@ -142,15 +142,20 @@ class StageRecipe(Settings):
 
     @property
     def learning_rate(self) -> float:
+        """The learning rate after the warm-up, scaled to the global batch."""
         return self.optimizer.base_lr * self.batch.global_batch / 256
 
     def fingerprint(self) -> str:
-        """sha256 of the semantic fields: equal fingerprints are the same experiment."""
+        """Return the SHA-256 of the semantic fields: equal fingerprints mean the same experiment."""
         facts = {path: value for path, value, is_operational in leaf_fields(self) if not is_operational}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise RecipeError unless the slots divide evenly into micro-batches over `world_size` ranks."""
+        """Check that the slots divide evenly into micro-batches over `world_size` ranks.
+
+        Raises:
+            RecipeError: if they do not, naming the nearest world sizes that fit.
+        """
         slots, micro = self.batch.slots, self.batch.micro_slots
         if slots % world_size or (slots // world_size) % micro:
             fits = [w for w in range(1, slots + 1) if slots % w == 0 and (slots // w) % micro == 0]
@@ -164,11 +169,11 @@ class StageRecipe(Settings):
 
 
 class PublishedResult(Settings):
-    """What somebody else got with this recipe: ImageNet-1K, single crop, percent."""
+    """A published result of this recipe: ImageNet-1K, single crop, in percent."""
 
     top1: float | None = None
     source: str
-    """Where that is printed."""
+    """Where top1 is printed."""
     timm_top1: float | None = None
     """timm's own evaluation of the released weights, at the recipe's last image size."""
     timm_top5: float | None = None
@@ -176,7 +181,7 @@ class PublishedResult(Settings):
     """URL of the released weights."""
     parameters: str | None = None
     multiply_adds: str | None = None
-    """Of an image; both as printed."""
+    """Per image; this and parameters are as printed."""
     remark: str | None = None
 
 
@@ -186,11 +191,11 @@ class ChainRecipe(Settings):
     name: str
     seed: int = 0
     published: PublishedResult | None = None
-    """To compare with; no part of the experiment."""
+    """A result to compare with; not part of the experiment."""
     stages: dict[str, StageRecipe]
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "ChainRecipe":
+    def _check_stages(self) -> "ChainRecipe":
         for name, stage in self.stages.items():
             before = self.stages.get(stage.previous or "")
             if before is not None and before.model.family != stage.model.family:
@@ -210,7 +215,7 @@ class ChainRecipe(Settings):
 
 
 def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
-    """Fields that differ, as "path: old -> new": the semantic ones, and the operational ones."""
+    """Return the fields that differ, as "path: old -> new": first the semantic ones, then the operational ones."""
     before = {path: value for path, value, _ in leaf_fields(old)}
     after = {path: (value, is_operational) for path, value, is_operational in leaf_fields(new)}
     semantic, other = [], []
@@ -222,6 +227,7 @@ def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[
 
 
 def leaf_fields(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (path, value, is_operational) of every field, those of nested sections too."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Settings):

@@ -1,5 +1,6 @@
-"""The sections of a stage's recipe: typed, strict, each field with what it means. A field marked operational says only
-how fast or where a stage runs; it may change on resume.
+"""The sections of a stage's recipe, typed and strict, with the meaning of each field.
+
+A field marked operational decides only how fast or where a stage runs; it may change on resume.
 """
 
 from typing import Any, Literal
@@ -10,11 +11,13 @@ from pipeline.recipe.randaugment_settings import RandAugmentSettings
 
 
 def operational(default: Any, **constraints: Any) -> Any:
-    """A field that may change on resume: it says how fast or where, not what is computed."""
+    """Declare a field that may change on resume, because it does not change the computed function."""
     return Field(default, json_schema_extra={"operational": True}, **constraints)
 
 
 class Settings(BaseModel):
+    """The base of all sections: unknown keys and values of other types are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -23,15 +26,15 @@ class FCMAESettings(Settings):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
     decoder_dim: int = Field(512, ge=1)
-    """Channels at the last stride; a U-Net has half as many at each finer one."""
+    """Channels at the last stride; a U-Net halves them at each finer stride."""
     decoder_depth: int = Field(1, ge=1)
-    """Blocks; in a U-Net, at each stride."""
+    """Number of blocks; in a U-Net, at each stride."""
     normalize_target: bool = True
     grn_statistics: Literal["image", "batch"] = "image"
     encoder_leaks: bool = False
-    """The paper's comparison: zero the hidden pixels, then run ordinary convolutions over everything."""
+    """The paper's comparison: set the hidden pixels to zero, then run ordinary convolutions over the whole image."""
     encoder_backend: Literal["packed", "masked", "spconv"] = operational("packed")
-    """Equal to rounding; unused if the encoder leaks."""
+    """How the encoder skips hidden cells; results differ by rounding alone. Unused if the encoder leaks."""
 
 
 class ClassificationSettings(Settings):
@@ -47,49 +50,51 @@ class ClassificationSettings(Settings):
 
 class DataSettings(Settings):
     train: str = operational(...)
-    """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk;
-    which data it must hold is fixed by its hash once a stage has started. Both may hold $VARIABLES of the machine that
-    starts the chain."""
+    """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk.
+    The file's hash is fixed once a stage has started. $VARIABLES are those of the machine that starts the chain."""
     validation: str | None = operational(None)
-    """None evaluates nothing: the stage ends with its last weights, and has no best checkpoint."""
+    """A file like train. Null evaluates nothing: the stage ends with its last weights and has no best checkpoint."""
     cache_dir: str | None = operational(None)
-    """Where URLs are copied to; may hold $VARIABLES of the machine. None is $FCMAE_SCRATCH/fcmae, or ~/.cache/fcmae."""
+    """Folder for copies of URLs; may hold $VARIABLES of the machine. Null is $FCMAE_SCRATCH/fcmae or ~/.cache/fcmae."""
     cache_bytes: int | None = operational(None, ge=1)
-    """The most that the copies may take: the least recently used go first. None fills the disk before they go."""
+    """Limit of the copies' size: the least recently used are removed first. Null is limited by the disk alone."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes that take part; None is all."""
+    """Names of the classes that take part; null is all."""
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of each class's training images that take part, chosen by a hash of the chain's seed."""
+    """Share of the training images of each class that takes part, chosen by a hash of the chain's seed."""
     image_size: int = Field(224, ge=1)
+    """Edge of the network's input in pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio of a training crop, width / height."""
     flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
     crop_pct: float = Field(0.875, gt=0, le=1)
-    """Evaluation: the short side becomes image_size / crop_pct, then the centre is cut; 1 squashes to a square."""
+    """Evaluation: the short side becomes image_size / crop_pct, then the centre is cropped; 1 squashes to a square."""
     rand_augment: str | None = None
     """Random operations on training images, in timm's notation: rand-m9-mstd0.5-inc1 in all published recipes."""
     erase_probability: float = Field(0.0, ge=0, le=1)
-    """Of a box of noise in a training image, in classification."""
+    """Probability of random erasing of a training image, in classification."""
     on_damaged: Literal["refuse", "skip"] = operational("refuse")
-    """A damaged image ends the stage, or is replaced by the next one of the file (in evaluation: not counted)."""
+    """refuse: a damaged image fails the stage; skip: the next image of the file replaces it (evaluation omits it)."""
     workers: int = operational(0, ge=0)
-    """Decoding threads of each rank; 0 takes the cores that the ranks of a machine have each, less one."""
+    """Decoding threads of each rank; 0 is the cores of a rank less one."""
     timeout_seconds: float = operational(120.0, gt=0)
-    """How long a batch may take before the loader is given up, and a server of data before it is."""
+    """How long to wait for a batch, and for an answer of a data server, before the attempt fails."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
-    def _rising(cls, span: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+    def _check_range(cls, span: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         if not 0 < span[0] <= span[1]:
             raise ValueError(f"{list(span)} is no range; give two numbers above 0, the smaller one first")
         if info.field_name == "crop_scale" and span[1] > 1:
-            raise ValueError(f"{list(span)} asks for a crop larger than the image; 1.0 is the whole of it")
+            raise ValueError(f"{list(span)} asks for a crop larger than the image; 1.0 is the whole image")
         return span
 
     @field_validator("rand_augment")
     @classmethod
-    def _known_operations(cls, text: str | None) -> str | None:
+    def _check_notation(cls, text: str | None) -> str | None:
         if text is not None:
             RandAugmentSettings.parse(text)
         return text
@@ -99,16 +104,16 @@ class BatchSettings(Settings):
     global_batch: int = Field(ge=1)
     """Images per step."""
     slot: int = Field(ge=1)
-    """Images per slot: the group within which images are mixed. global_batch must be a multiple."""
+    """Images per slot, the group within which images are mixed. global_batch must be a multiple of it."""
     micro_slots: int = operational(1, ge=1)
-    """Slots that go through the model at once: memory against speed."""
+    """Slots of a micro-batch, which goes through the model at once: more are faster and take more memory."""
 
     @property
     def slots(self) -> int:
         return self.global_batch // self.slot
 
     @model_validator(mode="after")
-    def _divisible(self) -> "BatchSettings":
+    def _check_slot(self) -> "BatchSettings":
         if self.global_batch % self.slot:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of slot {self.slot}; choose a slot that divides it"
@@ -124,7 +129,7 @@ class OptimizerSettings(Settings):
     layer_decay: float = Field(1.0, gt=0, le=1)
     layer_decay_groups: Literal["single", "group"] = "single"
     decay_grn: bool = False
-    """Weight decay on GRN's gamma and beta and on the mask token, as the official pre-training has it."""
+    """Weight decay on GRN's gamma and beta and on the mask token, as in the official pre-training."""
     clip_norm: float | None = Field(None, gt=0)
 
 
@@ -134,89 +139,92 @@ class ScheduleSettings(Settings):
     min_lr: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> "ScheduleSettings":
+    def _check_warmup(self) -> "ScheduleSettings":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         return self
 
 
 class SparsitySettings(Settings):
-    """Part of the weights kept at zero, as SLaK does (arXiv 2207.03620); a stage without this section is dense."""
+    """Keep part of the weights at zero, as SLaK does (arXiv 2207.03620); a stage without this section is dense."""
 
     sparsity: float = Field(0.4, gt=0, lt=1)
     """Share of the maskable weights that are zero; SLaK's published models have 0.4."""
     distribution: Literal["snip", "erk", "uniform", "handed_on"] = "snip"
-    """How it is spread over the layers: by |weight * gradient| on the first global batch, by the layers' shapes, or
-    evenly; handed_on keeps the zeros of the weights that the stage before hands on, whatever their share."""
+    """How zeros are distributed over the layers. snip: by |weight * gradient| on the first global batch; erk: by the
+    layers' shapes; uniform: evenly; handed_on: the zeros of the weights from the stage before, whatever their share."""
     weights: Literal["all", "decomposed"] = "all"
-    """Matrices and convolutions, or SLaK's long thin kernels alone."""
+    """all: matrices and convolutions; decomposed: SLaK's long thin kernels alone."""
     update_every_steps: int | None = Field(100, ge=1)
-    """How often zeros are moved; null never does. SLaK-T has 2000, Small and Base 100, of 93,600 steps."""
+    """Steps between moves of the zeros; null moves none. SLaK-T has 2000, Small and Base 100, of 93,600 steps."""
     prune_rate: float = Field(0.3, gt=0, le=1)
-    """Share of a layer's weights that are moved, at first: a cosine leads to final_prune_rate. SLaK-T has 0.5."""
+    """Share of a layer's weights that is moved at first; a cosine leads to final_prune_rate. SLaK-T has 0.5."""
     final_prune_rate: float = Field(0.005, ge=0, le=1)
     growth: Literal["random", "gradient"] = "random"
-    """Where pruned weights grow again: anywhere, or where the gradient is largest (RigL, arXiv 1911.11134)."""
+    """Where pruned weights grow again: at random, or where the gradient is largest (RigL, arXiv 1911.11134)."""
     moments: Literal["kept", "zeroed"] = "kept"
-    """Of zero weights: kept, AdamW goes on averaging their gradients, as in the published runs, and what is grown
-    starts warm; zeroed, it starts with none."""
+    """AdamW's moments of zero weights. kept: they go on averaging gradients, as in the published runs, and a grown
+    weight starts with them; zeroed: it starts without."""
     export_masks: bool = operational(False)
-    """Write masks.safetensors beside the weights, whose zeros are exact anyway."""
+    """Write masks.safetensors beside the weights, although their zeros are exact."""
 
 
 class EngineSettings(Settings):
     kind: Literal["ddp", "fsdp", "deepspeed"] = operational("ddp")
-    """ddp holds everything on every rank; fsdp and deepspeed share it out. A checkpoint of one resumes on another."""
+    """ddp holds the whole state on every rank; fsdp and deepspeed shard it. A checkpoint of one resumes on another."""
     zero_stage: Literal[1, 2, 3] = operational(2)
-    """deepspeed: moments are shared out; gradients too; parameters too."""
+    """deepspeed: 1 shards the moments, 2 the gradients too, 3 the parameters too."""
     shard_ranks: int | None = operational(None, ge=1)
-    """fsdp: ranks among which a copy of the state is shared out, for example those of one node; None takes all."""
+    """fsdp: ranks that share one copy of the state, for example those of one node; null is all."""
     offload: bool = operational(False)
-    """Keep the state in the host's memory: fsdp parameters and optimizer, deepspeed the optimizer."""
+    """Keep state in the host's memory: of fsdp the parameters and the optimizer, of deepspeed the optimizer."""
     compile: bool = operational(False)
     """torch.compile of every block; needs a C++ compiler on a CPU."""
     large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
-    """How large depthwise convolutions, SLaK's, are computed: by torch, by spectra, by products with banded matrices,
-    or by these in one kernel on CUDA. Equal to rounding; measured takes the fastest of each shape, which the stage's
-    large_kernels.json holds for every resume."""
+    """How SLaK's large depthwise convolutions are computed. native: by torch; fft: by spectra; banded: by products with
+    banded matrices; triton: by the same products in one CUDA kernel; measured: by the fastest for each shape, which
+    large_kernels.json of the stage keeps for every resume. Results differ by rounding alone."""
     deepspeed: dict[str, Any] = operational({})
-    """Further settings of DeepSpeed, as its own configuration has them. What the recipe already says is refused."""
+    """Further settings in DeepSpeed's own notation. Settings that the recipe already decides are refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     precision: Literal["fp32", "bf16", "bf16_parameters", "fp64"] = "fp32"
-    """bf16 is autocast over fp32 parameters; bf16_parameters also computes and communicates with parameters rounded to
-    bf16, of fp32 masters, under fsdp and deepspeed; fp64 is for proofs. Statistics of norms are fp32 at least. On a GPU
-    fp32 keeps torch's default, by which cuDNN's convolutions round their inputs to TF32."""
+    """bf16 is autocast over fp32 parameters. bf16_parameters, under fsdp and deepspeed, also computes and communicates
+    with bf16 copies of fp32 parameters. fp64 is for exact comparisons. Statistics of norms are fp32 at least. On a GPU
+    fp32 keeps torch's default: cuDNN's convolutions round their inputs to TF32."""
     threads: int = operational(0, ge=0)
-    """Torch threads per rank. 0 takes those of the attempt before; at first OMP_NUM_THREADS, which
-    `fcmae run` and a site set to the cores of a rank; without it the machine's cores, shared among its ranks."""
+    """Torch threads per rank. 0 keeps the number of the attempt before. The first attempt uses OMP_NUM_THREADS, which
+    `fcmae run` and a site set to the cores of a rank; without it, the machine's cores divided among its ranks."""
 
     @model_validator(mode="after")
-    def _supported(self) -> "EngineSettings":
+    def _check_precision(self) -> "EngineSettings":
         if self.kind == "ddp" and self.precision == "bf16_parameters":
-            raise ValueError("kind ddp has no bf16_parameters; take kind fsdp with shard_ranks 1, which replicates too")
+            raise ValueError(
+                "precision bf16_parameters is not supported by kind ddp; set kind to fsdp and shard_ranks to 1, which"
+                " replicates too"
+            )
         if self.kind == "deepspeed" and self.precision == "fp64":
-            raise ValueError("kind deepspeed has no precision fp64; take kind ddp or fsdp")
+            raise ValueError("precision fp64 is not supported by kind deepspeed; set kind to ddp or fsdp")
         if self.kind == "deepspeed" and self.precision == "bf16_parameters" and self.zero_stage == 1:
-            raise ValueError("zero_stage 1 accumulates gradients of bf16_parameters in bf16; take zero_stage 2")
+            raise ValueError("zero_stage 1 accumulates gradients of bf16_parameters in bf16; set zero_stage to 2")
         return self
 
 
 class InitSettings(Settings):
     start: Literal["previous", "scratch", "file"] = "previous"
-    """Weights of the stage before, none, or those of `weights`."""
+    """Start with the weights of the stage before, with new ones, or with those of the file `weights`."""
     weights: str | None = operational(None)
-    """Path or URL of weights in any layout that `fcmae convert` reads, with which this stage starts instead of those of
-    the stage before; which they are is fixed by their hash at the first start."""
+    """Path or URL of weights in any layout that `fcmae convert` reads, for start file. Their hash is fixed at the first
+    start."""
     head: Literal["new", "keep", "map"] = "new"
-    """A new classifier's head, that of the stage before, or its rows for the classes that both have, by name."""
+    """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name."""
     response: Literal["keep", "new"] = "keep"
-    """What normalises the blocks' channels: that of the weights, or, where this model has another (`model.response`),
-    a new one, and that of the weights is dropped."""
+    """The normalisation of the blocks' channels: keep that of the weights, or drop it for a new one, where
+    `model.response` names another."""
 
     @model_validator(mode="after")
-    def _weights_have_a_file(self) -> "InitSettings":
+    def _check_weights(self) -> "InitSettings":
         if (self.start == "file") != (self.weights is not None):
-            raise ValueError(f"start {self.start} and weights {self.weights} do not go together; give weights alone")
+            raise ValueError(f"start {self.start} and weights {self.weights} do not go together; set weights alone")
         return self
 
 
@@ -229,42 +237,42 @@ class CheckpointSettings(Settings):
     every_steps: int = operational(500, ge=1)
     keep_last: int = operational(2, ge=1)
     keep_every_epochs: float | None = operational(None, gt=0)
-    """Save and keep for good one every so many epochs."""
+    """Save a checkpoint every so many epochs and keep it for ever; null keeps none."""
     keep_best: bool = operational(True)
-    """Save and keep the one with the best evaluation."""
+    """Save and keep the checkpoint with the best evaluation."""
     asynchronous: bool = operational(True)
-    """Write while the training goes on."""
+    """Write checkpoints while training continues."""
     on_failure: Literal["stop", "continue"] = operational("stop")
-    """When a checkpoint cannot be saved. What a stop or the end of the stage asks for must succeed."""
+    """What to do if a checkpoint cannot be saved. A save at a stop or at the stage's end must succeed anyway."""
     most_fallbacks: int = operational(3, ge=0)
-    """Damaged checkpoints that a resume may set aside before it gives up."""
+    """How many damaged checkpoints a resume may set aside before it fails."""
     directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
-    """Where they go: an absolute path or a URL, with a folder for each stage below; null is inside the run."""
+    """Where checkpoints are stored: an absolute path or a URL, with a folder for each stage; null is in the run."""
 
 
 class HealthSettings(Settings):
     spike_deviations: float | None = Field(8.0, gt=0)
-    """A step is not made if the logarithm of its loss or gradient norm lies so many standard deviations above the
-    running mean; null refuses only what is not finite."""
+    """Skip a step if the logarithm of its loss or gradient norm lies so many standard deviations above the running
+    mean; null skips only steps that are not finite."""
     statistics_steps: int = Field(100, ge=2)
-    """Steps that mean and deviation look back over; before that many nothing is called a spike."""
+    """Number of steps that mean and deviation look back over; no step before is a spike."""
     rollback_after: int = Field(5, ge=1)
-    """So many refused steps within window_steps take the stage back to a checkpoint before them."""
+    """So many skipped steps within window_steps roll the stage back to a checkpoint before them."""
     window_steps: int = Field(100, ge=1)
     skip_before: int = Field(10, ge=0)
-    """After a rollback, steps left out before the first refused one, beside those up to the last."""
+    """After a rollback, leave out so many steps before the first skipped one, and all up to the last skipped one."""
     max_rollbacks: int = operational(3, ge=0, le=64)
     stall_seconds: float = operational(600.0, gt=0)
-    """Without progress after which the stage is ended to be retried; five times as long where none can be seen, as in
-    a save."""
+    """End a stage after so long without progress, to retry it. The limit is five times as long where progress cannot be
+    seen, as during a save."""
 
     @property
     def reach_steps(self) -> int:
-        """How many steps before the present a rollback may go back to."""
+        """How many steps a rollback may go back."""
         return self.window_steps + self.skip_before
 
     @model_validator(mode="after")
-    def _reachable(self) -> "HealthSettings":
+    def _check_rollback(self) -> "HealthSettings":
         if self.rollback_after > self.window_steps:
             raise ValueError(
                 f"rollback_after {self.rollback_after} steps never fall into window_steps {self.window_steps};"
@@ -274,27 +282,27 @@ class HealthSettings(Settings):
 
 
 class GateSettings(Settings):
-    """What a finished stage must reach to be called on track, beside what every stage must."""
+    """What a finished stage must reach to be on track, in addition to the checks of every stage."""
 
     metric: Literal["top1", "top5", "loss"] | None = operational(None)
-    """The evaluation's figure that at_least and at_most are about."""
+    """The metric of the evaluation that at_least and at_most limit."""
     at_least: float | None = operational(None)
     at_most: float | None = operational(None)
     loss_at: dict[int, float] = operational({})
     """A measured reference curve: step -> mean training loss of the 20 steps up to it."""
     loss_within: float = operational(0.05, gt=0)
-    """How far off the training loss may be there, as a share of it."""
+    """How far the training loss may be from loss_at, as a share of it."""
     of_steps: int | None = operational(None, ge=1)
-    """The length of the run that loss_at was measured on: a run of another length is not compared with it."""
+    """Length of the run on which loss_at was measured; runs of another length are not compared with it."""
     published: float | None = operational(None)
-    """The published final top-1 of this stage; the last stage of a chain takes it from the chain's `published`."""
+    """The published final top-1 of this stage; the last stage of a chain has it from the chain's `published`."""
     published_within: float = operational(0.5, ge=0)
-    """How many points below it the result may be."""
+    """How many points below the published top-1 the result may be."""
     stop: bool = operational(False)
-    """Whether the chain ends where this stage is off track; without, the verdict is only told."""
+    """Stop the chain if this stage is off track; otherwise the verdict is only reported."""
 
     @model_validator(mode="after")
-    def _whole(self) -> "GateSettings":
+    def _check_limits(self) -> "GateSettings":
         if (self.metric is None) != (self.at_least is None and self.at_most is None):
             raise ValueError(f"metric {self.metric} needs at_least or at_most, and these need a metric; give both")
         if self.loss_at and self.of_steps is None:
@@ -305,9 +313,9 @@ class GateSettings(Settings):
 class TrackingSettings(Settings):
     mlflow: bool = operational(True)
     mlflow_uri: str | None = operational(None)
-    """None keeps a sqlite store inside the run."""
+    """Null keeps an SQLite store in the run directory."""
     experiment: str = operational("fcmae")
     log_every_steps: int = operational(10, ge=1)
-    """How often the step losses are read from the device."""
+    """Steps between reads of the step losses from the device."""
     pictures: int = operational(8, ge=0)
-    """Images in each reconstruction picture."""
+    """Number of images in each picture of reconstructions."""

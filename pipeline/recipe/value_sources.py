@@ -1,7 +1,7 @@
-"""Where each value of a recipe comes from: the comment at the end of its line, through `extends` and `defaults`.
+"""Find the file and line of each value of a recipe, and the comment at the end of the line.
 
-In the included recipes that comment names the source: `base_lr: 1.5e-4  # paper T8`. A number such as C1 in it refers
-to a list of conflicts beside the recipes.
+In the included recipes the comment names the source of the value: `base_lr: 1.5e-4  # paper T8`. A number such as C1
+in it refers to `conflicts.yaml` beside the recipes.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,19 @@ from pipeline.recipe.yaml_files import expand_stages, read_with_bases
 
 @dataclass(frozen=True)
 class ValueSource:
-    """A place in a file, and what its line says in a comment ("" if nothing)."""
+    """The place of a value in a file, and the comment on its line, "" without one."""
 
     file: Path | None
-    """None is the command line."""
+    """None for a value from the command line."""
     line: int
     comment: str
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A leaf has no keys; `spread` asks where a value is a mapping."""
-        return default
-
 
 def value_sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, ValueSource]:
-    """`stages.STAGE.SECTION.FIELD` -> where its value was given, for every value that a file or override gives.
+    """Return the source of every value that a file or an override sets, by `stages.STAGE.SECTION.FIELD`.
 
     Raises:
-        RecipeError: as `load`.
+        RecipeError: as `load_recipe`.
     """
     tree = deepcopy(read_with_bases(path, lambda file: _parse(file, file.read_text(encoding="utf-8"))))
     for override in overrides:
@@ -44,7 +40,7 @@ def value_sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, ValueS
 
 @lru_cache(maxsize=64)
 def _parse(path: Path, text: str) -> Any:
-    """The file's tree, with a Source in place of each value; a null in place of a stage stays one."""
+    """Return the file's tree with a ValueSource in place of each value, except for a null in place of a stage."""
     root, comments = yaml.compose(text), _comments(text)
 
     def walk(node: yaml.Node, keys: tuple[str, ...]) -> Any:
@@ -61,7 +57,7 @@ def _parse(path: Path, text: str) -> Any:
 
 
 def _comments(text: str) -> dict[int, str]:
-    """Line -> the comment behind its last token."""
+    """Return the comment behind the last token of each line, by line number from 0."""
     ends: dict[int, int] = {}
     for token in yaml.scan(text):
         ends[token.end_mark.line] = max(ends.get(token.end_mark.line, 0), token.end_mark.column)
@@ -75,20 +71,22 @@ def _set(tree: dict[str, Any], override: str) -> None:
     for name in parents:
         below = tree.get(name)
         tree[name] = tree = below if isinstance(below, dict) else {}
-    given = yaml.safe_load(value)
-    is_null_stage = len(parents) == 1 and parents[0] == "stages" and given is None
-    tree[last] = None if is_null_stage else _typed(given)
+    new = yaml.safe_load(value)
+    is_null_stage = len(parents) == 1 and parents[0] == "stages" and new is None
+    tree[last] = None if is_null_stage else _from_command_line(new)
 
 
-def _typed(value: Any) -> Any:
-    return {k: _typed(v) for k, v in value.items()} if isinstance(value, dict) else ValueSource(None, 0, "")
+def _from_command_line(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _from_command_line(below) for name, below in value.items()}
+    return ValueSource(None, 0, "")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, ValueSource]]:
-    found: list[tuple[str, ValueSource]] = []
+    leaves: list[tuple[str, ValueSource]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{key}.")
+            leaves += _leaves(value, f"{prefix}{key}.")
         elif isinstance(value, ValueSource):
-            found.append((prefix + key, value))
-    return found
+            leaves.append((prefix + key, value))
+    return leaves

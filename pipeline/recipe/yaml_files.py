@@ -1,4 +1,4 @@
-"""Recipes as YAML files: `extends`, shared `defaults`, `key=value` overrides, and errors that name the field.
+"""Read and write recipes as YAML files, with `extends`, `defaults`, `key=value` overrides and errors that name a field.
 
 Values and their sources (`pipeline.recipe.value_sources`) are trees of the same shape, merged by the same code.
 """
@@ -19,23 +19,27 @@ from pipeline.errors import RecipeError, first_line
 from pipeline.recipe.schema import ChainRecipe, StageRecipe
 from pipeline.recipe.sections import Settings
 
-_STAGE_NAME = object()
 LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
-"""The included recipes: data here, and nothing that is imported."""
-_TAGGED = ("objective", "model")  # one of several sections, told by the value of a key of it
+"""The folder of the included recipes."""
+_STAGE_NAME = object()
+_TAGGED = ("objective", "model")  # keys with several kinds of sections, selected by the value of one of their keys
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
     """Read a chain recipe and apply `key=value` overrides (`stages.pretrain.schedule.epochs=10`, `defaults...`).
 
     Raises:
-        RecipeError: naming the file and field, the value, and what would be accepted.
+        RecipeError: naming the file and field, the value, and the accepted values.
     """
     return parse_settings(ChainRecipe, expand_stages(read_mapping(path, overrides), path), str(path))
 
 
 def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a YAML file, what it extends below it, `key=value` above it. Errors: as `load`."""
+    """Read a YAML file, merged over the files that it extends, and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
     raw = read_with_bases(path, _values)
     if not overrides:
         return raw
@@ -45,7 +49,7 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:  # TypeError: a list in place of a mapping
         raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {first_line(error)}") from None
 
 
@@ -55,7 +59,7 @@ def load_stage_recipe(path: Path) -> StageRecipe:
 
 
 def write_recipe(recipe: Settings, path: Path) -> None:
-    """Write a resolved recipe, every field present."""
+    """Write a resolved recipe with every field."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -63,10 +67,10 @@ def write_recipe(recipe: Settings, path: Path) -> None:
 
 
 def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What `parse` makes of a recipe file, merged over that of the files it extends, the later ones over the earlier.
+    """Parse a recipe file, and merge the result over those of the files that it extends, later over earlier ones.
 
     Raises:
-        RecipeError: if a file is missing, is no YAML or no mapping, or extends itself.
+        RecipeError: if a file is missing, is not YAML or not a mapping, or extends itself.
     """
     path = path.resolve()
     if path in seen:
@@ -82,18 +86,18 @@ def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, 
     bases = tree.get("extends") or []
     names = [bases] if isinstance(bases, str) else bases
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of such")
+        raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of paths")
     below: dict[str, Any] = {}
     for name in names:
         below = _merge(below, read_with_bases(_base(path, name), parse, (*seen, path)))
     merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
     if "published" in tree:
-        merged["published"] = tree["published"]  # a result holds for one recipe: no part of another's is left
+        merged["published"] = tree["published"]  # replaced, not merged: results belong to one recipe alone
     return merged
 
 
 def _base(path: Path, name: str) -> Path:
-    """The file that a recipe extends: beside it, or an included one by name."""
+    """Return the file that a recipe extends: one beside it, or an included recipe by its name."""
     beside = path.parent / name
     return next((p for p in (beside, LIBRARY / name, LIBRARY / f"{name}.yaml") if p.is_file()), beside)
 
@@ -104,7 +108,7 @@ def _values(path: Path) -> Any:
 
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> Any:
-    """Recipes share their parts, and YAML is slow to read."""
+    """Parse YAML, cached, because recipes share files and YAML is slow to read."""
     return OmegaConf.create(text)
 
 
@@ -115,13 +119,16 @@ def _merge(base: Any, change: Any) -> Any:
 
 
 def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Give every stage the shared defaults, its name, the seed, and the stage before it; the first one `init`, the
-    weights that the chain begins with."""
+    """Expand a chain's mapping, so that every stage has all its keys.
+
+    Every stage gets the shared defaults, its name, the seed and the name of the stage before it. The first stage gets
+    the chain's `init`, its initial weights; the last stage's gate gets the chain's published top-1.
+    """
     raw = dict(raw)
     defaults, stages, weights = raw.pop("defaults", None) or {}, raw.get("stages"), raw.pop("init", None)
     if not isinstance(stages, dict) or not any(stages.values()):
         raise RecipeError(f"{path}: stages is {stages!r}; a recipe needs at least one stage, as a mapping of names")
-    seed, found, previous = raw.get("seed", 0), {}, None
+    seed, expanded, previous = raw.get("seed", 0), {}, None
     for name, stage in stages.items():
         if stage is None:
             continue
@@ -129,34 +136,40 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             raise RecipeError(f"{path}: stage name {name!r} must be made of letters, digits, - and _")
         if not isinstance(stage, dict):
             raise RecipeError(f"{path}: stages.{name} is {stage!r}; it must be a mapping of keys to values, or null")
-        # The objective's keys depend on its kind, so defaults for it cannot apply to every stage.
         stage = _merge(defaults, stage)
-        init = stage.get("init") or {}
+        init = stage.get("init")
+        init = init if isinstance(init, dict) else {}
         if weights is not None and previous is None:
             init = {**init, "weights": weights}
         if init.get("weights") is not None:
             init = {"start": "file", **init}
         before = previous if init.get("start", "previous") == "previous" else None
-        filled = {"init": init} if init else {}
-        found[name] = {"name": name, "seed": seed, "previous": before, **stage, **filled}
+        expanded[name] = {"name": name, "seed": seed, "previous": before, **stage, **({"init": init} if init else {})}
         previous = name
-    published, gate = raw.get("published"), found[previous].get("gate") or {}
+    published, gate = raw.get("published"), expanded[previous].get("gate") or {}
     if isinstance(published, dict) and published.get("top1") is not None and isinstance(gate, dict):
-        found[previous]["gate"] = {"published": published["top1"], **gate}  # the paper's value is the last stage's
-    return {**raw, "stages": found}
+        expanded[previous]["gate"] = {"published": published["top1"], **gate}
+    return {**raw, "stages": expanded}
 
 
 def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> Any:
+    """Turn a mapping into settings of that kind.
+
+    source: the file's name, for errors.
+
+    Raises:
+        RecipeError: naming the first wrong field, its value, and the accepted values.
+    """
     try:
-        # JSON mode is strict about types and still takes a list for a tuple.
+        # JSON mode is strict about types but accepts a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_sentence(kind, error)}") from None
+        raise RecipeError(f"{source}: {_explain(kind, error)}") from None
     except TypeError as error:
         raise RecipeError(f"{source}: {error}") from None
 
 
-def _sentence(kind: type[Settings], error: ValidationError) -> str:
+def _explain(kind: type[Settings], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = [str(part) for _, part, is_tag in _walk(kind, first["loc"]) if not is_tag]
     field, value = ".".join(where), first.get("input")
@@ -185,20 +198,23 @@ def _known_keys(kind: type[Settings], location: Sequence[str | int]) -> set[str]
 
 
 def _walk(kind: type[Settings], location: Sequence[str | int | None]) -> Iterator[tuple[Any, Any, bool]]:
-    """For each part of an error's location: the annotation it is part of, the part, and whether it is no key but the
-    tag that pydantic puts behind one to say which section was meant."""
+    """Yield (annotation, part, is_tag) for each part of the location of an error.
+
+    annotation: the type of which the part is a key. is_tag: pydantic puts the tag of the selected section behind keys
+    such as objective; such a part is not a key of the recipe.
+    """
     current: Any = kind
     for before, part in zip((None, *location), location, strict=False):
         fields = {name: field for section in _sections(current) for name, field in section.model_fields.items()}
-        meant = [s for s in _sections(current) if any(part in get_args(f.annotation) for f in s.model_fields.values())]
-        is_tag = before in _TAGGED and len(_sections(current)) > 1 and part not in fields and bool(meant)
+        tagged = [s for s in _sections(current) if any(part in get_args(f.annotation) for f in s.model_fields.values())]
+        is_tag = before in _TAGGED and len(_sections(current)) > 1 and part not in fields and bool(tagged)
         yield current, part, is_tag
         if current is ChainRecipe and part == "stages":
             current = _STAGE_NAME  # the next part is a stage's name
         elif current is _STAGE_NAME:
             current = StageRecipe
         elif is_tag:
-            current = meant[0]
+            current = tagged[0]
         elif part in fields:
             current = fields[part].annotation
 

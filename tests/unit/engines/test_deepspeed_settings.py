@@ -48,9 +48,9 @@ def test_what_the_recipe_says_is_refused_by_name(mine, sentence):
 @pytest.mark.parametrize(
     ("engine", "remedy"),
     [
-        ({"kind": "ddp", "precision": "bf16_parameters"}, "fsdp with shard_ranks 1"),
+        ({"kind": "ddp", "precision": "bf16_parameters"}, "set kind to fsdp and shard_ranks to 1"),
         ({"kind": "deepspeed", "precision": "fp64"}, "ddp or fsdp"),
-        ({"kind": "deepspeed", "precision": "bf16_parameters", "zero_stage": 1}, "zero_stage 2"),
+        ({"kind": "deepspeed", "precision": "bf16_parameters", "zero_stage": 1}, "set zero_stage to 2"),
     ],
 )
 def test_a_precision_that_an_engine_has_not_is_refused(engine, remedy):

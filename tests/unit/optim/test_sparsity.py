@@ -202,7 +202,7 @@ def test_zeros_that_were_handed_on_stay(world):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"engine": {"kind": "deepspeed"}}, "engine.kind deepspeed .* take ddp or fsdp"),
+        ({"engine": {"kind": "deepspeed"}}, "engine.kind is deepspeed.* set it to ddp or fsdp"),
         (
             {"init": {"start": "scratch"}, "sparsity": {"distribution": "handed_on"}},
             "handed_on but init.start is scratch",

@@ -52,6 +52,8 @@ def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
         ("stages.pretrain.optimizer.layer_decay=0.9", "pre-training has none"),
         ("stages.intermediate.init.head=map", "init.head is map but no stage of classification is before it"),
         ("stages=null", "needs at least one stage"),
+        ("stages.finetune.data=[1]", "cannot be applied"),
+        ("stages.finetune.init=3", "stages.finetune.init is 3: input should be an object"),
         ("seed", "is not of the form key=value"),
     ],
 )

@@ -122,7 +122,7 @@ def test_extends_takes_several_files_and_included_recipes(tmp_path):
     assert found["stages.finetune.data.image_size"].line == 3
     assert found["stages.finetune.optimizer.layer_decay"].file.name == "base.yaml"
     mine.write_text("extends: [1]\nname: mine\n")
-    with pytest.raises(cli.UserError, match="must be the path of a YAML file, or a list of such"):
+    with pytest.raises(cli.UserError, match="must be the path of a YAML file, or a list of paths"):
         load_recipe(mine)
 
 
