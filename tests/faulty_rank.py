@@ -49,8 +49,7 @@ def _poison(create: Any, factors: dict[str, Any]) -> Any:
         honest = objective.loss
 
         def loss(model: Any, batch: Any, step: int) -> Any:
-            value, terms = honest(model, batch, step)
-            return value * (float(factors.get(str(step + 1), 1)) if 0 in batch.slots else 1.0), terms
+            return honest(model, batch, step) * (float(factors.get(str(step + 1), 1)) if 0 in batch.slots else 1.0)
 
         objective.loss = loss
         return objective

@@ -75,7 +75,7 @@ def trace_step(recipe: StageRecipe, device: str) -> Trace:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(live.is_gradient)
     with _Device(device, recipe.engine.precision), live:
-        loss, _ = objective.loss(model, batch, 0)
+        loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs
         # What backward() does, less the detour that would take it, and what is computed again in it, out of the mode.
         start = (torch.ones_like(loss),)

@@ -162,4 +162,4 @@ class _Loss(nn.Module):
 
     def forward(self, objective: Objective, batch: Batch, step: int, precision: torch.autocast) -> Tensor:
         with precision:
-            return objective.loss(self.model, batch, step)[0]
+            return objective.loss(self.model, batch, step)

@@ -38,7 +38,7 @@ class NativeEngine(Engine):
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
         with self._synchronising(last):
             with self.precision():
-                loss, _ = objective.loss(self._callable, batch, step)
+                loss = objective.loss(self._callable, batch, step)
             (loss * share).backward()
         return loss.detach() * share
 

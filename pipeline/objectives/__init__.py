@@ -1,4 +1,4 @@
-"""Objectives: what a stage learns. The recipe's `objective.kind` names one."""
+"""Objectives: how a stage learns. The recipe's `objective.kind` names one."""
 
 from pipeline.objectives.classification import ClassificationObjective
 from pipeline.objectives.masked_autoencoding import FCMAEObjective
@@ -9,7 +9,7 @@ _KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective}
 
 
 def create_objective(recipe: StageRecipe, seed: int) -> Objective:
-    """The objective of a stage; `seed` is the stage's own."""
+    """Create the objective of a stage; `seed` is the seed of the stage."""
     return _KINDS[recipe.objective.kind](recipe, seed)
 
 

@@ -1,8 +1,7 @@
-"""Fine-tuning: random erasing, mixup or cutmix inside each slot, label smoothing, drop path."""
+"""Classification: cross entropy with random erasing, mixup or cutmix, label smoothing and drop path."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
+from pipeline.objectives.mixing import draw_mix
 from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe
@@ -20,6 +20,8 @@ from pipeline.weights.transfer import encoder_to_classifier
 
 
 class ClassificationObjective:
+    """Fine-tuning, or supervised training from scratch. See `Objective` for the methods."""
+
     metric = "top1"
 
     def __init__(self, recipe: StageRecipe, seed: int):
@@ -35,30 +37,34 @@ class ClassificationObjective:
                 seed=self.seed,
                 **self.recipe.model.options,
             )
-        self._rates = np.array(model.drop_path_rates(self.settings.drop_path))
-        self._head = model.head_prefix
+        self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
+        self._head_prefix = model.head_prefix
         return model
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        dtype, device = next(model.parameters()).dtype, batch.images.device
-        images = self._erase(normalise(batch.images, dtype), batch.ids.numpy(), batch.epoch)
-        dtype = images.dtype
-        size = len(images) // len(batch.slots)
-        mixes = [self._mix(step, slot, images.shape[-1]) for slot in batch.slots]
-        images = torch.cat([mix.images(x) for mix, x in zip(mixes, images.split(size), strict=True)])
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        images = normalise(batch.images, next(model.parameters()).dtype)
+        images = self._erase(images, batch.ids.numpy(), batch.epoch)
+        size, dtype = len(images) // len(batch.slots), images.dtype
+        mixup, cutmix, smoothing = self.settings.mixup, self.settings.cutmix, self.settings.label_smoothing
+        mixes = [draw_mix(self.seed, step, slot, images.shape[-1], mixup, cutmix) for slot in batch.slots]
+        images = torch.cat([mix.apply(slot) for mix, slot in zip(mixes, images.split(size), strict=True)])
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
         share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size)
-        share = share.to(device, non_blocking=True)
-        logits = model(images, self._keep(step, batch.slots, size, dtype, device)).to(dtype)
-        # Cross entropy is linear in the target, so mixing two losses is mixing two smoothed targets.
-        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing)
-        other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=self.settings.label_smoothing)
-        return (share * own + (1 - share) * other).mean(), {}
+        share = share.to(images.device, non_blocking=True)
+        logits = model(images, self._keep(step, batch.slots, images)).to(dtype)
+        # Cross entropy is linear in the target, so mixing two losses equals mixing two smoothed targets.
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=smoothing)
+        return (share * own + (1 - share) * other).mean()
+
+    def _keep(self, step: int, slots: Sequence[int], images: Tensor) -> Tensor | None:
+        keep = draw_keep(self.seed, step, slots, len(images) // len(slots), self._drop_path_rates)
+        return None if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
 
     def without_mixing(self) -> "ClassificationObjective":
-        found = copy.copy(self)
-        found.settings = self.settings.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0})
-        return found
+        plain = copy.copy(self)
+        plain.settings = self.settings.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0})
+        return plain
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
@@ -74,47 +80,42 @@ class ClassificationObjective:
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):
-            dropped = ("mask_token", "proj.", "decoder.", "pred.")
-            return AdaptedWeights(encoder_to_classifier(weights), dropped, ("norm.", "head."))
-        head = (self._head,) if self.recipe.init.head == "new" else ()
-        if any(name.startswith(("norm.", self._head)) for name in weights):
+            pretraining_only = ("mask_token", "proj.", "decoder.", "pred.")
+            return AdaptedWeights(encoder_to_classifier(weights), pretraining_only, ("norm.", "head."))
+        head = (self._head_prefix,) if self.recipe.init.head == "new" else ()
+        if any(name.startswith(("norm.", self._head_prefix)) for name in weights):
             return AdaptedWeights(weights, dropped=head, fresh=head)
-        return AdaptedWeights(weights, (), (*head, "norm."))  # an encoder alone, as FCMAE weights are released
+        # An encoder alone: released FCMAE weights have neither norm nor head.
+        return AdaptedWeights(weights, dropped=(), fresh=(*head, "norm."))
 
-    def _mix(self, step: int, slot: int, size: int) -> "Mix":
-        """The slot's mix-up or cut-mix, by hash of (seed, step, slot)."""
-        alphas = {"mixup": self.settings.mixup, "cutmix": self.settings.cutmix}
-        kinds = [kind for kind, alpha in alphas.items() if alpha > 0]
-        if not kinds:
-            return Mix(1.0)
-        seed = int(randomness.key(self.seed, step, slot, randomness.Purpose.MIX))
-        draw = np.random.Generator(np.random.Philox(key=seed))
-        kind = kinds[int(draw.integers(len(kinds)))]
-        share = float(draw.beta(alphas[kind], alphas[kind]))
-        if kind == "mixup":
-            return Mix(share)
-        half = int(size * (1 - share) ** 0.5) // 2
-        y, x = (int(v) for v in draw.integers(size, size=2))
-        box = (max(y - half, 0), min(y + half, size), max(x - half, 0), min(x + half, size))
-        return Mix(1 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box)
 
-    def _keep(
-        self, step: int, slots: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor | None:
-        """Drop-path factors (branches, n), by hash of (seed, step, slot)."""
-        if not self._rates.any():
-            return None
-        keys = randomness.key(self.seed, step, np.array(slots), randomness.Purpose.DROP_PATH)
-        draws = randomness.uniform(keys, len(self._rates) * size).reshape(len(slots), len(self._rates), size)
-        rates = self._rates[None, :, None]
-        keep = ((draws >= rates) / (1 - rates)).transpose(1, 0, 2).reshape(len(self._rates), -1)
-        return torch.from_numpy(keep).to(dtype).to(device, non_blocking=True)
+def draw_keep(seed: int, step: int, slots: Sequence[int], size: int, rates: Sequence[float]) -> Tensor | None:
+    """Draw drop-path factors by hash of (seed, step, slot): 0 where a branch is dropped, else 1 / keep probability.
+
+    Args:
+        slots: numbers of the slots.
+        size: images of a slot.
+        rates: drop-path rate of each residual branch.
+
+    Returns:
+        (branches, slots * size) float64 on the CPU; None if no branch is ever dropped.
+    """
+    if not any(rates):
+        return None
+    keys = randomness.key(seed, step, np.array(slots), randomness.Purpose.DROP_PATH)
+    draws = randomness.uniform(keys, len(rates) * size).reshape(len(slots), len(rates), size)
+    rate = np.array(rates)[None, :, None]
+    keep = ((draws >= rate) / (1 - rate)).transpose(1, 0, 2).reshape(len(rates), -1)
+    return torch.from_numpy(keep)
 
 
 def count_correct(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """How many of the `valid` (n,) images have a right class first, and among the first five.
+    """Count the valid images, and those with a right class ranked first, and among the first five.
 
-    right: int64 (n,), each image's class; or bool (n, classes), where several may be right.
+    Args:
+        logits: (n, classes).
+        right: the class of each image, int64 (n,); or bool (n, classes), where several classes may be right.
+        valid: bool (n,).
     """
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hit = right.gather(1, ranked) if right.dtype == torch.bool else ranked == right[:, None]
@@ -122,24 +123,5 @@ def count_correct(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Ten
 
 
 def accuracies(sums: Mapping[str, float]) -> dict[str, float]:
-    """In percent."""
+    """Turn the counts of `count_correct` into accuracies in percent."""
     return {name: 100 * sums[name] / sums["count"] for name in ("top1", "top5")}
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How a slot's images are mixed with the same images in reverse order: `share` of the own label remains."""
-
-    share: float
-    box: tuple[int, int, int, int] | None = None
-    """top, bottom, left, right of what is pasted in; None blends whole images."""
-
-    def images(self, x: Tensor) -> Tensor:
-        if self.share == 1.0:
-            return x
-        if self.box is None:
-            return x * self.share + x.flip(0) * (1 - self.share)
-        top, bottom, left, right = self.box
-        mixed = x.clone()
-        mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
-        return mixed

@@ -1,4 +1,4 @@
-"""Pre-training: hide cells, predict their pixels."""
+"""FCMAE pre-training: hide cells of each image and predict their pixels."""
 
 from collections.abc import Mapping
 
@@ -17,16 +17,17 @@ from pipeline.sparse import VisibleCells
 
 
 class FCMAEObjective:
+    """Masked autoencoding. See `Objective` for the methods."""
+
     metric = "loss"
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
-        self._side = recipe.data.image_size // recipe.model.stride  # in cells
+        self._side = recipe.data.image_size // recipe.model.stride  # of an image, in cells
 
     def build_model(self) -> nn.Module:
-        options = self.recipe.model.options
         with recipe_errors(self.recipe.name):
-            encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **options)
+            encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **self.recipe.model.options)
             return FCMAE(
                 encoder,
                 encoder_backend="dense" if self.settings.encoder_leaks else self.settings.encoder_backend,
@@ -40,29 +41,27 @@ class FCMAEObjective:
             )
 
     def mask(self, batch: Batch) -> Tensor:
-        """(n, L) bool, True = hidden: a function of (seed, epoch, sample id)."""
-        cells = self._side * self._side
-        return draw_mask(self.seed, batch.epoch, batch.ids.numpy(), cells, self.settings.mask_ratio)
+        """Draw the mask (n, L) bool, True = hidden."""
+        return draw_mask(self.seed, batch.epoch, batch.ids.numpy(), self._side**2, self.settings.mask_ratio)
 
-    def visible(self, mask: Tensor, images: Tensor) -> VisibleCells:
-        """What goes to the model: FSDP sends a tensor to the GPU, and each look at the mask would wait for it."""
+    def _visible_cells(self, mask: Tensor, images: Tensor) -> VisibleCells:
+        # Not the mask itself: FSDP moves tensor arguments to the GPU, and reading one there would synchronise.
         return VisibleCells(mask, (self._side, self._side), images.device)
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = normalise(batch.images, next(model.parameters()).dtype)
-        return model(images, self.visible(self.mask(batch), images)).loss, {}
+        return model(images, self._visible_cells(self.mask(batch), images)).loss
 
     def without_mixing(self) -> "FCMAEObjective":
         return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        dtype, valid = next(model.parameters()).dtype, batch.valid
-        images, mask = normalise(batch.images, dtype), self.mask(batch)
-        # Every image hides as many cells as any other, so the loss is a mean over images; padding is cut out.
-        count = int(valid.sum())
-        # Without a valid image one is computed for nothing: where parameters are shared out, every rank must take part.
-        shown = valid if count else torch.arange(len(valid)) == 0
-        loss = model(images[shown.to(images.device)], self.visible(mask[shown], images)).loss
+        images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
+        # Leave out padding. Every image hides equally many cells, so the loss is a mean over the images.
+        count = int(batch.valid.sum())
+        # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
+        chosen = batch.valid if count else torch.arange(len(batch.valid)) == 0
+        loss = model(images[chosen.to(images.device)], self._visible_cells(mask[chosen], images)).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -70,19 +69,23 @@ class FCMAEObjective:
 
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
-        prediction = model(images, self.visible(mask, images)).prediction
+        prediction = model(images, self._visible_cells(mask, images)).prediction
         return mask, denormalise(model.paint(images, mask, prediction))
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):
-            return AdaptedWeights(weights, (), ())
-        head = {name: tensor for name, tensor in weights.items() if name.startswith(("norm.", "head."))}
-        encoder = {f"encoder.{name}": tensor for name, tensor in weights.items() if name not in head}
-        return AdaptedWeights(encoder | head, ("norm.", "head."), ("mask_token", "proj.", "decoder.", "pred."))
+            return AdaptedWeights(weights, dropped=(), fresh=())
+        classifier_only, pretraining_only = ("norm.", "head."), ("mask_token", "proj.", "decoder.", "pred.")
+        rest = {name: tensor for name, tensor in weights.items() if name.startswith(classifier_only)}
+        encoder = {f"encoder.{name}": tensor for name, tensor in weights.items() if name not in rest}
+        return AdaptedWeights(encoder | rest, classifier_only, pretraining_only)
 
 
 def draw_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:
-    """(n, cells) bool, True = hidden; int(cells * (1 - ratio)) cells of each image stay visible, at least one."""
+    """Draw masks (n, cells) bool, True = hidden, by hash of (seed, epoch, sample id).
+
+    int(cells * (1 - ratio)) cells of each image stay visible, at least one; so the official code rounds.
+    """
     keys = randomness.key(seed, epoch, ids, randomness.Purpose.MASK)
     rank = randomness.uniform(keys, cells).argsort(1).argsort(1)
     return torch.from_numpy(rank >= max(int(cells * (1 - ratio)), 1))

@@ -1,4 +1,4 @@
-"""What is learned: from a batch to a loss, and what the stage hands on."""
+"""The interface of an objective: its model, its loss, its evaluation, and the weights it takes from another stage."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,45 +11,46 @@ from pipeline.errors import RecipeError
 
 
 class AdaptedWeights(NamedTuple):
-    """Weights of another stage, as the model of this stage takes them. Names are prefixes."""
+    """Weights of another stage under the names of this stage's model."""
 
     weights: Mapping[str, Tensor]
     dropped: tuple[str, ...]
-    """Of the weights that this model does not have."""
+    """Prefixes of the weights that this model does not have."""
     fresh: tuple[str, ...]
-    """Of the parameters that keep their initial values."""
+    """Prefixes of the parameters that keep their initial values."""
 
 
 class Objective(Protocol):
-    """One per kind in the recipe; knows the model it builds, no engine and no file."""
+    """One class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
 
     metric: str
-    """The result's name: "loss" or "top1"."""
+    """The result by which checkpoints are compared: "loss" or "top1"."""
 
-    def build_model(self) -> nn.Module: ...
+    def build_model(self) -> nn.Module:
+        """Build the model with its initial weights."""
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the batch's images, and further scalars by name. All randomness is hashed from the batch."""
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids."""
 
     def without_mixing(self) -> "Objective":
-        """The same on images that are not mixed and labels that are not smoothed: it says what a weight is worth."""
+        """Return this objective without mixup, cutmix and label smoothing."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch's valid images, and their `count`."""
+        """Return sums over the valid images of the batch, and their `count`."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The sums over all images and ranks, as metrics."""
+        """Turn the sums over all images and ranks into metrics."""
 
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """(mask (n, L) bool, painted images (n, 3, H, W) uint8), for objectives that reconstruct."""
+        """Return the mask (n, L) bool and the reconstructed images (n, 3, H, W) uint8; None if nothing is hidden."""
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
-        """Bring the weights of the stage before under the names of this stage's model."""
+        """Bring weights of another stage, or released ones, under the names of this stage's model."""
 
 
 @contextmanager
 def recipe_errors(stage: str) -> Iterator[None]:
-    """What a model refuses, its recipe has asked for: models raise ValueError, for they know no recipe."""
+    """Turn a model's ValueError into a RecipeError: the recipe caused it."""
     try:
         yield
     except ValueError as error:

@@ -49,7 +49,7 @@ def snip_scores(engine: Engine, objective: Objective, batches: Iterable[Batch], 
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
     for batch in batches:
         for slot in single_slots(batch):
-            loss, _ = plain.loss(model, engine.to_device(slot), 0)
+            loss = plain.loss(model, engine.to_device(slot), 0)
             for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
                 total.add_(gradient, alpha=1 / slots)
     if engine.world.size > 1:

@@ -30,7 +30,7 @@ def bare_loop(model: nn.Module, objective: Objective, batch: Batch) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step(number: int) -> None:
-        loss, _ = objective.loss(model, batch, number)
+        loss = objective.loss(model, batch, number)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()

@@ -1,3 +1,5 @@
+"""Both objectives: what a mask, a loss and drop path depend on."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,11 @@ from hypothesis import strategies as st
 
 from pipeline.data.batch import Batch
 from pipeline.objectives import create_objective
-from pipeline.objectives.classification import Mix
+from pipeline.objectives.classification import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
+from pipeline.objectives.mixing import draw_mix
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import load_recipe
-from tests.oracles import oracle
 from tests.support import write_tiny_recipe
 
 
@@ -54,59 +56,33 @@ def test_the_loss_of_two_slots_is_the_mean_of_each_alone(stages, stage):
     model = objective.build_model().double()
     pixels = stages[stage].data.image_size
     for step in range(3):
-        together = objective.loss(model, batch((1, 3), pixels=pixels), step)[0]
-        alone = [objective.loss(model, batch((slot,), pixels=pixels), step)[0] for slot in (1, 3)]
+        together = objective.loss(model, batch((1, 3), pixels=pixels), step)
+        alone = [objective.loss(model, batch((slot,), pixels=pixels), step) for slot in (1, 3)]
         assert together.item() == pytest.approx((alone[0] + alone[1]).item() / 2, abs=1e-13)
 
 
 def test_randomness_changes_with_the_step(stages):
     objective = create_objective(stages["finetune"], seed=5)
     model = objective.build_model()
-    losses = {objective.loss(model, batch(pixels=24), step)[0].item() for step in range(6)}
+    losses = {objective.loss(model, batch(pixels=24), step).item() for step in range(6)}
     assert len(losses) == 6
 
 
 def test_mixed_loss_equals_cross_entropy_with_the_soft_target(stages):
-    """timm's soft target: own and partner's smoothed one-hot vectors, mixed."""
-    objective = create_objective(stages["finetune"], seed=5)
+    """timm's soft target: the smoothed one-hot vectors of image and partner, mixed."""
+    stage = stages["finetune"]  # here without drop path, so that the test can compute the logits
+    stage = stage.model_copy(update={"objective": stage.objective.model_copy(update={"drop_path": 0.0})})
+    objective = create_objective(stage, seed=5)
     model = objective.build_model().double()
     model.head.weight.data.mul_(50)
     x = batch((2,), pixels=24)
-    objective._rates = np.zeros(3)  # without drop path, so that logits can be computed here
     for step in range(6):
-        mix = objective._mix(step, 2, 24)
-        logits = model(mix.images(normalise(x.images, torch.float64)))
+        mix = draw_mix(5, step, 2, 24, stage.objective.mixup, stage.objective.cutmix)
+        logits = model(mix.apply(normalise(x.images, torch.float64)))
         smooth = F.one_hot(x.labels, 4).double() * 0.9 + 0.1 / 4
         target = mix.share * smooth + (1 - mix.share) * smooth.flip(0)
         expected = -(target * logits.log_softmax(1)).sum(1).mean()
-        assert objective.loss(model, x, step)[0].item() == pytest.approx(expected.item(), abs=1e-12)
-
-
-def test_mixing_is_timms(stages, monkeypatch):
-    """Batch mode: the same images and soft targets for the same share and box; shares and boxes as often."""
-    oracle("timm", always_in_ci=True)
-    from scipy.stats import ks_2samp
-    from timm.data import mixup
-
-    objective = create_objective(stages["finetune"], seed=5)
-    theirs = mixup.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=4)
-    images, labels = torch.rand(8, 3, 24, 24), torch.arange(8) % 4
-    mixes = [objective._mix(step, 0, 24) for step in range(2000)]
-    for mix in mixes[:40]:
-        monkeypatch.setattr(theirs, "_params_per_batch", lambda mix=mix: (mix.share, mix.box is not None))
-        monkeypatch.setattr(mixup, "cutmix_bbox_and_lam", lambda *_, mix=mix, **__: (mix.box, mix.share))
-        mixed, target = theirs(images.clone(), labels)
-        own = F.one_hot(labels, 4) * 0.9 + 0.1 / 4
-        torch.testing.assert_close(mix.images(images), mixed)
-        torch.testing.assert_close(mix.share * own + (1 - mix.share) * own.flip(0), target)
-    monkeypatch.undo()
-    np.random.seed(0)  # timm's generator
-    drawn = [theirs._params_per_batch() for _ in range(2000)]
-    assert abs(sum(mix.box is not None for mix in mixes) / 2000 - 0.5) < 0.04
-    assert ks_2samp([m.share for m in mixes if m.box is None], [lam for lam, cut in drawn if not cut]).statistic < 0.07
-    boxes = [mixup.cutmix_bbox_and_lam((8, 3, 24, 24), lam) for lam, cut in drawn if cut]
-    # Boxes of an odd side are a pixel smaller here, as in timm 0.3.2, which the published results were made with.
-    assert ks_2samp([m.share for m in mixes if m.box], [lam for _, lam in boxes]).statistic < 0.12
+        assert objective.loss(model, x, step).item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_erasing_comes_before_mixing_and_depends_on_the_sample(stages):
@@ -116,32 +92,16 @@ def test_erasing_comes_before_mixing_and_depends_on_the_sample(stages):
     model = plain.build_model()
     erased.build_model()
     x = batch(pixels=24)
-    whole = erased.loss(model, x, 1)[0]
-    assert whole != plain.loss(model, x, 1)[0]
-    halves = [erased.loss(model, batch(slots=(slot,), pixels=24), 1)[0] for slot in (0, 1)]
+    whole = erased.loss(model, x, 1)
+    assert whole != plain.loss(model, x, 1)
+    halves = [erased.loss(model, batch(slots=(slot,), pixels=24), 1) for slot in (0, 1)]
     torch.testing.assert_close(whole, torch.stack(halves).mean())
 
 
-def test_cutmix_keeps_the_share_it_pastes(stages):
-    objective = create_objective(stages["finetune"], seed=5)
-    kinds = set()
-    for step in range(40):
-        mix = objective._mix(step, 0, 24)
-        ones = torch.stack([torch.ones(3, 24, 24), torch.zeros(3, 24, 24)])
-        assert mix.images(ones)[0].mean().item() == pytest.approx(mix.share, abs=1e-6)
-        kinds.add(mix.box is None)
-    assert kinds == {True, False}
-
-
-def test_no_mixing_leaves_images_alone():
-    x = torch.rand(4, 3, 8, 8)
-    assert Mix(1.0).images(x) is x
-
-
-def test_drop_path_keeps_the_expected_value(stages):
-    objective = create_objective(stages["finetune"], seed=5)
-    objective.build_model()
-    keep = torch.stack([objective._keep(step, (0, 1), 64, torch.float64, torch.device("cpu")) for step in range(200)])
+def test_drop_path_keeps_the_expected_value():
+    rates = [0.0, 0.1, 0.2]
+    keep = torch.stack([draw_keep(5, step, (0, 1), 64, rates) for step in range(200)])
     assert (keep[:, 0] == 1).all()
     assert keep[:, 2].mean().item() == pytest.approx(1, abs=0.02)
     assert set(keep[:, 2].unique().tolist()) == {0.0, 1 / 0.8}
+    assert draw_keep(5, 0, (0, 1), 64, [0.0, 0.0]) is None

@@ -62,7 +62,7 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
     encoder = getattr(model, "encoder", model)
     assert encoder.response.kind == stage.model.response
     assert encoder.checkpointing == stage.model.checkpointing
-    objective.loss(model, batch(pixels=stage.data.image_size), 1)[0].backward()
+    objective.loss(model, batch(pixels=stage.data.image_size), 1).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     if name == "pretrain":
         kind = stage.objective.decoder
@@ -125,7 +125,7 @@ def test_a_leaking_encoder_is_another_experiment(recipe_file):
     for override in ("encoder_leaks=true", "encoder_backend=packed", "encoder_backend=masked"):
         stage = stage_with(recipe_file, "pretrain", f"stages.pretrain.objective.{override}")
         objective = create_objective(stage, seed=5)
-        losses[override] = objective.loss(objective.build_model().double(), batch(), 1)[0].item(), stage.fingerprint()
+        losses[override] = objective.loss(objective.build_model().double(), batch(), 1).item(), stage.fingerprint()
     leaks, packed, masked = losses.values()
     assert packed[0] == pytest.approx(masked[0], abs=1e-12)
     assert abs(leaks[0] - packed[0]) > 1e-9
