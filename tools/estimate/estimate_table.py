@@ -1,4 +1,4 @@
-"""An estimate, for people and for programs."""
+"""Show an estimate as tables for people and as JSON for programs."""
 
 import json
 from collections.abc import Sequence
@@ -10,26 +10,27 @@ from rich.text import Text
 
 from pipeline.cost.memory import ENGINES
 from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, Option, StageEstimate
+from tools.tables import plain_table
+
+COLUMNS = ("stage", "parameters", "GMACs/image", "training", "steps", "nodes x ranks", "engine", "images/rank",
+           "hours", "GPU-hours", "money", "checkpoint", "kept", "data")  # fmt: skip
 
 
 def render_estimate(stages: Sequence[StageEstimate], price: float | None, formulas: bool) -> RenderableType:
-    """Tables of all stages, what they rest on below; `price` is for one rank's hour."""
+    """Tables of all stages, and below them the assumptions. `price` is that of one rank's hour."""
     parts: list[RenderableType] = [_summary(stages, price)]
     for stage in stages:
-        parts += ["", _memory(stage)]
+        parts += ["", *_memory(stage)]
         if stage.chosen:
-            parts.append(_terms(stage.chosen))
+            parts += _terms(stage.chosen)
         if formulas:
-            parts += [Text(line) for line in explained(stage, price)]
+            parts += [Text(line) for line in explain(stage, price)]
         parts += [Text(f"note: {note}") for note in stage.notes]
     return Group(*parts, "", *[Text(line) for line in assumptions(stages)])
 
 
 def _summary(stages: Sequence[StageEstimate], price: float | None) -> Table:
-    table = Table(title="What it costs", title_justify="left")
-    for name in ("stage", "parameters", "GMACs/image", "training", "steps", "nodes x ranks", "engine", "images/rank",
-                 "hours", "GPU-hours", "money", "checkpoint", "kept", "data"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("stage", "engine") else "right")
+    table = plain_table(*COLUMNS, right=set(COLUMNS) - {"stage", "engine"}, title="What it costs", title_justify="left")
     for stage in stages:
         best = stage.chosen
         table.add_row(
@@ -37,40 +38,37 @@ def _summary(stages: Sequence[StageEstimate], price: float | None) -> Table:
             f"{stage.parameters / 1e6:,.2f} M",
             f"{stage.published_macs / 1e9:.2f}",
             f"{best.training_macs / 1e9:.1f}" if best else "-",
-            _or(stage.steps, "{:,}"),
+            _or_dash(stage.steps, "{:,}"),
             f"{stage.site.nodes} x {stage.site.ranks_per_node}",
             _name(best) if best else "none fits",
             f"{best.images}" if best else "-",
-            _or(stage.hours, "{:,.1f}"),
-            _or(stage.gpu_hours, "{:,.0f}"),
-            _or(_money(stage, price), "{:,.0f}"),
+            _or_dash(stage.hours, "{:,.1f}"),
+            _or_dash(stage.gpu_hours, "{:,.0f}"),
+            _or_dash(stage.money(price), "{:,.0f}"),
             f"{stage.checkpoint_bytes / GIB:.2f} GiB",
             f"{stage.kept_bytes / GIB:.1f} GiB",
-            _or(_data_bytes(stage) and _data_bytes(stage) / GIB, "{:,.1f} GiB"),
+            _or_dash(stage.data_bytes and stage.data_bytes / GIB, "{:,.1f} GiB"),
         )
-    hours = [stage.gpu_hours for stage in stages]
-    if len(stages) > 1 and None not in hours:
-        table.add_section()
-        total = sum(hours)
-        money = f"{total * price:,.0f}" if price is not None else "-"
-        table.add_row("all", *[""] * 7, f"{sum(s.hours for s in stages):,.1f}", f"{total:,.0f}", money, *[""] * 3)
+    if len(stages) > 1 and all(stage.gpu_hours is not None for stage in stages):
+        totals = [sum(stage.hours for stage in stages), sum(stage.gpu_hours for stage in stages)]
+        money = _or_dash(price and totals[1] * price, "{:,.0f}")
+        table.add_row("all", *[""] * 7, f"{totals[0]:,.1f}", f"{totals[1]:,.0f}", money, *[""] * 3)
     return table
 
 
-def _memory(stage: StageEstimate) -> Table:
+def _memory(stage: StageEstimate) -> tuple[Text, Table]:
     limit = stage.memory_bytes
-    room = f", {limit / GIB:.1f} GiB may be used" if limit else ""
-    table = Table(title=f"{stage.recipe.name}: GiB on a rank, by images at once{room}", title_justify="left")
+    usable = f", {limit / GIB:.1f} GiB may be used" if limit else ""
+    title = Text(f"{stage.recipe.name}: GiB on a rank, by images in a micro-batch{usable}", style="italic")
     sizes = sorted({option.images for option in stage.options})
-    table.add_column("engine")
-    for size in sizes:
-        table.add_column(str(size), justify="right")
+    columns = list(map(str, sizes))
+    table = plain_table("engine", *columns, right=columns)
     for checkpointing in (False, True):
         for name in ENGINES:
             row = {o.images: o for o in stage.options if (o.engine, o.checkpointing) == (name, checkpointing)}
             if row:
                 table.add_row(_name(next(iter(row.values()))), *(_cell(row.get(s), limit, stage.chosen) for s in sizes))
-    return table
+    return title, table
 
 
 def _cell(option: Option | None, limit: int | None, chosen: Option | None) -> Text:
@@ -82,135 +80,108 @@ def _cell(option: Option | None, limit: int | None, chosen: Option | None) -> Te
     return Text(f"*{text}", style="bold green") if option is chosen else Text(text)
 
 
-def _terms(option: Option) -> Table:
-    table = Table(title=f"* {_name(option)}, {option.images} images at once", title_justify="left", box=None)
-    for name in ("part", "GiB", "from"):
-        table.add_column(name, justify="right" if name == "GiB" else "left")
+def _terms(option: Option) -> tuple[Text, Table]:
+    title = Text(f"* {_name(option)}, {option.images} images in a micro-batch", style="italic")
+    table = plain_table("part", "GiB", "from", right=("GiB",))
     for term in option.terms:
         table.add_row(term.name, f"{term.bytes / GIB:.3f}", term.formula)
     table.add_row("in all", f"{option.bytes / GIB:.3f}", "")
-    return table
+    return title, table
 
 
-def explained(stage: StageEstimate, price: float | None) -> list[str]:
-    """The formulas behind a stage's figures, with the numbers in them."""
-    recipe, best = stage.recipe, stage.chosen
+def explain(stage: StageEstimate, price: float | None) -> list[str]:
+    """The formulas behind a stage's figures, with the numbers filled in."""
+    recipe, best, settings = stage.recipe, stage.chosen, stage.recipe.checkpoint
+    kept = [f"keep_last {settings.keep_last}", *(["best"] if settings.keep_best else []), "one being written"]
+    kept += [f"one every {settings.keep_every_epochs:g} epochs"] if settings.keep_every_epochs else []
     lines = [
         f"P = {stage.parameters:,}; N = {stage.ranks} ranks",
         f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) +"
         f" 5 for each element of a LayerNorm = {stage.published_macs / 1e9:.3f}"
         + ("; the encoder on its visible cells alone" if recipe.objective.kind == "fcmae" else ""),
         f"checkpoint = P x (weights, two moments{', moving average' if recipe.ema else ''}) ="
-        f" {stage.checkpoint_bytes:,} B; kept = that x (keep_last {recipe.checkpoint.keep_last}"
-        f"{' + best' if recipe.checkpoint.keep_best else ''} + one being written"
-        f"{' + one every ' + format(recipe.checkpoint.keep_every_epochs, 'g') + ' epochs' if recipe.checkpoint.keep_every_epochs else ''})",  # noqa: E501
+        f" {stage.checkpoint_bytes:,} B; kept = that x ({' + '.join(kept)})",
     ]
-    if stage.steps is not None:
-        batch = recipe.batch.global_batch
-        lines.append(
-            f"steps = ceil(epochs {recipe.schedule.epochs:g} x floor({stage.train.images:,} images / {batch:,})) ="
-            f" {stage.steps:,}"
-        )
-        if best and stage.hours is not None:
-            images = stage.validation.images if stage.validation else 0
-            evaluated = f"{stage.evaluations} x {images or 0:,} x {stage.forward_macs / 1e9:.2f}"
-            lines += [
-                f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {evaluated}) GMACs ="
-                f" {stage.work:.3e}",
-                f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]})"
-                f" = {stage.hours:,.2f}",
-            ]
-            if price is not None:
-                lines.append(f"money = {stage.gpu_hours:,.1f} GPU-hours x {price:g} = {_money(stage, price):,.0f}")
+    if stage.steps is None:
+        return lines
+    batch = recipe.batch.global_batch
+    lines.append(
+        f"steps = ceil(epochs {recipe.schedule.epochs:g} x floor({stage.train.images:,} images / {batch:,})) ="
+        f" {stage.steps:,}"
+    )
+    if best and stage.hours is not None:
+        images = stage.validation and stage.validation.images
+        lines += [
+            f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {stage.evaluations} x"
+            f" {images or 0:,} x {stage.forward_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
+            f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]})"
+            f" = {stage.hours:,.2f}",
+        ]
+        if price is not None:
+            lines.append(f"money = {stage.gpu_hours:,.1f} GPU-hours x {price:g} = {stage.money(price):,.0f}")
     return lines
 
 
 def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
-    """What the figures rest on that nobody has measured or said."""
+    """The assumptions behind the figures, and what is unknown."""
     lines = []
     for stage in stages:
         if stage.speed:
             lines.append(f"{stage.recipe.name}: hours from {stage.speed[1]}, and data that is never waited for")
-        if stage.measured:
-            m = stage.measured
+        if m := stage.measured:
+            uncorrected = "; hours are not corrected, because the site has another device"
             lines.append(
                 f"{stage.recipe.name}: measured on this machine's {m.device}: {m.images} images in {m.step_seconds:.3f}"
                 f" s, torch allocated {m.allocated_bytes / GIB:.3f} GiB, the process had"
                 f" {m.resident_bytes / GIB:.3f} GiB resident; activations corrected by {stage.memory_correction:.3f}"
-                + (
-                    ""
-                    if "measured" in (stage.speed or ("", ""))[1]
-                    else "; hours are not, for the site has another device"
-                )
+                f"{'' if stage.speed and 'measured' in stage.speed[1] else uncorrected}"
             )
-        for what, file in (("train", stage.train), ("validation", stage.validation)):
-            if file is None:
-                continue
+        for file in filter(None, (stage.train, stage.validation)):
             if file.images is None:
-                cost = "steps and hours are unknown" if what == "train" else "evaluation is not in the hours"
-                lines.append(f"{stage.recipe.name}: {file.path} is not here, so {cost}; give --images {file.path}=N")
-            elif not file.known:
-                lines.append(
-                    f"{stage.recipe.name}: {file.path} reckoned as {file.images:,} images of {IMAGE_BYTES:,} B"
-                )
+                unknown = "steps and hours are unknown" if file is stage.train else "evaluation is not in the hours"
+                lines.append(f"{stage.recipe.name}: {file.path} is not here, so {unknown}; give --images {file.path}=N")
+            elif not file.on_disk:
+                lines.append(f"{stage.recipe.name}: assumed {file.images:,} images of {IMAGE_BYTES:,} B in {file.path}")
         if stage.memory_bytes is None:
             lines.append(f"{stage.recipe.name}: the site does not say what memory a rank has (gpu.memory_gib)")
-    lines.append(f"of a GPU's memory {RESERVE:.0%} are used: the rest is for CUDA, NCCL and what the allocator wastes")
+    lines.append(f"{RESERVE:.0%} of a GPU's memory are usable; CUDA, NCCL and fragmentation take the rest")
     return list(dict.fromkeys(lines))
 
 
 def estimate_json(stages: Sequence[StageEstimate], price: float | None) -> str:
-    """Everything, in bytes, multiply-adds and hours."""
-    return json.dumps([_plain(stage, price) for stage in stages], indent=2)
+    """All figures as JSON, in bytes, multiply-adds and hours."""
+    return json.dumps([_stage_figures(stage, price) for stage in stages], indent=2)
 
 
-def _plain(stage: StageEstimate, price: float | None) -> dict[str, Any]:
-    def option(o: Option) -> dict[str, Any]:
-        return {
-            "engine": o.engine,
-            "checkpointing": o.checkpointing,
-            "micro_slots": o.micro_slots,
-            "images": o.images,
-            "bytes": o.bytes,
-            "training_macs": o.training_macs,
-            "terms": {term.name: term.bytes for term in o.terms},
-        }
-
+def _stage_figures(stage: StageEstimate, price: float | None) -> dict[str, Any]:
     return {
         "stage": stage.recipe.name,
         "nodes": stage.site.nodes,
-        "ranks": stage.ranks,
-        "parameters": stage.parameters,
+        **_fields(stage, "ranks", "parameters"),
         "macs": stage.published_macs,
-        "forward_macs": stage.forward_macs,
-        "steps": stage.steps,
-        "hours": stage.hours,
-        "gpu_hours": stage.gpu_hours,
-        "money": _money(stage, price),
-        "checkpoint_bytes": stage.checkpoint_bytes,
-        "kept_bytes": stage.kept_bytes,
-        "data_bytes": _data_bytes(stage),
-        "memory_bytes": stage.memory_bytes,
-        "chosen": stage.chosen and option(stage.chosen),
-        "options": [option(o) for o in stage.options],
+        **_fields(stage, "forward_macs", "steps", "hours", "gpu_hours"),
+        "money": stage.money(price),
+        **_fields(stage, "checkpoint_bytes", "kept_bytes", "data_bytes", "memory_bytes"),
+        "chosen": stage.chosen and _option_figures(stage.chosen),
+        "options": list(map(_option_figures, stage.options)),
         "measured": stage.measured and vars(stage.measured),
-        "explained": explained(stage, price),
+        "explained": explain(stage, price),
         "assumptions": assumptions([stage]),
     }
+
+
+def _option_figures(option: Option) -> dict[str, Any]:
+    figures = _fields(option, "engine", "checkpointing", "micro_slots", "images", "bytes", "training_macs")
+    return {**figures, "terms": {term.name: term.bytes for term in option.terms}}
+
+
+def _fields(source: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
 
 
 def _name(option: Option) -> str:
     return option.engine + (" + checkpointing" if option.checkpointing else "")
 
 
-def _money(stage: StageEstimate, price: float | None) -> float | None:
-    return None if price is None or stage.gpu_hours is None else stage.gpu_hours * price
-
-
-def _data_bytes(stage: StageEstimate) -> int | None:
-    sizes = [file.bytes for file in (stage.train, stage.validation) if file and file.bytes is not None]
-    return sum(sizes) if sizes else None
-
-
-def _or(value: float | None, form: str) -> str:
+def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)

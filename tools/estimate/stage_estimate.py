@@ -1,9 +1,11 @@
-"""What a chain will cost, before a GPU is asked for: `fcmae estimate`."""
+"""Predict memory, time, cost and disk space of each stage of a recipe on a cluster."""
 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 from cluster.site import Site
@@ -27,23 +29,23 @@ from pipeline.recipe import ChainRecipe, StageRecipe
 
 GIB = 2**30
 RESERVE = 0.92
-"""Of a GPU's memory: the rest is for CUDA's context, NCCL's buffers, and what the allocator cannot use."""
+"""Usable fraction of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest."""
 IMAGE_BYTES = 110_000
-"""Of an image in a file that is not here: ImageNet-1K's mean."""
+"""Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to run a stage: its peak on one rank, in parts."""
+    """A way to run a stage, with the peak memory of one rank in parts."""
 
     engine: EngineName
     checkpointing: bool
     micro_slots: int
     images: int
-    """In a micro-batch."""
+    """Images of a micro-batch."""
     terms: tuple[Term, ...]
     training_macs: float
-    """Of one image, forward and backward."""
+    """Multiply-adds for one image, forward and backward."""
 
     @property
     def bytes(self) -> int:
@@ -52,33 +54,49 @@ class Option:
 
 @dataclass(frozen=True)
 class DataFile:
+    """A data file, on this machine or not."""
+
     path: str
     images: int | None
-    """None if nobody says."""
+    """None if neither the side-car nor --images tells."""
     bytes: int | None
-    known: bool
-    """From its side-car, not from --images."""
+    on_disk: bool
+    """The figures are those of the side-car, not of --images."""
 
 
 @dataclass(frozen=True)
 class StageEstimate:
+    """The estimate of one stage on a site. Figures are None where something they need is unknown."""
+
     recipe: StageRecipe
     site: Site
     parameters: int
     published_macs: float
-    """Of a forward pass of one image, as tables of models count; of FCMAE visible cells and decoder."""
+    """Multiply-adds of a forward pass of one image, counted as in published tables; for FCMAE those of the visible
+    cells and the decoder."""
     train: DataFile
     validation: DataFile | None
-    """None for a stage that evaluates nothing."""
+    """None for a stage without evaluation."""
     options: tuple[Option, ...]
-    chosen: Option | None
-    """The recommended one; None if none fits."""
     forward_macs: float
     measured: Measured | None
     memory_correction: float
-    """What the activations of the trace were multiplied with, after --measure."""
+    """Factor between measured and traced activation memory; 1 without --measure."""
     checkpoint_bytes: int
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
+
+    @cached_property
+    def chosen(self) -> Option | None:
+        """The recommended option; None if none fits.
+
+        It is the simplest engine that fits, without activation checkpointing if possible, at its largest micro-batch.
+        """
+        for checkpointing, engine in product((False, True), ("ddp", "fsdp")):
+            candidates = [o for o in self.options if (o.engine, o.checkpointing) == (engine, checkpointing)]
+            fits = [o for o in candidates if self.memory_bytes is None or o.bytes <= self.memory_bytes]
+            if fits:
+                return max(fits, key=lambda option: option.micro_slots)
+        return None
 
     @property
     def ranks(self) -> int:
@@ -86,7 +104,7 @@ class StageEstimate:
 
     @property
     def memory_bytes(self) -> int | None:
-        """What a rank may use."""
+        """Memory that one rank may use."""
         if self.site.gpus_per_node and self.site.gpu:
             return int(self.site.gpu.memory_gib * GIB * RESERVE)
         if not self.site.gpus_per_node and self.site.memory_gb_per_node:
@@ -120,12 +138,10 @@ class StageEstimate:
 
     @property
     def speed(self) -> tuple[float, str] | None:
-        """Floating-point operations a second of one rank, and where the figure is from."""
-        like_site = self.measured and self.measured.device.startswith("cuda") == bool(self.site.gpus_per_node)
-        if self.measured and like_site:
-            own = next((o for o in self.options if o.checkpointing == self.recipe.model.checkpointing), None)
-            if own:
-                return self.measured.images_per_second * 2 * own.training_macs, f"measured on {self.measured.device}"
+        """Floating-point operations per second of one rank, and the source of the figure."""
+        own = next((o for o in self.options if o.checkpointing == self.recipe.model.checkpointing), None)
+        if own and self.measured and self.measured.device.startswith("cuda") == bool(self.site.gpus_per_node):
+            return self.measured.images_per_second * 2 * own.training_macs, f"measured on {self.measured.device}"
         if self.tflops is None:
             return None
         share = self.site.gpu.utilisation
@@ -143,12 +159,22 @@ class StageEstimate:
 
     @property
     def kept_bytes(self) -> int:
-        """The most that the stage's checkpoints take on disk: one is being written while the old ones are there."""
-        settings, count = self.recipe.checkpoint, 1
-        count += settings.keep_last + settings.keep_best
+        """Largest disk space of the stage's checkpoints, which is reached while a new one is being written."""
+        settings = self.recipe.checkpoint
+        count = 1 + settings.keep_last + settings.keep_best
         if settings.keep_every_epochs:
             count += math.ceil(self.recipe.schedule.epochs / settings.keep_every_epochs)
         return count * self.checkpoint_bytes
+
+    @property
+    def data_bytes(self) -> int | None:
+        """Size of the data files of known size."""
+        sizes = [file.bytes for file in (self.train, self.validation) if file and file.bytes is not None]
+        return sum(sizes) if sizes else None
+
+    def money(self, price: float | None) -> float | None:
+        """Cost of the stage, at a price per rank and hour."""
+        return None if price is None or self.gpu_hours is None else self.gpu_hours * price
 
 
 def estimate(
@@ -159,115 +185,101 @@ def estimate(
     images: Sequence[str] = (),
     measured_here: bool = False,
 ) -> list[StageEstimate]:
-    """Reckon every stage of a chain on a site.
+    """Estimate every stage of a chain on a site.
 
     Args:
-        nodes: instead of the site's.
-        images: how many a data file holds where it is not here: "N" for all training files, or "FILE=N".
-        measured_here: make some real steps of each stage on this machine, and correct the estimate by them.
+        nodes: instead of the number of the site.
+        images: numbers of images in data files that are not on this machine: "N" for all training files, or "FILE=N".
+        measured_here: run a few real steps of each stage on this machine, and correct the estimate by them.
 
     Raises:
         RecipeError: if no number of the site's nodes divides a stage's slots.
-        UserError: for an `images` that is no number.
+        UserError: if an element of `images` has another form, or this machine has too little memory to measure.
     """
-    counts = _counts(images)
-    return [_stage(recipe, site.for_stage(name), nodes, counts, measured_here) for name, recipe in chain.stages.items()]
+    counts = _parse_counts(images)
+    return [
+        _estimate_stage(recipe, site.for_stage(name), nodes, counts, measured_here)
+        for name, recipe in chain.stages.items()
+    ]
 
 
-def _stage(
+def _estimate_stage(
     recipe: StageRecipe, site: Site, nodes: int | None, counts: dict[str, int], measured_here: bool
 ) -> StageEstimate:
-    asked = nodes or site.nodes
-    site, notes = _fitting(recipe, site, asked), []
-    if site.nodes != asked:
-        notes.append(
-            f"{asked * site.ranks_per_node} ranks do not divide the {recipe.batch.slots} slots of a step: reckoned with"
-            f" {site.nodes} nodes"
-        )
+    requested = nodes or site.nodes
+    site, notes = _with_dividing_nodes(recipe, site, requested), []
+    if site.nodes != requested:
+        ranks = requested * site.ranks_per_node
+        notes.append(f"{ranks} ranks do not divide the {recipe.batch.slots} slots of a step; used {site.nodes} nodes")
     device = "cuda" if site.gpus_per_node else "cpu"
     model, evaluation = ModelSize.of(recipe), trace_evaluation(recipe, device)
-    own = StepTraces(recipe, device)
+    traces = StepTraces(recipe, device)
     measured = _measure(recipe, model) if measured_here else None
     correction = 1.0
     if measured:
-        here = own if measured.device.startswith(device) else StepTraces(recipe, measured.device.partition(":")[0])
-        correction = memory_correction(recipe, model, here(recipe.batch.micro_slots), measured)
+        kind = measured.device.partition(":")[0]
+        here = traces if kind == device else StepTraces(recipe, kind)
+        correction = _memory_correction(recipe, model, here(recipe.batch.micro_slots), measured)
     options = []
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
-        growth = own if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
+        changed_traces = traces if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
         for name in ENGINES:
             if reason := _unsupported(recipe, name):
                 notes.append(f"{name} is left out: {reason}")
                 continue
             for slots in _micro_slots(recipe, site.ranks):
                 batch = recipe.batch.model_copy(update={"micro_slots": slots})
-                this, trace = with_engine(changed.model_copy(update={"batch": batch}), name), growth(slots)
-                terms = _corrected(estimate_memory(this, model, site.ranks, trace, evaluation), correction)
+                option, trace = with_engine(changed.model_copy(update={"batch": batch}), name), changed_traces(slots)
+                terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation), correction)
                 options.append(Option(name, checkpointing, slots, trace.images, terms, trace.training_macs))
-    first = own(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
-    copies = 1 + 2 + (recipe.ema is not None)
-    found = StageEstimate(
+    trace = traces(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
+    copies = 1 + 2 + (recipe.ema is not None)  # weights, two moments of AdamW, moving average
+    return StageEstimate(
         recipe,
         site,
         model.parameters,
-        first.published_macs,
+        trace.published_macs,
         _data_file(recipe, "train", counts),
         _data_file(recipe, "validation", counts) if recipe.data.validation else None,
         tuple(options),
-        None,
-        first.forward_macs / first.images,
+        trace.forward_macs / trace.images,
         measured,
         correction,
         copies * model.parameters * (8 if recipe.engine.precision == "fp64" else 4),
         tuple(dict.fromkeys(notes)),
     )
-    return _with_choice(found)
 
 
-def _fitting(recipe: StageRecipe, site: Site, nodes: int) -> Site:
-    """The site with as many of the nodes as divide the recipe's slots."""
+def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
+    """The site with the largest number of nodes, up to `nodes`, that divides the recipe's slots."""
     for count in range(nodes, 0, -1):
         if recipe.batch.slots % (count * site.ranks_per_node) == 0:
             return site.model_copy(update={"nodes": count})
     recipe.check_world_size(site.ranks_per_node)
-    raise RecipeError(f"stage {recipe.name}: no number of nodes up to {nodes} divides its {recipe.batch.slots} slots")
+    raise RecipeError(
+        f"stage {recipe.name}: no number of nodes up to {nodes} divides its {recipe.batch.slots} slots;"
+        " change batch.slot or the ranks per node"
+    )
 
 
 def _micro_slots(recipe: StageRecipe, ranks: int) -> list[int]:
-    """Slots at once that divide a rank's share of a step: powers of two, the recipe's own and the whole share."""
+    """Micro-batches to try, in slots: powers of two, the recipe's and a rank's share, if they divide the share."""
     share = recipe.batch.slots // ranks
     if recipe.model.response == "bn" or getattr(recipe.objective, "grn_statistics", "") == "batch":
         return [1]
-    asked = {recipe.batch.micro_slots, share, *(2**power for power in range(8))}
-    return sorted(k for k in asked if k <= share and share % k == 0)
+    sizes = {recipe.batch.micro_slots, share, *(2**power for power in range(8))}
+    return sorted(k for k in sizes if k <= share and share % k == 0)
 
 
 def _unsupported(recipe: StageRecipe, name: EngineName) -> str:
-    """Why the recipe cannot run under an engine; nothing if it can."""
+    """Why the recipe cannot run under an engine; "" if it can."""
     section = type(recipe.engine)
     try:
         section.model_validate({**recipe.engine.model_dump(), **ENGINES[name]})
     except ValueError as error:
         return str(error).splitlines()[2].strip().removeprefix("Value error, ").partition(" [")[0]
     return ""
-
-
-def _with_choice(found: StageEstimate) -> StageEstimate:
-    """The simplest option that fits, at its largest micro-batch: nothing is shared out or computed twice in vain."""
-    limit = found.memory_bytes
-    for checkpointing in (False, True):
-        for name in ("ddp", "fsdp"):
-            fits = [
-                option
-                for option in found.options
-                if (option.engine, option.checkpointing) == (name, checkpointing)
-                and (limit is None or option.bytes <= limit)
-            ]
-            if fits:
-                best = max(fits, key=lambda option: option.micro_slots)
-                return StageEstimate(**{**vars(found), "chosen": best})
-    return found
 
 
 def _corrected(terms: list[Term], factor: float) -> tuple[Term, ...]:
@@ -280,8 +292,8 @@ def _corrected(terms: list[Term], factor: float) -> tuple[Term, ...]:
     )
 
 
-def memory_correction(recipe: StageRecipe, model: ModelSize, trace: Trace, measured: Measured) -> float:
-    """By how much the trace's activations are off, where real steps were measured as `measure_steps` makes them."""
+def _memory_correction(recipe: StageRecipe, model: ModelSize, trace: Trace, measured: Measured) -> float:
+    """Factor between the activation memory measured by `measure_steps` and the traced one."""
     alone = with_engine(recipe, "ddp")
     alone = alone.model_copy(
         update={"batch": recipe.batch.model_copy(update={"global_batch": recipe.batch.slot * recipe.batch.micro_slots})}
@@ -300,14 +312,15 @@ def _measure(recipe: StageRecipe, model: ModelSize) -> Measured:
     return measure_steps(recipe)
 
 
-def _counts(images: Sequence[str]) -> dict[str, int]:
-    found = {}
+def _parse_counts(images: Sequence[str]) -> dict[str, int]:
+    counts = {}
     for text in images:
         name, _, number = text.rpartition("=")
-        if not number.replace("_", "").replace(",", "").isdigit():
+        number = number.replace("_", "").replace(",", "")
+        if not number.isdigit():
             raise UserError(f"--images {text!r} is no number of images; write N, or FILE=N for one data file")
-        found[name] = int(number.replace("_", "").replace(",", ""))
-    return found
+        counts[name] = int(number)
+    return counts
 
 
 def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile:

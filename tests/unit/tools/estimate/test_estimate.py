@@ -101,7 +101,7 @@ def test_files_by_variables_and_no_validation(chain, monkeypatch):
     monkeypatch.setenv("FCMAE_DATA", str(train.parent))
     data = stage.data.model_copy(update={"train": f"$FCMAE_DATA/{train.name}", "validation": None})
     (found,) = estimate(chain.model_copy(update={"stages": {"f": stage.model_copy(update={"data": data})}}), site())
-    assert (found.train.images, found.train.known, found.validation) == (192, True, None)
+    assert (found.train.images, found.train.on_disk, found.validation) == (192, True, None)
     assert "is not here" not in shown([found], formulas=True)
     assert json.loads(estimate_json([found], None))[0]["data_bytes"] == train.stat().st_size
 
