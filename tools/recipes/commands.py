@@ -1,135 +1,144 @@
-"""`fcmae recipe`: which recipes there are, what is in one and why, how two differ, whether one is right."""
+"""`fcmae recipe`: list recipes, show their values and sources, compare two, check them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from tools.options import Overrides, RecipeName
 from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
     from pipeline.recipe import ChainRecipe, StageRecipe
-    from pipeline.recipe.schema import PublishedResult
 
-app = typer.Typer(no_args_is_help=True, help="Recipes: what is trained, and where each value comes from.")
+app = typer.Typer(no_args_is_help=True, help="Show, compare and check recipes.")
 
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of an included recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")]
-All = Annotated[bool, typer.Option("--all", help="Also what only says how fast or where it runs.")]
-FILLED_IN = ("name", "seed", "previous")  # of a stage, from its chain
-NAMED = ("data.train", "data.validation", "init.weights")  # operational, but what people look for
+ShowAll = Annotated[
+    bool, typer.Option("--all", help="Include values that only affect speed or place, such as batch.micro_slots.")
+]
+SET_BY_CHAIN = ("name", "seed", "previous")
+ALWAYS_SHOWN = ("data.train", "data.validation", "init.weights")  # operational values that readers look for
 
 
 @app.command("list")
 def list_recipes() -> None:
-    """The included recipes, with the results that others have published."""
+    """List the included recipes and their published results."""
     from pipeline.recipe import load_recipe
+    from tools.recipes.docs import published_cells
     from tools.recipes.library import included_recipes
 
     columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
     table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
     for name, path in included_recipes().items():
         chain = load_recipe(path)
-        told = " > ".join(_in_short(stage) for stage in chain.stages.values())
-        table.add_row(name, told, *_result(chain.published))
+        stages = " > ".join(_summary(stage) for stage in chain.stages.values())
+        table.add_row(name, stages, *published_cells(chain.published))
     console = wide_console()
     console.print(table)
     console.print(
-        "top-1 is what the paper prints for ImageNet-1K, timm's what it measured with the released weights; no number"
-        " here was reached by this program."
+        "top-1 is the paper's on ImageNet-1K, timm's was measured by timm with the released weights; this program has"
+        " reached none of these numbers."
     )
 
 
-@app.command()
-def show(
-    name: Name,
+@app.command("show")
+def show_recipe(
+    name: RecipeName,
     overrides: Overrides = None,
-    sources: Annotated[bool, typer.Option("--sources", help="Where each value comes from, and why.")] = False,
-    everything: All = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Show the source of each value: paper, code, file and line.")
+    ] = False,
+    everything: ShowAll = False,
 ) -> None:
-    """What a recipe says, with all that it inherits."""
+    """Show all values of a recipe, inherited ones included."""
     from pipeline.recipe import load_recipe
+    from tools.recipes.docs import published_cells
     from tools.recipes.library import find_recipe
 
     path, console = find_recipe(name), wide_console()
     chain = load_recipe(path, overrides or [])
-    top1, printed, timm, top5 = _result(chain.published)
     if chain.published:
+        top1, source, timm, top5 = published_cells(chain.published)
         measured = f"; timm measured {timm} (top-5 {top5 or 'not given'})" if timm else ""
-        console.print(f"{chain.name}: published top-1 {top1 or 'none'} ({printed}){measured}")
+        console.print(f"{chain.name}: published top-1 {top1 or 'none'} ({source}){measured}")
     if sources:
         _show_sources(console, chain, path, overrides or [], everything)
         return
     stages = {name: dict(_values(stage, everything)) for name, stage in chain.stages.items()}
     table = plain_table("field", *stages)
     for field in dict.fromkeys(field for values in stages.values() for field in values):
-        table.add_row(field, *(_told(values[field]) if field in values else "" for values in stages.values()))
+        table.add_row(field, *(values.get(field, "") for values in stages.values()))
     console.print(table)
 
 
 def _show_sources(console: Console, chain: "ChainRecipe", path: Path, overrides: list[str], everything: bool) -> None:
     from pipeline.recipe.value_sources import value_sources
     from tools.recipes.docs import mentioned, read_conflicts
-    from tools.recipes.library import conflicts_beside
+    from tools.recipes.library import conflicts_file
 
-    given = value_sources(path, overrides)
-    comments = []
+    sources, comments = value_sources(path, overrides), []
     for name, stage in chain.stages.items():
-        table = plain_table("field", "value", "source", "line")
-        table.title, table.title_justify = f"stage {name}", "left"
+        table = plain_table("field", "value", "source", "line", title=f"stage {name}", title_justify="left")
         for field, value in _values(stage, everything):
-            source = given.get(f"stages.{name}.{field}")
-            place = "" if source is None else f"{source.file.name}:{source.line}" if source.file else "command line"
-            comment = source.comment if source else "default"
-            comments.append(comment)
-            table.add_row(field, _told(value), comment, place)
+            source = sources.get(f"stages.{name}.{field}")
+            line = "" if source is None else f"{source.file.name}:{source.line}" if source.file else "command line"
+            comments.append(source.comment if source else "default")
+            table.add_row(field, value, comments[-1], line)
         console.print(table, "")
-    beside = conflicts_beside(path)
-    known = read_conflicts(beside) if beside else {}
+    file = conflicts_file(path)
+    conflicts = read_conflicts(file) if file else {}
     for key in mentioned(comments):
-        if key in known:
-            console.print(Text.assemble((f"{key} ", "bold"), known[key].told()))
+        if key in conflicts:
+            console.print(Text.assemble((f"{key} ", "bold"), str(conflicts[key])))
 
 
-@app.command()
-def diff(
-    first: Annotated[str, typer.Argument(metavar="A")],
-    second: Annotated[str, typer.Argument(metavar="B")],
-    everything: All = False,
+@app.command("diff")
+def diff_recipes(
+    first: Annotated[str, typer.Argument(metavar="A", help="A recipe, as for `fcmae recipe show`.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another recipe.")],
+    everything: ShowAll = False,
 ) -> None:
-    """The values in which two recipes differ."""
+    """Show the values in which two recipes differ."""
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
 
     chains = [load_recipe(find_recipe(name)) for name in (first, second)]
-    sides: list[dict[str, Any]] = [
-        {f"{name}.{field}": v for name, stage in chain.stages.items() for field, v in _values(stage, everything)}
+    sides = [
+        {
+            f"{name}.{field}": value
+            for name, stage in chain.stages.items()
+            for field, value in _values(stage, everything)
+        }
         for chain in chains
     ]
-    only = [chain.stages.keys() - other.stages.keys() for chain, other in (chains, chains[::-1])]
+    unshared = chains[0].stages.keys() ^ chains[1].stages.keys()
     table = plain_table("field", chains[0].name, chains[1].name)
-    for name in (n for chain in chains for n in chain.stages if n in only[0] | only[1]):
-        table.add_row(f"stage {name}", *("-" if name in only[1 - side] else "yes" for side in (0, 1)))
+    for name in (name for chain in chains for name in chain.stages if name in unshared):
+        table.add_row(f"stage {name}", *("yes" if name in chain.stages else "-" for chain in chains))
     for field in dict.fromkeys([*sides[0], *sides[1]]):
-        if field.partition(".")[0] not in only[0] | only[1] and any(field in side for side in sides):
-            before, after = (_told(side[field]) if field in side else "-" for side in sides)
-            if before != after:
-                table.add_row(field, before, after)
-    console = wide_console()
-    console.print(table if table.rows else "no difference" + ("" if everything else " in what is trained"))
+        before, after = (side.get(field, "-") for side in sides)
+        if before != after and field.partition(".")[0] not in unshared:
+            table.add_row(field, before, after)
+    scope = "" if everything else " in values that affect the result"
+    wide_console().print(table if table.rows else f"no difference{scope}")
 
 
-@app.command()
-def validate(
-    names: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...")],
-    nproc: Annotated[int | None, typer.Option(min=1, help="Does a global batch divide into so many ranks?")] = None,
+@app.command("validate")
+def validate_recipes(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and changes that apply to all of them."),
+    ],
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Check that the global batch can be divided among this many ranks.")
+    ] = None,
 ) -> None:
-    """Whether recipes can be run: their values, and the classes and images of those data files that are here."""
+    """Check that recipes can be run: their values, and the data files that are on this machine."""
     from cluster.chain import check_data, resolve_paths
-    from pipeline.data.beton import sidecar_path
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
 
@@ -140,63 +149,43 @@ def validate(
         for stage in chain.stages.values():
             if nproc:
                 stage.check_world_size(nproc)
-            files = [stage.data.train, stage.data.validation, stage.init.weights]
-            missing = [file for file in files if file and not _is_here(file, sidecar_path)]
+            files = filter(None, (stage.data.train, stage.data.validation, stage.init.weights))
+            missing = [file for file in files if not _is_on_disk(file)]
             absent += missing
             if not missing:
                 check_data(resolve_paths(stage), classes)
-        told = f"{chain.name} is valid: {', '.join(chain.stages)}"
-        if absent:
-            told += f"; not here, so looked at when it starts: {', '.join(dict.fromkeys(absent))}"
-        print(told)
+        unchecked = f"; not here, so checked when the run starts: {', '.join(dict.fromkeys(absent))}" if absent else ""
+        print(f"{chain.name} is valid: {', '.join(chain.stages)}{unchecked}")
 
 
-def _is_here(file: str, sidecar_path: Any) -> bool:
-    import os
+def _is_on_disk(file: str) -> bool:
+    from pipeline.data.beton import sidecar_path
 
     path = os.path.expanduser(os.path.expandvars(file))
     return "://" not in path and "$" not in path and (sidecar_path(Path(path)).exists() or Path(path).exists())
 
 
-@app.command()
-def docs() -> None:
-    """Markdown of the included recipes: their values by size, their sources and conflicts."""
-    from tools.recipes.docs import page
+@app.command("docs")
+def print_docs() -> None:
+    """Print the included recipes as a Markdown page: values by model size, sources, conflicts between sources."""
+    from tools.recipes.docs import recipes_page
 
-    print(page(), end="")
+    print(recipes_page(), end="")
 
 
-def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, Any]]:
+def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, str]]:
     from pipeline.recipe.schema import leaf_fields
+    from tools.recipes.docs import value_text
 
     for field, value, is_operational in leaf_fields(stage):
-        if field not in FILLED_IN and (everything or not is_operational or field in NAMED):
-            yield field, value
+        if field not in SET_BY_CHAIN and (everything or not is_operational or field in ALWAYS_SHOWN):
+            yield field, value_text(value)
 
 
-def _result(published: "PublishedResult | None") -> tuple[str, str, str, str]:
-    """top-1, its source, timm's top-1, timm's top-5: "" where nothing is known."""
-    if published is None:
-        return "", "", "", ""
-    numbers = [f"{v:.{d}f}" if v is not None else "" for v, d in _digits(published)]
-    return numbers[0], published.source, numbers[1], numbers[2]
-
-
-def _digits(published: "PublishedResult") -> list[tuple[float | None, int]]:
-    return [(published.top1, 1), (published.timm_top1, 3), (published.timm_top5, 3)]
-
-
-def _in_short(stage: "StageRecipe") -> str:
+def _summary(stage: "StageRecipe") -> str:
+    """A stage in a few characters, such as "FCMAE 1600" or "1K 30, 512"."""
+    task = "FCMAE"
+    if stage.objective.kind != "fcmae":
+        task = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
     pixels = "" if stage.data.image_size == 224 else f", {stage.data.image_size}"
-    if stage.objective.kind == "fcmae":
-        return f"FCMAE {stage.schedule.epochs:g}{pixels}"
-    what = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
-    return f"{what} {stage.schedule.epochs:g}{pixels}"
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_told(v) for v in value) + "]"
-    return "none" if value is None else str(value)
+    return f"{task} {stage.schedule.epochs:g}{pixels}"

@@ -1,14 +1,15 @@
-"""docs/recipes.md, made of the recipes themselves: `fcmae recipe docs`."""
+"""Write docs/recipes.md from the recipes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pipeline.recipe import StageRecipe, load_recipe
-from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.schema import PublishedResult, leaf_fields
 from pipeline.recipe.value_sources import ValueSource, value_sources
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 from tools.tables import markdown_table
@@ -16,7 +17,7 @@ from tools.tables import markdown_table
 
 @dataclass(frozen=True)
 class Conflict:
-    """What sources disagree about, what the recipes take, and how to take another."""
+    """A value on which the sources disagree, the recipes' choice, and the options for another one."""
 
     about: str
     choice: str
@@ -25,7 +26,7 @@ class Conflict:
     reason: str = ""
     options: str = ""
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         parts = [f"{self.about}."]
         parts += [f"Paper: {self.paper}."] if self.paper else []
         parts += [f"Others: {self.others}."] if self.others else []
@@ -35,15 +36,15 @@ class Conflict:
 
 
 def read_conflicts(path: Path) -> dict[str, Conflict]:
-    """C1, C2, ... -> what they are about."""
+    """Read a conflicts.yaml: C1, C2, ... -> conflict."""
     entries = yaml.safe_load(path.read_text())
     return {key: Conflict(**{name: str(value) for name, value in entry.items()}) for key, entry in entries.items()}
 
 
 def mentioned(comments: Iterable[str]) -> list[str]:
-    """The conflicts that comments refer to, each once, in order."""
-    found = {key for comment in comments for key in re.findall(r"\bC\d+\b", comment)}
-    return sorted(found, key=lambda key: int(key[1:]))
+    """The keys of the conflicts that comments refer to, each once, in order."""
+    keys = {key for comment in comments for key in re.findall(r"\bC\d+\b", comment)}
+    return sorted(keys, key=lambda key: int(key[1:]))
 
 
 CHAPTERS = (  # title, stage, recipe of a size
@@ -56,8 +57,8 @@ CHAPTERS = (  # title, stage, recipe of a size
 LEFT_OUT = ("name", "seed", "previous", "objective.kind", "model.name", "model.depths", "model.dims", "init.start")
 
 
-def page() -> str:
-    """The page, in Markdown."""
+def recipes_page() -> str:
+    """The page as Markdown."""
     parts = [(Path(__file__).parent / "docs.md").read_text().rstrip()]
     parts += ["## Results", _results()]
     shared: set[ValueSource | None] = set()
@@ -74,24 +75,25 @@ def _results() -> str:
     for name, path in included_recipes().items():
         result = load_recipe(path).published
         if name.startswith("convnextv2/") and "/options/" not in name and result is not None:
-            timm = f"{result.timm_top1:.3f}" if result.timm_top1 else ""
-            top5 = f"{result.timm_top5:.3f}" if result.timm_top5 else ""
             weights = f"[file]({result.weights})" if result.weights else ""
-            rows.append([name, f"{result.top1:.1f}", result.source, timm, top5, weights])
+            rows.append([name, *published_cells(result), weights])
     return markdown_table(["recipe", "top-1", "source", "timm's top-1", "timm's top-5", "released"], rows)
 
 
 def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | None]) -> str:
-    """One table of what all sizes have in common, one of what differs; without what is in `shared`, which grows."""
-    values = {size: dict(told_values(load_recipe(path).stages[stage])) for size, path in recipes.items()}
-    given = {size: value_sources(path) for size, path in recipes.items()}
+    """A table of the values that all sizes share and one of those that differ, without sources in `shared`.
+
+    Adds the sources of this chapter to `shared`, so that later chapters leave them out.
+    """
+    values = {size: dict(_trained_values(load_recipe(path).stages[stage])) for size, path in recipes.items()}
+    sources = {size: value_sources(path) for size, path in recipes.items()}
     common, own, seen = [], [], set()
     for field in values[next(iter(values))]:
-        found = [given[size].get(f"stages.{stage}.{field}") for size in recipes]
-        if set(found) <= shared:
+        origins = [sources[size].get(f"stages.{stage}.{field}") for size in recipes]
+        if set(origins) <= shared:
             continue
-        seen |= set(found)
-        source = " / ".join(dict.fromkeys(source.comment if source else "default" for source in found))
+        seen |= set(origins)
+        source = " / ".join(dict.fromkeys(origin.comment if origin else "default" for origin in origins))
         cells = [values[size][field] for size in recipes]
         if len(set(cells)) == 1:
             common.append([f"`{field}`", cells[0], source])
@@ -103,11 +105,27 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
     return "\n\n".join(tables)
 
 
-def told_values(stage: StageRecipe) -> Iterable[tuple[str, str]]:
-    """The semantic fields of a stage and the data it reads, as text."""
+def _trained_values(stage: StageRecipe) -> Iterator[tuple[str, str]]:
+    """The fields of a stage that affect the result, as text."""
     for field, value, is_operational in leaf_fields(stage):
         if field not in LEFT_OUT and not is_operational:
-            yield field, f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+            yield field, value_text(value)
+
+
+def value_text(value: Any) -> str:
+    """A value of a recipe as text."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(value_text, value)) + "]"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def published_cells(published: PublishedResult | None) -> list[str]:
+    """top-1, its source, timm's top-1 and timm's top-5; "" where unknown."""
+    if published is None:
+        return [""] * 4
+    numbers = ((published.top1, 1), (published.timm_top1, 3), (published.timm_top5, 3))
+    top1, timm_top1, timm_top5 = ("" if value is None else f"{value:.{digits}f}" for value, digits in numbers)
+    return [top1, published.source, timm_top1, timm_top5]
 
 
 def _conflicts(conflicts: dict[str, Conflict]) -> str:

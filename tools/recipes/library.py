@@ -1,4 +1,4 @@
-"""The recipes and studies that come with the program, by name."""
+"""Find recipes and studies: by path, or by the name of those that come with the program."""
 
 import importlib.resources
 import re
@@ -9,61 +9,60 @@ from pipeline.errors import RecipeError, UserError
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
 _HOME = Path(str(importlib.resources.files("recipes")))
-# Other files are parts of recipes, or data about them.
+# The other YAML files are parts of recipes or data about them.
 _RECIPE = re.compile(r"(?=.*^name:)(?=.*^(?:extends|stages):)", re.MULTILINE | re.DOTALL)
 _STUDY = re.compile(r"(?=.*^name:)(?=.*^arms:)", re.MULTILINE | re.DOTALL)
 
 
 def included_recipes() -> dict[str, Path]:
-    """Name -> file, such as convnextv2/huge-22k-512."""
+    """Name (such as convnextv2/huge-22k-512) -> file."""
     return _included(_RECIPE)
 
 
 def included_studies() -> dict[str, Path]:
-    """Name -> file, such as studies/cifar10."""
+    """Name (such as studies/cifar10) -> file."""
     return _included(_STUDY)
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of an included one: slak/tiny; huge-22k-512 where only one is called so; base is
-    ConvNeXt V2's.
+    """Find a recipe by path or by the name of an included one.
+
+    A name may lack its folder if it is unique (huge-22k-512) or ConvNeXt V2's (base is convnextv2/base).
 
     Raises:
-        RecipeError: if there is neither.
+        RecipeError: if there is no such recipe.
     """
     return _find(name, included_recipes(), "recipe")
 
 
 def find_study(name: str) -> Path:
-    """As `find_recipe`, for studies."""
+    """Find a study, as `find_recipe` does recipes."""
     return _find(name, included_studies(), "study")
 
 
-def _find(name: str, known: dict[str, Path], what: str) -> Path:
+def _find(name: str, known: dict[str, Path], kind: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    asked = name.removesuffix(".yaml").removeprefix("recipes/")
-    for full in (asked, f"convnextv2/{asked}"):
+    wanted = name.removesuffix(".yaml").removeprefix("recipes/")
+    for full in (wanted, f"convnextv2/{wanted}"):
         if full in known:
             return known[full]
-    found = [path for own, path in known.items() if own.rpartition("/")[2] == asked]
-    if len(found) == 1:
-        return found[0]
-    near = [n for n in known if n.rpartition("/")[2] == asked] or get_close_matches(asked, known, n=3, cutoff=0.4)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    raise RecipeError(
-        f"there is no {what} {name}, neither as a file nor by that name; {meant}`fcmae {what} list` shows all"
-    )
+    same = [full for full in known if full.rpartition("/")[2] == wanted]
+    if len(same) == 1:
+        return known[same[0]]
+    near = same or get_close_matches(wanted, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise RecipeError(f"there is no {kind} {name}, as a file or included; {hint}`fcmae {kind} list` shows all")
 
 
-def conflicts_beside(path: Path) -> Path | None:
-    """The list of conflicts that the comments of a recipe refer to, if it or what is around it has one."""
+def conflicts_file(path: Path) -> Path | None:
+    """The conflicts.yaml that the comments of a recipe refer to, in its folder or the one above; None without one."""
     return next((p for p in (folder / "conflicts.yaml" for folder in path.resolve().parents[:2]) if p.exists()), None)
 
 
 def _included(pattern: re.Pattern[str]) -> dict[str, Path]:
     if not _HOME.is_dir():
-        raise UserError(f"{_HOME} is no directory, so the included recipes cannot be found; install the program anew")
+        raise UserError(f"{_HOME} is missing, and the included recipes are in it; install the program again")
     files = {str(p.relative_to(_HOME).with_suffix("")): p for p in _HOME.rglob("*.yaml")}
     return {name: files[name] for name in sorted(files, key=_by_size) if pattern.match(files[name].read_text())}
 

@@ -9,7 +9,7 @@ from pipeline.models import VARIANTS
 from pipeline.recipe import load_recipe
 from pipeline.recipe.schema import leaf_fields
 from pipeline.recipe.value_sources import value_sources
-from tools.recipes.docs import mentioned, page, read_conflicts
+from tools.recipes.docs import mentioned, read_conflicts, recipes_page
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
@@ -156,4 +156,4 @@ def test_variants_are_those_of_the_paper():
 
 
 def test_the_page_is_current():
-    assert (REPOSITORY / "docs" / "recipes.md").read_text() == page(), "fcmae recipe docs > docs/recipes.md"
+    assert (REPOSITORY / "docs" / "recipes.md").read_text() == recipes_page(), "fcmae recipe docs > docs/recipes.md"
