@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv ready for `fcmae`: Debian packages, pinned Python packages, FFCV, this checkout.
-# Safe to run again: each part is skipped once it is in place.
+# Prepare .venv for `fcmae`: Debian packages, pinned Python packages, FFCV, this checkout.
+# Safe to run again: parts that are installed are skipped.
 #
 #   PYTHON       the interpreter to build .venv from      (python3)
 #   FCMAE_EXTRA  the extra of pyproject.toml to install   (test)
@@ -15,18 +15,18 @@ say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 quietly() { "$@" >>"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; die "'$*' failed; the whole log is in $LOG"; }; }
 
-debian_packages() {   # debian_packages NAME...: installs those that dpkg does not know yet
+debian_packages() {   # debian_packages NAME...: installs the missing ones
   local missing=() name sudo=()
   for name in "$@"; do
     dpkg-query -W -f='${Status}' "$name" 2>/dev/null | grep -q 'install ok installed' || missing+=("$name")
   done
   [ ${#missing[@]} = 0 ] && return 0
   if [ "$(id -u)" != 0 ]; then
-    sudo -n true 2>/dev/null || die "Debian packages are missing and there is neither root nor sudo here; ask for: sudo apt-get install -y --no-install-recommends ${missing[*]}"
+    sudo -n true 2>/dev/null || die "Debian packages are missing and you have neither root nor sudo; ask an administrator for: sudo apt-get install -y --no-install-recommends ${missing[*]}"
     sudo=(sudo)
   fi
   say "Debian packages: ${missing[*]}"
-  # /usr/sbin/policy-rc.d answering 101 keeps packages (slurmd, munge) from starting system-wide services.
+  # If /usr/sbin/policy-rc.d exits with 101, packages such as slurmd and munge start no system-wide services.
   local guard=/usr/sbin/policy-rc.d made=0 code=0
   if [ ! -e "$guard" ]; then "${sudo[@]}" sh -c "printf '#!/bin/sh\nexit 101\n' >$guard && chmod 755 $guard"; made=1; fi
   { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
@@ -39,7 +39,7 @@ debian_packages() {   # debian_packages NAME...: installs those that dpkg does n
 install_ffcv() {
   .venv/bin/python -c 'import importlib.metadata as m, sys; import ffcv.libffcv; sys.exit(m.version("ffcv") != sys.argv[1])' "$FFCV" 2>/dev/null && return 0
   say "FFCV $FFCV"
-  # FFCV calls nothing of OpenCV but cv::resize: a shim header and a pkg-config file spare the 689 MB of libopencv-dev.
+  # FFCV uses only cv::resize of OpenCV: a shim header and a pkg-config file replace the 689 MB of libopencv-dev.
   local shim; shim=$(mktemp -d)
   mkdir -p "$shim/include/opencv2"
   printf '#pragma once\n#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
@@ -60,14 +60,14 @@ if command -v apt-get >/dev/null; then
   debian_packages g++ make pkg-config python3-dev libturbojpeg0-dev libopencv-imgproc-dev
   case ",$EXTRA," in *,test,*) debian_packages slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge ;; esac
 else
-  say "no apt-get: g++, pkg-config, libturbojpeg and OpenCV's imgproc headers must be there already (see docs/install.md)"
+  say "no apt-get: install g++, pkg-config, libturbojpeg and OpenCV's imgproc headers yourself (see docs/install.md)"
 fi
 
-# What was installed is remembered by content: a second run costs nothing, a changed pin installs again.
+# The stamp is a hash of all pins: a second run costs nothing, a changed pin installs again.
 stamp="$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16) $EXTRA $PWD"
 if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
   say "Python packages (minutes the first time)"
-  # A CUDA build of torch brings the one triton that fits it; ours is for tests beside a build for CPUs.
+  # A CUDA build of torch brings its own triton; our pin is for tests beside a build for CPUs.
   pins=.venv/constraints.txt
   grep -v '^triton==' constraints.txt >$pins
   quietly .venv/bin/pip install --disable-pip-version-check -c $pins torch
