@@ -32,12 +32,17 @@ T = TypeVar("T")
 
 
 class CheckpointStore:
-    """Checkpoints `step-<step>.<attempt>` in one directory, on a local path or an fsspec URL.
+    """The checkpoints `step-<step>.<attempt>` in one directory.
 
-    `still_current()` is false once a newer attempt has taken the stage: this one then commits nothing and leaves all
-    other checkpoints alone. `facts` (JSON) go into every manifest, with what the checkpoint comes from: its parent is
-    the one restored or saved before. `on_event` gets one sentence, on rank 0, about anything a person should know.
-    At most `most_fallbacks` damaged checkpoints are set aside in one restore: more look like a broken disk.
+    Args:
+        directory: a local path or an fsspec URL.
+        attempt: the number of this attempt.
+        group: a process group of all ranks for CPU tensors, used by nothing else.
+        still_current: false once a newer attempt has taken the stage; then nothing is committed, moved or deleted.
+        facts: JSON for every manifest.
+        on_event: gets a sentence on rank 0 about anything that a person should know.
+        parents: where the weights of the first checkpoint are from; later ones have the one restored or saved before.
+        most_fallbacks: most damaged checkpoints that one restore sets aside; more mean a broken disk.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Fixtures: a checkpoint store with a gloo group of one process, and a small state for every step."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,20 @@ def tree():
         return found
 
     return tree
+
+
+@pytest.fixture
+def held(open_store):
+    """A store whose saves in the background wait, after they have copied the state, until `go` is set."""
+    go = threading.Event()
+
+    def still_current():
+        if threading.current_thread().name == "checkpoint" and calls:
+            go.wait(30)
+        calls.append(True)
+        return True
+
+    calls: list[bool] = []
+    store = open_store(still_current=still_current)
+    yield store, go, calls
+    go.set()
