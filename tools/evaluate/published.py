@@ -60,9 +60,9 @@ class PublishedTable(Settings):
 
 @cache
 def published_table() -> PublishedTable:
-    """The accuracies that the included recipes name, and those of `recipes/convnextv2/published.yaml`."""
-    text = importlib.resources.files("recipes").joinpath("convnextv2/published.yaml").read_text()
-    others = parse_settings(PublishedTable, yaml.safe_load(text), "published.yaml")
+    """The accuracies that the included recipes name, and those of `recipes/convnextv2/other-test-sets.yaml`."""
+    text = importlib.resources.files("recipes").joinpath("convnextv2/other-test-sets.yaml").read_text()
+    others = parse_settings(PublishedTable, yaml.safe_load(text), "other-test-sets.yaml")
     return others.model_copy(update={"results": (*_of_recipes(), *others.results)})
 
 

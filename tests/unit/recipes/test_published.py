@@ -13,7 +13,7 @@ from tools.recipes.docs import mentioned, read_conflicts, recipes_page
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
-TABLES = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
+TABLES = yaml.safe_load((Path(__file__).parent / "paper_tables.yaml").read_text())
 REPOSITORY = Path(__file__).resolve().parents[3]
 CHAINS = [name for name in included_recipes() if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
