@@ -77,9 +77,9 @@ def machine() -> dict[str, str]:
     """What the bits may depend on."""
     import torch
 
-    from pipeline.stage.environment import machine as describe
+    from pipeline.stage.environment import describe_machine
 
-    here = describe()
+    here = describe_machine()
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     forced = {name: os.environ[name] for name in FORCES if name in os.environ}
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pipeline
-from pipeline.stage.environment import SNAPSHOT, commit, software
+from pipeline.stage.environment import SNAPSHOT, describe_commit, describe_software
 
 ROOMS = ("pipeline", "recipes", "cluster", "tools")
 CODE_FOLDER = "code"  # in the run directory
@@ -16,7 +16,7 @@ CODE_FOLDER = "code"  # in the run directory
 
 def code_snapshot_path(run: Path) -> Path:
     """The folder of this code with these package versions, named by its content so that equal code is kept once."""
-    digest = hashlib.sha256(json.dumps(software()).encode())
+    digest = hashlib.sha256(json.dumps(describe_software()).encode())
     for path in _source_files():
         digest.update(f"{path.relative_to(_root())}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return run / CODE_FOLDER / digest.hexdigest()[:12]
@@ -38,7 +38,9 @@ def take_code_snapshot(run: Path) -> Path:
         for cache in (path for room in ROOMS for path in (_root() / room).rglob("__pycache__")):
             with suppress(shutil.Error):  # another process writes there now, or a file may not be read
                 shutil.copytree(cache, new / cache.relative_to(_root()), dirs_exist_ok=True)
-        (new / SNAPSHOT).write_text(json.dumps({**software(), "commit": commit(_root())}, indent=2) + "\n")
+        (new / SNAPSHOT).write_text(
+            json.dumps({**describe_software(), "commit": describe_commit(_root())}, indent=2) + "\n"
+        )
         try:
             new.rename(folder)
         except OSError:  # another process has made the same snapshot meanwhile

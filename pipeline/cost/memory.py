@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.cost.trace import StepTraces, Trace, meta_model, trace_evaluation
-from pipeline.engines.base import DTYPES
-from pipeline.engines.blocks import blocks
+from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.fsdp import sharded_dim
 from pipeline.recipe import StageRecipe
 
@@ -54,7 +53,7 @@ class ModelSize:
         _, model = meta_model(recipe)
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
-            tuple(_parameters(block) for block in blocks(model)),
+            tuple(_parameters(block) for block in sharding_units(model)),
             sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
         )
 

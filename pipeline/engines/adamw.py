@@ -1,4 +1,4 @@
-"""torch's fused AdamW, as all engines use it: rates by group, and a step that the device may skip."""
+"""The optimizer of all engines: torch's fused AdamW with a learning rate per group and steps that can be skipped."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from pipeline.optim.groups import Group
 
 
 class AdamW(torch.optim.AdamW):
-    """One parameter group for each of `groups`; learning rate and weight decay follow from the recipe alone."""
+    """torch's fused AdamW with one parameter group per `Group`."""
 
     def __init__(self, groups: Sequence[Group], betas: tuple[float, float]):
         super().__init__(
@@ -23,7 +23,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def make_state(self, parameters: Iterable[Tensor]) -> None:
-        """Moments of zeros, so that a restore finds tensors to copy into. `parameters` are those that are updated."""
+        """Make moments of zeros, because a restore copies into existing tensors. `parameters` are the updated ones."""
         for parameter in parameters:
             self.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -32,9 +32,12 @@ class AdamW(torch.optim.AdamW):
             }
 
     def prepare(self, lr: float, accepted: Tensor) -> None:
-        """Before a step: its learning rate, and the 0-dim bool tensor that tells whether it is made.
+        """Set the learning rate of the next step, and whether it is made.
 
-        The fused kernel looks at that on the device, and leaves parameters, moments and step counts alone.
+        Args:
+            lr: before the scale of each group.
+            accepted: 0-dim bool tensor. Where it is False, the fused kernel leaves parameters, moments and step counts
+                unchanged; the host does not wait for it.
         """
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch
 from pipeline.distributed.sharded_tensors import fill, whole
 from pipeline.distributed.world import World
-from pipeline.engines.blocks import compile_blocks
 from pipeline.engines.buffers import StepBuffers
+from pipeline.models import UNITS, Downsample, Stem
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -157,6 +157,9 @@ class Engine(ABC):
             component.after_update(step + 1)
         return StepReport(loss, norm, self._accepted.clone())
 
+    def _float_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self.module.named_buffers() if buffer.is_floating_point()}
+
     def _accept(self, loss: Tensor, norm: Tensor) -> Tensor:
         mean = loss.clone()
         if self.world.size > 1:
@@ -172,7 +175,7 @@ class Engine(ABC):
         return batch.to(self.world.device)
 
     def precision(self) -> torch.autocast:
-        """The autocast of a forward pass."""
+        """The autocast context of a forward pass."""
         return torch.autocast(
             self.world.device.type, torch.bfloat16, enabled=self.recipe.engine.precision.startswith("bf16")
         )
@@ -231,7 +234,7 @@ class Engine(ABC):
 
     @abstractmethod
     def items(self) -> dict[str, Tensor]:
-        """Parameters and floating buffers by official name: logical tensors (see `sharded_tensors`)."""
+        """Parameters and floating-point buffers by official name, as logical tensors (see `sharded_tensors`)."""
 
     @abstractmethod
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
@@ -246,7 +249,29 @@ class Engine(ABC):
         """Clip, update the parameters if `self._accepted`, clear the gradients."""
 
     @abstractmethod
-    def _discard_gradients(self) -> None: ...
+    def _discard_gradients(self) -> None:
+        """Clear the gradients of a step that is not made."""
 
     @abstractmethod
-    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]: ...
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's logical tensors `step`, `exp_avg` and `exp_avg_sq` by name of the parameter."""
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters are gathered together: blocks, stems and downsampling layers. The rest of the
+    parameters belongs to the model."""
+    return [module for module in model.modules() if isinstance(module, UNITS)]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of every block in place.
+
+    Call it after the placement, so that hooks that gather parameters stay outside of the compiled code. Shapes are
+    compiled as static because they differ between stages of the model and hardly within one. Stems and downsampling
+    layers stay as they are because they make the tables of visible cells, which no compiled graph can hold.
+    """
+    # One compilation per shape is more than dynamo expects of one function.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in sharding_units(model):
+        if not isinstance(block, Stem | Downsample):
+            block.forward = torch.compile(block.forward, dynamic=False)

@@ -1,4 +1,4 @@
-"""Floating buffers, such as BatchNorm's running statistics: moved once per step, alike on all ranks."""
+"""Update floating-point buffers, such as BatchNorm's running statistics, once per step and alike on all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class StepBuffers:
-    """After a step a buffer is the mean over all slots of what each slot's forward alone would have made of it.
+    """Makes each buffer, after a step, the mean over all slots of its value after the forward of that slot alone.
 
-    So the result does not depend on how many ranks the slots were spread over, nor in which order a rank saw them. A
-    model may update its buffers in its forward as it likes; without floating buffers nothing here costs anything.
+    So the result depends neither on the number of ranks nor on the order of the slots. Models update their buffers in
+    their forward as usual; models without floating-point buffers pay nothing.
     """
 
     def __init__(self, module: nn.Module, world_size: int):
@@ -20,19 +20,20 @@ class StepBuffers:
 
     @torch.no_grad()
     def begin(self) -> None:
+        """Remember the buffers before the first micro-batch of a step."""
         self._before = [buffer.clone() for buffer in self._live]
         self._sum = [torch.zeros_like(buffer) for buffer in self._live]
 
     @torch.no_grad()
     def after_micro_batch(self, share: float) -> None:
-        """Note what the forward made of the buffers, with weight `share` of this rank's, and undo it."""
+        """Add the updated buffers to this rank's mean with weight `share`, and undo the update."""
         for buffer, before, total in zip(self._live, self._before, self._sum, strict=True):
             total.add_(buffer, alpha=share)
             buffer.copy_(before)
 
     @torch.no_grad()
     def finish(self, accepted: Tensor) -> None:
-        """The mean over all ranks becomes the buffers, if `accepted`. Collective."""
+        """Set the buffers to the mean over all ranks where `accepted`, a 0-dim bool tensor. Collective."""
         if not self._live:
             return
         mean = torch.cat([total.flatten() for total in self._sum])
@@ -45,5 +46,6 @@ class StepBuffers:
 
     @torch.no_grad()
     def discard(self) -> None:
+        """Restore the buffers from before the step."""
         for buffer, before in zip(self._live, self._before, strict=True):
             buffer.copy_(before)

@@ -17,7 +17,7 @@ class DDPEngine(NativeEngine):
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         super().__init__(model, recipe, world, guard)
-        # Gradients of channels-last convolutions have other strides than DDP's buckets: copied, and no cause for alarm.
+        # Harmless: channels-last gradients have other strides than DDP's buckets and are copied.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._callable = DistributedDataParallel(self.module, forward_sync_buffers=False, init_sync=False)
 

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO: moments (stage 1), gradients too (2), or parameters too (3) are shared out among the ranks.
+"""DeepSpeed ZeRO: moments (stage 1), gradients too (2), or parameters too (3) are sharded over the ranks.
 
-Used for its partitioning alone. Learning rates, clipping, accumulation and the decision whether a step is made are the
-recipe's and this file's; its launcher, its optimizers, which are compiled at start, and its checkpoints, which resume
-on the same ranks only and believe what is half-written, are not used. State lies in flat fp32 partitions, shown to the
-world as `FlatShard`s. That takes knowledge of DeepSpeed's insides, hence one version.
+Only DeepSpeed's partitioning is used. Learning rates, clipping, accumulation and the decision whether a step is made
+are ours. Its launcher needs ssh, its optimizers are compiled at start, and its checkpoints resume on the same number of
+ranks only and load half-written files. The state lies in flat fp32 partitions, which are shown as `FlatShard`s; this
+uses DeepSpeed's internals, so one version is required.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ from pipeline.distributed.world import World
 from pipeline.engines.adamw import AdamW
 from pipeline.engines.base import Engine, StepFilter
 from pipeline.engines.buffers import StepBuffers
-from pipeline.engines.deepspeed_settings import configuration, load
+from pipeline.engines.deepspeed_settings import deepspeed_config, import_deepspeed
 from pipeline.objectives import Objective
 from pipeline.recipe import StageRecipe
 
 
 class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
-        settings = configuration(recipe, world.size)
-        deepspeed = load(world.device, world.local_rank)
+        config = deepspeed_config(recipe, world.size)
+        deepspeed = import_deepspeed(world.device, world.local_rank)
         super().__init__(model, recipe, world, guard)
-        buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
+        buffers = self._float_buffers()
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=_Loss(self.module), optimizer=self._optimizer, config=settings, dist_init_required=False
+            model=_Loss(self.module), optimizer=self._optimizer, config=config, dist_init_required=False
         )
-        for name, buffer in buffers.items():  # bf16 parameters take the buffers with them
+        for name, buffer in buffers.items():  # DeepSpeed casts buffers to bf16 with the parameters
             owner, _, short = name.rpartition(".")
             self.module.get_submodule(owner)._buffers[short] = buffer
         self._buffers = StepBuffers(self.module, world.size)
@@ -43,7 +43,7 @@ class DeepSpeedEngine(Engine):
         )
         self._optimizer.make_state(self._partitions)
         self._homes = dict(self._find_homes())
-        # The engine decides before the update; ZeRO is told the norm instead of computing it again.
+        # The engine needs the norm before the update, so ZeRO is given it instead of computing it again.
         self._norm = torch.zeros(())
         if self._stage3:
             self._groups_of_norm = self._zero._get_norm_groups
@@ -57,20 +57,19 @@ class DeepSpeedEngine(Engine):
             return super()._place(model)
         import deepspeed
 
-        # One module at a time gets memory and gives most of it back.
-        settings = configuration(self.recipe, self.world.size)
-        deepspeed.init_distributed(dist_init_required=False)  # the group is there; this makes DeepSpeed see it
-        share_out = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+        # One module at a time is allocated and sharded, so that no rank holds the whole model.
+        config = deepspeed_config(self.recipe, self.world.size)
+        deepspeed.init_distributed(dist_init_required=False)  # use the process group that exists
+        sharder = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
         for module in model.modules():
             module.to_empty(device=self.world.device, recurse=False)
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(share_out.dtype)
-            share_out._convert_to_zero_parameters(module.parameters(recurse=False))
+                parameter.data = parameter.data.to(sharder.dtype)
+            sharder._convert_to_zero_parameters(module.parameters(recurse=False))
         return model
 
     def items(self) -> dict[str, Tensor]:
-        buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
-        return {**self._shards(lambda partition: partition.detach()), **buffers}
+        return {**self._shards(lambda partition: partition.detach()), **self._float_buffers()}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -97,11 +96,11 @@ class DeepSpeedEngine(Engine):
             self._norm = combine_grad_norm_groups(self._groups_of_norm())
         else:
             self._norm = self._whole_norm()
-        # DeepSpeed says -1 for what is not finite.
+        # DeepSpeed returns -1 for a non-finite norm.
         return torch.where(self._norm < 0, torch.inf, self._norm).to(self.world.device)
 
     def _update(self, lr: float, norm: Tensor) -> None:
-        # With a norm that is not finite ZeRO itself leaves all as it is.
+        # ZeRO itself skips a step with a non-finite norm.
         self._optimizer.prepare(lr, self._accepted)
         self._zero.step()
         self._zero.zero_grad()
@@ -126,7 +125,7 @@ class DeepSpeedEngine(Engine):
         }
 
     def _shards(self, flat: Any) -> dict[str, Tensor]:
-        """Each parameter's shard of `flat(partition)`, a tensor as long as the partition."""
+        """The shard of each parameter in `flat(partition)`, a tensor as long as the partition."""
         tensors = [flat(partition) for partition in self._partitions]
         return {
             name: FlatShard(tensors[partition].narrow(0, offset, size), start, shape)
@@ -134,7 +133,8 @@ class DeepSpeedEngine(Engine):
         }
 
     def _find_homes(self) -> Iterator[tuple[str, tuple[int, int, int, int, torch.Size]]]:
-        """For each parameter: which partition, from where in it, how many elements, which is the first, full shape."""
+        """Find each parameter: index of its partition, offset in it, number of elements on this rank, place of the
+        first of them in the parameter, and the parameter's shape."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         for index, group in enumerate(self._zero.fp16_groups if self._stage3 else self._zero.bit16_groups):
             offset = 0
@@ -149,12 +149,12 @@ class DeepSpeedEngine(Engine):
                 elif (fragment := parameter._hp_mapping) is None:
                     yield name, (index, 0, 0, 0, parameter.shape)
                 else:
-                    there, here = fragment.hp_fragment_address, fragment.lp_fragment_address
-                    yield name, (index, there.start, there.numel, here.start, parameter.shape)
+                    high, low = fragment.hp_fragment_address, fragment.lp_fragment_address  # fp32, bf16
+                    yield name, (index, high.start, high.numel, low.start, parameter.shape)
 
 
 class _Loss(nn.Module):
-    """What DeepSpeed runs and hooks into: from a batch to its loss, so that its output is what is differentiated."""
+    """Computes the loss of a batch; DeepSpeed needs a module whose output is differentiated."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

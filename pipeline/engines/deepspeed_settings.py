@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the user's settings where they do not break the contract, then the recipe's."""
+"""DeepSpeed's configuration, and its import. A recipe's `engine.deepspeed` may set all that the recipe does not."""
 
 import importlib.metadata
 import logging
@@ -15,8 +15,8 @@ from pipeline.recipe import StageRecipe
 
 VERSION = "0.19.8"
 
-# What a user may not set in engine.deepspeed, and what says it instead.
-_TAKEN = {
+# Settings that engine.deepspeed must not have, and the recipe key that sets them.
+_SET_BY_RECIPE = {
     "train_batch_size": "batch.global_batch",
     "train_micro_batch_size_per_gpu": "batch.slot and batch.micro_slots",
     "gradient_accumulation_steps": "batch.micro_slots and the number of processes",
@@ -39,8 +39,8 @@ _TAKEN = {
     "zero_optimization.cpu_offload": "engine.offload",
     "zero_optimization.compute_grad_norm": "optimizer.clip_norm",
 }
-# What would change what is computed, or where the state lies, behind the recipe's back.
-_BREAKING = {
+# Settings that would change the computation or the place of the state without the recipe's knowledge.
+_FORBIDDEN = {
     "data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue", "compression_training",
     "sparse_gradients", "sparse_attention", "autotuning", "elasticity", "gradient_allreduce_op", "hybrid_engine",
     "zero_optimization.zenflow", "zero_optimization.round_robin_gradients", "zero_optimization.zero_hpz_partition_size",
@@ -50,59 +50,67 @@ _BREAKING = {
 }  # fmt: skip
 
 
-def configuration(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a stage: the user's settings, then the recipe's.
+def deepspeed_config(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a stage: the user's `engine.deepspeed`, and what follows from the recipe.
 
     Raises:
-        RecipeError: naming a setting that is not the user's to make here.
+        RecipeError: naming a setting that `engine.deepspeed` must not have.
     """
-    mine, batch = recipe.engine.deepspeed, recipe.batch
-    zero = mine.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        raise RecipeError(f"engine.deepspeed.zero_optimization is {zero!r}; give it settings by name")
-    for key in [*mine, *(f"zero_optimization.{key}" for key in zero)]:
-        if key in _TAKEN:
-            raise RecipeError(f"engine.deepspeed.{key} is said by {_TAKEN[key]}; remove it there")
-        if key in _BREAKING:
+    user, batch = recipe.engine.deepspeed, recipe.batch
+    user_zero = user.get("zero_optimization", {})
+    if not isinstance(user_zero, Mapping):
+        raise RecipeError(f"engine.deepspeed.zero_optimization is {user_zero!r}; give a mapping of settings")
+    for key in [*user, *(f"zero_optimization.{key}" for key in user_zero)]:
+        if key in _SET_BY_RECIPE:
+            raise RecipeError(f"engine.deepspeed.{key} is set by {_SET_BY_RECIPE[key]}; remove it")
+        if key in _FORBIDDEN:
             raise RecipeError(
-                f"engine.deepspeed.{key} would change what is computed or saved, unseen by the recipe; remove it"
+                f"engine.deepspeed.{key} would change what is computed or saved without the recipe's knowledge;"
+                " remove it"
             )
-    micro = batch.slot * batch.micro_slots
-    low = recipe.engine.precision == "bf16_parameters"
-    ours: dict[str, Any] = {
+    micro_batch = batch.slot * batch.micro_slots
+    zero = {"overlap_comm": False, **user_zero, "stage": recipe.engine.zero_stage}
+    if recipe.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "steps_per_print": 10**9,
+        "communication_data_type": "fp32",
+        **user,
         "train_batch_size": batch.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch.global_batch // micro // world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": batch.global_batch // micro_batch // world_size,
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
-        "zero_optimization": {"overlap_comm": False, **zero, "stage": recipe.engine.zero_stage},
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # it is torch's, under another name
-        "bf16": {"enabled": low},
+        "zero_allow_untested_optimizer": True,  # the optimizer is a subclass of torch's
+        "bf16": {"enabled": recipe.engine.precision == "bf16_parameters"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-    if recipe.engine.offload:
-        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    return {"steps_per_print": 10**9, "communication_data_type": "fp32", **mine, **ours}
 
 
-def load(device: torch.device, local_rank: int) -> ModuleType:
+def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:
+    """Import DeepSpeed for this device, without compiling anything.
+
+    Raises:
+        RecipeError: if it is not installed, or in another version.
+    """
     try:
-        found = importlib.metadata.version("deepspeed")
+        version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise RecipeError(
             "engine.kind is deepspeed, which is not installed; run `pip install 'fcmae[deepspeed]'`, or choose fsdp"
         ) from None
-    if found != VERSION:
+    if version != VERSION:
         raise RecipeError(
-            f"engine.kind is deepspeed, which works with version {VERSION} and {found} is installed; run"
+            f"engine.kind is deepspeed, which works with version {VERSION} and {version} is installed; run"
             " `pip install 'fcmae[deepspeed]'`, or choose fsdp"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # it insists, also where there is one process
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # required even with a single process
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at start
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     return deepspeed

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and moments are shared out among the ranks, and gathered block by block to compute."""
+"""FSDP2: parameters, gradients and moments are sharded over the ranks, and gathered block by block to compute."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from pipeline.engines.base import DTYPES
-from pipeline.engines.blocks import blocks
+from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
 
@@ -22,15 +21,15 @@ class FSDPEngine(NativeEngine):
         mesh = self._mesh()
         ranks = mesh.shape[-1]
         low = torch.bfloat16 if settings.precision == "bf16_parameters" else None
-        # Autocast casts the inputs; a model's own inputs, which its loss compares with, stay as they are.
+        # Inputs stay uncast because the loss compares with them; autocast casts where it must.
         precision = MixedPrecisionPolicy(
             param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if settings.offload else OffloadPolicy()
         model = model.to(DTYPES[settings.precision])
-        # Features are views, and nothing here writes into them.
+        # The warning is about writing into views of features, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for module in [*blocks(model), model]:
+        for module in [*sharding_units(model), model]:
             fully_shard(
                 module,
                 mesh=mesh,
@@ -46,7 +45,7 @@ class FSDPEngine(NativeEngine):
         return model
 
     def refresh(self) -> None:
-        # After a forward pass without a backward the model's own parameters stay gathered, as they were then.
+        # After a forward without a backward the root's parameters stay gathered, with their old values.
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -54,10 +53,10 @@ class FSDPEngine(NativeEngine):
     def _mesh(self) -> DeviceMesh:
         world, ranks = self.world, self.recipe.engine.shard_ranks or self.world.size
         if world.size % ranks:
-            fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+            divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
             raise RecipeError(
                 f"engine.shard_ranks is {ranks} but {world.size} processes run; choose one of"
-                f" {', '.join(map(str, fits))}, or remove it to shard over all"
+                f" {', '.join(map(str, divisors))}, or remove it to shard over all"
             )
         if ranks == world.size:
             return init_device_mesh(world.device.type, (ranks,), mesh_dim_names=("shard",))
@@ -70,7 +69,7 @@ class FSDPEngine(NativeEngine):
 
     def _discard_gradients(self) -> None:
         super()._discard_gradients()
-        # What waits for the last micro-batch to be averaged is nowhere to be reached in public.
+        # FSDP has no public API for accumulated, unreduced gradients, so clear its private fields.
         for module in self.module.modules():
             groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
             for parameter in (parameter for group in groups for parameter in group.fsdp_params):
@@ -80,7 +79,8 @@ class FSDPEngine(NativeEngine):
 
 
 def sharded_dim(shape: torch.Size, ranks: int) -> int:
-    """The first dimension, unless that is 1: GRN's (1, 1, 1, C) would lie whole on one rank. Others must divide."""
+    """The dimension that FSDP shards: the first one, unless its size is 1, as of GRN's (1, 1, 1, C), which would lie
+    whole on one rank; then the first one that `ranks` divides."""
     if shape and shape[0] == 1:
         return next((dim for dim, size in enumerate(shape) if size > 1 and size % ranks == 0), 0)
     return 0

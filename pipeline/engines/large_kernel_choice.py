@@ -1,7 +1,7 @@
-"""The forms of a stage's large depthwise convolutions: what the recipe says, or what was measured once and noted.
+"""Choose the implementation ("form") of each large depthwise convolution: the recipe's, or the fastest one.
 
-Forms are equal to rounding, not to the bit. So a stage measures a shape once, on rank 0, and every rank and every
-resume takes what its directory says: timing never decides twice.
+Forms differ in rounding. So a stage measures each shape once, on rank 0, and records the choice in its directory, where
+all ranks and all resumes read it.
 """
 
 import json
@@ -18,24 +18,23 @@ from pipeline.storage.folder import write_json
 
 
 def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> dict[str, str]:
-    """Give each depthwise convolution its form; returns the form of each shape that was measured, now or before.
-    Collective.
+    """Set the form of each depthwise convolution; returns the recorded form of each measured shape. Collective.
 
     Raises:
-        RecipeError: for a form that this machine does not have.
+        RecipeError: if the recipe names a form that this machine does not have.
     """
-    wanted, device = engine.recipe.engine.large_kernels, engine.world.device
+    form, device = engine.recipe.engine.large_kernels, engine.world.device
     convolutions = [module for module in engine.module.modules() if isinstance(module, DepthwiseConv2d)]
-    if not convolutions or wanted == "native":
+    if not convolutions or form == "native":
         return {}
-    if wanted != "measured":
-        if wanted not in available_forms(device):
+    if form != "measured":
+        if form not in available_forms(device):
             raise RecipeError(
-                f"engine.large_kernels is {wanted}, which needs a GPU and Triton; choose one of"
+                f"engine.large_kernels is {form}, which needs a GPU and Triton; choose one of"
                 f" {', '.join(available_forms(device))}, or measured"
             )
         for conv in convolutions:
-            conv.form = wanted
+            conv.form = form
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
     with engine.evaluating() as model:
@@ -48,14 +47,14 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
 
     def measure() -> dict[str, str]:
         path = directory / LARGE_KERNELS_FILE
-        known = json.loads(path.read_text()) if path.exists() else {}
+        choices = json.loads(path.read_text()) if path.exists() else {}
         for conv, key in keys.items():
-            if key not in known:
-                known[key] = fastest_form(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
-        write_json(path, known)
-        return known
+            if key not in choices:
+                choices[key] = fastest_form(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
+        write_json(path, choices)
+        return choices
 
-    known = engine.world.on_main(measure)
+    choices = engine.world.on_main(measure)
     for conv, key in keys.items():
-        conv.form = known[key]
-    return known
+        conv.form = choices[key]
+    return choices

@@ -1,4 +1,4 @@
-"""What ddp and fsdp share: gradients and optimizer are torch's own."""
+"""The base class of DDP and FSDP: backward, gradient clipping and optimizer are torch's own."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ from pipeline.recipe import StageRecipe
 
 
 class NativeEngine(Engine):
-    """`self._callable` is what an objective is given as the model."""
+    """Subclasses set `_callable`, the module that objectives call as the model."""
 
     _callable: nn.Module
 
@@ -28,12 +28,11 @@ class NativeEngine(Engine):
         self._optimizer.make_state(self._names)
 
     def items(self) -> dict[str, Tensor]:
-        buffers = {name: b for name, b in self.module.named_buffers() if b.is_floating_point()}
-        return {**{name: p.detach() for p, name in self._names.items()}, **buffers}
+        return {**{name: p.detach() for p, name in self._names.items()}, **self._float_buffers()}
 
     @abstractmethod
     def _synchronising(self, last: bool) -> AbstractContextManager:
-        """A context in which a backward pass averages the gradients over the ranks if it is the `last`."""
+        """A context in which a backward pass averages the gradients over the ranks if it is the step's `last`."""
 
     def _backward(self, batch: Batch, objective: Objective, step: int, share: float, *, last: bool) -> Tensor:
         with self._synchronising(last):

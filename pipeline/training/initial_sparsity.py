@@ -1,4 +1,4 @@
-"""The masks that a sparse stage starts with: how dense each layer is to be, known before the first step."""
+"""Draw the masks that a sparse stage starts with, from the density of each layer."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,9 +16,10 @@ from pipeline.optim.sparsity import DynamicSparsity
 
 
 def start_sparsity(engine: Engine, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
-    """Give the engine's sparsity its first masks; returns each layer's density. Collective.
+    """Draw the first masks of the engine's sparsity; returns the density of each layer. Collective.
 
-    batches: this rank's micro-batches of the first step, read for SNIP only.
+    Args:
+        batches: this rank's micro-batches of the first step; only SNIP reads them.
     """
     sparsity: DynamicSparsity = engine.component("sparsity")
     settings = sparsity.settings
@@ -28,21 +29,21 @@ def start_sparsity(engine: Engine, objective: Objective, batches: Iterable[Batch
     elif settings.distribution == "snip":
         sparsity.start(snip_densities(snip_scores(engine, objective, batches, list(shapes)), settings.sparsity))
     else:
-        spread = {"erk": erk_densities, "uniform": uniform_densities}[settings.distribution]
-        sparsity.start(spread(shapes, settings.sparsity))
+        densities = {"erk": erk_densities, "uniform": uniform_densities}[settings.distribution]
+        sparsity.start(densities(shapes, settings.sparsity))
     engine.refresh()
     return sparsity.densities()
 
 
 def snip_scores(engine: Engine, objective: Objective, batches: Iterable[Batch], names: list[str]) -> dict[str, Tensor]:
-    """|weight * gradient| of the named weights, float64, whole on every rank. Collective.
+    """Compute |weight * gradient| of the named weights: float64, whole on every rank. Collective.
 
-    The gradient is that of the plain loss on a copy of the model that every rank has to itself, whatever the engine.
-    It is taken slot by slot and added up in float64: it does not depend on which rank had which slots. On a CPU the
-    copy is float64 too, for there sums depend on the number of threads, which differs with the number of ranks.
+    The gradient is that of the loss without mixing, of a whole copy of the model on every rank. It is computed slot by
+    slot and summed in float64, so that it does not depend on which rank had which slots. On a CPU the copy is float64
+    too, because sums there depend on the number of threads, which differs with the number of ranks.
     """
     dtype = torch.float64 if engine.world.device.type == "cpu" else torch.float32
-    model = _copy(engine, objective).to(engine.world.device, dtype).train()
+    model = _copy_model(engine, objective).to(engine.world.device, dtype).train()
     plain, slots = objective.without_mixing(), engine.recipe.batch.slots
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
@@ -59,14 +60,14 @@ def snip_scores(engine: Engine, objective: Objective, batches: Iterable[Batch], 
 
 
 def single_slots(batch: Batch) -> Iterator[Batch]:
-    """A micro-batch cut into its slots."""
+    """Cut a micro-batch into its slots."""
     size = len(batch.images) // len(batch.slots)
     for index, slot in enumerate(batch.slots):
         yield batch.part(slice(index * size, (index + 1) * size), (slot,))
 
 
 @torch.no_grad()
-def _copy(engine: Engine, objective: Objective) -> nn.Module:
+def _copy_model(engine: Engine, objective: Objective) -> nn.Module:
     model = objective.build_model()
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in engine.items().items():

@@ -16,7 +16,7 @@ from pipeline.distributed.world import World
 from pipeline.health.verdict import judge_journal
 from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
-from pipeline.stage.environment import commit, machine, software
+from pipeline.stage.environment import describe_commit, describe_machine, describe_software
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking import journal
 from pipeline.tracking.forwarder import start_forwarder
@@ -76,7 +76,7 @@ def write_attempt(
         job=os.environ.get("SLURM_JOB_ID"),
         versions=versions(),
     )
-    log.write_changed("environment", commit=commit(), **software(), **machine())
+    log.write_changed("environment", commit=describe_commit(), **describe_software(), **describe_machine())
     log.write_changed("data", **{name: _data_facts(recipe, name, part) for name, part in data.items()})
 
 

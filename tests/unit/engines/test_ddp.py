@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.distributed.world import World
-from pipeline.engines import create_engine
+from pipeline.engines import StepFilter, create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
 from tests.engines import batches
@@ -25,10 +25,10 @@ def world():
     torch.set_num_threads(threads)
 
 
-def trained(recipe_file, world, stage: str, steps: int, *overrides: str):
+def trained(recipe_file, world, stage: str, steps: int, *overrides: str, guard: StepFilter | None = None):
     recipe = load_recipe(recipe_file, [f"stages.{stage}.{o}" for o in overrides]).stages[stage]
     objective = create_objective(recipe, seed=4)
-    engine = create_engine(objective.build_model, recipe, world)
+    engine = create_engine(objective.build_model, recipe, world, guard)
     engine.attach_components()
     losses = [
         engine.step(batches(recipe, s), objective, step=s, lr=1e-3, should_stop=lambda: False).loss.item()
@@ -102,35 +102,45 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, worl
     assert reports[0].gradient_norm.item() > 0.01
 
 
-class Refuse:
-    """A guard that notes what it was asked and refuses."""
+class Refusing(StepFilter):
+    """Refuses all steps while `on`, and keeps the last loss and gradient norm that it was given."""
+
+    name, on = "refusing", False
 
     def accept(self, loss, gradient_norm):
-        self.asked = loss.item(), gradient_norm.item()
-        return torch.zeros((), dtype=torch.bool)
+        self.given = loss.item(), gradient_norm.item()
+        return loss.isfinite() & gradient_norm.isfinite() & (not self.on)
+
+    def state(self):
+        return {}
 
 
 @pytest.mark.parametrize("response", ["grn", "bn"])
-def test_a_step_that_is_not_accepted_changes_nothing(recipe_file, world, response):
-    engine, objective, _ = trained(recipe_file, world, "finetune", 2, f"model.response={response}")
+@pytest.mark.parametrize("guard", [None, Refusing()])
+def test_a_step_that_is_not_accepted_changes_nothing(recipe_file, world, response, guard):
+    """Without a guard a step with a NaN; with one, a step that the guard refuses."""
+    engine, objective, _ = trained(recipe_file, world, "finetune", 2, f"model.response={response}", guard=guard)
     before = {name: tensor.clone() for name, tensor in flat(engine).items()}
+
+    def step():
+        return engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
 
     def same() -> bool:
         return all(torch.equal(tensor, before[name]) for name, tensor in flat(engine).items())
 
-    with pytest.MonkeyPatch.context() as patch:
-        honest = objective.loss
-        patch.setattr(objective, "loss", lambda *a: honest(*a) * (torch.nan if 2 in a[1].slots else 1))
-        report = engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
+    if guard:
+        guard.on = True
+        report = step()
+        assert guard.given == (pytest.approx(report.loss.item()), pytest.approx(report.gradient_norm.item()))
+        guard.on = False
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            honest = objective.loss
+            patch.setattr(objective, "loss", lambda *a: honest(*a) * (torch.nan if 2 in a[1].slots else 1))
+            report = step()
     assert not report.accepted
     assert same()
-    engine.guard = Refuse()
-    report = engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False)
-    assert not report.accepted
-    assert engine.guard.asked == (pytest.approx(report.loss.item()), pytest.approx(report.gradient_norm.item()))
-    assert same()
-    engine.guard = None
-    assert engine.step(batches(engine.recipe, 2), objective, step=2, lr=1e-3, should_stop=lambda: False).accepted
+    assert step().accepted
     assert not same()
     undisturbed, _, _ = trained(recipe_file, world, "finetune", 3, f"model.response={response}")
     assert all(torch.equal(tensor, flat(engine)[name]) for name, tensor in flat(undisturbed).items())

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.engines.deepspeed_settings import configuration, load
+from pipeline.engines.deepspeed_settings import deepspeed_config, import_deepspeed
 from pipeline.errors import RecipeError
 from tests.engines import stage_recipe
 
 
 def settings(**mine):
-    return configuration(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": mine}), 2)
+    return deepspeed_config(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": mine}), 2)
 
 
 def test_batch_clipping_and_stage_are_the_recipes():
@@ -32,12 +32,12 @@ def test_other_settings_are_passed_on():
 @pytest.mark.parametrize(
     ("mine", "sentence"),
     [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is said by batch.micro_slots"),
-        ({"fp16": {"enabled": True}}, "fp16 is said by engine.precision"),
-        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is said by engine.zero_stage"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is set by batch.micro_slots"),
+        ({"fp16": {"enabled": True}}, "fp16 is set by engine.precision"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is set by engine.zero_stage"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "would change what is computed"),
         ({"curriculum_learning": {}}, "would change what is computed"),
-        ({"zero_optimization": True}, "give it settings by name"),
+        ({"zero_optimization": True}, "give a mapping of settings"),
     ],
 )
 def test_what_the_recipe_says_is_refused_by_name(mine, sentence):
@@ -61,4 +61,4 @@ def test_a_precision_that_an_engine_has_not_is_refused(engine, remedy):
 def test_another_version_is_refused_before_it_is_imported(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
     with pytest.raises(RecipeError, match=r"works with version 0\.19\.8 and 0\.20\.0 is installed"):
-        load(torch.device("cpu"), 0)
+        import_deepspeed(torch.device("cpu"), 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.slurm.code_snapshot import take_code_snapshot
-from pipeline.stage.environment import SNAPSHOT, commit, machine, software
+from pipeline.stage.environment import SNAPSHOT, describe_commit, describe_machine, describe_software
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +26,31 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def test_the_commit_and_what_differs_from_it(tmp_path):
-    assert commit(tmp_path) == {}
+    assert describe_commit(tmp_path) == {}
     git(tmp_path, "init", "-q")
-    assert commit(tmp_path) == {}  # nothing is committed yet
+    assert describe_commit(tmp_path) == {}  # nothing is committed yet
     (tmp_path / "a.py").write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     sha = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert commit(tmp_path) == {"sha": sha, "changed_files": 0}
+    assert describe_commit(tmp_path) == {"sha": sha, "changed_files": 0}
     (tmp_path / "a.py").write_text("2")
     (tmp_path / "b.py").write_text("new")
-    assert commit(tmp_path) == {"sha": sha, "changed_files": 2}
+    assert describe_commit(tmp_path) == {"sha": sha, "changed_files": 2}
     inner = tmp_path / "site-packages"
     inner.mkdir()
-    assert commit(inner) == {}  # somebody else's checkout around an installed package
+    assert describe_commit(inner) == {}  # somebody else's checkout around an installed package
 
 
 def test_a_copy_of_the_code_remembers_its_commit(tmp_path):
     folder = take_code_snapshot(tmp_path)
-    assert json.loads((folder / SNAPSHOT).read_text())["packages"] == software()["packages"]
-    assert commit(folder) == json.loads((folder / SNAPSHOT).read_text())["commit"]
+    assert json.loads((folder / SNAPSHOT).read_text())["packages"] == describe_software()["packages"]
+    assert describe_commit(folder) == json.loads((folder / SNAPSHOT).read_text())["commit"]
     assert take_code_snapshot(tmp_path) == folder
 
 
 def test_software_and_machine_are_plain_json():
-    found = json.loads(json.dumps({**software(), **machine()}))
+    found = json.loads(json.dumps({**describe_software(), **describe_machine()}))
     assert found["interpreter"] == sys.executable
     assert found["packages"]["torch"] == importlib.metadata.version("torch")
     assert found["cores"] == len(os.sched_getaffinity(0))
