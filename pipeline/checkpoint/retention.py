@@ -75,7 +75,7 @@ def prune_store(
     newest, doomed = store.from_rank_zero(plan)
     if newest is None or not doomed:
         return []
-    problems = store.damage(newest)
+    problems = store.verify(newest)
 
     def delete() -> list[str]:
         if problems:

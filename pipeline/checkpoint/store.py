@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.dcp_writer import CommittingWriter, remove_checkpoint
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
-from pipeline.checkpoint.verification import file_problem, read_manifest, verify_checkpoint
+from pipeline.checkpoint.verification import file_problem, read_manifest
 from pipeline.distributed.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
 from pipeline.storage.folder import Folder, is_storage_error
@@ -71,18 +71,7 @@ class CheckpointStore:
         """Checkpoints with a COMMIT, verified or not, old to new. Not collective."""
         return committed_checkpoints(self.folder)
 
-    def steps(self) -> list[int]:
-        """The steps of `committed()`, old to new."""
-        return [name.step for name in self.committed()]
-
-    def verify(self, name: str) -> list[str]:
-        """Re-read a whole checkpoint; returns the problems, none if it is good. Not collective."""
-        parsed = CheckpointName.parse(name)
-        if parsed is None or not (self.folder / name / COMMIT).exists():
-            return [f"{name} is not a committed checkpoint"]
-        return verify_checkpoint(self.folder / name, parsed)[1]
-
-    def damage(self, name: CheckpointName) -> list[str]:
+    def verify(self, name: CheckpointName) -> list[str]:
         """Re-read a checkpoint, each rank a share of its files; returns the problems of all. Collective.
 
         Raises:
@@ -188,7 +177,7 @@ class CheckpointStore:
         """
         tensors = flatten(state)
         fallbacks = 0
-        while problems := self.damage(name := self.from_rank_zero(self._newest)):
+        while problems := self.verify(name := self.from_rank_zero(self._newest)):
             if fallbacks == self.most_fallbacks:
                 raise CheckpointError(
                     f"{self.folder}: {fallbacks + 1} checkpoints are damaged, the last one {name} ({problems[0]}); "

@@ -54,7 +54,7 @@ def _restore_from_before(store: CheckpointStore, state: dict[str, Any], finished
         return [name for name in names if name.step <= finished][::-1] or names[:1]
 
     for name in store.from_rank_zero(candidates):
-        if not store.damage(name):
+        if not store.verify(name):
             break
     else:
         raise CheckpointError(f"{store.folder}: no checkpoint is left to go back to from step {finished}; start again")

@@ -157,7 +157,7 @@ def save_with_one_full_disk(store, rank, attempt, numel):
     except CheckpointError as caught:
         error = str(caught)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    steps = store.steps()
+    steps = [name.step for name in store.committed()]
     dist.barrier()
     return first, error, steps, store.save(make_state(2), step=2, why="again")
 

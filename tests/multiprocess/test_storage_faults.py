@@ -165,7 +165,7 @@ def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group
     messages = [line["message"] for line in run.of("event")]
     assert [message[:28] for message in messages] == ["the checkpoint of step 3 fai", "the checkpoint of step 4 fai"]
     assert all("No space left on device" in message for message in messages)
-    assert store.steps() == [1, 2]
+    assert [name.step for name in store.committed()] == [1, 2]
     with pytest.raises(CheckpointError, match="No space left on device"):
         Run(store, group, numel, on_failure="stop", asynchronous=asynchronous).go(5, 5)
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -175,7 +175,7 @@ def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group
     assert same(target, make_state(2, numel))
     hog.unlink()
     run.go(7, 7)
-    assert store.steps()[-1] == 7
+    assert [name.step for name in store.committed()][-1] == 7
 
 
 def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(small_disk, tmp_path):

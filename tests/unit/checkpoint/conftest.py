@@ -9,6 +9,11 @@ import torch
 from pipeline.checkpoint import CheckpointStore
 
 
+def steps_in(store: CheckpointStore) -> list[int]:
+    """The steps of the committed checkpoints, old to new."""
+    return [name.step for name in store.committed()]
+
+
 @pytest.fixture
 def events():
     return []

@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint.manifest import COMMIT, MANIFEST, METADATA
+from pipeline.checkpoint.manifest import COMMIT, MANIFEST, METADATA, CheckpointName
 from pipeline.checkpoint.store import ever_committed, flatten
 from pipeline.errors import CheckpointError
+from tests.unit.checkpoint.conftest import steps_in
 
 DATA = "__0_0.distcp"
 
@@ -43,7 +44,7 @@ def swap(left, right):
 def test_a_new_directory_has_never_committed(open_store, state_of):
     store = open_store()
     assert not ever_committed(store.folder)
-    assert store.steps() == []
+    assert steps_in(store) == []
     store.save(state_of(3), step=3, why="due")
     assert ever_committed(store.folder)
 
@@ -56,7 +57,7 @@ def test_saved_and_restored_on_any_file_system(open_store, state_of, tmp_path, w
     target = state_of(0)
     assert open_store(2, directory).restore(target) == 20
     assert same(target, state_of(20))
-    assert store.verify("step-000000020.000001") == []
+    assert store.verify(CheckpointName(attempt=1, step=20)) == []
 
 
 def test_the_manifest_tells_where_a_checkpoint_comes_from(two):
@@ -103,7 +104,7 @@ def test_damage_is_found_set_aside_and_fallen_back_from(two, open_store, state_o
     store, older, newer = two
     harm, named = DAMAGE[kind]
     harm(older, newer)
-    assert any(named in problem for problem in store.verify(newer.name))
+    assert any(named in problem for problem in store.verify(CheckpointName.parse(newer.name)))
     target = state_of(0)
     assert open_store(2).restore(target) == 10
     assert same(target, state_of(10))
@@ -122,9 +123,9 @@ def test_no_flipped_bit_goes_unseen(two, data):
     good = path.read_bytes()
     place, bit = data.draw(st.integers(0, len(good) - 1)), data.draw(st.integers(0, 7))
     path.write_bytes(good[:place] + bytes([good[place] ^ (1 << bit)]) + good[place + 1 :])
-    assert store.verify(newer.name)
+    assert store.verify(CheckpointName.parse(newer.name))
     path.write_bytes(good)
-    assert store.verify(newer.name) == []
+    assert store.verify(CheckpointName.parse(newer.name)) == []
 
 
 def test_when_all_are_damaged_nothing_starts_from_scratch(two, open_store, state_of, events, tree):
@@ -174,7 +175,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_checkpoint_kept(two, state
     change(target)
     with pytest.raises(CheckpointError, match=named):
         two[0].restore(target)
-    assert two[0].steps() == [10, 20]
+    assert steps_in(two[0]) == [10, 20]
     assert events == []
 
 
