@@ -56,7 +56,7 @@ SbatchText = Annotated[Text, AfterValidator(_no_escape)]
 """Anything that sbatch reads without change."""
 GPUType = Annotated[SbatchText, StringConstraints(pattern=r"^[^\s:,=()*]+$")]
 """TYPE in `--gpus-per-node=TYPE:4`."""
-Place = Annotated[Text, AfterValidator(_expanded)]
+SharedPath = Annotated[Text, AfterValidator(_expanded)]
 """A path that every node sees. ~ and $NAMES are replaced when the site is read."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
@@ -98,7 +98,7 @@ class Site(Settings):
     gpu_type: GPUType | None = None
     """The type to ask for, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
     gpu: GPU | None = None
-    """Their data sheet. A stage that is estimated to need more memory is not submitted; null skips this check."""
+    """The data sheet of the GPUs. A stage that needs more memory by estimate is not submitted; null skips the check."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks on each node; null is one per GPU, or one on a node without GPUs."""
     cpus_per_task: int = Field(1, ge=1)
@@ -116,13 +116,13 @@ class Site(Settings):
     """Nodes that jobs must not use."""
     modules: tuple[Text, ...] = ()
     """Names for `module load`, in this order."""
-    source: tuple[Place, ...] = ()
+    source: tuple[SharedPath, ...] = ()
     """Shell files that the job script sources before it starts the ranks."""
     environment: dict[Variable, Annotated[str, AfterValidator(_printable)]] = Field({})
     container: Container | None = None
     local_scratch: Text | None = None
     """A folder on the node's own disk. $NAMES are replaced inside the job."""
-    run_root: Place | None = None
+    run_root: SharedPath | None = None
     """A folder that every node sees by the same path. A relative --out lies in it."""
     sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
     """Further options of sbatch, without their dashes; true for an option without value."""
@@ -147,8 +147,8 @@ class Site(Settings):
             raise ValueError(
                 f"gpu_type is {self.gpu_type}, but gpus_per_node is 0; set how many, or leave gpu_type out"
             )
-        if doubled := sorted(RESERVED_OPTIONS & self.sbatch.keys()):
-            raise ValueError(f"sbatch.{doubled[0]} is set by fcmae itself; remove it, or use the site's own field")
+        if reserved := sorted(RESERVED_OPTIONS & self.sbatch.keys()):
+            raise ValueError(f"sbatch.{reserved[0]} is set by fcmae itself; remove it, or use the site's own field")
         if binding := sorted(BINDING_OPTIONS & self.sbatch.keys()):
             raise ValueError(
                 f"sbatch.{binding[0]} would hide GPUs from ranks, which take the one of their own number on the node;"

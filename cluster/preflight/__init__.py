@@ -20,7 +20,7 @@ def check_node(expected: Expectations) -> list[CheckResult]:
 
 
 def failure_outcome(results: list[CheckResult]) -> Outcome | None:
-    """The outcome of a stage that these results prevent: a bad node or a permanent failure; None if they do not."""
+    """The outcome that the results lead to: a bad node or a permanent failure; None if a rank may train."""
     for level, kind in ((Level.BAD_NODE, OutcomeKind.BAD_NODE), (Level.MISSING, OutcomeKind.PERMANENT)):
         if defects := [result for result in results if result.level is level]:
             return Outcome(kind, "; ".join(f"{d.check} on {d.node}: {d.detail}" for d in defects))

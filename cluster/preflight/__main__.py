@@ -1,6 +1,6 @@
-"""Check this node, print a table, and exit with 76 if the node is to blame, with 1 if no other node would do better:
+"""Check this node and print a table. Exit with 76 if the node is to blame, with 1 if no other node would do better.
 
-python -m cluster.preflight --run runs/demo --devices 8
+`python -m cluster.preflight --run runs/demo --devices 8`
 """
 
 import argparse

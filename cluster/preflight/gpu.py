@@ -39,7 +39,7 @@ def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
         yield CheckResult("gpu", Level.OK, f"{seen} visible", value=seen)
         try:
             visible = {_uuid(torch.cuda.get_device_properties(i).uuid) for i in range(seen)}
-            yield from gpu_health(_nvidia_smi("--query-gpu=" + ",".join(FIELDS)), visible)
+            yield from gpu_health(run_nvidia_smi("--query-gpu=" + ",".join(FIELDS)), visible)
             yield from _memory(expected)
             yield from _processes(expected, visible)
             yield from _matrix(expected)
@@ -55,11 +55,12 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
         yield CheckResult("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
         return
     if answer.returncode != 0:
-        said = " ".join((answer.stdout + answer.stderr).split())[:200] or "no answer"
-        if "not a valid field" in said:
-            yield CheckResult("gpu health", Level.SKIPPED, f"nvidia-smi: {said}")
+        message = " ".join((answer.stdout + answer.stderr).split())[:200] or "no answer"
+        if "not a valid field" in message:
+            yield CheckResult("gpu health", Level.SKIPPED, f"nvidia-smi: {message}")
         else:
-            yield CheckResult("gpu health", Level.BAD_NODE, f"nvidia-smi: {said}", "reset the GPU or restart the node")
+            remedy = "reset the GPU or restart the node"
+            yield CheckResult("gpu health", Level.BAD_NODE, f"nvidia-smi: {message}", remedy)
         return
     troubles = []
     for uuid, uncorrected, pending, failure in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
@@ -79,7 +80,7 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
         yield CheckResult("gpu health", Level.OK, "no uncorrected memory error")
 
 
-def _nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
+def run_nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
     """Run nvidia-smi. A hang counts as a failed run; None if there is no such program."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
@@ -104,7 +105,7 @@ def _memory(expected: Expectations) -> Iterator[CheckResult]:
 
 
 def _processes(expected: Expectations, visible: set[str]) -> Iterator[CheckResult]:
-    answer = _nvidia_smi("--query-compute-apps=pid,process_name,gpu_uuid")
+    answer = run_nvidia_smi("--query-compute-apps=pid,process_name,gpu_uuid")
     if answer is None or answer.returncode != 0:
         yield CheckResult("gpu processes", Level.SKIPPED, "nvidia-smi does not list them")
     elif others := foreign_processes(answer.stdout, visible, expected.settings.allowed_processes):

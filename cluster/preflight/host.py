@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,9 +98,9 @@ def _start_of_job(environment: dict[str, str]) -> tuple[str | None, str]:
 
 def _disks(expected: Expectations) -> Iterator[CheckResult]:
     settings = expected.settings
-    places = [("scratch", expected.scratch, True)] if expected.scratch else []
-    for name, folder, local in [*places, ("run directory", expected.stage_directory, False)]:
-        answer = _within(settings.disk_timeout_seconds, lambda folder=folder, local=local: _probe(folder, make=local))
+    folders = [("scratch", expected.scratch, True)] if expected.scratch else []
+    for name, folder, local in [*folders, ("run directory", expected.stage_directory, False)]:
+        answer = _within(settings.disk_timeout_seconds, partial(probe_disk, folder, make=local))
         if answer is None:
             detail = f"{folder} did not take 4 MiB within {settings.disk_timeout_seconds:g} s"
             yield CheckResult(name, Level.BAD_NODE, detail, "the mount may hang: see dmesg there")
@@ -118,7 +119,7 @@ def _disks(expected: Expectations) -> Iterator[CheckResult]:
                 yield CheckResult(name, Level.OK, detail, value=free / GIB)
 
 
-def _probe(folder: Path, make: bool) -> tuple[int, float]:
+def probe_disk(folder: Path, make: bool) -> tuple[int, float]:
     """Write, sync and read back some random bytes; (free bytes, seconds). `make`: create the folder first."""
     if make:
         folder.mkdir(parents=True, exist_ok=True)

@@ -38,12 +38,11 @@ class JobWatcher:
             self._refresh(list(submitted))
         answer = self._answer or {}
         missing = JobState.UNKNOWN if self._answer is None or self.trouble else JobState.FORGOTTEN
-        return {
-            name: answer[name]
-            if name in answer and int(answer[name].id) >= id
-            else Job(str(id), missing, missing.upper())
-            for name, id in submitted.items()
-        }
+        jobs = {}
+        for name, id in submitted.items():
+            job = answer.get(name)
+            jobs[name] = job if job and int(job.id) >= id else Job(str(id), missing, missing.upper())
+        return jobs
 
     def _refresh(self, stages: list[str]) -> None:
         """Start a query if one is due; wait for the first one, but not for long."""

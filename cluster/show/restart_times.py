@@ -10,8 +10,7 @@ from rich.table import Table
 
 from cluster.slurm.job_history import read_job_history
 from pipeline.storage.file_names import JOURNAL_FILE
-from pipeline.tracking import journal
-from pipeline.tracking.journal import Event
+from pipeline.tracking.journal import Event, read_events
 
 
 @dataclass
@@ -52,7 +51,7 @@ class AttemptStart:
 def restarts(stage_directory: Path) -> list[Restart]:
     """The restarts of a stage, in order: one for each attempt after which another one made a step."""
     attempts: dict[int, list[Event]] = {}
-    for event in journal.read_events(stage_directory / JOURNAL_FILE):
+    for event in read_events(stage_directory / JOURNAL_FILE):
         attempts.setdefault(event["attempt"], []).append(event)
     requeues = [entry["time"] for entry in read_job_history(stage_directory) if entry["event"] == "requeued"]
     measured = []
@@ -83,7 +82,7 @@ def restarts(stage_directory: Path) -> list[Restart]:
 
 def attempt_starts(stage_directory: Path) -> list[AttemptStart]:
     """The starts of a stage's attempts that made a step, in order."""
-    events = journal.read_events(stage_directory / JOURNAL_FILE)
+    events = read_events(stage_directory / JOURNAL_FILE)
     return [
         AttemptStart(stage_directory.name, e["attempt"], e["seconds"], e["cpu_seconds"], e["laps"])
         for e in events

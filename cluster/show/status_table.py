@@ -29,7 +29,7 @@ def stage_table(statuses: list[StageStatus], bars: bool = False) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0) if not bars else (0, 2, 0, 0), header_style="dim" if bars else "bold")
     shown = [name for name, cells in columns.items() if any(cells) or name in ("step", "loss", "images/s", "ETA")]
     for name in shown:
-        # On a narrow terminal the last three may wrap at a blank.
+        # On a narrow terminal these three columns may wrap at a blank.
         table.add_column(
             name, justify="left" if name in LEFT else "right", no_wrap=name not in ("job", "nodes", "result")
         )

@@ -65,7 +65,7 @@ def check_gpu_memory(recipe: StageRecipe, site: Site) -> MemoryNeed | None:
     if gib <= gpu_gib:
         return MemoryNeed(recipe.name, gib, gpu_gib, gpu)
     largest = max(terms, key=lambda term: term.bytes)
-    remedies = list(_remedies(recipe, evaluating=any(term.name == "evaluation" for term in terms)))
+    remedies = list(smaller_settings(recipe, evaluating=any(term.name == "evaluation" for term in terms)))
     raise LaunchError(
         f"stage {recipe.name}: a rank is estimated to need {gib:.1f} GiB ({largest.name} alone"
         f" {largest.bytes / GIB:.1f}), and the site's gpu, {gpu}, has {gpu_gib:.1f}; set"
@@ -74,7 +74,7 @@ def check_gpu_memory(recipe: StageRecipe, site: Site) -> MemoryNeed | None:
     )
 
 
-def _remedies(recipe: StageRecipe, evaluating: bool) -> Iterator[str]:
+def smaller_settings(recipe: StageRecipe, evaluating: bool) -> Iterator[str]:
     """Changes to the recipe that need less memory and do not change what is learnt."""
     engine = recipe.engine
     if evaluating and recipe.evaluation.batch > 1:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from cluster.check_results import CheckResult, Level
 from cluster.preflight import Expectations, PreflightSettings, check_node, failure_outcome, host
-from cluster.preflight.gpu import FIELDS, foreign_processes, gpu_health, slow_ranks
+from cluster.preflight.gpu import FIELDS, foreign_processes, gpu_health, run_nvidia_smi, slow_ranks
 from cluster.preflight.host import available_memory_bytes, is_ours
 from cluster.preflight.network import slow_places
 from pipeline.stage.outcome import OutcomeKind
@@ -66,7 +66,7 @@ def test_what_this_machine_cannot_give_is_found(tmp_path, settings, failing):
 
 def test_a_disk_that_does_not_answer_is_found(tmp_path, monkeypatch):
     answers = threading.Event()
-    monkeypatch.setattr(host, "_probe", lambda *_, **__: answers.wait())
+    monkeypatch.setattr(host, "probe_disk", lambda *_, **__: answers.wait())
     try:
         found = check(tmp_path, scratch=tmp_path, disk_timeout_seconds=0.1)
     finally:
@@ -202,14 +202,12 @@ UUIDS = {"aaaa", "bbbb"}
 
 
 def health(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
-    from cluster.preflight.gpu import _nvidia_smi
-
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     patience = 1 if "sleep" in script else 60
-    return list(gpu_health(_nvidia_smi("--query-gpu=" + ",".join(FIELDS), timeout_seconds=patience), UUIDS))
+    return list(gpu_health(run_nvidia_smi("--query-gpu=" + ",".join(FIELDS), timeout_seconds=patience), UUIDS))
 
 
 @pytest.mark.parametrize(

@@ -1,51 +1,35 @@
 """Where the time between a stop and the next step goes, from files as the pipeline writes them."""
 
 import io
-import time
 
-import pytest
 from rich.console import Console
 
 from cluster.show.restart_times import attempt_starts, restart_tables, restarts
 from cluster.slurm.job_history import note_job_event
 from pipeline.tracking.journal import Journal
+from tests.support import open_journal
+
+BEGAN = 1e9
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Tells the time that is set last."""
-    now = [0.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, 1e9 + seconds)
+def write_started(log: Journal, time: float, step: int, laps: dict[str, float]) -> None:
+    log.write("started", time=BEGAN + time, step=step, seconds=sum(laps.values()), cpu_seconds=1.0, laps=laps)
 
 
-def started(log: Journal, step: int, laps: dict[str, float]) -> None:
-    log.write("started", step=step, seconds=sum(laps.values()), cpu_seconds=1.0, laps=laps)
-
-
-def test_a_stop_with_notice_and_one_without(tmp_path, clock):
-    path = tmp_path / "journal.jsonl"
-    with Journal(path, 1) as log:
-        clock(10)
-        started(log, 1, {"launch": 1.0, "imports": 2.0})
-        log.write("save", step=0, seconds=9.0)
-        clock(21)
-        log.write("stop", step=7, reason="SIGTERM", asked=1e9 + 20.5)
-        clock(23)
-        log.write("save", step=7, seconds=2.0)
-        log.write("end", outcome="saved", reason="stopped by SIGTERM", step=7)
-    clock(24)
-    note_job_event(tmp_path, "requeued", "5", committed=7)
-    with Journal(path, 2) as log:
-        clock(40)
-        started(log, 8, {"launch": 1.0, "imports": 5.0})
-        clock(41)
-        log.write("step", step=8, loss=1.0)
-    clock(50)  # killed at 41; Slurm itself requeued the job
-    with Journal(path, 3) as new, Journal(path, 2) as old:
-        clock(60)
-        started(new, 8, {"imports": 4.0})
-        old.write("step", step=9, loss=1.0)  # it woke up too late
+def test_a_stop_with_notice_and_one_without(tmp_path):
+    with open_journal(tmp_path, 1) as log:
+        write_started(log, 10, 1, {"launch": 1.0, "imports": 2.0})
+        log.write("save", time=BEGAN + 10, step=0, seconds=9.0)
+        log.write("stop", time=BEGAN + 21, step=7, reason="SIGTERM", asked=BEGAN + 20.5)
+        log.write("save", time=BEGAN + 23, step=7, seconds=2.0)
+        log.write("end", time=BEGAN + 23, outcome="saved", reason="stopped by SIGTERM", step=7)
+    note_job_event(tmp_path, "requeued", "5", time=BEGAN + 24, committed=7)
+    with open_journal(tmp_path, 2) as log:
+        write_started(log, 40, 8, {"launch": 1.0, "imports": 5.0})
+        log.write("step", time=BEGAN + 41, step=8, loss=1.0)  # then killed; Slurm itself requeued the job
+    with open_journal(tmp_path, 3) as new, open_journal(tmp_path, 2) as old:
+        write_started(new, 60, 8, {"imports": 4.0})
+        old.write("step", time=BEGAN + 60, step=9, loss=1.0)  # it woke up too late
 
     first, second = restarts(tmp_path)
     assert (first.why, first.stop, first.save, first.requeue, first.queue, first.start) == (

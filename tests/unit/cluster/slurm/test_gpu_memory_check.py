@@ -7,9 +7,7 @@ import pytest
 import yaml
 
 from cluster.site import GPU, Site
-from cluster.slurm import client, gpu_memory_check
-from cluster.slurm import submit as jobs
-from cluster.slurm.gpu_memory_check import GIB, check_gpu_memory
+from cluster.slurm.gpu_memory_check import GIB, check_gpu_memory, smaller_settings
 from pipeline.cost.memory import estimate_peak
 from pipeline.errors import LaunchError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
@@ -70,7 +68,7 @@ def test_each_remedy_is_one_that_the_recipe_has_not_taken(chain, sections, remed
     recipe = changed(chain.stages["intermediate"], evaluation={"batch": 1}, **sections)
     if not recipe.model.checkpointing:
         remedies = ["model.checkpointing=true", *remedies]
-    assert list(gpu_memory_check._remedies(recipe, evaluating=False)) == remedies
+    assert list(smaller_settings(recipe, evaluating=False)) == remedies
 
 
 def test_an_evaluation_that_does_not_fit_needs_a_smaller_batch(chain):
@@ -119,10 +117,10 @@ def test_an_estimate_that_cannot_be_made_is_told_and_refuses_nothing(chain, monk
     )
 
 
-def test_submit_shows_it_and_refuses_before_anything_is_queued(recipe_file, chain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(client, "run_command", lambda *_, **__: "")
-    monkeypatch.setattr(jobs, "check_with_slurm", lambda *_: None)
-    monkeypatch.setattr(jobs.JobScript, "submit", lambda _: "7")
+def test_submit_shows_it_and_refuses_before_anything_is_queued(recipe_file, chain, tmp_path, fake_slurm, capsys):
+    fake_slurm.answer("squeue", "")
+    fake_slurm.answer("scontrol", "PartitionName=gpu Default=YES State=UP MaxTime=UNLIMITED")
+    fake_slurm.answer("sbatch", "Submitted batch job 7")
     path, run = tmp_path / "site.yaml", tmp_path / "run"
 
     def at(gib: float, **options: bool) -> tuple[str, str]:
