@@ -1,8 +1,8 @@
 """Processes that start at once: forked from a server that has imported what takes seconds to import.
 
 `start_fcmae` runs the command in such a process, which forks its ranks in turn. They are real processes, with sessions,
-signals and exit codes of their own; only their imports are done before. Tests of the start-up itself, and one run of
-the whole chain, start an interpreter for each process: `tests.support.fcmae_anew`.
+signals and exit codes of their own; only their imports are done before. Where the start-up itself is tested, and in one
+run (`tests.support.fcmae_anew`), an interpreter is started for each process.
 """
 
 import json
@@ -53,11 +53,13 @@ def fork_rank(launcher: LocalLauncher, stage_directory: Path, environment: Mappi
 
 
 def _be_a_rank(stage_directory: Path, environment: Mapping[str, str], log: int) -> None:
+    from pipeline.tracking.startup import startup
     from tests import faulty_rank
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _settle(environment, log, log)
+    startup.__init__()  # it counts from the start of the process
     sys.argv = ["pipeline.run", str(stage_directory)]
     faulty_rank.main()
 

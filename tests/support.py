@@ -1,6 +1,7 @@
 """A tiny chain on images made here: seconds long, and every part of the real one in it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -122,9 +123,12 @@ def fcmae(*arguments: object, timeout_seconds: float = 300, **environment: str) 
         return subprocess.CompletedProcess(arguments, process.returncode, out, error)
 
 
-def fcmae_anew(*arguments: object, timeout_seconds: float = 300) -> subprocess.CompletedProcess[str]:
+def fcmae_anew(
+    *arguments: object, timeout_seconds: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The command as a person runs it: an interpreter is started for it, and for each of its ranks."""
-    return subprocess.run([*FCMAE, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_seconds)
+    command, environment = [*FCMAE, *map(str, arguments)], {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
 
 
 def wait_for_step(stage: Path, step: int, attempt: int = 1, timeout_seconds: float = 400) -> None:

@@ -17,7 +17,6 @@ from tests.processes import Forked, run_stage, start_fcmae
 from tests.support import (
     FCMAE,
     fcmae,
-    fcmae_anew,
     make_tiny_run,
     wait_for_step,
     weights_sha256,
@@ -38,10 +37,10 @@ def start(recipe: Path, run: Path, nproc: int, hold: dict[str, int]) -> Forked:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Path, Path]:
-    """A recipe, and its run on two ranks that nothing disturbed, with an interpreter for each process."""
+    """A recipe, and its run on two ranks that nothing disturbed."""
     directory = tmp_path_factory.mktemp("chain")
     recipe = write_tiny_recipe(directory, ["defaults.tracking.log_every_steps=1", "defaults.tracking.mlflow=true"])
-    done = fcmae_anew("run", recipe, "--out", directory / "run", "--nproc", 2)
+    done = fcmae("run", recipe, "--out", directory / "run", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     return recipe, directory / "run"
 

@@ -1,8 +1,6 @@
 """FSDP and ZeRO against DDP in real processes: the same curve, the same checkpoint, nothing changed by a bad step."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from pipeline.distributed.world import World
 from tests.engines import ENGINES, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
-from tests.ranks import on_ranks
+from tests.ranks import in_processes, on_ranks
 
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 
@@ -142,13 +140,12 @@ def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
     assert other == []
 
 
+def losses_alone() -> int:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return len(train(World.join("cpu", threads=1), stage_recipe("finetune", "zero3"), range(1)).losses)
+
+
 def test_deepspeed_alone_needs_no_launcher():
     """A world of one without a launcher's variables."""
-    code = (
-        "import os; from pipeline.distributed.world import World; from tests.engines import stage_recipe, train;"
-        "run = train(World.join('cpu', threads=1), stage_recipe('finetune', 'zero3'), range(1));"
-        "print(len(run.losses), flush=True); os._exit(0)"
-    )
-    variables = {name: value for name, value in os.environ.items() if not name.endswith("RANK")}
-    answer = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=400)
-    assert answer.stdout == "1\n", answer.stderr
+    assert in_processes([{}], losses_alone) == [1]

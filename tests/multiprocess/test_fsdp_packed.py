@@ -2,18 +2,18 @@
 
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.distributed.world import World
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
 from pipeline.sparse import Masked, Packed, VisibleCells, find_layout
+from tests.ranks import on_ranks
 
 LAYOUTS = {
     "packed": Packed,
@@ -49,9 +49,7 @@ def run(encoder: nn.Module, name: str, rank: int) -> tuple[Tensor, dict[str, Ten
     return y.detach(), {name: parameter.grad for name, parameter in encoder.named_parameters()}
 
 
-def run_rank(rank: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def sharded_results(world: World, names: list[str]) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
     encoder = build()
     for block in blocks(encoder):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -60,23 +58,21 @@ def run_rank(rank: int, folder: str, names: list[str]) -> None:
     register_fsdp_forward_method(encoder, "features")
     found = {}
     for name in names:
-        y, gradients = run(encoder, name, rank)
-        found[name] = y, {n: gradient.full_tensor() for n, gradient in gradients.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        y, gradients = run(encoder, name, world.rank)
+        found[name] = y.numpy(), {n: gradient.full_tensor().numpy() for n, gradient in gradients.items()}
+    return found
 
 
-def test_sharded_and_checkpointed_equals_plain_to_the_bit(tmp_path: Path):
+def test_sharded_and_checkpointed_equals_plain_to_the_bit():
     names = list(LAYOUTS)
-    mp.spawn(run_rank, (str(tmp_path), names), nprocs=2)
+    sharded = on_ranks(2, sharded_results, names)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sharded = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in names:
         plain = [run(build(), name, rank) for rank in range(2)]
         for rank in range(2):
-            assert torch.equal(sharded[rank][name][0], plain[rank][0]), name
+            assert np.array_equal(sharded[rank][name][0], plain[rank][0]), name
             for parameter, gradient in sharded[rank][name][1].items():
                 expected = (plain[0][1][parameter] + plain[1][1][parameter]) / 2
-                assert torch.equal(gradient, expected), (name, parameter)
+                assert np.array_equal(gradient, expected), (name, parameter)
     torch.set_num_threads(threads)

@@ -2,77 +2,58 @@
 
 import os
 import socket
-import subprocess
-import sys
+import threading
+import time
 
 import pytest
 from torch.distributed import TCPStore
 
 from cluster.local import reserve_port
-
-SCRIPT = """
-import threading, time
 from pipeline.distributed.world import World
 from pipeline.errors import RetryableError
-world = World.join("cpu")
-say = lambda *words: print(*words, flush=True)
+from tests.ranks import on_ranks
 
-def slow():
-    time.sleep(1.5 * world.rank)
-    return world.rank
-say(world.on_every_rank(slow, lambda: False))
 
-def fail():
-    if world.rank == 1:
-        raise RetryableError("the disk of rank 1 is full")
-    threading.Event().wait()  # for ever
-try:
-    world.on_every_rank(fail, lambda: False)
-except RetryableError as error:
-    say(error)
+class OddError(Exception):
+    """With two arguments, as those of clients of object stores, so that it cannot be unpickled."""
 
-class OddError(Exception):  # as clients of object stores have them
-    def __init__(self, url, reason):
+    def __init__(self, url: str, reason: str):
         super().__init__(f"{url} says {reason}")
 
-def odd():
-    raise OddError("s3://bucket", "no")
-try:
-    world.on_main(odd)
-except Exception as error:
-    say("no" in str(error) and "s3://bucket" in str(error))
-try:
-    world.on_every_rank(odd if world.rank else lambda: None, lambda: False)
-except Exception as error:
-    say("no" in str(error) and "s3://bucket" in str(error))
 
-def forever():
-    threading.Event().wait()
-say(world.on_every_rank(forever, lambda: world.agree(world.rank) == 1))
-say(world.cores())
-"""
+def work_side_by_side(world: World) -> list[object]:
+    said: list[object] = []
+
+    def slow() -> int:
+        time.sleep(1.5 * world.rank)
+        return world.rank
+
+    said.append(world.on_every_rank(slow, lambda: False))
+
+    def fail() -> None:
+        if world.rank == 1:
+            raise RetryableError("the disk of rank 1 is full")
+        threading.Event().wait()  # for ever
+
+    with pytest.raises(RetryableError) as failed:
+        world.on_every_rank(fail, lambda: False)
+    said.append(str(failed.value))
+
+    def odd() -> None:
+        raise OddError("s3://bucket", "no")
+
+    with pytest.raises(Exception, match="s3://bucket says no"):
+        world.on_main(odd)
+    with pytest.raises(Exception, match="s3://bucket says no"):
+        world.on_every_rank(odd if world.rank else lambda: None, lambda: False)
+    said.append(world.on_every_rank(threading.Event().wait, lambda: world.agree(world.rank) == 1))
+    return [*said, world.cores()]
 
 
 def test_success_failure_and_stop_are_everyones():
-    with reserve_port() as meeting:
-        port = str(meeting.getsockname()[1])
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT],
-                env={**os.environ, **place, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            said = [rank.communicate(timeout=400)[0].splitlines() for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-    cores = str(max(len(os.sched_getaffinity(0)) // 2, 1))
-    assert said == [[str(rank), "the disk of rank 1 is full", "True", "True", "None", cores] for rank in range(2)]
+    cores = max(len(os.sched_getaffinity(0)) // 2, 1)
+    said = on_ranks(2, work_side_by_side)
+    assert said == [[rank, "the disk of rank 1 is full", None, cores] for rank in range(2)]
 
 
 def test_a_held_port_is_for_the_one_who_knows_of_it():

@@ -35,5 +35,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # So that tokens and channels need several programs, with a rest in the last.
     triton_depthwise.CHANNELS, triton_depthwise.SPLIT = 16, 32
-    dtype = getattr(torch, sys.argv[1])
-    print(json.dumps([errors(dtype, (2, 3), 3, 3, 20), errors(dtype, (3, 4), 7, 1, 5)]))
+    found = {}
+    for name in sys.argv[1:]:
+        dtype = getattr(torch, name)
+        found[name] = [errors(dtype, (2, 3), 3, 3, 20), errors(dtype, (3, 4), 7, 1, 5)]
+    print(json.dumps(found))

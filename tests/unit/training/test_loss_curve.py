@@ -2,16 +2,12 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.golden import FILE, TOLERANCE, differences
-
-ROOT = FILE.parents[1]
+from tests.golden import FILE, TOLERANCE, differences, measure
+from tests.ranks import in_processes
 
 
 @pytest.fixture
@@ -52,8 +48,4 @@ def test_other_data_other_lengths_and_a_missing_stage_are_told(golden):
 
 def test_the_demo_still_starts_with_these_losses(golden, tmp_path):
     """After a change that is meant: `python -m tests.golden --write`."""
-    command = [sys.executable, "-m", "tests.golden", "--write", "--to", str(tmp_path / "found.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=800)
-    assert ran.returncode == 0, ran.stderr
-    assert differences(golden, json.loads((tmp_path / "found.json").read_text())) == []
+    assert differences(golden, in_processes([{}], measure, tmp_path)[0]) == []
