@@ -21,8 +21,8 @@ demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy 
 demo-scratch: demo-data  ## the same fine-tuning without the pre-training, to compare
 	$(FCMAE) run recipes/demo-scratch.yaml --out runs/demo-scratch --nproc $(NPROC)
 
-demo-slurm: demo-data  ## the chain on a Slurm of its own, preempted, a node killed: the same bits? (SHORT=1: fewer steps)
-	.venv/bin/python -m tools.demo_slurm recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
+demo-slurm: demo-data  ## run the demo on a private Slurm, preempt it, kill a node, compare the bits (SHORT=1: fewer steps)
+	.venv/bin/python -m tests.chaos.slurm_demo recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
 	  --reference $(RUN)$(if $(SHORT),-short) $(if $(SHORT),--short)
 
 demo-data: setup

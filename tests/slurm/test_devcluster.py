@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from cluster.show.status import RunFollower, StageStatus
+from tests.chaos import slurm_demo
 from tests.slurm.brake import brake, release, with_brakes
 from tests.slurm.devcluster import COMMAND, partition_low, until_remembered, wait_for
 from tests.support import write_tiny_recipe
-from tools import cli, demo_slurm
+from tools import cli
 
 
 def run(*command: object) -> str:
@@ -69,7 +70,7 @@ def test_nodes_may_be_told_twice(slurm):
 @pytest.mark.slow
 def test_the_demonstration(slurm, tmp_path, monkeypatch):
     """Its stages wait for what it does to them, or would be done before on a quick machine."""
-    out, honest_fcmae, honest_until_training = tmp_path / "slurm", demo_slurm.fcmae, demo_slurm.until_training
+    out, honest_fcmae, honest_until_training = tmp_path / "slurm", slurm_demo.fcmae, slurm_demo.until_training
 
     def fcmae(command: str, *arguments: object) -> None:
         if command != "submit":
@@ -83,13 +84,13 @@ def test_the_demonstration(slurm, tmp_path, monkeypatch):
             release(out / stage)
         return found
 
-    monkeypatch.setattr(demo_slurm, "fcmae", fcmae)
-    monkeypatch.setattr(demo_slurm, "until_training", until_training)
+    monkeypatch.setattr(slurm_demo, "fcmae", fcmae)
+    monkeypatch.setattr(slurm_demo, "until_training", until_training)
     for name in ("OMP_NUM_THREADS", "SLURM_CONF"):
         monkeypatch.setenv(name, os.environ[name])  # it sets them, for good
     brake(out, pretrain=2, intermediate=2)
     changes = ("schedule.epochs=10", "checkpoint.every_steps=20", "tracking.log_every_steps=1")
     recipe = write_tiny_recipe(tmp_path, [f"stages.{s}.{c}" for s in ("pretrain", "intermediate") for c in changes])
-    demo_slurm.demonstrate(str(recipe), out, tmp_path / "reference", [])
-    with pytest.raises(demo_slurm.DemoError, match="exists; remove it"):
-        demo_slurm.demonstrate(str(recipe), out, tmp_path / "reference", [])
+    slurm_demo.demonstrate(str(recipe), out, tmp_path / "reference", [])
+    with pytest.raises(slurm_demo.DemoError, match="exists; remove it"):
+        slurm_demo.demonstrate(str(recipe), out, tmp_path / "reference", [])

@@ -1,6 +1,6 @@
 """Run the same chain twice, undisturbed on this machine and disturbed on a Slurm cluster, and compare the weights.
 
-    python -m tools.demo_slurm recipes/demo.yaml --out runs/demo-slurm --reference runs/demo
+    python -m tests.chaos.slurm_demo recipes/demo.yaml --out runs/demo-slurm --reference runs/demo
 
 This starts the cluster of tools/devcluster and submits the chain to two of its nodes. A job of higher priority preempts
 the first stage, and a node of the second stage loses power. Then the weights that each stage hands on are compared with
@@ -26,7 +26,7 @@ from cluster.site import load_site
 from pipeline.errors import UserError
 from pipeline.storage.file_names import ATTEMPTS_FOLDER
 
-DEVCLUSTER = Path(__file__).parent / "devcluster"
+DEVCLUSTER = Path(__file__).parents[2] / "tools" / "devcluster"
 SITE = "devcluster"
 WAIT_SECONDS = 3600
 # A few steps of each stage, instead of ten minutes. The gates are off because they were measured for whole stages.
@@ -45,7 +45,7 @@ class DemoError(UserError):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo_slurm", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.slurm_demo", description=__doc__.partition("\n\n")[0])
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True, help="run directory of the chain on Slurm")

@@ -4,8 +4,8 @@ import pytest
 
 from cluster.show.status import RunFollower
 from cluster.slurm.job_history import note_job_event
+from tests.chaos.slurm_demo import DemoError, until_training, wait_until
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
-from tools.demo_slurm import DemoError, until_training, wait_until
 
 
 def test_a_lost_stage_is_told_with_where_to_look(tmp_path):
