@@ -19,7 +19,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import HEALTH_FOLDER
 from pipeline.tracking.startup import startup
-from pipeline.training.failures import classify_error, exit_rank, is_full_disk, is_out_of_memory
+from pipeline.training.failures import classify_error, exit_rank, is_explained
 from pipeline.training.trainer import Training
 
 
@@ -47,8 +47,7 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
         outcome = classify_error(error)
         with suppress(OSError):  # a full disk may be the error
             stage.attempts.record(outcome)
-        explained = isinstance(error, UserError) or is_out_of_memory(error) or is_full_disk(error)
-        if outcome.kind is OutcomeKind.PERMANENT and not explained:
+        if outcome.kind is OutcomeKind.PERMANENT and not is_explained(error):
             raise
         return outcome
     stage.attempts.record(outcome)

@@ -159,7 +159,7 @@ class Attempts:
         return None
 
     def record(self, outcome: Outcome) -> None:
-        """Record how this attempt ended. The first rank to record wins, because the others fail for want of it."""
+        """Record how this attempt ended. The first rank to record wins, because later ranks fail as a consequence."""
         if self.own is None:
             return
         with suppress(FileExistsError):

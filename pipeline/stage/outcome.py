@@ -32,8 +32,8 @@ class SrunCode(IntEnum):
     """Exit codes of a rank under srun. srun returns the largest of all ranks, and 1 for its own failures, so the codes
     are larger than 1 and a permanent failure of one rank outranks a crash of another."""
 
-    ENDED = 0
-    CRASHED = 70
+    DONE = SAVED = 0
+    BAD_NODE = CRASHED = 70
     PERMANENT = 78
 
 
@@ -51,10 +51,7 @@ class OutcomeKind(StrEnum):
 
     @property
     def srun_code(self) -> SrunCode:
-        return _SRUN_CODES.get(self, SrunCode.ENDED)
-
-
-_SRUN_CODES = {OutcomeKind.BAD_NODE: SrunCode.CRASHED, OutcomeKind.PERMANENT: SrunCode.PERMANENT}
+        return SrunCode[self.name]
 
 
 @dataclass(frozen=True)

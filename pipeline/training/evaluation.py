@@ -1,7 +1,7 @@
 """Evaluate a model over all ranks: every image counts once, on any number of ranks."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,18 +11,7 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch
 from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
-
-
-class ModelOwner(Protocol):
-    """Holds the model that is evaluated: an engine, or a `FixedModel`."""
-
-    world: World
-
-    def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """Yield the model in evaluation mode, without gradients."""
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Move the images and labels of a batch to the model's device."""
+from pipeline.engines import Engine
 
 
 class Scorer(Protocol):
@@ -37,7 +26,7 @@ class Scorer(Protocol):
 
 @dataclass
 class FixedModel:
-    """A model that is not trained, on the device of `world`; `bf16` turns autocast on."""
+    """A model that is evaluated without an engine, on the device of `world`; `bf16` turns autocast on."""
 
     model: nn.Module
     world: World
@@ -56,7 +45,7 @@ class FixedModel:
 
 
 def evaluate(
-    owner: ModelOwner,
+    owner: Engine | FixedModel,
     scorer: Scorer,
     feed: EvaluationFeed,
     should_stop: Callable[[], bool] = lambda: False,
@@ -65,6 +54,7 @@ def evaluate(
     """Compute the metrics of the weights that are handed on; None if the ranks agreed to stop. Collective.
 
     Args:
+        owner: holds the model.
         should_stop: the same answer on all ranks; asked before each batch.
         on_first_batch: gets the model and this rank's first batch, as for pictures.
     """

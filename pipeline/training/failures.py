@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypeGuard
 
+import torch
+
 from pipeline.errors import RetryableError, UserError, first_line
 from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage.directory import Stage
@@ -32,37 +34,27 @@ def classify_error(error: BaseException) -> Outcome:
         return Outcome(OutcomeKind.BAD_NODE, str(error))
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")
-    if is_broken_device(error):
+    # A kernel's assertion fails on every machine, as for a label out of range; other errors of a GPU may not.
+    if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT:
         return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {first_line(error)}")
-    if is_out_of_memory(error):
+    if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
-        remedy += "share the state out with engine.kind fsdp"
+        remedy += "shard the state with engine.kind fsdp"
         return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({first_line(error)})")
-    if is_full_disk(error):
+    if _is_full_disk(error):
         where = f"{error.filename}: " if error.filename else ""
         return Outcome(OutcomeKind.PERMANENT, f"{where}{error.strerror}; make room, then start the stage again")
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return Outcome(OutcomeKind.PERMANENT, reason)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU ran out of memory."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
+def is_explained(error: BaseException) -> bool:
+    """Whether the reason that `classify_error` gives is enough for a person, so that a traceback adds nothing."""
+    return isinstance(error, (UserError, torch.OutOfMemoryError)) or _is_full_disk(error)
 
 
-def is_full_disk(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a disk is full, or a quota used up."""
+def _is_full_disk(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def is_broken_device(error: BaseException) -> bool:
-    """Whether a GPU failed, so that another machine may succeed."""
-    import torch
-
-    # A kernel's assertion fails on every machine, as for a label out of range.
-    return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Engines are built without values and filled: the weights are those of the plain model, to the bit, on any ranks."""
+"""Engines allocate the model first and fill it then: the weights equal the plain model's to the bit on any ranks."""
 
 import sys
 
@@ -20,8 +20,8 @@ CASES = [
 
 
 def differing(world: World) -> dict[str, list[str]]:
-    """By case: the names of tensors that are not those of the plain model."""
-    found = {}
+    """By case: the names of the tensors that differ from the plain model's."""
+    differences = {}
     for stage, settings in CASES:
         recipe = stage_recipe(stage, settings, model={"response": "bn"})
         objective = create_objective(recipe, seed=4)
@@ -30,14 +30,14 @@ def differing(world: World) -> dict[str, list[str]]:
         if world.is_main:
             assert gathered.keys() == plain.keys()
             other = [name for name, t in plain.items() if not torch.equal(t.to(gathered[name]), gathered[name])]
-            found[f"{stage} {settings}"] = other
-    return found
+            differences[f"{stage} {settings}"] = other
+    return differences
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_weights_are_those_of_the_plain_model(ranks):
-    found = on_ranks(ranks, differing)[0]
-    assert found == {f"{stage} {settings}": [] for stage, settings in CASES}
+    differences = on_ranks(ranks, differing)[0]
+    assert differences == {f"{stage} {settings}": [] for stage, settings in CASES}
 
 
 def test_each_weight_is_drawn_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""One optimizer step, in a world of one: what it computes must not depend on how it is cut up."""
+"""Optimizer steps on one rank: the result does not depend on how the batch is cut into micro-batches."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a user may tell DeepSpeed beside the recipe, and how another version is met. No DeepSpeed runs."""
+"""`engine.deepspeed` may set all that the recipe does not, and another version is refused. DeepSpeed does not run."""
 
 import importlib.metadata
 
@@ -11,26 +11,26 @@ from pipeline.errors import RecipeError
 from tests.engines import stage_recipe
 
 
-def settings(**mine):
-    return deepspeed_config(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": mine}), 2)
+def config(**user):
+    return deepspeed_config(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": user}), 2)
 
 
 def test_batch_clipping_and_stage_are_the_recipes():
-    found = settings()
-    assert found["train_batch_size"] == 32
-    assert found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * 2 == 32
-    assert found["gradient_clipping"] == 5.0
-    assert found["zero_optimization"]["stage"] == 3
+    made = config()
+    assert made["train_batch_size"] == 32
+    assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 2 == 32
+    assert made["gradient_clipping"] == 5.0
+    assert made["zero_optimization"]["stage"] == 3
 
 
 def test_other_settings_are_passed_on():
-    found = settings(wall_clock_breakdown=True, zero_optimization={"overlap_comm": True, "sub_group_size": 1000})
-    assert found["wall_clock_breakdown"]
-    assert found["zero_optimization"] == {"overlap_comm": True, "sub_group_size": 1000, "stage": 3}
+    made = config(wall_clock_breakdown=True, zero_optimization={"overlap_comm": True, "sub_group_size": 1000})
+    assert made["wall_clock_breakdown"]
+    assert made["zero_optimization"] == {"overlap_comm": True, "sub_group_size": 1000, "stage": 3}
 
 
 @pytest.mark.parametrize(
-    ("mine", "sentence"),
+    ("user", "sentence"),
     [
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is set by batch.micro_slots"),
         ({"fp16": {"enabled": True}}, "fp16 is set by engine.precision"),
@@ -40,9 +40,9 @@ def test_other_settings_are_passed_on():
         ({"zero_optimization": True}, "give a mapping of settings"),
     ],
 )
-def test_what_the_recipe_says_is_refused_by_name(mine, sentence):
+def test_what_the_recipe_says_is_refused_by_name(user, sentence):
     with pytest.raises(RecipeError, match=sentence):
-        settings(**mine)
+        config(**user)
 
 
 @pytest.mark.parametrize(

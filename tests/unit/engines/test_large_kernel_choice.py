@@ -1,4 +1,4 @@
-"""A stage's choice of forms is made once: a resume takes what is noted."""
+"""A stage chooses the forms of its large kernels once, and a resume reads the choice."""
 
 import json
 

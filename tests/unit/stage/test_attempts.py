@@ -45,7 +45,7 @@ def test_a_live_owner_is_respected_and_a_dead_one_is_not(stage):
 
 
 def foreign(stage, heartbeat_seconds=10.0):
-    """The last attempt, as if another machine's process had taken it, and had said to beat so often."""
+    """Rewrite the newest attempt as one of another machine with this heartbeat."""
     path = stage.directory / "attempts" / f"{stage.attempts.newest():06d}.json"
     entry = {"host": "elsewhere", "heartbeat_seconds": heartbeat_seconds}
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
@@ -55,7 +55,7 @@ def test_a_beating_owner_elsewhere_is_respected_and_a_silent_one_taken_over(stag
     stage.attempts.heartbeat_seconds = 0.2
     stage.attempts.claim(world_size=1)
     with stage.attempts.heartbeat():
-        foreign(stage, heartbeat_seconds=60)  # it beats sooner, and a beat may be late on a busy machine
+        foreign(stage, heartbeat_seconds=60)  # longer than the heartbeat, which may be late on a busy machine
         with pytest.raises(StageError, match=r"is being run by process \d+ on elsewhere"):
             Stage(stage.directory).attempts.claim(world_size=1)
     foreign(stage, heartbeat_seconds=0.2)
@@ -70,7 +70,7 @@ def test_a_requeued_job_takes_over_at_once(stage, monkeypatch):
     with stage.attempts.heartbeat():
         foreign(stage)
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it watches for heartbeats"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for heartbeats"))
         assert Stage(stage.directory).attempts.claim(world_size=1) == 2
 
 
@@ -84,7 +84,7 @@ def test_an_owner_that_said_how_it_ended_is_gone(stage):
 
 def test_of_two_that_come_at_the_same_moment_one_gets_the_stage(stage, monkeypatch):
     other = Stage(stage.directory)
-    monkeypatch.setattr(other.attempts, "newest", lambda: 0)  # it has looked before the first one took it
+    monkeypatch.setattr(other.attempts, "newest", lambda: 0)  # it looked before the other one claimed the stage
     stage.attempts.claim(world_size=1)
     with pytest.raises(StageError, match="at the same moment"):
         other.attempts.claim(world_size=1)

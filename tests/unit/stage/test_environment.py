@@ -1,4 +1,4 @@
-"""What a run notes of its surroundings, from real repositories and this machine."""
+"""A run describes its code and machine: tested with real repositories and this machine."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,7 @@ from pipeline.stage.environment import SNAPSHOT, describe_commit, describe_machi
 
 @pytest.fixture(autouse=True)
 def _plain_git(monkeypatch):
-    """A person's settings may sign commits, which asks for a passphrase, or run hooks."""
+    """Ignore the user's git settings, which may sign commits or run hooks."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
@@ -39,7 +39,7 @@ def test_the_commit_and_what_differs_from_it(tmp_path):
     assert describe_commit(tmp_path) == {"sha": sha, "changed_files": 2}
     inner = tmp_path / "site-packages"
     inner.mkdir()
-    assert describe_commit(inner) == {}  # somebody else's checkout around an installed package
+    assert describe_commit(inner) == {}  # another project's checkout around an installed package
 
 
 def test_a_copy_of_the_code_remembers_its_commit(tmp_path):

@@ -1,4 +1,4 @@
-"""What an error means for the stage."""
+"""Each kind of error leads to its outcome."""
 
 import errno
 
@@ -10,7 +10,7 @@ from pipeline.training.failures import classify_error
 
 
 def device_error(message: str, code: int) -> torch.AcceleratorError:
-    """As torch makes it of CUDA's: the code is an attribute."""
+    """A CUDA error as torch raises it, with its code."""
     error = torch.AcceleratorError(message)
     error.error_code = code
     return error

@@ -1,4 +1,4 @@
-"""Weights of others, and of a model with another normalisation, into a stage: every tensor accounted for."""
+"""A stage starts from foreign weights, or from a model with another normalisation; every tensor is accounted for."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def world():
 
 @pytest.fixture
 def begin(tmp_path, world):
-    """(stage, overrides) -> its stage, engine and objective, at the weights it starts with."""
+    """Make a stage by name, with its engine and objective, at its initial weights."""
 
     def make(name, *overrides):
         recipe = load_recipe(write_tiny_recipe(tmp_path), [*FOUR_STAGES, *overrides]).stages[name]
@@ -46,7 +46,7 @@ def begin(tmp_path, world):
 
 @pytest.fixture
 def pretrained(begin, tmp_path):
-    """FCMAE weights of ours, none of their tensors as any model starts."""
+    """A file of FCMAE weights, and its tensors; no tensor has the initial value of any model."""
     stage, engine, _ = begin("pretrain")
     with torch.no_grad():
         for number, tensor in enumerate(engine.items().values()):
@@ -80,9 +80,9 @@ def test_an_encoder_goes_back_into_pre_training_with_a_new_decoder(begin, pretra
     before = {name: tensor.clone() for name, tensor in engine.items().items()}
     received = handoff.receive(stage, engine, objective, CLASSES)
     for name, tensor in engine.items().items():
-        taken = name.startswith("encoder.")
-        assert torch.equal(tensor, expected[name] if taken else before[name])
-        assert (name in received.transfer.initialised) != taken
+        loaded = name.startswith("encoder.")
+        assert torch.equal(tensor, expected[name] if loaded else before[name])
+        assert (name in received.transfer.initialised) != loaded
 
 
 def test_other_weights_under_the_same_name_are_refused(begin, pretrained, tmp_path):

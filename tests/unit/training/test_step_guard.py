@@ -1,4 +1,4 @@
-"""What the guard refuses, when it asks for a rollback, and that all it knows is in its state."""
+"""The guard refuses bad steps and asks for rollbacks, and its state holds all that it needs for that."""
 
 import math
 
