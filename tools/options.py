@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, each with its help text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,18 @@ Processes = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+def file_option(help: str) -> Any:
+    """An option that takes a file."""
+    return typer.Option(metavar="FILE", help=help)
+
+
+def pixels_option(help: str) -> Any:
+    """An option that takes a number of pixels."""
+    return typer.Option(min=1, metavar="PIXELS", help=help)
+
+
 EntryKey = Annotated[
-    str | None,
-    typer.Option(metavar="KEY", help="Which entry of a checkpoint file to read, such as model_ema or state_dict."),
+    str | None, typer.Option(metavar="KEY", help="The entry of a checkpoint file to read, such as model_ema.")
 ]

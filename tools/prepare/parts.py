@@ -11,13 +11,14 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class PartFolder:
 
     def _make(self, number: int, items: Sequence[Item]) -> None:
         images, notes = [], []
-        with _Aside(self._data(number)) as data:
+        with _written_whole(self.data_file(number)) as data:
             for item in items:
                 stored = self._store(item)
                 if isinstance(stored, Note):
@@ -101,21 +102,18 @@ class PartFolder:
                 if stored.note:
                     notes.append(Note(item.name, "stored", stored.note))
         text = np.frombuffer(json.dumps(notes).encode(), np.uint8)
-        with _Aside(self._description(number)) as file:
+        with _written_whole(self._description(number)) as file:
             np.savez(file, images=np.array(images, STORED), notes=text)
 
     def read(self, number: int) -> Part:
         """Read a finished part, with its bytes unless they are already in the growing file."""
         with np.load(self._description(number)) as content:
             images, notes = content["images"], [Note(*note) for note in json.loads(content["notes"].tobytes())]
-        data = self._data(number)
+        data = self.data_file(number)
         return Part(images, notes, data.read_bytes() if data.exists() else None)
 
     def is_made(self, number: int) -> bool:
         return self._description(number).exists()
-
-    def delete_bytes(self, number: int) -> None:
-        self._data(number).unlink(missing_ok=True)
 
     def _store(self, item: Item) -> Stored | Note:
         if isinstance(item.place, str):
@@ -129,30 +127,22 @@ class PartFolder:
         stored = encode(content, item.name, self.encoding)
         return Note(item.name, "left out", stored) if isinstance(stored, str) else stored
 
-    def _data(self, number: int) -> Path:
+    def data_file(self, number: int) -> Path:
         return self.directory / f"{number:06d}.data"
 
     def _description(self, number: int) -> Path:
         return self.directory / f"{number:06d}.npz"
 
 
-class _Aside:
+@contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
     """Write a file under another name, sync it to disk and rename it, so it is never seen half-written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self):
-        self.file = open(self.path.with_name(self.path.name + ".new"), "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.file.name, self.path)
+    aside = path.with_name(path.name + ".new")
+    with open(aside, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int) -> Iterator[int]:
@@ -162,28 +152,25 @@ def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int
             folder.make(number, items)
             yield number
         return
-    with ExitStack() as stack:
-        # spawn, because fork would copy the locks of an object store's threads in an undefined state.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending: deque[tuple[int, Future | None]] = deque()
-        ahead = 4 * workers
-        for number in range(len(parts) + ahead):
-            if number < len(parts):
-                made = folder.is_made(number)
-                pending.append((number, None if made else pool.submit(_make, number, parts[number])))
-            if len(pending) > ahead or (number >= len(parts) and pending):
-                first, future = pending.popleft()
-                try:
-                    if future is not None:
-                        future.result()
-                except BrokenProcessPool:
-                    raise DataError(
-                        "a worker process was killed, perhaps for lack of memory; the same command with fewer --workers"
-                        " continues from here"
-                    ) from None
-                yield first
+    # spawn, because fork would copy the locks of an object store's threads in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
+    tasks = ((n, None if folder.is_made(n) else pool.submit(_make, n, items)) for n, items in enumerate(parts))
+    try:
+        pending = deque(islice(tasks, 4 * workers))
+        while pending:
+            pending.extend(islice(tasks, 1))
+            number, future = pending.popleft()
+            if future is not None:
+                future.result()
+            yield number
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for lack of memory; the same command with fewer --workers continues"
+            " from here"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _folder: PartFolder

@@ -81,16 +81,10 @@ def prepare_beton(
     folder = PartFolder(directory, images.reader, encoding, exclusion)
     with _locked_folder(directory, destination, _hash_plan(images, exclusion, settings, part_samples)) as data:
         if data.exists():
-            writer = BetonWriter(
-                destination,
-                images.classes,
-                len(images.items),
-                settings=settings,
-                class_descriptions=images.descriptions,
-                overwrite=overwrite,
-                partial=data,
-            )
-            with writer:
+            with BetonWriter(
+                destination, images.classes, len(images.items), settings=settings,
+                class_descriptions=images.descriptions, overwrite=overwrite, partial=data,
+            ) as writer:  # fmt: skip
                 notes = _append_parts(writer, folder, parts, workers, progress)
                 _write_report(destination, images, notes)
                 if on_bad == "refuse":
@@ -111,7 +105,7 @@ def _append_parts(
         writer.add_run(part.images, part.content)
         if part.content is not None:
             writer.sync()
-            folder.delete_bytes(number)
+            folder.data_file(number).unlink(missing_ok=True)
         notes += part.notes
         done += len(parts[number])
         progress(done, total)
@@ -131,9 +125,8 @@ def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) 
 
 def _hash_plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_samples: int) -> str:
     """A hash of everything that the parts depend on."""
-    digest = hashlib.sha256(
-        json.dumps([source.stamp, source.classes, source.descriptions, settings, part_samples], sort_keys=True).encode()
-    )
+    facts = [source.stamp, source.classes, source.descriptions, settings, part_samples]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for item in source.items:
         digest.update(f"{item.name}\0{item.label}\n".encode(errors="surrogateescape"))
     for excluded in sorted(exclusion.digests):
@@ -161,9 +154,7 @@ def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Pa
         earlier = known.read_text() if known.exists() else None
         strangers = sorted({path.name for path in directory.iterdir()} - {"data", "plan.new"})
         if earlier is None and strangers:
-            raise DataError(
-                f"{directory} holds {strangers[0]}, which `fcmae prepare` did not write; move the folder away"
-            )
+            raise DataError(f"{directory} holds {strangers[0]}, a file of another program; move the folder away")
         if earlier != plan or not (data.exists() or destination.exists()):
             _empty_folder(directory)
             data.touch()

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 def run_here(
     recipe: RecipeName,
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR", help="The run directory: a path, or a URL such as s3://... If it exists, it resumes."
-        ),
-    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The run directory or its URL. If it exists, it resumes.")],
     overrides: Overrides = None,
     nproc: Processes = 1,
 ) -> None:
@@ -64,11 +59,12 @@ def run_here(
         outcome = run_chain(stages, launcher.run)
     if run_files:
         run_files.push()
-    if outcome.kind is OutcomeKind.SAVED:
-        print(f"fcmae: {outcome.reason}; everything is saved, the same command resumes it", file=sys.stderr)
-        raise typer.Exit(outcome.kind.exit_code)
-    if outcome.kind is OutcomeKind.BAD_NODE:
-        print(f"fcmae: {outcome.reason}; the same command resumes from the last checkpoint", file=sys.stderr)
+    remedies = {
+        OutcomeKind.SAVED: "everything is saved, the same command resumes it",
+        OutcomeKind.BAD_NODE: "the same command resumes from the last checkpoint",
+    }
+    if remedy := remedies.get(outcome.kind):
+        print(f"fcmae: {outcome.reason}; {remedy}", file=sys.stderr)
         raise typer.Exit(outcome.kind.exit_code)
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
@@ -101,9 +97,8 @@ def submit_run(
     if dry_run:
         planned = jobs.plan_jobs(chain, run, profile, ask_slurm=False, start=start)
         for needed in jobs.check_planned(planned).values():  # on stderr, because the scripts are printed to the letter
-            print(
-                needed.warning or f"stage {needed.stage}: {needed} GiB of a {needed.gpu} by estimate", file=sys.stderr
-            )
+            estimate = f"stage {needed.stage}: {needed} GiB of a {needed.gpu} by estimate"
+            print(needed.warning or estimate, file=sys.stderr)
         for text in jobs.job_scripts(planned, code_snapshot_path(run)):
             print(text)
         return

@@ -91,9 +91,8 @@ def _check_checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPat
     if manifest is None:
         return CheckedPath(str(folder), False, "; ".join(problems))
     size = sum(record.bytes for record in manifest.files.values())
-    return CheckedPath(
-        str(folder), True, f"{len(manifest.files)} files, {size:,} bytes, {manifest.facts.get('why', '')}"
-    )
+    why = manifest.facts.get("why", "")
+    return CheckedPath(str(folder), True, f"{len(manifest.files)} files, {size:,} bytes, {why}")
 
 
 def _check_stages(directory: Path) -> Iterator[CheckedPath]:

@@ -1,6 +1,5 @@
 """`fcmae checkpoint`: list the checkpoints of a stage, export weights from one, delete old ones."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +56,7 @@ def export_checkpoint(
     from tools.weights.checkpoint_weights import read_checkpoint_weights
 
     if destination.exists() and not overwrite:
-        raise CheckpointError(f"{destination} exists; choose another name, or give --overwrite")
+        raise CheckpointError(f"{destination} exists already; name another file, or give --overwrite")
     tensors, facts = read_checkpoint_weights(checkpoint, ema)
     name = Folder.at(checkpoint).path.rpartition("/")[2]
     facts = {"checkpoint": name, "weights": "ema" if ema else "model", **facts}
@@ -76,46 +75,41 @@ def prune_checkpoints(
     """Delete old checkpoints. The best and the final one stay; all stay while the newest is damaged."""
     import torch.distributed as dist
 
-    from pipeline.checkpoint import retention
+    from pipeline.checkpoint.retention import checkpoints_to_keep, prune_store
     from pipeline.checkpoint.store import CheckpointStore
     from pipeline.stage.directory import Stage
-    from pipeline.tracking import journal
+    from pipeline.tracking.journal import read_events
     from pipeline.training.saving import best_evaluation
 
     opened, folder = Stage(stage), _checkpoints_of(stage)
     opened.attempts.check_free()
     metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
-    best = best_evaluation(journal.read_events(opened.directory / JOURNAL_FILE), metric)
+    best = best_evaluation(read_events(opened.directory / JOURNAL_FILE), metric)
     done = opened.done()
     steps = ({best[0]} if best else set()) | ({done.step} if done else set())
-    with tempfile.TemporaryDirectory() as meeting:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting", rank=0, world_size=1)
-        try:
-            current = opened.attempts.newest()
-            store = CheckpointStore(
-                folder.url,
-                attempt=current,
-                group=dist.group.WORLD,
-                still_current=lambda: opened.attempts.newest() == current,
-                facts={},
-                on_event=print,
-            )
+    rules = {"keep_last": keep_last, "keep_every": keep_every, "keep_steps": steps}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        attempt = opened.attempts.newest()
+        store = CheckpointStore(
+            folder.url,
+            attempt=attempt,
+            group=dist.group.WORLD,
+            still_current=lambda: opened.attempts.newest() == attempt,
+            facts={},
+            on_event=print,
+        )
+        if yes:
+            superfluous = prune_store(store, **rules)
+        else:
             names = store.committed()
-            keep = (
-                retention.checkpoints_to_keep(names, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
-                if names
-                else ()
-            )
-            if yes:
-                gone = retention.prune_store(store, keep_last=keep_last, keep_every=keep_every, keep_steps=steps)
-            else:
-                gone = [str(name) for name in names if name not in keep]
-        finally:
-            dist.destroy_process_group()
-    for name in gone:
+            superfluous = sorted(set(names) - checkpoints_to_keep(names, **rules)) if names else []
+    finally:
+        dist.destroy_process_group()
+    for name in superfluous:
         print(f"{'deleted' if yes else 'would delete'} {name}")
-    if not yes and gone:
-        print("give --yes to do it")
+    if not yes and superfluous:
+        print("give --yes to delete")
 
 
 def _checkpoints_of(directory: Path) -> "Folder":
@@ -123,5 +117,5 @@ def _checkpoints_of(directory: Path) -> "Folder":
     from pipeline.training.saving import checkpoint_home
 
     if (directory / RECIPE_FILE).is_file() and not (directory / ATTEMPTS_FOLDER).exists():
-        raise StageError(f"{directory} is a run, or a stage that has not begun; name one of its stages that has")
+        raise StageError(f"{directory} is a run, or a stage that has not started; name a stage that has started")
     return checkpoint_home(Stage(directory))

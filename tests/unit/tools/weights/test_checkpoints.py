@@ -163,7 +163,7 @@ def test_they_are_listed(stage):
     listed = invoke("ls", stage.directory)
     assert listed.exit_code == 0
     assert listed.stdout.count("committed") == 4
-    assert "name one of its stages" in str(invoke("ls", stage.directory.parent).exception)
+    assert "name a stage that has started" in str(invoke("ls", stage.directory.parent).exception)
 
 
 @pytest.mark.parametrize("ema", [False, True])
