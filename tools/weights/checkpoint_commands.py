@@ -109,7 +109,7 @@ def prune_checkpoints(
     for name in superfluous:
         print(f"{'deleted' if yes else 'would delete'} {name}")
     if not yes and superfluous:
-        print("give --yes to delete")
+        print("give --yes to remove them")
 
 
 def _checkpoints_of(directory: Path) -> "Folder":
