@@ -64,7 +64,7 @@ class Engine(ABC):
         guard: decides whether a step is made; without one every step with a finite loss and gradient norm is.
     """
 
-    _sums_in_a_new_order_after_the_first_backward = False
+    _needs_warm_up = False
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         self.world, self.recipe = world, recipe
@@ -222,7 +222,7 @@ class Engine(ABC):
     def warm_up(self, batch: Batch, objective: Objective) -> None:
         """Run one discarded backward pass if the engine needs it, so that a fresh and a resumed run add in the same
         order."""
-        if self._sums_in_a_new_order_after_the_first_backward:
+        if self._needs_warm_up:
             self._buffers.begin()
             self._backward(self.to_device(batch), objective, 0, 1.0, last=True)
             self._discard_gradients()

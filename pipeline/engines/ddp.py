@@ -1,4 +1,4 @@
-"""DistributedDataParallel: the reference engine. A single process is a world of one of the same code."""
+"""DistributedDataParallel: the reference engine, also for a single process."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,9 @@ from pipeline.recipe import StageRecipe
 
 
 class DDPEngine(NativeEngine):
-    _sums_in_a_new_order_after_the_first_backward = True
+    """Keeps a whole replica of the model on each rank."""
+
+    _needs_warm_up = True  # DDP reorders its buckets, and so its sums, after the first backward
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         super().__init__(model, recipe, world, guard)

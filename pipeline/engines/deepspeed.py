@@ -24,6 +24,8 @@ from pipeline.recipe import StageRecipe
 
 
 class DeepSpeedEngine(Engine):
+    """Shards the model with ZeRO of `engine.zero_stage`."""
+
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         config = deepspeed_config(recipe, world.size)
         deepspeed = import_deepspeed(world.device, world.local_rank)

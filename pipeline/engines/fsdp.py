@@ -16,6 +16,8 @@ from pipeline.errors import RecipeError
 
 
 class FSDPEngine(NativeEngine):
+    """Shards the model with `fully_shard`, over all ranks or within groups of `engine.shard_ranks`."""
+
     def _place(self, model: nn.Module) -> nn.Module:
         settings = self.recipe.engine
         mesh = self._mesh()
