@@ -185,12 +185,7 @@ def check_limits() -> Iterator[CheckResult]:
 
 
 def _judge(
-    check: str,
-    passed: bool,
-    detail: str,
-    remedy: str,
-    value: float | None = None,
-    otherwise: Level = Level.WARNING,
+    check: str, passed: bool, detail: str, remedy: str, value: float | None = None, otherwise: Level = Level.WARNING
 ) -> CheckResult:
     """OK, or `otherwise` with the remedy."""
     return CheckResult(check, Level.OK if passed else otherwise, detail, "" if passed else remedy, value)

@@ -19,7 +19,7 @@ from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import create_objective
 from pipeline.training.step_guard import StepGuard
 from tools.bench.timing import quiet_clock, seconds_of
-from tools.bench.workload import noise_batch, stage_recipe
+from tools.bench.workload import random_batch, stage_recipe
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     recipe = stage_recipe("pretrain", "ddp", "convnextv2_atto", slot=16, image_size=64, checkpointing=False)
     objective = create_objective(recipe, seed=1)
     engine = create_engine(objective.build_model, recipe, world)
-    guard, batch, clock = StepGuard(recipe.health, world.device), noise_batch(recipe), quiet_clock(world.device)
+    guard, batch, clock = StepGuard(recipe.health, world.device), random_batch(recipe), quiet_clock(world.device)
     with tempfile.TemporaryDirectory() as folder, Watchdog(Path(folder), 0, 1, 600.0, print) as watchdog:
 
         def plain(step: int) -> None:

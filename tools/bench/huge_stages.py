@@ -20,7 +20,7 @@ from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe
 from tools.bench.timing import print_header, print_row
-from tools.bench.workload import ENGINES, STAGES, noise_batch, peak_memory_mib, run_ranks, stage_recipe
+from tools.bench.workload import ENGINES, STAGES, peak_memory_mib, random_batch, run_ranks, stage_recipe
 
 
 def train(world: World, recipe: StageRecipe, folder: Path, steps: range) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def train(world: World, recipe: StageRecipe, folder: Path, steps: range) -> dict
     lap("load")
     losses = []
     for step in steps:
-        batch = noise_batch(recipe, step, world.rank)
+        batch = random_batch(recipe, step, world.rank)
         report = engine.step([batch], objective, step=step, lr=1e-4, should_stop=lambda: False)
         assert report is not None
         assert report.accepted

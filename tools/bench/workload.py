@@ -66,7 +66,7 @@ def stage_recipe(stage: str, engine: str, model: str, ranks: int = 1, **changes:
     return StageRecipe.model_validate_json(json.dumps(recipe))
 
 
-def noise_batch(recipe: StageRecipe, step: int = 0, rank: int = 0) -> Batch:
+def random_batch(recipe: StageRecipe, step: int = 0, rank: int = 0) -> Batch:
     """A slot of random pixels and labels, different for each step and rank."""
     n, size = recipe.batch.slot, recipe.data.image_size
     generator = torch.Generator().manual_seed(100 * step + rank)
