@@ -7,7 +7,6 @@ models. Multiply-adds are those of convolutions and linear layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
@@ -35,40 +34,29 @@ def stage_kernels(size: int) -> tuple[int, int, int, int]:
     return (size, size, size, size) if size <= LAST_STAGE else (size, size - 2, size - 4, LAST_STAGE)
 
 
-def weights_per_channel(form: Form, size: int) -> int:
-    """Weights of all branches: K x K if square, K x N and N x K if decomposed; and N x N beside them if N < K."""
-    small = SHORT_EDGE**2 if size > SHORT_EDGE else 0
-    return (size * size if form == "square" else 2 * size * SHORT_EDGE) + small
-
-
-def branches(form: Form, size: int) -> int:
-    """Convolutions of a channel, each followed by a BatchNorm."""
-    return (1 if form == "square" else 2) + (size > SHORT_EDGE)
+def branch_kernels(form: Form, size: int) -> list[tuple[int, int]]:
+    """The convolutions of a channel: K x K if square, K x N and N x K if decomposed; and N x N beside them if N < K."""
+    large = [(size, size)] if form == "square" else [(size, SHORT_EDGE), (SHORT_EDGE, size)]
+    return [*large, *([(SHORT_EDGE, SHORT_EDGE)] if size > SHORT_EDGE else [])]
 
 
 def model_cost(
-    form: Form,
-    size: int,
-    depths: Sequence[int] = DEPTHS,
-    dims: Sequence[int] = DIMS,
-    image_size: int = 224,
-    classes: int = 1000,
+    form: Form, size: int, dims: Sequence[int] = DIMS, image_size: int = 224, classes: int = 1000
 ) -> ModelCost:
     """Cost of the skeleton with kernels of `stage_kernels(size)`, BatchNorm not folded."""
     side = image_size // 4
     parameters = (3 * 16 + 1 + 2) * dims[0]  # stem: convolution, bias, LayerNorm
     macs = 3 * 16 * dims[0] * side**2
-    for below, dim in pairwise(dims):
-        parameters += 2 * below + (4 * below + 1) * dim
-    for stage, (depth, dim, kernel) in enumerate(zip(depths, dims, stage_kernels(size), strict=True)):
+    for stage, (depth, dim, kernel) in enumerate(zip(DEPTHS, dims, stage_kernels(size), strict=True)):
         sites = (side >> stage) ** 2
-        depthwise = weights_per_channel(form, kernel) * dim
-        mlp = 8 * dim * dim
-        # BatchNorms, LayerNorm, the biases of both linear layers, layer scale
-        parameters += depth * (depthwise + mlp + (2 * branches(form, kernel) + 2 + 4 + 1 + 1) * dim)
-        macs += depth * (depthwise + mlp) * sites
-        if stage:
+        if stage:  # downsampling: LayerNorm, convolution, bias
+            parameters += 2 * dims[stage - 1] + (4 * dims[stage - 1] + 1) * dim
             macs += 4 * dims[stage - 1] * dim * sites
+        kernels = branch_kernels(form, kernel)
+        weights = (sum(height * width for height, width in kernels) + 8 * dim) * dim  # depthwise, MLP
+        # BatchNorms, LayerNorm, biases of both linear layers, layer scale
+        parameters += depth * (weights + (2 * len(kernels) + 2 + 5 + 1) * dim)
+        macs += depth * weights * sites
     parameters += 2 * dims[-1] + (dims[-1] + 1) * classes
     return ModelCost(parameters, macs + dims[-1] * classes)
 

@@ -1,7 +1,7 @@
 """Runs side by side: results, differences of the recipes, curves over each other, differences of the environments."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.show.status_table import duration
@@ -20,12 +20,12 @@ def comparison_page(runs: Sequence[RunFacts]) -> Document:
     names = run_labels(runs)
     chapters = [
         Chapter("Results", [result_grid(runs, names)]),
-        Chapter("Differences between the recipes", list(recipe_differences(runs, names))),
+        Chapter("Differences between the recipes", [recipe_differences(runs, names)]),
     ]
     for stage in all_stages(runs):
         if picture := overlaid_curves(runs, names, stage):
             chapters.append(Chapter(f"Stage {stage}", [picture]))
-    chapters.append(Chapter("Other differences", list(environment_differences(runs, names))))
+    chapters.append(Chapter("Other differences", [environment_differences(runs, names)]))
     return Document(
         title=" against ".join(names) if len(names) < 4 else f"{len(names)} runs",
         subtitle=", ".join(str(run.directory) for run in runs),
@@ -68,7 +68,7 @@ def result_grid(runs: Sequence[RunFacts], names: Sequence[str]) -> Grid:
     return Grid(["stage", "figure", *names], rows, names)
 
 
-def recipe_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Block]:
+def recipe_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Block:
     """The fields that are not the same in all runs; a stage that a run lacks is one row."""
     rows: list[Row] = []
     for name in all_stages(runs):
@@ -80,7 +80,7 @@ def recipe_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterat
         for path in dict.fromkeys(path for own in present for path in own):
             if len({repr(own.get(path)) for own in present}) > 1:
                 rows.append([f"{name}.{path}", *("" if own is None else _shown(own.get(path)) for own in values)])
-    yield Grid(["field", *names], rows, names) if rows else Text("Nothing: every value is the same.", quiet=True)
+    return _differences("field", names, rows, "Nothing: every value is the same.")
 
 
 def _shown(value: Any) -> str:
@@ -104,7 +104,7 @@ def overlaid_curves(runs: Sequence[RunFacts], names: Sequence[str], stage_name: 
     return Picture(f"{stage_name}-compared", caption, curves_svg(lines, judged_by, {}, [], salt=stage_name))
 
 
-def environment_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Block]:
+def environment_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Block:
     """Code, machine, packages and data that are not the same in all runs."""
     rows: list[Row] = []
     environments = [run.latest("environment") for run in runs]
@@ -119,8 +119,11 @@ def environment_differences(runs: Sequence[RunFacts], names: Sequence[str]) -> I
             digests = (str((own.get(file) or {}).get("sha256", "")) for own in data)
             rows.append([f"{name}: data.{file}", *(digest[:12] for digest in digests)])
     differing = [row for row in rows if len(set(row[1:])) > 1]
-    same = Text("Nothing: code, machine, packages and data are the same.", quiet=True)
-    yield Grid(["part", *names], differing, names) if differing else same
+    return _differences("part", names, differing, "Nothing: code, machine, packages and data are the same.")
+
+
+def _differences(title: str, names: Sequence[str], rows: list[Row], nothing: str) -> Block:
+    return Grid([title, *names], rows, names) if rows else Text(nothing, quiet=True)
 
 
 def _brief(value: Any) -> str:
