@@ -32,11 +32,10 @@ def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
 def test_the_snapshot_brings_compiled_code_that_numba_takes(tmp_path):
     """Or every rank of every new run would compile for 20 s."""
     code = """
-import sys
 import numpy as np
-from pipeline.data import checksum
-checksum.checksum(np.arange(9, dtype=np.uint8))
-print(checksum.__file__, sum(checksum.checksum.stats.cache_hits.values()))
+from pipeline.data import image_checksum
+image_checksum.checksum(np.arange(9, dtype=np.uint8))
+print(image_checksum.__file__, sum(image_checksum.checksum.stats.cache_hits.values()))
 """
 
     def hits(folder: Path) -> int:
