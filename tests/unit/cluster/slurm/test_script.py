@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.site import RESERVED_OPTIONS, Container, Site, load_site
 from cluster.slurm.script import JobScript
+from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import LaunchError, RecipeError
 from pipeline.recipe.yaml_files import parse_settings
 
@@ -34,6 +35,11 @@ def test_script_to_the_letter(monkeypatch, site, stage, after):
     if os.environ.get("FCMAE_GOLDEN") == "write":
         golden.write_text(text.text())
     assert text.text() == golden.read_text()
+
+
+def test_the_batch_script_outlives_every_stop_signal():
+    trap = next(line for line in JobScript(Path("/run/a"), Site(), Path("/code")).text().splitlines() if "trap" in line)
+    assert set(trap.split()[2:]) == {number.name.removeprefix("SIG") for number in STOP_SIGNALS}
 
 
 # What breaks quoting is likelier than in plain text.
