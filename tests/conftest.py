@@ -6,6 +6,8 @@ commands. With CI=true hypothesis draws the same examples each time, so that a f
 
 import os
 import re
+import tempfile
+from pathlib import Path
 
 LEFT_BEHIND = re.compile(
     r"(SLURM|SBATCH|SRUN|MASTER|AWS)_.*|FCMAE_(?!GOLDEN).*|(LOCAL_)?(RANK|WORLD_SIZE)|FAULTS|MLFLOW_TRACKING_URI"
@@ -50,6 +52,18 @@ def group(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let numba compile the decoder before parallel workers start, after a fresh clone: each of them would, and the
+    copies of the code that jobs on Slurm run would come without its cache."""
+    compiled = session.config.rootpath / "pipeline" / "data" / "__pycache__"
+    if getattr(session.config.option, "numprocesses", None) and not list(compiled.glob("decode.*.nbi")):
+        from tests.processes import run_stage
+        from tests.support import make_tiny_run
+
+        with tempfile.TemporaryDirectory() as folder:
+            run_stage(make_tiny_run(Path(folder), ["stages.pretrain=null", "stages.finetune=null"]) / "intermediate", 1)
 
 
 class FileByFile(LoadScopeScheduling):
