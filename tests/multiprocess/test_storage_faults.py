@@ -67,10 +67,11 @@ class Run:
 
     def go(self, first, last):
         for step in range(first, last + 1):
+            told = len(self.lines)
             self.checkpoints.save(step, why="due", wait=False)
-            while self.checkpoints._open and self.checkpoints._open.running:
+            while len(self.lines) == told:  # it is saved, or has failed
+                self.checkpoints.poll()
                 time.sleep(0.005)
-            self.checkpoints.poll()
 
 
 def flip_a_bit(path: Path, chance: random.Random, _: Path) -> None:
