@@ -10,7 +10,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
                before a test disturbs it. A stage is given by the end of its path
-    record     folder: note what each rank is given, as `tests.batches` does
+    record     folder: note what each rank is given, as `tests.batch_hashes` does
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from typing import Any
 import pipeline.run
 from pipeline.training import trainer
 from pipeline.training.step_guard import StepGuard
-from tests.batches import recorded
+from tests.batch_hashes import record_batches
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def _hinder(create: Any, faults: dict[str, Any]) -> Any:
     def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
         feed = create(recipe, data, seed, world, workers)
         if folder := faults.get("record"):
-            recorded(feed, recipe, seed, world, Path(folder))
+            record_batches(feed, recipe, seed, world, Path(folder))
         honest = feed.slots
 
         def slots(step: int) -> Iterator[Any]:

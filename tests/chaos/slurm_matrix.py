@@ -29,7 +29,6 @@ from cluster.site import load_site
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.tracking import journal
-from tests.slurm.brake import brake, with_brakes
 from tests.slurm.devcluster import (
     FAULTS,
     PREEMPTION,
@@ -44,6 +43,7 @@ from tests.slurm.devcluster import (
     strike,
     wait_for,
 )  # fmt: skip
+from tests.slurm.slow_stages import slow_down, submitting_slow_stages
 from tests.support import fcmae, write_tiny_recipe
 from tools.run import commands as run_commands
 
@@ -67,8 +67,8 @@ def digests(run: Path, stages: Sequence[str] = STAGES) -> list[str]:
 
 
 def submit(recipe: Path, run: Path, site: object = "devcluster") -> None:
-    """A chain whose stages obey the brake."""
-    with with_brakes():
+    """A chain whose stages are slow where a test has said so."""
+    with submitting_slow_stages():
         run_commands.submit_run(str(recipe), str(site), run)
 
 
@@ -86,7 +86,7 @@ def story(stage: Path) -> str:
 
 def one(recipe: Path, run: Path, stages: list[str], fault: str) -> list[str]:
     """A chain that suffers the fault in each of the stages; a line about each."""
-    brake(run, **dict.fromkeys(stages, STRIKE_AT))
+    slow_down(run, **dict.fromkeys(stages, STRIKE_AT))
     submit(recipe, run)
     told = []
     for directory in (run / stage for stage in stages):
@@ -103,7 +103,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
     site = run.with_name(f"{run.name}-site.yaml")
     patient = {"attempts_without_progress": 20}  # several faults before the first checkpoint are bad luck here
     site.write_text(yaml.safe_dump({**load_site("devcluster").model_dump(mode="json"), **patient}))
-    brake(run, **{stage.name: 0 for stage in stages})  # whatever comes first
+    slow_down(run, **{stage.name: 0 for stage in stages})  # whatever comes first
     submit(recipe, run, site)
     most = 25 if count <= 8 else 12  # so that a stage is not done before its last fault
     told: list[str] = []
@@ -113,7 +113,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
             stage = stages[len(told) * len(stages) // count]
             at_step = draw.choice([0, *[draw.randint(1, most)] * 4])  # 0: in the middle of its start
             later = stages[stages.index(stage) + 1 :]
-            brake(run, **{stage.name: at_step}, **{other.name: 0 for other in later})
+            slow_down(run, **{stage.name: at_step}, **{other.name: 0 for other in later})
             ready = partial(strikes, stage, at_step, struck.get(stage, 0))
             wait_for(lambda stage=stage, ready=ready: is_done(stage) or ready(), f"step {at_step}", PATIENCE_SECONDS)
             if is_done(stage):
@@ -126,7 +126,7 @@ def storm(recipe: Path, run: Path, count: int, seed: int, faults: Sequence[str] 
             seconds = time.monotonic() - clock
             told.append(f"{fault} in {stage.name}, {at_step} steps after its start: requeued after {seconds:.0f} s")
             print(f"  {len(told)}. {told[-1]}", flush=True)
-    brake(run)
+    slow_down(run)
     wait_done(run, stages[-1].name)
     return [*told, *[f"{stage.name} {story(stage)}" for stage in stages]]
 

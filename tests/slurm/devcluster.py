@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.tracking import journal
-from tests.slurm.brake import release
+from tests.slurm.slow_stages import release
 
 COMMAND = Path(__file__).resolve().parents[2] / "tools" / "devcluster"
 NODES = 4

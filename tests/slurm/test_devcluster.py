@@ -8,8 +8,8 @@ import pytest
 
 from cluster.show.status import RunFollower, StageStatus
 from tests.chaos import slurm_demo
-from tests.slurm.brake import brake, release, with_brakes
 from tests.slurm.devcluster import COMMAND, partition_low, until_remembered, wait_for
+from tests.slurm.slow_stages import release, slow_down, submitting_slow_stages
 from tests.support import write_tiny_recipe
 from tools import cli
 
@@ -75,7 +75,7 @@ def test_the_demonstration(slurm, tmp_path, monkeypatch):
     def fcmae(command: str, *arguments: object) -> None:
         if command != "submit":
             return honest_fcmae(command, *arguments)
-        with with_brakes():
+        with submitting_slow_stages():
             return cli.app([command, *map(str, arguments)], standalone_mode=False)
 
     def until_training(run: RunFollower, stage: str, attempt: int = 1) -> StageStatus:
@@ -88,7 +88,7 @@ def test_the_demonstration(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm_demo, "until_training", until_training)
     for name in ("OMP_NUM_THREADS", "SLURM_CONF"):
         monkeypatch.setenv(name, os.environ[name])  # it sets them, for good
-    brake(out, pretrain=2, intermediate=2)
+    slow_down(out, pretrain=2, intermediate=2)
     changes = ("schedule.epochs=10", "checkpoint.every_steps=20", "tracking.log_every_steps=1")
     recipe = write_tiny_recipe(tmp_path, [f"stages.{s}.{c}" for s in ("pretrain", "intermediate") for c in changes])
     slurm_demo.demonstrate(str(recipe), out, tmp_path / "reference", [])

@@ -24,11 +24,11 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from pipeline.tracking.journal import step_events
-from tests.batches import batches
+from tests.batch_hashes import recorded_batches
 from tests.processes import run_stage
 from tests.slurm import devcluster as faults
-from tests.slurm.brake import FOR_EVER, START, batches_of, brake, release, with_brakes
 from tests.slurm.devcluster import events, steps_taken, wait_for
+from tests.slurm.slow_stages import FOR_EVER, START, batches_folder, release, slow_down, submitting_slow_stages
 from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.run import commands as run_commands
 
@@ -51,8 +51,8 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
         recipe = write_tiny_recipe(tmp_path, overrides or [*ONE_STAGE, *LONG])
         with ExitStack() as stack:
             if hold_at is not None:
-                brake(run, seconds, pretrain=hold_at)
-                stack.enter_context(with_brakes())
+                slow_down(run, seconds, pretrain=hold_at)
+                stack.enter_context(submitting_slow_stages())
             run_commands.submit_run(str(recipe), str(site), run)
         return run
 
@@ -64,7 +64,7 @@ def submit(slurm: None, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """The long stage after a run on two ranks that nothing stopped, without Slurm."""
     stage = make_tiny_run(tmp_path_factory.mktemp("undisturbed"), [*ONE_STAGE, *LONG]) / "pretrain"
-    assert run_stage(stage, 2, {"record": str(batches_of(stage))}).kind is OutcomeKind.DONE
+    assert run_stage(stage, 2, {"record": str(batches_folder(stage))}).kind is OutcomeKind.DONE
     return Stage(stage)
 
 
@@ -468,12 +468,15 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
 
     site = run / "more-nodes.yaml"
     site.write_text(yaml.safe_dump({"partition": "high", "nodes": 4}))
-    with with_brakes():  # it is held up no more; what its ranks are given is noted
+    with submitting_slow_stages():  # it is held up no more; what its ranks are given is noted
         run_commands.resume_run(run, str(site))
     wait_until(stage, JobState.ENDED)
     resumed = events(stage, "attempt")[1]
     assert (resumed["world_size"], resumed["step"]) == (4, outcome_of_attempt(stage, 1)["step"])
-    on_four, on_two = batches(batches_of(stage), 4), batches(batches_of(undisturbed.directory), 2)
+    on_four, on_two = (
+        recorded_batches(batches_folder(stage), 4),
+        recorded_batches(batches_folder(undisturbed.directory), 2),
+    )
     assert sorted(on_four) == list(range(resumed["step"] + 1, 121))  # images, labels and masks of each slot
     assert on_four == {step: on_two[step] for step in on_four}
     assert len({text for slots in on_four.values() for text in slots.values()}) == 4 * len(on_four)

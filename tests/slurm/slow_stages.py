@@ -1,9 +1,9 @@
-"""Stages on Slurm that wait for what a test does to them, so that it never comes too late: steps of milliseconds are
-done before a busy machine's next look. Nothing that is computed depends on it.
+"""Stages on Slurm that wait for what a test does to them. Without that they would be done before: their steps take
+milliseconds, and a look of the test at a busy machine takes seconds. What they compute stays the same.
 
-The brake is a file beside the run: stage -> [steps, seconds]. A start of the stage makes so many steps, and each one
-more takes so many seconds, or until the file says otherwise. START holds the ranks before they load the pipeline.
-What each rank was given is noted in `batches_of(stage)`.
+A file beside the run says how: {stage: [steps, seconds]}. After so many steps of each start of the stage, each further
+step takes so many seconds, or until the file says otherwise. START holds the ranks before they load the pipeline. Each
+rank records what it was given in `batches_folder(stage)`.
 """
 
 import json
@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 import cloudpickle
 import pytest
 
-import tests.batches
+import tests.batch_hashes
 from cluster.slurm import script
 from cluster.slurm.worker import RunStage
-from tests.batches import recorded
+from tests.batch_hashes import record_batches
 
 START = -1
 FOR_EVER = 1e9
 
 
-def brake(run: Path, seconds: float = 1, **steps: int) -> None:
+def slow_down(run: Path, seconds: float = 1, **steps: int) -> None:
     """Hold up these stages after so many steps of each start, and no others."""
     _write(run, {stage: [after, seconds] for stage, after in steps.items()})
 
@@ -38,20 +38,20 @@ def release(stage: Path) -> None:
 
 
 @contextmanager
-def with_brakes() -> Iterator[None]:
-    """What this process submits meanwhile obeys the brake, which must be set before, however often it is requeued."""
+def submitting_slow_stages() -> Iterator[None]:
+    """Jobs that this process submits meanwhile obey `slow_down`, which must have been called, in all their restarts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "RunStage", BrakedStage)
+        patch.setattr(script, "RunStage", SlowStage)
         yield
 
 
-def batches_of(stage: Path) -> Path:
-    """The folder of `tests.batches`."""
+def batches_folder(stage: Path) -> Path:
+    """Where the ranks of a stage record what they are given (see `tests.batch_hashes`)."""
     return stage.parent.with_name(f"{stage.parent.name}-{stage.name}-batches")
 
 
 def _file(run: Path) -> Path:
-    return run.with_name(f"{run.name}-brake.json")
+    return run.with_name(f"{run.name}-slow.json")
 
 
 def _write(run: Path, held: dict[str, list[float]]) -> None:
@@ -60,7 +60,7 @@ def _write(run: Path, held: dict[str, list[float]]) -> None:
     new.replace(_file(run))
 
 
-class BrakedStage(RunStage):
+class SlowStage(RunStage):
     """Rank 1 is slow, as with a slow disk, and the others wait for it. Signals take effect once it goes on."""
 
     def __call__(self) -> NoReturn:
@@ -73,7 +73,7 @@ class BrakedStage(RunStage):
     def _slow(self, create: Callable[..., Any]) -> Callable[..., Any]:
         def slow(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
             feed, taken = create(recipe, data, seed, world, workers), 0
-            recorded(feed, recipe, seed, world, batches_of(Path(self.stage_directory)))
+            record_batches(feed, recipe, seed, world, batches_folder(Path(self.stage_directory)))
             honest = feed.slots
 
             def slots(step: int) -> Iterator[Any]:
@@ -100,5 +100,5 @@ class BrakedStage(RunStage):
 
 
 # The jobs run the code as it was submitted, in which there are no tests.
-for module in (sys.modules[__name__], tests.batches):
+for module in (sys.modules[__name__], tests.batch_hashes):
     cloudpickle.register_pickle_by_value(module)

@@ -1,4 +1,4 @@
-"""What the ranks of a run were given: a hash of each slot's images, labels and masks, in files beside the run."""
+"""Hashes of what the ranks of a run were given: of each slot's images, labels and masks, in files beside the run."""
 
 import hashlib
 import json
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
-def recorded(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) -> Any:
-    """The feed, which notes what it hands out in a file of `folder`: {world size}-{rank}.jsonl. Each step is numbered
-    as in the journal. The masks are those that the recipe's objective draws for what was handed out."""
+def record_batches(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) -> Any:
+    """Make a feed record what it hands out in a file of `folder`: {world size}-{rank}.jsonl, steps numbered as in the
+    journal. Masks are those that the recipe's objective draws for what was handed out."""
     # Imported late: a rank on Slurm unpickles this before it has found its pipeline.
     from pipeline.objectives import create_objective
 
@@ -32,8 +32,8 @@ def recorded(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) -> Any
     return feed
 
 
-def batches(folder: Path, world_size: int) -> dict[int, dict[int, str]]:
-    """step -> slot -> its hash, from all ranks that ran as so many."""
+def recorded_batches(folder: Path, world_size: int) -> dict[int, dict[int, str]]:
+    """{step: {slot: hash}} of all ranks that ran in a world of this size."""
     found: dict[int, dict[int, str]] = {}
     for path in folder.glob(f"{world_size}-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
