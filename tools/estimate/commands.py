@@ -13,9 +13,8 @@ def estimate_cost(
     site: SiteName,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Default: what the site says.")] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="Price of one hour of one GPU (of one rank on CPUs), to get the cost.")
-    ] = None,
+    price: Annotated[float | None, typer.Option(min=0,
+        help="Price of one hour of one GPU (of one rank on CPUs), to get the cost.")] = None,
     images: Annotated[
         list[str] | None,
         typer.Option(
@@ -24,13 +23,11 @@ def estimate_cost(
             " one file. May be given several times.",
         ),
     ] = None,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Run a few real steps of each stage on this machine and correct the estimate."),
-    ] = False,
+    measure: Annotated[bool, typer.Option("--measure",
+        help="Run a few real steps of each stage on this machine and correct the estimate.")] = False,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formula behind each figure.")] = False,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Predict memory per GPU, hours, cost and disk space of a recipe on a cluster, before you queue anything."""
     from cluster.site import load_site
     from pipeline.recipe import load_recipe

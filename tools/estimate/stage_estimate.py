@@ -178,12 +178,7 @@ class StageEstimate:
 
 
 def estimate(
-    chain: ChainRecipe,
-    site: Site,
-    *,
-    nodes: int | None = None,
-    images: Sequence[str] = (),
-    measured_here: bool = False,
+    chain: ChainRecipe, site: Site, *, nodes: int | None = None, images: Sequence[str] = (), measured_here: bool = False
 ) -> list[StageEstimate]:
     """Estimate every stage of a chain on a site.
 

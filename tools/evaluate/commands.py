@@ -8,42 +8,31 @@ from tools.options import Json, Processes, file_option, pixels_option
 
 
 def evaluate_weights(
-    weights: Annotated[
-        str, typer.Argument(metavar="WEIGHTS", help="A weights file that `fcmae convert` reads, a stage, or a run.")
-    ],
+    weights: Annotated[str, typer.Argument(metavar="WEIGHTS",
+        help="A weights file that `fcmae convert` reads, a stage, or a run.")],
     data: Annotated[str, file_option("The images: a .beton file of `fcmae prepare`.")],
-    image_size: Annotated[
-        int | None, pixels_option("Side of the input images. Default: that of the stage or the file, or 224.")
-    ] = None,
+    image_size: Annotated[int | None, pixels_option(
+        "Side of the input images. Default: that of the stage or the file, or 224.")] = None,
     crop_pct: Annotated[
         float | None,
         typer.Option(min=0.1, max=1, help="Side of the centre crop divided by that of the resized image; 1 squashes all"
                      " of the image to a square. Default: the stage's, or 0.875, or 1 from 384 pixels on."),
     ] = None,
-    ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Where both exist: the moving average, or the raw weights.")
-    ] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--raw",
+        help="Where both exist: the moving average, or the raw weights.")] = None,
     nproc: Processes = 1,
-    classes: Annotated[
-        str | None, file_option("Class names of the outputs, if WEIGHTS lacks them: lines, JSON list, or .beton file.")
-    ] = None,
-    real: Annotated[
-        str | None, file_option("ImageNet-ReaL's real.json: use its labels. Needs all validation images, in order.")
-    ] = None,
-    knn: Annotated[
-        str | None, file_option("Training images (.beton): let the 20 nearest vote, instead of the head.")
-    ] = None,
-    all_outputs: Annotated[
-        bool, typer.Option("--all-outputs", help="Also allow answers that are no class of the images.")
-    ] = False,
-    benchmark: Annotated[
-        Literal["val", "v2", "a", "r", "sketch"] | None,
-        typer.Option(help="The ImageNet test set in --data, to compare results. Default: val if it has 50,000 images."),
-    ] = None,
-    chain: Annotated[
-        Literal["in1k", "in22k_in1k"] | None,
-        typer.Option(help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K."),
-    ] = None,
+    classes: Annotated[str | None, file_option(
+        "Class names of the outputs, if WEIGHTS lacks them: lines, JSON list, or .beton file.")] = None,
+    real: Annotated[str | None, file_option(
+        "ImageNet-ReaL's real.json: use its labels. Needs all validation images, in order.")] = None,
+    knn: Annotated[str | None, file_option(
+        "Training images (.beton): let the 20 nearest vote, instead of the head.")] = None,
+    all_outputs: Annotated[bool, typer.Option("--all-outputs",
+        help="Also allow answers that are no class of the images.")] = False,
+    benchmark: Annotated[Literal["val", "v2", "a", "r", "sketch"] | None, typer.Option(
+        help="The ImageNet test set in --data, to compare results. Default: val if it has 50,000 images.")] = None,
+    chain: Annotated[Literal["in1k", "in22k_in1k"] | None, typer.Option(
+        help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch of each process.")] = 64,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
     json: Json = False,

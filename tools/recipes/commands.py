@@ -49,11 +49,10 @@ def list_recipes() -> None:
 def show_recipe(
     name: RecipeName,
     overrides: Overrides = None,
-    sources: Annotated[
-        bool, typer.Option("--sources", help="Show the source of each value: paper, code, file and line.")
-    ] = False,
+    sources: Annotated[bool, typer.Option("--sources",
+        help="Show the source of each value: paper, code, file and line.")] = False,
     everything: ShowAll = False,
-) -> None:
+) -> None:  # fmt: skip
     """Show all values of a recipe, inherited ones included."""
     from pipeline.recipe import load_recipe
     from tools.recipes.docs import published_cells
@@ -129,14 +128,11 @@ def diff_recipes(
 
 @app.command("validate")
 def validate_recipes(
-    names: Annotated[
-        list[str],
-        typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and changes that apply to all of them."),
-    ],
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Check that the global batch can be divided among this many ranks.")
-    ] = None,
-) -> None:
+    names: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...",
+        help="Recipes, and changes that apply to all of them.")],
+    nproc: Annotated[int | None, typer.Option(min=1,
+        help="Check that the global batch can be divided among this many ranks.")] = None,
+) -> None:  # fmt: skip
     """Check that recipes can be run: their values, and the data files that are on this machine."""
     from cluster.chain import check_data, resolve_paths
     from pipeline.recipe import load_recipe

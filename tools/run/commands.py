@@ -76,13 +76,11 @@ def submit_run(
     site: SiteName,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run directory, on a file system that all nodes share.")],
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job scripts; submit nothing and write nothing.")
-    ] = False,
-    start: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Do not submit the stages before this one.")
-    ] = None,
-) -> None:
+    dry_run: Annotated[bool, typer.Option("--dry-run",
+        help="Print the job scripts; submit nothing and write nothing.")] = False,
+    start: Annotated[str | None, typer.Option("--from", metavar="STAGE",
+        help="Do not submit the stages before this one.")] = None,
+) -> None:  # fmt: skip
     """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done."""
     from cluster.chain import resolve_chain_paths
     from cluster.recipe_origin import write_origin
@@ -108,11 +106,9 @@ def submit_run(
 
 def resume_run(
     directory: RunDirectory,
-    site: Annotated[
-        str | None,
-        typer.Option(metavar="SITE", help="Continue on another site or number of nodes. Default: the site used last."),
-    ] = None,
-) -> None:
+    site: Annotated[str | None, typer.Option(metavar="SITE",
+        help="Continue on another site or number of nodes. Default: the site used last.")] = None,
+) -> None:  # fmt: skip
     """Submit the stages that are neither done nor queued nor running. Safe to call at any time."""
     from cluster.show.status import stage_names
     from cluster.site import check_path, load_site, stored_site
@@ -135,11 +131,10 @@ def cancel_run(directory: RunDirectory) -> None:
 def show_status(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="The run directory, or its URL.")],
     json: Json = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Keep the table up to date until all is done, or until Ctrl-C.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch",
+        help="Keep the table up to date until all is done, or until Ctrl-C.")] = False,
     refresh_seconds: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two updates.")] = 2.0,
-) -> None:
+) -> None:  # fmt: skip
     """Show the progress of each stage of a run: state, step, loss, speed, remaining time, job, result."""
     from cluster.show.status import RunFollower, status_json
     from cluster.show.status_table import run_table
@@ -174,10 +169,9 @@ def show_logs(
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="One stage. Default: all stages.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Show the log of this rank.")] = 0,
     lines: Annotated[int, typer.Option(min=1, help="Lines from the end of each log file.")] = 100,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Keep printing new lines until all is done, or until Ctrl-C.")
-    ] = False,
-) -> None:
+    follow: Annotated[bool, typer.Option("--follow",
+        help="Keep printing new lines until all is done, or until Ctrl-C.")] = False,
+) -> None:  # fmt: skip
     """Print what a rank of a run has printed, on Slurm or on this machine."""
     from cluster.show.logs import print_logs
 

@@ -42,10 +42,7 @@ def list_checkpoints(stage: StageDirectory) -> None:
 
 @app.command("export")
 def export_checkpoint(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or URL."),
-    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or URL.")],
     destination: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
     ema: Annotated[bool, typer.Option("--ema", help="Write the moving average instead of the weights.")] = False,
     overwrite: Overwrite = False,
@@ -67,11 +64,10 @@ def export_checkpoint(
 def prune_checkpoints(
     stage: StageDirectory,
     keep_last: Annotated[int, typer.Option(min=1, help="Keep this many of the newest.")] = 1,
-    keep_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Also keep those at multiples of this step.")
-    ] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, metavar="STEPS",
+        help="Also keep those at multiples of this step.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only list what would be deleted.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Delete old checkpoints. The best and the final one stay; all stay while the newest is damaged."""
     import torch.distributed as dist
 

@@ -9,10 +9,8 @@ from tools.options import EntryKey, Overwrite
 
 
 def convert_weights(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="IN", help="A weights file: ours, official (dense or sparse), timm's or transformers'."),
-    ],
+    source: Annotated[str, typer.Argument(metavar="IN",
+        help="A weights file: ours, official (dense or sparse), timm's or transformers'.")],
     destination: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors, .pt, .pth or .bin file.")],
     to: Annotated[Literal["official", "timm", "transformers"], typer.Option(help="Names and shapes to write.")],
     head: Annotated[
@@ -31,7 +29,7 @@ def convert_weights(
     ] = None,
     entry: EntryKey = None,
     overwrite: Overwrite = False,
-) -> None:
+) -> None:  # fmt: skip
     """Rename and reshape weights from one layout to another. Every tensor is accounted for."""
     from tools.weights.convert import convert
 
@@ -39,23 +37,17 @@ def convert_weights(
 
 
 def export_weights(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="A weights file of any layout that `fcmae convert` reads.")
-    ],
-    destination: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A .safetensors or .onnx file; for timm a folder.")
-    ],
-    kind: Annotated[
-        Literal["safetensors", "onnx", "timm"],
-        typer.Option("--format", help="Our names in fp32, an ONNX model, or a folder for timm.create_model."),
-    ] = "safetensors",
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Side of the input images. Default: what the weights say, or 224."),
-    ] = None,
+    source: Annotated[str, typer.Argument(metavar="IN",
+        help="A weights file of any layout that `fcmae convert` reads.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT",
+        help="A .safetensors or .onnx file; for timm a folder.")],
+    kind: Annotated[Literal["safetensors", "onnx", "timm"], typer.Option("--format",
+        help="Our names in fp32, an ONNX model, or a folder for timm.create_model.")] = "safetensors",
+    image_size: Annotated[int | None, typer.Option(min=1, metavar="PIXELS",
+        help="Side of the input images. Default: what the weights say, or 224.")] = None,
     entry: EntryKey = None,
     overwrite: Overwrite = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write weights for use elsewhere. An ONNX model is run and compared with ours before it is written."""
     from tools.weights.export import export
 
