@@ -16,7 +16,7 @@ from pipeline.data.beton import JPEG, Beton, BetonWriter, contents_of, lock_file
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
-from tools.prepare.image_source import ImageSource, Item, locate
+from tools.prepare.image_source import ImageSource, Item, read_lines
 from tools.prepare.labels import read_descriptions
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
 
@@ -75,7 +75,7 @@ def prepare_beton(
     if descriptions is not None:
         known = read_descriptions(descriptions)
         images = replace(images, descriptions={name: known[name] for name in images.classes if name in known})
-    exclusion = Exclusion(_digests(exclude_images), _read_names(exclude_names))
+    exclusion = Exclusion(_digests(exclude_images), frozenset(read_lines(exclude_names) if exclude_names else ()))
     parts = [images.items[start : start + part_samples] for start in range(0, len(images.items), part_samples)]
     settings = {"source": images.kind, **asdict(encoding), "pillow": PIL.__version__}
     folder = PartFolder(directory, images.reader, encoding, exclusion)
@@ -184,16 +184,6 @@ def _write_report(destination: Path, source: ImageSource, notes: Sequence[Note])
     with aside.open("w", errors="backslashreplace") as file:
         file.writelines(json.dumps(note._asdict(), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
     aside.replace(_report_path(destination))
-
-
-def _read_names(path: str | None) -> frozenset[str]:
-    if path is None:
-        return frozenset()
-    fs, place = locate(path)
-    try:
-        return frozenset(line.strip() for line in fs.cat_file(place).decode().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--exclude-names {path} cannot be read: {error}; name a text file") from None
 
 
 def _digests(source: str | None) -> frozenset[bytes]:

@@ -25,7 +25,7 @@ from tests.archives import (
     write_folder,
 )
 from tools.prepare.detect import open_source
-from tools.prepare.labels import read_synsets
+from tools.prepare.devkit import read_synsets
 from tools.prepare.preparation import prepare_beton
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
