@@ -230,20 +230,13 @@ def _estimate_stage(
                 options.append(Option(name, checkpointing, slots, trace.images, terms, trace.training_macs))
     trace = traces(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
     copies = 1 + 2 + (recipe.ema is not None)  # weights, two moments of AdamW, moving average
+    width = 8 if recipe.engine.precision == "fp64" else 4
+    train, validation = (_data_file(recipe, name, counts) for name in ("train", "validation"))
     return StageEstimate(
-        recipe,
-        site,
-        model.parameters,
-        trace.published_macs,
-        _data_file(recipe, "train", counts),
-        _data_file(recipe, "validation", counts) if recipe.data.validation else None,
-        tuple(options),
-        trace.forward_macs / trace.images,
-        measured,
-        correction,
-        copies * model.parameters * (8 if recipe.engine.precision == "fp64" else 4),
+        recipe, site, model.parameters, trace.published_macs, train, validation, tuple(options),
+        trace.forward_macs / trace.images, measured, correction, copies * model.parameters * width,
         tuple(dict.fromkeys(notes)),
-    )
+    )  # fmt: skip
 
 
 def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
@@ -318,8 +311,10 @@ def _parse_counts(images: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile:
+def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile | None:
     data = recipe.data
+    if not getattr(data, name):
+        return None
     path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
     fraction = data.fraction if name == "train" else 1.0
     if not is_url(path) and Path(path).is_file():

@@ -20,7 +20,6 @@ class EvaluatedModel:
     `model` returns logits, or the last map (N, C, h, w) if `classes` is 0.
     """
 
-    source: str
     model: nn.Module
     name: str | None
     """The published variant with this shape, such as convnextv2_tiny."""
@@ -56,7 +55,7 @@ def load_evaluated_model(
     model = build_model(opened.tensors, facts.get("model"), opened.source)
     names = tuple(facts.get("classes") or ()) or None
     crop = crop_pct or default_crop(size)
-    return EvaluatedModel(path, model, _variant(model), model.num_classes, names, opened.which, size, crop)
+    return EvaluatedModel(model, _variant(model), model.num_classes, names, opened.which, size, crop)
 
 
 def _variant(model: nn.Module) -> str | None:

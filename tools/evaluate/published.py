@@ -146,12 +146,7 @@ def compare_with_published(
 def result_json(result: EvaluationResult, comparisons: list[AccuracyComparison]) -> str:
     """The result and its comparisons as JSON."""
     published = [
-        {
-            **comparison.row.model_dump(mode="json"),
-            "difference": comparison.difference,
-            "band": comparison.band,
-            "within": comparison.within,
-        }
-        for comparison in comparisons
+        {**c.row.model_dump(mode="json"), "difference": c.difference, "band": c.band, "within": c.within}
+        for c in comparisons
     ]
     return json.dumps({**asdict(result), "published": published}, indent=2)

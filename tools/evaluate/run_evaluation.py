@@ -159,17 +159,9 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
-        metrics,
-        str(request.weights),
-        loaded.name,
-        loaded.weights,
-        loaded.image_size,
-        loaded.crop_pct,
-        len(beton.classes),
-        missing,
-        str(Path(request.data)),
-        beton.sha256,
-    )
+        metrics, str(request.weights), loaded.name, loaded.weights, loaded.image_size, loaded.crop_pct,
+        len(beton.classes), missing, str(Path(request.data)), beton.sha256,
+    )  # fmt: skip
 
 
 def _feed(request: EvaluationRequest, loaded: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:

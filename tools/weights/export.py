@@ -123,17 +123,11 @@ def write_onnx(model: nn.Module, path: Path, size: int, *, external: bool) -> No
     images = torch.zeros(2, model.in_channels, size, size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        output = "logits" if model.num_classes else "features"
         torch.onnx.export(
-            model,
-            (images,),
-            path,
-            input_names=["images"],
-            output_names=["logits" if model.num_classes else "features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=external,
-            verbose=False,
-            dynamo=True,
-        )
+            model, (images,), path, input_names=["images"], output_names=[output], external_data=external,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False, dynamo=True,
+        )  # fmt: skip
 
 
 @torch.no_grad()
