@@ -1,5 +1,6 @@
 """Open weights of any origin (a file of any layout, a stage or a run) and build their model."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from pipeline.checkpoint.store import committed_checkpoints
 from pipeline.errors import CheckpointError
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
-from pipeline.stage.directory import Stage
+from pipeline.stage.directory import Done, Stage
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.architecture import COUNTER
@@ -53,12 +54,13 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
     """
     if not os.path.isdir(path):
         return _open_file(path, entry, ema)
-    stage = Stage(_stage_of(Path(path)))
-    if done := stage.done():
-        opened = _open_file(str(stage.directory / done.weights), None, None, done.weights_sha256)
+    directory = _stage_of(Path(path))
+    if (directory / DONE_FILE).is_file():
+        done = Done(**json.loads((directory / DONE_FILE).read_text()))
+        opened = _open_file(str(directory / done.weights), None, None, done.weights_sha256)
         if ema is None or opened.which == ("ema" if ema else "model"):
-            return opened._replace(stage=stage.directory)
-    return _open_checkpoint(stage, ema)
+            return opened._replace(stage=directory)
+    return _open_checkpoint(Stage(directory), ema)
 
 
 def _stage_of(directory: Path) -> Path:
