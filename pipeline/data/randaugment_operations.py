@@ -241,7 +241,7 @@ def _filter(row, between, out, low, high, offset):
 
 
 @njit(cache=True, nogil=True)
-def _transpose(source, out):
+def _transpose_pixels(source, out):
     for y in range(source.shape[0]):
         for x in range(source.shape[1]):
             a, b = source[y, x], out[x, y]
@@ -252,6 +252,6 @@ def _transpose(source, out):
 def _slide_columns(image, slope, shift):
     """Set output pixel (x, y) to the input at (x, y + slope x + shift), by transposing, sliding rows, transposing."""
     turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
-    _transpose(image, turned)
+    _transpose_pixels(image, turned)
     _slide_rows(turned, slope, shift)
-    _transpose(turned, image)
+    _transpose_pixels(turned, image)

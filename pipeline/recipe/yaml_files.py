@@ -40,7 +40,7 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    raw = read_with_bases(path, _values)
+    raw = read_with_bases(path, _read_values)
     if not overrides:
         return raw
     wrong = [text for text in overrides if "=" not in text]
@@ -55,7 +55,7 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def load_stage_recipe(path: Path) -> StageRecipe:
     """Read the resolved recipe of one stage."""
-    return parse_settings(StageRecipe, read_with_bases(path, _values), str(path))
+    return parse_settings(StageRecipe, read_with_bases(path, _read_values), str(path))
 
 
 def write_recipe(recipe: Settings, path: Path) -> None:
@@ -102,7 +102,7 @@ def _base(path: Path, name: str) -> Path:
     return next((p for p in (beside, LIBRARY / name, LIBRARY / f"{name}.yaml") if p.is_file()), beside)
 
 
-def _values(path: Path) -> Any:
+def _read_values(path: Path) -> Any:
     return OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
 
 

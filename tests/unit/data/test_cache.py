@@ -1,4 +1,4 @@
-"""The node's cache: filled once, within its budget, and never at the cost of what somebody uses."""
+"""The machine's cache: entries are filled once, stay within the budget, and are never evicted while in use."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def is_sound(directory):
     return (directory / "data").exists()
 
 
-def there(directory):
+def entries(directory):
     return {path.name for path in Path(directory).iterdir() if path.is_dir()}
 
 
@@ -60,7 +60,7 @@ def test_the_least_recently_used_go_first_and_what_is_in_use_stays(operations):
                 assert fits
                 held.append((name, job))
                 used = [other for other in left if other != name] + [name]
-            assert there(directory) == set(used)
+            assert entries(directory) == set(used)
             assert sum(SIZES[n] for n in used) <= BUDGET
         for _, job in held:
             job.close()
@@ -76,14 +76,14 @@ def test_a_damaged_entry_is_filled_again(tmp_path):
 def test_a_failed_fill_is_no_entry_and_its_error_is_seen(tmp_path):
     def fill(directory):
         (directory / "data").write_bytes(b"half")
-        raise RetryableError("the line is dead")
+        raise RetryableError("no connection")
 
     with Cache(tmp_path) as cache:
-        with pytest.raises(RetryableError, match="the line is dead"):
+        with pytest.raises(RetryableError, match="no connection"):
             cache.obtain("a", 10, fill, is_sound)
-        assert there(tmp_path) == {"a.partial"}
+        assert entries(tmp_path) == {"a.partial"}
         assert obtain(cache, "a") == tmp_path / "a"
-        assert there(tmp_path) == {"a"}
+        assert entries(tmp_path) == {"a"}
 
 
 PROCESS = """
@@ -109,8 +109,8 @@ def process(directory, how="well"):
 
 def test_processes_at_once_fill_once_and_keep_it_from_eviction(tmp_path):
     processes = [process(tmp_path) for _ in range(3)]
-    said = [p.stdout.readline() for p in processes]
-    assert said == ["filled\n"] * 3
+    logs = [p.stdout.readline() for p in processes]
+    assert logs == ["filled\n"] * 3
     with Cache(tmp_path, 12) as cache:
         with pytest.raises(RetryableError, match="no unused entry can be evicted"):
             obtain(cache, "b", 5)
@@ -118,23 +118,23 @@ def test_processes_at_once_fill_once_and_keep_it_from_eviction(tmp_path):
             p.kill()
             p.communicate()
         obtain(cache, "b", 5)
-    assert there(tmp_path) == {"b"}
+    assert entries(tmp_path) == {"b"}
 
 
 def test_killed_while_filling_nothing_looks_finished(tmp_path):
     killed = process(tmp_path, "stuck")
     while not (tmp_path / "a.partial" / "data").exists():
-        assert killed.poll() is None, "it has ended by itself"
+        assert killed.poll() is None, "the process ended by itself"
         time.sleep(0.02)
     waiting = process(tmp_path)
     with pytest.raises(CancelledError):
-        obtain(Cache(tmp_path, cancelled=lambda: True), "a")  # locked: it would wait
-    assert there(tmp_path) == {"a.partial"}
+        obtain(Cache(tmp_path, cancelled=lambda: True), "a")  # the entry is locked, so it would wait
+    assert entries(tmp_path) == {"a.partial"}
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert waiting.stdout.readline() == "filled\n"
-    assert waiting.stdout.readline() == "filled\n"  # it went on with what was there
-    assert there(tmp_path) == {"a"}
+    assert waiting.stdout.readline() == "filled\n"  # it continued the partial entry
+    assert entries(tmp_path) == {"a"}
     waiting.kill()
     for p in (killed, waiting):
         p.communicate()
@@ -156,12 +156,12 @@ def test_a_full_disk(small_disk):
             obtain(cache, "a", 9_000_000)
         with pytest.raises(RetryableError, match=r"the disk of .*disk is full: a needs 1000 bytes; free some, or set"):
             cache.obtain("a", 1000, lambda d: (d / "data").write_bytes(bytes(9_000_000)) and None, is_sound)
-        assert there(small_disk) == set()
+        assert entries(small_disk) == set()
         assert shutil.disk_usage(small_disk).used < 100_000
         obtain(cache, "a", 3_000_000)
     with Cache(small_disk) as other:
-        obtain(other, "b", 3_000_000)  # no budget, but the disk has none left
-    assert there(small_disk) == {"b"}
+        obtain(other, "b", 3_000_000)  # without a budget the disk is the limit
+    assert entries(small_disk) == {"b"}
 
 
 def test_a_directory_that_cannot_be_used(tmp_path):

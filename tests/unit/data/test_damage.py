@@ -1,8 +1,4 @@
-"""What FFCV does not notice, or dies of: here each ends in a sentence before training starts, or names the sample."""
-
-import os
-import subprocess
-import sys
+"""Damage inside images, which FFCV does not notice: training fails with a sentence that names the sample."""
 
 import numpy as np
 import pytest
@@ -17,7 +13,6 @@ from pipeline.recipe.sections import BatchSettings, DataSettings
 from tests.archives import encoded, photograph
 from tests.support import squashed_images
 
-SAMPLES_AT = 24 + 2 * 1041
 COUNT = 32
 
 
@@ -42,7 +37,7 @@ def path(whole, tmp_path):
 
 
 def train(path):
-    """An epoch of training's images, as a stage opens and reads them."""
+    """Read an epoch of training images as a stage does."""
     settings = DataSettings(train=str(path), image_size=32, crop_scale=(0.5, 1), timeout_seconds=300)
     batch = BatchSettings(global_batch=16, slot=8, micro_slots=2)
     feed = TrainFeed(Subset(open_beton(path)), settings, batch, World.alone(), seed=0, workers=1)
@@ -68,41 +63,8 @@ def flip(path, sample, offset):
     overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
 
 
-BEFORE_IT_STARTS = {
-    "half the file": lambda p: os.truncate(p, p.stat().st_size // 2),
-    "0 bytes": lambda p: os.truncate(p, 0),
-    "garbage": lambda p: p.write_bytes(os.urandom(p.stat().st_size)),
-    "last byte missing": lambda p: os.truncate(p, p.stat().st_size - 1),
-    "half of the allocation table missing": lambda p: os.truncate(p, p.stat().st_size - 24 * COUNT // 2),
-    "allocation pointer 0": lambda p: overwrite(p, 16, bytes(8)),
-    "bad pointer": lambda p: overwrite(p, SAMPLES_AT + 24 * 7 + 5, b"\xff" * 8),
-    "index out of range": lambda p: overwrite(p, p.stat().st_size - 24, b"\xff" * 8),
-    "an image's size": lambda p: overwrite(p, p.stat().st_size - 8, b"\xff"),
-    "a checksum": lambda p: overwrite(p, SAMPLES_AT + 13, b"\0\0\0"),
-}
-
-
-@pytest.mark.parametrize("damage", BEFORE_IT_STARTS)
-def test_before_training_starts(path, damage):
-    BEFORE_IT_STARTS[damage](path)
-    with pytest.raises(DataError, match=r"a\.beton") as caught:
-        open_beton(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_writer_killed_midway(tmp_path):
-    code = (
-        "import os, sys, numpy as np; from pipeline.data.beton import BetonWriter\n"
-        "with BetonWriter(sys.argv[1], ['x'], 9) as w:\n"
-        "    w.add(np.zeros((9, 9, 3), 'u1'), 0); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.beton")])
-    with pytest.raises(DataError, match="does not exist"):
-        open_beton(tmp_path / "a.beton")
-
-
 NAMES_THE_SAMPLE = {
-    "JPEG: a bit that the decoder does not mind": (6, lambda p: flip(p, 6, 700)),
+    "JPEG: a bit that the decoder tolerates": (6, lambda p: flip(p, 6, 700)),
     "JPEG: zeros within": (6, lambda p: overwrite(p, place_of(p, 6) + 800, bytes(200))),
     "JPEG: its header": (6, lambda p: overwrite(p, place_of(p, 6), b"xx")),
     "pixels: a bit": (7, lambda p: flip(p, 7, 0)),
@@ -130,7 +92,7 @@ def test_no_damage_no_error(whole):
 
 
 def test_every_bit_counts(path):
-    """Where the decoder alone would be silent, and how often."""
+    """One flipped bit in each JPEG: some of them pass the decoder, all are found by the checksum."""
     from pipeline.data.decode import jpeg_status
     from tools.verify.beton_file import verify_beton
 
@@ -143,7 +105,7 @@ def test_every_bit_counts(path):
         content[offset] ^= 1
         forgiven += jpeg_status(bytes(content), *samples["f0"][["height", "width"]][sample].tolist()) == 0
         flip(path, sample, offset)
-    assert forgiven > 0, "libjpeg notices all by itself?"
+    assert forgiven > 0, "libjpeg finds every flipped bit by itself"
     _, damage = verify_beton(path, full=True, workers=2)
     assert len(damage) == 1 + COUNT // 2
 
@@ -155,7 +117,7 @@ def test_beyond_4_gib(tmp_path):
     with BetonWriter(tmp_path / "a.beton", ["x"], 9) as writer:
         for number, image in enumerate(images):
             if number == 4:
-                writer._end += (4 << 30) - 100  # as if as much lay between
+                writer._end += (4 << 30) - 100  # leave a hole, as if 4 GiB of images lay before
             writer.add(image, 0)
     beton = open_beton(tmp_path / "a.beton")
     assert beton.size_bytes > 1 << 32

@@ -1,3 +1,5 @@
+"""Plans and the decoder: torchvision's crops, Pillow's pixels, and a status for each kind of damage."""
+
 import io
 import math
 
@@ -24,7 +26,7 @@ def jpeg(pixels=PHOTO, **options):
 
 
 def crop_one_by_one(seed, epoch, sample, height, width, scale, ratio):
-    """The rule of torchvision's RandomResizedCrop.get_params, a try at a time."""
+    """Follow torchvision's RandomResizedCrop.get_params, one try at a time."""
     draws = uniform(key(seed, epoch, sample, Purpose.CROP), 4 * CROP_TRIES)
     for a, r, y, x in draws.reshape(CROP_TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * a)
@@ -94,7 +96,7 @@ def test_evaluation_squashes_without_a_crop():
 
 
 def decode(images, plan, size, workers=1, heights=None, sizes=None):
-    """Arrays are stored raw, bytes as JPEGs of PHOTO's size."""
+    """Decode images: arrays stored raw, or bytes of JPEGs of PHOTO's size. Returns pixels and statuses."""
     contents = [i.tobytes() if isinstance(i, np.ndarray) else i for i in images]
     sizes = np.array(sizes or [len(c) for c in contents])
     places = np.cumsum([0, *[len(c) for c in contents]])[:-1]
@@ -112,7 +114,7 @@ def decode(images, plan, size, workers=1, heights=None, sizes=None):
 
 
 def test_crops_of_500_jpegs_equal_pillows():
-    """Photographs of random sizes, qualities and kinds, from JPEG bytes to the resized crop: every bit."""
+    """JPEGs of random sizes, qualities and kinds give resized crops equal to Pillow's in every bit."""
     numbers, photos = np.random.default_rng(5), photographs(12)
     worst, scaled_up, plan = 0, 0, TrainingPlan(9, 96, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     decoder = ImageDecoder(1, 3 * 400 * 400)

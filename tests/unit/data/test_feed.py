@@ -1,4 +1,4 @@
-"""The feeds over real files: the same batches whoever asks, and no way to hang, leak or stay silent."""
+"""Feeds over real files: the same batches for any ranks and workers; no hangs, no leaks, no silent errors."""
 
 import hashlib
 import io
@@ -71,7 +71,7 @@ def producer_of(beton, work, timeout_seconds=60, kind=Producer):
 
 
 def slots_of(feed, step):
-    """{slot: hash of everything in it}"""
+    """Hash the contents of each slot of a step, by the slot's number."""
     found = {}
     for batch in feed.slots(step):
         size = len(batch.ids) // len(batch.slots)
@@ -85,7 +85,7 @@ def slots_of(feed, step):
 
 @pytest.fixture(scope="module")
 def expected(beton):
-    """The slots of three epochs."""
+    """Hashes of the slots of three epochs, read by one rank."""
     feed = train_feed(beton)
     steps = [slots_of(feed, step) for step in range(3 * STEPS)]
     feed.close()
@@ -126,7 +126,7 @@ def test_workers_and_micro_batches_change_nothing(beton, expected, changes):
 
 
 def test_augmented_images_are_the_same_for_any_workers_and_ranks(beton, expected):
-    """RandAugment inside the decoding threads: hashes of every slot, 1 and 2 workers, 1 and 4 ranks, after a seek."""
+    """With RandAugment, 1 and 2 workers, 1 and 4 ranks, and jumps to other steps give the same slots."""
     notation = "rand-m9-mstd0.5-inc1"
     feed = train_feed(beton, rand_augment=notation)
     whole = [slots_of(feed, step) for step in range(2 * STEPS)]
@@ -271,7 +271,7 @@ def test_damaged_sample_is_named(beton, tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_damaged_samples_are_replaced_by_the_next_ones_on_request(beton, tmp_path, workers, caplog):
-    """Only damaged JPEGs: 33's stand-in is 34, whatever the world size; in evaluation it does not count."""
+    """Image 34 replaces the damaged JPEG 33 for any world size; in evaluation image 33 is not valid."""
     bad = damaged(beton, tmp_path, 33)
     whole = {i: (b, n) for b in evaluation_feed(beton) for n, i in enumerate(b.ids.tolist()) if b.valid[n]}
     seen = {}
@@ -358,11 +358,11 @@ def test_numbers_that_do_not_fit(beton):
 
 
 def test_reading_ahead_touches_no_gpu(beton):
-    """Where torch says that there are GPUs, FFCV's thread would enter a CUDA stream and leave a context on GPU 0."""
+    """If torch reports GPUs, FFCV's own thread enters a CUDA stream and leaves a context on GPU 0; ours must not."""
     script = """
 import sys
 import torch
-torch.cuda.is_available = lambda: True  # here it is a lie, so any touch of a GPU raises
+torch.cuda.is_available = lambda: True  # there is none, so any use of a GPU raises
 from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset

@@ -1,3 +1,5 @@
+"""The image checksum: its definition, and that it detects damage."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ NUMBERS = np.random.default_rng(0)
 
 
 def polynomial(content: bytes) -> int:
-    """The definition, in Python's integers."""
+    """Compute the checksum with Python's integers."""
     factor, lanes = 0x9E3779B1, [0] * 64
     for place, byte in enumerate(content):
         lanes[place % 64] = (lanes[place % 64] * factor + byte) % 2**32
@@ -26,7 +28,7 @@ def test_definition(content):
 
 
 def test_damage_is_seen():
-    """Flipped bits, zeroed and moved pieces, other lengths: one in 16 million may go unseen."""
+    """Flipped bits, zeroed and moved pieces, and other lengths change the checksum."""
     content = NUMBERS.integers(0, 256, 3000, np.uint8)
     whole, unseen = checksum(content), 0
     for number in range(3000):

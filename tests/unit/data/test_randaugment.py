@@ -1,4 +1,4 @@
-"""What RandAugment draws: by hash, in timm's proportions and ranges."""
+"""RandAugment's draws: by hash, with timm's distributions and ranges."""
 
 import numpy as np
 import pytest

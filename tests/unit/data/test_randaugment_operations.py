@@ -1,4 +1,4 @@
-"""Each operation of RandAugment against Pillow through timm's functions: bit for bit, at drawn strengths and sizes."""
+"""Each operation of RandAugment equals Pillow's, called through timm, in every bit, at random strengths and sizes."""
 
 import random
 
@@ -45,11 +45,11 @@ def ours(image, name, magnitude, sign):
 
 
 def timms(auto_augment, image, name, magnitude, sign, monkeypatch):
-    """timm's own function and range; its coin shows the wanted sign."""
+    """Call timm's own function with its own range; its random sign is replaced by the given one."""
     monkeypatch.setattr(random, "random", lambda: 0.0 if sign > 0 else 1.0)
     to_arguments = auto_augment.LEVEL_TO_ARG[name]
     arguments = to_arguments(magnitude, {}) if to_arguments else ()
-    if name == "PosterizeIncreasing" and arguments == (0,):  # Pillow refuses what timm draws; it used to blacken
+    if name == "PosterizeIncreasing" and arguments == (0,):  # Pillow refuses 0 bits, which used to give black
         return np.zeros_like(image)
     changed = auto_augment.NAME_TO_OP[name](
         Image.fromarray(image), *arguments, fillcolor=FILL, resample=Image.Resampling.BICUBIC

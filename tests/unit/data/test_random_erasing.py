@@ -1,4 +1,4 @@
-"""Random erasing: timm's boxes in distribution, normal noise inside, nothing changed outside, all of it by hash."""
+"""Random erasing: boxes distributed as timm's, normal noise inside, nothing changed outside, all by hash."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The resampler against Pillow itself, bit for bit."""
+"""Resizing equals Pillow's in every bit."""
 
 import numpy as np
 import PIL
@@ -9,7 +9,9 @@ from PIL import Image
 
 from pipeline.data.resample import resized_crop
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (230, 260, 3), np.uint8)  # noise: the hardest for rounding
+PIXELS = np.random.default_rng(0).integers(
+    0, 256, (230, 260, 3), np.uint8
+)  # noise, which makes rounding differences likely
 side = st.integers(1, 200)
 
 

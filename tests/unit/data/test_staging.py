@@ -1,4 +1,4 @@
-"""Data files behind real servers that lose the connection, say nothing, or send other bytes."""
+"""Data files on servers that lose the connection, fall silent, or send other bytes."""
 
 import hashlib
 import http.server
@@ -24,13 +24,13 @@ PIECE = 1 << 20
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Files of a directory, in pieces. `serves` says before which byte it falls silent, whoever asks first."""
+    """Serves the files of a directory, in pieces, and counts requests; it is silent from byte `serves` on."""
 
     daemon_threads = True
 
     def __init__(self, directory):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.directory, self.asked, self.serves = directory, Counter(), 10**9
+        self.directory, self.requests, self.serves = directory, Counter(), 10**9
         self.silence, self.lock = threading.Event(), threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -51,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             first, last = map(int, wanted.groups())
             with self.server.lock:
-                self.server.asked[first] += 1
+                self.server.requests[first] += 1
             if first >= self.server.serves:
                 self.server.silence.wait(60)
                 return
@@ -103,13 +103,13 @@ def test_a_url_is_copied_once_and_checked(source, server, tmp_path, protocol):
             assert beton.path.parent.parent == tmp_path
             assert beton.model_copy(update={"path": source.path}) == source
             assert sha256(beton.path) == source.sha256
-    assert set(server.asked.values()) <= {1}
-    assert len(server.asked) == (-(-source.size_bytes // PIECE) if protocol == "http" else 0)
+    assert set(server.requests.values()) <= {1}
+    assert len(server.requests) == (-(-source.size_bytes // PIECE) if protocol == "http" else 0)
 
 
 def test_a_side_car_is_enough_to_describe(source, server):
     assert describe_beton(f"{server.url}/a.beton", 5).sha256 == source.sha256
-    assert not server.asked
+    assert not server.requests
 
 
 def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_path):
@@ -120,14 +120,14 @@ def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_pa
         pytest.raises(RetryableError, match=r"a\.beton: the server has sent nothing for 3 s"),
     ):
         fetch_beton(f"{server.url}/a.beton", cache, 3)
-    assert time.monotonic() - began < 30  # the server's silence lasts 60
+    assert time.monotonic() - began < 30  # the server is silent for 60 s
     (partial,) = tmp_path.glob("*.partial/a.beton")
     kept = partial.stat().st_size
     assert kept == 5 * PIECE < source.size_bytes
-    server.serves, before = 10**9, dict(server.asked)
+    server.serves, before = 10**9, dict(server.requests)
     with Cache(tmp_path) as cache:
         assert sha256(fetch_beton(f"{server.url}/a.beton", cache, 60).path) == source.sha256
-    again = {place for place, count in server.asked.items() if count > before.get(place, 0)}
+    again = {place for place, count in server.requests.items() if count > before.get(place, 0)}
     assert again == set(range(kept, source.size_bytes, PIECE))
 
 
@@ -146,7 +146,7 @@ def test_what_is_not_there_and_cannot_be_there(server, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_bytes_than_the_side_car_says(source, tmp_path, monkeypatch):
+def test_other_bytes_than_the_side_car_says(source, tmp_path):
     directory = tmp_path / "source"
     directory.mkdir()
     content = bytearray(source.path.read_bytes())
@@ -193,25 +193,25 @@ def process(url, directory):
 
 def test_two_processes_at_once_copy_once(source, server, tmp_path):
     processes = [process(f"{server.url}/a.beton", tmp_path) for _ in range(2)]
-    said = [p.communicate(timeout=240)[0].strip() for p in processes]
-    assert said[0] == said[1]
-    assert len(server.asked) == -(-source.size_bytes // PIECE)
-    assert set(server.asked.values()) == {1}
+    paths = [p.communicate(timeout=240)[0].strip() for p in processes]
+    assert paths[0] == paths[1]
+    assert len(server.requests) == -(-source.size_bytes // PIECE)
+    assert set(server.requests.values()) == {1}
 
 
 def test_killed_in_the_middle_of_a_copy(source, server, tmp_path):
     server.serves = 6 * PIECE
     killed = process(f"{server.url}/a.beton", tmp_path)
     while not any(path.stat().st_size > PIECE for path in tmp_path.glob("*.partial/a.beton")):
-        assert killed.poll() is None, "it has ended by itself"
+        assert killed.poll() is None, "the process ended by itself"
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not list(tmp_path.glob(f"a-{source.sha256[:16]}"))
-    server.serves, server.asked = 10**9, Counter()
+    server.serves, server.requests = 10**9, Counter()
     with Cache(tmp_path) as cache:
         assert sha256(fetch_beton(f"{server.url}/a.beton", cache, 60).path) == source.sha256
-    assert 0 not in server.asked, "the beginning was there"
+    assert 0 not in server.requests, "the beginning was copied already"
 
 
 def test_where_copies_go(monkeypatch):

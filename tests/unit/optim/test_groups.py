@@ -1,29 +1,9 @@
-import math
+"""Parameter groups: layer decay and weight decay as in the official code."""
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.models import create_model
-from pipeline.optim.ema import EMA
 from pipeline.optim.groups import layer_group, layer_number, parameter_groups
-from pipeline.optim.schedule import learning_rate
-
-SCHEDULE = {"steps_per_epoch": 10, "epochs": 8.0, "warmup_epochs": 2.0, "lr": 0.4, "min_lr": 0.1}
-
-
-def test_schedule_at_its_corners():
-    assert learning_rate(0, **SCHEDULE) == 0
-    assert learning_rate(10, **SCHEDULE) == pytest.approx(0.2)
-    assert learning_rate(20, **SCHEDULE) == pytest.approx(0.4)
-    assert learning_rate(50, **SCHEDULE) == pytest.approx(0.25)
-    assert learning_rate(80, **SCHEDULE) == pytest.approx(0.1)
-
-
-@given(step=st.integers(20, 79))
-def test_schedule_falls_after_the_warm_up(step):
-    assert learning_rate(step + 1, **SCHEDULE) < learning_rate(step, **SCHEDULE)
 
 
 def test_layer_numbers_of_huge():
@@ -69,19 +49,3 @@ def test_weight_decay_spares_what_the_recipes_spare():
 def test_group_decay_is_refused_for_other_depths():
     with pytest.raises(ValueError, match="use single"):
         parameter_groups([], depths=(2, 2, 6, 2), weight_decay=0.0, layer_decay_groups="group")
-
-
-def test_ema_is_the_published_recurrence_from_the_first_weights_on():
-    weights = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-    ema, expected = EMA(weights, 0.9, torch.tensor(True)), torch.tensor([1.0, 2.0])
-    for step in range(5):
-        weights["w"] += 1
-        ema.after_update(step + 1)
-        expected = 0.9 * expected + 0.1 * weights["w"]
-    assert torch.allclose(ema.state()["w"], expected, atol=1e-6)
-    assert math.isclose(expected[0].item(), ema.state()["w"][0].item(), rel_tol=1e-6)
-    live = weights["w"].clone()
-    ema.swap()
-    assert torch.allclose(weights["w"], expected, atol=1e-6)
-    ema.swap()
-    assert torch.equal(weights["w"], live)
