@@ -66,6 +66,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             run_stage(make_tiny_run(Path(folder), ["stages.pretrain=null", "stages.finetune=null"]) / "intermediate", 1)
 
 
+@pytest.fixture(scope="module")
+def world():
+    """A world of one rank with one thread on the CPU."""
+    import torch
+
+    from pipeline.distributed.world import World
+
+    threads = torch.get_num_threads()
+    joined = World.join("cpu", threads=1)
+    yield joined
+    joined.leave()
+    torch.set_num_threads(threads)
+
+
 class FileByFile(LoadScopeScheduling):
     """Each file is run by one worker, as its fixtures are dear; all files that need Slurm by one, as they share it."""
 

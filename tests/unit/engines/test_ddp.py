@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.distributed.world import World
 from pipeline.engines import StepFilter, create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
@@ -14,15 +13,6 @@ from tests.support import write_tiny_recipe
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
     return write_tiny_recipe(tmp_path_factory.mktemp("engine"))
-
-
-@pytest.fixture
-def world():
-    threads = torch.get_num_threads()
-    joined = World.join("cpu", threads=1)
-    yield joined
-    joined.leave()
-    torch.set_num_threads(threads)
 
 
 def trained(recipe_file, world, stage: str, steps: int, *overrides: str, guard: StepFilter | None = None):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.errors import RecipeError
@@ -16,13 +15,6 @@ from tests.engines import stage_recipe
 SLAK = {
     "name": "slak", "depths": [1, 1], "dims": [4, 6], "kernel_sizes": [9, 5], "small_kernel": 3, "stem_stride": 2,
 }  # fmt: skip
-
-
-@pytest.fixture
-def world():
-    joined = World.join("cpu", threads=1)
-    yield joined
-    joined.leave()
 
 
 def build(world, large_kernels: str):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.errors import RecipeError
 from pipeline.objectives import create_objective
@@ -17,15 +16,6 @@ from tests.engines import batches, bits, stage_recipe, store
 
 SPARSITY = {"sparsity": 0.4, "update_every_steps": 2}
 TOTAL = 9
-
-
-@pytest.fixture(scope="module")
-def world():
-    threads = torch.get_num_threads()
-    joined = World.join("cpu", threads=1)
-    yield joined
-    joined.leave()
-    torch.set_num_threads(threads)
 
 
 def build(world, sparsity, engine="ddp", **changes):

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.errors import CheckpointError, RecipeError
 from pipeline.objectives import create_objective
@@ -21,13 +20,6 @@ FOUR_STAGES = [  # timm builds no others
     "defaults.data.image_size=64", "stages.finetune.data.image_size=64",
 ]  # fmt: skip
 FILES = {"official": "weights.pth", "timm": "weights.safetensors", "transformers": "weights.bin"}
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = World.join("cpu", 1)
-    yield world
-    world.leave()
 
 
 @pytest.fixture
