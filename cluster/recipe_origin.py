@@ -24,7 +24,7 @@ def write_origin(run: Path, recipe: Path, overrides: Sequence[str]) -> None:
 
     def parse(path: Path) -> Any:
         files[path] = path.read_text()
-        return yaml.safe_load(files[path])
+        return yaml.safe_load(files[path]) or {}  # a file may hold comments alone
 
     read_with_bases(recipe, parse)
     listed = [{"path": str(path), "text": text} for path, text in files.items()]

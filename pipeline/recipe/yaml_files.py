@@ -138,8 +138,9 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             raise RecipeError(f"{path}: stages.{name} is {stage!r}; it must be a mapping of keys to values, or null")
         stage = _merge(defaults, stage)
         init = stage.get("init")
+        mistaken = isinstance(init, str | int | float | list)  # left in the stage, for `parse_settings` to refuse
         init = init if isinstance(init, dict) else {}
-        if weights is not None and previous is None:
+        if weights is not None and previous is None and not mistaken:
             init = {**init, "weights": weights}
         if init.get("weights") is not None:
             init = {"start": "file", **init}

@@ -84,6 +84,12 @@ def test_broken_files(tmp_path, text, sentence):
         load_recipe(path)
 
 
+def test_a_stage_with_init_as_a_text_is_refused_and_not_replaced_by_the_chains(recipe_file):
+    for stage in ("pretrain", "finetune"):
+        with pytest.raises(RecipeError, match=rf"stages.{stage}.init is '/b.safetensors'"):
+            load_recipe(recipe_file, ["init=/a.safetensors", f"stages.{stage}.init=/b.safetensors"])
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="there is no recipe"):
         load_recipe(tmp_path / "none.yaml")

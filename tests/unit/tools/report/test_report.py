@@ -89,10 +89,11 @@ def test_the_page_escapes_what_others_wrote_and_shows_events(run):
 def test_the_recipe_is_shown_as_it_was_written(run, tmp_path):
     base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
     base.write_text("seed: 3  # the paper's\n")
-    own.write_text("extends: [demo-scratch, base.yaml]\nname: own  # Table 1\n")
+    own.write_text("extends: [demo-scratch, base.yaml, notes.yaml]\nname: own  # Table 1\n")
+    (tmp_path / "notes.yaml").write_text("# comments alone\n")
     write_origin(run, own, ["seed=4"])
     read = [Path(file["path"]).stem for file in read_origin(run)["files"]]
-    assert read == ["own", "demo-scratch", "demo", "base"]
+    assert read == ["own", "demo-scratch", "demo", "base", "notes"]
     text = run_page(gather(run)).html()
     for shown in ("# Table 1", "# the paper&#39;s", "seed=4"):
         assert shown in text
