@@ -159,7 +159,7 @@ def locate(source: str) -> tuple[AbstractFileSystem, str]:
         raise DataError(f"source {source} cannot be opened: {error}") from None
 
 
-def read_bytes(fs: AbstractFileSystem, path: str) -> bytes:
+def read_whole_file(fs: AbstractFileSystem, path: str) -> bytes:
     """Read a whole file. Raises DataError if that fails."""
     try:
         return with_retries(fs, path, lambda: fs.cat_file(path))
@@ -170,7 +170,7 @@ def read_bytes(fs: AbstractFileSystem, path: str) -> bytes:
 def read_lines(path: str) -> list[str]:
     """Read the stripped lines of a text file, by path or URL, without empty ones. Raises DataError if that fails."""
     try:
-        return [line.strip() for line in read_bytes(*locate(path)).decode().splitlines() if line.strip()]
+        return [line.strip() for line in read_whole_file(*locate(path)).decode().splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file; name another file") from None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.errors import DataError
 from tools.prepare.devkit import DEVKIT_ERRORS, GROUND_TRUTH, META, read_devkit, read_synsets
-from tools.prepare.image_source import ImageSource, Item, base, list_folder, locate, read_bytes, read_lines
+from tools.prepare.image_source import ImageSource, Item, base, list_folder, locate, read_lines, read_whole_file
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def read_labels(path: str) -> Labels:
         return _devkit_labels(path, *read_devkit(fs, place))
     if fs.isdir(place):
         folder = f"{place.rstrip('/')}/data" if fs.isdir(f"{place.rstrip('/')}/data") else place.rstrip("/")
-        return _devkit_labels(path, read_bytes(fs, f"{folder}/{META}"), read_bytes(fs, f"{folder}/{GROUND_TRUTH}"))
+        return _devkit_labels(
+            path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, f"{folder}/{GROUND_TRUTH}")
+        )
     lines = read_lines(path)
     if lines and all(line.isdigit() for line in lines):
         folder = place.rpartition("/")[0]
@@ -46,7 +48,7 @@ def read_labels(path: str) -> Labels:
                 f"labels {path} are numbers, and {META}, which names their classes, is not beside it; give"
                 " ILSVRC2012_devkit_t12.tar.gz, or a file of class names"
             )
-        return _devkit_labels(path, read_bytes(fs, f"{folder}/{META}"), read_bytes(fs, place))
+        return _devkit_labels(path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, place))
     words = [re.split(r"[\s,]+", line) for line in lines]
     if words and all(len(parts) == 1 for parts in words):
         return Labels(path, tuple(lines))
