@@ -48,7 +48,7 @@ def export_weights(
     entry: EntryKey = None,
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
-    """Write weights for use elsewhere. An ONNX model is run and compared with ours before it is written."""
+    """Write weights for use elsewhere. An ONNX model is compared with the PyTorch model before it is written."""
     from tools.weights.export import export
 
     print(export(source, destination, kind, image_size=image_size, entry=entry, overwrite=overwrite))

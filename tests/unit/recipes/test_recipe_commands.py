@@ -1,4 +1,4 @@
-"""`fcmae recipe`: what it prints, and what it refuses, as a person sees it."""
+"""Output and errors of `fcmae recipe`."""
 
 import re
 import sys
@@ -14,22 +14,27 @@ from tools import cli
 from tools.recipes.library import find_recipe
 
 
-def said(capsys, monkeypatch, *arguments: object) -> str:
-    """What the command prints; a refusal's sentence."""
-    monkeypatch.setattr(sys, "argv", ["fcmae", "recipe", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    printed = capsys.readouterr()
-    assert bool(end.value.code) == bool(printed.err), printed
-    return printed.err or printed.out
+@pytest.fixture
+def recipe(capsys, monkeypatch):
+    """Run `fcmae recipe` and return its output, or the error if it fails."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["fcmae", "recipe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        assert bool(end.value.code) == bool(printed.err), printed
+        return printed.err or printed.out
+
+    return run
 
 
 def squeezed(text: str) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
 
 
-def test_diff_prints_only_what_differs(capsys, monkeypatch):
-    assert squeezed(said(capsys, monkeypatch, "diff", "huge", "base")) == [
+def test_diff_prints_only_what_differs(recipe):
+    assert squeezed(recipe("diff", "huge", "base")) == [
         "field convnextv2_huge convnextv2_base",
         "pretrain.model.name convnextv2_huge convnextv2_base",
         "finetune.objective.drop_path 0.3 0.1",
@@ -40,22 +45,22 @@ def test_diff_prints_only_what_differs(capsys, monkeypatch):
         "finetune.schedule.epochs 50 100",
         "finetune.schedule.warmup_epochs 10 20",
     ]
-    assert squeezed(said(capsys, monkeypatch, "diff", "huge-22k-512", "huge-22k-384")) == [
+    assert squeezed(recipe("diff", "huge-22k-512", "huge-22k-384")) == [
         "field convnextv2_huge-22k-512 convnextv2_huge-22k-384",
         "finetune.data.image_size 512 384",
     ]
-    assert squeezed(said(capsys, monkeypatch, "diff", "demo", "demo-scratch"))[1] == "stage pretrain yes -"
-    assert said(capsys, monkeypatch, "diff", "atto", "convnextv2/atto.yaml").startswith("no difference")
+    assert squeezed(recipe("diff", "demo", "demo-scratch"))[1] == "stage pretrain yes -"
+    assert recipe("diff", "atto", "convnextv2/atto.yaml").startswith("no difference")
 
 
-def test_list_has_the_published_results(capsys, monkeypatch):
-    lines = squeezed(said(capsys, monkeypatch, "list"))
+def test_list_has_the_published_results(recipe):
+    lines = squeezed(recipe("list"))
     assert "convnextv2/huge-22k-512 FCMAE 1600 > 22K 90 > 1K 30, 512 88.9 paper T5, T15, README 88.860 98.740" in lines
     assert any(line.startswith("demo ") for line in lines)
 
 
-def test_sources_tell_file_line_and_conflict(capsys, monkeypatch):
-    lines = squeezed(said(capsys, monkeypatch, "show", "base", "--sources", "stages.finetune.schedule.epochs=30"))
+def test_sources_tell_file_line_and_conflict(recipe):
+    lines = squeezed(recipe("show", "base", "--sources", "stages.finetune.schedule.epochs=30"))
     written = find_recipe("base").read_text().splitlines()
     number = 1 + next(i for i, line in enumerate(written) if "base_lr" in line)
     assert f"optimizer.base_lr 0.000625 TRAINING; C1 base.yaml:{number}" in lines
@@ -84,29 +89,29 @@ def test_sources_tell_file_line_and_conflict(capsys, monkeypatch):
         ("--nproc 48", "48 processes do not divide the 128 slots"),
     ],
 )
-def test_a_wrong_value_is_one_sentence(capsys, monkeypatch, change, sentence):
-    line = said(capsys, monkeypatch, "validate", "huge-22k-512", *change.split())
+def test_a_wrong_value_is_one_sentence(recipe, change, sentence):
+    line = recipe("validate", "huge-22k-512", *change.split())
     assert sentence in line
     assert line.count("\n") == 1
 
 
-def test_a_22k_head_on_1k_data_is_refused_where_the_file_is(capsys, monkeypatch, tmp_path):
+def test_a_22k_head_on_1k_data_is_refused_where_the_file_is(recipe, tmp_path):
     with BetonWriter(tmp_path / "1k.beton", tuple(f"class {i}" for i in range(1000)), 2) as writer:
         for number in range(2):
             writer.add(*tiny_image(number))
     change = f"stages.intermediate.data.train={tmp_path}/1k.beton"
-    line = said(capsys, monkeypatch, "validate", "huge-22k-512", change)
+    line = recipe("validate", "huge-22k-512", change)
     assert f"stage intermediate: objective.classes is 21841, but data.train {tmp_path}/1k.beton holds 1000" in line
 
 
-def test_data_that_is_not_here_is_told_and_no_error(capsys, monkeypatch):
+def test_data_that_is_not_here_is_told_and_no_error(recipe, monkeypatch):
     monkeypatch.delenv("FCMAE_DATA", raising=False)
-    line = said(capsys, monkeypatch, "validate", "huge-22k-512", "--nproc", 64)
+    line = recipe("validate", "huge-22k-512", "--nproc", 64)
     assert line.startswith("convnextv2_huge-22k-512 is valid: pretrain, intermediate, finetune; not here")
 
 
-def test_a_name_that_is_not_known_lists_near_ones(capsys, monkeypatch):
-    assert "did you mean convnextv2/huge" in said(capsys, monkeypatch, "show", "convnext/huge")
+def test_a_name_that_is_not_known_lists_near_ones(recipe):
+    assert "did you mean convnextv2/huge" in recipe("show", "convnext/huge")
 
 
 def test_extends_takes_several_files_and_included_recipes(tmp_path):
@@ -127,7 +132,7 @@ def test_extends_takes_several_files_and_included_recipes(tmp_path):
 
 
 def test_sources_follow_the_values_through_every_kind_of_line(tmp_path):
-    """What load says a value is, stands in the line that sources names."""
+    """Each value of a loaded recipe is found in the line that its source names."""
     path = tmp_path / "mine.yaml"
     path.write_text(
         "extends: demo\nname: mine   # not a value\ndefaults:\n  batch: {global_batch: 64, slot: 16}  # both; C9\n"

@@ -1,4 +1,4 @@
-"""A whole estimate: its figures follow from each other, and from files and sites as they are."""
+"""The figures of an estimate are consistent with each other, with the data files and with the site."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_data_that_is_not_here_must_be_told(chain):
 
 
 def test_files_by_variables_and_no_validation(chain, monkeypatch):
-    """As the published recipes have it: $FCMAE_DATA, and nothing to evaluate ImageNet-22K on."""
+    """As in the included recipes: $FCMAE_DATA in paths, and no evaluation on ImageNet-22K."""
     stage = chain.stages["finetune"]
     train = Path(stage.data.train)
     monkeypatch.setenv("FCMAE_DATA", str(train.parent))
@@ -125,7 +125,7 @@ def test_measured_steps_correct_the_estimate(chain):
     )
     assert corrected.memory_correction != 1
     assert "measured on cpu" in shown([corrected])
-    # A site of GPUs takes no speed from a CPU.
+    # The speed measured on a CPU is not used for a site with GPUs.
     (gpus,) = estimate(one, site(), measured_here=True)
     assert "ASSUMED" in gpus.speed[1]
 

@@ -1,4 +1,4 @@
-"""Which outputs are which classes, and which answers are right, against plain loops."""
+"""Matching outputs to classes and counting correct answers, compared with plain loops."""
 
 import json
 
@@ -18,7 +18,7 @@ from tools.evaluate.knn import NEIGHBOURS, TEMPERATURE, vote
 
 
 class Table(nn.Module):
-    """Gives each image the row of logits that its first pixel names."""
+    """A model whose logits are the table row given by the image's first pixel."""
 
     def __init__(self, logits: np.ndarray):
         super().__init__()
@@ -35,7 +35,7 @@ def batch(labels: list[int], valid: list[bool]) -> Batch:
 
 @st.composite
 def subsets(draw):
-    """A classifier of some classes, and data of others."""
+    """A classifier and data with partly different classes."""
     names = [f"n{number:02d}" for number in range(9)]
     head = draw(st.permutations(draw(st.lists(st.sampled_from(names), min_size=1, unique=True))))
     data = sorted(draw(st.lists(st.sampled_from(names), min_size=1, unique=True)))
@@ -61,7 +61,7 @@ def test_a_subset_is_scored_among_its_own_classes(case):
         top1 += counts and ranked[0] == data[label]
         top5 += counts and data[label] in ranked[:5]
     assert (int(sums["top1"]), int(sums["count"])) == (top1, sum(valid))
-    if len(set(data) & set(head)) == len(data):  # else classes that nobody has fill up the first five
+    if len(set(data) & set(head)) == len(data):  # otherwise classes that the head lacks are among the first five
         assert int(sums["top5"]) == top5
 
 

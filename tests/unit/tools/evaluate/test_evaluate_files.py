@@ -1,4 +1,4 @@
-"""From JPEGs and a weights file to accuracies, against Pillow and torch alone."""
+"""Accuracies from JPEGs and a weights file, compared with a plain computation by Pillow and torch."""
 
 import json
 import os
@@ -34,7 +34,7 @@ HEAD = (*WNIDS[:3], "n00000001", "n00000002", "n09999999")  # knows three of the
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with images, data.beton, and weights of a classifier of HEAD with an average beside them."""
+    """A folder with images, data.beton, and weights.pt: a classifier of HEAD and its moving average."""
     place = tmp_path_factory.mktemp("evaluate")
     write_folder(place / "images", class_images(PER_CLASS, WNIDS))
     prepare_beton(place / "images", place / "data.beton")
@@ -55,7 +55,7 @@ def by_hand(place: Path, entry: str, squash: bool = False) -> np.ndarray:
 
 
 def pixels(place: Path, squash: bool = False, size: int = SIZE) -> Iterator[torch.Tensor]:
-    """What a model is given, image by image, in the order of classes and names."""
+    """The input of a model, image by image, in the order of classes and names."""
     for path in sorted((place / "images").glob("*/*")):
         image = Image.open(path).convert("RGB")
         if squash:
@@ -133,7 +133,7 @@ def test_processes_share_the_images_out_once(place):
 
 @pytest.mark.slow
 def test_an_answer_longer_than_a_pipe_arrives(place, tmp_path):
-    """The names of the classes that the classifier does not have: with 22K's, a quarter of a megabyte."""
+    """The result lists the missing classes: with ImageNet-22K a quarter of a megabyte, more than a pipe holds."""
     names = [HEAD[0], *(f"{number:0100d}" for number in range(1000))]
     with BetonWriter(tmp_path / "many.beton", names, 4) as writer:
         for number in range(4):
@@ -141,7 +141,7 @@ def test_an_answer_longer_than_a_pipe_arrives(place, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(LONG_ANSWER)
     asked = [place / "weights.pt", tmp_path / "many.beton", place / "head.txt"]
-    # In a process of its own, for what must not happen is that it waits for ever.
+    # In a process with a timeout, because a deadlock must not stop the tests.
     done = subprocess.run(
         [sys.executable, script, *asked], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, check=True,
         capture_output=True, text=True,
@@ -165,7 +165,7 @@ def test_neighbours_of_files(place):
     with torch.no_grad():
         found = torch.cat([model.norm(model.features(x).mean((1, 2))) for x in pixels(place)])
     found = torch.nn.functional.normalize(found)
-    votes = np.zeros((len(LABELS), len(WNIDS)))  # of all sixteen, for there are fewer than twenty
+    votes = np.zeros((len(LABELS), len(WNIDS)))  # all sixteen images vote, because there are fewer than twenty
     for image, similarities in enumerate((found @ found.t()).tolist()):
         for label, similarity in zip(LABELS, similarities, strict=True):
             votes[image, label] += np.exp(similarity / 0.07)
@@ -176,7 +176,7 @@ def test_neighbours_of_files(place):
 
 @pytest.fixture
 def stage(tmp_path):
-    """A finished stage of the tiny chain, whose recipe has a form of GRN and a crop of its own."""
+    """A finished stage of the tiny chain with an unusual GRN and crop in its recipe."""
     raw = tiny_recipe(tmp_path)
     raw["defaults"]["model"]["grn_normaliser"] = "sum"
     raw["defaults"]["data"]["crop_pct"] = 0.9
@@ -201,7 +201,7 @@ def test_a_stage_and_its_run_are_evaluated_as_they_were_trained(stage):
         assert (subject.image_size, subject.crop_pct, subject.weights) == (16, 0.9, "ema")
         assert subject.class_names == tuple("abcd")
         assert subject.model.stages[0][0].grn.normaliser == "sum"
-        # A file of ours says the same but for the crop.
+        # The weights file records the same except the crop.
         alone = load_evaluated_model(str(stage.directory / "weights.safetensors"))
         assert (alone.image_size, alone.class_names) == (16, tuple("abcd"))
         torch.testing.assert_close(alone.model(images), subject.model(images), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The published table, and what counts as agreement with it."""
+"""The table of published accuracies, and the tolerance of comparisons with it."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ def test_the_table_is_whole():
     assert len({(r.model, r.chain, r.image_size, r.data) for r in rows}) == len(rows)
     assert {r.model for r in rows} == set(VARIANTS)
     assert all(r.paper or r.timm for r in rows)
-    # The paper's figures are timm's to the printed digit, give or take the files' conversion from JAX.
+    # Paper and timm agree to the printed digit, except for effects of converting the files from JAX.
     assert all(abs(r.paper.top1 - r.timm.top1) <= 0.1 for r in rows if r.paper and r.timm)
     (best,) = find_published("convnextv2_huge", 512)
     assert (best.paper.top1, best.timm.top1, best.timm.top5) == (88.9, 88.86, 98.74)

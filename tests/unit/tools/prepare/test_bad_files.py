@@ -1,4 +1,4 @@
-"""Every strange file that folders of images hold: what becomes of it, and that the report says so."""
+"""Damaged and unusual files among images are left out, re-encoded or kept, and the report names them."""
 
 import gzip
 import io
@@ -171,7 +171,7 @@ def test_what_is_kept_without_a_word(prepared):
 
 
 def test_all_pixels_are_those_of_torchvisions_loader(prepared):
-    """Evaluation squashed to 64 pixels: a lossless way from the file to the network, but for what was encoded anew."""
+    """Evaluation squashes images to 64 pixels without loss, except for those that were re-encoded."""
     source, beton, notes = prepared
     pixels = squashed_images(beton, 64)
     names = [n for n in sorted(os.listdir(source)) if n in PLAIN or n in STORED]

@@ -1,4 +1,4 @@
-"""Interrupted anywhere and with any number of workers, the file is the same."""
+"""The file is the same after any interruption and with any number of workers."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def test_it_continues(made, tmp_path, after):
     interrupted(source, tmp_path / "a.beton", 40)
     assert [p.stat().st_mtime_ns for p in finished] == stamps, "a part was made twice"
     with open(tmp_path / "a.beton.parts" / "data", "ab") as file:
-        file.write(b"what a torn write leaves")
+        file.write(b"the rest of an interrupted write")
     prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)
     assert not (tmp_path / "a.beton.parts").exists()
@@ -98,7 +98,7 @@ def test_other_settings_or_images_begin_anew(made, tmp_path):
 
 @pytest.mark.parametrize("moment", ["sidecar", "data", "cleaning", "plan"])
 def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
-    """Between the side-car and the file, between the file and cleaning, and in the middle of cleaning."""
+    """Interrupt after the side-car is written, after the file is renamed, and while the parts are deleted."""
     source, undisturbed = made
     path = tmp_path / "a.beton"
     replace, unlink = Path.replace, Path.unlink
@@ -178,7 +178,7 @@ def test_nothing_left_to_store(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence(made, tmp_path):
-    """A limit on the size of files stands for it."""
+    """A limit on the file size stands in for a full disk."""
     import resource
     import signal
 

@@ -1,4 +1,4 @@
-"""Sources in an object store: moto's server, in this process's own thread, spoken to over HTTP."""
+"""Sources in an object store: a local S3 server of moto, in a thread of this process."""
 
 import pytest
 
@@ -11,7 +11,7 @@ BUCKET = "images"
 
 @pytest.fixture(scope="module")
 def store():
-    """An S3 with the bucket; credentials and address in the environment, where a person has them."""
+    """An S3 server with the bucket; its address and credentials are in environment variables, as for users."""
     pytest.importorskip("s3fs")
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(port=0, verbose=False)
@@ -50,7 +50,7 @@ def test_archives_and_folders_in_an_object_store(store, tmp_path):
 
 
 def test_a_store_that_fails_now_and_then(store, tmp_path, monkeypatch):
-    """Two failures are waited out; a store that stays away is no reason to call an image bad."""
+    """Two failures are retried. A store that keeps failing ends the command instead of marking images as bad."""
     images = class_images(3)
     store.pipe_file(f"{BUCKET}/few.tar", train_tar(images))
     failures, read = [OSError("reset by peer")] * 2, store.cat_file
@@ -60,14 +60,14 @@ def test_a_store_that_fails_now_and_then(store, tmp_path, monkeypatch):
             raise failures.pop()
         return read(path, **options)
 
-    monkeypatch.setattr(store, "cat_file", cat_file)  # instances are shared by their arguments
+    monkeypatch.setattr(store, "cat_file", cat_file)  # s3fs returns this instance for equal arguments
     monkeypatch.setattr(image_source, "FIRST_PAUSE_SECONDS", 0)
     assert not prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "a.beton").counts
     assert not failures
     failures += [OSError("reset by peer")] * 99
     with pytest.raises(image_source.DataError, match=r"reset by peer.*the same command continues from here"):
         prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
-    failures[:] = [PermissionError("InvalidAccessKeyId")]  # credentials that have run out
+    failures[:] = [PermissionError("InvalidAccessKeyId")]  # expired credentials
     with pytest.raises(image_source.DataError, match=r"InvalidAccessKeyId.*the same command continues from here"):
         prepare_beton(f"s3://{BUCKET}/few.tar", tmp_path / "b.beton", on_bad="skip")
     failures.clear()

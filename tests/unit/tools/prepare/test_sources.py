@@ -1,4 +1,4 @@
-"""The same images in every layout that people have them in: the same file comes out."""
+"""The same images in every supported layout give the same file."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def reference(images, tmp_path_factory):
-    """The folder's file."""
+    """The file prepared from a folder."""
     directory = tmp_path_factory.mktemp("reference")
     prepare_beton(write_folder(directory / "train", images), directory / "a.beton")
     return directory
@@ -199,7 +199,7 @@ def test_descriptions(images, tmp_path):
 
 
 def test_images_and_names_to_exclude(images, tmp_path):
-    """The way of the validation images out of 22K."""
+    """Validation images can be left out of ImageNet-22K."""
     train = write_folder(tmp_path / "train", images)
     stolen = {
         "val_1.JPEG": images[WNIDS[1]][f"{WNIDS[1]}_2.JPEG"],
@@ -227,7 +227,7 @@ def test_images_and_names_to_exclude(images, tmp_path):
 
 
 def cut(content):
-    """The archive as a download that broke off between two members."""
+    """An archive whose download stopped between two members."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return content[: archive.getmembers()[-1].offset]
 
@@ -349,7 +349,7 @@ def test_names_that_are_no_text(images, tmp_path):
 
 @contextmanager
 def as_nobody():
-    """Root may read everything."""
+    """Drop root's permission to read everything."""
     was = os.geteuid()
     if was == 0:
         os.seteuid(65534)
@@ -360,7 +360,7 @@ def as_nobody():
 
 
 def test_what_may_not_be_read_is_one_sentence(images):
-    with tempfile.TemporaryDirectory() as place:  # a test's own is closed to others
+    with tempfile.TemporaryDirectory() as place:  # tmp_path is closed to other users
         os.chmod(place, 0o755)
         folder = write_folder(Path(place) / "train", images)
         (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").chmod(0)

@@ -1,4 +1,4 @@
-"""`fcmae verify` of directories and `fcmae checkpoint`, on a stage whose checkpoints were really saved."""
+"""`fcmae verify` of directories and `fcmae checkpoint`, on a stage with real checkpoints."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def state_of(step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """Finished at step 40, with the best evaluation at 20."""
+    """A stage that finished at step 40 and had its best evaluation at step 20."""
     directory = tmp_path_factory.mktemp("checkpoints")
     stage = Stage(make_tiny_run(directory) / "intermediate")
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=0, world_size=1)
@@ -54,7 +54,7 @@ def checkpoint_of(stage, step):
 
 @pytest.fixture
 def broken(stage):
-    """A byte of a file changed, for as long as the test lasts."""
+    """Change a byte of a file until the test ends."""
     changed = []
 
     def change(path):
@@ -75,7 +75,7 @@ def invoke(*arguments):
 def test_a_whole_run_is_verified(stage, capsys):
     verify_run(stage.directory.parent)
     said = capsys.readouterr().out
-    assert said.count("ok ") == 8  # four checkpoints, journal, weights, two stages that have not begun
+    assert said.count("ok ") == 8  # four checkpoints, journal, weights, two stages that have not started
     assert "DAMAGED" not in said
 
 
@@ -118,7 +118,7 @@ def remote(stage):
 
 
 def test_a_run_in_a_store_is_looked_at_by_its_url(stage, remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of its own: others use the machine's too
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other programs use the default folder, too
 
     def fcmae(*arguments):
         return CliRunner().invoke(cli, [*arguments, "memory://bucket/run"])
@@ -192,7 +192,7 @@ def test_damaged_weights_are_not_taken_out(stage, broken, tmp_path):
 
 
 def test_pruning_asks_first_and_keeps_the_best_and_the_last(stage, tmp_path):
-    shutil.copytree(stage.directory.parent, tmp_path / "run")  # the others need them all
+    shutil.copytree(stage.directory.parent, tmp_path / "run")  # other tests need all checkpoints
     directory = tmp_path / "run" / stage.directory.name
     asked = invoke("prune", directory)
     assert [line for line in asked.stdout.splitlines() if "delete" in line] == [

@@ -38,7 +38,7 @@ def saved(path, architecture):
 
 @torch.no_grad()
 def outputs(architecture):
-    """What the classifier gives for IMAGES, or FCMAE's encoder."""
+    """The outputs for IMAGES of the classifier, or of FCMAE's encoder."""
     tensors = weights(architecture)
     if architecture.decoder:
         tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
@@ -53,7 +53,7 @@ def session_of(path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A classifier's ONNX file: tracing takes seconds."""
+    """A classifier's ONNX file, shared because tracing takes seconds."""
     folder = tmp_path_factory.mktemp("exported")
     done = export(saved(folder / "w.pt", CLASSIFIER), folder / "m.onnx", "onnx", image_size=64)
     assert "largest difference from PyTorch: " in str(done)
@@ -104,7 +104,7 @@ def test_onnx_of_an_encoder_with_its_weights_beside_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_an_onnx_file_that_differs_is_not_written(tmp_path, monkeypatch, exported, scale):
-    """By a share of the outputs, also if these are as small as those of some models before training."""
+    """The tolerance is relative to the outputs, which are tiny in some untrained models."""
     head = {name: scale * tensor for name, tensor in weights(CLASSIFIER).items() if name.startswith("head.")}
     right = onnx.load(exported[0])
     for tensor in right.graph.initializer:

@@ -1,4 +1,4 @@
-"""SLaK and Next-ViT through `fcmae convert` and `fcmae export`: merged for ONNX, and equal through onnxruntime."""
+"""SLaK and Next-ViT through `fcmae convert` and `fcmae export`: folded for ONNX, with equal outputs in onnxruntime."""
 
 import onnx
 import onnxruntime
@@ -63,7 +63,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("family", RELEASED)
 def test_onnx_of_the_released_forms_is_the_model_merged(tmp_path, family):
-    """From a checkpoint that says nothing about itself, as released ones; small."""
+    """From a small checkpoint without facts, such as the released ones."""
     images = different_images(3, 80, torch.float32)
     model = trained(family, images, **RELEASED[family])
     torch.save({"model": model.state_dict()}, tmp_path / "w.pt")
@@ -105,7 +105,7 @@ def test_a_mapped_head_has_the_rows_of_its_classes(tmp_path):
 
 def test_timm_loads_the_folder(tmp_path):
     timm = oracle("timm", always_in_ci=True)
-    images = different_images(2, 64, torch.float32)  # at 32 pixels attention would have one key, whatever it is
+    images = different_images(2, 64, torch.float32)  # at 32 pixels attention would have a single key
     model = as_if_trained(create_model("nextvit_small", 3), images)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     export(tmp_path / "w.pt", tmp_path / "folder", "timm")

@@ -1,4 +1,4 @@
-"""Weights become the model that they were trained in, whatever the file; what does not fit is one sentence."""
+"""Weights of any file build the model they were trained in; a mismatch is one sentence."""
 
 import pytest
 import torch
