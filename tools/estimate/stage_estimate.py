@@ -139,9 +139,9 @@ class StageEstimate:
     @property
     def speed(self) -> tuple[float, str] | None:
         """Floating-point operations per second of one rank, and the source of the figure."""
-        own = next((o for o in self.options if o.checkpointing == self.recipe.model.checkpointing), None)
-        if own and self.measured and self.measured.device.startswith("cuda") == bool(self.site.gpus_per_node):
-            return self.measured.images_per_second * 2 * own.training_macs, f"measured on {self.measured.device}"
+        option = next((o for o in self.options if o.checkpointing == self.recipe.model.checkpointing), None)
+        if option and self.measured and self.measured.device.startswith("cuda") == bool(self.site.gpus_per_node):
+            return self.measured.images_per_second * 2 * option.training_macs, f"measured on {self.measured.device}"
         if self.tflops is None:
             return None
         share = self.site.gpu.utilisation
@@ -213,8 +213,8 @@ def _estimate_stage(
     correction = 1.0
     if measured:
         kind = measured.device.partition(":")[0]
-        here = traces if kind == device else StepTraces(recipe, kind)
-        correction = _memory_correction(recipe, model, here(recipe.batch.micro_slots), measured)
+        traces_here = traces if kind == device else StepTraces(recipe, kind)
+        correction = _memory_correction(recipe, model, traces_here(recipe.batch.micro_slots), measured)
     options = []
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})

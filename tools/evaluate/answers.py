@@ -38,17 +38,17 @@ def outputs_of(data: Sequence[str], head: Sequence[str] | None, outputs: int) ->
             raise DataError(
                 f"--classes names {len(head)} classes and the head has {outputs} outputs; give the head's own names"
             )
-        place = {name: output for output, name in enumerate(head)}
-        matched = [place.get(name) for name in data]
+        output_of = {name: output for output, name in enumerate(head)}
+        matched = [output_of.get(name) for name in data]
         if any(output is not None for output in matched):
             return matched
     if all(name.isdecimal() and int(name) < outputs for name in data):
         return [int(name) for name in data]
     if head is None and len(data) == outputs:
         return list(range(outputs))
-    known = f"named {head[0]!r}, ..." if head else "whose names are not known"
+    names = f"named {head[0]!r}, ..." if head else "whose names are not known"
     raise DataError(
-        f"the data has {len(data)} classes ({data[0]!r}, ...) and the classifier {outputs}, {known}; give --classes"
+        f"the data has {len(data)} classes ({data[0]!r}, ...) and the classifier {outputs}, {names}; give --classes"
         " with the names of the classifier's outputs, spelled as in the data"
     )
 
@@ -77,12 +77,14 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
             f"{path} has answers for {len(listed)} images and {beton.path} holds {beton.samples}; prepare exactly the"
             " validation images, in the order of their names"
         )
-    places = {output: place for place, output in enumerate(outputs) if output is not None}
-    if strangers := sorted(set(flat.tolist()) - set(places)):
-        raise DataError(f"{path} names class {strangers[0]}, which {beton.path} does not have; prepare all its classes")
+    class_of = {output: number for number, output in enumerate(outputs) if output is not None}
+    if unknown := sorted(set(flat.tolist()) - set(class_of)):
+        raise DataError(f"{path} names class {unknown[0]}, which {beton.path} does not have; prepare all its classes")
     right = torch.zeros(beton.samples, len(outputs), dtype=torch.bool)
     rows = np.repeat(np.arange(len(listed)), lengths)
-    right[torch.from_numpy(rows), torch.tensor([places[answer] for answer in flat.tolist()], dtype=torch.int64)] = True
+    right[torch.from_numpy(rows), torch.tensor([class_of[answer] for answer in flat.tolist()], dtype=torch.int64)] = (
+        True
+    )
     labels = torch.from_numpy(samples_of(beton)["f1"].astype(np.int64))
     counted = right.any(1)
     agree = right[counted].gather(1, labels[counted, None]).float().mean().item() if counted.any() else 0.0

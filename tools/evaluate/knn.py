@@ -78,10 +78,10 @@ def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, rows: int 
     rows: vectors of the bank that are compared at a time, which bounds the memory.
     """
     best = queries.new_full((len(queries), 0), 0.0)
-    whose = labels.new_zeros(len(queries), 0)
+    voters = labels.new_zeros(len(queries), 0)
     for first in range(0, len(bank), rows):
-        near, place = (queries @ bank[first : first + rows].t()).topk(min(NEIGHBOURS, len(bank) - first, rows), dim=1)
-        best, whose = torch.cat([best, near], 1), torch.cat([whose, labels[first + place]], 1)
-        best, place = best.topk(min(NEIGHBOURS, best.shape[1]), dim=1)
-        whose = whose.gather(1, place)
-    return best.new_zeros(len(queries), classes).scatter_add_(1, whose, (best / TEMPERATURE).exp())
+        near, rank = (queries @ bank[first : first + rows].t()).topk(min(NEIGHBOURS, len(bank) - first, rows), dim=1)
+        best, voters = torch.cat([best, near], 1), torch.cat([voters, labels[first + rank]], 1)
+        best, rank = best.topk(min(NEIGHBOURS, best.shape[1]), dim=1)
+        voters = voters.gather(1, rank)
+    return best.new_zeros(len(queries), classes).scatter_add_(1, voters, (best / TEMPERATURE).exp())

@@ -32,23 +32,24 @@ def read_labels(path: str) -> Labels:
     Raises:
         DataError: if the file is none of these.
     """
-    fs, place = locate(path)
-    if place.endswith((".tar", ".tar.gz", ".tgz")):
-        return _devkit_labels(path, *read_devkit(fs, place))
-    if fs.isdir(place):
-        folder = f"{place.rstrip('/')}/data" if fs.isdir(f"{place.rstrip('/')}/data") else place.rstrip("/")
+    fs, inner = locate(path)
+    if inner.endswith((".tar", ".tar.gz", ".tgz")):
+        return _devkit_labels(path, *read_devkit(fs, inner))
+    if fs.isdir(inner):
+        folder = inner.rstrip("/")
+        folder = f"{folder}/data" if fs.isdir(f"{folder}/data") else folder
         return _devkit_labels(
             path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, f"{folder}/{GROUND_TRUTH}")
         )
     lines = read_lines(path)
     if lines and all(line.isdigit() for line in lines):
-        folder = place.rpartition("/")[0]
+        folder = inner.rpartition("/")[0]
         if META not in [base(entry["name"]) for entry in list_folder(fs, folder)]:
             raise DataError(
                 f"labels {path} are numbers, and {META}, which names their classes, is not beside it; give"
                 " ILSVRC2012_devkit_t12.tar.gz, or a file of class names"
             )
-        return _devkit_labels(path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, place))
+        return _devkit_labels(path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, inner))
     words = [re.split(r"[\s,]+", line) for line in lines]
     if words and all(len(parts) == 1 for parts in words):
         return Labels(path, tuple(lines))
@@ -58,7 +59,7 @@ def read_labels(path: str) -> Labels:
             if by_stem.setdefault(_stem(name), label) != label:
                 raise DataError(
                     f"labels {path} give {_stem(name)} two classes, {by_stem[_stem(name)]} and {label}; folders in"
-                    " names are ignored, so give each image a name of its own"
+                    " names are ignored, so give each image a different name"
                 )
         return Labels(path, by_stem=by_stem)
     raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each line; write one of these")
@@ -99,10 +100,10 @@ def read_descriptions(path: str) -> dict[str, str]:
         DataError: if a line has another form.
     """
     pairs = [line.split(None, 1) for line in read_lines(path)]
-    wrong = next((pair for pair in pairs if len(pair) != 2), None)
-    if wrong or not pairs:
+    bad = next((pair for pair in pairs if len(pair) != 2), None)
+    if bad or not pairs:
         raise DataError(
-            f"descriptions {path} must have CLASS DESCRIPTION on each line, not {(wrong or ['nothing'])[0]!r}"
+            f"descriptions {path} must have CLASS DESCRIPTION on each line, not {(bad or ['nothing'])[0]!r}"
         )
     return dict(pairs)
 

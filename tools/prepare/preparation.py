@@ -70,11 +70,11 @@ def prepare_beton(
     if destination.exists() and not overwrite and not (directory / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
     images = open_source(str(source), labels, unlabelled)
-    if odd := next((name for name in images.classes if name.encode(errors="replace").decode() != name), None):
-        raise DataError(f"class {odd!r} of {source} has a name that is no UTF-8; rename it")
+    if bad := next((name for name in images.classes if name.encode(errors="replace").decode() != name), None):
+        raise DataError(f"class {bad!r} of {source} has a name that is no UTF-8; rename it")
     if descriptions is not None:
-        known = read_descriptions(descriptions)
-        images = replace(images, descriptions={name: known[name] for name in images.classes if name in known})
+        texts = read_descriptions(descriptions)
+        images = replace(images, descriptions={name: texts[name] for name in images.classes if name in texts})
     exclusion = Exclusion(_digests(exclude_images), frozenset(read_lines(exclude_names) if exclude_names else ()))
     parts = [images.items[start : start + part_samples] for start in range(0, len(images.items), part_samples)]
     settings = {"source": images.kind, **asdict(encoding), "pillow": PIL.__version__}
@@ -143,7 +143,7 @@ def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Pa
         The path of the growing file. It is renamed to `destination` when complete, so after an interruption it may be
         gone already.
     """
-    known, data = directory / "plan", directory / "data"
+    plan_file, data = directory / "plan", directory / "data"
     try:
         directory.mkdir(exist_ok=True)
         lock = os.open(directory, os.O_RDONLY)
@@ -151,15 +151,15 @@ def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Pa
         raise DataError(f"{destination} cannot be written: {error.strerror}; name another file") from None
     try:
         lock_file(lock, destination)
-        earlier = known.read_text() if known.exists() else None
-        strangers = sorted({path.name for path in directory.iterdir()} - {"data", "plan.new"})
-        if earlier is None and strangers:
-            raise DataError(f"{directory} holds {strangers[0]}, a file of another program; move the folder away")
+        earlier = plan_file.read_text() if plan_file.exists() else None
+        foreign = sorted({path.name for path in directory.iterdir()} - {"data", "plan.new"})
+        if earlier is None and foreign:
+            raise DataError(f"{directory} holds {foreign[0]}, a file of another program; move the folder away")
         if earlier != plan or not (data.exists() or destination.exists()):
             _empty_folder(directory)
             data.touch()
             (directory / "plan.new").write_text(plan)
-            (directory / "plan.new").replace(known)
+            (directory / "plan.new").replace(plan_file)
         yield data
         _empty_folder(directory)
         directory.rmdir()

@@ -87,7 +87,7 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
     """
     values = {size: dict(_trained_values(load_recipe(path).stages[stage])) for size, path in recipes.items()}
     sources = {size: value_sources(path) for size, path in recipes.items()}
-    common, own, seen = [], [], set()
+    common, different, seen = [], [], set()
     for field in values[next(iter(values))]:
         origins = [sources[size].get(f"stages.{stage}.{field}") for size in recipes]
         if set(origins) <= shared:
@@ -98,10 +98,10 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
         if len(set(cells)) == 1:
             common.append([f"`{field}`", cells[0], source])
         else:
-            own.append([f"`{field}`", *cells, source])
+            different.append([f"`{field}`", *cells, source])
     shared |= seen
     tables = [markdown_table(["field", "all sizes", "source"], common)]
-    tables += [markdown_table(["field", *recipes, "source"], own)] if own else []
+    tables += [markdown_table(["field", *recipes, "source"], different)] if different else []
     return "\n\n".join(tables)
 
 

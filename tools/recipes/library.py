@@ -68,6 +68,6 @@ def _included(pattern: re.Pattern[str]) -> dict[str, Path]:
 
 
 def _by_size(name: str) -> tuple[str, int, str]:
-    folder, _, own = name.rpartition("/")
-    size = next((place for place, size in enumerate(SIZES) if size in own.split("-")), -1)
-    return folder, size, own
+    folder, _, base = name.rpartition("/")
+    size = next((number for number, size in enumerate(SIZES) if size in base.split("-")), -1)
+    return folder, size, base

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import CheckpointError, UserError
+from pipeline.objectives.pixels import MEAN, STD
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
@@ -84,7 +85,9 @@ def export(
     return _export_timm(loaded, destination, size, about, overwrite)
 
 
-def _export_onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, known: Any) -> Export:
+def _export_onnx(
+    source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, options: Any
+) -> Export:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -92,7 +95,7 @@ def _export_onnx(source: str | os.PathLike, loaded: LoadedWeights, destination: 
         raise UserError(
             f"--format onnx needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
-    model = build_model(loaded.tensors, known, str(source))
+    model = build_model(loaded.tensors, options, str(source))
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *model_tensors(loaded.tensors)[1]))
     if size < model.stride:
         raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
@@ -189,8 +192,6 @@ def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[
 
 def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
     """The config.json for timm. Unpublished shapes are described as arguments of its tiny model."""
-    from pipeline.objectives.pixels import MEAN, STD  # here, for it loads FFCV
-
     options: dict[str, Any] = {}
     if architecture.variant is None:
         options |= {"depths": list(architecture.depths), "dims": list(architecture.dims)}
