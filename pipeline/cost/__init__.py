@@ -1,1 +1,1 @@
-"""What a stage costs before it runs: arithmetic, memory, bytes. Formulas and a trace; `measure` runs real steps."""
+"""What a stage costs, before it runs: the memory of a rank and the arithmetic of a step; `measure` runs real steps."""

@@ -1,4 +1,4 @@
-"""Real steps of a stage on this machine, on noise: seconds, and the most memory that torch had allocated."""
+"""Run real steps of a stage on this machine, on noise, and measure their time and memory."""
 
 import resource
 import statistics
@@ -11,22 +11,23 @@ import torch
 from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.world import World
 from pipeline.engines import Engine, create_engine
-from pipeline.objectives import create_objective
+from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One process, one micro-batch a step."""
+    """Steps of one micro-batch on one process."""
 
     device: str
     images: int
+    """Of a step."""
     step_seconds: float
     """Median of the steps."""
     allocated_bytes: int
-    """torch's own peak: weights, state, gradients, activations."""
+    """torch's peak: weights, optimizer state, gradients and activations."""
     resident_bytes: int
-    """The process's peak, with the interpreter and its libraries; on a GPU the host's."""
+    """The process's peak on the host, with the interpreter and its libraries."""
 
     @property
     def images_per_second(self) -> float:
@@ -34,9 +35,9 @@ class Measured:
 
 
 def measure_steps(recipe: StageRecipe, steps: int = 3) -> Measured:
-    """Make a stage's engine, as a world of one with one micro-batch a step, and time `steps` steps after a first.
+    """Time `steps` steps of one micro-batch, after a first step that is not timed.
 
-    The engine is replicated (ddp), for one process shares nothing out.
+    The engine is ddp in a world of one: one process has nothing to shard.
     """
     micro = recipe.batch.slot * recipe.batch.micro_slots
     alone = recipe.model_copy(
@@ -53,7 +54,7 @@ def measure_steps(recipe: StageRecipe, steps: int = 3) -> Measured:
 
 
 def _measure(recipe: StageRecipe, world: World, steps: int) -> Measured:
-    objective = create_objective(recipe, seed=0)
+    objective, batch = create_objective(recipe, seed=0), _noise(recipe)
     cuda = world.device.type == "cuda"
     recorder = None if cuda else CPUMemory()
     with recorder or torch.cuda.device(world.device):
@@ -62,24 +63,22 @@ def _measure(recipe: StageRecipe, world: World, steps: int) -> Measured:
         engine.warm_up(example_batch(recipe), objective)
         if cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
-        _step(engine, objective, noise_batch(recipe), 0)
-    seconds = [_step(engine, objective, noise_batch(recipe), step) for step in range(1, steps + 1)]
+        _time_step(engine, objective, batch, 0)
+    seconds = [_time_step(engine, objective, batch, step) for step in range(1, steps + 1)]
     allocated = torch.cuda.max_memory_allocated(world.device) if cuda else recorder.peak_bytes
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    images = recipe.batch.global_batch
-    return Measured(str(world.device), images, statistics.median(seconds), allocated, resident)
+    return Measured(str(world.device), recipe.batch.global_batch, statistics.median(seconds), allocated, resident)
 
 
-def _step(engine: Engine, objective: object, batch: Batch, step: int) -> float:
-    began = time.perf_counter()
+def _time_step(engine: Engine, objective: Objective, batch: Batch, step: int) -> float:
+    start = time.perf_counter()
     report = engine.step([batch], objective, step=step, lr=1e-4, should_stop=lambda: False)
     assert report is not None
-    float(report.loss)  # on a GPU, waits for the step
-    return time.perf_counter() - began
+    float(report.loss)  # waits for the GPU
+    return time.perf_counter() - start
 
 
-def noise_batch(recipe: StageRecipe) -> Batch:
-    """A micro-batch of random pixels."""
+def _noise(recipe: StageRecipe) -> Batch:
     batch = example_batch(recipe)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, batch.images.shape, generator=generator, dtype=torch.uint8)
@@ -87,12 +86,15 @@ def noise_batch(recipe: StageRecipe) -> Batch:
 
 
 def available_bytes() -> int:
+    """Return the free memory of this machine."""
     return psutil.virtual_memory().available
 
 
 class CPUMemory:
-    """The CPU allocator's own account, as torch's profiler hears it from the allocator: the most that is allocated at
-    once inside the context. It misses what other threads free, as gloo's do."""
+    """Context manager: the most bytes that torch's CPU allocator holds at once, as torch's profiler records them.
+
+    What other threads free, such as gloo's, is not recorded.
+    """
 
     peak_bytes = 0
 

@@ -1,12 +1,13 @@
-"""What a training step computes and keeps, from a run of the real model on the meta device: shapes without memory.
+"""Trace the activations' memory and the arithmetic of a training step: there is no formula; memory.py adds the state.
 
-Counted are torch's own allocations, as its operators ask for them: what a kernel uses inside itself is not seen, nor
-what an allocator wastes. Autocast does not exist on the meta device, so `_Device` casts as the site's device would.
+The real model runs on the meta device, which has shapes and no memory. The trace counts the allocations that torch's
+operators ask for; it sees neither what a kernel uses inside itself nor what an allocator wastes. Autocast does not
+exist on the meta device, so `_Device` casts as the site's device would.
 """
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,42 +26,43 @@ from pipeline.engines.base import DTYPES
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 
-NORM_MACS_PER_ELEMENT = 5  # how the published figures count LayerNorm, beside convolutions and linear layers
+NORM_MACS_PER_ELEMENT = 5  # of LayerNorm, as the published figures count it beside convolutions and linear layers
+# Functions that autocast runs in bf16, and those that it runs in fp32 on each type of device.
 _LOW_PRECISION = (F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention)
 _FULL_PRECISION = {"cpu": (), "cuda": (torch.layer_norm, F.layer_norm, F.cross_entropy)}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch, forward and backward; nothing in it grows with the number of ranks."""
+    """Forward and backward pass of one micro-batch; nothing in it depends on the number of ranks."""
 
     images: int
     timeline: np.ndarray
-    """int64 (allocations, 2): bytes of activations and of whole gradients that are alive after each allocation."""
+    """int64 (allocations, 2): bytes of activations and of unsharded gradients that are alive after each allocation."""
     forward_macs: int
     """Multiply-adds of convolutions, linear layers and attention."""
     backward_macs: int
-    """With what activation checkpointing computes again."""
+    """The same of the backward pass, with what activation checkpointing computes again."""
     norm_macs: int
-    """`NORM_MACS_PER_ELEMENT` for each element that a LayerNorm of the forward pass puts out."""
+    """`NORM_MACS_PER_ELEMENT` for each output element of a LayerNorm in the forward pass."""
 
     @property
     def published_macs(self) -> float:
-        """Of a forward pass of one image, as ConvNeXt V2's tables count them."""
+        """Multiply-adds of a forward pass of one image, as ConvNeXt V2's tables count them."""
         return (self.forward_macs + self.norm_macs) / self.images
 
     @property
     def training_macs(self) -> float:
-        """Of one image, forward and backward."""
+        """Multiply-adds of one image, forward and backward."""
         return (self.forward_macs + self.backward_macs) / self.images
 
     def peak_bytes(self, gradients: bool) -> int:
-        """The most that is alive at once: activations alone, or with the gradients that exist at that moment."""
+        """Return the most bytes of activations that are alive at once; with the gradients of that moment, if asked."""
         return int(self.timeline.sum(1).max() if gradients else self.timeline[:, 0].max())
 
 
 def meta_model(recipe: StageRecipe) -> tuple[Objective, nn.Module]:
-    """The stage's objective and model, without memory."""
+    """Build the stage's objective and model on the meta device."""
     objective = create_objective(recipe, seed=0)
     with torch.device("meta"):
         return objective, objective.build_model().to(DTYPES[recipe.engine.precision])
@@ -77,7 +79,8 @@ def trace_step(recipe: StageRecipe, device: str) -> Trace:
     with _Device(device, recipe.engine.precision), live:
         loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs
-        # What backward() does, less the detour that would take it, and what is computed again in it, out of the mode.
+        # Not loss.backward(): that is a torch function itself, so it would run with `_Device` off, and so would the
+        # forward passes that checkpointing repeats.
         start = (torch.ones_like(loss),)
         _engine_run_backward((loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
     timeline = np.array(live.timeline, np.int64)
@@ -85,69 +88,65 @@ def trace_step(recipe: StageRecipe, device: str) -> Trace:
 
 
 def trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
-    """The same of an evaluation batch: forward alone."""
+    """Trace the forward pass of an evaluation batch."""
     objective, model = meta_model(recipe)
     images = recipe.evaluation.batch
     batch = example_batch(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 1})}))
-    repeated = {name: getattr(batch, name)[:1].expand(images, *getattr(batch, name).shape[1:]) for name in _PER_IMAGE}
+    per_image = {name: getattr(batch, name) for name in ("images", "labels", "valid")}
+    repeated = {name: tensor[:1].expand(images, *tensor.shape[1:]) for name, tensor in per_image.items()}
     batch = replace(batch, **repeated, ids=torch.arange(images))
     batch = replace(batch, images=torch.empty_like(batch.images, device="meta"), labels=batch.labels.to("meta"))
     live = _Live(model)
     with _Device(device, recipe.engine.precision), live, torch.no_grad():
-        if objective.metric == "loss":  # its evaluation looks at which images are valid, and nothing here has a value
+        if objective.metric == "loss":  # FCMAE's evaluation indexes by `valid`, which the meta device cannot do
             objective.loss(model.eval(), batch, 0)
         else:
             objective.evaluate(model.eval(), batch)
     return Trace(images, np.array(live.timeline, np.int64), live.macs, 0, live.norm_macs)
 
 
-_PER_IMAGE = ("images", "labels", "valid")
-
-
 class StepTraces:
-    """Traces of any number of slots at once, from two: every allocation is of a constant plus a part for each image.
+    """Traces of a step with any number of slots in a micro-batch, called with that number.
 
-    On a CPU some operators work in pieces of the cache's size, so the allocations are others for each batch: there each
-    size is traced for itself.
+    Every allocation is a constant plus a part for each image, so two traces give all others. On a CPU some operators
+    work in pieces of the cache's size, so the number of allocations depends on the batch; then each size is traced.
     """
 
     def __init__(self, recipe: StageRecipe, device: str):
         self._recipe, self._device = recipe, device
-        self._known: dict[int, Trace] = {}
+        self._traces: dict[int, Trace] = {}
 
     def __call__(self, micro_slots: int) -> Trace:
-        if micro_slots in self._known:
-            return self._known[micro_slots]
-        one, two = (self._traced(k) for k in (1, 2))
+        if micro_slots in self._traces:
+            return self._traces[micro_slots]
+        one, two = self._trace(1), self._trace(2)
         if micro_slots > 2 and one.timeline.shape == two.timeline.shape:
-            more = micro_slots - 1
 
-            def grown(first: Any, second: Any) -> Any:
-                return first + more * (second - first)
+            def extrapolate(first: Any, second: Any) -> Any:
+                return first + (micro_slots - 1) * (second - first)
 
-            return Trace(**{name: grown(getattr(one, name), getattr(two, name)) for name in Trace.__dataclass_fields__})
-        return self._traced(micro_slots)
+            return Trace(*(extrapolate(getattr(one, f.name), getattr(two, f.name)) for f in fields(Trace)))
+        return self._trace(micro_slots)
 
-    def _traced(self, micro_slots: int) -> Trace:
-        if micro_slots not in self._known:
+    def _trace(self, micro_slots: int) -> Trace:
+        if micro_slots not in self._traces:
             batch = self._recipe.batch.model_copy(update={"micro_slots": micro_slots})
-            self._known[micro_slots] = trace_step(self._recipe.model_copy(update={"batch": batch}), self._device)
-        return self._known[micro_slots]
+            self._traces[micro_slots] = trace_step(self._recipe.model_copy(update={"batch": batch}), self._device)
+        return self._traces[micro_slots]
 
 
 class _Live(TorchDispatchMode):
-    """Follows every storage that an operator makes until it is gone, and counts the operator's multiply-adds."""
+    """Follow every storage that an operator makes until it is freed, and count multiply-adds."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.timeline: list[tuple[int, int]] = [(0, 0)]
         self.macs = self.norm_macs = 0
         self._bytes = [0, 0]
-        self._kind: dict[int, int] = {}  # of each storage: 0 activation, 1 gradient
         self._watched: dict[int, weakref.ref] = {}
-        # Views of weights are no new memory.
+        # Of each storage: 0 activation, 1 gradient, 2 of the model, whose views are no new memory.
         own = [*model.parameters(), *model.buffers()]
-        self._kind |= {tensor.untyped_storage()._cdata: 2 for tensor in own}
+        self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
         out = function(*args, **(kwargs or {}))
@@ -166,10 +165,10 @@ class _Live(TorchDispatchMode):
         if key not in self._kind:
             self._kind[key] = 0
             self._bytes[0] += storage.nbytes()
-            self._watched[key] = weakref.ref(storage, partial(self._gone, key, storage.nbytes()))
+            self._watched[key] = weakref.ref(storage, partial(self._free, key, storage.nbytes()))
             self.timeline.append((self._bytes[0], self._bytes[1]))
 
-    def _gone(self, key: int, size: int, _: weakref.ref) -> None:
+    def _free(self, key: int, size: int, _: weakref.ref) -> None:
         del self._watched[key]
         self._bytes[self._kind.pop(key)] -= size
 
@@ -182,7 +181,10 @@ class _Live(TorchDispatchMode):
 
 
 class _Device(TorchFunctionMode):
-    """Lets meta tensors take a device's ways: its autocast, and on a GPU what is done whole instead of in parts."""
+    """Make meta tensors behave like those of a device: cast like its autocast, and answer `is_cuda`.
+
+    Some operators work on a GPU at once and on a CPU in parts.
+    """
 
     def __init__(self, device: str, precision: str):
         super().__init__()
@@ -209,19 +211,19 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _halves(flops: Callable[..., int]) -> Callable[..., int]:
-    """torch counts a multiply-add as two, and reads shapes."""
+    """Turn torch's count of operations into multiply-adds: it counts each as two."""
     return lambda *args, **kwargs: flops(*args, **kwargs) // 2
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any, **_: Any) -> int:
-    # torch's own count multiplies a depthwise weight's gradient by the number of channels.
+    # torch's own count is too large by the number of channels for a depthwise weight's gradient.
     transposed, mask = rest[4], rest[7]
     sites = (x if transposed else gradient).shape
     return sum(mask[:2]) * weight.numel() * sites[0] * sites[2:].numel()
 
 
-def _depthwise(x: Tensor, weight: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
-    """Every tap of a token is computed, those in hidden cells on zeros."""
+def _token_macs(x: Tensor, weight: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    """Count every tap of a token, those in hidden cells too."""
     return x.shape[0] * weight.numel()
 
 
@@ -229,6 +231,6 @@ _ATEN, _OWN = torch.ops.aten, torch.ops.fcmae
 _MACS: dict[Any, Callable[..., int]] = {
     **{operator: _halves(flops) for operator, flops in flop_registry.items()},
     _ATEN.convolution_backward: _convolution_backward,
-    _OWN.depthwise: _depthwise,
+    _OWN.depthwise: _token_macs,
     _OWN.depthwise_backward: lambda gradient, x, weight, *_, out_val, **__: 2 * x.shape[0] * weight.numel(),
 }
