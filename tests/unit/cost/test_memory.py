@@ -1,4 +1,4 @@
-"""What is reckoned, against what torch's allocator says of real engines and real steps."""
+"""The estimates agree with what torch allocates for real engines and real steps."""
 
 import gc
 from typing import Any
@@ -21,7 +21,7 @@ PASSING = ("gathered", "gradients", "gradients to be shared out", "gradients of 
 
 
 def predicted_peak(recipe: StageRecipe) -> int:
-    """Of one process with one micro-batch a step, as `measure_steps` makes them."""
+    """The estimate for one process with one micro-batch per step, as `measure_steps` runs them."""
     alone = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"global_batch": recipe.batch.slot})})
     terms = estimate_memory(alone, ModelSize.of(alone), 1, trace_step(alone, "cpu"), trace_evaluation(alone, "cpu"))
     return sum(term.bytes for term in terms)
@@ -35,28 +35,27 @@ def predicted_peak(recipe: StageRecipe) -> int:
 def test_a_real_step_allocates_what_is_predicted(kind, name, images):
     objective = {"classes": 1000} if kind == "classification" else {"decoder_dim": 512}
     recipe = stage(kind, 224, images, model={"name": f"convnextv2_{name}"}, objective=objective, engine={"threads": 1})
-    found = measure_steps(recipe, steps=1)
-    print(f"{kind} {name}: predicted {predicted_peak(recipe)}, allocated {found.allocated_bytes}, {found}")
-    assert predicted_peak(recipe) == pytest.approx(found.allocated_bytes, rel=0.1)
-    assert found.allocated_bytes < found.resident_bytes
+    measured = measure_steps(recipe, steps=1)
+    print(f"{kind} {name}: predicted {predicted_peak(recipe)}, allocated {measured.allocated_bytes}, {measured}")
+    assert predicted_peak(recipe) == pytest.approx(measured.allocated_bytes, rel=0.1)
+    assert measured.allocated_bytes < measured.resident_bytes
 
 
 def held(world: World, recipes: dict[str, StageRecipe]) -> dict[str, int]:
-    """Bytes of all storages of this process that its tensors use: an allocator's account misses what gloo's threads
-    free."""
-    found: dict[str, int] = {}
+    """Bytes of all storages that the tensors of each engine use; allocator statistics miss what gloo's threads free."""
+    sizes: dict[str, int] = {}
     alive = [storages()]
     for name, recipe in recipes.items():
         engine = create_engine(create_objective(recipe, seed=0).build_model, recipe, world)
         engine.attach_components()
         now = storages()
-        found[name] = sum(size for address, size in now.items() if address not in alive[-1])
-        alive += [engine, now]  # one that went would leave its addresses to the next
-    return found
+        sizes[name] = sum(size for address, size in now.items() if address not in alive[-1])
+        alive += [engine, now]  # kept alive, or the next engine could get the same addresses
+    return sizes
 
 
 def storages() -> dict[int, int]:
-    """Bytes by address."""
+    """Bytes of each storage on the CPU, by address."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -73,14 +72,14 @@ def sized(name: EngineName) -> StageRecipe:
 @pytest.mark.slow
 def test_engines_hold_the_state_that_the_formulas_say():
     recipes = {name: sized(name) for name in ENGINES}
-    for found in on_ranks(2, held, recipes):
+    for sizes in on_ranks(2, held, recipes):
         for name, recipe in recipes.items():
             terms = estimate_state(recipe, ModelSize.of(recipe), 2)
-            # Zero3's partition of gradients and its bucket are there from the start, stage 1's and 2's are not.
-            # DDP keeps its buckets where Python does not see them; the steps above count them.
-            waits = () if name == "zero3" else (*PASSING, "ZeRO's bucket", "DDP's buckets")
-            said = sum(t.bytes for t in terms if t.name not in waits and t.name != "gathered")
-            assert found[name] == pytest.approx(said, rel=0.001), name
+            # ZeRO 3 allocates its gradients and its bucket at the start, ZeRO 1 and 2 in the first step. Python does
+            # not see DDP's buckets; the test of a real step counts them.
+            later = () if name == "zero3" else (*PASSING, "ZeRO's bucket", "DDP's buckets")
+            estimated = sum(t.bytes for t in terms if t.name not in later and t.name != "gathered")
+            assert sizes[name] == pytest.approx(estimated, rel=0.001), name
 
 
 def test_state_of_huge_as_it_is_known():

@@ -1,4 +1,4 @@
-"""A trace counts what is published, what can be reckoned by hand, and the same for any number of images."""
+"""A trace counts the published arithmetic, agrees with counts by hand, and extrapolates to any number of images."""
 
 import json
 from typing import Any
@@ -12,8 +12,8 @@ from pipeline.cost.trace import StepTraces, trace_evaluation, trace_step
 from pipeline.recipe import StageRecipe
 
 MICRO = {"name": "convnextv2", "depths": [1, 2], "dims": [8, 16], "stem_stride": 2}
-# GMACs: as the official README prints them; mmpretrain's of the same models, which have more digits. Some are rounded
-# and some are cut, so they agree when they differ by less than one of the last digit.
+# GMACs of the official README, and of mmpretrain with more digits. Some are rounded and some cut off, so a count agrees
+# if it differs by less than one unit of the last digit.
 PUBLISHED = {
     ("atto", 224): ["0.55"],
     ("femto", 224): ["0.78"],
@@ -37,7 +37,7 @@ PARAMETERS = {
 
 
 def stage(kind: str = "classification", size: int = 16, slot: int = 2, **sections: Any) -> StageRecipe:
-    """A stage by its objective's kind; `sections` change others."""
+    """A stage with an objective of this kind; `sections` replace other sections."""
     objective = {"kind": kind, **({"classes": 4} if kind == "classification" else {"decoder_dim": 16})}
     raw = {
         "name": kind,
@@ -56,10 +56,10 @@ def stage(kind: str = "classification", size: int = 16, slot: int = 2, **section
 @pytest.mark.parametrize(("name", "size"), PUBLISHED)
 def test_the_dense_model_has_the_published_arithmetic(name, size):
     recipe = stage(size=size, model={"name": f"convnextv2_{name}"}, objective={"classes": 1000})
-    found = trace_evaluation(recipe, "cuda").published_macs / 1e9
+    gmacs = trace_evaluation(recipe, "cuda").published_macs / 1e9
     for text in PUBLISHED[name, size]:
         unit = 10.0 ** -len(text.partition(".")[2])
-        assert abs(found - float(text)) < unit, f"{found} against {text}"
+        assert abs(gmacs - float(text)) < unit, f"{gmacs}, published {text}"
     assert ModelSize.of(recipe).parameters == PARAMETERS[name]
 
 
@@ -76,7 +76,7 @@ def test_multiply_adds_by_hand():
     assert trace.backward_macs == 2 * trace.forward_macs - stem  # no gradient of the images
     assert trace.norm_macs == 5 * (64 * 8 + 64 * 8 + 64 * 8 + 2 * 16 * 16 + 16)
     again = trace_step(stage(slot=1, options={"checkpointing": True}), "cuda")
-    # The last layer of a block need not be computed again: nothing of the backward pass asks for what it puts out.
+    # The last layer of a block is not computed again, because the backward pass does not need its output.
     assert again.backward_macs - trace.backward_macs == blocks - (64 * 4 * 8 * 8 + 2 * 16 * 4 * 16 * 16)
 
 
@@ -97,14 +97,15 @@ def test_the_packed_encoder_computes_the_visible_share():
 @pytest.mark.parametrize("kind", ["classification", "fcmae"])
 def test_two_traces_tell_all_others(kind, precision):
     recipe = stage(kind, engine={"precision": precision})
-    grown = StepTraces(recipe, "cuda")(5)
+    extrapolated = StepTraces(recipe, "cuda")(5)
     direct = trace_step(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 5})}), "cuda")
-    np.testing.assert_array_equal(grown.timeline, direct.timeline)
-    assert (grown.images, grown.forward_macs, grown.backward_macs) == (10, direct.forward_macs, direct.backward_macs)
+    np.testing.assert_array_equal(extrapolated.timeline, direct.timeline)
+    counts = (extrapolated.images, extrapolated.forward_macs, extrapolated.backward_macs)
+    assert counts == (10, direct.forward_macs, direct.backward_macs)
 
 
 def test_a_gpu_does_whole_what_a_cpu_does_in_pieces():
-    recipe = stage(size=128, slot=8)  # half a MiB for GRN in an image's largest features
+    recipe = stage(size=128, slot=8)  # the largest features of an image take half a MiB in GRN
     cpu, gpu = trace_step(recipe, "cpu"), trace_step(recipe, "cuda")
     assert len(gpu.timeline) < len(cpu.timeline)
     assert trace_step(stage(size=128, slot=2), "cuda").timeline.shape == gpu.timeline.shape
@@ -115,7 +116,7 @@ def test_all_gradients_are_there_at_the_end_and_weights_never_count(kind):
     recipe = stage(kind)
     timeline = trace_step(recipe, "cpu").timeline
     parameters = ModelSize.of(recipe).parameters
-    # The last gradients become such after the last allocation.
+    # The last gradients are only counted as such after the last allocation.
     assert 0.9 * parameters <= timeline[:, 1].max() / 4 <= parameters
     assert timeline.min() >= 0
     assert torch.is_grad_enabled()
@@ -130,7 +131,7 @@ def test_bf16_and_checkpointing_save_memory():
 
 
 def test_a_gpu_has_a_whole_batch_of_grn_at_once():
-    """A CPU goes image by image: the difference is an fp32 copy of 64 images' widest activation, and its square."""
+    """A CPU goes image by image; the GPU also holds fp32 copies of the widest activation of 64 images, and squares."""
     recipe = stage(size=64, evaluation={"batch": 64}, engine={"precision": "bf16"}, options={"depths": [1, 0]})
     on_gpu, on_cpu = (trace_evaluation(recipe, device).peak_bytes(gradients=False) for device in ("cuda", "cpu"))
     widest = 64 * (32 * 32) * (4 * 8) * 4

@@ -1,4 +1,4 @@
-"""GRN with its gradient by hand, against its definition."""
+"""GRN with a gradient by hand equals its definition under autograd."""
 
 import pytest
 import torch
@@ -26,35 +26,35 @@ def inputs(*shape: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("across_images", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 5), (3, 2, 4, 4), (1, 1, 3)])
 def test_gradients_by_finite_differences(shape, across_images):
-    assert torch.autograd.gradcheck(lambda *given: grn(*given, across_images, EPS), inputs(*shape))
+    assert torch.autograd.gradcheck(lambda *leaves: grn(*leaves, across_images, EPS), inputs(*shape))
 
 
 @pytest.mark.parametrize("across_images", [False, True])
 def test_equals_the_definition_when_worked_through_in_parts(across_images):
-    given = inputs(5, 300, 128)
-    x = given[0]
+    leaves = inputs(5, 300, 128)
+    x = leaves[0]
     assert x[0].numel() * x.element_size() * 5 > CACHE_BYTES
     gradient = torch.randn_like(x)
     results = []
-    for y in (grn(*given, across_images, EPS), definition(*given, across_images)):
-        results.append([y, *torch.autograd.grad(y, given, gradient)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for y in (grn(*leaves, across_images, EPS), definition(*leaves, across_images)):
+        results.append([y, *torch.autograd.grad(y, leaves, gradient)])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_channel_of_zeros_has_finite_gradients():
-    given = inputs(2, 4, 6)
-    x = given[0]
+    leaves = inputs(2, 4, 6)
+    x = leaves[0]
     with torch.no_grad():
         x[0, :, 2] = 0  # of one image
         x[:, :, 5] = 0
         x[1] = 0  # a whole image
     gradient = torch.randn_like(x)
-    found, expected = (
-        torch.autograd.grad(run(*given), given, gradient)
+    gradients, expected = (
+        torch.autograd.grad(run(*leaves), leaves, gradient)
         for run in (lambda *g: grn(*g, False, EPS), lambda *g: definition(*g, False))
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -62,15 +62,15 @@ def test_a_channel_of_zeros_has_finite_gradients():
 def test_statistics_of_half_precision_are_fp32(dtype):
     x, gamma, beta = inputs(2, 500, 8)
     x = (x.detach() * 300).to(dtype).requires_grad_()  # squares and their sums overflow fp16
-    given = (x, gamma.detach().float().requires_grad_(), beta.detach().float().requires_grad_())
+    leaves = (x, gamma.detach().float().requires_grad_(), beta.detach().float().requires_grad_())
     gradient = torch.randn(x.shape, dtype=torch.float64).to(dtype)
-    y = grn(*given, False, EPS)
-    exact = [t.detach().double().requires_grad_() for t in given]
+    y = grn(*leaves, False, EPS)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
     z = definition(*exact, False)
-    found = [y, *torch.autograd.grad(y, given, gradient)]
+    half = [y, *torch.autograd.grad(y, leaves, gradient)]
     expected = [z, *torch.autograd.grad(z, exact, gradient.double())]
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
-    for one, other in zip(found, expected, strict=True):
+    assert [t.dtype for t in half] == [dtype, dtype, torch.float32, torch.float32]
+    for one, other in zip(half, expected, strict=True):
         assert ((one.double() - other).norm() / other.norm()).item() < 4e-3
 
 
@@ -83,19 +83,19 @@ def test_only_its_input_is_kept():
 
 
 def test_no_copy_of_all_features_in_fp32():
-    """Of one part at a time at most: at 512 px the whole would be gigabytes."""
+    """Only one part at a time is copied: at 512 px all features in fp32 would be gigabytes."""
 
     class Largest(TorchDispatchMode):
-        found = 0
+        numel = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
-                self.found = max(self.found, result.numel())
+                self.numel = max(self.numel, result.numel())
             return result
 
     x = torch.randn(3, CACHE_BYTES // 256 + 1, 128, dtype=torch.bfloat16, requires_grad=True)
     gamma, beta = torch.randn(2, 128, requires_grad=True)
     with Largest() as largest:
         grn(x, gamma, beta, False, EPS).backward(torch.ones_like(x))
-    assert largest.found == x[0].numel()
+    assert largest.numel == x[0].numel()

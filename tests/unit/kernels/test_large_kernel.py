@@ -1,4 +1,4 @@
-"""All forms of a large depthwise convolution against torch's in float64, forward and backward."""
+"""All forms of a large depthwise convolution equal torch's in float64, forward and backward."""
 
 import time
 
@@ -25,9 +25,9 @@ def results(form, x, weight, gradient):
 
 def assert_equal_to_double(form, x, weight, gradient):
     exact = results("native", x.double(), weight.double(), gradient.double())
-    for expected, found in zip(exact, results(form, x, weight, gradient), strict=True):
-        assert found.dtype == x.dtype
-        assert (found.double() - expected).abs().max() <= TOLERANCES[x.dtype] * expected.abs().max()
+    for expected, result in zip(exact, results(form, x, weight, gradient), strict=True):
+        assert result.dtype == x.dtype
+        assert (result.double() - expected).abs().max() <= TOLERANCES[x.dtype] * expected.abs().max()
 
 
 odd = st.integers(0, 9).map(lambda n: 2 * n + 1)

@@ -1,3 +1,5 @@
+"""Triton is chosen only where its kernels can be compiled."""
+
 import pytest
 import torch
 

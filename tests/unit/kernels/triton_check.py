@@ -1,7 +1,4 @@
-"""Run by test_triton_depthwise.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
-
-Prints the largest error of the Triton kernels, relative to the scatter variant in float64 on the same inputs.
-"""
+"""The Triton kernels against the scatter variant in float64 on the same inputs; run by triton_programs.interpret."""
 
 import json
 import sys
@@ -12,31 +9,25 @@ from torch import nn
 from pipeline.kernels import triton_depthwise
 from pipeline.sparse import VisibleCells
 from pipeline.sparse.depthwise import convolve_tokens, plan_depthwise
+from tests.unit.kernels.triton_programs import largest_errors
 
 
 def errors(dtype: torch.dtype, grid: tuple[int, int], shown: int, side: int, channels: int) -> dict[str, float]:
     torch.manual_seed(0)
     visible = VisibleCells(torch.rand(2, grid[0] * grid[1]).argsort(1) >= shown, grid)
     conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels).to(dtype)
-    x, gradient = torch.randn(2, visible.tokens(side), channels).to(dtype)
+    x, grad_y = torch.randn(2, visible.tokens(side), channels).to(dtype)
     results = []
     for kind, variant in ((torch.float64, "scatter"), (dtype, "triton")):
         leaf, conv = x.to(kind).requires_grad_(), conv.to(kind)
         y = convolve_tokens(conv, leaf, plan_depthwise(visible, side, variant))
-        results.append([y, *torch.autograd.grad(y, (leaf, conv.weight, conv.bias), gradient.to(kind))])
-    names = ("output", "input", "weight", "bias")
-    return {
-        name: ((found.double() - exact).abs().max() / exact.abs().max()).item()
-        for name, exact, found in zip(names, *results, strict=True)
-    }
+        results.append([y, *torch.autograd.grad(y, (leaf, conv.weight, conv.bias), grad_y.to(kind))])
+    return largest_errors(("output", "input", "weight", "bias"), *results)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # So that tokens and channels need several programs, with a rest in the last.
+    # Small blocks, so that tokens and channels need several programs, the last of them partly filled.
     triton_depthwise.CHANNELS, triton_depthwise.SPLIT = 16, 32
-    found = {}
-    for name in sys.argv[1:]:
-        dtype = getattr(torch, name)
-        found[name] = [errors(dtype, (2, 3), 3, 3, 20), errors(dtype, (3, 4), 7, 1, 5)]
-    print(json.dumps(found))
+    cases = [((2, 3), 3, 3, 20), ((3, 4), 7, 1, 5)]
+    print(json.dumps({dtype: [errors(getattr(torch, dtype), *case) for case in cases] for dtype in sys.argv[1:]}))

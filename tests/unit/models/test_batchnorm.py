@@ -1,4 +1,4 @@
-"""BatchNorm is torch's, counted once per forward of the model; folded, it is exact."""
+"""BatchNorm equals torch's, moves once per forward of the model, and folds exactly."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_it_is_torchs():
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_statistics_of_bf16_features_are_fp32(stored):
-    """Of deviations near 1 around a mean of 100, bf16 sums would keep nothing."""
+    """Deviations near 1 around a mean of 100 would vanish in bf16 sums."""
     norm = BatchNorm(1).to(stored)
     norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
     x = (100 + torch.randn(4096, 1, 2, 2, generator=torch.Generator().manual_seed(1))).bfloat16()

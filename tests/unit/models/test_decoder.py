@@ -1,4 +1,4 @@
-"""FCMAE's decoders: they learn, see nothing they must not see, and put each patch where it belongs."""
+"""FCMAE's decoders: they learn, never see hidden pixels, and put each patch in its place."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ KINDS = ("convnext", "transformer", "unet", "unet_no_skips")
 def test_loss_falls_on_one_batch(kind):
     torch.manual_seed(0)
     model, mask = tiny_fcmae(decoder=kind, decoder_dim=32), visible_cells().mask
-    # A smooth picture: what is hidden can be guessed from what is around it.
+    # A smooth picture, so that hidden cells can be predicted from visible ones.
     y, x = torch.meshgrid(torch.linspace(0, 3, 24), torch.linspace(0, 5, 40), indexing="ij")
     images = torch.stack([torch.sin(y + n) * torch.cos(x - n) for n in range(9)]).view(3, 3, 24, 40)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -26,23 +26,23 @@ def test_loss_falls_on_one_batch(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[0] == pytest.approx(1, abs=0.2)  # a prediction of nothing against targets of variance 1
+    assert losses[0] == pytest.approx(1, abs=0.2)  # a prediction of zeros against targets of variance 1
     assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_masked(kind):
     images, mask = torch.randn(3, 3, 24, 40, dtype=torch.float64), visible_cells().mask
-    found = []
+    results = []
     for backend in ("packed", "masked"):
         model = scatter_weights(tiny_fcmae(backend, decoder=kind, decoder_dim=32))
         output = model(images, mask)
         output.loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        found.append({"prediction": output.prediction.detach(), **gradients})
-    for name, value in found[1].items():
+        results.append({"prediction": output.prediction.detach(), **gradients})
+    for name, value in results[1].items():
         assert value.abs().max() > 0, name
-        assert (found[0][name] - value).abs().max() <= 1e-12 * value.abs().max().clamp_min(1e-3), name
+        assert (results[0][name] - value).abs().max() <= 1e-12 * value.abs().max().clamp_min(1e-3), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,7 +57,7 @@ def test_hidden_pixels_never_reach_the_prediction(kind):
 
 @pytest.mark.parametrize("skips", [True, False])
 def test_a_skip_carries_detail_that_the_last_map_has_lost(skips):
-    """With the last map cut off, a U-Net's prediction still depends on the image through its skips, or not at all."""
+    """Without the last map, a U-Net's prediction depends on the image if and only if it has skips."""
     model = scatter_weights(tiny_fcmae(decoder="unet" if skips else "unet_no_skips", decoder_dim=32))
     with torch.no_grad():
         model.proj.weight.zero_()
@@ -67,7 +67,7 @@ def test_a_skip_carries_detail_that_the_last_map_has_lost(skips):
 
 
 def test_a_transformer_tells_cells_apart_by_position_alone():
-    """Images of one constant: only positions differ, and every hidden cell is predicted differently."""
+    """In constant images cells differ by position alone, and every hidden cell is predicted differently."""
     model = scatter_weights(tiny_fcmae(decoder="transformer", decoder_dim=32))
     output = model(torch.ones(3, 3, 24, 40, dtype=torch.float64), visible_cells().mask)
     cells = output.prediction.flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Ways to run the same model: activation checkpointing, compiled blocks, bf16, channels-last, the meta device."""
+"""One model run in several ways: activation checkpointing, compiled blocks, bf16, channels-last, the meta device."""
 
 from importlib.util import find_spec
 
@@ -30,7 +30,7 @@ def test_checkpointing_changes_memory_alone(name, kind):
     torch.manual_seed(0)
     images, layout = torch.randn(3, 3, 24, 40), layout_named(name, visible_cells())
     keep = torch.tensor([[1.25, 0.0, 1.25]]).expand(4, -1)
-    found, saved = [], []
+    results, saved = [], []
     for checkpointing in (False, True):
         model = create_model("convnextv2", 0, **SHAPE, response=kind, checkpointing=checkpointing)
         scatter_weights(model).float()
@@ -43,23 +43,23 @@ def test_checkpointing_changes_memory_alone(name, kind):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = model.features(images, layout, keep)
         y.square().sum().backward()
-        found.append({"output": y.detach(), **gradients(model)})
+        results.append({"output": y.detach(), **gradients(model)})
         saved.append(count[0])
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert saved[1] < saved[0] / 2
 
 
 def test_checkpointing_includes_the_decoder():
     images, mask = torch.randn(3, 3, 24, 40), visible_cells().mask
     for decoder in ("convnext", "transformer", "unet"):
-        found = []
+        results = []
         for checkpointing in (False, True):
             encoder = create_model("convnextv2", 0, **SHAPE, checkpointing=checkpointing)
             model = FCMAE(encoder, decoder=decoder, decoder_dim=32, decoder_depth=2, cell=8)
             output = model(images, mask)
             output.loss.backward()
-            found.append({"prediction": output.prediction.detach(), **gradients(model)})
-        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            results.append({"prediction": output.prediction.detach(), **gradients(model)})
+        assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.fixture
@@ -78,15 +78,15 @@ def test_a_block_compiles_as_one_graph_once_for_all_batches(name):
     for batch in range(3):
         layout = layout_named(name, visible_cells(seed=batch))
         x = layout.stem(model.downsample_layers[0][0], torch.randn(3, 3, 24, 40, dtype=torch.float64)).detach()
-        found = []
+        results = []
         for run in (block, compiled):
             pixels = x.clone().requires_grad_()
             y = run(pixels, layout, torch.tensor([1.25, 0.0, 1.25]))
             y.square().sum().backward()
-            found.append({"output": y.detach(), "input": pixels.grad, **gradients(block)})
+            results.append({"output": y.detach(), "input": pixels.grad, **gradients(block)})
             block.zero_grad(set_to_none=True)
-        for what in found[0]:
-            torch.testing.assert_close(found[0][what], found[1][what], rtol=1e-12, atol=1e-12)
+        for key in results[0]:
+            torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-12, atol=1e-12)
         assert counter.frame_count == 1, f"batch {batch} compiled again"
 
 
@@ -104,7 +104,7 @@ def test_every_response_compiles_as_one_graph(name, kind):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_under_checkpointing():
     images, mask = torch.randn(3, 3, 24, 40), visible_cells().mask
-    found = []
+    results = []
     for compiled in (False, True):
         model = FCMAE(create_model("convnextv2", 0, **SHAPE, checkpointing=True), decoder_dim=16, cell=8)
         if compiled:
@@ -113,9 +113,9 @@ def test_compiled_blocks_under_checkpointing():
                     block.compile(backend="aot_eager", fullgraph=True)
         output = model(images, mask)
         output.loss.backward()
-        found.append({"prediction": output.prediction.detach(), **gradients(model)})
-    for what in found[0]:
-        torch.testing.assert_close(found[0][what], found[1][what])
+        results.append({"prediction": output.prediction.detach(), **gradients(model)})
+    for key in results[0]:
+        torch.testing.assert_close(results[0][key], results[1][key])
 
 
 @pytest.mark.parametrize("kind", KINDS)

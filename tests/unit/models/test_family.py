@@ -1,4 +1,4 @@
-"""The whole family has the published sizes. Models are made on the meta device: shapes alone, in milliseconds."""
+"""All sizes of ConvNeXt V2 have the published numbers of parameters and multiply-adds; the models are on meta."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def parameters(model):
 
 
 def multiply_adds(model, image_size):
-    """Of convolutions and linear layers: each weight is used once at every site of its map, the head's once."""
+    """GMACs of convolutions and linear layers: each weight is used once per site of its map, the head's once."""
     total = 0
     for name, weight in model.named_parameters():
         if name.endswith(".weight") and weight.ndim > 1:

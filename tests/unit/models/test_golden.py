@@ -1,4 +1,4 @@
-"""Values computed once with the official code in float64 (weights and images by formula), which ours must reproduce."""
+"""Outputs of the official code in float64, with weights and images by formula: ours must be equal."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.models.fcmae import FCMAE, patchify
 
 
 def fill(model: torch.nn.Module) -> None:
-    """The reference's weights: 0.05 sin(0.37 i + 0.11 j), j the rank of the name, i the element's number."""
+    """Set the weights of the reference: 0.05 sin(0.37 i + 0.11 j), j the rank of the name, i the element's number."""
     with torch.no_grad():
         for j, (name, tensor) in enumerate(sorted(model.state_dict().items())):
             i = torch.arange(tensor.numel(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The models and the layouts need torch and numpy, and what those two need; nothing else of this environment."""
+"""Models, layouts and kernels import and run with torch, numpy and the packages that these two need."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ else:
 
 USE = """
 import torch
-import pipeline.models, pipeline.sparse
+import pipeline.kernels.large_kernel_timing, pipeline.models, pipeline.sparse
 from pipeline.models.fcmae import FCMAE
 
 encoder = pipeline.models.create_model("convnextv2", 0, depths=(1, 1), dims=(4, 8), stem_stride=2)

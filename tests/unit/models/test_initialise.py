@@ -1,3 +1,5 @@
+"""Initial weights: two schemes, each a function of the seed and the tensor's name."""
+
 import math
 
 import pytest

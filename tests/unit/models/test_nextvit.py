@@ -1,4 +1,4 @@
-"""Next-ViT's published sizes, timm's outputs, its options, and merging."""
+"""Next-ViT's published sizes, timm's outputs, its options, and folding."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pipeline.models.nextvit import NCB, NTB, Attention, BlockOptions
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 from tests.unit.models.tiny_models import multiply_adds, scatter_norms, scatter_weights
 
-# parameters, tensors, GMACs at 224 and 384 (official repository and its own code, counted by fvcore)
+# parameters, tensors, GMACs at 224 and 384 (the official code, counted by fvcore), indices of the transformer blocks
 SIZES = {
     "nextvit_small": (31_763_368, 472, 5.811, 17.263, (6, 11, 16, 19)),
     "nextvit_base": (44_818_856, 692, 8.294, 24.644, (6, 11, 16, 21, 26, 29)),
@@ -108,7 +108,7 @@ def test_patterns_say_where_transformer_blocks_are():
 
 
 def test_pooling():
-    """1-D runs along the rows and over their ends and drops what is left; 2-D takes squares."""
+    """1-D pooling runs along the rows and over their ends, and drops the rest of the last row; 2-D pools squares."""
     x = torch.arange(2 * 6 * 5, dtype=torch.float64).view(1, 2, 6, 5)
     for pooling, expected in (
         ("1d", F.avg_pool1d(x.flatten(2), 4)),
@@ -122,7 +122,7 @@ def test_pooling():
 
 
 def test_rates_of_drop_path_are_the_official_ones():
-    """Of a transformer block's rate: r for attention, 1 - r for convolution, all for the MLP."""
+    """A transformer block gives r of its rate to attention, 1 - r to the convolution, and all to the MLP."""
     model = create_model("nextvit", 2, **MICRO)  # C, CT, CCT
     p = [0.5 * i / 5 for i in range(6)]
     ntb = [[0.75 * rate, 0.25 * rate, rate] for rate in p]
@@ -149,15 +149,15 @@ def test_every_row_of_keep_drops_a_branch_of_its_own():
 
 
 def test_checkpointing_changes_neither_gradients_nor_buffers():
-    found = []
+    results = []
     for checkpointing in (False, True):
         model = scatter_norms(trained(checkpointing=checkpointing)).train()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model(IMAGES).square().sum().backward()
         after = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
         assert all((after[name] != before[name]).any() for name in after)
-        found.append({**after, **{n: p.grad for n, p in model.named_parameters()}})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        results.append({**after, **{n: p.grad for n, p in model.named_parameters()}})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_the_encoder_alone_has_neither_norm_nor_head():
@@ -182,7 +182,7 @@ def test_what_does_not_go_together_is_one_sentence(options, sentence):
 
 
 def test_weights_scattered_far_still_merge():
-    """Relative to the outputs, for weights of no sensible size."""
+    """Exact relative to the outputs, for weights far from any trained ones."""
     model = scatter_norms(scatter_weights(create_model("nextvit", 5, **MICRO))).eval()
     with torch.no_grad():
         before = model(IMAGES)

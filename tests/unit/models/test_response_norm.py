@@ -1,4 +1,4 @@
-"""Every kind of response normalisation: what it computes, that hidden sites count nowhere, that it learns."""
+"""Every response normalisation computes its formula, ignores hidden sites, and has gradients."""
 
 import pytest
 import torch
@@ -30,19 +30,19 @@ def build(dim: int, **fields) -> torch.nn.Module:
 def test_packed_equals_masked(choice):
     torch.manual_seed(0)
     visible, images = visible_cells(), torch.randn(3, 3, 24, 40, dtype=torch.float64)
-    found = []
+    results = []
     for backend in ("packed", "masked"):
         model, pixels = scatter_weights(tiny_fcmae(backend, **choice)), images.clone().requires_grad_()
         output = model(pixels, visible.mask)
         output.prediction.square().mean().backward()  # the loss itself looks at hidden pixels: they are its target
         tensors = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
         assert all(tensor is not None for tensor in tensors.values())
-        found.append(tensors | {"pixels": pixels.grad, "prediction": output.prediction.detach()})
-    for name, value in found[1].items():
+        results.append(tensors | {"pixels": pixels.grad, "prediction": output.prediction.detach()})
+    for name, value in results[1].items():
         assert torch.isfinite(value).all(), name
-        assert (found[0][name] - value).abs().max() <= 1e-12 * value.abs().max().clamp_min(1e-3), name
+        assert (results[0][name] - value).abs().max() <= 1e-12 * value.abs().max().clamp_min(1e-3), name
     hidden = visible.mask.view(3, 1, 3, 5).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)
-    assert found[0]["pixels"][hidden].abs().max() == found[1]["pixels"][hidden].abs().max() == 0
+    assert results[0]["pixels"][hidden].abs().max() == results[1]["pixels"][hidden].abs().max() == 0
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=label)
@@ -132,7 +132,7 @@ def test_running_statistics_move_once_per_forward_with_checkpointing():
 
 @pytest.mark.parametrize("kind", ["se", "cbam"])
 def test_gates_pool_visible_sites_alone(kind):
-    """An image of one visible cell has the gate of that cell alone; what is around it does not matter."""
+    """An image with one visible cell has the gate of that cell alone, whatever the hidden cells hold."""
     gate, cell = build(32, kind=kind), torch.randn(1, 4, 4, 32, dtype=torch.float64)
     visible = VisibleCells(torch.tensor([[True, False, True, True, True, True]]), (2, 3))
     around = torch.randn(1, 8, 12, 32, dtype=torch.float64) * 9

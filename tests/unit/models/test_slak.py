@@ -1,4 +1,4 @@
-"""SLaK's published sizes, every form of its kernels, and merging."""
+"""SLaK's published sizes, every form of its kernels, and folding."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.models.batchnorm import BatchNorm
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images
 from tests.unit.models.tiny_models import multiply_adds, scatter_norms, scatter_weights
 
-# parameters, tensors, GMACs at 224 as fvcore counts them, which others have published for the dense models
+# parameters, tensors, GMACs at 224 of the dense models as fvcore counts them
 SIZES = {
     "slak_tiny": (50_703_838, 470, 8.735),
     "slak_small": (91_131_820, 920, 16.654),
@@ -33,7 +33,7 @@ def parameters(model):
 
 
 def norms_of_blocks(model):
-    """What fvcore counts beside convolutions and linear layers: 2 for each value of a BatchNorm, 5 of a LayerNorm."""
+    """GMACs that fvcore counts for norms: 2 for each value of a BatchNorm, 5 for each value of a LayerNorm."""
     total = 0
     for stage, (depth, dim) in enumerate(zip(model.depths, model.dims, strict=True)):
         total += depth * dim * (224 // 4 // 2**stage) ** 2 * (3 * 2 + 5)
@@ -104,7 +104,7 @@ def test_merging_is_exact(form):
 @pytest.mark.slow
 @torch.no_grad()
 def test_merging_the_published_model_is_exact():
-    """Its kernels are larger than these maps, of 16 to 2 sites on a side; at 224 pixels it would take minutes."""
+    """At 64 pixels, where the kernels are larger than the maps: 224 pixels would take minutes."""
     images = different_images(2, 64)
     model = as_if_trained(create_model("slak_tiny", 13).double(), images)
     before = model(images)
@@ -114,7 +114,7 @@ def test_merging_the_published_model_is_exact():
 
 
 def test_stripes_are_as_they_are_named():
-    """By a single pixel: LoRA1 reaches up and down, LoRA2 sideways, in sequence over all of the square."""
+    """A single pixel shows it: LoRA1 reaches up and down, LoRA2 sideways, both in sequence over the whole square."""
     image = torch.zeros(1, 1, 15, 15, dtype=torch.float64)
     image[..., 7, 7] = 1
     for order, reach in (("parallel", 9 * 3 + 3 * 9 - 3 * 3), ("sequential", 11 * 11)):
@@ -132,16 +132,16 @@ def test_stripes_are_as_they_are_named():
 def test_checkpointing_changes_neither_gradients_nor_buffers(form):
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     keep = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
-    found = []
+    results = []
     for checkpointing in (False, True):
         model = trained(checkpointing=checkpointing, layer_scale=0.5, **FORMS[form])
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model(images, keep).square().sum().backward()
         after = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
         assert all((after[name] != before[name]).any() for name in after)
-        found.append({**after, **{n: p.grad for n, p in model.named_parameters()}})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+        results.append({**after, **{n: p.grad for n, p in model.named_parameters()}})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert all(gradient.abs().max() > 0 for gradient in results[0].values())
 
 
 @pytest.mark.parametrize(

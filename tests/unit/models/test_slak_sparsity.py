@@ -13,16 +13,16 @@ from tests.unit.models.test_slak import SIZES, norms_of_blocks
 
 
 def macs(model: nn.Module, images: Tensor) -> tuple[dict[str, int], Tensor]:
-    """Multiply-adds for one image of each convolution and linear layer, by its weight's name; and the output."""
-    found: dict[str, int] = {}
+    """Multiply-adds per image of each convolution and linear layer, by the name of its weight; and the output."""
+    counts: dict[str, int] = {}
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
 
     def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        found[f"{layers[layer]}.weight"] = layer.weight.numel() * output[0].numel() // len(layer.weight)
+        counts[f"{layers[layer]}.weight"] = layer.weight.numel() * output[0].numel() // len(layer.weight)
 
     for layer in layers:
         layer.register_forward_hook(note)
-    return found, model(images)
+    return counts, model(images)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Small models and masks that the tests of this folder share."""
+"""Small models and masks for the tests of models and layouts."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +9,7 @@ from pipeline.sparse import VisibleCells
 
 
 def scatter_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64 with weights away from their initial values: gamma and beta of 0 would hide errors."""
+    """Move the weights away from their initial values, in float64: a gamma or beta of 0 would hide errors."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.double().parameters():
@@ -23,14 +23,14 @@ def visible_cells(grid: tuple[int, int] = (3, 5), visible: int = 6, images: int 
 
 
 def tiny_fcmae(backend: str = "packed", decoder: str = "convnext", decoder_dim: int = 16, **options) -> FCMAE:
-    """Cells of 8 pixels at three strides; `options` are the encoder's."""
+    """An FCMAE with cells of 8 pixels and three stages; `options` are the encoder's."""
     shape = {"depths": (1, 1, 1), "dims": (6, 8, 10), "stem_stride": 2, "num_classes": 0}
     encoder = create_model("convnextv2", **shape | options)
     return FCMAE(encoder, backend, decoder=decoder, decoder_dim=decoder_dim, cell=encoder.stride)
 
 
 def scatter_norms(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
-    """The model with BatchNorms as if trained: at their initial values errors of merging would not show."""
+    """Set the BatchNorms as if trained: at their initial values errors of folding would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -43,7 +43,7 @@ def scatter_norms(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
 
 
 def multiply_adds(model: torch.nn.Module, image_size: int) -> float:
-    """GMACs of an image by torch's counter; the model is on the meta device."""
+    """GMACs of an image by torch's counter, for a model on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() / 2e9

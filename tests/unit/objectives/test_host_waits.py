@@ -1,4 +1,4 @@
-"""A loss waits for nothing on the device. Told by the meta device, where asking for a value is an error."""
+"""A loss never waits for the device: on the meta device, reading a value is an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ META = torch.device("meta")
 
 
 class Waits(TorchFunctionMode):
-    """Copies from the host for which it would wait until the device has done all that it was given before."""
+    """Record blocking copies from the host: they would wait until the device has done all earlier work."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.copies: list[str] = []
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -29,7 +29,7 @@ class Waits(TorchFunctionMode):
                 isinstance(a, Tensor) and a.device != META for a in args
             )
             if sent or function in (torch.tensor, torch.as_tensor, Tensor.cuda):
-                self.found.append(f"{function.__name__} of {tuple(result.shape)}")
+                self.copies.append(f"{function.__name__} of {tuple(result.shape)}")
         return result
 
 
@@ -40,10 +40,10 @@ def test_a_loss_does_not_wait_for_the_device(stage):
     objective = create_objective(recipe, seed=0)
     with META:
         model = objective.build_model()
-    batch, given = batches(recipe, 0)[0].to(META), []
-    model.register_forward_pre_hook(lambda _, *arguments: given.extend(tree_leaves(arguments)), with_kwargs=True)
+    batch, inputs = batches(recipe, 0)[0].to(META), []
+    model.register_forward_pre_hook(lambda _, *arguments: inputs.extend(tree_leaves(arguments)), with_kwargs=True)
     with Waits() as waits:
         objective.loss(model, batch, 0)
-    assert waits.found == []
-    # FSDP on a GPU sends a model's tensors there, those that are wanted on the CPU too, which then come back.
-    assert {value.device for value in given if isinstance(value, Tensor)} == {META}
+    assert waits.copies == []
+    # FSDP moves every tensor argument of the model to the GPU, so a tensor for the CPU would have to come back.
+    assert {value.device for value in inputs if isinstance(value, Tensor)} == {META}

@@ -51,7 +51,7 @@ def test_masks_change_with_the_epoch_and_cover_all_cells():
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_the_loss_of_two_slots_is_the_mean_of_each_alone(stages, stage):
-    """A micro-batch is operational: what is mixed, hidden or dropped depends on the slot alone."""
+    """Mixing, masks and drop path depend on the slot alone, not on the micro-batch."""
     objective = create_objective(stages[stage], seed=5)
     model = objective.build_model().double()
     pixels = stages[stage].data.image_size

@@ -1,4 +1,4 @@
-"""The recipe's options of model and decoder: each reaches the model, and what does not go together is refused."""
+"""Each option of model and decoder in the recipe reaches the model; options that do not fit together are refused."""
 
 from typing import get_args
 
@@ -8,12 +8,20 @@ import torch
 from pipeline.errors import RecipeError
 from pipeline.models import VARIANTS
 from pipeline.models.decoder import KINDS as DECODERS
+from pipeline.models.decoder import ConvNeXtDecoder, TransformerDecoder, UNetDecoder
 from pipeline.models.initialise import SCHEMES
 from pipeline.models.response_norm import AGGREGATIONS, KINDS, NORMALISERS
 from pipeline.objectives import create_objective
 from pipeline.recipe import ConvNeXtSettings, FCMAESettings, StageRecipe, changed_fields, load_recipe
 from tests.support import write_tiny_recipe
 from tests.unit.objectives.test_objectives import batch
+
+DECODER_CLASSES = {
+    "convnext": ConvNeXtDecoder,
+    "transformer": TransformerDecoder,
+    "unet": UNetDecoder,
+    "unet_no_skips": UNetDecoder,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +73,7 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
     objective.loss(model, batch(pixels=stage.data.image_size), 1).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     if name == "pretrain":
-        kind = stage.objective.decoder
-        assert type(model.decoder).__name__.lower().removesuffix("decoder") == kind.removesuffix("_no_skips")
+        assert isinstance(model.decoder, DECODER_CLASSES[stage.objective.decoder])
         mask, painted = objective.paint(model.eval(), batch())
         assert painted.shape == (16, 3, 16, 16)
         assert mask.shape == (16, 16)
@@ -120,7 +127,7 @@ def test_a_recipe_without_a_model_is_one_sentence(kind):
 
 
 def test_a_leaking_encoder_is_another_experiment(recipe_file):
-    """It sees around the hidden cells, so its loss differs; the recipe's backends all have the same."""
+    """A leaking encoder has another loss and fingerprint; all backends of one encoder have the same."""
     losses = {}
     for override in ("encoder_leaks=true", "encoder_backend=packed", "encoder_backend=masked"):
         stage = stage_with(recipe_file, "pretrain", f"stages.pretrain.objective.{override}")

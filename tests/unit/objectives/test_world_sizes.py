@@ -1,4 +1,4 @@
-"""What a step sees, pixels and masks, is the same whatever the number of ranks and the size of the micro-batch."""
+"""The pixels and masks of a step do not depend on the number of ranks or the size of the micro-batch."""
 
 import hashlib
 from dataclasses import replace
@@ -22,9 +22,9 @@ def recipe(tmp_path_factory):
 
 
 def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:
-    """For each step the hash of every slot's images, labels and masks, from all ranks."""
+    """The hash of each slot's images, labels and masks at each step, from all ranks."""
     objective = create_objective(recipe, seed=11)
-    found: list[dict[int, str]] = [{} for _ in range(STEPS)]
+    hashes_by_step: list[dict[int, str]] = [{} for _ in range(STEPS)]
     for rank in range(world_size):
         world = replace(World.alone(), rank=rank, size=world_size)
         batch = recipe.batch.model_copy(update={"micro_slots": micro_slots})
@@ -38,10 +38,10 @@ def hashes(recipe, world_size: int, micro_slots: int) -> list[dict[int, str]]:
                 )
                 for slot, *content in parts:
                     text = b"".join(part.contiguous().numpy().tobytes() for part in content)
-                    assert slot not in found[step]
-                    found[step][slot] = hashlib.sha256(text).hexdigest()
+                    assert slot not in hashes_by_step[step]
+                    hashes_by_step[step][slot] = hashlib.sha256(text).hexdigest()
         feed.close()
-    return found
+    return hashes_by_step
 
 
 def test_crops_and_masks_do_not_depend_on_ranks_or_micro_batches(recipe):

@@ -1,4 +1,4 @@
-"""The depthwise operator by itself: gradients, registration, compilation, choice."""
+"""The depthwise operator by itself: gradients, registration, compilation, choice of the variant."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.sparse import VisibleCells
 from pipeline.sparse.depthwise import FASTEST, VARIANTS, convolve_tokens, fastest_variant, plan_depthwise
+from tests.unit.models.tiny_models import visible_cells
 
 ON_CPU = ("scatter", "halo", "pairs")
 
 
-def visible_cells(seed: int = 0) -> VisibleCells:
-    return VisibleCells(torch.rand(2, 12, generator=torch.Generator().manual_seed(seed)).argsort(1) >= 5, (3, 4))
+def two_images(seed: int = 0) -> VisibleCells:
+    return visible_cells((3, 4), visible=5, images=2, seed=seed)
 
 
 def convolution(channels: int, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
@@ -23,7 +24,7 @@ def convolution(channels: int, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
 @pytest.mark.parametrize("side", [1, 2])
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_gradients_by_finite_differences(variant, side):
-    visible, conv = visible_cells(), convolution(2)
+    visible, conv = two_images(), convolution(2)
     plan_ = plan_depthwise(visible, side, variant)
     x = torch.randn(visible.tokens(side), 2, dtype=torch.float64, requires_grad=True)
 
@@ -35,7 +36,7 @@ def test_gradients_by_finite_differences(variant, side):
 
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_the_operator_is_registered_as_torch_wants_it(variant):
-    visible, conv = visible_cells(), convolution(3, torch.float32)
+    visible, conv = two_images(), convolution(3, torch.float32)
     x = torch.randn(visible.tokens(2), 3, requires_grad=True)
     arguments = (x, conv.weight, conv.bias, *plan_depthwise(visible, 2, variant))
     torch.library.opcheck(torch.ops.fcmae.depthwise.default, arguments)
@@ -43,12 +44,12 @@ def test_the_operator_is_registered_as_torch_wants_it(variant):
 
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_compiled_once_for_all_batches(variant):
-    """Other masks have other numbers of neighbours, and must not compile again."""
+    """A mask with another number of neighbours must not compile the operator again."""
     torch._dynamo.reset()
     conv, counter = convolution(3, torch.float32), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x, plan_: convolve_tokens(conv, x, plan_), backend=counter, fullgraph=True)
     for seed in range(3):
-        visible = visible_cells(seed)
+        visible = two_images(seed)
         x, plan_ = torch.randn(visible.tokens(2), 3), plan_depthwise(visible, 2, variant)
         torch.testing.assert_close(compiled(x, plan_), convolve_tokens(conv, x, plan_), rtol=0, atol=0)
     assert counter.frame_count == 1
@@ -57,7 +58,7 @@ def test_compiled_once_for_all_batches(variant):
 
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_only_the_tokens_are_kept_for_the_backward_pass(variant):
-    visible, conv, kept = visible_cells(), convolution(16, torch.float32), []
+    visible, conv, kept = two_images(), convolution(16, torch.float32), []
     x, plan_ = torch.randn(visible.tokens(4), 16, requires_grad=True), plan_depthwise(visible, 4, variant)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         convolve_tokens(conv, x, plan_)
@@ -66,7 +67,7 @@ def test_only_the_tokens_are_kept_for_the_backward_pass(variant):
 
 @pytest.mark.parametrize("variant", ON_CPU)
 def test_half_precision_sums_in_single(variant):
-    visible, conv = visible_cells(), convolution(8)
+    visible, conv = two_images(), convolution(8)
     x, gradient = torch.randn(2, visible.tokens(2), 8, dtype=torch.float64).bfloat16()
     results = []
     for dtype in (torch.float64, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The index tables of visible cells, against a walk over every site of the map."""
+"""The index tables of visible cells, checked by a walk over every site of the map."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def visible_cells(draw):
 
 
 def walk(visible: VisibleCells, side: int) -> dict[tuple[int, int, int], int]:
-    """(image, y, x) of every visible site to its token."""
+    """Map (image, y, x) of every visible site to its token."""
     places = {}
     for image, hidden in enumerate(visible.mask.tolist()):
         for cell in (cell for cell, is_hidden in enumerate(hidden) if not is_hidden):

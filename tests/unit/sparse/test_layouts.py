@@ -1,4 +1,4 @@
-"""Every way to run the encoder on visible cells is the masked one, to the rounding of float64."""
+"""Every layout computes what the masked one computes, to the rounding of float64."""
 
 import sys
 from importlib.util import find_spec
@@ -11,24 +11,17 @@ from hypothesis import strategies as st
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
 from pipeline.sparse import LAYOUTS, Layout, Leaking, Masked, Packed, VisibleCells, find_layout
+from tests.unit.models.tiny_models import scatter_weights
 
 VARIANTS = ("scatter", "halo", "pairs")
 CONTENDERS = ("packed", *VARIANTS, *(["spconv"] if find_spec("spconv") else []))  # spconv is an extra
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def layout_named(name: str, visible: VisibleCells) -> Layout:
     if name == "spconv":
         pytest.importorskip("spconv")
     return find_layout(name)(visible) if name in LAYOUTS else Packed(visible, depthwise=name)
-
-
-def scattered(model: torch.nn.Module) -> torch.nn.Module:
-    """In float64, with random gamma and beta: zeros would hide errors of GRN."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.double().parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model
 
 
 def random_mask(images: int, cells: int, ratio: float, seed: int = 0) -> torch.Tensor:
@@ -42,7 +35,7 @@ def pixels(images: int, grid: tuple[int, int], cell: int, seed: int = 0) -> torc
 
 
 def encoded(encoder, name: str, images: torch.Tensor, visible: VisibleCells) -> dict[str, torch.Tensor]:
-    """The last map, and the gradients of a loss of it to the image and to each parameter."""
+    """The last map, and the gradients of a loss on it by the image and by each parameter."""
     encoder.zero_grad()
     images = images.clone().requires_grad_()
     y = encoder.features(images, layout_named(name, visible))
@@ -50,26 +43,18 @@ def encoded(encoder, name: str, images: torch.Tensor, visible: VisibleCells) -> 
     return {"map": y.detach(), "image": images.grad, **{n: p.grad.clone() for n, p in encoder.named_parameters()}}
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name, value in expected.items():
         scale = max(value.abs().max().item(), 1e-9)
-        assert (found[name] - value).abs().max().item() <= 1e-12 * scale, name
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+        assert (tensors[name] - value).abs().max().item() <= 1e-12 * scale, name
 
 
 @pytest.mark.parametrize("images", [1, 5])
 @pytest.mark.parametrize("ratio", [0.25, 0.6, 0.9])
 @pytest.mark.parametrize("grid", [(7, 7), (12, 12), (5, 9), (2, 2)])
 def test_all_equal_masked(grid, ratio, images):
-    """With 8, 4, 2 and 1 sites on a cell's side, as in the published models."""
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), stem_stride=1))
+    """With 8, 4, 2 and 1 sites on a side of a cell, as in the published models."""
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), stem_stride=1))
     visible = VisibleCells(random_mask(images, grid[0] * grid[1], ratio), grid)
     batch = pixels(images, grid, 8)
     expected = encoded(encoder, "masked", batch, visible)
@@ -90,7 +75,7 @@ def test_all_equal_masked(grid, ratio, images):
 @settings(max_examples=25, deadline=None)
 def test_any_equals_masked_on_any_grid(grid, ratio, images, stages, stem_stride, statistics, name, seed):
     dims = (8, 10, 9, 12)[:stages]
-    encoder = scattered(create_model("convnextv2", 0, depths=(1,) * stages, dims=dims, stem_stride=stem_stride))
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1,) * stages, dims=dims, stem_stride=stem_stride))
     for stage in encoder.stages:
         stage[0].grn.across_images = statistics == "batch"
     visible = VisibleCells(random_mask(images, grid[0] * grid[1], ratio, seed), grid)
@@ -101,7 +86,7 @@ def test_any_equals_masked_on_any_grid(grid, ratio, images, stages, stem_stride,
 @pytest.mark.parametrize("grid", [(64, 64), (64, 1), (1, 64)])
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_all_equal_masked_on_up_to_64_cells_a_side(name, grid):
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=1))
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=1))
     visible, batch = VisibleCells(random_mask(2, grid[0] * grid[1], 0.6), grid), pixels(2, grid, encoder.stride)
     assert_close(encoded(encoder, name, batch, visible), encoded(encoder, "masked", batch, visible))
 
@@ -114,7 +99,7 @@ def test_whole_model_equals_masked_at_the_published_shape(statistics, name):
     batch, mask, results = pixels(2, (7, 7), 32), random_mask(2, 49, 0.6), []
     for backend in (name, "masked"):
         encoder = create_model("convnextv2", 0, depths=(1, 1, 2, 1), dims=(6, 8, 10, 12))
-        model = scattered(FCMAE(encoder, backend, grn_statistics=statistics, decoder_dim=16))
+        model = scatter_weights(FCMAE(encoder, backend, grn_statistics=statistics, decoder_dim=16))
         output = model(batch, mask)
         output.loss.backward()
         results.append({"prediction": output.prediction.detach(), **{n: p.grad for n, p in model.named_parameters()}})
@@ -123,30 +108,30 @@ def test_whole_model_equals_masked_at_the_published_shape(statistics, name):
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_backward_is_the_same_twice(name):
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(16, 24, 32, 40), stem_stride=1))
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(16, 24, 32, 40), stem_stride=1))
     encoder.float()
     visible, batch = VisibleCells(random_mask(8, 25, 0.6), (5, 5)), pixels(8, (5, 5), 8).float()
     first, second = (encoded(encoder, name, batch, visible) for _ in range(2))
-    assert all(torch.equal(first[what], second[what]) for what in first)
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", [*CONTENDERS, "masked"])
 def test_bf16_autocast_stays_close(name):
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=1))
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=1))
     visible, batch = VisibleCells(random_mask(3, 15, 0.6), (3, 5)), pixels(3, (3, 5), 8)
     expected = encoded(encoder, name, batch, visible)
     encoder.float()
     with torch.autocast("cpu", torch.bfloat16):
-        found = encoded(encoder, name, batch.float(), visible)
-    for what in ("map", "stages.0.0.dwconv.weight", "stages.3.0.dwconv.weight", "downsample_layers.0.0.weight"):
-        error = (found[what].double() - expected[what]).norm() / expected[what].norm()
-        assert error.item() < 0.05, what
-        assert what == "map" or found[what].dtype == torch.float32
+        rounded = encoded(encoder, name, batch.float(), visible)
+    for key in ("map", "stages.0.0.dwconv.weight", "stages.3.0.dwconv.weight", "downsample_layers.0.0.weight"):
+        error = (rounded[key].double() - expected[key]).norm() / expected[key].norm()
+        assert error.item() < 0.05, key
+        assert key == "map" or rounded[key].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_hidden_pixels_do_not_reach_the_encoder(name):
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
     mask = random_mask(2, 16, 0.6)
     images = encoded(encoder, name, pixels(2, (4, 4), 4), VisibleCells(mask, (4, 4)))["image"]
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images)
@@ -155,8 +140,8 @@ def test_hidden_pixels_do_not_reach_the_encoder(name):
 
 
 def test_dense_leaks_as_it_should():
-    """Moving a visible cell's pixels changes what lies in a hidden one, and hidden sites change GRN."""
-    encoder = scattered(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
+    """Changing visible pixels changes hidden sites, and hidden sites change GRN."""
+    encoder = scatter_weights(create_model("convnextv2", 0, depths=(1, 1), dims=(4, 6), stem_stride=2))
     visible, batch = VisibleCells(random_mask(2, 16, 0.6), (4, 4)), pixels(2, (4, 4), 4)
     hidden = visible.mask.view(2, 4, 4)
     with torch.no_grad():
@@ -192,7 +177,7 @@ def test_unequal_numbers_of_visible_cells_are_refused():
 
 def test_paint_changes_hidden_cells_only():
     encoder = create_model("convnextv2", 0, depths=(1, 1, 1), dims=(6, 8, 10), stem_stride=2)
-    model = scattered(FCMAE(encoder, decoder_dim=16, cell=8))
+    model = scatter_weights(FCMAE(encoder, decoder_dim=16, cell=8))
     mask, batch = random_mask(2, 16, 0.6, seed=3), pixels(2, (4, 4), 8)
     painted = model.paint(batch, mask, model(batch, mask).prediction.detach())
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(batch)

@@ -1,4 +1,4 @@
-"""What is spconv's own in the spconv layout; that it equals the others is in test_layouts.py."""
+"""What only the spconv layout has; test_layouts.py shows that it equals the others."""
 
 import pytest
 import torch
@@ -8,14 +8,6 @@ from pipeline.models.fcmae import FCMAE
 from pipeline.sparse import VisibleCells, find_layout
 
 spconv = pytest.importorskip("spconv.pytorch")
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def masked_pixels() -> tuple[torch.Tensor, torch.Tensor]:
