@@ -10,7 +10,6 @@ from math import prod
 from typing import Literal
 
 import torch
-from torch import nn
 
 from pipeline.cost.trace import StepTraces, Trace, meta_model, trace_evaluation
 from pipeline.engines.base import DTYPES, sharding_units
@@ -54,7 +53,7 @@ class ModelSize:
         _, model = meta_model(recipe)
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
-            tuple(_count_parameters(unit) for unit in sharding_units(model)),
+            tuple(sum(parameter.numel() for parameter in unit.parameters()) for unit in sharding_units(model)),
             sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
         )
 
@@ -66,10 +65,6 @@ class ModelSize:
     def rest(self) -> int:
         """Parameters outside of all units: FSDP keeps them gathered for the whole step."""
         return self.parameters - sum(self.units)
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def engine_name(recipe: StageRecipe) -> EngineName:
@@ -98,8 +93,8 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
     low = 2 if recipe.engine.precision == "bf16_parameters" else size
     name, offload = engine_name(recipe), recipe.engine.offload
     shared = ranks if name != "fsdp" else recipe.engine.shard_ranks or ranks
-    p, accumulates = model.parameters, micro_batches(recipe, ranks) > 1
-    own = _own_parameters(model, name, shared)
+    p, own = model.parameters, _own_parameters(model, name, shared)
+    accumulated = p if micro_batches(recipe, ranks) > 1 else 0
     terms: list[Term] = []
 
     def add(part: str, elements: int, width: int, formula: str) -> None:
@@ -110,7 +105,7 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
         add("parameters", p, size, "P * B")
         add("moments", 2 * p, size, "2 P * B")
         add("DDP's buckets", p, size, "P * B")
-        add("gradients", p if accumulates else 0, size, "P * B")
+        add("gradients", accumulated, size, "P * B")
     elif name == "fsdp":
         add("parameters", 0 if offload else own, size, "P / N * B")
         add("moments", 0 if offload else 2 * own, size, "2 P / N * B")
@@ -119,19 +114,14 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
         # The unit that computes, the next one that is prefetched, and the flat copy that it arrives in.
         add("gathered", model.rest + 3 * largest, low, "(rest + 3 * largest block) * B")
         add("gradients to be shared out", 2 * largest, size, "2 * largest block * B")
-        add(
-            "gradients of earlier micro-batches",
-            p if accumulates else 0,
-            low,
-            "P * B, whole until the last micro-batch",
-        )
+        add("gradients of earlier micro-batches", accumulated, low, "P * B, whole until the last micro-batch")
     else:
         stage = recipe.engine.zero_stage
         add("parameters", p if stage < 3 else own, low, "P * B" if stage < 3 else "P / N * B")
         add("fp32 copy", 0 if offload else own, size, "P / N * B")
         add("moments", 0 if offload else 2 * own, size, "2 P / N * B")
         if stage == 1:
-            add("gradients", p if accumulates else 0, low, "P * B")
+            add("gradients", accumulated, low, "P * B")
         add("gradients", own, size, "P / N * B")
         bucket = int(recipe.engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", _BUCKET))
         add("ZeRO's bucket", bucket, size, "reduce_bucket_size * B")

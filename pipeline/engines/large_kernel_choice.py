@@ -11,7 +11,7 @@ from pipeline.data.batch import example_batch
 from pipeline.engines import Engine
 from pipeline.errors import RecipeError
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
-from pipeline.kernels.large_kernel_timing import fastest_form, record_inputs
+from pipeline.kernels.large_kernel_timing import fastest_form, record_cases
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
@@ -38,11 +38,11 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
     with engine.evaluating() as model:
-        shapes = record_inputs(model, lambda: objective.evaluate(model, batch))
+        cases = record_cases(model, lambda: objective.evaluate(model, batch))
     keys = {
-        conv: f"{device.type} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}, kernel"
-        f" {conv.kernel_size[0]}x{conv.kernel_size[1]}"
-        for conv, (shape, dtype) in shapes.items()
+        conv: f"{device.type} {str(case.dtype).removeprefix('torch.')} {'x'.join(map(str, case.shape))}, kernel"
+        f" {case.kernel[0]}x{case.kernel[1]}"
+        for conv, case in cases.items()
     }
 
     def measure() -> dict[str, str]:
@@ -50,7 +50,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         choices = json.loads(path.read_text()) if path.exists() else {}
         for conv, key in keys.items():
             if key not in choices:
-                choices[key] = fastest_form(shapes[conv][0], conv.kernel_size, shapes[conv][1], device)
+                choices[key] = fastest_form(cases[conv])
         write_json(path, choices)
         return choices
 

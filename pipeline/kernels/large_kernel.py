@@ -9,7 +9,6 @@ The fastest form depends on shape, type and device, so `large_kernel_timing.py` 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,22 +63,17 @@ def available_forms(device: torch.device) -> list[str]:
     return [form for form in FORMS if form != "triton" or runs_triton(device)]
 
 
-class _Form(NamedTuple):
-    forward: Callable[[Tensor, Tensor], Tensor]
-    """(maps, kernels) to the output, in the type of the maps."""
-    weight_gradient: Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
-    """(gradient of the output, maps, size of the kernels) to the gradient of the kernels, in at least fp32."""
+def _load_form(form: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return the functions of a form.
 
-
-def _load_form(form: str) -> _Form:
+    The first maps (maps, kernels) to the output, in the type of the maps; the second maps (gradient of the output,
+    maps, size of the kernels) to the gradient of the kernels, in at least fp32.
+    """
     if form == "triton":
         from pipeline.kernels.triton_large_kernel import triton_forward, triton_weight_gradient
 
-        return _Form(triton_forward, triton_weight_gradient)
-    return {
-        "fft": _Form(fft_forward, fft_weight_gradient),
-        "banded": _Form(banded_forward, banded_weight_gradient),
-    }[form]
+        return triton_forward, triton_weight_gradient
+    return {"fft": (fft_forward, fft_weight_gradient), "banded": (banded_forward, banded_weight_gradient)}[form]
 
 
 class _Convolution(torch.autograd.Function):
@@ -87,18 +81,20 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, form: str) -> Tensor:
         ctx.form = form
         ctx.save_for_backward(x, weight)
-        return _load_form(form).forward(x, _reachable(weight, x))
+        convolve, _ = _load_form(form)
+        return convolve(x, _reachable(weight, x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        form, near, grad_x, grad_weight = _load_form(ctx.form), _reachable(weight, x), None, None
+        convolve, weight_gradient = _load_form(ctx.form)
+        near, grad_x, grad_weight = _reachable(weight, x), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = form.forward(grad_y, near.flip(2, 3))
+            grad_x = convolve(grad_y, near.flip(2, 3))
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            _reachable(grad_weight, x).copy_(form.weight_gradient(grad_y, x, near.shape[2:]))
+            _reachable(grad_weight, x).copy_(weight_gradient(grad_y, x, near.shape[2:]))
         return grad_x, grad_weight, None
 
 

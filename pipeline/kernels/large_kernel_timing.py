@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,28 @@ from torch import Tensor, nn
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms, convolve_depthwise
 
 
-def record_inputs(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]]:
-    """Call `run`, a forward pass of `model`, and return each depthwise convolution's input shape (N, C, H, W) and type.
+class Case(NamedTuple):
+    """A convolution to time."""
 
-    Under autocast the type is the one that the convolution casts its input to.
+    shape: tuple[int, ...]
+    """(N, C, H, W) of the maps."""
+    kernel: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def record_cases(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv2d, Case]:
+    """Call `run`, a forward pass of `model`, and return the case of each depthwise convolution.
+
+    Under autocast its type is the one that the convolution casts its input to.
     """
-    inputs: dict[DepthwiseConv2d, tuple[torch.Size, torch.dtype]] = {}
+    cases: dict[DepthwiseConv2d, Case] = {}
 
-    def note(conv: DepthwiseConv2d, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
+    def note(conv: DepthwiseConv2d, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
         autocast = torch.is_autocast_enabled(x.device.type)
-        inputs[conv] = x.shape, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        cases[conv] = Case(tuple(x.shape), conv.kernel_size, dtype, x.device)
 
     convolutions = [module for module in model.modules() if isinstance(module, DepthwiseConv2d)]
     handles = [conv.register_forward_pre_hook(note) for conv in convolutions]
@@ -29,44 +41,31 @@ def record_inputs(model: nn.Module, run: Callable[[], object]) -> dict[Depthwise
     finally:
         for handle in handles:
             handle.remove()
-    return inputs
+    return cases
 
 
-def fastest_form(
-    shape: Sequence[int],
-    kernel: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
-) -> str:
-    """Return the form with the shortest forward and backward pass together, on maps of `shape` (N, C, H, W)."""
+def fastest_form(case: Case, rounds: int = 3, clock: Callable[[], float] = time.perf_counter) -> str:
+    """Return the form with the shortest forward and backward pass together."""
     best, best_seconds = "native", math.inf
     # The native form comes last, and a form that is hopeless runs once: native may take seconds.
-    for form in sorted(available_forms(device), key=lambda form: form == "native"):
-        seconds = sum(time_form(shape, kernel, dtype, device, form, 1, clock))
+    for form in sorted(available_forms(case.device), key=lambda form: form == "native"):
+        seconds = sum(time_form(case, form, 1, clock))
         if seconds < 3 * best_seconds:
-            seconds = sum(time_form(shape, kernel, dtype, device, form, rounds, clock))
+            seconds = sum(time_form(case, form, rounds, clock))
         if seconds < best_seconds:
             best, best_seconds = form, seconds
     return best
 
 
 def time_form(
-    shape: Sequence[int],
-    kernel: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    form: str,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    case: Case, form: str, rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:
     """Return the least seconds of `rounds` forward and of `rounds` backward passes: other load can only add to them."""
-    x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.randn(shape[1], 1, *kernel, dtype=dtype, device=device, requires_grad=True)
+    options = {"dtype": case.dtype, "device": case.device, "requires_grad": True}
+    x, weight = torch.randn(case.shape, **options), torch.randn(case.shape[1], 1, *case.kernel, **options)
 
     def now() -> float:
-        if device.type == "cuda":
+        if case.device.type == "cuda":
             torch.cuda.synchronize()
         return clock()
 

@@ -54,7 +54,6 @@ __all__ = [
     "FAMILIES",
     "UNITS",
     "VARIANTS",
-    "Backbone",
     "ConvNeXtV2",
     "Downsample",
     "NextViT",

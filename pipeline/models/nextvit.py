@@ -60,9 +60,6 @@ class StemLayer(nn.Sequential):
         self.norm = options.create_norm(outputs)
         self.act = options.create_activation()
 
-    def fold_batchnorm(self) -> None:
-        self.conv, self.norm = _folded(self.conv, self.norm)
-
 
 class PatchEmbed(nn.Module):
     """With stride 2, average 2x2 sites; then change the number of channels by a 1x1 convolution and a norm.
@@ -81,9 +78,6 @@ class PatchEmbed(nn.Module):
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         return self.norm(self.conv(x))
 
-    def fold_batchnorm(self) -> None:
-        self.conv, self.norm = _folded(self.conv, self.norm)
-
 
 class ConvAttention(nn.Module):
     """Multi-head convolutional attention (MHCA): 3x3 convolution in groups of `head_dim`, norm, activation, linear."""
@@ -97,9 +91,6 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.act(self.norm(self.group_conv3x3(x))))
-
-    def fold_batchnorm(self) -> None:
-        self.group_conv3x3, self.norm = _folded(self.group_conv3x3, self.norm)
 
 
 class Attention(nn.Module):
@@ -133,7 +124,7 @@ class Attention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def fold_batchnorm(self, before: nn.Module) -> nn.Module:
+    def fold(self, before: nn.Module) -> nn.Module:
         """Fold the preceding BatchNorm and the own one into q, k and v; return the identity that replaces `before`.
 
         Averages of an affine map are the affine map of averages, so the preceding norm passes through the pooling.
@@ -161,7 +152,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.act(self.conv1(x)))
 
-    def fold_batchnorm(self, before: nn.Module) -> nn.Module:
+    def fold(self, before: nn.Module) -> nn.Module:
         """Fold the preceding BatchNorm into conv1; return the identity that replaces it."""
         if not isinstance(before, BatchNorm):
             return before
@@ -187,11 +178,6 @@ class NCB(nn.Module):
         x = self.patch_embed(x)
         x = x + _drop_path(self.mhca(x), keep, 0)
         return x + _drop_path(self.mlp(self.norm(x)), keep, 1)
-
-    def fold_batchnorm(self) -> None:
-        self.patch_embed.fold_batchnorm()
-        self.mhca.fold_batchnorm()
-        self.norm = self.mlp.fold_batchnorm(self.norm)
 
 
 class NTB(nn.Module):
@@ -227,13 +213,6 @@ class NTB(nn.Module):
             y = self.projection(x)
             x = torch.cat((x, y + _drop_path(self.mhca(y), keep, 1)), 1)
         return x + _drop_path(self.mlp(self.norm2(x)), keep, -1)
-
-    def fold_batchnorm(self) -> None:
-        for part in (self.patch_embed, self.projection, self.mhca):
-            if part is not None:
-                part.fold_batchnorm()
-        self.norm1 = self.e_mhsa.fold_batchnorm(self.norm1)
-        self.norm2 = self.mlp.fold_batchnorm(self.norm2)
 
 
 class NextViT(Backbone):
@@ -338,8 +317,15 @@ class NextViT(Backbone):
 
         The outputs in evaluation stay the same; layers get biases that they did not have, and training is over.
         """
-        for part in (*self.stem, *self.features):
-            part.fold_batchnorm()
+        for part in list(self.modules()):
+            if isinstance(part, StemLayer | PatchEmbed):
+                part.conv, part.norm = _folded(part.conv, part.norm)
+            elif isinstance(part, ConvAttention):
+                part.group_conv3x3, part.norm = _folded(part.group_conv3x3, part.norm)
+            elif isinstance(part, NCB):
+                part.norm = part.mlp.fold(part.norm)
+            elif isinstance(part, NTB):
+                part.norm1, part.norm2 = part.e_mhsa.fold(part.norm1), part.mlp.fold(part.norm2)
         if isinstance(self.norm, BatchNorm):
             self.proj_head[0] = fold_before(self.proj_head[0], *affine(self.norm))
             self.norm = nn.Identity()

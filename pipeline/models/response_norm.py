@@ -128,14 +128,13 @@ class NoNorm(nn.Module):
 class LRN(nn.Module):
     """Local response normalisation over 5 neighbouring channels, with the constants of Krizhevsky et al. 2012, 3.3."""
 
-    def __init__(self, dim: int, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
+    def __init__(self, dim: int):
         super().__init__()
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         squares = widen(x).square().flatten(0, -2)
-        sums = F.avg_pool1d(squares[None], self.size, stride=1, padding=self.size // 2)[0] * self.size
-        return (x * (self.k + self.alpha * sums).pow(-self.beta).view(x.shape)).to(x.dtype)
+        sums = F.avg_pool1d(squares[None], 5, stride=1, padding=2)[0] * 5
+        return (x * (2.0 + 1e-4 * sums).pow(-0.75).view(x.shape)).to(x.dtype)
 
 
 class ResponseLayerNorm(nn.Module):
@@ -176,10 +175,10 @@ class ResponseBatchNorm(RunningStatistics, nn.Module):
 class SE(nn.Module):
     """Squeeze and excitation (Hu et al. 2018): scale each channel by a gate computed from the means of all channels."""
 
-    def __init__(self, dim: int, reduction: int = 16):
+    def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, max(dim // reduction, 1))
-        self.fc2 = nn.Linear(max(dim // reduction, 1), dim)
+        width = max(dim // 16, 1)
+        self.fc1, self.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         return x * self.gate(layout.mean(x).to(x.dtype)).sigmoid().to(x.dtype)

@@ -3,6 +3,8 @@
 A layout has no parameters: the caller hands it the layer that has them. Features are (N, sites..., C).
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from pipeline.sparse.depthwise import Plan, convolve_tokens, plan_depthwise
 from pipeline.sparse.geometry import VisibleCells
 
 
-class Layout:
+class Layout(Protocol):
     """The operations of a block that depend on how features lie in memory, and on which sites count.
 
     A site counts if it is visible; in `Dense` and `Leaking` every site does. Statistics are at least fp32 and have the
@@ -21,31 +23,24 @@ class Layout:
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         """Turn images (N, 3, H, W) into features by a convolution whose stride is its kernel size."""
-        raise NotImplementedError
 
     def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Apply a 2x2 convolution of stride 2."""
-        raise NotImplementedError
 
     def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Apply a 7x7 depthwise convolution that keeps the size."""
-        raise NotImplementedError
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Apply a convolution that keeps the size, on few channels; sites that do not count are read as zeros."""
-        raise NotImplementedError
 
     def count_sites(self, x: Tensor) -> int:
         """Count the sites of an image that count."""
-        raise NotImplementedError
 
     def to_map(self, x: Tensor) -> Tensor:
-        """Return the features as a dense map (N, h, w, C)."""
-        raise NotImplementedError
+        """Return the features as a dense map (N, h, w, C), with zeros where sites do not count."""
 
     def maximum(self, x: Tensor) -> Tensor:
         """Return each channel's maximum over the sites of an image."""
-        raise NotImplementedError
 
     def norm(self, x: Tensor, across_images: bool = False) -> Tensor:
         """Return each channel's L2 norm over the sites."""
@@ -65,25 +60,17 @@ def _site_dims(x: Tensor, across_images: bool) -> tuple[int, ...]:
     return tuple(range(0 if across_images else 1, x.ndim - 1))
 
 
-def _convolve_map(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve features (N, H, W, C); the permuted views are channels-last memory, so nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class Dense(Layout):
     """Features (N, H, W, C) of whole images: for fine-tuning, evaluation and the decoder."""
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         return conv(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
-    def downsample(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _convolve_map(conv, x)
-
-    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _convolve_map(conv, x)
-
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return _convolve_map(conv, x)
+        # The permuted views are channels-last memory, so nothing is copied.
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    downsample = depthwise = convolve
 
     def count_sites(self, x: Tensor) -> int:
         return x.shape[1] * x.shape[2]
@@ -111,29 +98,25 @@ class Masked(Dense):
     def _side(self, x: Tensor) -> int:
         return x.shape[1] // self.visible.grid[0]
 
-    def _zero_hidden(self, x: Tensor) -> Tensor:
+    def to_map(self, x: Tensor) -> Tensor:
         return x * self.visible.visible_sites(self._side(x))
 
-    def depthwise(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return super().depthwise(conv, self._zero_hidden(x))
-
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return super().convolve(conv, self._zero_hidden(x))
+        return super().convolve(conv, self.to_map(x))
+
+    depthwise = convolve
 
     def count_sites(self, x: Tensor) -> int:
         return self.visible.cells_per_image * self._side(x) ** 2
-
-    def to_map(self, x: Tensor) -> Tensor:
-        return self._zero_hidden(x)
 
     def maximum(self, x: Tensor) -> Tensor:
         return super().maximum(x.masked_fill(~self.visible.visible_sites(self._side(x)), -torch.inf))
 
     def norm(self, x: Tensor, across_images: bool = False) -> Tensor:
-        return super().norm(self._zero_hidden(x), across_images)
+        return super().norm(self.to_map(x), across_images)
 
     def mean(self, x: Tensor, across_images: bool = False) -> Tensor:
-        return super().mean(self._zero_hidden(x), across_images)
+        return super().mean(self.to_map(x), across_images)
 
 
 class Leaking(Dense):
@@ -186,7 +169,7 @@ class Packed(Layout):
         return convolve_tokens(conv, x.reshape(-1, x.shape[-1]), self._plans[self._side(x)]).view_as(x)
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        y = _convolve_map(conv, self.to_map(x))
+        y = DENSE.convolve(conv, self.to_map(x))
         y = y.reshape(-1, y.shape[-1]).index_select(0, self._rows(self._side(x)))
         return y.view(*x.shape[:-1], -1)
 

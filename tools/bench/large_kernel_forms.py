@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from pipeline.kernels.large_kernel import available_forms, convolve_depthwise
-from pipeline.kernels.large_kernel_timing import time_form
+from pipeline.kernels.large_kernel_timing import Case, time_form
 from tools.bench.timing import print_header, print_row, quiet_clock
 
 FIRST = [(56, (k, k)) for k in (31, 51, 61)] + [(56, kernel) for k in (31, 51, 61) for kernel in ((k, 5), (5, k))]
@@ -43,9 +43,9 @@ def measure_forms(
     columns = ["forward ms", "backward ms", "forward, x native", "backward, x native", "error"]
     print_header(["map", "kernel", "form", *columns])
     for size, kernel in cases:
-        shape, native = (images, channels, size, size), None
+        case, native = Case((images, channels, size, size), kernel, dtype, device), None
         for form in sorted(available_forms(device), key=lambda form: form != "native"):
-            taken = time_form(shape, kernel, dtype, device, form, rounds, quiet_clock(device))
+            taken = time_form(case, form, rounds, quiet_clock(device))
             native = native or taken
             error = largest_error(min(channels, 8), size, kernel, form, device)
             times = [f"{1e3 * value:.1f}" for value in taken]

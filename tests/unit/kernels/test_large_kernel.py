@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.kernels.large_kernel import FORMS, DepthwiseConv2d, available_forms, convolve_depthwise
-from pipeline.kernels.large_kernel_timing import fastest_form, record_inputs
+from pipeline.kernels.large_kernel_timing import Case, fastest_form, record_cases
 
 CPU = torch.device("cpu")
 OTHERS = ("fft", "banded")
@@ -85,11 +85,14 @@ def test_backward_is_the_same_twice(form):
 def test_choice_is_measured_for_the_shapes_that_are_used():
     model = nn.Sequential(DepthwiseConv2d(4, (31, 31)), nn.AvgPool2d(4), DepthwiseConv2d(4, (3, 3)))
     with torch.autocast("cpu", torch.bfloat16):
-        inputs = record_inputs(model, lambda: model(torch.randn(2, 4, 32, 32)))
-    assert [tuple(shape) for shape, _ in inputs.values()] == [(2, 4, 32, 32), (2, 4, 8, 8)]
-    assert {dtype for _, dtype in inputs.values()} == {torch.bfloat16}
+        cases = record_cases(model, lambda: model(torch.randn(2, 4, 32, 32)))
+    assert list(cases.values()) == [
+        Case((2, 4, 32, 32), (31, 31), torch.bfloat16, CPU),
+        Case((2, 4, 8, 8), (3, 3), torch.bfloat16, CPU),
+    ]
     # On the clock of this thread, because other processes may take the core from one form and not from the next.
-    assert fastest_form((2, 4, 32, 32), (31, 31), torch.float32, CPU, clock=time.thread_time) in OTHERS
+    case = Case((2, 4, 32, 32), (31, 31), torch.float32, CPU)
+    assert fastest_form(case, clock=time.thread_time) in OTHERS
 
 
 def test_forms_that_are_not_there():
