@@ -36,13 +36,12 @@ class ConvNeXtBlock(nn.Module):
 
     Args:
         dim: channels C.
-        response: the response normalisation; None for GRN.
+        response: the response normalisation.
         layer_scale: initial value of ConvNeXt V1's factor `gamma` (C,) on the branch; None, as in V2, for no factor.
     """
 
-    def __init__(self, dim: int, response: ResponseNorm | None = None, layer_scale: float | None = None):
+    def __init__(self, dim: int, response: ResponseNorm, layer_scale: float | None = None):
         super().__init__()
-        response = response or ResponseNorm()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
