@@ -34,7 +34,7 @@ class Layout(Protocol):
         """Apply a convolution that keeps the size, on few channels; sites that do not count are read as zeros."""
 
     def count_sites(self, x: Tensor) -> int:
-        """Count the sites of an image that count."""
+        """Return the number of sites of an image that count."""
 
     def to_map(self, x: Tensor) -> Tensor:
         """Return the features as a dense map (N, h, w, C), with zeros where sites do not count."""

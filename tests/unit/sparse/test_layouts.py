@@ -49,7 +49,7 @@ def assert_close(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert (tensors[name] - value).abs().max().item() <= 1e-12 * scale, name
 
 
-@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("ratio", [0.25, 0.6, 0.9])
 @pytest.mark.parametrize("grid", [(7, 7), (12, 12), (5, 9), (2, 2)])
 def test_all_equal_masked(grid, ratio, images):
