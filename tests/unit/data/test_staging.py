@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from pipeline.data import staging
-from pipeline.data.beton import BetonWriter, open_beton, sidecar_path
+from pipeline.data.beton import open_beton, sidecar_path
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.cache import Cache
 from pipeline.data.staging import cache_directory, describe_beton, fetch_beton
 from pipeline.errors import DataError, RetryableError

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.beton import BetonWriter, open_beton, samples_of
+from pipeline.data.beton import open_beton, samples_of
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import count_per_class, select_subset
 from pipeline.distributed.world import World

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline.data.beton import BetonWriter
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.recipe import load_recipe
 from pipeline.recipe.value_sources import value_sources
 from tests.support import tiny_image

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.beton import BetonWriter, open_beton
+from pipeline.data.beton import open_beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
 from pipeline.objectives.pixels import denormalise
 from tools.evaluate.answers import Answers, outputs_of, real_answers

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.data.beton import BetonWriter
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import load_recipe, write_recipe
