@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
-from pipeline.distributed.processes import LAUNCHER_PID
+from cluster.site import Site
+from cluster.slurm.retry import committed_step
+from pipeline.distributed.processes import LAUNCHER_PID, module_command
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import ExitCode, Outcome, OutcomeKind
@@ -50,6 +51,11 @@ class LocalLauncher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has asked for a stop."""
+        return self._stops > 0
 
     def run(self, stage_directory: Path) -> Outcome:
         """Run the stage until its ranks have ended, and return how."""
@@ -107,7 +113,7 @@ class LocalLauncher:
     def start_rank(self, stage_directory: Path, environment: dict[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
         """Start one rank, as a process that writes to `log`."""
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline.run", str(stage_directory)],
+            module_command("pipeline.run", stage_directory),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -157,6 +163,31 @@ class LocalLauncher:
             + (f"the disk of {logs} is full: make room, then run the same command again" if full else f"see {logs}"),
             outcome.step if outcome else None,
         )
+
+
+def retrying(launcher: LocalLauncher, report: Callable[[str], None]) -> Callable[[Path], Outcome]:
+    """Return what runs a stage and, as on Slurm, runs it again when a process was lost or hung.
+
+    It gives up when as many attempts in a row as a site allows by default have committed no new step.
+
+    Args:
+        report: gets a sentence before each new attempt.
+    """
+    most = Site.model_fields["attempts_without_progress"].default
+
+    def run(stage_directory: Path) -> Outcome:
+        committed, count = committed_step(stage_directory), 0
+        while True:
+            outcome = launcher.run(stage_directory)
+            if outcome.kind is not OutcomeKind.BAD_NODE or launcher.stopped:
+                return outcome
+            before, committed = committed, committed_step(stage_directory)
+            count = count + 1 if committed == before else 1
+            if count >= most:
+                return replace(outcome, reason=f"{outcome.reason}; {count} attempts in a row saved nothing new")
+            report(f"{stage_directory.name}: {outcome.reason}; it is retried")
+
+    return run
 
 
 def _end_of_rank(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Run or resume one stage as one rank: `python -m pipeline.run DIRECTORY`. The directory says everything else."""
+"""Run or resume one stage as one rank: `python -P -m pipeline.run DIRECTORY`. The directory says everything else."""
 
 import os
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent
+from pipeline.data.decode import compile_decoder
+from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent, keep_imports_safe
 from pipeline.distributed.stop import AgreedStop, StopRequest
 from pipeline.distributed.world import World
 from pipeline.errors import UserError
@@ -18,6 +19,7 @@ from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import HEALTH_FOLDER
+from pipeline.storage.user_cache import redirect_caches
 from pipeline.tracking.startup import startup
 from pipeline.training.failures import classify_error, exit_rank, is_explained
 from pipeline.training.trainer import Training
@@ -34,6 +36,8 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
             stands still, because `run_stage` cannot return then.
     """
     request = StopRequest().install()
+    keep_imports_safe()
+    redirect_caches()
     startup.lap("imports")
     try:
         stage = Stage(directory)
@@ -57,6 +61,8 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
 def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], None]) -> Outcome:
     """Join the other ranks, claim the stage, and train it."""
     recipe, stall_seconds = stage.recipe, stage.recipe.health.stall_seconds
+    compile_decoder()  # before the ranks meet, so that no time-out counts it
+    startup.lap("compile")
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.
         world = World.join(recipe.engine.device, recipe.engine.threads, 1.5 * PATIENCE * stall_seconds)

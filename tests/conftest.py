@@ -6,8 +6,6 @@ commands. With CI=true hypothesis draws the same examples each time, so that a f
 
 import os
 import re
-import tempfile
-from pathlib import Path
 
 LEFT_BEHIND = re.compile(
     r"(SLURM|SBATCH|SRUN|MASTER|AWS)_.*|FCMAE_(?!GOLDEN).*|(LOCAL_)?(RANK|WORLD_SIZE)|FAULTS|MLFLOW_TRACKING_URI"
@@ -55,15 +53,12 @@ def group(tmp_path_factory):
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let numba compile the decoder before parallel workers start, after a fresh clone: each of them would, and the
-    copies of the code that jobs on Slurm run would come without its cache."""
-    compiled = session.config.rootpath / "pipeline" / "data" / "__pycache__"
-    if getattr(session.config.option, "numprocesses", None) and not list(compiled.glob("decode.*.nbi")):
-        from tests.processes import run_stage
-        from tests.support import make_tiny_run
+    """Compile the decoder before parallel workers start: the copies of the code that jobs on Slurm run would come
+    without it otherwise."""
+    if getattr(session.config.option, "numprocesses", None):
+        from pipeline.data.decode import compile_decoder
 
-        with tempfile.TemporaryDirectory() as folder:
-            run_stage(make_tiny_run(Path(folder), ["stages.pretrain=null", "stages.finetune=null"]) / "intermediate", 1)
+        compile_decoder()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from pipeline.distributed.processes import keep_imports_safe
 from pipeline.errors import UserError
 from pipeline.stage.outcome import exit_code
+from pipeline.storage.user_cache import redirect_caches
 from tools.analyze import commands as analyze
 from tools.estimate.commands import estimate_cost
 from tools.evaluate.commands import evaluate_weights
@@ -29,11 +32,18 @@ app = typer.Typer(
 )
 
 
-def examine_machine(json: Json = False) -> None:
+def examine_machine(
+    json: Json = False,
+    warm: Annotated[bool, typer.Option("--warm",
+        help="Only do now what a first run would do once: compile the image decoder, list the fonts.")] = False,
+) -> None:  # fmt: skip
     """List what this machine has and lacks for training, and how to get it. Exit code 1 if it cannot run stages."""
     from cluster.check_results import Level, results_json, results_table
-    from tools.doctor import check_machine
+    from tools.doctor import check_machine, warm_up
 
+    if warm:
+        warm_up()
+        return
     findings = check_machine()
     if json:
         print(results_json(findings))
@@ -71,6 +81,8 @@ app.add_typer(analyze.app, name="analyze", rich_help_panel=RESULTS)
 
 def main() -> None:
     """Run the command. An error that the user can mend is printed as one sentence, without a traceback."""
+    keep_imports_safe()
+    redirect_caches()
     try:
         app()
     except UserError as error:

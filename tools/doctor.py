@@ -32,6 +32,15 @@ def check_machine() -> list[CheckResult]:
     return [result for check in checks for result in check()]
 
 
+def warm_up() -> None:
+    """Do what the first run on a machine does once, so that a run does not wait for it."""
+    import matplotlib.font_manager  # lists the fonts, and keeps the list  # noqa: F401
+
+    from pipeline.data.decode import compile_decoder
+
+    compile_decoder()
+
+
 def check_python() -> Iterator[CheckResult]:
     enough = sys.version_info >= (3, 11)
     yield _judge("python", enough, platform.python_version(), "install Python 3.11 or newer", otherwise=Level.MISSING)
@@ -218,7 +227,7 @@ def _import_error(module: str) -> str:
 def _error_of(code: str, *arguments: str) -> str:
     """Run code in a process of its own, because it may crash; returns its error, empty if there is none."""
     try:
-        command = [sys.executable, "-c", code, *arguments]
+        command = [sys.executable, "-P", "-c", code, *arguments]
         process = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return f"took longer than {IMPORT_SECONDS} s"

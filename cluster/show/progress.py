@@ -5,14 +5,17 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.spinner import Spinner
 
 from cluster.show.status import StageFollower, StageStatus, stage_names
 from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
+from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, is_locked
 from pipeline.tracking.journal import Event
 
+COMPILING_SHOWN_AFTER_SECONDS = 2.0
 LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 
@@ -28,8 +31,9 @@ class Progress:
         self._statuses: list[StageStatus] = []
         self._live: Live | None = None
         self._line_due = 0.0
-        self._announced: set[str] = set()  # stages whose end has been printed
+        self._announced: set[str] = set()  # what was printed: ends of stages, the compilation
         self._broken = False
+        self._compiling_since: float | None = None  # when the first rank was seen to compile
 
     def __enter__(self) -> "Progress":
         for follower in self._followers:
@@ -52,6 +56,10 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the table."""
+        self._print(sentence)
+
     def update(self) -> None:
         """Show what the files say now."""
         try:
@@ -71,13 +79,29 @@ class Progress:
             if s.state == "done" and s.stage not in self._announced:
                 self._announced.add(s.stage)
                 self._print(f"{s.stage}: done, {_result(s)}")
+        compiles = self._watch_compilation()
         if self._live:
-            self._live.update(stage_table(self._statuses, bars=True), refresh=True)
+            table = stage_table(self._statuses, bars=True)
+            shown = Group(table, Spinner("dots", COMPILING_SENTENCE)) if compiles else table
+            self._live.update(shown, refresh=True)
         elif time.monotonic() >= self._line_due and any(event.get("kind") == "step" for _, event in events):
             self._line_due = time.monotonic() + LINE_SECONDS
             for s in self._statuses:
                 if s.state == "running":
                     self._print(f"{s.stage}: {_progress_line(s)}")
+
+    def _watch_compilation(self) -> bool:
+        """Whether ranks wait for the image decoder to be compiled; says so once where there is no live display."""
+        if any(s.step for s in self._statuses) or not is_locked(COMPILING):
+            self._compiling_since = None
+            return False
+        if self._compiling_since is None:
+            self._compiling_since = time.monotonic()
+        long = time.monotonic() - self._compiling_since >= COMPILING_SHOWN_AFTER_SECONDS
+        if long and not self._live and COMPILING not in self._announced:
+            self._announced.add(COMPILING)
+            self._print(COMPILING_SENTENCE)
+        return long
 
     def _print(self, line: str) -> None:
         self.console.print(escape(line), highlight=False, soft_wrap=True)

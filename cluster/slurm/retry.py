@@ -1,7 +1,8 @@
-"""How often a stage is retried on Slurm: until so many attempts in a row commit no new step.
+"""How often a stage is retried: until so many attempts in a row commit no new step.
 
-The number is `attempts_without_progress` of the site (`cluster.site`), attempts are counted in the history of the
-stage's jobs (`cluster.slurm.job_history`), and the supervisor of a job (`cluster.slurm.supervisor`) applies the rule.
+On Slurm the number is `attempts_without_progress` of the site (`cluster.site`), attempts are counted in the history of
+the stage's jobs (`cluster.slurm.job_history`), and the supervisor of a job (`cluster.slurm.supervisor`) applies the
+rule. `fcmae run` applies it by `cluster.local.retrying`, with the default number of a site.
 """
 
 from contextlib import nullcontext

@@ -15,6 +15,7 @@ from cluster.site import Site
 from cluster.slurm import client
 from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.worker import RunStage, block_stop_signals
+from pipeline.distributed.processes import module_command
 from pipeline.errors import LaunchError
 from pipeline.tracking.startup import JOB_STARTED
 
@@ -139,7 +140,7 @@ class JobScript:
 
     def _teardown(self) -> list[str]:
         """Shell lines after srun."""
-        supervisor = f"{shlex.quote(sys.executable)} -m cluster.slurm.supervisor"
+        supervisor = shlex.join(module_command("cluster.slurm.supervisor"))
         stage = shlex.quote(str(self.stage_directory))
         return ["code=$?", f'{supervisor} {stage} "$code" {self.site.attempts_without_progress}']
 

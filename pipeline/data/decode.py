@@ -8,12 +8,16 @@ import ctypes
 import ctypes.util
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from llvmlite import binding
-from numba import njit, types
+from numba import types
 
-from pipeline.data.beton import JPEG
+from pipeline.data.beton import JPEG, RAW
+from pipeline.data.compiled_code import compiled, compiling
+from pipeline.data.crops import PLAN
+from pipeline.data.image_checksum import mark_changed
 from pipeline.data.randaugment import LAYERS
 from pipeline.data.randaugment_operations import apply_operation
 from pipeline.data.resample import resized_crop
@@ -51,7 +55,7 @@ _decompress = types.ExternalFunction(
 )
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def decode_jpeg(handle, content, height, width, out):
     """Decode a JPEG to RGB in `out`, at least 3 * height * width bytes. Returns OK, BAD_JPEG or OTHER_SIZE."""
     header = np.zeros(4, np.int32)  # width, height, subsampling, colour space
@@ -66,7 +70,7 @@ def decode_jpeg(handle, content, height, width, out):
     return OK if status == 0 else BAD_JPEG
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths, handle, scratch, out, status):
     for i in range(first, len(out), step):
         place, size, height, width = np.int64(places[i]), np.int64(sizes[i]), heights[i], widths[i]
@@ -127,6 +131,25 @@ class ImageDecoder:
             self._pool.shutdown()
         while self._handles:
             self._library.tjDestroy(self._handles.pop())
+
+
+@cache
+def compile_decoder() -> None:
+    """Compile what decodes the images of a batch, or load it from disk: call it before any time-out runs.
+
+    One process of this machine compiles while the others wait for it.
+
+    Raises:
+        DataError: if libturbojpeg is missing.
+    """
+    file, zero, one = np.zeros(3, np.uint8), np.zeros(1, np.int64), np.ones(1, np.int64)
+    file.flags.writeable = False  # as a file's memory map is; numba compiles for such arrays separately
+    pixels, outside = np.zeros((1, 1, 1, 3), np.uint8), zero - 1  # such a place is refused before the plan is read
+    with compiling(Path(_decode_some.stats.cache_path)):
+        decoder = ImageDecoder(1, 3)
+        status = decoder(file, outside, one, zero + RAW, np.zeros(1, PLAN), one, one, pixels)
+        decoder.close()
+        mark_changed(file, zero, one, zero, status, CHANGED)
 
 
 def jpeg_status(content: bytes, height: int, width: int) -> int:

@@ -26,7 +26,7 @@ import torch
 
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
-from pipeline.data.decode import CHANGED, ImageDecoder, describe_status
+from pipeline.data.decode import CHANGED, ImageDecoder, compile_decoder, describe_status
 from pipeline.data.image_checksum import mark_changed
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
@@ -150,6 +150,7 @@ class ImageLoader(Loader):
     def __init__(
         self, subset: Subset, plan: Plan, *, batch_size: int, workers: int, skip_damaged: bool = False
     ) -> None:
+        compile_decoder()  # before the consumer's time-out counts
         self.subset, self.skip_damaged = subset, skip_damaged
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, BATCHES_AHEAD
         self.reader = _MappedReader(subset.beton.path)

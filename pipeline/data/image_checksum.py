@@ -5,13 +5,14 @@ goes unnoticed with a chance of 1 in 16 million.
 """
 
 import numpy as np
-from numba import njit
+
+from pipeline.data.compiled_code import compiled
 
 _LANES = 64  # independent sums, so that the compiler computes eight or sixteen at a time
 _FACTOR = np.uint32(0x9E3779B1)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def checksum(content) -> int:
     """Return 24 bits of a contiguous byte array: a polynomial modulo 2**32 in each lane, then one over the lanes."""
     lanes = np.zeros(_LANES, np.uint32)
@@ -29,7 +30,7 @@ def checksum(content) -> int:
     return np.int64(np.uint32(total * _FACTOR) >> np.uint32(8))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def mark_changed(file, places, sizes, checks, status, changed) -> None:
     """Set `status` to `changed` for images of status 0 whose checksum differs from `checks`."""
     for i in range(len(places)):

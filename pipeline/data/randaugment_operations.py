@@ -6,8 +6,8 @@ of resizing): in double precision and in Pillow's order, because the results are
 """
 
 import numpy as np
-from numba import njit
 
+from pipeline.data.compiled_code import compiled
 from pipeline.data.randaugment import NOTHING
 
 FILL = (124, 116, 104)  # for pixels from outside the image: ImageNet's mean
@@ -18,7 +18,7 @@ _AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_AD
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _TRANSLATE_Y = range(7, 15)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def apply_operation(image, operation, numbers):
     """Change `image`, uint8 (H, W, 3) and contiguous, in place by the operation with that code.
 
@@ -38,19 +38,19 @@ def apply_operation(image, operation, numbers):
         _through_table(image, _table(image, operation, numbers))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def blend(first, second, share):
     """Blend two levels as Pillow's Image.blend: `share` of the second, in single precision, clipped and truncated."""
     mixed = np.float32(first) + share * np.float32(second - first)
     return np.uint8(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _grey(r, g, b):
     return (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _through_table(image, table):
     pixels = image.reshape(-1, 3)
     for i in range(len(pixels)):
@@ -58,7 +58,7 @@ def _through_table(image, table):
         pixel[0], pixel[1], pixel[2] = table[0, pixel[0]], table[1, pixel[1]], table[2, pixel[2]]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _histogram(image):
     counts = np.zeros((3, 256), np.int64)
     pixels = image.reshape(-1, 3)
@@ -68,7 +68,7 @@ def _histogram(image):
     return counts
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _table(image, operation, numbers):
     """Return the new level for each of the 256 levels of each channel: uint8 (3, 256)."""
     table = np.empty((3, 256), np.uint8)
@@ -97,7 +97,7 @@ def _table(image, operation, numbers):
     return table
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _stretched(counts, table):
     low, high = 0, 255
     while low < 255 and counts[low] == 0:
@@ -110,7 +110,7 @@ def _stretched(counts, table):
         table[i] = min(max(int(i * scale + offset), 0), 255)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _equalized(counts, table):
     last = 255
     while counts[last] == 0:
@@ -122,7 +122,7 @@ def _equalized(counts, table):
         before += counts[i]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _mean_grey(image):
     pixels = image.reshape(-1, 3)
     total = 0
@@ -131,7 +131,7 @@ def _mean_grey(image):
     return int(total / len(pixels) + 0.5)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _color(image, factor):
     pixels = image.reshape(-1, 3)
     for i in range(len(pixels)):
@@ -141,7 +141,7 @@ def _color(image, factor):
             pixel[c] = blend(grey, np.int32(pixel[c]), factor)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _sharpness(image, factor):
     """Blend each pixel with the 3 x 3 mean in which the centre counts five times; the border stays unchanged."""
     height, length = image.shape[0], 3 * image.shape[1]
@@ -155,12 +155,12 @@ def _sharpness(image, factor):
             out[x] = blend((2 * near + 13) // 26, np.int32(line[x]), factor)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _cubic(a, b, c, d, t):
     return b + t * (c - a + t * (2.0 * (a - b) + c - d + t * (b - a - c + d)))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _rotate(image, m):
     """Set output pixel (x, y) to the input at (m[0] x + m[1] y + m[2], m[3] x + m[4] y + m[5]), centres at halves.
 
@@ -195,7 +195,7 @@ def _rotate(image, m):
             out[0], out[1], out[2] = np.uint8(result[0]), np.uint8(result[1]), np.uint8(result[2])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _slide_rows(image, slope, shift):
     """Set output pixel (x, y) to the input at (x + slope y + shift, y), centres at halves.
 
@@ -228,7 +228,7 @@ def _slide_rows(image, slope, shift):
                 _filter(row, between, out, x, x + 1, int(np.floor((x + 0.5) + move + shift - 0.5)) - x)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _filter(row, between, out, low, high, offset):
     length = 3 * (high - low)
     if length > 0:
@@ -240,7 +240,7 @@ def _filter(row, between, out, low, high, offset):
             result[i] = np.uint8(min(max(_cubic(a[i], b[i], c[i], d[i], t[i]), 0.0), 255.0))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _transpose_pixels(source, out):
     for y in range(source.shape[0]):
         for x in range(source.shape[1]):
@@ -248,7 +248,7 @@ def _transpose_pixels(source, out):
             b[0], b[1], b[2] = a[0], a[1], a[2]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _slide_columns(image, slope, shift):
     """Set output pixel (x, y) to the input at (x, y + slope x + shift), by transposing, sliding rows, transposing."""
     turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)

@@ -8,7 +8,8 @@ machine and in any order of the work.
 import math
 
 import numpy as np
-from numba import njit
+
+from pipeline.data.compiled_code import compiled
 
 _FRACTION_BITS = 22  # 32 less 8 bits of the pixel and 2 of headroom, as weights may sum up to more than one
 _ONE = 1 << _FRACTION_BITS
@@ -16,7 +17,7 @@ _HALF = 1 << (_FRACTION_BITS - 1)
 _SUPPORT = 2.0  # the cubic filter reaches two pixels to either side
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def cubic(x: float) -> float:
     """Evaluate Keys' cubic convolution filter with a = -0.5, in Pillow's order of operations."""
     a = -0.5
@@ -28,7 +29,7 @@ def cubic(x: float) -> float:
     return 0.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def filter_weights(source_size: int, full_size: int, first: int, count: int):
     """Compute the weights of the output pixels `first .. first + count` of a resized line.
 
@@ -62,7 +63,7 @@ def filter_weights(source_size: int, full_size: int, first: int, count: int):
     return start, number, weights
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _filter_lines(lines, first, start, number, weights, out, backwards):
     """Set output line i to the weighted sum of the lines `start[i] - first ...`, rows of bytes as long as `out`'s."""
     length, count = lines.shape[1], len(start)
@@ -79,7 +80,7 @@ def _filter_lines(lines, first, start, number, weights, out, backwards):
             result[x] = np.uint8(min(max(sums[x] >> _FRACTION_BITS, 0), 255))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _transpose(source, out):
     """Write the transpose of bytes to `out`, eight rows at a time: three times as fast as element by element."""
     height, width = source.shape
@@ -96,7 +97,7 @@ def _transpose(source, out):
             out[x, y] = source[y, x]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _filter_columns(pixels, first, start, number, weights, out, flip):
     """Filter along rows of interleaved RGB: bytes (h, 3 * width) to `out`, bytes (h, 3 * len(start)).
 
@@ -111,7 +112,7 @@ def _filter_columns(pixels, first, start, number, weights, out, flip):
     _transpose(filtered.reshape(-1, height), out)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def resized_crop(image, top, left, height, width, full_height, full_width, y0, x0, out, flip):
     """Crop and resize `image`, uint8 (H, W, 3), and write a window of the result to `out`, uint8 (h, w, 3).
 

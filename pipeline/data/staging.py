@@ -22,6 +22,7 @@ import fsspec
 from pipeline.data.beton import Beton, open_beton, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
 from pipeline.errors import DataError, RetryableError, UserError
+from pipeline.storage.user_cache import user_cache
 
 CHUNK_BYTES, CHUNKS_AT_ONCE = (
     8 << 20,
@@ -37,8 +38,8 @@ def is_url(location: str) -> bool:
 
 def cache_directory(setting: str | None) -> str:
     """Return `data.cache_dir`, else a folder of $FCMAE_SCRATCH (a node's own disk) or of the user's cache directory."""
-    home = os.environ.get("FCMAE_SCRATCH") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return setting or f"{home}/fcmae"
+    scratch = os.environ.get("FCMAE_SCRATCH")
+    return setting or (f"{scratch}/fcmae" if scratch else str(user_cache()))
 
 
 def describe_beton(location: str, timeout_seconds: float) -> Beton:

@@ -1,12 +1,29 @@
-"""Identify processes by their start time, and end with the process that started this one."""
+"""Start a module of ours as a process, identify processes by their start time, and end with one's parent."""
 
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 LAUNCHER_PID = "FCMAE_LAUNCHER_PID"  # pid of the process that started a rank; it may end before the rank can look it up
 _PR_SET_PDEATHSIG = 1
+
+
+def module_command(module: str, *arguments: object) -> list[str]:
+    """Return the command that runs one of our modules in a new interpreter.
+
+    It imports nothing from the current directory, where a user's `queue.py` or `pipeline/` may lie.
+    """
+    return [sys.executable, "-P", "-m", module, *map(str, arguments)]
+
+
+def keep_imports_safe() -> None:
+    """Have all Python processes that this one starts, those of libraries too, not import from the current directory."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if "" in paths:  # an empty entry means the current directory, and `PYTHONPATH=$PYTHONPATH:/x` makes one
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def start_time(pid: int) -> int:

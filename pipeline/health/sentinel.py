@@ -2,7 +2,7 @@
 
 The watchdog is a thread of its rank, so such code stops the watchdog too. Other ranks notice, but not a single rank,
 and not ranks that all hang alike. Therefore each rank has a small process beside it that reads the rank's beat file:
-`python -m pipeline.health.sentinel SILENT_SECONDS STAGE ATTEMPT BEAT_FILE RANK_PID`. The process counts only time in
+`python -P -m pipeline.health.sentinel SILENT_SECONDS STAGE ATTEMPT BEAT_FILE RANK_PID`. The process counts only time in
 which it ran itself, so suspending the whole job raises no alarm, and it dies with its rank.
 """
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.distributed.processes import die_with_parent
+from pipeline.distributed.processes import die_with_parent, module_command
 from pipeline.distributed.stop import STOP_SIGNALS
 
 
@@ -29,7 +29,7 @@ def run_sentinel(stage_directory: Path, attempt: int, beat_file: Path, silent_se
     """
     arguments = [silent_seconds, stage_directory, attempt, beat_file, os.getpid()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.health.sentinel", *map(str, arguments)],
+        module_command("pipeline.health.sentinel", *arguments),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.DEVNULL,
     )

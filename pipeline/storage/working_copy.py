@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import StageError
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, DONE_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder, is_remote, is_storage_error
+from pipeline.storage.user_cache import user_cache
 
 MARKER = "REMOTE"  # a file beside the run's copy that holds the run's URL
 
@@ -97,7 +98,7 @@ class Mirror:
 def working_copy(run: str | os.PathLike) -> Path:
     """The local directory to work in: `run` itself if it is a path, an updated copy if it is a URL.
 
-    Copies lie in $FCMAE_MIRROR, by default ~/.cache/fcmae, under the same path for all ranks.
+    Copies lie in $FCMAE_MIRROR, by default in the user's cache, under the same path for all ranks.
 
     Raises:
         StageError: if the store cannot be read.
@@ -105,7 +106,7 @@ def working_copy(run: str | os.PathLike) -> Path:
     if not is_remote(run):
         return Path(run)
     url = os.fspath(run).rstrip("/")
-    home = Path(os.environ.get("FCMAE_MIRROR") or Path.home() / ".cache" / "fcmae")
+    home = Path(os.environ.get("FCMAE_MIRROR") or user_cache())
     directory = home / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rpartition("/")[2]
     directory.parent.mkdir(parents=True, exist_ok=True)
     (directory.parent / MARKER).write_text(url)

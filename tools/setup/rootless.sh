@@ -36,3 +36,4 @@ PKG_CONFIG_PATH=$shim PATH=$PATH:$root/usr/bin LD_LIBRARY_PATH=$libraries \
   LDFLAGS="-Wl,--disable-new-dtags,-rpath,$libraries:$libraries/lapack:$libraries/blas" LIBRARY_PATH=$libraries \
   .venv/bin/pip install -q --no-deps --no-cache-dir --force-reinstall "ffcv==$FFCV"
 .venv/bin/python -c 'import ffcv.libffcv' || die "FFCV does not load; ldd .venv/lib/python*/site-packages/_libffcv*.so"
+.venv/bin/fcmae doctor --warm

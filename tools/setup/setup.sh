@@ -78,3 +78,4 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
   printf '%s' "$stamp" >.venv/stamp
 fi
 install_ffcv
+.venv/bin/fcmae doctor --warm || die "the image decoder does not compile; see 'fcmae doctor'"

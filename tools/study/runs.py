@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.chain import check_before_start, open_chain, resolve_chain_paths, run_chain
-from cluster.local import LocalLauncher
+from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
 from pipeline.errors import StageError
@@ -34,7 +34,7 @@ def run_study(study: Study, directory: Path, processes: int, report: Print) -> O
                 report(f"{title}: done before")
                 continue
             report(f"{title}: {' > '.join(stage.recipe.name for stage in stages)}")
-            outcome = run_chain(stages, launcher.run)
+            outcome = run_chain(stages, retrying(launcher, report))
             if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
                 return outcome
             if outcome.kind is not OutcomeKind.DONE:

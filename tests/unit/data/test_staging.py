@@ -215,10 +215,10 @@ def test_killed_in_the_middle_of_a_copy(source, server, tmp_path):
     assert 0 not in server.requests, "the beginning was copied already"
 
 
-def test_where_copies_go(monkeypatch):
+def test_where_copies_go(monkeypatch, tmp_path):
     monkeypatch.delenv("FCMAE_SCRATCH", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_directory(None) == "/x/fcmae"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory(None) == f"{tmp_path}/fcmae"
     monkeypatch.setenv("FCMAE_SCRATCH", "/scratch")
     assert cache_directory(None) == "/scratch/fcmae"
     assert cache_directory("/mine") == "/mine"

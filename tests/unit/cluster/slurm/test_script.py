@@ -120,7 +120,7 @@ def test_no_field_reaches_a_shell_unquoted(raw):
             if not SHELLS_OWN.fullmatch(variable) and variable != "PYTHONPATH":
                 assert seen[variable] == value
         assert seen["PYTHONPATH"].split(":")[0] == str(code)
-        assert record(here, "supervisor") == ["-m", "cluster.slurm.supervisor", str(stage), "3", "3"]
+        assert record(here, "supervisor") == ["-P", "-m", "cluster.slurm.supervisor", str(stage), "3", "3"]
         arguments = record(here, "srun")
         if site.container:
             parts = (site.container.image, site.container.python if site.container.kind == "apptainer" else "")

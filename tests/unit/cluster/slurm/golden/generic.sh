@@ -35,4 +35,4 @@ srun --unbuffered --output '/runs/my huge/finetune/slurm/%j_%t_log.out' --kill-o
 
 # teardown
 code=$?
-/opt/fcmae/bin/python -m cluster.slurm.supervisor '/runs/my huge/finetune' "$code" 3
+/opt/fcmae/bin/python -P -m cluster.slurm.supervisor '/runs/my huge/finetune' "$code" 3

@@ -33,4 +33,4 @@ srun --unbuffered --output '/runs/my huge/pretrain/slurm/%j_%t_log.out' --kill-o
 
 # teardown
 code=$?
-/opt/fcmae/bin/python -m cluster.slurm.supervisor '/runs/my huge/pretrain' "$code" 10
+/opt/fcmae/bin/python -P -m cluster.slurm.supervisor '/runs/my huge/pretrain' "$code" 10

@@ -37,4 +37,4 @@ srun --unbuffered --output '/runs/my huge/a-b/slurm/%j_%t_log.out' --kill-on-bad
 
 # teardown
 code=$?
-/opt/fcmae/bin/python -m cluster.slurm.supervisor '/runs/my huge/a-b' "$code" 3
+/opt/fcmae/bin/python -P -m cluster.slurm.supervisor '/runs/my huge/a-b' "$code" 3
