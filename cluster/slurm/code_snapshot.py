@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from pipeline.stage.environment import ROOT, SNAPSHOT, describe_commit, describe_software
 
 ROOMS = ("pipeline", "recipes", "cluster", "tools")
+MODULE = "fcmae.py"  # the way in from Python, for scripts that run beside a job
 CODE_FOLDER = "code"  # in the run directory
 
 
@@ -46,5 +47,5 @@ def take_code_snapshot(run: Path) -> Path:
 
 
 def _source_files() -> list[Path]:
-    paths = (path for room in ROOMS for path in (ROOT / room).rglob("*"))
+    paths = (ROOT / MODULE, *(path for room in ROOMS for path in (ROOT / room).rglob("*")))
     return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)

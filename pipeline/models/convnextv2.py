@@ -144,6 +144,11 @@ class ConvNeXt(Backbone):
         """Map images (N, 3, H, W) to the map (N, C, h, w) after each stage; published strides are 4, 8, 16 and 32."""
         return [x.permute(0, 3, 1, 2) for x in self.stage_outputs(images)]
 
+    def pooled_features(self, images: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to the mean of the last map (N, C), after the final norm if there is a head."""
+        x = self.features(images).mean((1, 2))
+        return self.norm(x) if self.num_classes else x
+
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, classes); without a head, to the last map (N, C, h, w)."""
         x = self.features(images, keep=keep)

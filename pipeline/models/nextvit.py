@@ -305,6 +305,10 @@ class NextViT(Backbone):
             outputs.append(x)
         return [outputs[sum(self.depths[: stage + 1]) - 1] for stage in range(len(self.depths))]
 
+    def pooled_features(self, images: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to the mean of the last map (N, C), after the final norm if there is a head."""
+        return self.norm(self.forward_features(images)[-1]).mean((2, 3))
+
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, classes); without a head, to the last map (N, C, h, w)."""
         x = self.norm(self.forward_features(images, keep)[-1])

@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # From the top floor to the ground. A room may import from the rooms after it.
 FLOORS = (
-    "tools", "cluster", "recipes", "pipeline.run", "pipeline.training", "pipeline.health", "pipeline.tracking",
+    "fcmae", "tools", "cluster", "recipes", "pipeline.run", "pipeline.training", "pipeline.health", "pipeline.tracking",
     "pipeline.cost", "pipeline.engines", "pipeline.objectives", "pipeline.checkpoint", "pipeline.weights",
     "pipeline.models", "pipeline.sparse", "pipeline.kernels", "pipeline.data", "pipeline.optim", "pipeline.stage",
     "pipeline.recipe", "pipeline.storage", "pipeline.distributed", "pipeline.errors", "pipeline.randomness", "pipeline",
@@ -48,9 +48,8 @@ def floor(module: str) -> int | None:
 
 def modules_of(root: Path) -> dict[str, Path]:
     """Dotted names of all project files below `root`; a package is its __init__.py."""
-    files = (
-        path for room in ("pipeline", "recipes", "cluster", "tools") for path in sorted((root / room).rglob("*.py"))
-    )
+    rooms = ("pipeline", "recipes", "cluster", "tools")
+    files = [*root.glob("fcmae.py"), *(path for room in rooms for path in sorted((root / room).rglob("*.py")))]
     return {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
 
 

@@ -21,12 +21,9 @@ from pipeline.training.evaluation import FixedModel
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
-def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) -> unit vectors (N, C): the mean of the last map, after the final norm, if any."""
-    maps = model.features(normalise(images, next(model.parameters()).dtype))
-    pooled = maps.mean((1, 2))
-    if model.num_classes:
-        pooled = model.norm(pooled)
+def unit_features(model: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W) -> unit vectors (N, C) of the pooled features."""
+    pooled = model.pooled_features(normalise(images, next(model.parameters()).dtype))
     return F.normalize(pooled.float(), dim=1)
 
 
@@ -36,7 +33,7 @@ def collect_features(fixed: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, T
     with fixed.evaluating() as model:
         for batch in feed:
             batch = fixed.to_device(batch)
-            features.append(pooled_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
+            features.append(unit_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
             labels.append(batch.labels.cpu()[batch.valid])
             ids.append(batch.ids[batch.valid])
     parts = [torch.cat(part) for part in (features, labels, ids)]
@@ -65,7 +62,7 @@ class Neighbours:
         self._bank, self._labels, self._classes = bank, labels, classes
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        votes = vote(pooled_features(model, batch.images), self._bank, self._labels, self._classes)
+        votes = vote(unit_features(model, batch.images), self._bank, self._labels, self._classes)
         return count_correct(votes, batch.labels, batch.valid.to(votes.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

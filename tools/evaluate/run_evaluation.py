@@ -17,8 +17,8 @@ from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
 from tools.evaluate.answers import Answers, outputs_of, real_answers
-from tools.evaluate.evaluated_model import EvaluatedModel, load_evaluated_model
 from tools.evaluate.knn import Neighbours, collect_features
+from tools.predict.image_model import ImageModel, load_image_model
 
 POLL_SECONDS = 0.1
 
@@ -127,13 +127,13 @@ def _run_spawned(rank: int, processes: int, port: int, request: EvaluationReques
 
 
 def _evaluate(request: EvaluationRequest) -> EvaluationResult:
-    loaded = load_evaluated_model(
+    loaded = load_image_model(
         request.weights, ema=request.ema, image_size=request.image_size, crop_pct=request.crop_pct
     )
     beton = open_beton(request.data)
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:
-        model = FixedModel(loaded.model, world, request.bf16)
+        model = FixedModel(loaded.network, world, request.bf16)
         outputs: list[int | None] = list(range(len(beton.classes)))
         if request.knn:
             train = open_beton(request.knn)
@@ -144,13 +144,13 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
             bank = collect_features(model, _feed(request, loaded, train, world))
             scorer: Any = Neighbours(*bank, len(beton.classes))
         else:
-            if not loaded.classes:
+            if not loaded.outputs:
                 raise DataError(
                     f"{request.weights} has no head, so it gives no classes; give --knn TRAIN.beton to"
                     " classify by nearest neighbours"
                 )
             names = read_class_names(request.classes) if request.classes else loaded.class_names
-            outputs = outputs_of(beton.classes, names, loaded.classes)
+            outputs = outputs_of(beton.classes, names, loaded.outputs)
             real = real_answers(request.real, beton, outputs) if request.real else None
             scorer = Answers(outputs, real, restricted=not request.all_outputs)
         metrics = evaluate(model, scorer, _feed(request, loaded, beton, world))
@@ -159,12 +159,12 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
-        metrics, str(request.weights), loaded.name, loaded.weights, loaded.image_size, loaded.crop_pct,
+        metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
         len(beton.classes), missing, str(Path(request.data)), beton.sha256,
     )  # fmt: skip
 
 
-def _feed(request: EvaluationRequest, loaded: EvaluatedModel, beton: Beton, world: World) -> EvaluationFeed:
+def _feed(request: EvaluationRequest, loaded: ImageModel, beton: Beton, world: World) -> EvaluationFeed:
     settings = DataSettings(
         train=str(beton.path),
         image_size=loaded.image_size,

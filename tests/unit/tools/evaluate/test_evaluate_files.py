@@ -22,8 +22,8 @@ from pipeline.weights.safetensors_file import write_weights
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
 from tests.support import fcmae, tiny_recipe
-from tools.evaluate.evaluated_model import default_crop, load_evaluated_model
 from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
+from tools.predict.image_model import default_crop, load_image_model
 from tools.prepare.preparation import prepare_beton
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -197,24 +197,24 @@ def stage(tmp_path):
 def test_a_stage_and_its_run_are_evaluated_as_they_were_trained(stage):
     images = torch.randn(2, 3, 16, 16)
     for path in (stage.directory, stage.directory.parent):
-        subject = load_evaluated_model(str(path))
+        subject = load_image_model(str(path))
         assert (subject.image_size, subject.crop_pct, subject.weights) == (16, 0.9, "ema")
         assert subject.class_names == tuple("abcd")
-        assert subject.model.stages[0][0].grn.normaliser == "sum"
+        assert subject.network.stages[0][0].grn.normaliser == "sum"
         # The weights file records the same except the crop.
-        alone = load_evaluated_model(str(stage.directory / "weights.safetensors"))
+        alone = load_image_model(str(stage.directory / "weights.safetensors"))
         assert (alone.image_size, alone.class_names) == (16, tuple("abcd"))
-        torch.testing.assert_close(alone.model(images), subject.model(images), rtol=0, atol=0)
+        torch.testing.assert_close(alone.network(images), subject.network(images), rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="no checkpoint; leave --ema and --raw out"):
-        load_evaluated_model(str(stage.directory), ema=False)
-    assert load_evaluated_model(str(stage.directory), image_size=384).crop_pct == 1.0
+        load_image_model(str(stage.directory), ema=False)
+    assert load_image_model(str(stage.directory), image_size=384).crop_pct == 1.0
 
 
 def test_sizes_and_crops(place):
     assert (default_crop(224), default_crop(288), default_crop(384), default_crop(512)) == (0.875, 0.875, 1.0, 1.0)
     official = place / "convnextv2_atto_22k_384_ema.pt"
     official.write_bytes((place / "weights.pt").read_bytes())
-    subject = load_evaluated_model(str(official))
+    subject = load_image_model(str(official))
     assert (subject.image_size, subject.crop_pct) == (384, 1.0)
 
 
@@ -225,10 +225,10 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     with pytest.raises(DataError, match="has no head, so it gives no classes; give --knn"):
         run_evaluation(EvaluationRequest(str(tmp_path / "encoder.pt"), data, image_size=SIZE, device="cpu"))
     with pytest.raises(CheckpointError, match="leave --ema out"):
-        load_evaluated_model(str(tmp_path / "encoder.pt"), ema=True)
+        load_image_model(str(tmp_path / "encoder.pt"), ema=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no finished stage"):
-        load_evaluated_model(str(tmp_path / "empty"))
+        load_image_model(str(tmp_path / "empty"))
     done = fcmae("evaluate", tmp_path / "encoder.pt", "--data", tmp_path / "none.beton")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
