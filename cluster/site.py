@@ -124,6 +124,9 @@ class Site(Settings):
     """A folder on the node's own disk. $NAMES are replaced inside the job."""
     run_root: SharedPath | None = None
     """A folder that every node sees by the same path. A relative --out lies in it."""
+    data_cache: SharedPath | None = None
+    """A folder that every node sees, for what is prepared from folders of images. Null is the submitting user's
+    cache."""
     sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
     """Further options of sbatch, without their dashes; true for an option without value."""
     preflight: PreflightSettings = PreflightSettings()
@@ -173,7 +176,7 @@ class Site(Settings):
             ValueError: naming the wrong field of the stage.
         """
         own = self.stages.get(name, {})
-        if wrong := sorted({"stages", "run_root"} & own.keys()):
+        if wrong := sorted({"stages", "run_root", "data_cache"} & own.keys()):
             raise ValueError(f"stages.{name}.{wrong[0]} cannot differ by stage; set it for the whole site")
         shared = self.model_dump(mode="json", exclude={"stages"})
         try:

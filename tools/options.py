@@ -20,6 +20,9 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The run direc
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes on this machine: one for each GPU, or one for a share of the CPU cores.")
 ]
+Refresh = Annotated[
+    bool, typer.Option("--refresh", help="Prepare folders of images anew, although they were prepared before.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 

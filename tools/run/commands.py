@@ -1,6 +1,8 @@
 """The commands for a run: run it here or on Slurm, resume it, cancel it, and see what it does."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import UserError
+from pipeline.stage.outcome import OutcomeKind
 from pipeline.storage.file_names import RECIPE_FILE
-from tools.options import Json, Overrides, Processes, RecipeName, RunDirectory, SiteName
+from tools.options import Json, Overrides, Processes, RecipeName, Refresh, RunDirectory, SiteName
 from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
@@ -25,8 +28,11 @@ def run_here(
     out: Annotated[str, typer.Option(metavar="DIR", help="The run directory or its URL. If it exists, it resumes.")],
     overrides: Overrides = None,
     nproc: Processes = 1,
+    refresh: Refresh = False,
 ) -> None:
     """Train all stages of a recipe on this machine, or resume them after an interruption.
+
+    Where the recipe names a folder, an archive or Parquet as data, it is prepared first, once.
 
     Exit codes: 0 done; 75 stopped and saved, run the same command to resume; 76 several attempts in a row lost a
     process or hung, run the same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there;
@@ -39,14 +45,16 @@ def run_here(
     from cluster.show.status import RunFollower
     from cluster.show.status_table import run_table
     from pipeline.recipe import load_recipe
-    from pipeline.stage.outcome import OutcomeKind
     from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of, working_copy
+    from tools.prepare.recipe_data import with_prepared_data
     from tools.recipes.library import find_recipe
 
     chain = load_recipe(find_recipe(recipe), overrides or [])
     directory = working_copy(out)
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
+    with stoppable_preparation():
+        chain = with_prepared_data(chain, directory, refresh=refresh)
     stages = open_chain(chain, directory)
     write_origin(directory, find_recipe(recipe), overrides or [])
     check_before_start(stages, nproc)
@@ -80,19 +88,25 @@ def submit_run(
         help="Print the job scripts; submit nothing and write nothing.")] = False,
     start: Annotated[str | None, typer.Option("--from", metavar="STAGE",
         help="Do not submit the stages before this one.")] = None,
+    refresh: Refresh = False,
 ) -> None:  # fmt: skip
-    """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done."""
+    """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done.
+
+    Where the recipe names a folder, an archive or Parquet as data, this machine prepares it first, once.
+    """
     from cluster.chain import resolve_chain_paths
     from cluster.recipe_origin import write_origin
     from cluster.site import check_path, load_site
     from cluster.slurm import submit as jobs
     from cluster.slurm.code_snapshot import code_snapshot_path
     from pipeline.recipe import load_recipe
+    from tools.prepare.recipe_data import note_unshared_data, refuse_sources, with_prepared_data
     from tools.recipes.library import find_recipe
 
     chain, profile = resolve_chain_paths(load_recipe(find_recipe(recipe), overrides or [])), load_site(site)
     run = check_path((Path(profile.run_root or "") / out).resolve())
     if dry_run:
+        refuse_sources(chain, run)
         planned = jobs.plan_jobs(chain, run, profile, ask_slurm=False, start=start)
         for needed in jobs.check_planned(planned).values():  # on stderr, because the scripts are printed to the letter
             estimate = f"stage {needed.stage}: {needed} GiB of a {needed.gpu} by estimate"
@@ -100,8 +114,22 @@ def submit_run(
         for text in jobs.job_scripts(planned, code_snapshot_path(run)):
             print(text)
         return
+    with stoppable_preparation():
+        cache = Path(profile.data_cache) if profile.data_cache else None
+        chain = with_prepared_data(chain, run, cache=cache, refresh=refresh)
+    note_unshared_data(chain, run)
     _submit(chain, run, profile, start)
     write_origin(run, find_recipe(recipe), overrides or [])
+
+
+@contextmanager
+def stoppable_preparation() -> Iterator[None]:
+    """Turn Ctrl-C during a preparation into the exit code of what was stopped and saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("fcmae: stopped while preparing images; the same command continues", file=sys.stderr)
+        raise typer.Exit(OutcomeKind.SAVED.exit_code) from None
 
 
 def resume_run(

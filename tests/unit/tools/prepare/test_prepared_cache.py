@@ -1,0 +1,132 @@
+"""A folder is prepared once, by one process, and what a run was started with stays as it is."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.data.beton import open_beton
+from pipeline.errors import DataError
+from tests.processes import PROCESSES
+from tests.support import CLASSES, tiny_image
+from tools.prepare.preparation import prepare_beton
+from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared
+
+ANY = SourceSettings(needs_classes=False)
+
+
+def write_images(folder: Path, count: int = 8, first: int = 0) -> Path:
+    """CLASS/NUMBER.png of four classes."""
+    for number in range(first, first + count):
+        pixels, label = tiny_image(number)
+        path = folder / CLASSES[label] / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_images(tmp_path / "my photos")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_a_folder_is_prepared_once_and_equals_what_prepare_makes(photos, cache, tmp_path):
+    said = []
+    path = prepared(str(photos), SourceSettings(), cache=cache, report=said.append)
+    assert said[0].startswith(f"preparing {photos}, once")
+    assert path.read_bytes() == prepare_beton(photos, tmp_path / "by-hand.beton").beton.path.read_bytes()
+    changed, said = path.stat().st_mtime_ns, []
+    assert prepared(f"{photos}/", SourceSettings(), cache=cache, report=said.append) == path
+    assert (said, path.stat().st_mtime_ns) == ([], changed)
+
+
+def test_a_changed_folder_is_a_note_and_refresh_leaves_the_old_file(photos, cache):
+    first = prepared(str(photos), SourceSettings(), cache=cache)
+    before = first.read_bytes()
+    write_images(photos, 4, first=100)
+    said = []
+    assert prepared(str(photos), SourceSettings(), cache=cache, report=said.append) == first
+    assert len(said) == 1
+    assert "(8 files then, 12 now)" in said[0]
+    second = prepared(str(photos), SourceSettings(), cache=cache, refresh=True)
+    assert (open_beton(second).samples, first.read_bytes()) == (12, before)
+    assert prepared(str(photos), SourceSettings(), cache=cache) == second
+    assert all(is_made_from(str(path), str(photos), SourceSettings()) for path in (first, second))
+
+
+def test_hidden_files_are_no_change(photos, cache):
+    path, said = prepared(str(photos), SourceSettings(), cache=cache), []
+    (photos / ".DS_Store").touch()
+    assert prepared(str(photos), SourceSettings(), cache=cache, report=said.append) == path
+    assert said == []
+
+
+def test_only_settings_that_change_the_file_make_another(photos, cache):
+    first = prepared(str(photos), SourceSettings(), cache=cache)
+    assert prepared(str(photos), ANY, cache=cache) == first
+    assert prepared(str(photos), SourceSettings(max_side=16), cache=cache) != first
+
+
+def test_a_damaged_file_is_prepared_again(photos, cache):
+    path = prepared(str(photos), SourceSettings(), cache=cache)
+    before = path.read_bytes()
+    path.write_bytes(before[:-1])
+    assert prepared(str(photos), SourceSettings(), cache=cache).read_bytes() == before
+
+
+def _hold_lock(photos, cache, ready):
+    def kill_oneself(sentence):
+        ready.send("preparing")
+        signal.pause()
+
+    prepared(str(photos), SourceSettings(), cache=cache, report=kill_oneself)
+
+
+def test_a_second_process_waits_and_takes_over_from_a_dead_one(photos, cache):
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    first = PROCESSES.Process(target=_hold_lock, args=(photos, cache, sender))
+    first.start()
+    assert receiver.recv() == "preparing"
+    said = []
+
+    def report(sentence):
+        said.append(sentence)
+        if sentence.startswith("waiting"):
+            os.kill(first.pid, signal.SIGKILL)
+
+    path = prepared(str(photos), SourceSettings(), cache=cache, report=report)
+    assert said[0] == f"waiting for another process, which prepares {photos}"
+    assert open_beton(path).samples == 8
+    assert path.parent.name == "1"
+    first.join()
+
+
+def test_images_that_need_no_classes_keep_those_that_they_have(photos, cache, tmp_path):
+    assert open_beton(prepared(str(photos), ANY, cache=cache)).classes == tuple(sorted(CLASSES))
+    flat = tmp_path / "flat"
+    shutil.copytree(photos / CLASSES[0], flat)
+    assert open_beton(prepared(str(flat), ANY, cache=cache)).classes == ("all",)
+    with pytest.raises(DataError, match="without class folders"):
+        prepared(str(flat), SourceSettings(), cache=cache)
+
+
+def test_a_refused_source_leaves_nothing(tmp_path, cache):
+    with pytest.raises(DataError, match="does not exist"):
+        prepared(str(tmp_path / "nowhere"), SourceSettings(), cache=cache)
+    assert [path.suffix for path in (cache / "prepared").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("photos", True), ("photos.tar", True), ("s3://b/train.beton", False), ("x.beton", False), ("x/*.parquet", True)],
+)
+def test_sources_are_told_from_data_files(path, expected):
+    assert is_source(path) is expected

@@ -1,0 +1,82 @@
+"""Which files stand for the folders that a recipe names."""
+
+import json
+
+import pytest
+
+from cluster.chain import open_chain
+from pipeline.errors import DataError
+from pipeline.recipe import load_recipe
+from pipeline.storage.file_names import DONE_FILE
+from tests.support import write_tiny_recipe
+from tests.unit.tools.prepare.test_prepared_cache import write_images
+from tools.prepare import recipe_data
+from tools.prepare.prepared_cache import read_entry
+from tools.prepare.recipe_data import note_unshared_data, refuse_sources, sources_of, with_prepared_data
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_images(tmp_path / "photos")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_tiny_recipe(tmp_path)
+
+
+def chain_of(recipe, photos, *overrides):
+    return load_recipe(recipe, [f"defaults.data.train={photos}", *overrides])
+
+
+def data_of(chain):
+    return {name: stage.data.train for name, stage in chain.stages.items()}
+
+
+def test_a_started_run_keeps_its_file_until_refreshed(recipe, photos, tmp_path):
+    cache, run, said = tmp_path / "cache", tmp_path / "run", []
+    chain = with_prepared_data(chain_of(recipe, photos), run, cache=cache)
+    assert len(set(data_of(chain).values())) == 1
+    assert {stage.data.validation for stage in chain.stages.values()} == {str(tmp_path / "data" / "validation.beton")}
+    open_chain(chain, run)
+    write_images(photos, 4, first=100)
+    again = with_prepared_data(chain_of(recipe, photos), run, cache=cache, report=said.append)
+    assert (data_of(again), said) == (data_of(chain), [])
+    refreshed = with_prepared_data(chain_of(recipe, photos), run, cache=cache, refresh=True)
+    assert data_of(refreshed) != data_of(chain)
+    # The run keeps the older file also when a newer one is in the cache, and when the folder is gone.
+    photos.rename(tmp_path / "elsewhere")
+    assert data_of(with_prepared_data(chain_of(recipe, photos), run, cache=cache)) == data_of(chain)
+
+
+def test_finished_stages_need_no_data(recipe, photos, tmp_path):
+    chain = chain_of(recipe, photos)
+    for name in chain.stages:
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / DONE_FILE).write_text(json.dumps({}))
+    assert sources_of(chain, tmp_path / "run") == {}
+
+
+def test_only_classification_needs_classes(recipe, photos, tmp_path):
+    both = sources_of(chain_of(recipe, photos), tmp_path / "run")
+    alone = sources_of(chain_of(recipe, photos, "stages.intermediate=null", "stages.finetune=null"), tmp_path / "run")
+    assert [settings.needs_classes for settings in (*both.values(), *alone.values())] == [True, False]
+
+
+def test_a_dry_run_prepares_nothing(recipe, photos, tmp_path):
+    with pytest.raises(DataError, match=f"{photos} must be prepared first"):
+        refuse_sources(chain_of(recipe, photos), tmp_path / "run")
+    refuse_sources(load_recipe(recipe), tmp_path / "run")
+
+
+def test_data_on_a_disk_of_this_machine_are_a_note_where_the_run_lies_elsewhere(recipe, photos, tmp_path, monkeypatch):
+    chain, said = with_prepared_data(chain_of(recipe, photos), tmp_path / "run", cache=tmp_path / "cache"), []
+    assert all(read_entry(tmp_path / "cache" / path) is None for path in ("prepared", "nowhere"))
+    note_unshared_data(chain, tmp_path / "run", said.append)
+    assert said == []
+    monkeypatch.setattr(recipe_data, "own_disk", lambda path: "ext4")
+    note_unshared_data(chain, tmp_path / "run", said.append)
+    assert said == []
+    note_unshared_data(chain, recipe_data.Path("/proc/self"), said.append)
+    assert len(said) == 1
+    assert "own disk (ext4)" in said[0]

@@ -1,0 +1,269 @@
+"""Folders, archives and Parquet files as data: each is prepared once, into a cache where later commands find it.
+
+    CACHE/prepared/NAME-KEY.lock           held by the process that prepares this source with these settings
+    CACHE/prepared/NAME-KEY/1/NAME.beton   what was prepared first; --refresh makes 2, 3, ...
+    CACHE/prepared/NAME-KEY/1/source.json  written last: the source, the settings, and what the source's listing was
+
+KEY is a hash of the source's path and the settings. Runs name the .beton file, and bind its SHA-256, so they never look
+at the source again, and a refreshed source leaves them what they started with.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.data.beton import open_beton, sidecar_path
+from pipeline.data.staging import is_url
+from pipeline.errors import DataError
+from pipeline.storage.folder import write_json
+from pipeline.storage.user_cache import user_cache
+from tools.prepare.detect import open_source
+from tools.prepare.encoding import Encoding
+from tools.prepare.image_source import is_hidden, locate
+from tools.prepare.parts import PART_SAMPLES
+from tools.prepare.preparation import Summary, prepare_beton
+from tools.prepare.progress_bar import ProgressBar
+
+SOURCE_FILE = "source.json"
+LAYOUT = 1  # of the cache; another one is another key
+MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How a source is prepared."""
+
+    needs_classes: bool = True
+    """False also accepts images without classes, in any folders; class folders keep their classes."""
+    labels: str | None = None
+    """A file of labels; see `read_labels`."""
+    max_side: int | None = None
+    """Shrink images whose longer side has more pixels."""
+
+    def stored(self, unlabelled: bool) -> dict[str, Any]:
+        """The settings that decide what is written, given whether the images have no classes."""
+        return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side}
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What SOURCE_FILE says about a prepared source."""
+
+    source: str
+    settings: dict[str, Any]
+    listing: str
+    """A hash of the relative paths, sizes and dates of the source's files."""
+    files: int
+    prepared_at: str
+
+
+def say(sentence: str) -> None:
+    """Print a note, apart from a command's results."""
+    print(f"fcmae: {sentence}", file=sys.stderr, flush=True)
+
+
+def is_source(path: str) -> bool:
+    """Whether a data path must be prepared first: a folder, an archive, a pattern or Parquet, and no .beton file."""
+    if path.endswith(".beton"):
+        return False
+    if not is_url(path):
+        return not sidecar_path(Path(path)).is_file()
+    fs, inner = locate(path)
+    return not fs.isfile(f"{inner}.json")
+
+
+def prepared(
+    source: str,
+    settings: SourceSettings,
+    *,
+    cache: Path | None = None,
+    refresh: bool = False,
+    report: Callable[[str], None] = say,
+) -> Path:
+    """Return the .beton file of a source, prepared now unless it lies in the cache already.
+
+    One process prepares; others wait for it, and take over if it dies.
+
+    Args:
+        cache: the folder of the cache; None is the user's (see `user_cache`).
+        refresh: prepare anew although it was prepared before.
+        report: gets sentences about what is done, and a note if the source has changed since it was prepared.
+
+    Raises:
+        DataError: if the source cannot be used, or the cache cannot be written.
+    """
+    source = source if is_url(source) else os.path.abspath(source)
+    unlabelled = not settings.needs_classes and settings.labels is None and not _all_in_classes(source)
+    home = _entry_home(cache or user_cache(), source, settings.stored(unlabelled))
+    with _only_one(home, source, report):
+        newest = newest_entry(home)
+        if newest and not refresh and (entry := read_entry(newest)):
+            listing, files = list_source(source, settings)
+            if listing != entry.listing:
+                report(
+                    f"{source} has changed since it was prepared on {entry.prepared_at} ({entry.files:,} files then,"
+                    f" {files:,} now); what was prepared then is used, --refresh prepares it anew"
+                )
+            with suppress(DataError):  # a damaged file is prepared again
+                return open_beton(_beton_in(newest, source)).path
+        if not newest or refresh:
+            newest = home / str(1 + max((int(path.name) for path in _generations(home)), default=0))
+        return _prepare(source, settings, unlabelled, newest, report)
+
+
+def read_entry(generation: Path) -> CacheEntry | None:
+    """What a folder of the cache holds; None if its preparation did not end, or it is no such folder."""
+    try:
+        return CacheEntry(**json.loads((generation / SOURCE_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_made_from(path: str, source: str, settings: SourceSettings) -> bool:
+    """Whether a data file exists and was prepared from this source with these settings."""
+    source = source if is_url(source) else os.path.abspath(source)
+    entry = None if is_url(path) else read_entry(Path(path).parent)
+    if entry is None or entry.source != source or not Path(path).is_file():
+        return False
+    unlabelled = not settings.needs_classes and bool(entry.settings.get("unlabelled"))
+    return entry.settings == settings.stored(unlabelled)
+
+
+def newest_entry(home: Path) -> Path | None:
+    """The newest folder in which this source was prepared, or is being prepared."""
+    return max(_generations(home), key=lambda path: int(path.name), default=None)
+
+
+def _entry_home(cache: Path, source: str, stored: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([LAYOUT, source, stored], sort_keys=True).encode(errors="surrogateescape"))
+    return cache / "prepared" / f"{_name(source)}-{digest.hexdigest()[:12]}"
+
+
+def _name(source: str) -> str:
+    """A source's name in the cache: that of its last folder or file, in plain letters."""
+    last = source.rstrip("/").rpartition("/")[2].removesuffix(".tar").removesuffix(".parquet")
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in last)[:40] or "images"
+
+
+def _beton_in(generation: Path, source: str) -> Path:
+    return generation / f"{_name(source)}.beton"
+
+
+def _generations(home: Path) -> list[Path]:
+    return [path for path in home.iterdir() if path.name.isdigit()] if home.is_dir() else []
+
+
+@contextmanager
+def _only_one(home: Path, source: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a source. The system releases it when its process ends, however it does."""
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        file = home.with_name(home.name + ".lock").open("a+")
+    except OSError as error:
+        raise _not_written(home.parent, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another process, which prepares {source}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _not_written(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be written: {error.strerror}; set XDG_CACHE_HOME to a folder that can be")
+
+
+def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
+    """A hash of what the source's listing shows (relative paths, sizes, dates), and its number of files."""
+    digest, files = hashlib.sha256(), 0
+    for place in filter(None, (source, settings.labels)):
+        for line in sorted(_listed(place)):
+            digest.update(line.encode(errors="surrogateescape"))
+            files += 1
+    return digest.hexdigest(), files
+
+
+def _listed(place: str) -> Iterator[str]:
+    if not is_url(place) and os.path.isdir(place):
+        for folder, folders, names in os.walk(place):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            for name in names:
+                path = os.path.join(folder, name)
+                with suppress(OSError):
+                    if not is_hidden(name):
+                        facts = os.stat(path)
+                        yield f"{os.path.relpath(path, place)}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
+        return
+    fs, inner = locate(place)
+    pattern = any(character in inner for character in "*?[")
+    with suppress(OSError):
+        found = fs.glob(inner, detail=True) if pattern else fs.find(inner, detail=True)
+        for name, facts in found.items():
+            dates = [str(facts[key]) for key in ("mtime", "LastModified", "ETag") if key in facts]
+            yield "\0".join([name, str(facts.get("size")), *dates]) + "\n"
+
+
+def _prepare(
+    source: str, settings: SourceSettings, unlabelled: bool, generation: Path, report: Callable[[str], None]
+) -> Path:
+    report(f"preparing {source}, once: the result is kept in {generation}")
+    listing, files = list_source(source, settings)
+    made = not generation.exists()
+    try:
+        generation.mkdir(parents=True, exist_ok=True)
+        with ProgressBar(Console(stderr=True)) as progress:
+            summary = prepare_beton(
+                source, _beton_in(generation, source), labels=settings.labels, unlabelled=unlabelled,
+                encoding=Encoding(settings.max_side), on_bad="skip", overwrite=True,
+                workers=min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES), progress=progress,
+            )  # fmt: skip
+    except OSError as error:
+        raise _not_written(generation, error) from None
+    except DataError:
+        if made:
+            with suppress(OSError):  # nothing was begun in it: the source was refused
+                generation.rmdir()
+                generation.parent.rmdir()
+        raise
+    entry = CacheEntry(source, settings.stored(unlabelled), listing, files, time.strftime("%Y-%m-%d %H:%M"))
+    write_json(generation / SOURCE_FILE, asdict(entry))
+    for line in _report_lines(source, summary):
+        report(line)
+    return summary.beton.path
+
+
+def _all_in_classes(source: str) -> bool:
+    """Whether the source has classes, and no image of it lies outside of them."""
+    try:
+        labelled = open_source(source)
+        if len(labelled.classes) < 2:
+            return False
+        everything = open_source(source, unlabelled=True)
+    except DataError:
+        return False
+    return _readable(labelled) == _readable(everything)
+
+
+def _readable(images: Any) -> int:
+    return sum(not isinstance(item.place, str) for item in images.items)
+
+
+def _report_lines(source: str, summary: Summary) -> Iterator[str]:
+    yield f"{summary.beton.samples:,} images of {len(summary.beton.classes):,} classes from {source}"
+    for (outcome, why), count in sorted(summary.counts.items()):
+        yield f"{count:,} {outcome}: {why}"
+    if summary.counts:
+        yield f"each by name: {summary.report}"

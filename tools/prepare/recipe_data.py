@@ -1,0 +1,113 @@
+"""Replace the folders, archives and Parquet files that a recipe names as data by what is prepared from them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.chain import resolve_chain_paths
+from pipeline.data.staging import is_url
+from pipeline.errors import DataError, UserError
+from pipeline.recipe import ChainRecipe, ClassificationSettings, StageRecipe, load_recipe
+from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE
+from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared, read_entry, say
+
+NAMES = ("train", "validation")  # of a recipe's data
+OWN_DISKS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+
+
+def with_prepared_data(
+    chain: ChainRecipe,
+    run: Path,
+    *,
+    cache: Path | None = None,
+    refresh: bool = False,
+    report: Callable[[str], None] = say,
+) -> ChainRecipe:
+    """Prepare what the stages of a chain name as data, unless that is done, and name the prepared files instead.
+
+    A run keeps the files that it was started with. Finished stages read no data, so nothing is prepared for them.
+
+    Args:
+        run: the run directory, which need not exist.
+        cache: see `prepared`; also for `refresh` and `report`.
+
+    Raises:
+        UserError: if a path cannot be resolved or a source cannot be prepared.
+    """
+    chain = resolve_chain_paths(chain)
+    bound = {} if refresh else _bound_data(run)
+    files: dict[str, str] = {}
+    for source, settings in sources_of(chain, run).items():
+        kept = [path for path in bound if is_made_from(path, source, settings)]
+        files[source] = (
+            kept[0] if kept else str(prepared(source, settings, cache=cache, refresh=refresh, report=report))
+        )
+    return chain.model_copy(
+        update={"stages": {name: _with_files(stage, files) for name, stage in chain.stages.items()}}
+    )
+
+
+def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
+    """The sources that the unfinished stages of a resolved chain name as data, and how each is to be prepared.
+
+    Images that only pre-training reads need no classes.
+    """
+    needs_classes: dict[str, bool] = {}
+    for name, stage in chain.stages.items():
+        if not (run / name / DONE_FILE).exists():
+            for source in filter(None, (getattr(stage.data, name) for name in NAMES)):
+                classifies = isinstance(stage.objective, ClassificationSettings)
+                needs_classes[source] = needs_classes.get(source, False) or classifies
+    return {source: SourceSettings(needed) for source, needed in needs_classes.items() if is_source(source)}
+
+
+def refuse_sources(chain: ChainRecipe, run: Path) -> None:
+    """Raise DataError if a chain names data that would have to be prepared."""
+    for source in sources_of(resolve_chain_paths(chain), run):
+        raise DataError(
+            f"data {source} must be prepared first, and --dry-run writes nothing; name the file that"
+            f" `fcmae prepare {source} OUT.beton` makes, or leave --dry-run out"
+        )
+
+
+def note_unshared_data(chain: ChainRecipe, run: Path, report: Callable[[str], None] = say) -> None:
+    """Say so if prepared data lie on this machine's own disk and the run does not, because jobs would not find them."""
+    for path in {path for stage in chain.stages.values() for path in _paths(stage) if read_entry(Path(path).parent)}:
+        kind = own_disk(Path(path))
+        if kind and os.stat(path).st_dev != os.stat(_existing(run)).st_dev:
+            report(
+                f"the prepared images {path} lie on this machine's own disk ({kind}), where jobs on other nodes do not"
+                " find them; set data_cache in the site, or XDG_CACHE_HOME, to a folder that every node sees"
+            )
+
+
+def own_disk(path: Path) -> str:
+    """The kind of the file system that holds a path, if it is one of a machine's own disk; "" otherwise."""
+    import psutil
+
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[str(parent)] for parent in _existing(path).resolve().parents if str(parent) in mounts), "")
+    return kind if kind in OWN_DISKS else ""
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def _paths(stage: StageRecipe) -> list[str]:
+    return [path for path in (stage.data.train, stage.data.validation) if path and not is_url(path)]
+
+
+def _bound_data(run: Path) -> set[str]:
+    """The data files of the run as it was started."""
+    try:
+        stages = load_recipe(run / RECIPE_FILE).stages.values()
+    except UserError:
+        return set()
+    return {path for stage in stages for path in (stage.data.train, stage.data.validation) if path}
+
+
+def _with_files(stage: StageRecipe, files: dict[str, str]) -> StageRecipe:
+    named = {name: getattr(stage.data, name) for name in NAMES}
+    changed = {name: files[path] for name, path in named.items() if path in files}
+    return stage.model_copy(update={"data": stage.data.model_copy(update=changed)}) if changed else stage
