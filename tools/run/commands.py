@@ -1,8 +1,6 @@
 """The commands for a run: run it here or on Slurm, resume it, cancel it, and see what it does."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +8,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import UserError
-from pipeline.stage.outcome import OutcomeKind
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.options import Json, Overrides, Processes, RecipeName, Refresh, RunDirectory, SiteName
 from tools.tables import plain_table, wide_console
@@ -38,45 +34,19 @@ def run_here(
     process or hung, run the same command to retry; 77 a finished stage is off track and `gate.stop` ends the run there;
     1 failed, the message says what to fix.
     """
-    from cluster.chain import check_before_start, open_chain, run_chain
-    from cluster.local import LocalLauncher, retrying
-    from cluster.recipe_origin import write_origin
-    from cluster.show.progress import Progress
-    from cluster.show.status import RunFollower
-    from cluster.show.status_table import run_table
     from pipeline.recipe import load_recipe
-    from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of, working_copy
+    from pipeline.storage.working_copy import working_copy
     from tools.prepare.recipe_data import with_prepared_data
     from tools.recipes.library import find_recipe
+    from tools.run.local_run import stoppable_preparation, train_here
 
-    chain = load_recipe(find_recipe(recipe), overrides or [])
-    directory = working_copy(out)
+    path = find_recipe(recipe)
+    chain, directory = load_recipe(path, overrides or []), working_copy(out)
     for stage in chain.stages.values():
         stage.check_world_size(nproc)
     with stoppable_preparation():
         chain = with_prepared_data(chain, directory, refresh=refresh)
-    stages = open_chain(chain, directory)
-    write_origin(directory, find_recipe(recipe), overrides or [])
-    check_before_start(stages, nproc)
-    remote = remote_of(directory)
-    run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage uploads its own files
-    if run_files:
-        run_files.push()
-    console = Console()
-    with Progress(directory, console) as progress, LocalLauncher(nproc, progress.update) as launcher:
-        outcome = run_chain(stages, retrying(launcher, progress.say))
-    if run_files:
-        run_files.push()
-    remedies = {
-        OutcomeKind.SAVED: "everything is saved, the same command resumes it",
-        OutcomeKind.BAD_NODE: "the same command resumes from the last checkpoint",
-    }
-    if remedy := remedies.get(outcome.kind):
-        print(f"fcmae: {outcome.reason}; {remedy}", file=sys.stderr)
-        raise typer.Exit(outcome.kind.exit_code)
-    if outcome.kind is not OutcomeKind.DONE:
-        raise UserError(outcome.reason)
-    console.print(run_table(RunFollower(directory).statuses()))
+    train_here(chain, directory, path, overrides or [], nproc)
 
 
 def submit_run(
@@ -102,6 +72,7 @@ def submit_run(
     from pipeline.recipe import load_recipe
     from tools.prepare.recipe_data import note_unshared_data, refuse_sources, with_prepared_data
     from tools.recipes.library import find_recipe
+    from tools.run.local_run import stoppable_preparation
 
     chain, profile = resolve_chain_paths(load_recipe(find_recipe(recipe), overrides or [])), load_site(site)
     run = check_path((Path(profile.run_root or "") / out).resolve())
@@ -120,16 +91,6 @@ def submit_run(
     note_unshared_data(chain, run)
     _submit(chain, run, profile, start)
     write_origin(run, find_recipe(recipe), overrides or [])
-
-
-@contextmanager
-def stoppable_preparation() -> Iterator[None]:
-    """Turn Ctrl-C during a preparation into the exit code of what was stopped and saved."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("fcmae: stopped while preparing images; the same command continues", file=sys.stderr)
-        raise typer.Exit(OutcomeKind.SAVED.exit_code) from None
 
 
 def resume_run(
