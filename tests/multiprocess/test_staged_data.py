@@ -11,7 +11,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from tests.processes import start_fcmae
-from tests.support import fcmae, fcmae_anew, tiny_data, write_tiny_recipe
+from tests.support import fcmae_anew, tiny_data, write_tiny_recipe
 from tests.unit.data.test_staging import Server
 
 pytest.importorskip("moto")
@@ -34,8 +34,11 @@ def s3(monkeypatch):
     server.stop()
 
 
-def s3_run(run, bucket, directory, *overrides):
-    """A one-epoch stage on two ranks, its data in the store alone; `run` is `fcmae` or `fcmae_anew`."""
+def s3_run(bucket, directory, *overrides):
+    """A one-epoch stage on two ranks, its data in the store alone.
+
+    With interpreters of its own: a rank that is forked from a launcher which has used s3fs waits for its threads.
+    """
     import fsspec
 
     tiny_data(directory / "data", train=64, validation=16)
@@ -46,11 +49,11 @@ def s3_run(run, bucket, directory, *overrides):
     (directory / "data").rename(directory / "away")
     urls = [f"stages.pretrain.data.{name}=s3://{bucket}/data/{name}.beton" for name in ("train", "validation")]
     command = ("run", recipe, "--out", directory / "run", "--nproc", 2, "stages.pretrain.schedule.epochs=1", *urls)
-    return run(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
+    return fcmae_anew(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
 
 
 def test_staged_verified_and_trained_on(s3, tmp_path):
-    done = s3_run(fcmae_anew, s3, tmp_path)
+    done = s3_run(s3, tmp_path)
     assert done.returncode == 0, done.stderr
     stage = Stage(tmp_path / "run" / "pretrain")
     assert stage.attempts.last_outcome().kind is OutcomeKind.DONE
@@ -66,7 +69,7 @@ def test_staged_verified_and_trained_on(s3, tmp_path):
 
 @pytest.mark.slow
 def test_what_fails_on_a_rank_is_one_sentence(s3, tmp_path):
-    full = s3_run(fcmae, s3, tmp_path, "stages.pretrain.data.cache_bytes=1000")
+    full = s3_run(s3, tmp_path, "stages.pretrain.data.cache_bytes=1000")
     assert full.returncode == 1
     assert full.stderr.count("\n") == 1
     assert "but data.cache_bytes is 1000; raise it" in full.stderr
