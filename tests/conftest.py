@@ -4,6 +4,7 @@ Variables that a scheduler, hook, launcher or terminal has left in the environme
 commands. With CI=true hypothesis draws the same examples each time, so that a failure is the change's fault.
 """
 
+import gc
 import os
 import re
 
@@ -17,6 +18,9 @@ for name in filter(LEFT_BEHIND.fullmatch, list(os.environ)):
 for name in ("NO_PROXY", "no_proxy"):  # the tests' own servers
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,0.0.0.0,localhost")))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests that compare bits need the same order of sums
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads of a test that wait for each other leave the cores to others
+
+gc.disable()  # until all tests are collected: half the time of their imports was garbage collection
 
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -81,6 +85,11 @@ class FileByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return "slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileByFile:

@@ -22,13 +22,7 @@ from pipeline.stage.outcome import Outcome
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "pytest", "hypothesis", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp",
-        "torch._dynamo", "matplotlib.pyplot", "deepspeed", "pipeline.run", "tools.cli", "tests.engines",
-        "tests.faulty_rank", "tests.support",
-    ]
-)  # fmt: skip
+PROCESSES.set_forkserver_preload(["tests.preloaded"])
 
 
 class Rank(multiprocessing.get_context("fork").Process):
