@@ -1,10 +1,14 @@
 """A chain of stages as a run directory: open it, check it before it starts, run its stages in order."""
 
+import fcntl
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cluster.slurm.job_history import read_job_history
 from pipeline.data.beton import Beton
 from pipeline.data.stage_data import check_stage_data
 from pipeline.data.staging import is_url
@@ -13,12 +17,20 @@ from pipeline.health.verdict import refuse_off_track, update_verdict
 from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
-from pipeline.storage.file_names import INIT_FILE, RECIPE_FILE
+from pipeline.storage.file_names import DONE_FILE, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
+from pipeline.storage.working_copy import remote_of
+from pipeline.tracking.journal import read_events
 
 
-def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
+def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> list[Stage]:
     """Make or reopen the run directory of a chain; its stages in order.
+
+    A run belongs to its recipe once a job was submitted or a step was made. What an earlier start left before that is
+    removed if the recipe is another one now.
+
+    Args:
+        bound: whether the run belongs to its recipe for another reason, such as a job that was found in the queue.
 
     Raises:
         RecipeError: if the directory belongs to another recipe, naming the fields.
@@ -26,13 +38,12 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
     """
     directory = Path(directory)
     path = directory / RECIPE_FILE
-    if directory.exists() and not path.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
-        raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
+    recipe = resolve_chain_paths(recipe)
+    check_run_directory(recipe, directory, bound)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        recipe = resolve_chain_paths(recipe)
-        if path.exists():
-            _refuse_other(load_recipe(path).stages, recipe.stages, directory)
+        if path.exists() and _difference(known := load_recipe(path).stages, recipe.stages):
+            _remove_stages(directory, list(known))
         write_recipe(recipe, path)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
@@ -40,6 +51,75 @@ def open_chain(recipe: ChainRecipe, directory: Path) -> list[Stage]:
     for stage in stages:
         update_verdict(stage)
     return stages
+
+
+def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = False) -> None:
+    """Refuse a directory that is no run of ours, or that belongs to another recipe. Changes nothing.
+
+    Args:
+        recipe: with resolved paths.
+        bound: as of `open_chain`.
+
+    Raises:
+        RecipeError, StageError: as `open_chain`.
+    """
+    path = directory / RECIPE_FILE
+    if not path.exists():
+        if directory.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
+            raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
+        return
+    known = load_recipe(path).stages
+    difference = _difference(known, recipe.stages)
+    if difference and (bound or any(_has_begun(directory / name) for name in known)):
+        raise RecipeError(
+            f"--out {directory} was started with another recipe ({difference});"
+            " choose another directory, or undo the change"
+        )
+
+
+def _has_begun(stage_directory: Path) -> bool:
+    """Whether a stage belongs to its recipe: a job was submitted for it, or a step was made or saved.
+
+    Raises:
+        StageError: if a live attempt has not come that far.
+    """
+    if not (stage_directory / RECIPE_FILE).exists():
+        return False
+    events = read_events(stage_directory / JOURNAL_FILE)
+    if (
+        (stage_directory / DONE_FILE).exists()
+        or read_job_history(stage_directory)
+        or any(event.get("kind") in ("step", "save") for event in events)
+        or remote_of(stage_directory)  # its checkpoints and attempts lie elsewhere
+    ):
+        return True
+    Stage(stage_directory).attempts.check_free()
+    return False
+
+
+@contextmanager
+def hold_run(directory: Path) -> Iterator[None]:
+    """Keep another command from starting this run anew with another recipe while the block runs."""
+    run = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(run, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(run)
+
+
+def _remove_stages(directory: Path, names: list[str]) -> None:
+    """Remove the stages of a run that never began."""
+    run = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in names:
+            shutil.rmtree(directory / name, ignore_errors=True)
+    except BlockingIOError:
+        raise StageError(f"--out {directory} is just being started by another command; wait for it") from None
+    finally:
+        os.close(run)
 
 
 def resolve_chain_paths(recipe: ChainRecipe) -> ChainRecipe:
@@ -71,17 +151,12 @@ def _absolute(recipe: StageRecipe, field: str, path: str | None) -> str | None:
     return path if is_url(path) else str(Path(path).absolute())
 
 
-def _refuse_other(old: dict[str, StageRecipe], new: dict[str, StageRecipe], directory: Path) -> None:
+def _difference(old: dict[str, StageRecipe], new: dict[str, StageRecipe]) -> str:
+    """Where two recipes define other experiments; empty if they define the same."""
     if list(old) != list(new):
-        differs = f"stages {', '.join(old)} instead of {', '.join(new)}"
-    else:
-        changes = [f"stages.{name}.{change}" for name in new for change in changed_fields(old[name], new[name])[0]]
-        differs = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-    if differs:
-        raise RecipeError(
-            f"--out {directory} was started with another recipe ({differs});"
-            " choose another directory, or undo the change"
-        )
+        return f"stages {', '.join(old)} instead of {', '.join(new)}"
+    changes = [f"stages.{name}.{change}" for name in new for change in changed_fields(old[name], new[name])[0]]
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome:
@@ -101,19 +176,23 @@ def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome
     return Outcome(OutcomeKind.DONE)
 
 
-def check_before_start(stages: list[Stage], processes: int) -> None:
-    """Refuse what can be refused before a process starts: data files, classes, the number of processes.
+def check_before_start(recipe: ChainRecipe, directory: Path, processes: int) -> None:
+    """Refuse what can be refused before anything is made: the directory, data files, classes, number of processes.
 
     Raises:
         UserError: for the first defect.
     """
+    recipe = resolve_chain_paths(recipe)
+    for stage in recipe.stages.values():
+        stage.check_world_size(processes)
+    check_run_directory(recipe, directory)
     classes: dict[str, set[str]] = {}
-    for stage in stages:
-        if stage.done() is None:
-            stage.attempts.check_free()
-            stage.recipe.check_world_size(processes)
-            check_weights(stage.recipe, stage.directory)
-            check_data(stage.recipe, classes)
+    for name, stage in recipe.stages.items():
+        if not (directory / name / DONE_FILE).exists():
+            if (directory / name / RECIPE_FILE).exists():
+                Stage(directory / name).attempts.check_free()
+            check_weights(stage, directory / name)
+            check_data(stage, classes)
 
 
 def check_weights(recipe: StageRecipe, directory: Path) -> None:

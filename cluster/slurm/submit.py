@@ -228,7 +228,7 @@ def submit_planned(
         UserError: if the directory belongs to another recipe, cannot be written, or Slurm refuses a job. Jobs that were
             submitted before stay queued; the same command submits the rest.
     """
-    open_chain(chain, run)
+    open_chain(chain, run, bound=any(stage.job for stage in planned))
     store_site(site, run)
     (run / CANCELLED_FILE).unlink(missing_ok=True)
     code = code or take_code_snapshot(run)

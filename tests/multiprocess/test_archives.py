@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from cluster.chain import check_before_start, open_chain
+from cluster.chain import check_before_start
 from pipeline.data.beton import open_beton
 from pipeline.errors import DataError
 from pipeline.objectives import create_objective
@@ -105,7 +105,7 @@ def test_trained_on_and_handed_to_other_classes(archives, tmp_path):
     strangers = write_folder(tmp_path / "cats", {f"cat {n}": files for n, files in enumerate(images.values())})
     prepare_beton(strangers, tmp_path / "other.beton", overwrite=True)
     with pytest.raises(DataError, match="share no class name with intermediate's"):
-        check_before_start(open_chain(load_recipe(recipe), tmp_path / "refused"), 1)
+        check_before_start(load_recipe(recipe), tmp_path / "refused", 1)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def refused(*arguments: object, **environment: str) -> str:
 )
 def test_recipe_and_data_are_checked_before_anything_starts(made, tmp_path, overrides, sentence):
     assert sentence in refused("run", made[0], "--out", tmp_path / "run", *overrides)
-    assert not (tmp_path / "run" / "pretrain" / "journal.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_world_size(made, tmp_path):

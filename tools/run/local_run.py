@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from cluster.chain import check_before_start, open_chain, run_chain
+from cluster.chain import check_before_start, hold_run, open_chain, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.show.progress import Progress
@@ -36,17 +36,19 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
         UserError: if the run is refused or fails.
         typer.Exit: with the outcome's exit code, if the same command resumes the run.
     """
-    for stage in chain.stages.values():
-        stage.check_world_size(processes)
+    check_before_start(chain, directory, processes)
     stages = open_chain(chain, directory)
     write_origin(directory, recipe, overrides)
-    check_before_start(stages, processes)
     remote = remote_of(directory)
     run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage uploads its own files
     if run_files:
         run_files.push()
     console = Console()
-    with Progress(directory, console) as progress, LocalLauncher(processes, progress.update) as launcher:
+    with (
+        hold_run(directory),
+        Progress(directory, console) as progress,
+        LocalLauncher(processes, progress.update) as launcher,
+    ):
         outcome = run_chain(stages, retrying(launcher, progress.say))
     if run_files:
         run_files.push()

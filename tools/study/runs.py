@@ -20,12 +20,12 @@ def run_study(study: Study, directory: Path, processes: int, report: Print) -> O
     Raises:
         UserError: before anything starts, if a recipe, its data or its directory is refused.
     """
+    for run in study_runs(study, directory):
+        check_before_start(study.chain(run.arm, run.seed), run.directory, processes)
     opened = {}
     for run in _prepare(study, directory):
         opened[run] = open_chain(study.chain(run.arm, run.seed), run.directory)
-    for run, stages in opened.items():
         write_origin(run.directory, *study.origin(run.arm, run.seed))
-        check_before_start(stages, processes)
     failed: list[str] = []
     with LocalLauncher(processes) as launcher:
         for number, (run, stages) in enumerate(opened.items(), 1):
@@ -54,7 +54,7 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
 
     check_path(directory)
     planned, warnings = {}, {}
-    for run in _prepare(study, directory):
+    for run in study_runs(study, directory):
         chain = resolve_chain_paths(study.chain(run.arm, run.seed))
         planned[run] = chain, jobs.plan_jobs(chain, run.directory, site)
         warnings |= {need.warning: run.arm for need in jobs.check_planned(planned[run][1]).values() if need.warning}
@@ -62,6 +62,7 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
         report(f"{arm} {warning}")
     first = next(iter(planned.values()))[1]  # one arm is enough, because Slurm refuses all or none
     jobs.check_with_slurm(first, code_snapshot_path(directory))
+    _prepare(study, directory)
     code = take_code_snapshot(directory)  # one for all runs, so that numba compiles once
     for run, (chain, plan) in planned.items():
         title = f"{run.arm} {run.seed}"

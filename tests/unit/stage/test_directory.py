@@ -6,7 +6,7 @@ from cluster.chain import open_chain
 from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
-from tests.support import make_tiny_run, write_tiny_recipe
+from tests.support import make_tiny_run, open_journal, write_tiny_recipe
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def test_reopening_takes_operational_changes_only(tmp_path):
     recipe = write_tiny_recipe(tmp_path)
     run = tmp_path / "run"
     open_chain(load_recipe(recipe), run)
+    open_journal(run / "pretrain").write("step", step=1)
     stages = open_chain(load_recipe(recipe, ["defaults.data.workers=2"]), run)
     assert [s.recipe.data.workers for s in stages] == [2, 2, 2]
     before = {path: path.read_text() for path in run.rglob("recipe.yaml")}
