@@ -4,12 +4,13 @@ import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, NamedTuple
 
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
-from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream
+from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream, why_ignored
 
 _BLOCK_BYTES = 512
 
@@ -18,14 +19,24 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    why: str = ""
+    """Why it cannot be read, if it is no regular file."""
+
+    def place(self, path: str) -> tuple | str:
+        return self.why or (path, self.offset, self.size)
+
+    def ignored(self, prefix: str = "") -> tuple[str, str]:
+        return f"{prefix}{base(self.name)}", self.why or why_ignored(self.name)
 
 
 def tar_of_classes(fs: AbstractFileSystem, path: str) -> ImageSource:
     """An archive of archives CLASS.tar, such as ILSVRC2012_img_train.tar and fall11_whole.tar."""
     with open_stream(fs, path) as stream:
         inner = sorted(_members(stream, path), key=lambda member: base(member.name))
-        parts = [(member, _members(stream, f"{path}: {member.name}", member)) for member in inner]
-        return _by_class(fs, "tar of class tars", [(base(m.name), path, members) for m, members in parts], [path])
+        links = tuple(member.ignored() for member in inner if member.why)
+        parts = [(m, _members(stream, f"{path}: {m.name}", m)) for m in inner if not m.why]
+        images = _by_class(fs, "tar of class tars", [(base(m.name), path, members) for m, members in parts], [path])
+        return replace(images, ignored=images.ignored + links)
 
 
 def class_tars(fs: AbstractFileSystem, paths: Sequence[str]) -> ImageSource:
@@ -65,8 +76,8 @@ def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
     """One archive of images, such as ILSVRC2012_img_val.tar. All are of class 0 until labels are applied."""
     with open_stream(fs, path) as stream:
         members = sorted(_members(stream, path), key=lambda member: base(member.name))
-    items = [Item(base(m.name), 0, (path, m.offset, m.size)) for m in members if is_image(m.name)]
-    ignored = tuple(base(m.name) for m in members if not is_image(m.name))
+    items = [Item(base(m.name), 0, m.place(path)) for m in members if is_image(m.name)]
+    ignored = tuple(m.ignored() for m in members if not is_image(m.name))
     return ImageSource("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
 
 
@@ -83,13 +94,13 @@ def _by_class(
     items, ignored = [], []
     classes = tuple(name.removesuffix(".tar") for name, _, _ in parts)
     for label, (name, path, members) in enumerate(parts):
-        if any(member.name.endswith(".tar") for member in members):
+        if any(member.name.endswith(".tar") and not member.why for member in members):
             raise DataError(f"{path} holds archives itself; name it alone as the source")
         images = [m for m in sorted(members, key=lambda member: base(member.name)) if is_image(m.name)]
         if not images:
             raise DataError(f"{path}: class {classes[label]} has no images; remove its archive {name}")
-        items += [Item(f"{classes[label]}/{base(m.name)}", label, (path, m.offset, m.size)) for m in images]
-        ignored += [f"{classes[label]}/{base(m.name)}" for m in members if not is_image(m.name)]
+        items += [Item(f"{classes[label]}/{base(m.name)}", label, m.place(path)) for m in images]
+        ignored += [m.ignored(f"{classes[label]}/") for m in members if not is_image(m.name)]
     if len(set(classes)) != len(classes) or not classes:
         raise DataError(f"{paths[0]} holds {'a class twice' if classes else 'no images'}; look at its members")
     return ImageSource(kind, classes, items, ByteRanges(fs), _stamp(fs, paths, items), tuple(ignored))
@@ -105,7 +116,7 @@ def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) 
 
 
 def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list[Member]:
-    """List the regular files of an archive with their offsets in `stream`.
+    """List the files of an archive with their offsets in `stream`; links and devices with the reason not to read them.
 
     Args:
         within: the member of an outer archive that is the archive to list.
@@ -123,6 +134,9 @@ def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list
                 break
             if member.isfile():
                 members.append(Member(member.name, member.offset_data, member.size))
+            elif not member.isdir():
+                kind = "link" if member.islnk() or member.issym() else "device or pipe"
+                members.append(Member(member.name, member.offset_data, 0, f"a {kind} in the archive, not a file"))
         stream.seek(archive.offset)
         mark = stream.read(_BLOCK_BYTES)
         if (within and archive.offset + _BLOCK_BYTES > within.offset + within.size) or mark.strip(b"\0") or not mark:

@@ -1,14 +1,13 @@
 """Find out which kind of source a path or URL is, and open it."""
 
 from dataclasses import replace
-from typing import Any
 
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
 from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
-from tools.prepare.folders import class_folders, flat_folder
-from tools.prepare.image_source import ImageSource, Item, base, is_hidden, is_image, list_folder, locate
+from tools.prepare.folders import class_folders, flat_folder, is_folder, is_read
+from tools.prepare.image_source import ImageSource, Item, base, is_image, list_folder, locate, why_ignored
 from tools.prepare.labels import apply_labels, read_labels
 from tools.prepare.parquet import parquet_files
 
@@ -19,7 +18,8 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
     """List the images of a path, a URL or a pattern of Parquet files.
 
     A folder may hold class folders, class tars, Parquet files or images; a tar may hold class tars, class folders or
-    images. Images without classes need `labels` (see `read_labels`) or `unlabelled`, which makes them one class.
+    images. Folders in folders are read too. Images without classes need `labels` (see `read_labels`) or `unlabelled`,
+    which makes them one class; where each of them lies in a folder, these folders remain their classes.
 
     Raises:
         DataError: if the source is none of these, or labels are missing or superfluous.
@@ -27,10 +27,12 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
     if labels is not None and unlabelled:
         raise DataError(f"labels {labels} and --unlabelled exclude each other; give one of them")
     fs, path = locate(source)
+    given = read_labels(labels) if labels is not None else None
+    by_name = given is not None and given.ordered is None
     if any(character in path for character in "*?["):
         images = _open_pattern(fs, source, path, unlabelled)
     elif fs.isdir(path):
-        images = _open_folder(fs, source, path, labels is not None, unlabelled)
+        images = _open_folder(fs, source, path, labels is not None, unlabelled, by_name)
     elif fs.isfile(path):
         images = _open_file(fs, path, labels is not None, unlabelled)
     else:
@@ -45,7 +47,7 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
             f"source {source} holds images without class folders ({images.items[0].name}, ...); put them into"
             " folders (CLASS/IMAGE.jpg), or give their classes by --labels, or pass --unlabelled if they have none"
         )
-    return apply_labels(images, read_labels(labels)) if labels is not None else images
+    return apply_labels(images, given) if given is not None else images
 
 
 def _open_pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> ImageSource:
@@ -57,15 +59,17 @@ def _open_pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bo
     return parquet_files(fs, paths, unlabelled)
 
 
-def _open_folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool) -> ImageSource:
-    entries = [entry for entry in list_folder(fs, path) if not is_hidden(entry["name"])]
+def _open_folder(
+    fs: AbstractFileSystem, source: str, path: str, labelled: bool, unlabelled: bool, by_name: bool
+) -> ImageSource:
+    entries = [entry for entry in list_folder(fs, path) if is_read(entry["name"])]
     names = [entry["name"] for entry in entries]
     if parquet := [name for name in names if name.endswith(".parquet")]:
         splits = sorted({base(name).partition("-")[0] for name in parquet if "-" in base(name)})
         if len(splits) > 1:
             raise DataError(f"source {source} holds {', '.join(splits)}; choose one: '{source}/{splits[0]}-*.parquet'")
         return parquet_files(fs, parquet, unlabelled)
-    folders = [entry for entry in entries if _is_folder(fs, entry) and not is_image(entry["name"])]
+    folders = [entry for entry in entries if is_folder(fs, entry) and not is_image(entry["name"])]
     if tars := [name for name in names if name.endswith(".tar")]:
         if folders:
             raise DataError(
@@ -73,19 +77,18 @@ def _open_folder(fs: AbstractFileSystem, source: str, path: str, labelled: bool,
                 f" ({base(folders[0]['name'])}, ...), and only one kind can be the classes; move the other away"
             )
         return class_tars(fs, tars)
-    if folders and not (labelled and any(map(is_image, names))):
-        images = class_folders(fs, folders)
-        strays = [Item(base(name), 0, "it lies in no class folder") for name in names if is_image(name)]
-        return replace(images, items=[*images.items, *strays])
-    if not any(map(is_image, names)):
-        packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
-        hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
-        raise DataError(f"source {source} has no class folders; {hint}")
-    return flat_folder(fs, path)
-
-
-def _is_folder(fs: AbstractFileSystem, entry: dict[str, Any]) -> bool:
-    return entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(entry["name"]))
+    at_top = [name for name in names if is_image(name)]
+    if by_name or (at_top and (labelled or unlabelled or not folders)):
+        return flat_folder(fs, path)
+    if folders:
+        images = class_folders(fs, path, folders, empty_allowed=unlabelled)
+        strays = [Item(base(name), 0, "it lies in no class folder") for name in at_top]
+        others = [path for e in entries if not is_folder(fs, e) and not is_image(path := e["name"])]
+        ignored = [*images.ignored, *((base(path), why_ignored(path)) for path in others)]
+        return replace(images, items=[*images.items, *strays], ignored=tuple(ignored))
+    packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
+    hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
+    raise DataError(f"source {source} has no class folders; {hint}")
 
 
 def _open_file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> ImageSource:

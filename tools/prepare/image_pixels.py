@@ -54,6 +54,8 @@ class ReadingSettings:
     """Of files with several pages or frames, "first" takes the first, "all" each as an image of its own."""
     window: tuple[float, float] | None = None
     """Values that become 0 and 255 in images of more than 8 bits; None refuses those images."""
+    max_pixels: int | None = None
+    """Refuse larger images; None is a limit of `opened_image`. It changes no pixel, so side-cars do not name it."""
     as_loader: bool = False
     """Take the pixels of `Image.convert("RGB")` for all modes, deep ones too, as torchvision's loader does."""
 

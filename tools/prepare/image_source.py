@@ -5,6 +5,7 @@ All sources are read through fsspec, so a source may be a local path or a URL (s
 
 import hashlib
 import io
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision's folders
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".heic", ".heif",
+    ".hif", ".tif", ".tiff", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpf",
+    ".jpx", ".tga", ".qoi", ".sgi", ".pcx", ".psd", ".dds", ".ico", ".icns",
+)  # fmt: skip
+_OTHER_KINDS = {  # suffixes: why such files are no images here
+    ".arw .cr2 .cr3 .dng .nef .nrw .orf .pef .raf .raw .rw2 .srw": "raw data of a camera; develop them to TIFF or JPEG",
+    ".ai .emf .eps .pdf .ps .svg .wmf": "a drawing, not pixels; export it as PNG",
+    ".h5 .hdf5 .mat .npy .npz": "an array, not an image; save it as TIFF or PNG",
+    ".czi .dcm .fits .lif .nd2 .ndpi .nii .svs": "a format that is not read; export it as TIFF or PNG",
+    ".avi .mkv .mov .mp4 .webm": "a video; export its frames",
+}
 READ_TRIES = 4
 FIRST_PAUSE_SECONDS = 0.5  # before the second try; each later pause is twice as long
 T = TypeVar("T")
@@ -53,8 +65,8 @@ class ImageSource:
     reader: Reader
     stamp: str
     """A hash of sizes, dates and places. It changes when the source changes."""
-    ignored: tuple[str, ...] = ()
-    """Files that are not images by their name."""
+    ignored: tuple[tuple[str, str], ...] = ()
+    """Files that are not images by their name, and folders that are not read, each with the reason."""
     descriptions: dict[str, str] = field(default_factory=dict)
     """Class -> readable name, where the source has them."""
 
@@ -130,6 +142,13 @@ def is_hidden(path: str) -> bool:
 def is_image(path: str) -> bool:
     """Whether a file is an image by its name."""
     return path.lower().endswith(SUFFIXES) and not is_hidden(path)
+
+
+def why_ignored(path: str) -> str:
+    """Why a file whose name is not an image's is ignored."""
+    suffix = os.path.splitext(path)[1].lower()
+    known = (why for suffixes, why in _OTHER_KINDS.items() if suffix and suffix in suffixes.split())
+    return next(known, "its name is not an image's")
 
 
 def list_folder(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from fsspec import AbstractFileSystem
 from pipeline.errors import DataError
 from tools.prepare.image_source import ImageSource, Item, Stamp, base, with_retries
 
+_MOST_CLASSES = 1_000_000  # without names; each number up to the highest label is a class
 _SYNSET = re.compile(r"(?:^|_)(n\d{8})(?:_|\.|$)")
 
 
@@ -95,6 +96,11 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
     bad = next((number for number in numbers if number is None or number < 0), 0)
     if bad != 0 or not numbers:
         raise DataError(f"column label of {paths[0]} holds {bad!r}; labels must be 0 or more, or pass --unlabelled")
+    if names is None and max(numbers) >= _MOST_CLASSES:
+        raise DataError(
+            f"column label of {paths[0]} holds {max(numbers)}, and its classes have no names; number them from 0, below"
+            f" {_MOST_CLASSES:,}"
+        )
     names = names or [f"{number:05d}" for number in range(max(numbers) + 1)]
     if max(numbers) >= len(names):
         raise DataError(

@@ -27,6 +27,7 @@ from pipeline.data.image_checksum import checksum
 from pipeline.distributed.processes import die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.encoding import Encoding, Stored, encode
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import Item, Reader, base
 
 PART_SAMPLES = 256
@@ -36,8 +37,9 @@ class Note(NamedTuple):
     """A line of the report: the outcome of an image, and the reason."""
 
     name: str
-    outcome: str  # "left out", "excluded", or "stored"
+    outcome: str  # "left out", "excluded", "ignored", or "stored"
     why: str
+    kinds: Sequence[str] = ()  # of the changes to a stored image, for counting
 
 
 class Part(NamedTuple):
@@ -71,6 +73,7 @@ class PartFolder:
     directory: Path
     reader: Reader
     encoding: Encoding
+    reading: ReadingSettings
     exclusion: Exclusion = field(repr=False)
 
     def make(self, number: int, items: Sequence[Item]) -> None:
@@ -91,16 +94,17 @@ class PartFolder:
         images, notes = [], []
         with _written_whole(self.data_file(number)) as data:
             for item in items:
-                stored = self._store(item)
-                if isinstance(stored, Note):
-                    notes.append(stored)
+                pages = self._store(item)
+                if isinstance(pages, Note):
+                    notes.append(pages)
                     continue
-                check = checksum(np.frombuffer(stored.content, np.uint8))
-                size = len(stored.content)
-                images.append((stored.mode, stored.width, stored.height, item.label, size, check))
-                data.write(stored.content)
-                if stored.note:
-                    notes.append(Note(item.name, "stored", stored.note))
+                for page in pages:
+                    check = checksum(np.frombuffer(page.content, np.uint8))
+                    images.append((page.mode, page.width, page.height, item.label, len(page.content), check))
+                    data.write(page.content)
+                    if page.changes:
+                        kinds = [change.kind for change in page.changes]
+                        notes.append(Note(item.name, "stored", "; ".join(map(str, page.changes)), kinds))
         text = np.frombuffer(json.dumps(notes).encode(), np.uint8)
         with _written_whole(self._description(number)) as file:
             np.savez(file, images=np.array(images, STORED), notes=text)
@@ -115,7 +119,7 @@ class PartFolder:
     def is_made(self, number: int) -> bool:
         return self._description(number).exists()
 
-    def _store(self, item: Item) -> Stored | Note:
+    def _store(self, item: Item) -> list[Stored] | Note:
         if isinstance(item.place, str):
             return Note(item.name, "left out", item.place)
         try:
@@ -124,7 +128,7 @@ class PartFolder:
             return Note(item.name, "left out", error.strerror or str(error) or type(error).__name__)
         if why := self.exclusion.reason(item.name, content):
             return Note(item.name, "excluded", why)
-        stored = encode(content, item.name, self.encoding)
+        stored = encode(content, item.name, self.encoding, self.reading)
         return Note(item.name, "left out", stored) if isinstance(stored, str) else stored
 
     def data_file(self, number: int) -> Path:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import PIL
 
@@ -17,11 +18,16 @@ from pipeline.data.beton_writer import BetonWriter, lock_file
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
+from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.image_source import ImageSource, Item, read_lines
 from tools.prepare.labels import read_descriptions
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
+from tools.prepare.splits import validation_part
+from tools.prepare.survey import survey_images, with_window
 
 NAMED = 3  # bad images that the error names
+_WORDNET_ID = re.compile(r"n\d{8}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029<>]")
 
 
 @dataclass(frozen=True)
@@ -33,67 +39,170 @@ class Summary:
     counts: dict[tuple[str, str], int]
 
 
-def prepare_beton(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    labels: str | None = None,
-    unlabelled: bool = False,
-    descriptions: str | None = None,
-    exclude_images: str | None = None,
-    exclude_names: str | None = None,
-    encoding: Encoding | None = None,
-    on_bad: Literal["refuse", "skip"] = "refuse",
-    workers: int = 1,
-    overwrite: bool = False,
-    part_samples: int = PART_SAMPLES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Summary:
+@dataclass(frozen=True)
+class Options:
+    """How a source is prepared."""
+
+    labels: str | None = None
+    """See `open_source`; also for `unlabelled`."""
+    unlabelled: bool = False
+    descriptions: str | None = None
+    """A file of readable class names, for sources without them; see `read_descriptions`."""
+    exclude_images: str | None = None
+    """A .beton file or another source. Images with the same bytes are left out."""
+    exclude_names: str | None = None
+    """A file of image names to leave out, one a line."""
+    encoding: Encoding = field(default_factory=Encoding)
+    reading: ReadingSettings | None = None
+    """None reads ImageNet as torchvision does, on which its published numbers rest, and all else as it is shown."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """"refuse" raises one error for all unreadable images, after all were tried; "skip" leaves them out."""
+    workers: int = 1
+    overwrite: bool = False
+    part_samples: int = PART_SAMPLES
+    """Images in a part."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with (images done, images in all) after each part."""
+
+
+def prepare_beton(source: str | Path, destination: str | Path, **options: Any) -> Summary:
     """Write a .beton file, its side-car, and the report `DESTINATION.report.jsonl`.
 
     The same source gives the same bytes for any number of workers and interruptions. Unfinished work lies in
     `DESTINATION.parts`: a second call with the same source and settings continues it, and one with others starts over.
 
     Args:
-        source: see `open_source`; also for `labels` and `unlabelled`.
-        descriptions: a file of readable class names, for sources without them; see `read_descriptions`.
-        exclude_images: a .beton file or another source. Images with the same bytes are left out.
-        exclude_names: a file of image names to leave out, one a line.
-        on_bad: "refuse" raises one error for all unreadable images, after all were tried; "skip" leaves them out.
-        part_samples: images in a part.
-        progress: called with (images done, images in all) after each part.
+        source: see `open_source`.
+        options: those of `Options`.
 
     Raises:
         DataError: if the source or destination cannot be used, or images are bad and `on_bad` is "refuse".
     """
-    destination, encoding = Path(destination), encoding or Encoding()
-    directory = destination.with_name(destination.name + ".parts")
-    if destination.exists() and not overwrite and not (directory / "plan").exists():
+    chosen, destination = Options(**options), Path(destination)
+    _refuse_existing(destination, chosen.overwrite)
+    images = _open(str(source), chosen)
+    reading, pages = _reading_of(images, chosen)
+    return _write(images, str(source), destination, chosen, reading, sum(pages), {})
+
+
+def prepare_split(
+    source: str | Path, destination: str | Path, fraction: float, group_by: str | None = None, **options: Any
+) -> tuple[Summary, Summary]:
+    """Prepare a source as two files: DESTINATION for training, and DESTINATION-val.beton for validation.
+
+    Which images are for validation is a hash of their paths below the source, see `validation_part`. Both files have
+    all classes of the source.
+
+    Args:
+        fraction: of the images for validation.
+        group_by: a regular expression; images in whose paths its groups match the same text stay together.
+        options: those of `Options`.
+
+    Raises:
+        DataError: as `prepare_beton`; or if a path does not match `group_by`, or one part has no images.
+    """
+    chosen, destination = Options(**options), Path(destination)
+    validation = destination.with_name(f"{destination.name.removesuffix('.beton')}-val.beton")
+    _refuse_existing(destination, chosen.overwrite)
+    began = not destination.exists() and _settings_in(validation).get("part") == "validation"
+    if not began:  # else an earlier try ended between the two files; validation is written first and is written again
+        _refuse_existing(validation, chosen.overwrite)
+    images = _open(str(source), chosen)
+    held_out = validation_part([item.name for item in images.items], fraction, group_by)
+    reading, pages = _reading_of(images, chosen)  # one window for both parts
+    written = []
+    for name, path, held in (("validation", validation, True), ("training", destination, False)):
+        numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
+        if not numbers:
+            raise DataError(f"no image of {source} is for {name} with --split {fraction:g}; give another fraction")
+        part = replace(images, items=[images.items[n] for n in numbers], ignored=() if held else images.ignored)
+        again = replace(chosen, overwrite=chosen.overwrite or (held and began))
+        facts = {"split": fraction, "group_by": group_by, "part": name}
+        capacity = sum(pages[n] for n in numbers)
+        written.append(_write(part, str(source), path, again, reading, capacity, facts))
+    return written[1], written[0]
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        return dict(open_beton(path).settings)
+    except DataError:
+        return {}
+
+
+def _refuse_existing(destination: Path, overwrite: bool) -> None:
+    if destination.exists() and not overwrite and not (_parts_of(destination) / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
-    images = open_source(str(source), labels, unlabelled)
-    if bad := next((name for name in images.classes if name.encode(errors="replace").decode() != name), None):
-        raise DataError(f"class {bad!r} of {source} has a name that is no UTF-8; rename it")
-    if descriptions is not None:
-        texts = read_descriptions(descriptions)
+
+
+def _open(source: str, options: Options) -> ImageSource:
+    images = open_source(source, options.labels, options.unlabelled)
+    for name in images.classes:
+        if why := _unusable(name):
+            raise DataError(f"class {name!r} of {source} has a name that {why}; rename it")
+    if options.descriptions is not None:
+        texts = read_descriptions(options.descriptions)
         images = replace(images, descriptions={name: texts[name] for name in images.classes if name in texts})
-    exclusion = Exclusion(_digests(exclude_images), frozenset(read_lines(exclude_names) if exclude_names else ()))
-    parts = [images.items[start : start + part_samples] for start in range(0, len(images.items), part_samples)]
-    settings = {"source": images.kind, **asdict(encoding), "pillow": PIL.__version__}
-    folder = PartFolder(directory, images.reader, encoding, exclusion)
-    with _locked_folder(directory, destination, _hash_plan(images, exclusion, settings, part_samples)) as data:
+    return images
+
+
+def _unusable(name: str) -> str:
+    """Why a class cannot have this name: it is shown on pages and in tables, and may become a folder again."""
+    if name.encode(errors="replace").decode() != name:
+        return "is no UTF-8"
+    if not name.strip() or name in (".", "..") or "/" in name:
+        return "is no folder's"
+    return "has a line break, another control character, or < or >" if _UNPRINTABLE.search(name) else ""
+
+
+def _reading_of(images: ImageSource, options: Options) -> tuple[ReadingSettings, list[int]]:
+    """The settings with a window if one is needed, and the images that each item gives at the most."""
+    is_imagenet = all(map(_WORDNET_ID.fullmatch, images.classes)) or images.items[0].name.startswith("ILSVRC2012_")
+    reading = options.reading or (AS_LOADER if is_imagenet else ReadingSettings())
+    if reading.as_loader:
+        return reading, [1] * len(images.items)
+    survey = survey_images(images.items, images.reader, reading, options.workers)
+    return with_window(reading, survey), survey.pages
+
+
+def _write(
+    images: ImageSource,
+    source: str,
+    destination: Path,
+    options: Options,
+    reading: ReadingSettings,
+    capacity: int,
+    facts: Mapping[str, str | float | None],
+) -> Summary:
+    """Write the file of some images. `capacity` is the most images that they give, `facts` go into the side-car."""
+    size, report = options.part_samples, _report_path(destination)
+    exclusion = Exclusion(
+        _digests(options.exclude_images), frozenset(read_lines(options.exclude_names) if options.exclude_names else ())
+    )
+    parts = [images.items[start : start + size] for start in range(0, len(images.items), size)]
+    encoding = asdict(options.encoding)
+    settings = {"source": images.kind, **encoding, "pillow": PIL.__version__, **reading.side_car(), **facts}
+    folder = PartFolder(_parts_of(destination), images.reader, options.encoding, reading, exclusion)
+    plan = _hash_plan(images, exclusion, {**settings, "max_pixels": reading.max_pixels}, size)
+    with _locked_folder(folder.directory, destination, plan) as data:
         if data.exists():
             with BetonWriter(
-                destination, images.classes, len(images.items), settings=settings,
-                class_descriptions=images.descriptions, overwrite=overwrite, partial=data,
+                destination, images.classes, capacity, settings=settings,
+                class_descriptions=images.descriptions, overwrite=options.overwrite, partial=data,
             ) as writer:  # fmt: skip
-                notes = _append_parts(writer, folder, parts, workers, progress)
+                notes = _append_parts(writer, folder, parts, options.workers, options.progress)
                 _write_report(destination, images, notes)
-                if on_bad == "refuse":
-                    _refuse_bad_images(source, notes, _report_path(destination))
-    report = _report_path(destination)
+                if options.on_bad == "refuse":
+                    _refuse_bad_images(source, notes, report)
+    return Summary(open_beton(destination), report, _counts(report))
+
+
+def _counts(report: Path) -> dict[tuple[str, str], int]:
+    counts: Counter[tuple[str, str]] = Counter()
     with report.open() as lines:
-        counts = Counter((note["outcome"], note["why"]) for note in map(json.loads, lines))
-    return Summary(open_beton(destination), report, dict(counts))
+        for note in map(json.loads, lines):
+            counts.update((note["outcome"], kind) for kind in note.get("kinds") or [note["why"]])
+    return dict(counts)
 
 
 def _append_parts(
@@ -174,17 +283,25 @@ def _empty_folder(directory: Path) -> None:
         path.unlink()
 
 
+def _parts_of(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".parts")
+
+
 def _report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
 def _write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
-    ignored = [Note(name, "ignored", "its name is not an image's") for name in source.ignored]
-    aside = destination.with_name(f"{destination.name}.parts") / "report"
+    ignored = [Note(name, "ignored", why) for name, why in source.ignored]
+    aside = _parts_of(destination) / "report"
     # A file name may hold bytes that are no UTF-8; backslashreplace writes them as JSON escapes.
     with aside.open("w", errors="backslashreplace") as file:
-        file.writelines(json.dumps(note._asdict(), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
+        file.writelines(json.dumps(_line(note), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
     aside.replace(_report_path(destination))
+
+
+def _line(note: Note) -> dict[str, Any]:
+    return note._asdict() if note.kinds else {"name": note.name, "outcome": note.outcome, "why": note.why}
 
 
 def _digests(source: str | None) -> frozenset[bytes]:

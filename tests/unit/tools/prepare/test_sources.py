@@ -292,15 +292,18 @@ def test_a_devkit_that_is_none(val):
     with pytest.raises(DataError, match="cannot be understood"):
         prepare_beton(directory / "val.tar", directory / "a.beton", labels=str(directory / "other.tar"))
     write_folder(directory / "folders", {"cats": {"a.jpg": b""}})
+    (directory / "order.txt").write_text("cat\n")
     with pytest.raises(DataError, match="has its own; leave them out"):
-        prepare_beton(directory / "folders", directory / "a.beton", labels=str(directory / "devkit.tar.gz"))
+        prepare_beton(directory / "folders", directory / "a.beton", labels=str(directory / "order.txt"))
 
 
 def test_images_beside_class_folders_are_not_lost_without_a_word(images, tmp_path):
     source = write_folder(tmp_path / "train", images)
     (source / "stray.jpg").write_bytes(images[WNIDS[0]][f"{WNIDS[0]}_0.JPEG"])
     with pytest.raises(DataError, match=r"1 bad images in .*: stray.jpg \(it lies in no class folder\)"):
-        prepare_beton(source, tmp_path / "a.beton", unlabelled=True)
+        prepare_beton(source, tmp_path / "a.beton")
+    everything = prepare_beton(source, tmp_path / "all.beton", unlabelled=True)
+    assert (everything.beton.samples, everything.beton.classes, everything.counts) == (13, ("all",), {})
     found = prepare_beton(source, tmp_path / "a.beton", on_bad="skip")
     assert found.beton.samples == 12
     assert found.counts == {("left out", "it lies in no class folder"): 1}
