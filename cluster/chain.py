@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cluster.resolved_normalization import keep_normalization, resolve_normalization
 from cluster.slurm.job_history import read_job_history
 from pipeline.data.beton import Beton
 from pipeline.data.stage_data import check_stage_data
@@ -39,7 +40,7 @@ def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> lis
     directory = Path(directory)
     path = directory / RECIPE_FILE
     recipe = resolve_chain_paths(recipe)
-    check_run_directory(recipe, directory, bound)
+    recipe = resolve_normalization(recipe, check_run_directory(recipe, directory, bound))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if path.exists() and _difference(known := load_recipe(path).stages, recipe.stages):
@@ -53,12 +54,15 @@ def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> lis
     return stages
 
 
-def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = False) -> None:
+def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = False) -> ChainRecipe | None:
     """Refuse a directory that is no run of ours, or that belongs to another recipe. Changes nothing.
 
     Args:
         recipe: with resolved paths.
         bound: as of `open_chain`.
+
+    Returns:
+        The run's recipe, whose measured numbers stay; None if the run belongs to none yet.
 
     Raises:
         RecipeError, StageError: as `open_chain`.
@@ -67,14 +71,20 @@ def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = Fals
     if not path.exists():
         if directory.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
             raise StageError(f"--out {directory} exists and is no run of ours; choose another directory")
-        return
-    known = load_recipe(path).stages
-    difference = _difference(known, recipe.stages)
-    if difference and (bound or any(_has_begun(directory / name) for name in known)):
+        return None
+    known = load_recipe(path)
+    kept = keep_normalization(recipe, known)
+    difference = _difference(known.stages, kept.stages)
+    if not difference and kept == recipe:
+        return known
+    if not (bound or any(_has_begun(directory / name) for name in known.stages)):
+        return None
+    if difference:
         raise RecipeError(
             f"--out {directory} was started with another recipe ({difference});"
             " choose another directory, or undo the change"
         )
+    return known
 
 
 def _has_begun(stage_directory: Path) -> bool:

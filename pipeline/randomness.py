@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     ERASE = 8
     ERASE_NOISE = 9
     SUBSET = 20
+    MEASURE = 21
     SPARSITY = 30
 
 

@@ -6,13 +6,14 @@ import numpy as np
 
 from pipeline.data.randaugment import LAYERS, NOTHING, NUMBERS, draw_operations
 from pipeline.randomness import Purpose, key, uniform
+from pipeline.recipe.channel_statistics import IMAGENET
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
 
 CROP_TRIES = 10
 # One row per image: the box to crop, the size to resize it to, the window of the result to keep, whether to mirror it,
-# then RandAugment's operations.
+# then RandAugment's operations and the colour that they fill empty places with.
 _INTEGERS = ["top", "left", "height", "width", "full_height", "full_width", "y0", "x0", "flip"]
-_OPERATIONS = [("operations", "<i8", (LAYERS,)), ("numbers", "<f8", (LAYERS, NUMBERS))]
+_OPERATIONS = [("operations", "<i8", (LAYERS,)), ("numbers", "<f8", (LAYERS, NUMBERS)), ("fill", "u1", (3,))]
 PLAN = np.dtype([*((name, "<i8") for name in _INTEGERS), *_OPERATIONS])
 
 
@@ -30,6 +31,7 @@ class TrainingPlan:
     crop_ratio: tuple[float, float]
     flip_probability: float
     rand_augment: RandAugmentSettings | None = None
+    fill: tuple[int, int, int] = IMAGENET.fill
 
     def __call__(self, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Return a PLAN row for each image: the sample ids and sizes are int64 (N,)."""
@@ -55,7 +57,7 @@ class TrainingPlan:
         plan["left"] = np.where(fits, draws[:, 3] * (room_x + 1), room_x // 2)
         plan["full_height"] = plan["full_width"] = self.image_size
         plan["flip"] = uniform(key(self.seed, epoch, ids, Purpose.FLIP), 1)[:, 0] < self.flip_probability
-        plan["operations"] = NOTHING
+        plan["operations"], plan["fill"] = NOTHING, self.fill
         if self.rand_augment is not None:
             plan["operations"], plan["numbers"] = draw_operations(
                 self.rand_augment, self.seed, epoch, ids, self.image_size

@@ -91,7 +91,7 @@ def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths,
             image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, out[i], p.flip != 0
         )
         for layer in range(LAYERS):
-            apply_operation(out[i], p.operations[layer], p.numbers[layer])
+            apply_operation(out[i], p.operations[layer], p.numbers[layer], p.fill)
 
 
 class ImageDecoder:

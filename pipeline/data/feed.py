@@ -13,6 +13,7 @@ from pipeline.data.ffcv_loader import ImageLoader, Producer
 from pipeline.data.order import evaluation_order, ids_of, rank_slots, steps_per_epoch, train_order
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
+from pipeline.recipe.channel_statistics import IMAGENET
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
 from pipeline.recipe.sections import BatchSettings, DataSettings
 
@@ -23,6 +24,8 @@ class TrainFeed:
     Each step has `batch.slots` slots. This rank reads the slots rank, rank + world size, ... in micro-batches of
     `batch.micro_slots` whole slots; the last micro-batch of a step may hold fewer. Batches are copied to the world's
     device ahead of their use.
+
+    fill: the colour that RandAugment's operations fill empty places with.
 
     Attributes:
         steps_per_epoch: global batches in an epoch.
@@ -35,7 +38,15 @@ class TrainFeed:
     """
 
     def __init__(
-        self, data: Subset, settings: DataSettings, batch: BatchSettings, world: World, *, seed: int, workers: int
+        self,
+        data: Subset,
+        settings: DataSettings,
+        batch: BatchSettings,
+        world: World,
+        *,
+        seed: int,
+        workers: int,
+        fill: tuple[int, int, int] = IMAGENET.fill,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(data.samples, batch.global_batch)
         self.replaced = 0
@@ -50,7 +61,9 @@ class TrainFeed:
         augment = settings.rand_augment and RandAugmentSettings.parse(settings.rand_augment)
         self._loader = ImageLoader(
             data,
-            TrainingPlan(seed, settings.image_size, settings.crop_scale, settings.crop_ratio, settings.flip, augment),
+            TrainingPlan(
+                seed, settings.image_size, settings.crop_scale, settings.crop_ratio, settings.flip, augment, fill
+            ),
             batch_size=self._slots_per_batch * batch.slot,
             workers=workers,
             skip_damaged=settings.on_damaged == "skip",

@@ -29,7 +29,8 @@ def open_stage_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: 
 
 def train_feed(recipe: StageRecipe, data: Subset, seed: int, world: World, workers: int) -> TrainFeed:
     """Make the feed of this rank's training batches."""
-    return TrainFeed(data, recipe.data, recipe.batch, world, seed=seed, workers=workers)
+    fill = recipe.channel_statistics.fill
+    return TrainFeed(data, recipe.data, recipe.batch, world, seed=seed, workers=workers, fill=fill)
 
 
 def evaluation_feed(recipe: StageRecipe, data: Subset, world: World, workers: int) -> EvaluationFeed:

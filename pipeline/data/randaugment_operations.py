@@ -10,26 +10,23 @@ import numpy as np
 from pipeline.data.compiled_code import compiled
 from pipeline.data.randaugment import NOTHING
 
-FILL = (124, 116, 104)  # for pixels from outside the image: ImageNet's mean
-
-_R, _G, _B = FILL
-
 _AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(7)
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _TRANSLATE_Y = range(7, 15)
 
 
 @compiled()
-def apply_operation(image, operation, numbers):
+def apply_operation(image, operation, numbers, fill):
     """Change `image`, uint8 (H, W, 3) and contiguous, in place by the operation with that code.
 
     numbers: float64 (6,), the operation's strength, drawn by `pipeline.data.randaugment`.
+    fill: uint8 (3,), the colour of pixels from outside the image.
     """
     if operation == _ROTATE:
-        _rotate(image, numbers)
+        _rotate(image, numbers, fill)
     elif operation in (_SHEAR_X, _TRANSLATE_X):
-        _slide_rows(image, numbers[1], numbers[2])
+        _slide_rows(image, numbers[1], numbers[2], fill)
     elif operation in (_SHEAR_Y, _TRANSLATE_Y):
-        _slide_columns(image, numbers[3], numbers[5])
+        _slide_columns(image, numbers[3], numbers[5], fill)
     elif operation == _COLOR:
         _color(image, np.float32(numbers[0]))
     elif operation == _SHARPNESS:
@@ -161,7 +158,7 @@ def _cubic(a, b, c, d, t):
 
 
 @compiled()
-def _rotate(image, m):
+def _rotate(image, m, fill):
     """Set output pixel (x, y) to the input at (m[0] x + m[1] y + m[2], m[3] x + m[4] y + m[5]), centres at halves.
 
     A fourth channel in double precision lets the compiler treat a pixel as one vector, and unsigned indices spare it
@@ -180,7 +177,7 @@ def _rotate(image, m):
             from_y = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5]
             out = image[y, x]
             if from_x < 0.0 or from_x >= width or from_y < 0.0 or from_y >= height:
-                out[0], out[1], out[2] = _R, _G, _B
+                out[0], out[1], out[2] = fill[0], fill[1], fill[2]
                 continue
             left, top = np.floor(from_x - 0.5), np.floor(from_y - 0.5)
             dx, dy = from_x - 0.5 - left, from_y - 0.5 - top
@@ -196,7 +193,7 @@ def _rotate(image, m):
 
 
 @compiled()
-def _slide_rows(image, slope, shift):
+def _slide_rows(image, slope, shift, fill):
     """Set output pixel (x, y) to the input at (x + slope y + shift, y), centres at halves.
 
     All pixels of a row have their neighbours at the same offset, so one loop without branches filters the row. Only if
@@ -215,7 +212,7 @@ def _slide_rows(image, slope, shift):
         for x in range(width):
             from_x = (x + 0.5) + move + shift
             if from_x < 0.0 or from_x >= width:
-                out[3 * x], out[3 * x + 1], out[3 * x + 2] = _R, _G, _B
+                out[3 * x], out[3 * x + 1], out[3 * x + 2] = fill[0], fill[1], fill[2]
                 continue
             low, high = min(low, x), x + 1
             left = np.floor(from_x - 0.5)
@@ -249,9 +246,9 @@ def _transpose_pixels(source, out):
 
 
 @compiled()
-def _slide_columns(image, slope, shift):
+def _slide_columns(image, slope, shift, fill):
     """Set output pixel (x, y) to the input at (x, y + slope x + shift), by transposing, sliding rows, transposing."""
     turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
     _transpose_pixels(image, turned)
-    _slide_rows(turned, slope, shift)
+    _slide_rows(turned, slope, shift, fill)
     _transpose_pixels(turned, image)

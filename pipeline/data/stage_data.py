@@ -4,7 +4,7 @@ from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton
 from pipeline.data.subset import Subset, count_per_class, select_subset
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ClassificationSettings, StageRecipe
 
 
@@ -27,8 +27,14 @@ def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
     Raises:
         DataError: if a file is missing or damaged, or does not hold the classes and images of the recipe.
         RetryableError: if a file cannot be fetched now.
+        RecipeError: if `data.normalize` was never measured.
     """
     data = recipe.data
+    if data.normalize == "measured":
+        raise RecipeError(
+            f"stage {recipe.name}: data.normalize is measured, but nothing has been measured; make the run with"
+            " `fcmae run` or `submit`, or give numbers"
+        )
     betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
     return {

@@ -41,8 +41,11 @@ class ClassificationObjective:
         self._head_prefix = model.head_prefix
         return model
 
+    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
+        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
+
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        images = normalise(batch.images, next(model.parameters()).dtype)
+        images = self._normalised(model, batch)
         images = self._erase(images, batch.ids.numpy(), batch.epoch)
         size, dtype = len(images) // len(batch.slots), images.dtype
         mixup, cutmix, smoothing = self.settings.mixup, self.settings.cutmix, self.settings.label_smoothing
@@ -67,7 +70,7 @@ class ClassificationObjective:
         return plain
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
+        logits = model(self._normalised(model, batch)).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
         valid = batch.valid.to(logits.device)
         return {**count_correct(logits, batch.labels, valid), "loss": (loss * valid).sum()}

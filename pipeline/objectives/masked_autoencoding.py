@@ -48,15 +48,18 @@ class FCMAEObjective:
         # Not the mask itself: FSDP moves tensor arguments to the GPU, and reading one there would synchronise.
         return VisibleCells(mask, (self._side, self._side), images.device)
 
+    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
+        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
+
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        images = normalise(batch.images, next(model.parameters()).dtype)
+        images = self._normalised(model, batch)
         return model(images, self._visible_cells(self.mask(batch), images)).loss
 
     def without_mixing(self) -> "FCMAEObjective":
         return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
+        images, mask = self._normalised(model, batch), self.mask(batch)
         # Leave out padding. Every image hides equally many cells, so the loss is a mean over the images.
         count = int(batch.valid.sum())
         # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
@@ -68,9 +71,9 @@ class FCMAEObjective:
         return {"loss": sums["loss"] / sums["count"]}
 
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, mask = normalise(batch.images, next(model.parameters()).dtype), self.mask(batch)
+        images, mask = self._normalised(model, batch), self.mask(batch)
         prediction = model(images, self._visible_cells(mask, images)).prediction
-        return mask, denormalise(model.paint(images, mask, prediction))
+        return mask, denormalise(model.paint(images, mask, prediction), self.recipe.channel_statistics)
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):

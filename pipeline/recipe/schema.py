@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.sections import (
     BatchSettings,
@@ -147,8 +148,14 @@ class StageRecipe(Settings):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the semantic fields: equal fingerprints mean the same experiment."""
-        facts = {path: value for path, value, is_operational in leaf_fields(self) if not is_operational}
+        facts = {path: value for path, value, is_operational in _written_fields(self) if not is_operational}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def channel_statistics(self) -> ChannelStatistics:
+        """The means and deviations that images are normalised with; ImageNet's until measured ones are resolved."""
+        normalize = self.data.normalize
+        return normalize if isinstance(normalize, ChannelStatistics) else IMAGENET
 
     def check_world_size(self, world_size: int) -> None:
         """Check that the slots divide evenly into micro-batches over `world_size` ranks.
@@ -216,8 +223,8 @@ class ChainRecipe(Settings):
 
 def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
     """Return the fields that differ, as "path: old -> new": first the semantic ones, then the operational ones."""
-    before = {path: value for path, value, _ in leaf_fields(old)}
-    after = {path: (value, is_operational) for path, value, is_operational in leaf_fields(new)}
+    before = {path: value for path, value, _ in _written_fields(old)}
+    after = {path: (value, is_operational) for path, value, is_operational in _written_fields(new)}
     semantic, other = [], []
     for path in [*after, *(before.keys() - after.keys())]:
         value, is_operational = after.get(path, (None, False))
@@ -226,12 +233,22 @@ def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[
     return semantic, other
 
 
-def leaf_fields(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (path, value, is_operational) of every field, those of nested sections too."""
+def _written_fields(section: Settings) -> Iterator[tuple[str, Any, bool]]:
+    """`leaf_fields` without the fields whose value computes what a recipe without them does."""
+    return leaf_fields(section, without_absent=True)
+
+
+def leaf_fields(section: Settings, prefix: str = "", without_absent: bool = False) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (path, value, is_operational) of every field, those of nested sections too.
+
+    without_absent: leave out the fields that compute the same as their absence, see `added`.
+    """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if without_absent and value in (field.json_schema_extra or {}).get("same_as_absent", ()):
+            continue
         if isinstance(value, Settings):
-            yield from leaf_fields(value, f"{prefix}{name}.")
+            yield from leaf_fields(value, f"{prefix}{name}.", without_absent)
         else:
             extra = field.json_schema_extra or {}
             yield prefix + name, list(value) if isinstance(value, tuple) else value, bool(extra.get("operational"))

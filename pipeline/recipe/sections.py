@@ -3,22 +3,14 @@
 A field marked operational decides only how fast or where a stage runs; it may change on resume.
 """
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
-
-
-def operational(default: Any, **constraints: Any) -> Any:
-    """Declare a field that may change on resume, because it does not change the computed function."""
-    return Field(default, json_schema_extra={"operational": True}, **constraints)
-
-
-class Settings(BaseModel):
-    """The base of all sections: unknown keys and values of other types are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from pipeline.recipe.settings import Settings, added, operational
 
 
 class FCMAESettings(Settings):
@@ -72,6 +64,9 @@ class DataSettings(Settings):
     """Probability of a horizontal flip."""
     crop_pct: float = Field(0.875, gt=0, le=1)
     """Evaluation: the short side becomes image_size / crop_pct, then the centre is cropped; 1 squashes to a square."""
+    normalize: Literal["imagenet", "measured"] | ChannelStatistics | None = added(None, "imagenet")
+    """Means and deviations of the channels: imagenet; measured, from the training images when the run is made; or
+    numbers, {mean: [0.5], std: [0.25]}. Null is those of the weights that the stage starts from, else ImageNet's."""
     rand_augment: str | None = None
     """Random operations on training images, in timm's notation: rand-m9-mstd0.5-inc1 in all published recipes."""
     erase_probability: float = Field(0.0, ge=0, le=1)
@@ -91,6 +86,19 @@ class DataSettings(Settings):
         if info.field_name == "crop_scale" and span[1] > 1:
             raise ValueError(f"{list(span)} asks for a crop larger than the image; 1.0 is the whole image")
         return span
+
+    @field_validator("normalize", mode="before")
+    @classmethod
+    def _check_normalize(cls, value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"mean", "std"}:
+            try:
+                return ChannelStatistics.model_validate_json(json.dumps(value))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{value} cannot be used: {reason}") from None
+        if not (value is None or isinstance(value, ChannelStatistics) or value in ("imagenet", "measured")):
+            raise ValueError(f"{value!r} is unknown; choose imagenet, measured, or {{mean: [0.5], std: [0.25]}}")
+        return value
 
     @field_validator("rand_augment")
     @classmethod

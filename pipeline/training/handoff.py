@@ -12,6 +12,8 @@ from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.objectives import Objective
+from pipeline.recipe import StageRecipe
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
 from pipeline.weights.foreign import decode_weights
@@ -59,6 +61,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     if source is None:
         return None
     path, sha256, weights = source
+    _check_statistics(stage.recipe, path)
     weights, drop, fresh = objective.adapt_weights(weights)
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
@@ -89,6 +92,19 @@ def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, T
     refuse_off_track(before)
     file = before.directory / done.weights
     return str(file), done.weights_sha256, read_weights(file, done.weights_sha256)
+
+
+def _check_statistics(recipe: StageRecipe, path: str) -> None:
+    """Refuse weights that expect images normalised otherwise, unless the recipe asks for it."""
+    try:
+        expected = ChannelStatistics.of_weights(read_facts(path))
+    except CheckpointError:  # foreign weights have no facts
+        return
+    if recipe.data.normalize is None and expected != recipe.channel_statistics:
+        raise CheckpointError(
+            f"stage {recipe.name}: {path} was trained on images normalised by {expected}, and data.normalize is"
+            " ImageNet's; set it to these numbers, or to imagenet to train on with ImageNet's"
+        )
 
 
 def _responses(names: Iterable[str]) -> list[str]:
@@ -130,6 +146,7 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
         "objective": recipe.objective.kind,
         "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
         "image_size": recipe.data.image_size,
+        **recipe.channel_statistics.facts,
         "weights": recipe.handoff,
         "step": step,
         "recipe": recipe.fingerprint(),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, UserError, first_line
 from pipeline.models import create_model
-from pipeline.objectives.pixels import MEAN, STD
+from pipeline.objectives.pixels import levels
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
 from tools.weights.model import build_model, open_weights
@@ -35,8 +36,8 @@ class AnalyzedModel:
     network: nn.Module
     weights: str
     """The origin of the weights."""
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: tuple[float, ...] = levels(IMAGENET)[0]
+    std: tuple[float, ...] = levels(IMAGENET)[1]
     """Of pixel levels from 0 to 255, like `mean`."""
     classes: tuple[str, ...] = ()
     """The names of the outputs, where they are known."""
@@ -113,7 +114,8 @@ def _open_weights(path: str, options: dict[str, Any]) -> AnalyzedModel:
     model = build_model(opened.tensors, opened.facts.get("model"), opened.source)
     stage = opened.stage and opened.stage.resolve()
     label = f"{stage.parent.name}/{stage.name}" if stage else Path(path).stem
-    return AnalyzedModel(label, model, opened.source, classes=tuple(opened.facts.get("classes") or ()))
+    scale = levels(ChannelStatistics.of_weights(opened.facts, model.in_channels))
+    return AnalyzedModel(label, model, opened.source, *scale, tuple(opened.facts.get("classes") or ()))
 
 
 def _open_timm(name: str, options: dict[str, Any], image_size: int) -> AnalyzedModel:

@@ -24,10 +24,10 @@ from pipeline.data.beton import Beton, open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
-from pipeline.data.randaugment_operations import FILL
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
+from pipeline.recipe.channel_statistics import IMAGENET
 from pipeline.recipe.sections import BatchSettings, DataSettings
 from tools.bench.photographs import HEIGHT, WIDTH, photographs
 from tools.bench.timing import cpu_seconds
@@ -80,7 +80,9 @@ def timm_rand_augment() -> Callable[[Image.Image], Image.Image]:
     spec = importlib.util.spec_from_file_location("auto_augment", Path(spec.origin).parent / "data/auto_augment.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    augment = module.rand_augment_transform(OPERATIONS, {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC})
+    augment = module.rand_augment_transform(
+        OPERATIONS, {"img_mean": IMAGENET.fill, "interpolation": Image.Resampling.BICUBIC}
+    )
 
     def guarded(image: Image.Image) -> Image.Image:
         try:

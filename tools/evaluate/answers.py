@@ -14,6 +14,7 @@ from pipeline.data.beton import Beton, samples_of
 from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 
 LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels; it is about 0.9 where the images' order is right
 
@@ -104,13 +105,21 @@ class Answers:
         real: see `real_answers`; images without a correct class are not counted.
         restricted: compare only the outputs of the data's classes, as the evaluation of ImageNet-A and -R does;
             otherwise compare all outputs.
+        statistics: by which the images are normalised.
 
     Raises:
         DataError: if not restricted, and with `real` or with classes that the classifier lacks.
     """
 
-    def __init__(self, outputs: Sequence[int | None], real: Tensor | None = None, restricted: bool = True):
+    def __init__(
+        self,
+        outputs: Sequence[int | None],
+        real: Tensor | None = None,
+        restricted: bool = True,
+        statistics: ChannelStatistics = IMAGENET,
+    ):
         self._outputs, self._real, self._restricted = list(outputs), real, restricted
+        self._statistics = statistics
         if not restricted and (real is not None or None in self._outputs):
             raise DataError(
                 "--all-outputs needs one correct output for each image, but --real allows several, or the classifier"
@@ -118,7 +127,7 @@ class Answers:
             )
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logits = model(normalise(batch.images, next(model.parameters()).dtype)).float()
+        logits = model(normalise(batch.images, next(model.parameters()).dtype, self._statistics)).float()
         valid, right = batch.valid.to(logits.device), batch.labels
         if not self._restricted:
             right = torch.tensor(self._outputs, device=logits.device)[right]

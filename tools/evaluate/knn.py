@@ -16,24 +16,28 @@ from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.training.evaluation import FixedModel
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
-def unit_features(model: nn.Module, images: Tensor) -> Tensor:
+def unit_features(model: nn.Module, images: Tensor, statistics: ChannelStatistics = IMAGENET) -> Tensor:
     """uint8 images (N, 3, H, W) -> unit vectors (N, C) of the pooled features."""
-    pooled = model.pooled_features(normalise(images, next(model.parameters()).dtype))
+    pooled = model.pooled_features(normalise(images, next(model.parameters()).dtype, statistics))
     return F.normalize(pooled.float(), dim=1)
 
 
-def collect_features(fixed: FixedModel, feed: EvaluationFeed) -> tuple[Tensor, Tensor]:
+def collect_features(
+    fixed: FixedModel, feed: EvaluationFeed, statistics: ChannelStatistics = IMAGENET
+) -> tuple[Tensor, Tensor]:
     """Features (images, C) and labels (images,) of all images of the feed, on every rank, in the order of the file."""
     features, labels, ids = [], [], []
     with fixed.evaluating() as model:
         for batch in feed:
             batch = fixed.to_device(batch)
-            features.append(unit_features(model, batch.images)[batch.valid.to(batch.images.device)].cpu())
+            units = unit_features(model, batch.images, statistics)
+            features.append(units[batch.valid.to(batch.images.device)].cpu())
             labels.append(batch.labels.cpu()[batch.valid])
             ids.append(batch.ids[batch.valid])
     parts = [torch.cat(part) for part in (features, labels, ids)]
@@ -58,11 +62,12 @@ def _gather(part: Tensor, world: World) -> Tensor:
 class Neighbours:
     """Scorer: counts the images that their nearest neighbours classify correctly."""
 
-    def __init__(self, bank: Tensor, labels: Tensor, classes: int):
-        self._bank, self._labels, self._classes = bank, labels, classes
+    def __init__(self, bank: Tensor, labels: Tensor, classes: int, statistics: ChannelStatistics = IMAGENET):
+        self._bank, self._labels, self._classes, self._statistics = bank, labels, classes, statistics
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        votes = vote(unit_features(model, batch.images), self._bank, self._labels, self._classes)
+        features = unit_features(model, batch.images, self._statistics)
+        votes = vote(features, self._bank, self._labels, self._classes)
         return count_correct(votes, batch.labels, batch.valid.to(votes.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

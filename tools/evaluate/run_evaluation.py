@@ -141,8 +141,8 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
                 raise DataError(
                     f"--knn {request.knn} and --data {request.data} have different classes; they need the same"
                 )
-            bank = collect_features(model, _feed(request, loaded, train, world))
-            scorer: Any = Neighbours(*bank, len(beton.classes))
+            bank = collect_features(model, _feed(request, loaded, train, world), loaded.transform.statistics)
+            scorer: Any = Neighbours(*bank, len(beton.classes), loaded.transform.statistics)
         else:
             if not loaded.outputs:
                 raise DataError(
@@ -152,7 +152,7 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
             names = read_class_names(request.classes) if request.classes else loaded.class_names
             outputs = outputs_of(beton.classes, names, loaded.outputs)
             real = real_answers(request.real, beton, outputs) if request.real else None
-            scorer = Answers(outputs, real, restricted=not request.all_outputs)
+            scorer = Answers(outputs, real, not request.all_outputs, loaded.transform.statistics)
         metrics = evaluate(model, scorer, _feed(request, loaded, beton, world))
         assert metrics is not None
     finally:

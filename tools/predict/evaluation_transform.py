@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data.crops import EvaluationPlan
 from pipeline.errors import DataError
 from pipeline.objectives.pixels import normalise
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 """A path, the bytes of an image file, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
@@ -31,6 +32,8 @@ class EvaluationTransform:
     """Pixels on a side of the result."""
     crop_pct: float
     """The result's side as a share of the resized image's short side; 1 squashes the whole image to a square."""
+    statistics: ChannelStatistics = IMAGENET
+    """By which the network's input is normalised."""
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Return the normalised input of the network, float32 (3, H, W).
@@ -38,7 +41,7 @@ class EvaluationTransform:
         Raises:
             DataError: if the image cannot be read, or is an array that shows no image.
         """
-        return normalise(self.pixels(image)[None], torch.float32)[0]
+        return normalise(self.pixels(image)[None], torch.float32, self.statistics)[0]
 
     def pixels(self, image: ImageLike) -> Tensor:
         """Return the pixels before normalisation, uint8 (3, H, W).

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.objectives.pixels import normalise
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
@@ -147,7 +148,7 @@ class ImageModel:
             count, size = len(pixels), max(len(pixels), size)
             filled = torch.cat([pixels, *[pixels[-1:]] * (size - count)])
             with torch.no_grad():
-                results = function(normalise(filled.to(self.device), dtype))
+                results = function(normalise(filled.to(self.device), dtype, self.transform.statistics))
                 yield [result[:count].float().cpu() for result in results]
 
 
@@ -191,7 +192,8 @@ def load_image_model(
             f"{len(class_names)} class names are given and the head of {path} has {network.num_classes} outputs; give"
             " the head's own names"
         )
-    transform = EvaluationTransform(size, crop_pct or default_crop(size))
+    statistics = ChannelStatistics.of_weights(facts, network.in_channels)
+    transform = EvaluationTransform(size, crop_pct or default_crop(size), statistics)
     return ImageModel(network, _variant(network), network.num_classes, names, opened.which, opened.source, transform)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import CheckpointError, UserError
-from pipeline.objectives.pixels import MEAN, STD
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
@@ -59,7 +59,7 @@ def export(
     - "onnx": images (N, 3, R, R) -> logits, or without a head the last map (N, C, h, w), for any N and for
       R = `image_size`. BatchNorms and SLaK's small kernels are folded into the convolutions beside them. Before it is
       written, its outputs in onnxruntime are compared with those of the model as it is. Above 1.8 GB, the weights are
-      in OUT.data.
+      in OUT.data. The metadata say how images are normalised, see `describe_input`.
     - "timm": a folder with model.safetensors and config.json.
 
     Args:
@@ -80,13 +80,13 @@ def export(
     if kind == "onnx":
         refuse_unpublished_options(source)
         check_destination(destination, (".onnx",), overwrite)
-        return _export_onnx(source, loaded, destination, size, about.get("model"))
+        return _export_onnx(source, loaded, destination, size, about)
     refuse_unpublished_options(source, loaded.report.architecture.unrecorded_options)
     return _export_timm(loaded, destination, size, about, overwrite)
 
 
 def _export_onnx(
-    source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, options: Any
+    source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, about: Mapping[str, Any]
 ) -> Export:
     try:
         import onnxruntime
@@ -95,7 +95,7 @@ def _export_onnx(
         raise UserError(
             f"--format onnx needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
-    model = build_model(loaded.tensors, options, str(source))
+    model = build_model(loaded.tensors, about.get("model"), str(source))
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *model_tensors(loaded.tensors)[1]))
     if size < model.stride:
         raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
@@ -104,6 +104,7 @@ def _export_onnx(
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
         path = Path(folder) / destination.name  # the final name, because ONNX records it when the weights lie beside
         write_onnx(folded(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
+        describe_input(path, model.in_channels, size, about)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         difference = max(_compare_outputs(model, session, batch, size) for batch in (1, 3))
         del session
@@ -131,6 +132,24 @@ def write_onnx(model: nn.Module, path: Path, size: int, *, external: bool) -> No
             model, (images,), path, input_names=["images"], output_names=[output], external_data=external,
             dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False, dynamo=True,
         )  # fmt: skip
+
+
+def describe_input(path: Path, channels: int, size: int, about: Mapping[str, Any]) -> None:
+    """Write into an ONNX file's metadata what its images must be, each value as JSON.
+
+    The keys are in_channels, image_size (height and width), mean and std (of pixels from 0 to 1), and classes if the
+    names of the outputs are known.
+    """
+    import onnx
+
+    statistics = ChannelStatistics.of_weights(about, channels)
+    facts: dict[str, Any] = {"in_channels": channels, "image_size": [size, size]}
+    facts |= {"mean": list(statistics.mean), "std": list(statistics.std)}
+    if about.get("classes"):
+        facts["classes"] = about["classes"]
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    onnx.save(model, path)
 
 
 @torch.no_grad()
@@ -176,7 +195,8 @@ def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[
     if report.architecture.family == "convnextv2" and "head.norm.weight" not in tensors:
         tensors |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
         notes.append("added: head.norm.weight (ones), head.norm.bias (zeros), which timm has after the encoder")
-    config = _timm_config(report.architecture, size)
+    statistics = ChannelStatistics.of_weights(about, report.architecture.in_channels)
+    config = _timm_config(report.architecture, size, statistics)
     written = {name: tensor.float() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
@@ -190,7 +210,7 @@ def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[
     return Export(report, (weights, folder / "config.json"), notes=tuple(notes))
 
 
-def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
+def _timm_config(architecture: Architecture, size: int, statistics: ChannelStatistics) -> dict[str, Any]:
     """The config.json for timm. Unpublished shapes are described as arguments of its tiny model."""
     options: dict[str, Any] = {}
     if architecture.variant is None:
@@ -205,8 +225,8 @@ def _timm_config(architecture: Architecture, size: int) -> dict[str, Any]:
         "pretrained_cfg": {
             "num_classes": architecture.classes,
             "input_size": [architecture.in_channels, size, size],
-            "mean": [value / 255 for value in MEAN],
-            "std": [value / 255 for value in STD],
+            "mean": list(statistics.mean),
+            "std": list(statistics.std),
             "interpolation": "bicubic",
             "crop_pct": 0.875 if size < 384 else 1.0,
             "crop_mode": "center" if size < 384 else "squash",

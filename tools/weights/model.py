@@ -112,6 +112,7 @@ def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
         **known_facts(stage.directory / WEIGHTS_FILE),
         "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
         "image_size": recipe.data.image_size,
+        **recipe.channel_statistics.facts,
     }
     which = f"{'ema' if average else 'model'} of {committed[-1]}"
     return OpenedWeights(read_checkpoint_weights(url, average)[0], facts, which, url, stage.directory)

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from pipeline.data.randaugment import NOTHING, NUMBERS, OPERATIONS, rotation, strengths
-from pipeline.data.randaugment_operations import FILL, apply_operation
+from pipeline.data.randaugment_operations import apply_operation
 from tests.oracles import oracle
 from tools.bench.photographs import photographs
+
+FILL = (7, 250, 31)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def images():
 def ours(image, name, magnitude, sign):
     numbers = strengths(name, np.array([magnitude / 10]), np.array([sign]), len(image))[0]
     changed = image.copy()
-    apply_operation(changed, OPERATIONS.index(name), numbers)
+    apply_operation(changed, OPERATIONS.index(name), numbers, np.array(FILL, np.uint8))
     return changed
 
 
@@ -73,7 +75,7 @@ def test_operations_equal_pillows(timm, images, name, monkeypatch):
 def test_special_angles(degrees, size):
     image = np.random.default_rng(3).integers(0, 256, (size, size, 3), np.uint8)
     expected = Image.fromarray(image).rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
-    apply_operation(image, OPERATIONS.index("Rotate"), np.array(rotation(degrees, size)))
+    apply_operation(image, OPERATIONS.index("Rotate"), np.array(rotation(degrees, size)), np.array(FILL, np.uint8))
     np.testing.assert_array_equal(image, np.asarray(expected))
 
 
@@ -89,12 +91,12 @@ def test_special_distances(size, pixels):
             (size, size), Image.Transform.AFFINE, numbers.tolist(), Image.Resampling.BICUBIC, fillcolor=FILL
         )
         moved = image.copy()
-        apply_operation(moved, OPERATIONS.index(name), numbers)
+        apply_operation(moved, OPERATIONS.index(name), numbers, np.array(FILL, np.uint8))
         np.testing.assert_array_equal(moved, np.asarray(expected))
 
 
 def test_nothing_does_nothing(images):
     for image in images:
         kept = image.copy()
-        apply_operation(kept, NOTHING, np.zeros(NUMBERS))
+        apply_operation(kept, NOTHING, np.zeros(NUMBERS), np.array(FILL, np.uint8))
         np.testing.assert_array_equal(kept, image)

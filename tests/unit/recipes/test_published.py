@@ -19,7 +19,7 @@ CHAINS = [name for name in included_recipes() if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
 NEEDS_NO_SOURCE = {"name", "previous", "objective.kind", "model.depths", "model.dims", "init.start"}
 # Not in the tables: the model's name and the previous stage are asserted by themselves, the rest nobody publishes.
-OURS = {"objective.kind", "model.name", "model.depths", "model.dims", "seed", "batch.slot"}
+OURS = {"objective.kind", "model.name", "model.depths", "model.dims", "seed", "batch.slot", "data.normalize"}
 # The others are this program's own, and off unless a recipe turns them on.
 PUBLISHED_SECTIONS = {"seed", "objective", "model", "data", "batch", "optimizer", "schedule", "ema", "handoff", "init",
                       "engine", "health"}  # fmt: skip

