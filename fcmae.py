@@ -50,7 +50,7 @@ def load(
     source: str | PathLike[str],
     *,
     ema: bool | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     crop_pct: float | None = None,
     classes: Iterable[str] | str | PathLike[str] | None = None,
     device: str | torch.device = "auto",
@@ -70,7 +70,7 @@ def load(
             `fcmae convert` reads: ours, the official ones, timm's, transformers'.
         ema: True for the moving average, False for the raw weights; None for those that the stage hands on, or the
             first in the file.
-        image_size: pixels on a side. Default: that of the stage or the file, or 224.
+        image_size: pixels, the edge of a square or (height, width). Default: that of the stage or the file, or 224.
         crop_pct: the centre crop's side as a share of the resized image's short side; 1 squashes the whole image.
             Default: the stage's, or 0.875, or 1 from 384 pixels on.
         classes: names of the outputs, if the weights lack them, or a file with them (lines, JSON list, .beton file).

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.recipe.image_size import ImageSize, read_image_size
+
 RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A YAML file, or the name of an included recipe (see `fcmae recipe list`)."),
@@ -35,6 +37,18 @@ def file_option(help: str) -> Any:
 def pixels_option(help: str) -> Any:
     """An option that takes a number of pixels."""
     return typer.Option(min=1, metavar="PIXELS", help=help)
+
+
+def _image_size(text: str) -> ImageSize:
+    try:
+        return read_image_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def image_size_option(help: str) -> Any:
+    """An option that takes the size of the network's input: 224, or 192x256 for height x width."""
+    return typer.Option(metavar="PIXELS", parser=_image_size, help=f"{help} HEIGHTxWIDTH for a rectangle.")
 
 
 EntryKey = Annotated[

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from pipeline.recipe import StageRecipe
+from pipeline.recipe.image_size import height_and_width
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images and labels, on the device or being copied there; ids and validity stay on the host."""
 
-    images: Tensor  # (N, 3, S, S) uint8, channels last in memory
+    images: Tensor  # (N, 3, H, W) uint8, channels last in memory
     labels: Tensor  # (N,) int64
     ids: Tensor  # (N,) int64: sample ids, that is indices into the file
     epoch: int
@@ -38,9 +39,9 @@ class Batch:
 
 def example_batch(recipe: StageRecipe) -> Batch:
     """Return a black micro-batch of the stage's size, for the engine's warm-up."""
-    n, size = recipe.batch.slot * recipe.batch.micro_slots, recipe.data.image_size
+    n = recipe.batch.slot * recipe.batch.micro_slots
     return Batch(
-        images=torch.zeros(n, 3, size, size, dtype=torch.uint8),
+        images=torch.zeros(n, 3, *height_and_width(recipe.data.image_size), dtype=torch.uint8),
         labels=torch.zeros(n, dtype=torch.int64),
         ids=torch.arange(n),
         epoch=0,

@@ -109,7 +109,7 @@ class ImageDecoder:
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
 
     def __call__(self, file, places, sizes, modes, plan, heights, widths, out) -> np.ndarray:
-        """Decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, S, S, 3).
+        """Decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, H, W, 3).
 
         Returns a status per image, int32 (N,), for `describe_status`; OK is 0.
         """

@@ -30,6 +30,7 @@ from pipeline.data.decode import CHANGED, ImageDecoder, compile_decoder, describ
 from pipeline.data.image_checksum import mark_changed
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
+from pipeline.recipe.image_size import height_and_width
 
 BATCHES_AHEAD = 2  # decoded batches that wait for the consumer
 
@@ -96,7 +97,7 @@ class _MappedFile:
 
 
 class _Images(Operation):
-    """Turn sample ids into uint8 (N, S, S, 3). The producer sets `epoch` before a batch and reads `status` after it."""
+    """Turn sample ids into uint8 (N, H, W, 3). The producer sets `epoch` before a batch and reads `status` after it."""
 
     def __init__(self, beton: Beton, plan: Plan, workers: int) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class _Images(Operation):
         self.decoder = ImageDecoder(workers, largest)
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        shape, dtype = (self.plan.image_size, self.plan.image_size, 3), np.dtype("u1")
+        shape, dtype = (*height_and_width(self.plan.image_size), 3), np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self):
@@ -209,7 +210,7 @@ class Producer(epoch_iterator.EpochIterator):
 
     Args:
         work: (epoch, ids, tag) of each batch; at most the loader's batch size of int64 ids.
-        finish: called in the thread with (images uint8 (N, S, S, 3), labels int64 (N, 1), ids, epoch, tag, replaced);
+        finish: called in the thread with (images uint8 (N, H, W, 3), labels int64 (N, 1), ids, epoch, tag, replaced);
             the iterator yields its results. `replaced` lists the places of damaged images that others replaced. The
             arrays are overwritten by later batches, so `finish` must copy them.
         timeout_seconds: how long the consumer waits for a batch.

@@ -26,9 +26,9 @@ _DRAWS = 5  # per operation: its code, whether it is applied, two for the magnit
 
 
 def draw_operations(
-    settings: RandAugmentSettings, seed: int, epoch: int, ids: np.ndarray, size: int
+    settings: RandAugmentSettings, seed: int, epoch: int, ids: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the operations of images of `size` pixels a side.
+    """Draw the operations of images of `size`, height and width in pixels.
 
     Returns codes, int64 (N, LAYERS), and numbers, float64 (N, LAYERS, NUMBERS).
     """
@@ -46,7 +46,7 @@ def draw_operations(
     return codes, numbers
 
 
-def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.ndarray:
+def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the numbers of an operation, float64 (N, NUMBERS), for levels in 0..1 and signs of 1 or -1, both (N,)."""
     numbers = np.zeros((len(level), NUMBERS))
     match name:
@@ -61,16 +61,17 @@ def strengths(name: str, level: np.ndarray, sign: np.ndarray, size: int) -> np.n
             numbers[:, 0] = np.maximum(0.1, 1.0 + sign * (level * 0.9))
         case "ShearX" | "ShearY" | "TranslateXRel" | "TranslateYRel":
             numbers[:, [0, 4]] = 1
-            factor = sign * (level * 0.3) if name.startswith("Shear") else sign * (level * 0.45) * size
+            side = size[0] if name == "TranslateYRel" else size[1]
+            factor = sign * (level * 0.3) if name.startswith("Shear") else sign * (level * 0.45) * side
             numbers[:, {"ShearX": 1, "ShearY": 3, "TranslateXRel": 2, "TranslateYRel": 5}[name]] = factor
         case "Rotate":
             numbers[:] = [rotation(degrees, size) for degrees in (sign * (level * 30.0)).tolist()]
     return numbers
 
 
-def rotation(degrees: float, size: int) -> tuple[float, ...]:
-    """Return the affine map of Pillow's Image.rotate, which turns a square counter-clockwise about its centre."""
+def rotation(degrees: float, size: tuple[int, int]) -> tuple[float, ...]:
+    """Return the affine map of Pillow's Image.rotate, which turns an image counter-clockwise about its centre."""
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    centre = size / 2
-    return cos, sin, cos * -centre + sin * -centre + centre, -sin, cos, -sin * -centre + cos * -centre + centre
+    y, x = size[0] / 2, size[1] / 2
+    return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y

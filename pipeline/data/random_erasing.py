@@ -25,8 +25,8 @@ class RandomErasing:
     probability: float
 
     def __call__(self, images: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
-        """Erase in place and return `images`: normalised (N, C, S, S). ids: the sample ids, int64 (N,)."""
-        boxes = self.boxes(ids, epoch, images.shape[-1])
+        """Erase in place and return `images`: normalised (N, C, H, W). ids: the sample ids, int64 (N,)."""
+        boxes = self.boxes(ids, epoch, (images.shape[2], images.shape[3]))
         chosen = np.flatnonzero(boxes[:, 2])
         if not len(chosen):
             return images
@@ -44,20 +44,20 @@ class RandomErasing:
         images[image, :, top + place // width, left + place % width] = noise.to(images.dtype)
         return images
 
-    def boxes(self, ids: np.ndarray, epoch: int, size: int) -> np.ndarray:
-        """Draw (top, left, height, width) for images of `size` pixels a side: int64 (N, 4), zeros for no box."""
+    def boxes(self, ids: np.ndarray, epoch: int, size: tuple[int, int]) -> np.ndarray:
+        """Draw (top, left, height, width) for images of `size`, height and width: int64 (N, 4), zeros for no box."""
         keys = key(self.seed, epoch, ids, Purpose.ERASE)
         draws = uniform(keys, 1 + 4 * TRIES)
         tries = draws[:, 1:].reshape(len(ids), TRIES, 4)
-        area = size**2 * (AREA[0] + (AREA[1] - AREA[0]) * tries[..., 0])
+        area = size[0] * size[1] * (AREA[0] + (AREA[1] - AREA[0]) * tries[..., 0])
         low, high = np.log(RATIO)
         ratio = np.exp(low + (high - low) * tries[..., 1])
         height = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         width = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (height < size) & (width < size)
+        fits = (height < size[0]) & (width < size[1])
         rows, first = np.arange(len(ids)), fits.argmax(axis=1)
         height, width, tries = height[rows, first], width[rows, first], tries[rows, first]
-        top, left = (tries[:, 2] * (size - height + 1)), (tries[:, 3] * (size - width + 1))
+        top, left = (tries[:, 2] * (size[0] - height + 1)), (tries[:, 3] * (size[1] - width + 1))
         boxes = np.column_stack([top.astype(np.int64), left.astype(np.int64), height, width])
         boxes[(draws[:, 0] >= self.probability) | ~fits.any(axis=1) | (height * width == 0)] = 0
         return boxes

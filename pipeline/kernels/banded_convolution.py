@@ -59,7 +59,7 @@ def _shifts(kernel_height: int, height: int) -> Iterator[tuple[int, slice, slice
     """Yield each line of the kernel, the lines of the input that it reads and the lines of the output it adds to."""
     for i in range(kernel_height):
         up = i - kernel_height // 2
-        yield i, slice(max(up, 0), height + min(up, 0)), slice(max(-up, 0), height + min(-up, 0))
+        yield i, slice(max(up, 0), max(height + min(up, 0), 0)), slice(max(-up, 0), max(height + min(-up, 0), 0))
 
 
 def _sum_diagonals(square: Tensor, count: int) -> Tensor:

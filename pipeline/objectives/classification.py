@@ -49,7 +49,9 @@ class ClassificationObjective:
         images = self._erase(images, batch.ids.numpy(), batch.epoch)
         size, dtype = len(images) // len(batch.slots), images.dtype
         mixup, cutmix, smoothing = self.settings.mixup, self.settings.cutmix, self.settings.label_smoothing
-        mixes = [draw_mix(self.seed, step, slot, images.shape[-1], mixup, cutmix) for slot in batch.slots]
+        mixes = [
+            draw_mix(self.seed, step, slot, (images.shape[2], images.shape[3]), mixup, cutmix) for slot in batch.slots
+        ]
         images = torch.cat([mix.apply(slot) for mix, slot in zip(mixes, images.split(size), strict=True)])
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
         share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size)

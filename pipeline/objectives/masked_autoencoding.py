@@ -13,6 +13,7 @@ from pipeline.models.fcmae import FCMAE
 from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import denormalise, normalise
 from pipeline.recipe import StageRecipe
+from pipeline.recipe.image_size import height_and_width
 from pipeline.sparse import VisibleCells
 
 
@@ -23,7 +24,8 @@ class FCMAEObjective:
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
-        self._side = recipe.data.image_size // recipe.model.stride  # of an image, in cells
+        height, width = height_and_width(recipe.data.image_size)
+        self._grid = height // recipe.model.stride, width // recipe.model.stride  # cells of an image
 
     def build_model(self) -> nn.Module:
         with recipe_errors(self.recipe.name):
@@ -42,11 +44,13 @@ class FCMAEObjective:
 
     def mask(self, batch: Batch) -> Tensor:
         """Draw the mask (n, L) bool, True = hidden."""
-        return draw_mask(self.seed, batch.epoch, batch.ids.numpy(), self._side**2, self.settings.mask_ratio)
+        return draw_mask(
+            self.seed, batch.epoch, batch.ids.numpy(), self._grid[0] * self._grid[1], self.settings.mask_ratio
+        )
 
     def _visible_cells(self, mask: Tensor, images: Tensor) -> VisibleCells:
         # Not the mask itself: FSDP moves tensor arguments to the GPU, and reading one there would synchronise.
-        return VisibleCells(mask, (self._side, self._side), images.device)
+        return VisibleCells(mask, self._grid, images.device)
 
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)

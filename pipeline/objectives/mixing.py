@@ -33,11 +33,11 @@ class Mix:
         return mixed
 
 
-def draw_mix(seed: int, step: int, slot: int, size: int, mixup: float, cutmix: float) -> Mix:
+def draw_mix(seed: int, step: int, slot: int, size: tuple[int, int], mixup: float, cutmix: float) -> Mix:
     """Draw the mix of a slot by hash of (seed, step, slot): mixup or cutmix, each as often.
 
     Args:
-        size: pixels on a side of the images.
+        size: height and width of the images in pixels.
         mixup, cutmix: alpha of the Beta(alpha, alpha) distribution that the share is drawn from; 0 for never.
     """
     alphas = {"mixup": mixup, "cutmix": cutmix}
@@ -50,7 +50,11 @@ def draw_mix(seed: int, step: int, slot: int, size: int, mixup: float, cutmix: f
     share = float(draw.beta(alphas[kind], alphas[kind]))
     if kind == "mixup":
         return Mix(share)
-    half = int(size * (1 - share) ** 0.5) // 2
-    y, x = (int(v) for v in draw.integers(size, size=2))
-    top, bottom, left, right = max(y - half, 0), min(y + half, size), max(x - half, 0), min(x + half, size)
-    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
+    (top, bottom), (left, right) = (_draw_span(draw, side, share) for side in size)
+    return Mix(1 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right))
+
+
+def _draw_span(draw: np.random.Generator, side: int, share: float) -> tuple[int, int]:
+    """Draw the first pixel of a box along a side, and the pixel after its last."""
+    half, middle = int(side * (1 - share) ** 0.5) // 2, int(draw.integers(side))
+    return max(middle - half, 0), min(middle + half, side)

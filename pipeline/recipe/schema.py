@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.sections import (
     BatchSettings,
@@ -69,9 +70,10 @@ class StageRecipe(Settings):
             raise ValueError(
                 f"batch.micro_slots is {self.batch.micro_slots} but the model's BatchNorm counts one slot; set it to 1"
             )
-        if self.data.image_size < self.model.stride:
+        size = self.data.image_size
+        if min(height_and_width(size)) < self.model.stride:
             raise ValueError(
-                f"data.image_size {self.data.image_size} is less than the stride of the model, {self.model.stride};"
+                f"data.image_size {describe_size(size)} is less than the stride of the model, {self.model.stride};"
                 " choose a larger one, or a smaller model.stem_stride"
             )
         groupable = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
@@ -116,14 +118,15 @@ class StageRecipe(Settings):
             raise ValueError(
                 f"data.erase_probability is {self.data.erase_probability}; pre-training erases nothing, set it to 0"
             )
-        if self.data.image_size % self.model.stride:
+        size, cell = height_and_width(self.data.image_size), self.model.stride
+        if any(side % cell for side in size):
             raise ValueError(
-                f"data.image_size {self.data.image_size} is not a multiple of the cell, {self.model.stride} pixels"
+                f"data.image_size {describe_size(size)} is not a multiple of the cell, {self.model.stride} pixels"
                 " (model.stem_stride * 2 ** (stages - 1)); change one of them"
             )
-        if self.data.image_size == self.model.stride:
+        if size == (cell, cell):
             raise ValueError(
-                f"data.image_size {self.data.image_size} is one cell, so nothing can be hidden; choose a larger one"
+                f"data.image_size {describe_size(size)} is one cell, so nothing can be hidden; choose a larger one"
             )
         if objective.grn_statistics == "batch" and self.model.response != "grn":
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.recipe.channel_statistics import ChannelStatistics
+from pipeline.recipe.image_size import ImageSize, read_image_size
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
 from pipeline.recipe.settings import Settings, added, operational
 
@@ -54,16 +55,16 @@ class DataSettings(Settings):
     """Names of the classes that take part; null is all."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training images of each class that takes part, chosen by a hash of the chain's seed."""
-    image_size: int = Field(224, ge=1)
-    """Edge of the network's input in pixels."""
+    image_size: ImageSize = 224
+    """The network's input in pixels: the edge of a square, or [height, width]."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect ratio of a training crop, width / height."""
+    """Aspect ratio of a training crop, width / height; of a rectangular input, as a multiple of the input's own."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     crop_pct: float = Field(0.875, gt=0, le=1)
-    """Evaluation: the short side becomes image_size / crop_pct, then the centre is cropped; 1 squashes to a square."""
+    """Evaluation: images are resized to just cover image_size / crop_pct, then cut; 1 squashes them whole."""
     normalize: Literal["imagenet", "measured"] | ChannelStatistics | None = added(None, "imagenet")
     """Means and deviations of the channels: imagenet; measured, from the training images when the run is made; or
     numbers, {mean: [0.5], std: [0.25]}. Null is those of the weights that the stage starts from, else ImageNet's."""
@@ -77,6 +78,11 @@ class DataSettings(Settings):
     """Decoding threads of each rank; 0 is the cores of a rank less one."""
     timeout_seconds: float = operational(120.0, gt=0)
     """How long to wait for a batch, and for an answer of a data server, before the attempt fails."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _check_image_size(cls, value: Any) -> ImageSize:
+        return read_image_size(value)
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

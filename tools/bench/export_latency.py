@@ -99,7 +99,7 @@ def measure_model(name: str, batch: int, size: int, rounds: int, threads: int) -
     images = torch.randn(batch, 3, size, size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_onnx(model, path, size, external=True)
+        write_onnx(model, path, (size, size), external=True)
         session = onnx_session(path, threads)
         inputs, expected = {"images": images.numpy()}, original(images)
         clock = time.process_time if threads == 1 else time.perf_counter

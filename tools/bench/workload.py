@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from pipeline.data.batch import Batch
 from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe
+from pipeline.recipe.image_size import height_and_width
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -68,10 +69,10 @@ def stage_recipe(stage: str, engine: str, model: str, ranks: int = 1, **changes:
 
 def random_batch(recipe: StageRecipe, step: int = 0, rank: int = 0) -> Batch:
     """A slot of random pixels and labels, different for each step and rank."""
-    n, size = recipe.batch.slot, recipe.data.image_size
+    n, size = recipe.batch.slot, height_and_width(recipe.data.image_size)
     generator = torch.Generator().manual_seed(100 * step + rank)
     return Batch(
-        images=torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8),
+        images=torch.randint(0, 256, (n, 3, *size), generator=generator, dtype=torch.uint8),
         labels=torch.randint(0, 1000, (n,), generator=generator),
         ids=torch.arange(n) + n * rank,
         epoch=0,

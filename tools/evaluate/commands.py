@@ -1,17 +1,17 @@
 """`fcmae evaluate`: accuracy of weights on prepared images."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.options import Json, Processes, file_option, pixels_option
+from tools.options import Json, Processes, file_option, image_size_option
 
 
 def evaluate_weights(
     weights: Annotated[str, typer.Argument(metavar="WEIGHTS",
         help="A weights file that `fcmae convert` reads, a stage, or a run.")],
     data: Annotated[str, file_option("The images: a .beton file of `fcmae prepare`.")],
-    image_size: Annotated[int | None, pixels_option(
+    image_size: Annotated[Any, image_size_option(
         "Side of the input images. Default: that of the stage or the file, or 224.")] = None,
     crop_pct: Annotated[
         float | None,

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.recipe import load_recipe
+from pipeline.recipe.image_size import ImageSize
 from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings
 from tools.evaluate.run_evaluation import EvaluationResult
@@ -83,7 +84,7 @@ def _of_recipes() -> Iterator[PublishedAccuracy]:
 
 
 def find_published(
-    model: str | None, image_size: int, data: Benchmark = "val", chain: str | None = None
+    model: str | None, image_size: ImageSize, data: Benchmark = "val", chain: str | None = None
 ) -> list[PublishedAccuracy]:
     """The published accuracies of a model at a resolution; those of both chains where `chain` is None."""
     return [

@@ -13,6 +13,7 @@ from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
+from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width
 from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
@@ -29,7 +30,7 @@ class EvaluationRequest:
 
     weights: str
     data: str
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     crop_pct: float | None = None
     ema: bool | None = None
     classes: str | None = None
@@ -53,7 +54,7 @@ class EvaluationResult:
     subject: str
     variant: str | None
     weights: str
-    image_size: int
+    image_size: ImageSize
     crop_pct: float
     classes: int
     """Classes of the data."""
@@ -63,11 +64,12 @@ class EvaluationResult:
     data_sha256: str
 
     def __str__(self) -> str:
-        resized = "squashed" if self.crop_pct == 1 else f"cut from {int(self.image_size / self.crop_pct)}"
+        cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
+        resized = "squashed" if self.crop_pct == 1 else f"cut from {cover}"
         lines = [
             f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}",
-            f"{self.metrics['images']:,} images of {self.classes:,} classes, {self.image_size} px {resized}:"
-            f" top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
+            f"{self.metrics['images']:,} images of {self.classes:,} classes, {describe_size(self.image_size)} px"
+            f" {resized}: top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
         ]
         if self.missing:
             lines.append(

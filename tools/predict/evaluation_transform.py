@@ -16,6 +16,7 @@ from pipeline.data.crops import EvaluationPlan
 from pipeline.errors import DataError
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.image_size import ImageSize, height_and_width
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 """A path, the bytes of an image file, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
@@ -28,8 +29,8 @@ class EvaluationTransform:
     Calling it gives the network's normalised input, so it serves as the `transform` of a torchvision data set.
     """
 
-    image_size: int
-    """Pixels on a side of the result."""
+    image_size: ImageSize
+    """The result in pixels: the edge of a square, or (height, width)."""
     crop_pct: float
     """The result's side as a share of the resized image's short side; 1 squashes the whole image to a square."""
     statistics: ChannelStatistics = IMAGENET
@@ -55,7 +56,7 @@ class EvaluationTransform:
         height, width = rgb.shape[:2]
         plan = self._plan(0, np.zeros(1, np.int64), np.array([height]), np.array([width]))[0]
         box = [int(plan[name]) for name in ("top", "left", "height", "width", "full_height", "full_width", "y0", "x0")]
-        out = np.empty((self.image_size, self.image_size, 3), np.uint8)
+        out = np.empty((*height_and_width(self.image_size), 3), np.uint8)
         resized_crop(rgb, *box, out, False)
         return torch.from_numpy(out).permute(2, 0, 1)
 

@@ -14,6 +14,7 @@ from pipeline.errors import CheckpointError, UserError
 from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import ChannelStatistics
+from pipeline.recipe.image_size import ImageSize, height_and_width, read_image_size
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
@@ -59,8 +60,8 @@ class ImageModel:
         return self.class_names or tuple(map(str, range(self.outputs)))
 
     @property
-    def image_size(self) -> int:
-        """Pixels on a side of the network's input."""
+    def image_size(self) -> ImageSize:
+        """The network's input in pixels: the edge of a square, or height and width."""
         return self.transform.image_size
 
     @property
@@ -152,16 +153,16 @@ class ImageModel:
                 yield [result[:count].float().cpu() for result in results]
 
 
-def default_crop(image_size: int) -> float:
+def default_crop(image_size: ImageSize) -> float:
     """The centre crop's side as a fraction of the resized image; 1 squashes the whole image to a square."""
-    return 1.0 if image_size >= SQUASHED_FROM else 0.875
+    return 1.0 if min(height_and_width(image_size)) >= SQUASHED_FROM else 0.875
 
 
 def load_image_model(
     path: str | Path,
     *,
     ema: bool | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     crop_pct: float | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> ImageModel:
@@ -169,7 +170,7 @@ def load_image_model(
 
     Args:
         path: see `open_weights`; also for `ema` and for errors.
-        image_size: pixels. Default: that of the stage or the file, or 224.
+        image_size: pixels, the edge of a square or (height, width). Default: that of the stage or the file, or 224.
         crop_pct: default: that of the stage if the size is the stage's, else see `default_crop`.
         class_names: of the outputs, instead of those in the file.
 
@@ -181,7 +182,7 @@ def load_image_model(
 
     opened = open_weights(str(path), ema=ema)
     facts = opened.facts
-    size = image_size or facts.get("image_size") or _size_in_name(str(path)) or 224
+    size = read_image_size(image_size or facts.get("image_size") or _size_in_name(str(path)) or 224)
     if crop_pct is None and opened.stage is not None:
         data = Stage(opened.stage).recipe.data
         crop_pct = data.crop_pct if size == data.image_size else None

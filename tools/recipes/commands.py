@@ -180,8 +180,10 @@ def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, str]]
 
 def _summary(stage: "StageRecipe") -> str:
     """A stage in a few characters, such as "FCMAE 1600" or "1K 30, 512"."""
+    from pipeline.recipe.image_size import describe_size
+
     task = "FCMAE"
     if stage.objective.kind != "fcmae":
         task = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
-    pixels = "" if stage.data.image_size == 224 else f", {stage.data.image_size}"
+    pixels = "" if stage.data.image_size == 224 else f", {describe_size(stage.data.image_size)}"
     return f"{task} {stage.schedule.epochs:g}{pixels}"

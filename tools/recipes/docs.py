@@ -107,7 +107,7 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
 
 def _trained_values(stage: StageRecipe) -> Iterator[tuple[str, str]]:
     """The fields of a stage that affect the result, as text."""
-    for field, value, is_operational in leaf_fields(stage):
+    for field, value, is_operational in leaf_fields(stage, without_absent=True):
         if field not in LEFT_OUT and not is_operational:
             yield field, value_text(value)
 

@@ -1,11 +1,11 @@
 """`fcmae convert` and `fcmae export`: weights for other programs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.options import EntryKey, Overwrite
+from tools.options import EntryKey, Overwrite, image_size_option
 
 
 def convert_weights(
@@ -43,8 +43,8 @@ def export_weights(
         help="A .safetensors or .onnx file; for timm a folder.")],
     kind: Annotated[Literal["safetensors", "onnx", "timm"], typer.Option("--format",
         help="Our names in fp32, an ONNX model, or a folder for timm.create_model.")] = "safetensors",
-    image_size: Annotated[int | None, typer.Option(min=1, metavar="PIXELS",
-        help="Side of the input images. Default: what the weights say, or 224.")] = None,
+    image_size: Annotated[Any, image_size_option(
+        "Side of the input images. Default: what the weights say, or 224.")] = None,
     entry: EntryKey = None,
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, UserError
 from pipeline.recipe.channel_statistics import ChannelStatistics
+from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width, read_image_size
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
@@ -49,21 +50,21 @@ def export(
     destination: Path,
     kind: Format,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     entry: str | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Write weights of any layout as fp32.
 
     - "safetensors": internal names, and one metadata key `fcmae` with sorted JSON of facts about the weights.
-    - "onnx": images (N, 3, R, R) -> logits, or without a head the last map (N, C, h, w), for any N and for
-      R = `image_size`. BatchNorms and SLaK's small kernels are folded into the convolutions beside them. Before it is
-      written, its outputs in onnxruntime are compared with those of the model as it is. Above 1.8 GB, the weights are
-      in OUT.data. The metadata say how images are normalised, see `describe_input`.
+    - "onnx": images (N, C, H, W) -> logits, or without a head the last map (N, C, h, w), for any N and for
+      the H and W of `image_size`. BatchNorms and SLaK's small kernels are folded into the convolutions beside them.
+      Before it is written, its outputs in onnxruntime are compared with those of the model as it is. Above 1.8 GB, the
+      weights are in OUT.data. The metadata say how images are normalised, see `describe_input`.
     - "timm": a folder with model.safetensors and config.json.
 
     Args:
-        image_size: pixels. Default: that in the facts of the weights, or 224.
+        image_size: pixels, the edge of a square or (height, width). Default: that in the facts of the weights, or 224.
         entry: see `load_weights`.
 
     Raises:
@@ -72,7 +73,7 @@ def export(
     """
     loaded = load_weights(source, entry)
     about = output_facts(source, loaded.report.architecture, "official")
-    size = image_size or about.get("image_size") or 224
+    size = height_and_width(read_image_size(image_size or about.get("image_size") or 224))
     if kind == "safetensors":
         check_destination(destination, (".safetensors",), overwrite)
         write_weights(destination, loaded.tensors, about)
@@ -86,7 +87,11 @@ def export(
 
 
 def _export_onnx(
-    source: str | os.PathLike, loaded: LoadedWeights, destination: Path, size: int, about: Mapping[str, Any]
+    source: str | os.PathLike,
+    loaded: LoadedWeights,
+    destination: Path,
+    size: tuple[int, int],
+    about: Mapping[str, Any],
 ) -> Export:
     try:
         import onnxruntime
@@ -97,8 +102,10 @@ def _export_onnx(
         ) from error
     model = build_model(loaded.tensors, about.get("model"), str(source))
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *model_tensors(loaded.tensors)[1]))
-    if size < model.stride:
-        raise UserError(f"image_size is {size} pixels, less than the model's stride of {model.stride}; give more")
+    if min(size) < model.stride:
+        raise UserError(
+            f"image_size is {describe_size(size)} pixels, less than the model's stride of {model.stride}; give more"
+        )
     bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
@@ -119,12 +126,12 @@ def folded(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).fold_batchnorm() if hasattr(model, "fold_batchnorm") else model
 
 
-def write_onnx(model: nn.Module, path: Path, size: int, *, external: bool) -> None:
-    """Write a folded model as ONNX with input `images` (N, 3, size, size).
+def write_onnx(model: nn.Module, path: Path, size: tuple[int, int], *, external: bool) -> None:
+    """Write a folded model as ONNX with input `images` (N, C, height, width).
 
     external: write the weights to a second file.
     """
-    images = torch.zeros(2, model.in_channels, size, size)
+    images = torch.zeros(2, model.in_channels, *size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         output = "logits" if model.num_classes else "features"
@@ -134,7 +141,7 @@ def write_onnx(model: nn.Module, path: Path, size: int, *, external: bool) -> No
         )  # fmt: skip
 
 
-def describe_input(path: Path, channels: int, size: int, about: Mapping[str, Any]) -> None:
+def describe_input(path: Path, channels: int, size: tuple[int, int], about: Mapping[str, Any]) -> None:
     """Write into an ONNX file's metadata what its images must be, each value as JSON.
 
     The keys are in_channels, image_size (height and width), mean and std (of pixels from 0 to 1), and classes if the
@@ -143,7 +150,7 @@ def describe_input(path: Path, channels: int, size: int, about: Mapping[str, Any
     import onnx
 
     statistics = ChannelStatistics.of_weights(about, channels)
-    facts: dict[str, Any] = {"in_channels": channels, "image_size": [size, size]}
+    facts: dict[str, Any] = {"in_channels": channels, "image_size": list(size)}
     facts |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     if about.get("classes"):
         facts["classes"] = about["classes"]
@@ -153,13 +160,13 @@ def describe_input(path: Path, channels: int, size: int, about: Mapping[str, Any
 
 
 @torch.no_grad()
-def _compare_outputs(model: nn.Module, session: Any, batch: int, size: int) -> float:
+def _compare_outputs(model: nn.Module, session: Any, batch: int, size: tuple[int, int]) -> float:
     """The largest difference of outputs, relative to the largest output.
 
     Raises:
         UserError: if onnxruntime fails, or the difference exceeds ONNX_TOLERANCE.
     """
-    images = torch.randn(batch, model.in_channels, size, size, generator=torch.Generator().manual_seed(batch))
+    images = torch.randn(batch, model.in_channels, *size, generator=torch.Generator().manual_seed(batch))
     expected = model(images)
     try:
         outputs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -185,7 +192,9 @@ def relative_difference(expected: torch.Tensor, outputs: torch.Tensor) -> float:
     return difference / largest if largest else math.inf if difference else 0.0
 
 
-def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[str, Any], overwrite: bool) -> Export:
+def _export_timm(
+    loaded: LoadedWeights, folder: Path, size: tuple[int, int], about: Mapping[str, Any], overwrite: bool
+) -> Export:
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
     report, notes = loaded.report, []
@@ -210,7 +219,7 @@ def _export_timm(loaded: LoadedWeights, folder: Path, size: int, about: Mapping[
     return Export(report, (weights, folder / "config.json"), notes=tuple(notes))
 
 
-def _timm_config(architecture: Architecture, size: int, statistics: ChannelStatistics) -> dict[str, Any]:
+def _timm_config(architecture: Architecture, size: tuple[int, int], statistics: ChannelStatistics) -> dict[str, Any]:
     """The config.json for timm. Unpublished shapes are described as arguments of its tiny model."""
     options: dict[str, Any] = {}
     if architecture.variant is None:
@@ -224,12 +233,12 @@ def _timm_config(architecture: Architecture, size: int, statistics: ChannelStati
         "model_args": options,
         "pretrained_cfg": {
             "num_classes": architecture.classes,
-            "input_size": [architecture.in_channels, size, size],
+            "input_size": [architecture.in_channels, *size],
             "mean": list(statistics.mean),
             "std": list(statistics.std),
             "interpolation": "bicubic",
-            "crop_pct": 0.875 if size < 384 else 1.0,
-            "crop_mode": "center" if size < 384 else "squash",
+            "crop_pct": 0.875 if min(size) < 384 else 1.0,
+            "crop_mode": "center" if min(size) < 384 else "squash",
             "first_conv": "stem.0.conv" if architecture.family == "nextvit" else "stem.0",
             "classifier": "head.fc",
         },

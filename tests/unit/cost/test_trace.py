@@ -36,7 +36,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-def stage(kind: str = "classification", size: int = 16, slot: int = 2, **sections: Any) -> StageRecipe:
+def stage(kind: str = "classification", size: int | list[int] = 16, slot: int = 2, **sections: Any) -> StageRecipe:
     """A stage with an objective of this kind; `sections` replace other sections."""
     objective = {"kind": kind, **({"classes": 4} if kind == "classification" else {"decoder_dim": 16})}
     raw = {
@@ -61,6 +61,15 @@ def test_the_dense_model_has_the_published_arithmetic(name, size):
         unit = 10.0 ** -len(text.partition(".")[2])
         assert abs(gmacs - float(text)) < unit, f"{gmacs}, published {text}"
     assert ModelSize.of(recipe).parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("kind", ["classification", "fcmae"])
+def test_a_rectangle_costs_its_share_of_sites(kind):
+    square, wide = (trace_step(stage(kind, size=size, slot=1), "cuda") for size in (16, [16, 32]))
+    head = 16 * 4 if kind == "classification" else 0
+    assert abs(wide.forward_macs - head - 2 * (square.forward_macs - head)) <= 0.2 * square.forward_macs
+    if kind == "classification":  # the number of visible cells is rounded
+        assert wide.forward_macs - head == 2 * (square.forward_macs - head)
 
 
 def test_multiply_adds_by_hand():

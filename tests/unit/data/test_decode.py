@@ -13,6 +13,7 @@ from pipeline.data.beton import JPEG
 from pipeline.data.crops import CROP_TRIES, EvaluationPlan, TrainingPlan
 from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, ImageDecoder, describe_status, jpeg_status
 from pipeline.randomness import Purpose, key, uniform
+from pipeline.recipe.image_size import height_and_width
 from tools.bench.loader_throughput import pillow_crop
 from tools.bench.photographs import photographs
 
@@ -95,6 +96,46 @@ def test_evaluation_squashes_without_a_crop():
     np.testing.assert_array_equal(decode([PHOTO], EvaluationPlan(33, 1.0), 33)[0][0], np.asarray(expected))
 
 
+@settings(max_examples=60, deadline=None)
+@given(*[st.integers(1, 120)] * 2, *[st.integers(1, 40)] * 2, st.sampled_from([0.875, 0.9, 1.0]))
+def test_a_rectangle_is_cut_from_the_smallest_resize_that_covers_it(height, width, out_height, out_width, pct):
+    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+    size = (out_height, out_width)
+    full = cover = tuple(int(side / pct) for side in size)
+    if pct < 1:
+        scaled = [(cover[0], cover[0] * width // height), (cover[1] * height // width, cover[1])]
+        full = min(s for s in scaled if s[0] >= cover[0] and s[1] >= cover[1])
+    top, left = (round((whole - side) / 2.0) for whole, side in zip(full, size, strict=True))
+    expected = Image.fromarray(pixels).resize(full[::-1], Image.Resampling.BICUBIC)
+    expected = expected.crop((left, top, left + out_width, top + out_height))
+    np.testing.assert_array_equal(decode([pixels], EvaluationPlan(size, pct), size)[0][0], np.asarray(expected))
+
+
+def test_crops_of_a_rectangle_are_distorted_as_those_of_a_square():
+    """The aspect ratio of a crop is a multiple of the input's own."""
+    ids, sides = np.arange(4000), np.full(4000, 1000)
+    limits = ((0.08, 0.3), (3 / 4, 4 / 3))
+    for size, shape in ((32, 1.0), ((32, 64), 2.0), ((64, 32), 0.5)):
+        plan = TrainingPlan(1, size, *limits, 0.5)(0, ids, sides, sides)
+        distortion = plan["width"] / plan["height"] / shape
+        assert 0.74 < distortion.min() < 0.76
+        assert 1.32 < distortion.max() < 1.35
+        assert (plan["full_width"] / plan["full_height"] == shape).all()
+        assert (plan["width"] >= 1).all()
+    thin = TrainingPlan(1, (4, 4000), *limits, 0.5)(0, ids, np.full(4000, 9), np.full(4000, 1))
+    assert (thin["height"] >= 1).all()
+    assert (thin["width"] >= 1).all()
+
+
+def test_crops_of_a_rectangle_equal_pillows():
+    photo, plan = photographs(1)[0], TrainingPlan(9, (24, 40), (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    image = photo.resize((80, 60), Image.Resampling.BICUBIC)
+    ids, heights, widths = np.arange(20), np.full(20, 60), np.full(20, 80)
+    found, _ = decode([np.asarray(image)] * 20, plan, (24, 40))
+    for pixels, row in zip(found, plan(0, ids, heights, widths), strict=True):
+        np.testing.assert_array_equal(pixels, np.asarray(pillow_crop(image, row)))
+
+
 def decode(images, plan, size, workers=1, heights=None, sizes=None):
     """Decode images: arrays stored raw, or bytes of JPEGs of PHOTO's size. Returns pixels and statuses."""
     contents = [i.tobytes() if isinstance(i, np.ndarray) else i for i in images]
@@ -104,7 +145,7 @@ def decode(images, plan, size, workers=1, heights=None, sizes=None):
     heights = shapes[:, 0] if heights is None else np.array(heights)
     modes = np.array([int(isinstance(i, np.ndarray)) for i in images])
     rows = plan(0, np.arange(len(images)), heights, shapes[:, 1].copy())
-    out = np.zeros((len(images), size, size, 3), np.uint8)
+    out = np.zeros((len(images), *height_and_width(size), 3), np.uint8)
     decoder = ImageDecoder(workers, PHOTO.nbytes)
     file = np.frombuffer(b"".join(contents), np.uint8)
     status = decoder(file, places, sizes, modes, rows, heights.copy(), shapes[:, 1].copy(), out)

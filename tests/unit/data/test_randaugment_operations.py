@@ -12,6 +12,8 @@ from tests.oracles import oracle
 from tools.bench.photographs import photographs
 
 FILL = (7, 250, 31)
+RECTANGLES = ((16, 40), (40, 16), (31, 64), (1, 9), (64, 3))
+FILL_ARRAY = np.array(FILL, np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def timm():
 
 @pytest.fixture(scope="module")
 def images():
-    """Photographs, noise, one colour, few levels, and a dark one; of odd and even sides down to one pixel."""
+    """Photographs, noise, one colour, few levels, a dark one; squares of odd and even sides, and rectangles."""
     numbers, found, photos = np.random.default_rng(0), [], [np.array(photo) for photo in photographs(6)]
     for i, side in enumerate([1, 2, 3, 4, 5, 17, 32, 33, 64, 97, 128, 224] * 2):
         pixels = numbers.integers(0, 256, (side, side, 3), np.uint8)
@@ -36,13 +38,14 @@ def images():
         if i % 8 == 7:
             pixels = np.full_like(pixels, pixels[0, 0])
         found.append(np.ascontiguousarray(pixels))
+    found += [np.ascontiguousarray(photos[i][40 : 40 + h, 60 : 60 + w]) for i, (h, w) in enumerate(RECTANGLES)]
     return found
 
 
 def ours(image, name, magnitude, sign):
-    numbers = strengths(name, np.array([magnitude / 10]), np.array([sign]), len(image))[0]
+    numbers = strengths(name, np.array([magnitude / 10]), np.array([sign]), image.shape[:2])[0]
     changed = image.copy()
-    apply_operation(changed, OPERATIONS.index(name), numbers, np.array(FILL, np.uint8))
+    apply_operation(changed, OPERATIONS.index(name), numbers, FILL_ARRAY)
     return changed
 
 
@@ -67,7 +70,7 @@ def test_operations_equal_pillows(timm, images, name, monkeypatch):
         for sign in (-1.0, 1.0):
             expected = timms(timm, image, name, magnitude, sign, monkeypatch)
             found = ours(image, name, magnitude, sign)
-            np.testing.assert_array_equal(found, expected, f"{len(image)} pixels, magnitude {magnitude}, sign {sign}")
+            np.testing.assert_array_equal(found, expected, f"{image.shape}, magnitude {magnitude}, sign {sign}")
 
 
 @pytest.mark.parametrize("degrees", [0.0, -0.0, 90.0, 180.0, 270.0, 1e-9, -30.0, 30.0, 45.0])
@@ -75,7 +78,7 @@ def test_operations_equal_pillows(timm, images, name, monkeypatch):
 def test_special_angles(degrees, size):
     image = np.random.default_rng(3).integers(0, 256, (size, size, 3), np.uint8)
     expected = Image.fromarray(image).rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
-    apply_operation(image, OPERATIONS.index("Rotate"), np.array(rotation(degrees, size)), np.array(FILL, np.uint8))
+    apply_operation(image, OPERATIONS.index("Rotate"), np.array(rotation(degrees, (size, size))), FILL_ARRAY)
     np.testing.assert_array_equal(image, np.asarray(expected))
 
 
@@ -91,12 +94,12 @@ def test_special_distances(size, pixels):
             (size, size), Image.Transform.AFFINE, numbers.tolist(), Image.Resampling.BICUBIC, fillcolor=FILL
         )
         moved = image.copy()
-        apply_operation(moved, OPERATIONS.index(name), numbers, np.array(FILL, np.uint8))
+        apply_operation(moved, OPERATIONS.index(name), numbers, FILL_ARRAY)
         np.testing.assert_array_equal(moved, np.asarray(expected))
 
 
 def test_nothing_does_nothing(images):
     for image in images:
         kept = image.copy()
-        apply_operation(kept, NOTHING, np.zeros(NUMBERS), np.array(FILL, np.uint8))
+        apply_operation(kept, NOTHING, np.zeros(NUMBERS), FILL_ARRAY)
         np.testing.assert_array_equal(kept, image)

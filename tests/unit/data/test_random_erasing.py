@@ -30,20 +30,34 @@ def test_boxes_are_distributed_as_timms():
         rows, columns = (image[0] == 0).nonzero().T
         found.append([rows.min(), columns.min(), rows.max() - rows.min() + 1, columns.max() - columns.min() + 1])
     random.setstate(random_state)
-    boxes = RandomErasing(3, 1.0).boxes(IDS, 0, 64)
+    boxes = RandomErasing(3, 1.0).boxes(IDS, 0, (64, 64))
     for ours, expected in zip(boxes.T, np.array(found).T, strict=True):
         assert ks_2samp(ours, expected).statistic < 0.05
 
 
 def test_only_the_box_changes_and_as_often_as_asked():
     erase, ids = RandomErasing(3, 0.25), IDS[:4000]
-    boxes, images = erase.boxes(ids, 2, 32), erased(ids, 2, 0.25)
+    boxes, images = erase.boxes(ids, 2, (32, 32)), erased(ids, 2, 0.25)
     assert abs((boxes[:, 2] > 0).mean() - 0.25) < 0.03
     for image, (top, left, height, width) in zip(images, boxes, strict=True):
         inside = torch.zeros(32, 32, dtype=torch.bool)
         inside[top : top + height, left : left + width] = True
         assert ((image != 9) == inside).all()
     assert erased(ids, 0, 0.0).eq(9).all()
+
+
+def test_boxes_of_a_rectangle_fit_and_cover_the_same_shares():
+    erase, size = RandomErasing(3, 1.0), (16, 64)
+    top, left, height, width = erase.boxes(IDS, 0, size).T
+    assert (top + height <= size[0]).all()
+    assert (left + width <= size[1]).all()
+    assert (top + height).max() == size[0]
+    assert (left + width).max() == size[1]
+    share = (height * width / (size[0] * size[1]))[height > 0]
+    assert 0.01 < share.min() < 0.03
+    assert 0.3 < share.max() < 0.35
+    images = erase(torch.full((9, 1, *size), 9.0), IDS[:9], 0)
+    assert [int((image != 9).sum()) for image in images] == (height * width)[:9].tolist()
 
 
 def test_noise_is_standard_normal_and_independent():

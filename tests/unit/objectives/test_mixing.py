@@ -10,7 +10,7 @@ from tests.oracles import oracle
 
 
 def draws(count: int) -> list[Mix]:
-    return [draw_mix(5, step, slot=0, size=24, mixup=0.8, cutmix=1.0) for step in range(count)]
+    return [draw_mix(5, step, slot=0, size=(24, 24), mixup=0.8, cutmix=1.0) for step in range(count)]
 
 
 def test_mixing_is_timms(monkeypatch):
@@ -48,6 +48,20 @@ def test_cutmix_keeps_the_share_it_pastes():
     assert kinds == {True, False}
 
 
+def test_boxes_of_a_rectangle_are_rectangles_like_it():
+    size, kept = (8, 32), []
+    for step in range(200):
+        mix = draw_mix(5, step, 0, size, mixup=0.0, cutmix=1.0)
+        top, bottom, left, right = mix.box
+        assert 0 <= top <= bottom <= 8
+        assert 0 <= left <= right <= 32
+        ones = torch.stack([torch.ones(3, *size), torch.zeros(3, *size)])
+        assert mix.apply(ones)[0].mean().item() == pytest.approx(mix.share, abs=1e-6)
+        kept.append((bottom, right))
+    assert max(bottom for bottom, _ in kept) == 8
+    assert max(right for _, right in kept) == 32
+
+
 def test_no_mixing_leaves_images_alone():
     x = torch.rand(4, 3, 8, 8)
-    assert draw_mix(0, 0, 0, 8, mixup=0.0, cutmix=0.0).apply(x) is x
+    assert draw_mix(0, 0, 0, (8, 8), mixup=0.0, cutmix=0.0).apply(x) is x

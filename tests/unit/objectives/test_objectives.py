@@ -1,5 +1,8 @@
 """Both objectives: what a mask, a loss and drop path depend on."""
 
+import json
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,8 @@ from pipeline.objectives.classification import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.objectives.mixing import draw_mix
 from pipeline.objectives.pixels import normalise
-from pipeline.recipe import load_recipe
+from pipeline.recipe import StageRecipe, load_recipe
+from pipeline.recipe.image_size import height_and_width
 from tests.support import write_tiny_recipe
 
 
@@ -26,7 +30,9 @@ def batch(slots=(0, 1), size=8, pixels=16, epoch=0):
     n = len(slots) * size
     generator = torch.Generator().manual_seed(1)
     ids = torch.cat([torch.arange(s * size, (s + 1) * size) for s in slots])
-    images = torch.randint(0, 256, (4 * size, 3, pixels, pixels), generator=generator, dtype=torch.uint8)[ids]
+    images = torch.randint(0, 256, (4 * size, 3, *height_and_width(pixels)), generator=generator, dtype=torch.uint8)[
+        ids
+    ]
     return Batch(images, ids % 4, ids, epoch, tuple(slots), torch.ones(n, dtype=torch.bool))
 
 
@@ -47,6 +53,61 @@ def test_masks_change_with_the_epoch_and_cover_all_cells():
     assert not torch.equal(masks[0], masks[1])
     share = masks.float().mean((0, 1))
     assert (share - 30 / 49).abs().max() < 0.05
+
+
+BACKENDS = ("packed", "masked", *(["spconv"] if find_spec("spconv") else []))  # spconv is an extra
+
+
+def test_all_backends_pre_train_on_rectangles_alike(stages):
+    """Equal losses and gradients in float64, whichever cells are computed; the mask hides the share of all cells."""
+    results = {}
+    for backend in BACKENDS:
+        stage = changed(stages["pretrain"], data={"image_size": (16, 24)}, objective={"encoder_backend": backend})
+        objective = create_objective(stage, seed=5)
+        model = objective.build_model().double()
+        images = batch(pixels=(16, 24))
+        assert objective.mask(images).shape == (16, 4 * 6)
+        assert int((~objective.mask(images)).sum()) == 16 * 9
+        objective.loss(model, images, 1).backward()
+        results[backend] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        mask, painted = objective.paint(model, images)
+        assert painted.shape == images.images.shape
+        hidden = mask.view(-1, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(painted)
+        assert torch.equal(painted[~hidden], images.images[~hidden])
+    for backend in BACKENDS[1:]:
+        for name, gradient in results["packed"].items():
+            assert (results[backend][name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), (backend, name)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"name": "slak", "kernel_sizes": (7, 5), "small_kernel": 3, "width": 1.0},
+        {"name": "nextvit", "dims": (24, 48), "pattern": "CH", "stem_dim": 8, "head_dim": 8},
+    ],
+)
+@pytest.mark.parametrize("size", [(16, 40), (40, 16)])
+def test_every_family_trains_on_rectangles(stages, model, size):
+    stage = changed(stages["finetune"], data={"image_size": size, "erase_probability": 1.0}, model=model)
+    objective = create_objective(stage, seed=5)
+    network = objective.build_model()
+    loss = objective.loss(network, batch((1,), pixels=size), 3)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert objective.evaluate(network.eval(), batch((1,), pixels=size))["count"] == 8
+
+
+def changed(stage, **sections):
+    """The stage with other values in its sections."""
+    raw = stage.model_dump(mode="json")
+    for name, values in sections.items():
+        if "name" in values:  # another family
+            kept = {"depths": raw[name]["depths"], "dims": raw[name]["dims"], "stem_stride": raw[name]["stem_stride"]}
+            raw[name] = kept
+        raw[name] |= values
+    return StageRecipe.model_validate_json(json.dumps(raw))
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -77,7 +138,7 @@ def test_mixed_loss_equals_cross_entropy_with_the_soft_target(stages):
     model.head.weight.data.mul_(50)
     x = batch((2,), pixels=24)
     for step in range(6):
-        mix = draw_mix(5, step, 2, 24, stage.objective.mixup, stage.objective.cutmix)
+        mix = draw_mix(5, step, 2, (24, 24), stage.objective.mixup, stage.objective.cutmix)
         logits = model(mix.apply(normalise(x.images, torch.float64)))
         smooth = F.one_hot(x.labels, 4).double() * 0.9 + 0.1 / 4
         target = mix.share * smooth + (1 - mix.share) * smooth.flip(0)

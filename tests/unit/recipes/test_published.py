@@ -19,7 +19,7 @@ CHAINS = [name for name in included_recipes() if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
 NEEDS_NO_SOURCE = {"name", "previous", "objective.kind", "model.depths", "model.dims", "init.start"}
 # Not in the tables: the model's name and the previous stage are asserted by themselves, the rest nobody publishes.
-OURS = {"objective.kind", "model.name", "model.depths", "model.dims", "seed", "batch.slot", "data.normalize"}
+OURS = {"objective.kind", "model.name", "model.depths", "model.dims", "seed", "batch.slot"}
 # The others are this program's own, and off unless a recipe turns them on.
 PUBLISHED_SECTIONS = {"seed", "objective", "model", "data", "batch", "optimizer", "schedule", "ema", "handoff", "init",
                       "engine", "health"}  # fmt: skip
@@ -39,7 +39,7 @@ def expected(table, place):
 def assert_stage(stage, values):
     """These values, and no other that makes the experiment."""
     found = {field: value for field, value, _ in leaf_fields(stage)}
-    makes_it = {name for name, _, operational in leaf_fields(stage) if not operational}
+    makes_it = {name for name, _, operational in leaf_fields(stage, without_absent=True) if not operational}
     makes_it = {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS - {"health"}}
     assert makes_it - values.keys() <= OURS
     for field, value in values.items():
@@ -121,7 +121,7 @@ def test_every_value_has_a_source_and_every_conflict_is_listed(name):
     path = find_recipe(name)
     given, comments = value_sources(path), []
     for stage_name, stage in load_recipe(path).stages.items():
-        for field, _, is_operational in leaf_fields(stage):
+        for field, _, is_operational in leaf_fields(stage, without_absent=True):
             if is_operational or field in NEEDS_NO_SOURCE or field.partition(".")[0] not in PUBLISHED_SECTIONS:
                 continue
             source = given.get(f"stages.{stage_name}.{field}") or given.get(field)

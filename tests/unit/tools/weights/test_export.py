@@ -184,13 +184,14 @@ def test_an_exported_file_says_how_its_images_are_normalised(tmp_path, exported)
 
     plain = {"in_channels": 3, "image_size": [64, 64], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert described(exported[0]) == plain
-    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "image_size": 32, "classes": ["a", "b", "c"]}
+    facts = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "image_size": [32, 64], "classes": ["a", "b", "c"]}
     write_weights(tmp_path / "w.safetensors", weights(CLASSIFIER), facts)
     export(tmp_path / "w.safetensors", tmp_path / "m.onnx", "onnx")
-    assert described(tmp_path / "m.onnx") == {"in_channels": 3, **facts, "image_size": [32, 32]}
+    assert described(tmp_path / "m.onnx") == {"in_channels": 3, **facts}
     export(tmp_path / "w.safetensors", tmp_path / "timm", "timm")
     config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
     assert (config["mean"], config["std"]) == (facts["mean"], facts["std"])
+    assert config["input_size"] == [3, 32, 64]
     export(tmp_path / "w.safetensors", tmp_path / "copy.safetensors", "safetensors")
     assert read_facts(tmp_path / "copy.safetensors")["mean"] == facts["mean"]
 

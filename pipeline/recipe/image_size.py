@@ -1,0 +1,35 @@
+"""The size of a network's input: the edge of a square, or height and width."""
+
+import re
+from collections.abc import Sequence
+
+ImageSize = int | tuple[int, int]
+"""Pixels: the edge of a square, or (height, width) of another rectangle."""
+
+
+def read_image_size(value: object) -> ImageSize:
+    """Read a size as recipes, files and the command line write it: 224, [192, 256], "224" or "192x256".
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"([1-9]\d{0,6})(?:[x,]([1-9]\d{0,6}))?", value.strip())
+        sides = [int(side) for side in match.groups() if side] if match else []
+    else:
+        sides = list(value) if isinstance(value, list | tuple) else [value]
+    if len(sides) not in (1, 2) or not all(type(side) is int and side >= 1 for side in sides):
+        raise ValueError(f"{value!r} is no size; give the edge of a square, or height and width, in pixels from 1 on")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
+
+
+def height_and_width(size: ImageSize | Sequence[int]) -> tuple[int, int]:
+    """Return both sides in pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def describe_size(size: ImageSize | Sequence[int]) -> str:
+    """Write a size as "224", or as "192x256", height first."""
+    height, width = height_and_width(size)
+    return f"{height}" if height == width else f"{height}x{width}"
