@@ -32,6 +32,8 @@ def resolve_normalization(recipe: ChainRecipe, started: ChainRecipe | None = Non
             resolved = stages[before.name].data.normalize if before else _of_weights(stage)
         else:
             resolved = normalize
+        if isinstance(resolved, ChannelStatistics) and len(resolved.mean) > stage.model.in_channels:
+            resolved = resolved.for_channels(stage.model.in_channels)  # a stage of colour is before one of grey
         stages[name] = _with_normalize(stage, resolved)
     return recipe.model_copy(update={"stages": stages})
 
@@ -57,7 +59,8 @@ def _measured(stage: StageRecipe) -> ChannelStatistics:
             f"stage {stage.name}: data.normalize is measured, but data.train is the URL {data.train}; measure a copy"
             " on this machine, and give its numbers as data.normalize={mean: [...], std: [...]}"
         )
-    return measure_channels(select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed))
+    subset = select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed)
+    return measure_channels(subset, stage.model.in_channels)
 
 
 def _of_weights(stage: StageRecipe) -> ChannelStatistics | None:
@@ -65,7 +68,7 @@ def _of_weights(stage: StageRecipe) -> ChannelStatistics | None:
     if stage.init.weights is None:
         return None
     try:
-        statistics = ChannelStatistics.of_weights(read_facts(stage.init.weights))
+        statistics = ChannelStatistics.of_weights(read_facts(stage.init.weights), stage.model.in_channels)
     except CheckpointError:  # a file of another program, or none: `check_weights` says so
         return None
-    return None if statistics == IMAGENET else statistics
+    return None if statistics == IMAGENET.for_channels(stage.model.in_channels) else statistics

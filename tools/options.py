@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, each with its help text."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +51,10 @@ def image_size_option(help: str) -> Any:
     return typer.Option(metavar="PIXELS", parser=_image_size, help=f"{help} HEIGHTxWIDTH for a rectangle.")
 
 
+ChannelAdaptation = Annotated[
+    Literal["sum", "repeat"] | None,
+    typer.Option(help="Change the input channels of the weights: sum makes one of three, repeat three of one."),
+]
 EntryKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="The entry of a checkpoint file to read, such as model_ema.")
 ]

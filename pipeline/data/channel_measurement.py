@@ -12,11 +12,14 @@ from pipeline.recipe.channel_statistics import ChannelStatistics
 
 MOST_IMAGES = 10_000  # enough for the fourth decimal of a mean
 _SIDE, _BATCH = 64, 64
+_GREY = np.array([19595, 38470, 7471])  # Pillow's weights of red, green and blue, in 65536ths
 _LEVELS = np.arange(256, dtype=np.int64)
 
 
-def measure_channels(data: Subset, workers: int = 1) -> ChannelStatistics:
+def measure_channels(data: Subset, channels: int = 3, workers: int = 1) -> ChannelStatistics:
     """Measure the images that take part, or 10,000 of them if there are more, chosen by a hash of their number.
+
+    channels: 3, or 1 to measure them as Pillow's mode L shows them.
 
     Every image counts alike: it is squashed to 64 x 64 pixels. Sums are of integers and the result is rounded to four
     decimals, so the numbers depend on the images alone.
@@ -27,11 +30,13 @@ def measure_channels(data: Subset, workers: int = 1) -> ChannelStatistics:
     ids = np.arange(data.beton.samples) if data.ids is None else data.ids
     if len(ids) > MOST_IMAGES:
         ids = np.sort(ids[np.argsort(key(0, ids, Purpose.MEASURE), kind="stable")[:MOST_IMAGES]])
-    counts = np.zeros((3, 256), np.int64)
+    counts = np.zeros((channels, 256), np.int64)
     decoder = ImageDecoder(workers, 3 * data.beton.max_height * data.beton.max_width)
     try:
         for first in range(0, len(ids), _BATCH):
             images = _decoded(data, ids[first : first + _BATCH], decoder)
+            if channels == 1:
+                images = (images @ _GREY + 0x8000 >> 16)[..., None]
             for channel, of_levels in enumerate(counts):
                 of_levels += np.bincount(images[..., channel].reshape(-1), minlength=256)
     finally:

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe.sections import Settings, operational
+from pipeline.recipe.settings import Settings, added, operational
 
 
 class ModelSettings(Settings):
@@ -16,6 +16,8 @@ class ModelSettings(Settings):
     """Blocks of each stage; None is the named size's."""
     dims: tuple[int, ...] | None = None
     """Channels of each stage."""
+    in_channels: int = added(3)
+    """Channels of the input: 3; or 1, for which images become grey on the device."""
     stem_stride: int = Field(4, ge=1)
     """Edge of a stem patch in pixels."""
     checkpointing: bool = operational(False)
@@ -40,6 +42,19 @@ class ModelSettings(Settings):
         """The arguments of `create_model` other than the name."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
         return {name: value for name, value in fields.items() if name not in ("depths", "dims") or value is not None}
+
+    @property
+    def weights_facts(self) -> dict[str, Any]:
+        """The model's entry in the facts of a weights file."""
+        left_out = {"checkpointing"} if self.in_channels != 3 else {"checkpointing", "in_channels"}
+        return self.model_dump(mode="json", exclude=left_out)
+
+    @field_validator("in_channels")
+    @classmethod
+    def _check_channels(cls, count: int) -> int:
+        if count not in (1, 3):
+            raise ValueError(f"{count} is not supported: images are stored in colour; set it to 3, or to 1 for grey")
+        return count
 
     @model_validator(mode="after")
     def _check_size(self) -> "ModelSettings":

@@ -76,6 +76,7 @@ class StageRecipe(Settings):
                 f"data.image_size {describe_size(size)} is less than the stride of the model, {self.model.stride};"
                 " choose a larger one, or a smaller model.stem_stride"
             )
+        self._check_channels()
         groupable = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
         if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
             raise ValueError("optimizer.layer_decay_groups is group, which only ConvNeXt has; set it to single")
@@ -89,6 +90,19 @@ class StageRecipe(Settings):
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         return self
+
+    def _check_channels(self) -> None:
+        channels, normalize, adapted = self.model.in_channels, self.data.normalize, self.init.channels
+        if isinstance(normalize, ChannelStatistics) and len(normalize.mean) > channels:
+            raise ValueError(
+                f"data.normalize {normalize} is for three channels but model.in_channels is 1; give one number each,"
+                f" such as {normalize.for_channels(1)}"
+            )
+        if adapted != "keep" and channels != {"sum": 1, "repeat": 3}[adapted]:
+            raise ValueError(
+                f"init.channels is {adapted}, which does not give the {channels} channels of model.in_channels; set it"
+                f" to {'repeat' if channels == 3 else 'sum'}, or to keep"
+            )
 
     def _check_sparsity(self, sparsity: SparsitySettings) -> None:
         if self.engine.kind == "deepspeed":
@@ -158,7 +172,8 @@ class StageRecipe(Settings):
     def channel_statistics(self) -> ChannelStatistics:
         """The means and deviations that images are normalised with; ImageNet's until measured ones are resolved."""
         normalize = self.data.normalize
-        return normalize if isinstance(normalize, ChannelStatistics) else IMAGENET
+        statistics = normalize if isinstance(normalize, ChannelStatistics) else IMAGENET
+        return statistics.for_channels(self.model.in_channels)
 
     def check_world_size(self, world_size: int) -> None:
         """Check that the slots divide evenly into micro-batches over `world_size` ranks.
@@ -213,6 +228,13 @@ class ChainRecipe(Settings):
                     f"stages.{name}.model.name is {stage.model.name} but the stage before hands on a"
                     f" {before.model.name}; make them one family, or init.start scratch"
                 )
+            if before is not None and stage.init.channels == "keep":
+                ours, theirs = stage.model.in_channels, before.model.in_channels
+                if ours != theirs:
+                    raise ValueError(
+                        f"stages.{name}.model.in_channels is {ours} but the stage before hands on weights for {theirs};"
+                        f" make them equal, or set stages.{name}.init.channels to {'sum' if ours == 1 else 'repeat'}"
+                    )
             if (
                 stage.init.head == "map"
                 and stage.init.weights is None

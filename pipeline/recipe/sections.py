@@ -231,6 +231,9 @@ class InitSettings(Settings):
     start."""
     head: Literal["new", "keep", "map"] = "new"
     """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name."""
+    channels: Literal["keep", "sum", "repeat"] = added("keep")
+    """Where the weights have another number of input channels than the model: sum makes one channel of the stem's
+    three; repeat makes three of one, each with a third of it."""
     response: Literal["keep", "new"] = "keep"
     """The normalisation of the blocks' channels: keep that of the weights, or drop it for a new one, where
     `model.response` names another."""

@@ -18,6 +18,7 @@ from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
 from pipeline.weights.foreign import decode_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head
+from pipeline.weights.input_channels import match_channels
 from pipeline.weights.safetensors_file import read_bytes, read_facts, read_weights, write_weights
 from pipeline.weights.transfer import Transfer, plan_transfer
 
@@ -62,6 +63,14 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         return None
     path, sha256, weights = source
     _check_statistics(stage.recipe, path)
+    how = None if stage.recipe.init.channels == "keep" else stage.recipe.init.channels
+    weights = match_channels(
+        weights,
+        stage.recipe.model.in_channels,
+        how,
+        source=f"stage {stage.recipe.name}: {path}",
+        option="init.channels",
+    )
     weights, drop, fresh = objective.adapt_weights(weights)
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
@@ -97,7 +106,7 @@ def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, T
 def _check_statistics(recipe: StageRecipe, path: str) -> None:
     """Refuse weights that expect images normalised otherwise, unless the recipe asks for it."""
     try:
-        expected = ChannelStatistics.of_weights(read_facts(path))
+        expected = ChannelStatistics.of_weights(read_facts(path), recipe.model.in_channels)
     except CheckpointError:  # foreign weights have no facts
         return
     if recipe.data.normalize is None and expected != recipe.channel_statistics:
@@ -144,7 +153,7 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
     facts = {
         "stage": recipe.name,
         "objective": recipe.objective.kind,
-        "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
+        "model": recipe.model.weights_facts,
         "image_size": recipe.data.image_size,
         **recipe.channel_statistics.facts,
         "weights": recipe.handoff,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, UserError, first_line
 from pipeline.models import create_model
-from pipeline.objectives.pixels import levels
+from pipeline.objectives.pixels import grey_levels, levels
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
@@ -45,7 +45,8 @@ class AnalyzedModel:
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise uint8 images (N, 3, H, W) for the model, on its device."""
         parameter = next(self.network.parameters())
-        mean, std = (torch.tensor(values).to(parameter).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        images = grey_levels(images) if len(self.mean) == 1 else images
+        mean, std = (torch.tensor(values).to(parameter).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (images.to(parameter) - mean) / std
 
     def facts(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.options import Json, Processes, file_option, image_size_option
+from tools.options import ChannelAdaptation, Json, Processes, file_option, image_size_option
 
 
 def evaluate_weights(
@@ -21,6 +21,7 @@ def evaluate_weights(
     ema: Annotated[bool | None, typer.Option("--ema/--raw",
         help="Where both exist: the moving average, or the raw weights.")] = None,
     nproc: Processes = 1,
+    channels: ChannelAdaptation = None,
     classes: Annotated[str | None, file_option(
         "Class names of the outputs, if WEIGHTS lacks them: lines, JSON list, or .beton file.")] = None,
     real: Annotated[str | None, file_option(
@@ -42,8 +43,8 @@ def evaluate_weights(
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 
     request = EvaluationRequest(
-        weights, data, image_size=image_size, crop_pct=crop_pct, ema=ema, classes=classes, real=real, knn=knn,
-        all_outputs=all_outputs, batch=batch, bf16=bf16,
+        weights, data, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
+        real=real, knn=knn, all_outputs=all_outputs, batch=batch, bf16=bf16,
     )  # fmt: skip
     result = run_evaluation(request, nproc)
     comparisons = [] if knn else compare_with_published(result, "real" if real else benchmark, chain)

@@ -17,6 +17,7 @@ from pipeline.recipe.image_size import ImageSize, describe_size, height_and_widt
 from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
+from pipeline.weights.input_channels import Adaptation
 from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.knn import Neighbours, collect_features
 from tools.predict.image_model import ImageModel, load_image_model
@@ -33,6 +34,8 @@ class EvaluationRequest:
     image_size: ImageSize | None = None
     crop_pct: float | None = None
     ema: bool | None = None
+    channels: Adaptation | None = None
+    """How the weights are adapted to another number of input channels."""
     classes: str | None = None
     """File with the class names of the classifier's outputs."""
     real: str | None = None
@@ -130,7 +133,11 @@ def _run_spawned(rank: int, processes: int, port: int, request: EvaluationReques
 
 def _evaluate(request: EvaluationRequest) -> EvaluationResult:
     loaded = load_image_model(
-        request.weights, ema=request.ema, image_size=request.image_size, crop_pct=request.crop_pct
+        request.weights,
+        ema=request.ema,
+        image_size=request.image_size,
+        crop_pct=request.crop_pct,
+        channels=request.channels,
     )
     beton = open_beton(request.data)
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)

@@ -15,6 +15,7 @@ from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, height_and_width, read_image_size
+from pipeline.weights.input_channels import Adaptation
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
@@ -165,6 +166,7 @@ def load_image_model(
     image_size: ImageSize | None = None,
     crop_pct: float | None = None,
     class_names: tuple[str, ...] | None = None,
+    channels: Adaptation | None = None,
 ) -> ImageModel:
     """Load weights as a model on the CPU.
 
@@ -173,20 +175,32 @@ def load_image_model(
         image_size: pixels, the edge of a square or (height, width). Default: that of the stage or the file, or 224.
         crop_pct: default: that of the stage if the size is the stage's, else see `default_crop`.
         class_names: of the outputs, instead of those in the file.
+        channels: "sum" makes one input channel of three, "repeat" three of one, see `adapt_channels`.
 
     Raises:
-        CheckpointError: if `class_names` are not as many as the outputs.
+        CheckpointError: if `class_names` are not as many as the outputs, or the weights are for images of other than
+            one or three channels.
+        UserError: if `image_size` is no size.
     """
     from pipeline.stage.directory import Stage  # not above, because they take longer to import than the rest
-    from tools.weights.model import build_model, open_weights
+    from tools.weights.model import build_model, open_weights, with_channels
 
     opened = open_weights(str(path), ema=ema)
+    opened = with_channels(opened, channels) if channels else opened
     facts = opened.facts
-    size = read_image_size(image_size or facts.get("image_size") or _size_in_name(str(path)) or 224)
+    try:
+        size = read_image_size(image_size or facts.get("image_size") or _size_in_name(str(path)) or 224)
+    except ValueError as error:
+        raise UserError(f"image_size: {error}") from None
     if crop_pct is None and opened.stage is not None:
         data = Stage(opened.stage).recipe.data
         crop_pct = data.crop_pct if size == data.image_size else None
     network = build_model(opened.tensors, facts.get("model"), opened.source)
+    if network.in_channels not in (1, 3):
+        raise CheckpointError(
+            f"{path} has weights for images of {network.in_channels} channels; images have 3, or 1 if they are grey, so"
+            " hand over weights for one of these"
+        )
     names = class_names or tuple(facts.get("classes") or ()) or None
     if class_names and len(class_names) != network.num_classes:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.options import EntryKey, Overwrite, image_size_option
+from tools.options import ChannelAdaptation, EntryKey, Overwrite, image_size_option
 
 
 def convert_weights(
@@ -27,13 +27,15 @@ def convert_weights(
             help="With --head map: two files of class names, one a line, as a JSON list, or .beton files.",
         ),
     ] = None,
+    channels: ChannelAdaptation = None,
     entry: EntryKey = None,
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Rename and reshape weights from one layout to another. Every tensor is accounted for."""
     from tools.weights.convert import convert
 
-    print(convert(source, destination, to, head=head, classes=classes, entry=entry, overwrite=overwrite))
+    options = {"channels": channels, "entry": entry, "overwrite": overwrite}
+    print(convert(source, destination, to, head=head, classes=classes, **options))
 
 
 def export_weights(

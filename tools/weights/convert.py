@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head, read_class_names
 from pipeline.weights.inference import infer_architecture
+from pipeline.weights.input_channels import Adaptation, adapt_channels
 from pipeline.weights.safetensors_file import FACTS, canonical, read_facts, safetensors_bytes, write_bytes
 
 Head = Literal["keep", "drop", "map"]
@@ -46,6 +48,7 @@ def convert(
     *,
     head: Head = "keep",
     classes: tuple[Path, Path] | None = None,
+    channels: Adaptation | None = None,
     entry: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
@@ -59,6 +62,7 @@ def convert(
         head: "keep", "drop" or "map". Drop removes a classifier's head or FCMAE's decoder; the encoder then has the
             names of the released ones. Map moves the head's rows to other classes by name.
         classes: for "map", the files of class names of the source and of the destination.
+        channels: "sum" or "repeat" change the number of input channels, see `adapt_channels`.
         entry: see `load_weights`.
 
     Raises:
@@ -67,7 +71,8 @@ def convert(
     check_destination(destination, (".safetensors", *PICKLES), overwrite)
     loaded = load_weights(source, entry)
     refuse_unpublished_options(source, loaded.report.architecture.unrecorded_options)
-    tensors, dropped, match = change_head(loaded.tensors, head, classes)
+    tensors = adapt_channels(loaded.tensors, channels) if channels else loaded.tensors
+    tensors, dropped, match = change_head(tensors, head, classes)
     architecture = architecture_of(tensors)
     tensors, unsupported = from_internal(tensors, architecture, to)
     report = replace(loaded.report, dropped=(*loaded.report.dropped, *dropped, *unsupported))
@@ -157,7 +162,16 @@ def output_facts(
     elif not architecture.classes:
         known.pop("classes", None)
     shape = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(architecture).items()}
-    return {**known, "layout": layout, "architecture": shape}
+    return {**facts_for_channels(known, architecture.in_channels), "layout": layout, "architecture": shape}
+
+
+def facts_for_channels(facts: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return facts of weights, changed to another number of input channels if they name one."""
+    changed, model = dict(facts), facts.get("model")
+    if isinstance(model, dict) and model.get("in_channels", 3) != channels:
+        changed["model"] = {**model, "in_channels": channels}
+        changed |= ChannelStatistics.of_weights(facts, channels).facts
+    return changed
 
 
 def known_facts(source: str | os.PathLike) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from pipeline.training.saving import checkpoint_home
 from pipeline.weights.architecture import COUNTER
 from pipeline.weights.foreign import MissingEntryError, load_weights
 from pipeline.weights.heads import head_names
+from pipeline.weights.input_channels import Adaptation, adapt_channels, input_channels
 from pipeline.weights.safetensors_file import read_weights
 from tools.weights.checkpoint_weights import read_checkpoint_weights
-from tools.weights.convert import architecture_of, known_facts
+from tools.weights.convert import architecture_of, facts_for_channels, known_facts
 
 EMA_ENTRIES, RAW_ENTRIES = ("model_ema", "state_dict_ema"), ("model", "state_dict")  # keys in checkpoint files
 
@@ -110,12 +111,25 @@ def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
     facts = {
         "classes": recipe.data.classes,
         **known_facts(stage.directory / WEIGHTS_FILE),
-        "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}),
+        "model": recipe.model.weights_facts,
         "image_size": recipe.data.image_size,
         **recipe.channel_statistics.facts,
     }
     which = f"{'ema' if average else 'model'} of {committed[-1]}"
     return OpenedWeights(read_checkpoint_weights(url, average)[0], facts, which, url, stage.directory)
+
+
+def with_channels(opened: OpenedWeights, how: Adaptation) -> OpenedWeights:
+    """Adapt opened weights and their facts to another number of input channels, see `adapt_channels`.
+
+    Raises:
+        CheckpointError: as `adapt_channels`, with the name of the file.
+    """
+    try:
+        tensors = adapt_channels(opened.tensors, how)
+    except CheckpointError as error:
+        raise CheckpointError(f"{opened.source}: {error}") from None
+    return opened._replace(tensors=tensors, facts=facts_for_channels(opened.facts, input_channels(tensors)))
 
 
 def build_model(

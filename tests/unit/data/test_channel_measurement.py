@@ -46,6 +46,15 @@ def test_they_depend_neither_on_threads_nor_on_batches(beton, monkeypatch):
     assert measure_channels(Subset(beton), workers=3) == expected
 
 
+def test_grey_numbers_are_those_of_pillows_levels(beton):
+    from tests.support import squashed_images
+
+    levels = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in squashed_images(beton, 64)]) / 255
+    found = measure_channels(Subset(beton), channels=1)
+    assert len(found.mean) == 1
+    np.testing.assert_allclose([*found.mean, *found.std], [levels.mean(), levels.std()], atol=6e-5)
+
+
 def test_only_images_that_take_part_are_measured_and_of_many_a_part(beton, monkeypatch):
     part = select_subset(beton, classes=CLASSES[:1])
     assert measure_channels(part) != measure_channels(Subset(beton))

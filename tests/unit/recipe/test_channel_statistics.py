@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.errors import RecipeError
-from pipeline.objectives.pixels import denormalise, normalise
+from pipeline.objectives.pixels import denormalise, grey_levels, normalise
 from pipeline.recipe import changed_fields, load_recipe
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from tests.support import write_tiny_recipe
@@ -58,7 +60,7 @@ def test_imagenets_numbers_are_the_default_and_leave_the_fingerprint(recipe_file
     assert plain.fingerprint() == named.fingerprint()
     assert changed_fields(plain, named) == ([], [])
     other = stage(recipe_file, "{mean: [0.5], std: [0.25]}")
-    assert other.channel_statistics.mean == (0.5,)
+    assert other.channel_statistics.mean == (0.5, 0.5, 0.5)
     assert other.fingerprint() != plain.fingerprint()
     changes, operational = changed_fields(plain, other)
     assert changes == ["data.normalize.mean: None -> [0.5]", "data.normalize.std: None -> [0.25]"]
@@ -71,6 +73,33 @@ def test_imagenets_pixels_are_those_of_the_plain_formula():
     assert torch.equal(normalise(pixels, torch.float64), (pixels - mean) / std)
     for statistics in (IMAGENET, COLOUR, GREY.for_channels(3)):
         assert torch.equal(denormalise(normalise(pixels, torch.float32, statistics), statistics), pixels)
+
+
+def test_grey_models_have_grey_statistics(recipe_file):
+    grey = ["defaults.model.in_channels=1"]
+    assert load_recipe(recipe_file, grey).stages["finetune"].channel_statistics.mean == (0.449,)
+    one = load_recipe(recipe_file, [*grey, "defaults.data.normalize={mean: [0.5], std: [0.25]}"])
+    assert one.stages["finetune"].channel_statistics == GREY
+    three = "defaults.data.normalize={mean: [0.4, 0.5, 0.6], std: [0.2, 0.2, 0.2]}"
+    with pytest.raises(
+        RecipeError, match=r"in_channels is 1; give one number each, such as {mean: \[0.5\], std: \[0.2\]}"
+    ):
+        load_recipe(recipe_file, [*grey, three])
+    colour, plain = (load_recipe(recipe_file, o).stages["finetune"] for o in (["defaults.model.in_channels=3"], []))
+    assert colour.fingerprint() == plain.fingerprint()
+    assert "in_channels" not in plain.model.weights_facts
+    assert load_recipe(recipe_file, grey).stages["finetune"].fingerprint() != plain.fingerprint()
+
+
+def test_grey_levels_are_pillows():
+    pixels = torch.randint(0, 256, (3, 40, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = np.asarray(Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L"))
+    assert np.array_equal(grey_levels(pixels[None])[0, 0].numpy(), expected)
+    every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 4, 256)
+    assert torch.equal(grey_levels(every), every[:, :1])
+    grey = normalise(pixels[None], torch.float32, GREY)
+    assert grey.shape == (1, 1, 40, 50)
+    assert torch.equal(denormalise(grey, GREY), grey_levels(pixels[None]).expand(-1, 3, -1, -1))
 
 
 def test_fill_colours_and_channels():

@@ -96,6 +96,18 @@ def test_weights_of_another_shape_are_one_sentence(begin, pretrained):
         handoff.receive(stage, engine, objective, CLASSES)
 
 
+def test_weights_of_another_number_of_channels_are_one_sentence_or_adapted(begin, pretrained):
+    path, expected = pretrained
+    grey = ["stages.pretrain=null", f"init={path}", "defaults.model.in_channels=1"]
+    stage, engine, objective = begin("intermediate", *grey)
+    with pytest.raises(CheckpointError, match=r"images of 3 channels, and the model takes 1; .* init.channels sum, or"):
+        handoff.receive(stage, engine, objective, CLASSES)
+    stage, engine, objective = begin("intermediate", *grey, "stages.intermediate.init.channels=sum")
+    handoff.receive(stage, engine, objective, CLASSES)
+    stem = "downsample_layers.0.0.weight"
+    assert torch.equal(engine.items()[stem], expected[f"encoder.{stem}"].sum(1, keepdim=True))
+
+
 def test_a_head_cannot_be_mapped_from_weights_without_class_names(begin, pretrained, tmp_path):
     path, _ = pretrained
     change = ["stages.pretrain=null", f"init={path}", "stages.intermediate.init.head=map"]

@@ -1,0 +1,77 @@
+"""Adapt weights to a model with another number of input channels: one for grey images, or three."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+
+Adaptation = Literal["sum", "repeat"]
+"""sum: one input channel of three. repeat: three of one."""
+_STEMS = ("downsample_layers.0.0.weight", "stem.0.conv.weight")
+_RESULT = {"sum": (3, 1), "repeat": (1, 3)}
+
+
+def input_channels(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return how many channels the images of these internal tensors have; None without a stem."""
+    stem = _stem(tensors)
+    return tensors[stem].shape[1] if stem else None
+
+
+def match_channels(
+    tensors: Mapping[str, Tensor], channels: int, how: Adaptation | None, *, source: str, option: str
+) -> dict[str, Tensor]:
+    """Adapt weights to a model of so many input channels, if they have another number.
+
+    Args:
+        how: None adapts nothing.
+        source: the file's name, for errors.
+        option: what the user sets to adapt weights.
+
+    Raises:
+        CheckpointError: if they need another adaptation than `how`.
+    """
+    given = input_channels(tensors)
+    if given in (None, channels):
+        return dict(tensors)
+    needed = next((name for name, pair in _RESULT.items() if pair == (given, channels)), None)
+    if needed is None:
+        raise CheckpointError(
+            f"{source} has weights for images of {given} channels, which nothing here adapts to {channels}; images have"
+            " 3 channels, or 1 if they are grey, so hand over weights for one of these"
+        )
+    if how != needed:
+        raise CheckpointError(
+            f"{source} has weights for images of {given} channel{'s' if given > 1 else ''}, and the model takes"
+            f" {channels}; adapt them by {option} {needed}, or use a model of {given}"
+        )
+    return adapt_channels(tensors, needed)
+
+
+def adapt_channels(tensors: Mapping[str, Tensor], how: Adaptation) -> dict[str, Tensor]:
+    """Sum the stem's weights over three channels, or repeat a third of those of one.
+
+    Both leave the features of an image whose normalised channels are equal. A decoder predicts the mean of the three
+    channels, or the same three times.
+
+    Raises:
+        CheckpointError: if the weights have another number of channels than `how` starts from.
+    """
+    given, _ = _RESULT[how]
+    if (actual := input_channels(tensors)) != given:
+        raise CheckpointError(
+            f"the weights are for images of {actual} channels, and --channels {how} needs {given}; leave it out"
+        )
+    adapted, stem = dict(tensors), _stem(tensors)
+    weight = tensors[stem]
+    adapted[stem] = weight.sum(1, keepdim=True) if how == "sum" else weight.repeat(1, 3, 1, 1) / 3
+    for name in ("pred.weight", "pred.bias"):
+        if name in tensors:  # channels run fastest, see `pipeline.models.fcmae.patchify`
+            value = tensors[name]
+            adapted[name] = value.unflatten(0, (-1, 3)).mean(1) if how == "sum" else value.repeat_interleave(3, 0)
+    return adapted
+
+
+def _stem(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name in tensors if name.removeprefix("encoder.") in _STEMS), None)
