@@ -23,7 +23,7 @@ class FCMAEOutput(NamedTuple):
     loss: Tensor
     """Scalar: the mean over the hidden cells."""
     prediction: Tensor
-    """(N, cell*cell*3, h, w)."""
+    """(N, cell*cell*C, h, w) for images of C channels."""
 
 
 class FCMAE(nn.Module):
