@@ -55,7 +55,7 @@ def test_boxes_of_a_rectangle_fit_and_cover_the_same_shares():
     assert (left + width).max() == size[1]
     share = (height * width / (size[0] * size[1]))[height > 0]
     assert 0.01 < share.min() < 0.03
-    assert 0.3 < share.max() < 0.35
+    assert 0.3 < share.max() < 0.36  # a third, and rounding
     images = erase(torch.full((9, 1, *size), 9.0), IDS[:9], 0)
     assert [int((image != 9).sum()) for image in images] == (height * width)[:9].tolist()
 
