@@ -15,6 +15,7 @@ from tools.analyze import commands as analyze
 from tools.estimate.commands import estimate_cost
 from tools.evaluate.commands import evaluate_weights
 from tools.options import Json
+from tools.predict.commands import embed_images, predict_classes
 from tools.prepare.commands import prepare_images
 from tools.recipes import commands as recipes
 from tools.report.commands import report_runs
@@ -67,6 +68,8 @@ COMMANDS = {
     "times": (runs.show_times, TRAIN),
     "report": (report_runs, RESULTS),
     "evaluate": (evaluate_weights, RESULTS),
+    "predict": (predict_classes, RESULTS),
+    "embed": (embed_images, RESULTS),
     "verify": (verify_path, RESULTS),
     "convert": (convert_weights, RESULTS),
     "export": (export_weights, RESULTS),

@@ -140,7 +140,7 @@ def test_one_picture_is_the_same_in_every_form(place):
         (np.zeros(8, np.uint8), r"of shape \(8,\) shows no image"),
         (np.zeros((0, 8, 3), np.uint8), "shows no image"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"of shape \(8, 3, 8\) shows no image"),
-        (b"no image", "image cannot be read: no image file"),
+        (b"no image", "image cannot be read: not an image"),
         ("nowhere.jpg", "image nowhere.jpg does not exist"),
         (".", "is a folder"),
     ],

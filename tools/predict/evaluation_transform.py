@@ -3,8 +3,7 @@
 import io
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, height_and_width
+from tools.prepare.image_pixels import ReadingSettings, pixels_of
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 """A path, the bytes of an image file, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
@@ -35,6 +35,8 @@ class EvaluationTransform:
     """The result's side as a share of the resized image's short side; 1 squashes the whole image to a square."""
     statistics: ChannelStatistics = IMAGENET
     """By which the network's input is normalised."""
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
+    """How an image of any mode, depth and orientation becomes RGB; as preparation does it."""
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Return the normalised input of the network, float32 (3, H, W).
@@ -50,22 +52,22 @@ class EvaluationTransform:
         Raises:
             DataError: as `__call__`.
         """
+        return self.resized(rgb_pixels(image, self.reading))
+
+    def resized(self, rgb: np.ndarray) -> Tensor:
+        """Resize and crop RGB pixels, uint8 (H, W, 3), as `pixels` does; returns uint8 (3, H, W)."""
         from pipeline.data.resample import resized_crop  # numba takes half a second to import
 
-        rgb = rgb_pixels(image)
         height, width = rgb.shape[:2]
-        plan = self._plan(0, np.zeros(1, np.int64), np.array([height]), np.array([width]))[0]
-        box = [int(plan[name]) for name in ("top", "left", "height", "width", "full_height", "full_width", "y0", "x0")]
+        plan = EvaluationPlan(self.image_size, self.crop_pct)
+        row = plan(0, np.zeros(1, np.int64), np.array([height]), np.array([width]))[0]
+        box = [int(row[name]) for name in ("top", "left", "height", "width", "full_height", "full_width", "y0", "x0")]
         out = np.empty((*height_and_width(self.image_size), 3), np.uint8)
         resized_crop(rgb, *box, out, False)
         return torch.from_numpy(out).permute(2, 0, 1)
 
-    @cached_property
-    def _plan(self) -> EvaluationPlan:
-        return EvaluationPlan(self.image_size, self.crop_pct)
 
-
-def rgb_pixels(image: ImageLike) -> np.ndarray:
+def rgb_pixels(image: ImageLike, reading: ReadingSettings) -> np.ndarray:
     """Return an image in its own size as RGB, uint8 (H, W, 3), contiguous.
 
     Raises:
@@ -75,31 +77,31 @@ def rgb_pixels(image: ImageLike) -> np.ndarray:
         image = image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
     if isinstance(image, np.ndarray):
-        return _of_pillow(_from_array(image))
-    if isinstance(image, Image.Image):
-        return _of_pillow(image)
+        image = _from_array(image, reading.window)
+    name = f"image {image}" if isinstance(image, str | os.PathLike) else "image"
     try:
+        if isinstance(image, Image.Image):
+            return _contiguous(image, reading)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _of_pillow(opened)
+            return _contiguous(opened, reading)
     except FileNotFoundError:
-        raise DataError(f"image {image} does not exist; correct the path") from None
+        raise DataError(f"{name} does not exist; correct the path") from None
     except IsADirectoryError:
-        raise DataError(f"image {image} is a folder; name image files") from None
-    except DataError:
-        raise
+        raise DataError(f"{name} is a folder; name image files") from None
+    except MemoryError:
+        raise DataError(f"memory ran out while {name} was decoded; shrink it first") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{name} cannot be read: not an image") from None
     except Exception as error:  # decoders raise all kinds of errors for damaged files
-        name = "image" if isinstance(image, bytes) else f"image {image}"
-        why = "no image file" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
-        raise DataError(f"{name} cannot be read: {' '.join(why.split())}") from None
+        words = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{name} cannot be read: {' '.join(words.split()) or type(error).__name__}") from None
 
 
-def _of_pillow(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"an image of mode {image.mode} has more than 8 bits; scale it to levels of 0 to 255")
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+def _contiguous(image: Image.Image, reading: ReadingSettings) -> np.ndarray:
+    return np.ascontiguousarray(pixels_of(image, reading)[0])
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, window: tuple[float, float] | None) -> Image.Image:
     """Make a PIL image of an array (H, W) or (H, W, C) with 1 to 4 channels: grey, grey and alpha, RGB, RGBA."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -109,9 +111,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an array or tensor of shape {tuple(shape)} shows no image; give arrays (H, W) or (H, W, 3), or tensors"
             " (3, H, W)"
         )
-    if array.dtype != np.uint8:
+    deep = channels == 1 and window is not None and array.dtype in (np.uint16, np.int32, np.float32)
+    if array.dtype != np.uint8 and not deep:
         raise DataError(
-            f"an array or tensor of {array.dtype} has unknown levels of black and white; give uint8, 0 to 255"
+            f"an array or tensor of {array.dtype} has unknown levels of black and white; give uint8, 0 to 255, or for"
+            " grey images of uint16, int32 or float32 the window of a ReadingSettings"
         )
     return Image.fromarray(np.ascontiguousarray(array))
 

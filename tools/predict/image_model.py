@@ -15,8 +15,11 @@ from pipeline.models import VARIANTS, ConvNeXtV2
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, height_and_width, read_image_size
+from pipeline.storage.file_names import JOURNAL_FILE
+from pipeline.tracking.journal import read_events
 from pipeline.weights.input_channels import Adaptation
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
+from tools.prepare.image_pixels import ReadingSettings
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
 BATCH = 64
@@ -167,6 +170,7 @@ def load_image_model(
     crop_pct: float | None = None,
     class_names: tuple[str, ...] | None = None,
     channels: Adaptation | None = None,
+    reading: ReadingSettings | None = None,
 ) -> ImageModel:
     """Load weights as a model on the CPU.
 
@@ -176,6 +180,7 @@ def load_image_model(
         crop_pct: default: that of the stage if the size is the stage's, else see `default_crop`.
         class_names: of the outputs, instead of those in the file.
         channels: "sum" makes one input channel of three, "repeat" three of one, see `adapt_channels`.
+        reading: how images become RGB. Default: as the stage's training images were prepared, or upright and on white.
 
     Raises:
         CheckpointError: if `class_names` are not as many as the outputs, or the weights are for images of other than
@@ -207,9 +212,19 @@ def load_image_model(
             f"{len(class_names)} class names are given and the head of {path} has {network.num_classes} outputs; give"
             " the head's own names"
         )
+    if reading is None and opened.stage is not None:
+        reading = _reading_of_stage(opened.stage)
     statistics = ChannelStatistics.of_weights(facts, network.in_channels)
-    transform = EvaluationTransform(size, crop_pct or default_crop(size), statistics)
+    transform = EvaluationTransform(size, crop_pct or default_crop(size), statistics, reading or ReadingSettings())
     return ImageModel(network, _variant(network), network.num_classes, names, opened.which, opened.source, transform)
+
+
+def _reading_of_stage(stage: Path) -> ReadingSettings | None:
+    """How the training images of a stage were read when they were prepared; None if it has recorded no data."""
+    events = read_events(stage / JOURNAL_FILE)
+    data = next((event for event in reversed(events) if event.get("kind") == "data"), {})
+    settings = train.get("settings") if isinstance(train := data.get("train"), dict) else None
+    return ReadingSettings.of_side_car(settings) if isinstance(settings, dict) else None
 
 
 def _variant(model: nn.Module) -> str | None:

@@ -1,0 +1,174 @@
+"""`fcmae predict` and `fcmae embed`: classes and features of photographs."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.options import Json, Overwrite, file_option, pixels_option
+
+if TYPE_CHECKING:
+    from tools.predict.image_model import ImageModel
+    from tools.predict.photographs import Photographs
+    from tools.prepare.progress_bar import ProgressBar
+
+Weights = Annotated[str, typer.Argument(metavar="WEIGHTS",
+    help="A run, a stage, or a weights file that `fcmae convert` reads.")]  # fmt: skip
+Photos = Annotated[list[str], typer.Argument(metavar="PHOTOS...",
+    help="Image files, folders (with all folders in them), .tar or .parquet files, or URLs of these.")]  # fmt: skip
+ImageSize = Annotated[int | None, pixels_option(
+    "Side of the network's input. Default: that of the stage or the file, or 224.")]  # fmt: skip
+CropPct = Annotated[float | None, typer.Option(min=0.1, max=1,
+    help="Side of the centre crop divided by that of the resized image; 1 squashes the whole image to a square."
+    " Default: the stage's, or 0.875, or 1 from 384 pixels on.")]  # fmt: skip
+Average = Annotated[bool | None, typer.Option("--ema/--raw",
+    help="Where both exist: the moving average, or the raw weights.")]  # fmt: skip
+Window = Annotated[tuple[float, float] | None, typer.Option(metavar="LOW HIGH",
+    help="Values that become black and white in images of more than 8 bits. Default: as in training.")]  # fmt: skip
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")]
+
+
+def predict_classes(
+    weights: Weights,
+    photos: Photos,
+    top: Annotated[int, typer.Option(min=1, help="Classes of each image, the likeliest first.")] = 5,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image.")] = False,
+    json: Json = False,
+    sheet: Annotated[Path | None, typer.Option(metavar="PAGE.html",
+        help="Write a page of thumbnails with their classes.")] = None,
+    classes: Annotated[str | None, file_option(
+        "Class names of the outputs, if WEIGHTS lacks them: lines, JSON list, or .beton file.")] = None,
+    image_size: ImageSize = None,
+    crop_pct: CropPct = None,
+    ema: Average = None,
+    window: Window = None,
+    batch: BatchSize = 64,
+) -> None:  # fmt: skip
+    """Name the likeliest classes of photographs.
+
+    Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
+    """
+    from pipeline.errors import UserError
+    from tools.predict.predictions import PredictedImages
+
+    if csv and json:
+        raise UserError("--csv and --json exclude each other; give one of them")
+    model = _load(weights, ema, image_size, crop_pct, classes, window)
+    images = _photographs(photos, thumbnails=sheet is not None)
+    with _progress() as progress:
+        answers = list(model.predict_pixels(images.batches(model.transform, batch, progress), top))
+    _check_read(images)
+    predicted = PredictedImages(f"{weights}, {model.weights}", images.names, answers, images.unreadable)
+    if sheet is not None:
+        _write(sheet, predicted.page(images.thumbnails).encode())
+        print(f"{sheet} is written", file=sys.stderr)
+    if csv or json or sheet is None:
+        print(predicted.csv() if csv else predicted.json() if json else predicted.text())
+
+
+def embed_images(
+    weights: Weights,
+    photos: Photos,
+    out: Annotated[Path, typer.Option(metavar="FILE.npz", help="The file to write.")],
+    per_stage: Annotated[bool, typer.Option("--per-stage",
+        help="Write the mean of the map after each stage (stage1, stage2, ...), not what the head reads.")] = False,
+    overwrite: Overwrite = False,
+    image_size: ImageSize = None,
+    crop_pct: CropPct = None,
+    ema: Average = None,
+    window: Window = None,
+    batch: BatchSize = 64,
+) -> None:  # fmt: skip
+    """Write the features of photographs as float32 arrays, with the images' names, for numpy.load.
+
+    Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
+    """
+    import io
+
+    import numpy as np
+    import torch
+
+    from pipeline.errors import UserError
+
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite")
+    model = _load(weights, ema, image_size, crop_pct, None, window)
+    images = _photographs(photos)
+    with _progress() as progress:
+        batches = images.batches(model.transform, batch, progress)
+        if per_stage:
+            rows = [[stage.mean((2, 3)) for stage in maps] for maps in model.maps_of_pixels(batches)]
+        else:
+            rows = [[pooled] for pooled in model.features_of_pixels(batches)]
+    _check_read(images)
+    names = [f"stage{number}" for number in range(1, len(rows[0]) + 1)] if per_stage else ["features"]
+    arrays = {name: torch.cat(part).numpy() for name, part in zip(names, zip(*rows, strict=True), strict=True)}
+    stream = io.BytesIO()
+    np.savez(stream, names=np.array(images.names), **arrays)
+    _write(out, stream.getvalue())
+    shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in arrays.items())
+    print(f"{out} is written: names, {shapes}")
+
+
+def _load(
+    weights: str,
+    ema: bool | None,
+    image_size: int | None,
+    crop_pct: float | None,
+    classes: str | None,
+    window: tuple[float, float] | None,
+) -> "ImageModel":
+    from dataclasses import replace
+
+    import torch
+
+    from pipeline.weights.heads import read_class_names
+    from tools.predict.image_model import load_image_model
+
+    names = tuple(read_class_names(classes)) if classes else None
+    model = load_image_model(weights, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=names)
+    model.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    if window is None:
+        return model
+    reading = replace(model.transform.reading, window=window, as_loader=False)
+    return replace(model, transform=replace(model.transform, reading=reading))
+
+
+def _photographs(paths: Sequence[str], thumbnails: bool = False) -> "Photographs":
+    from tools.predict.photographs import Photographs
+
+    return Photographs(paths, thumbnails)
+
+
+def _progress() -> "ProgressBar":
+    from rich.console import Console
+
+    from tools.prepare.progress_bar import ProgressBar
+
+    return ProgressBar(Console(stderr=True))
+
+
+def _check_read(images: "Photographs") -> None:
+    """Name the images that could not be read.
+
+    Raises:
+        DataError: if there is no other image.
+    """
+    from pipeline.errors import DataError
+
+    for name, reason in images.unreadable:
+        print(f"fcmae: {name} is left out: {reason}", file=sys.stderr)
+    if not images.names:
+        raise DataError(f"none of {len(images)} images could be read; the lines above say why")
+
+
+def _write(path: Path, content: bytes) -> None:
+    from pipeline.errors import UserError
+    from pipeline.storage.folder import Folder
+
+    try:
+        Folder.at(path.absolute().parent).publish(path.name, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None

@@ -1,0 +1,84 @@
+"""Read images of files, folders, tar archives, Parquet files and URLs for a model; note those that cannot be read."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.errors import DataError
+from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
+from tools.prepare.detect import open_source
+from tools.prepare.image_source import ByteRanges, Item, Reader, is_image, locate
+
+THUMBNAIL_PIXELS = 192  # longest side: twice what the page shows, for fine displays
+
+
+class Photographs:
+    """The images of some paths, in their order; folders with all folders in them, by name.
+
+    Attributes:
+        names: of the images that were read so far; those of a folder or an archive begin with its path.
+        unreadable: (name, reason) of those that could not be read.
+        thumbnails: data URLs of the images in `names`, if they are wanted.
+
+    Raises:
+        DataError: if a path does not exist or holds no images.
+    """
+
+    def __init__(self, paths: Sequence[str], thumbnails: bool = False) -> None:
+        self.names: list[str] = []
+        self.unreadable: list[tuple[str, str]] = []
+        self.thumbnails: list[str] = []
+        self._with_thumbnails = thumbnails
+        self._items: list[tuple[Item, Reader]] = [item for path in paths for item in _items_of(path)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def batches(
+        self, transform: EvaluationTransform, size: int, progress: Callable[[int, int], Any] = lambda done, total: None
+    ) -> Iterator[Tensor]:
+        """Yield the pixels of the readable images for a model, uint8 (N, 3, H, W), `size` at a time."""
+        some: list[Tensor] = []
+        for number, (item, reader) in enumerate(self._items, 1):
+            try:
+                rgb = rgb_pixels(_content(item, reader), transform.reading)
+            except DataError as error:
+                self.unreadable.append((item.name, str(error).removeprefix("image cannot be read: ")))
+            else:
+                some.append(transform.resized(rgb).permute(1, 2, 0))
+                self.names.append(item.name)
+                if self._with_thumbnails:
+                    self.thumbnails.append(_thumbnail(Image.fromarray(rgb)))
+            if some and (len(some) == size or number == len(self._items)):
+                yield torch.stack(some).permute(0, 3, 1, 2)
+                some = []
+            progress(number, len(self._items))
+
+
+def _items_of(path: str) -> list[tuple[Item, Reader]]:
+    fs, place = locate(path)
+    if is_image(place) and fs.isfile(place):
+        return [(Item(path, 0, (place, 0, None)), ByteRanges(fs))]
+    source = open_source(path, unlabelled=True)
+    return [(item._replace(name=f"{path.rstrip('/')}/{item.name}"), source.reader) for item in source.items]
+
+
+def _content(item: Item, reader: Reader) -> bytes:
+    if isinstance(item.place, str):
+        raise DataError(item.place)
+    try:
+        return reader.read(item.place)
+    except OSError as error:
+        raise DataError(error.strerror or str(error)) from None
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
