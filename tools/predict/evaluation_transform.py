@@ -1,6 +1,5 @@
 """From any image to the network's input, with the pixels that `fcmae evaluate` computes from prepared data."""
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, height_and_width
+from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
 from tools.prepare.image_pixels import ReadingSettings, pixels_of
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -82,7 +82,8 @@ def rgb_pixels(image: ImageLike, reading: ReadingSettings) -> np.ndarray:
     try:
         if isinstance(image, Image.Image):
             return _contiguous(image, reading)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        with opened_image(content, reading.max_pixels or MOST_PIXELS_SHRUNK) as opened:
             return _contiguous(opened, reading)
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; correct the path") from None

@@ -19,11 +19,11 @@ from tests.support import CLASSES, fcmae
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """run, photos/ with a damaged image and a text file in it, and a folder whose name HTML would misread."""
+    """run, photos/ with a damaged image and a text file in it, and a tree whose name HTML would misread."""
     place = tmp_path_factory.mktemp("predict")
     write_fitted_run(place / "run")
     write_photos(place / "photos")
-    write_photos(place / "more <b>&")
+    write_photos(place / "more <b>&" / "inner")
     (place / "photos" / "broken.jpg").write_bytes((place / "photos" / "rings.jpg").read_bytes()[:300])
     (place / "photos" / "notes.txt").write_text("no image")
     return place
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
 READ = [*(f"{name}.{'png' if name == 'checks' else 'jpg'}" for name in sorted(CLASSES))]
 FOLDERS = ("photos", "more <b>&")
-NAMES = [f"{folder}/{name}" for folder in FOLDERS for name in READ]
+NAMES = [*(f"photos/{name}" for name in READ), *(f"more <b>&/inner/{name}" for name in READ)]
 
 
 def test_a_folder_is_predicted_in_every_format(place, monkeypatch):
@@ -64,7 +64,7 @@ def test_the_sheet_is_one_page_with_everything_escaped(place, tmp_path):
     html = page.read_text()
     assert html.count("data:image/jpeg;base64,") == len(NAMES)
     assert html.count("<li style") == 2 * len(NAMES)
-    assert "more &lt;b&gt;&amp;/rings.jpg" in html
+    assert "more &lt;b&gt;&amp;/inner/rings.jpg" in html
     assert "<b>&" not in html
     assert "broken.jpg" in html
     assert "http" not in html.replace("https://", "http://").replace(str(place), "")
