@@ -119,14 +119,23 @@ class FCMAE(nn.Module):
         return (error * mask).sum() / mask.sum().clamp_min(1)
 
     @torch.no_grad()
-    def paint(self, images: Tensor, mask: Tensor, prediction: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) with the hidden cells replaced by their prediction."""
+    def paint(self, images: Tensor, mask: Tensor, prediction: Tensor, rescaled: bool = True) -> Tensor:
+        """Return images (N, 3, H, W) with the hidden cells replaced by their prediction.
+
+        rescaled: where the model predicts normalised cells, give each the mean and deviation of the pixels that it
+            hides, as papers draw reconstructions. False uses nothing hidden: the mean is 0, which is grey, and the
+            deviation is that of the image's visible cells on average.
+        """
         cells = patchify(images, self.cell)
         painted = prediction.flatten(2).transpose(1, 2).to(cells.dtype)
+        hidden = mask.to(cells.device).unsqueeze(-1)
         if self.normalize_target:
             mean, std = cell_statistics(cells)
+            if not rescaled:
+                mean = torch.zeros_like(mean)
+                std = (std * ~hidden).sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True).clamp_min(1)
             painted = painted * std + mean
-        cells = torch.where(mask.to(cells.device).unsqueeze(-1), painted, cells)
+        cells = torch.where(hidden, painted, cells)
         return unpatchify(cells, self.cell, self.grid(images))
 
 

@@ -16,6 +16,9 @@ from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
 from pipeline.sparse import VisibleCells
 
+# Captions of the drawn reconstructions.
+AS_PREDICTED, RESCALED = "as predicted", "as papers draw it"
+
 
 class FCMAEObjective:
     """Masked autoencoding. See `Objective` for the methods."""
@@ -74,10 +77,12 @@ class FCMAEObjective:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["count"]}
 
-    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = self._normalised(model, batch), self.mask(batch)
         prediction = model(images, self._visible_cells(mask, images)).prediction
-        return mask, denormalise(model.paint(images, mask, prediction), self.recipe.channel_statistics)
+        drawn = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
+        painted = {n: model.paint(images, mask, prediction, rescaled=rescaled) for n, rescaled in drawn.items()}
+        return mask, {n: denormalise(images, self.recipe.channel_statistics) for n, images in painted.items()}
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):

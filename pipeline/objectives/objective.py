@@ -41,8 +41,8 @@ class Objective(Protocol):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn the sums over all images and ranks into metrics."""
 
-    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Return the mask (n, L) bool and the reconstructed images (n, 3, H, W) uint8; None if nothing is hidden."""
+    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the mask (n, L) bool and by caption reconstructions (n, 3, H, W) uint8; None if nothing is hidden."""
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         """Bring weights of another stage, or released ones, under the names of this stage's model."""

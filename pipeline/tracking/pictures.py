@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,28 +21,33 @@ PAPER, INK, HIDDEN = (255, 255, 255), (60, 60, 60), (58, 62, 70)
 RAW, SMOOTH, RATE, METRIC = "#b8cbe0", "#1f5a96", "#8a6d3b", "#2a7f4f"
 
 
-def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: ArrayLike, path: str | Path) -> None:
-    """Draw a grid with one row per image: the input, the masked input, and the output of the decoder.
+def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: Mapping[str, ArrayLike], path: str | Path) -> None:
+    """Draw a grid with one row per image: the input, the visible cells, and each reconstruction under its caption.
+
+    The PNG's text says how many `columns` and `rows` the grid has.
 
     Args:
         images: (N, 3, H, W) uint8, an array or CPU tensor.
         mask: (N, L) bool, True where a cell is masked; the L cells are equal squares of the image, row by row.
-        painted: the output of the decoder, like `images`.
+        painted: reconstructions by caption, each like `images`.
         path: the PNG file, replaced at once.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-    inputs, outputs, hidden = np.asarray(images), np.asarray(painted), np.asarray(mask, dtype=bool)
+    inputs, hidden = np.asarray(images), np.asarray(mask, dtype=bool)
+    outputs = {caption: np.asarray(drawn) for caption, drawn in painted.items()}
     n, channels, height, width = inputs.shape
     cell = math.isqrt(height * width // hidden.shape[1])
-    assert (channels, outputs.shape, len(hidden)) == (3, inputs.shape, n)
+    assert channels == 3
+    assert len(hidden) == n
+    assert all(drawn.shape == inputs.shape for drawn in outputs.values())
     assert (height // cell) * (width // cell) == hidden.shape[1], "the cells are not squares that tile the image"
     pixels = hidden.reshape(n, height // cell, width // cell).repeat(cell, axis=1).repeat(cell, axis=2)
     masked = np.where(pixels[:, None], np.array(HIDDEN, dtype=np.uint8)[:, None, None], inputs)
 
     zoom = max(1, math.ceil(CELL_PIXELS / width))
     wide, high = width * zoom, height * zoom
-    columns = {"input": inputs, "masked": masked, "painted": outputs}
+    columns = {"input": inputs, "visible cells": masked, **outputs}
     sheet = Image.new("RGB", (len(columns) * (wide + GAP) + GAP, CAPTION + n * (high + GAP)), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for x, (caption, pictures) in enumerate(columns.items()):
@@ -51,8 +56,11 @@ def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: ArrayLike, 
         for y, picture in enumerate(pictures):
             large = picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1).astype(np.uint8)
             sheet.paste(Image.fromarray(large), (left, CAPTION + y * (high + GAP)))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("columns", str(len(columns)))
+    text.add_text("rows", str(n))
     png = io.BytesIO()
-    sheet.save(png, format="PNG")
+    sheet.save(png, format="PNG", pnginfo=text)
     _write_png(path, png)
 
 

@@ -227,9 +227,9 @@ class Training:
         if painted is not None and self.log.is_main:
             path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
-            pictures.draw_reconstruction(
-                batch.images.cpu().numpy(), painted[0].cpu().numpy(), painted[1].cpu().numpy(), path
-            )
+            mask, drawn = painted
+            drawn = {caption: images.cpu().numpy() for caption, images in drawn.items()}
+            pictures.draw_reconstruction(batch.images.cpu().numpy(), mask.cpu().numpy(), drawn, path)
             self.log.write("picture", step=step, path=str(path.relative_to(self.stage.directory)))
 
     def _save_last(self, step: int) -> Outcome:

@@ -15,6 +15,13 @@ from tools.report.facts import UNITS, Attempt, RunFacts, StageFacts
 from tools.report.plots import curves_svg, sheet
 
 EVENTS_SHOWN = 40
+# By the number of columns; pictures of three by earlier versions have the rescaled reconstruction alone.
+PICTURE_COLUMNS = {
+    3: "the input, the visible cells, the reconstruction",
+    4: "the input; the visible cells; the reconstruction as predicted, around grey and in the contrast of the visible"
+    " cells, because the network does not predict a hidden cell's own brightness and contrast; and as papers draw it,"
+    " rescaled with the true mean and deviation of each hidden cell",
+}
 NAMED_PACKAGES = ("fcmae", "torch", "ffcv", "numpy", "numba", "deepspeed", "triton", "spconv", "mlflow-skinny")
 
 
@@ -149,8 +156,10 @@ def stage_blocks(stage: StageFacts) -> Iterator[Block]:
     yield Checks(verdict.on_track, sentence, verdict.checks)
     if stage.pictures:
         shown = stage.pictures[-1]
-        caption = f"Validation images: the input, the visible cells, the reconstruction ({shown.stem})"
-        yield Picture(f"{stage.name}-pictures", caption, sheet(shown))
+        picture, columns = sheet(shown)
+        yield Picture(
+            f"{stage.name}-pictures", f"Validation images ({shown.stem}): {PICTURE_COLUMNS[columns]}", picture
+        )
 
 
 def cost_grid(run: RunFacts) -> Grid:

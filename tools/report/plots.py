@@ -100,13 +100,19 @@ def _svg(figure: "Figure", salt: str) -> str:
     return stream.getvalue()
 
 
-def sheet(path: Path) -> bytes:
-    """A reconstruction picture as PNG or JPEG; the lower half of a tall one is put beside the upper half."""
+def sheet(path: Path) -> tuple[bytes, int]:
+    """A reconstruction picture as PNG or JPEG, and its number of columns.
+
+    The lower half of a tall one is put beside the upper half.
+    """
     from PIL import Image
 
-    whole = Image.open(path).convert("RGB")
-    row = (whole.width - GAP) // 3  # images are square: a row is as high as a column is wide
-    rows = round((whole.height - CAPTION) / row)
+    with Image.open(path) as picture:
+        text = {name: int(value) for name, value in picture.text.items() if name in ("columns", "rows")}
+        whole = picture.convert("RGB")
+    columns = text.get("columns", 3)  # of pictures by earlier versions, whose images were square
+    rows = text.get("rows") or round((whole.height - CAPTION) / ((whole.width - GAP) // columns))
+    row = (whole.height - CAPTION) // rows
     if rows > 3:
         upper = (rows + 1) // 2
         cut = CAPTION + upper * row
@@ -118,8 +124,8 @@ def sheet(path: Path) -> bytes:
     png = io.BytesIO()
     whole.save(png, "PNG", optimize=True)
     if png.tell() <= LARGEST_BYTES:
-        return png.getvalue()
+        return png.getvalue(), columns
     jpeg = io.BytesIO()
     whole.thumbnail((1600, 1600))
     whole.save(jpeg, "JPEG", quality=88)
-    return jpeg.getvalue()
+    return jpeg.getvalue(), columns

@@ -75,7 +75,8 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
     if name == "pretrain":
         assert isinstance(model.decoder, DECODER_CLASSES[stage.objective.decoder])
         mask, painted = objective.paint(model.eval(), batch())
-        assert painted.shape == (16, 3, 16, 16)
+        assert set(painted) == ({"as predicted", "as papers draw it"} if model.normalize_target else {"as predicted"})
+        assert all(images.shape == (16, 3, 16, 16) for images in painted.values())
         assert mask.shape == (16, 16)
 
 

@@ -185,3 +185,9 @@ def test_paint_changes_hidden_cells_only():
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(batch)
     assert torch.equal(painted[~hidden], batch[~hidden])
     assert not torch.equal(painted[hidden], batch[hidden])
+    # What is drawn as predicted must use nothing that is hidden.
+    prediction = model(batch, mask).prediction.detach()
+    grey = model.paint(batch, mask, prediction, rescaled=False)
+    assert torch.equal(grey, model.paint(batch + 3 * hidden, mask, prediction, rescaled=False))
+    assert torch.equal(grey[~hidden], batch[~hidden])
+    assert not torch.equal(grey[hidden], painted[hidden])

@@ -142,8 +142,9 @@ def test_a_sheet_fits_the_page_and_keeps_every_image(tmp_path, images, size):
     draw = np.random.default_rng(0)
     pictures = draw.integers(0, 256, (images, 3, size, size), dtype=np.uint8)
     mask = np.zeros((images, 16), bool)
-    draw_reconstruction(pictures, mask, pictures, tmp_path / "sheet.png")
-    content = sheet(tmp_path / "sheet.png")
+    draw_reconstruction(pictures, mask, {"a": pictures, "b": pictures}, tmp_path / "sheet.png")
+    content, columns = sheet(tmp_path / "sheet.png")
+    assert columns == 4
     (tmp_path / "shown").write_bytes(content)
     shown, whole = Image.open(tmp_path / "shown"), Image.open(tmp_path / "sheet.png")
     assert len(content) <= LARGEST_BYTES or shown.format == "JPEG"
