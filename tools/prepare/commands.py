@@ -2,12 +2,54 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from pipeline.errors import DataError
 from tools.options import Overwrite, file_option, pixels_option
+
+_Pages = Annotated[
+    Literal["first", "all"] | None,
+    typer.Option(help="Of files with several pages or frames, store the first (the default) or all."),
+]
+_Ground = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLOUR",
+        help="Colour under transparent pixels: white (the default), black, #rrggbb; `ignore` drops the alpha channel.",
+    ),
+]
+_Orientation = Annotated[
+    Literal["upright", "ignore"] | None,
+    typer.Option(help="EXIF orientation: turn images upright (the default, except for ImageNet) or ignore it."),
+]
+_ColourSpace = Annotated[
+    Literal["srgb", "ignore"] | None,
+    typer.Option(help="Embedded colour profiles: convert to sRGB (the default, except for ImageNet) or ignore them."),
+]
+_Window = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Values of images of more than 8 bits that become black and white; by default their 0.1 and 99.9 percentiles.",
+    ),
+]
+_Split = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Also write OUT-val.beton with this fraction of the images, such as 0.1, chosen by a hash of their paths.",
+    ),
+]
+_GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="With --split: keep images together in whose paths this expression's groups match the same text.",
+    ),
+]
 
 
 def prepare_images(
@@ -34,6 +76,14 @@ def prepare_images(
     exclude_names: Annotated[str | None, file_option(
         "Leave out the images that this file lists by name, one a line.")] = None,
     max_side: Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")] = None,
+    max_pixels: Annotated[int | None, pixels_option("Admit images of so many pixels in all.")] = None,
+    pages: _Pages = None,
+    ground: _Ground = None,
+    orientation: _Orientation = None,
+    colour_space: _ColourSpace = None,
+    window: _Window = None,
+    split: _Split = None,
+    group_by: _GroupBy = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90,
     raw_fraction: Annotated[float, typer.Option(min=0, max=1,
         help="Fraction stored as raw pixels: faster to read, five times as large.")] = 0.0,
@@ -49,27 +99,59 @@ def prepare_images(
     """
     from tools.prepare import cifar10
     from tools.prepare.encoding import Encoding
-    from tools.prepare.preparation import prepare_beton
-    from tools.prepare.progress_bar import ProgressBar
 
     if source == "cifar10":
         for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
             print(f"{path} is ready")
         return
+    if group_by is not None and split is None:
+        raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
+    options = {
+        "labels": labels, "unlabelled": unlabelled, "descriptions": descriptions, "exclude_images": exclude_images,
+        "exclude_names": exclude_names, "encoding": Encoding(max_side, quality, raw_fraction), "on_bad": on_bad,
+        "overwrite": overwrite, "workers": workers,
+        "reading": _reading(pages, ground, orientation, colour_space, window, max_pixels),
+    }  # fmt: skip
+    _prepare(source, destination, split, group_by, options)
+
+
+def _reading(
+    pages: str | None, ground: str | None, orientation: str | None, colour_space: str | None,
+    window: tuple[float, float] | None, max_pixels: int | None,
+) -> Any:  # fmt: skip
+    """The settings that options give; None if there are none, so that the source decides."""
+    from tools.prepare.image_pixels import ReadingSettings
+
+    given = {
+        "pages": pages, "upright": orientation and orientation == "upright", "window": window, "max_pixels": max_pixels,
+        "srgb": colour_space and colour_space == "srgb", "ground": ground,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if ground == "ignore":
+        given["ground"] = None
+    return ReadingSettings(**given) if given else None
+
+
+def _prepare(
+    source: str, destination: Path, split: float | None, group_by: str | None, options: dict[str, Any]
+) -> None:
+    from tools.prepare.preparation import prepare_beton, prepare_split
+    from tools.prepare.preparation_report import missing_classes, summary_lines
+    from tools.prepare.progress_bar import ProgressBar
+
     try:
         with ProgressBar(Console(stderr=True)) as progress:
-            summary = prepare_beton(
-                source, destination, labels=labels, unlabelled=unlabelled, descriptions=descriptions,
-                exclude_images=exclude_images, exclude_names=exclude_names,
-                encoding=Encoding(max_side, quality, raw_fraction), on_bad=on_bad, overwrite=overwrite,
-                workers=workers, progress=progress,
-            )  # fmt: skip
+            options["progress"] = progress
+            if split is None:
+                summaries = [prepare_beton(source, destination, **options)]
+            else:
+                summaries = list(prepare_split(source, destination, split, group_by, **options))
     except KeyboardInterrupt:
-        print(f"fcmae: interrupted; the same command continues from {destination}.parts", file=sys.stderr)
+        print("fcmae: interrupted; the same command continues from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    for (outcome, why), count in sorted(summary.counts.items()):
-        print(f"{count:,} {outcome}: {why}")
-    if summary.counts:
-        print(f"each by name: {summary.report}")
-    beton = summary.beton
-    print(f"{beton.path} is ready: {beton.samples:,} images of {len(beton.classes):,} classes, sha256 {beton.sha256}")
+    for summary in summaries:
+        for line in summary_lines(summary):
+            print(line)
+    if split is not None:
+        for sentence in missing_classes([summary.beton for summary in summaries]):
+            print(f"fcmae: {sentence}", file=sys.stderr)

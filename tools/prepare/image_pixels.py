@@ -144,7 +144,7 @@ def read_header(image: Image.Image, settings: ReadingSettings) -> Header:
     changes: list[Change] = []
     if (count := page_count(image)) > 1:
         at = image.tell() + 1
-        kind = "first of several pages" if at == 1 else "further page"
+        kind = "first of several pages" if at == 1 else "further pages"
         changes.append(Change(kind, f"page {at} of {count}"))
     if bits := _lost_bits(image):
         changes.append(Change("reduced to 8 bits", f"{bits} bits a channel, the upper 8 are kept"))

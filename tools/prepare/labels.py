@@ -1,12 +1,21 @@
 """The classes of images that lie in no class folder, and readable names of classes."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import DataError
 from tools.prepare.devkit import DEVKIT_ERRORS, GROUND_TRUTH, META, read_devkit, read_synsets
-from tools.prepare.image_source import ImageSource, Item, base, list_folder, locate, read_lines, read_whole_file
+from tools.prepare.image_source import (
+    ImageSource,
+    Item,
+    base,
+    is_image,
+    list_folder,
+    locate,
+    read_lines,
+    read_whole_file,
+)
+from tools.prepare.label_tables import LabelRow, read_label_table
 
 
 @dataclass(frozen=True)
@@ -15,9 +24,11 @@ class Labels:
 
     path: str
     ordered: tuple[str, ...] | None = None
-    """Classes in the order of the images' names; None if `by_stem` has them."""
-    by_stem: dict[str, str] = field(default_factory=dict)
-    """Image name without suffix -> class."""
+    """Classes in the order of the images' names; None if they are by name."""
+    by_path: dict[str, LabelRow] = field(default_factory=dict)
+    """Image path below the source -> its row."""
+    by_stem: dict[str, LabelRow | None] = field(default_factory=dict)
+    """Image name without folders and suffix -> its row; None if several have other classes."""
     descriptions: dict[str, str] = field(default_factory=dict)
     """Class -> readable name."""
 
@@ -27,7 +38,7 @@ def read_labels(path: str) -> Labels:
 
     - ImageNet's devkit: the archive, its folder, or the ground truth file with meta.mat beside it.
     - A file with one class on each line, in the order of the images' names.
-    - A file with lines NAME CLASS, separated by spaces or commas.
+    - A table of names and classes, see `read_label_table`. A name may have folders, and lack its suffix.
 
     Raises:
         DataError: if the file is none of these.
@@ -41,7 +52,11 @@ def read_labels(path: str) -> Labels:
         return _devkit_labels(
             path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, f"{folder}/{GROUND_TRUTH}")
         )
-    lines = read_lines(path)
+    try:
+        text = read_whole_file(fs, inner).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"labels {path} are no text in UTF-8; save them as UTF-8") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and all(line.isdigit() for line in lines):
         folder = inner.rpartition("/")[0]
         if META not in [base(entry["name"]) for entry in list_folder(fs, folder)]:
@@ -50,19 +65,24 @@ def read_labels(path: str) -> Labels:
                 " ILSVRC2012_devkit_t12.tar.gz, or a file of class names"
             )
         return _devkit_labels(path, read_whole_file(fs, f"{folder}/{META}"), read_whole_file(fs, inner))
-    words = [re.split(r"[\s,]+", line) for line in lines]
-    if words and all(len(parts) == 1 for parts in words):
-        return Labels(path, tuple(lines))
-    if words and all(len(parts) >= 2 for parts in words):
-        by_stem: dict[str, str] = {}
-        for name, label, *_ in words:
-            if by_stem.setdefault(_stem(name), label) != label:
-                raise DataError(
-                    f"labels {path} give {_stem(name)} two classes, {by_stem[_stem(name)]} and {label}; folders in"
-                    " names are ignored, so give each image a different name"
-                )
-        return Labels(path, by_stem=by_stem)
-    raise DataError(f"labels {path} are neither one class on each line nor NAME CLASS on each line; write one of these")
+    table = read_label_table(path, text)
+    return Labels(path, table) if isinstance(table, tuple) else _by_names(path, table)
+
+
+def _by_names(path: str, rows: Sequence[LabelRow]) -> Labels:
+    by_path: dict[str, LabelRow] = {}
+    by_stem: dict[str, LabelRow | None] = {}
+    for row in rows:
+        first = by_path.setdefault(_normal(row.name), row)
+        if first.label != row.label:
+            raise DataError(
+                f"labels {path} give {row.name} two classes, {first.label} on line {first.line} and {row.label} on line"
+                f" {row.line}; leave one"
+            )
+        other = by_stem.setdefault(_stem(row.name), row)
+        if other is not None and other.label != row.label:
+            by_stem[_stem(row.name)] = None  # the paths must tell
+    return Labels(path, by_path=by_path, by_stem=by_stem)
 
 
 def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
@@ -79,18 +99,29 @@ def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
             )
         names: Sequence[str] = labels.ordered
     else:
-        missing = [item.name for item in source.items if _stem(item.name) not in labels.by_stem]
+        rows = [_row_of(item, labels) for item in source.items]
+        missing = [item.name for item, row in zip(source.items, rows, strict=True) if row is None]
         if missing:
-            raise DataError(
-                f"labels {labels.path} have no line for {missing[0]}"
-                f"{f' and {len(missing) - 1} more images' if len(missing) > 1 else ''}; add NAME CLASS for each"
-            )
-        names = [labels.by_stem[_stem(item.name)] for item in source.items]
+            more = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
+            raise DataError(f"labels {labels.path} have no line for {missing[0]}{more}; add NAME,CLASS for each")
+        names = [row.label for row in rows if row is not None]
     classes = tuple(sorted(set(names)))
     number = {name: label for label, name in enumerate(classes)}
     items = [Item(item.name, number[name], item.place) for item, name in zip(source.items, names, strict=True)]
     descriptions = {name: labels.descriptions[name] for name in classes if name in labels.descriptions}
     return replace(source, classes=classes, items=items, descriptions=descriptions)
+
+
+def _row_of(item: Item, labels: Labels) -> LabelRow | None:
+    name, stem = _normal(item.name), _stem(item.name)
+    row = labels.by_path.get(name) or labels.by_path.get(name.rpartition(".")[0]) or labels.by_stem.get(stem)
+    if row is None and stem in labels.by_stem:
+        both = dict.fromkeys(row.label for path, row in labels.by_path.items() if _stem(path) == stem)
+        raise DataError(
+            f"labels {labels.path} give {stem} two classes, {' and '.join(both)}, and {item.name} is not listed by its"
+            " path; give its path below the source"
+        )
+    return row
 
 
 def read_descriptions(path: str) -> dict[str, str]:
@@ -108,9 +139,14 @@ def read_descriptions(path: str) -> dict[str, str]:
     return dict(pairs)
 
 
+def _normal(name: str) -> str:
+    """A path as both a table and a listing write it."""
+    return name.replace("\\", "/").removeprefix("./")
+
+
 def _stem(name: str) -> str:
-    head, dot, tail = base(name).rpartition(".")
-    return head if dot and tail.lower() in ("jpeg", "jpg", "png") else base(name)
+    name = base(_normal(name))
+    return name.rpartition(".")[0] if is_image(name) else name
 
 
 def _devkit_labels(path: str, meta: bytes, truth: bytes) -> Labels:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import PIL
 
-from pipeline.data.beton import JPEG, Beton, contents_of, open_beton
+from pipeline.data.beton import JPEG, contents_of, open_beton
 from pipeline.data.beton_writer import BetonWriter, lock_file
 from pipeline.errors import DataError
 from tools.prepare.detect import open_source
@@ -22,21 +21,13 @@ from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.image_source import ImageSource, Item, read_lines
 from tools.prepare.labels import read_descriptions
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
+from tools.prepare.preparation_report import Summary, count_outcomes, parts_folder, report_path, write_report
 from tools.prepare.splits import validation_part
 from tools.prepare.survey import survey_images, with_window
 
 NAMED = 3  # bad images that the error names
 _WORDNET_ID = re.compile(r"n\d{8}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029<>]")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The file that was written, its report, and how many images have each (outcome, reason) in the report."""
-
-    beton: Beton
-    report: Path
-    counts: dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ def _settings_in(path: Path) -> dict[str, Any]:
 
 
 def _refuse_existing(destination: Path, overwrite: bool) -> None:
-    if destination.exists() and not overwrite and not (_parts_of(destination) / "plan").exists():
+    if destination.exists() and not overwrite and not (parts_folder(destination) / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
 
 
@@ -175,14 +166,14 @@ def _write(
     facts: Mapping[str, str | float | None],
 ) -> Summary:
     """Write the file of some images. `capacity` is the most images that they give, `facts` go into the side-car."""
-    size, report = options.part_samples, _report_path(destination)
+    size, report = options.part_samples, report_path(destination)
     exclusion = Exclusion(
         _digests(options.exclude_images), frozenset(read_lines(options.exclude_names) if options.exclude_names else ())
     )
     parts = [images.items[start : start + size] for start in range(0, len(images.items), size)]
     encoding = asdict(options.encoding)
     settings = {"source": images.kind, **encoding, "pillow": PIL.__version__, **reading.side_car(), **facts}
-    folder = PartFolder(_parts_of(destination), images.reader, options.encoding, reading, exclusion)
+    folder = PartFolder(parts_folder(destination), images.reader, options.encoding, reading, exclusion)
     plan = _hash_plan(images, exclusion, {**settings, "max_pixels": reading.max_pixels}, size)
     with _locked_folder(folder.directory, destination, plan) as data:
         if data.exists():
@@ -191,18 +182,10 @@ def _write(
                 class_descriptions=images.descriptions, overwrite=options.overwrite, partial=data,
             ) as writer:  # fmt: skip
                 notes = _append_parts(writer, folder, parts, options.workers, options.progress)
-                _write_report(destination, images, notes)
+                write_report(destination, images, notes)
                 if options.on_bad == "refuse":
                     _refuse_bad_images(source, notes, report)
-    return Summary(open_beton(destination), report, _counts(report))
-
-
-def _counts(report: Path) -> dict[tuple[str, str], int]:
-    counts: Counter[tuple[str, str]] = Counter()
-    with report.open() as lines:
-        for note in map(json.loads, lines):
-            counts.update((note["outcome"], kind) for kind in note.get("kinds") or [note["why"]])
-    return dict(counts)
+    return Summary(open_beton(destination), report, count_outcomes(report))
 
 
 def _append_parts(
@@ -281,27 +264,6 @@ def _empty_folder(directory: Path) -> None:
     """Delete all files, the plan last, because the plan marks the folder as ours."""
     for path in sorted(directory.iterdir(), key=lambda path: path.name == "plan"):
         path.unlink()
-
-
-def _parts_of(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".parts")
-
-
-def _report_path(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".report.jsonl")
-
-
-def _write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
-    ignored = [Note(name, "ignored", why) for name, why in source.ignored]
-    aside = _parts_of(destination) / "report"
-    # A file name may hold bytes that are no UTF-8; backslashreplace writes them as JSON escapes.
-    with aside.open("w", errors="backslashreplace") as file:
-        file.writelines(json.dumps(_line(note), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
-    aside.replace(_report_path(destination))
-
-
-def _line(note: Note) -> dict[str, Any]:
-    return note._asdict() if note.kinds else {"name": note.name, "outcome": note.outcome, "why": note.why}
 
 
 def _digests(source: str | None) -> frozenset[bytes]:

@@ -276,7 +276,7 @@ def test_pages_and_frames():
             assert pixels.max() < 10
             opened.seek(2)
             pixels, changes = pixels_of(opened)
-            assert ("further page", "page 3 of 3") in changes, kind
+            assert ("further pages", "page 3 of 3") in changes, kind
             assert abs(int(pixels.min()) - 160) < 10
 
 

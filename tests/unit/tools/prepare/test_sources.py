@@ -271,9 +271,17 @@ def test_sources_that_cannot_be_used(images, tmp_path, name):
         (b"1\n2\n3\n", "are numbers, and meta.mat"),
         (b"n01\nn02\n", "are 2, but the source holds 8"),
         (b"ILSVRC2012_val_00000001 n01\n", "have no line for ILSVRC2012_val_00000002.JPEG and 6 more"),
-        (b"n01\nn02 x\n", "neither one class on each line"),
-        (b"", "neither one class"),
-        (b"\xff\xfe\x00", "is no text"),
+        (b"n01\nn02 x\n", "line 1 of labels .* is neither one class nor NAME CLASS"),
+        (b"a b c\n", "line 1 of labels .* is neither one class nor NAME CLASS"),
+        (b"a,b.jpg cat\nc.jpg dog\n", "line 1 of labels .* is neither one class nor NAME CLASS"),
+        (b"", "are empty"),
+        (b"\xff\xfe\x00", "are no text in UTF-8"),
+        (b"a.jpg,cat\nb.jpg,\n", "line 2 of labels .* has an empty name or class"),
+        (b"a.jpg,cat\nb.jpg,cat,7\n", "line 2 of labels .* has 3 columns instead of 2"),
+        (b"image,label\na.jpg,cat\na.jpg,dog\n", "a.jpg two classes, cat on line 2 and dog on line 3"),
+        (b"a.jpg,cat,x\n", "have 3 columns and no header; name one of them `image`"),
+        (b"image,what,else\na.jpg,cat,x\n", "have 3 columns and the header image, what, else"),
+        (b'a.jpg,"cat\nb.jpg,dog\n', "line 2 of labels .* cannot be read as CSV"),
     ],
 )
 def test_labels_that_do_not_fit(val, content, words):
@@ -330,6 +338,121 @@ def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
         prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton")
 
 
+TABLES = {
+    "header": "image,label\na.jpg,cat\nb.png,dog\nmore/a.jpg,dog\n",
+    "columns by name": "id;split;label\na.jpg;train;cat\nb.png;val;dog\nmore/a.jpg;val;dog\n",
+    "classes first": "label\tfilename\ncat\ta.jpg\ndog\tb.png\ndog\tmore/a.jpg\n",
+    "no header": "./a.jpg,cat\nb.png,dog\nmore/a.jpg,dog\n",
+    "quotes": '"a.jpg","cat"\r\n"b.png","dog"\r\n"more/a.jpg","dog"\r\n',
+    "byte order mark": "\ufeffa.jpg,cat\nb.png,dog\nmore/a.jpg,dog\n",
+    "spaces": "a.jpg cat\nb.png dog\nmore/a.jpg dog\n",
+    "no suffixes, a folder of Windows": "a,cat\nb,dog\nmore\\a,dog\nnot there,eel\n",
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_tables_of_labels(tmp_path, form):
+    for name in ("a.jpg", "b.png", "more/a.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"")
+    (tmp_path / "labels.csv").write_bytes(TABLES[form].encode())
+    source = open_source(str(tmp_path / "photos"), str(tmp_path / "labels.csv"))
+    assert source.classes == ("cat", "dog")
+    assert {item.name: item.label for item in source.items} == {"a.jpg": 0, "b.png": 1, "more/a.jpg": 1}
+
+
+def test_classes_with_separators_in_quotes(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a, b.jpg").write_bytes(b"")
+    (tmp_path / "labels.csv").write_text('"a, b.jpg","tench, Tinca tinca"\n')
+    assert open_source(str(tmp_path / "photos"), str(tmp_path / "labels.csv")).classes == ("tench, Tinca tinca",)
+
+
+def test_whole_trees_are_read_and_loops_are_not_followed(images, tmp_path):
+    photo = next(iter(images[WNIDS[0]].values()))
+    for name in (
+        "a.jpg",
+        "2024/b.jpg",
+        "2024/may/c.jpg",
+        ".trash/d.jpg",
+        "__MACOSX/e.jpg",
+        "2024/f.txt",
+        "empty/g.nef",
+    ):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo)
+    (tmp_path / "photos" / "2024" / "loop").symlink_to("..")
+    (tmp_path / "photos" / "elsewhere").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "h.jpg").write_bytes(photo)
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "photos")
+    summary = prepare_beton(tmp_path / "photos", tmp_path / "a.beton", unlabelled=True)
+    assert summary.beton.samples == 4
+    source = open_source(str(tmp_path / "photos"), unlabelled=True)
+    assert [item.name for item in source.items] == ["2024/b.jpg", "2024/may/c.jpg", "a.jpg", "elsewhere/h.jpg"]
+    assert dict(source.ignored) == {
+        ".trash": "a folder that is hidden or not the user's",
+        "__MACOSX": "a folder that is hidden or not the user's",
+        "2024/f.txt": "its name is not an image's",
+        "2024/loop": "a link to a folder that it lies in",
+        "elsewhere/back": "a link to a folder that it lies in",
+        "empty/g.nef": "raw data of a camera; develop them to TIFF or JPEG",
+    }
+    (tmp_path / "photos" / "a.jpg").unlink()
+    found = open_source(str(tmp_path / "photos"), unlabelled=True)
+    assert found.classes == ("2024", "elsewhere"), "folders remain classes if all images lie in them"
+    assert [(item.name, item.label) for item in found.items] == [
+        ("2024/b.jpg", 0), ("2024/may/c.jpg", 0), ("elsewhere/h.jpg", 1),
+    ]  # fmt: skip
+
+
+def test_splits_are_not_taken_for_classes(images, tmp_path):
+    for split in ("train", "val"):
+        write_folder(tmp_path / "set" / split, images)
+    with pytest.raises(DataError, match=r"holds train, val, which look like the splits .*; name one of them, such as"):
+        open_source(str(tmp_path / "set"))
+
+
+def test_links_and_devices_in_archives_are_listed(images, tmp_path):
+    photo = next(iter(images[WNIDS[0]].values()))
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, kind in (
+            ("cat/a.jpg", tarfile.REGTYPE), ("cat/hard.jpg", tarfile.LNKTYPE), ("cat/soft.jpg", tarfile.SYMTYPE),
+            ("cat/pipe.jpg", tarfile.FIFOTYPE), ("cat/null", tarfile.CHRTYPE), ("cat/notes.txt", tarfile.REGTYPE),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "cat/a.jpg"
+            member.size = len(photo) if kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(photo))
+    (tmp_path / "set.tar").write_bytes(file.getvalue())
+    with pytest.raises(DataError, match=r"3 bad images in .*hard.jpg \(a link in the archive, not a file\)"):
+        prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton")
+    summary = prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton", on_bad="skip")
+    assert summary.beton.samples == 1
+    assert summary.counts == {
+        ("left out", "a link in the archive, not a file"): 2,
+        ("left out", "a device or pipe in the archive, not a file"): 1,
+        ("ignored", "a device or pipe in the archive, not a file"): 1,
+        ("ignored", "its name is not an image's"): 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["a\nb", "..", "<b>bold</b>", "tab\tstop", " "])
+def test_class_names_that_are_refused(images, tmp_path, name):
+    photo = next(iter(images[WNIDS[0]].values()))
+    (tmp_path / "set.tar").write_bytes(tar({f"{name}.tar": tar({"a.jpg": photo})}))
+    with pytest.raises(DataError, match=r"has a name that .*; rename it") as caught:
+        prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton")
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_labelled_by_hashes_are_one_sentence(images, tmp_path):
+    parquet(tmp_path / "a.parquet", [(None, b"", 2**62)])
+    with pytest.raises(DataError, match="holds 4611686018427387904, and its classes have no names; number them from 0"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
 def test_labels_that_give_a_name_two_classes(images, tmp_path):
     (tmp_path / "labels.txt").write_text("a/1.jpg cat\nb/1.jpg dog\n")
     (tmp_path / "flat.tar").write_bytes(tar({"a/1.jpg": b"", "b/1.jpg": b""}))
@@ -346,7 +469,7 @@ def test_names_that_are_no_text(images, tmp_path):
     (note,) = [json.loads(line) for line in found.report.read_text().splitlines()]
     assert note == {"name": os.fsdecode(b"n01440764/caf\xe9.jpg"), "outcome": "left out", "why": "not an image"}
     os.rename(source / WNIDS[1], os.fsencode(source) + b"/caf\xe9")
-    with pytest.raises(DataError, match="has a name that is no UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"has a name that is no UTF-8; rename it"):
         prepare_beton(source, tmp_path / "b.beton", on_bad="skip")
 
 

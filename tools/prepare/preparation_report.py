@@ -1,0 +1,91 @@
+"""The report of a preparation: a line for each image that was changed or left out, and a summary."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.beton import Beton
+from tools.prepare.image_source import ImageSource
+from tools.prepare.parts import Note
+
+NAMED = 3  # images left out that the summary names
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The file that was written, its report, and how many images have each (outcome, reason) in the report."""
+
+    beton: Beton
+    report: Path
+    counts: dict[tuple[str, str], int]
+
+
+def parts_folder(destination: Path) -> Path:
+    """The folder of unfinished work on a file."""
+    return destination.with_name(destination.name + ".parts")
+
+
+def report_path(destination: Path) -> Path:
+    """The report of a file."""
+    return destination.with_name(destination.name + ".report.jsonl")
+
+
+def write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
+    """Write the report of a file, whole or not at all."""
+    ignored = [Note(name, "ignored", why) for name, why in source.ignored]
+    aside = parts_folder(destination) / "report"
+    # A file name may hold bytes that are no UTF-8; backslashreplace writes them as JSON escapes.
+    with aside.open("w", errors="backslashreplace") as file:
+        file.writelines(json.dumps(_line(note), ensure_ascii=False) + "\n" for note in (*notes, *ignored))
+    aside.replace(report_path(destination))
+
+
+def _line(note: Note) -> dict[str, Any]:
+    return note._asdict() if note.kinds else {"name": note.name, "outcome": note.outcome, "why": note.why}
+
+
+def count_outcomes(report: Path) -> dict[tuple[str, str], int]:
+    """How many images have each (outcome, kind of change or reason)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    with report.open() as lines:
+        for note in map(json.loads, lines):
+            counts.update((note["outcome"], kind) for kind in note.get("kinds") or [note["why"]])
+    return dict(counts)
+
+
+def summary_lines(summary: Summary) -> Iterator[str]:
+    """What was done, in at most three lines."""
+    beton, left_out = summary.beton, []
+    with summary.report.open() as lines:
+        for note in map(json.loads, lines):
+            if note["outcome"] == "left out" and len(left_out) < NAMED:
+                left_out.append(f"{note['name']} ({note['why']})")
+    totals: Counter[str] = Counter()
+    for (outcome, _), count in summary.counts.items():
+        totals[outcome] += count
+    changed = {kind: count for (outcome, kind), count in summary.counts.items() if outcome == "stored"}
+    said = [f"{count:,} {kind}" for kind, count in sorted(changed.items(), key=lambda entry: (-entry[1], entry[0]))]
+    said += [f"{totals[outcome]:,} {outcome}" for outcome in ("excluded", "ignored", "left out") if totals[outcome]]
+    if said:
+        more = f" and {totals['left out'] - NAMED:,} more" if totals["left out"] > NAMED else ""
+        names = f": {', '.join(left_out)}{more}" if left_out else ""
+        yield f"{_counted(beton.samples, 'image', 's')}; {', '.join(said)}{names}"
+        yield f"each by name: {summary.report}"
+    images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
+    yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.sha256}"
+
+
+def _counted(count: int, noun: str, plural: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
+def missing_classes(parts: Sequence[Beton]) -> Iterator[str]:
+    """A sentence for each part of a split that lacks classes."""
+    for beton in parts:
+        missing = [n for n, count in zip(beton.classes, beton.samples_per_class, strict=True) if not count]
+        if missing:
+            named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+            yield f"{beton.path} has no images of {named}; give another --split, or more images"
