@@ -33,7 +33,7 @@ _Window = Annotated[
     tuple[float, float] | None,
     typer.Option(
         metavar="LOW HIGH",
-        help="Values of images of more than 8 bits that become black and white; by default their 0.1 and 99.9 percentiles.",
+        help="Images of more than 8 bits: values that become black and white (default: 0.1 and 99.9 percentile).",
     ),
 ]
 _Split = Annotated[
@@ -104,8 +104,6 @@ def prepare_images(
         for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
             print(f"{path} is ready")
         return
-    if group_by is not None and split is None:
-        raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
     options = {
         "labels": labels, "unlabelled": unlabelled, "descriptions": descriptions, "exclude_images": exclude_images,
         "exclude_names": exclude_names, "encoding": Encoding(max_side, quality, raw_fraction), "on_bad": on_bad,
@@ -139,6 +137,8 @@ def _prepare(
     from tools.prepare.preparation_report import missing_classes, summary_lines
     from tools.prepare.progress_bar import ProgressBar
 
+    if group_by is not None and split is None:
+        raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
     try:
         with ProgressBar(Console(stderr=True)) as progress:
             options["progress"] = progress
