@@ -4,6 +4,7 @@ Variables that a scheduler, hook, launcher or terminal has left in the environme
 commands. With CI=true hypothesis draws the same examples each time, so that a failure is the change's fault.
 """
 
+import atexit
 import gc
 import os
 import re
@@ -90,6 +91,7 @@ class FileByFile(LoadScopeScheduling):
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # triton complains of what it still has at the end
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileByFile:

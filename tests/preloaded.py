@@ -4,6 +4,7 @@ Half that time was garbage collection, which looked again and again at a million
 is none meanwhile, and later ones leave those objects alone, in the forked processes too.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -18,3 +19,4 @@ for name in (
         importlib.import_module(name)
 gc.freeze()
 gc.enable()
+atexit.register(gc.unfreeze)  # triton complains of what it still has at the end

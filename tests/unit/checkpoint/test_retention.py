@@ -179,7 +179,7 @@ def make_checkpoint(folder, name, committed, damaged):
         place.create(COMMIT, commit_record(manifest))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.builds(CheckpointName, attempt=st.integers(1, 4), step=st.integers(0, 9)),
