@@ -77,7 +77,7 @@ def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = Fals
     difference = _difference(known.stages, kept.stages)
     if not difference and kept == recipe:
         return known
-    if not (bound or any(_has_begun(directory / name) for name in known.stages)):
+    if not (bound or any(has_begun(directory / name) for name in known.stages)):
         return None
     if difference:
         raise RecipeError(
@@ -87,7 +87,7 @@ def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = Fals
     return known
 
 
-def _has_begun(stage_directory: Path) -> bool:
+def has_begun(stage_directory: Path) -> bool:
     """Whether a stage belongs to its recipe: a job was submitted for it, or a step was made or saved.
 
     Raises:

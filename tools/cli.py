@@ -15,6 +15,7 @@ from tools.analyze import commands as analyze
 from tools.estimate.commands import estimate_cost
 from tools.evaluate.commands import evaluate_weights
 from tools.options import Json
+from tools.own_images.commands import finetune_images, pretrain_images
 from tools.predict.commands import embed_images, predict_classes
 from tools.prepare.commands import prepare_images
 from tools.recipes import commands as recipes
@@ -59,6 +60,8 @@ COMMANDS = {
     "doctor": (examine_machine, PREPARE),
     "prepare": (prepare_images, PREPARE),
     "estimate": (estimate_cost, PREPARE),
+    "pretrain": (pretrain_images, TRAIN),
+    "finetune": (finetune_images, TRAIN),
     "run": (runs.run_here, TRAIN),
     "submit": (runs.submit_run, TRAIN),
     "resume": (runs.resume_run, TRAIN),

@@ -31,7 +31,7 @@ from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_source import is_hidden, locate
 from tools.prepare.parts import PART_SAMPLES
-from tools.prepare.preparation import Summary, prepare_beton
+from tools.prepare.preparation import Summary, prepare_beton, prepare_split
 from tools.prepare.progress_bar import ProgressBar
 
 SOURCE_FILE = "source.json"
@@ -49,10 +49,15 @@ class SourceSettings:
     """A file of labels; see `read_labels`."""
     max_side: int | None = None
     """Shrink images whose longer side has more pixels."""
+    split: float = 0.0
+    """Share of the images that becomes a second file, for validation; see `held_out`."""
+    group_by: str | None = None
+    """See `prepare_split`."""
 
     def stored(self, unlabelled: bool) -> dict[str, Any]:
         """The settings that decide what is written, given whether the images have no classes."""
-        return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side}
+        split = {"split": self.split, "group_by": self.group_by} if self.split else {}
+        return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side, **split}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def prepared(
     refresh: bool = False,
     report: Callable[[str], None] = say,
 ) -> Path:
-    """Return the .beton file of a source, prepared now unless it lies in the cache already.
+    """Return the .beton file of a source, prepared now unless it lies in the cache already; `held_out` names a second.
 
     One process prepares; others wait for it, and take over if it dies.
 
@@ -115,10 +120,18 @@ def prepared(
                     f" {files:,} now); what was prepared then is used, --refresh prepares it anew"
                 )
             with suppress(DataError):  # a damaged file is prepared again
-                return open_beton(_beton_in(newest, source)).path
+                path = open_beton(_beton_in(newest, source)).path
+                if settings.split:
+                    open_beton(held_out(path))
+                return path
         if not newest or refresh:
             newest = home / str(1 + max((int(path.name) for path in _generations(home)), default=0))
         return _prepare(source, settings, unlabelled, newest, report)
+
+
+def held_out(prepared_file: Path) -> Path:
+    """The file of the images for validation, beside that of the others, where a source was split."""
+    return prepared_file.with_name(f"{prepared_file.stem}-val.beton")
 
 
 def read_entry(generation: Path) -> CacheEntry | None:
@@ -225,11 +238,16 @@ def _prepare(
     try:
         generation.mkdir(parents=True, exist_ok=True)
         with ProgressBar(Console(stderr=True)) as progress:
-            summary = prepare_beton(
-                source, _beton_in(generation, source), labels=settings.labels, unlabelled=unlabelled,
-                encoding=Encoding(settings.max_side), on_bad="skip", overwrite=True,
-                workers=min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES), progress=progress,
-            )  # fmt: skip
+            options: dict[str, Any] = {
+                "labels": settings.labels, "unlabelled": unlabelled, "encoding": Encoding(settings.max_side),
+                "on_bad": "skip", "overwrite": True, "progress": progress,
+                "workers": min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES),
+            }  # fmt: skip
+            path = _beton_in(generation, source)
+            if settings.split:
+                summaries = prepare_split(source, path, settings.split, settings.group_by, **options)
+            else:
+                summaries = (prepare_beton(source, path, **options),)
     except OSError as error:
         raise _not_written(generation, error) from None
     except DataError:
@@ -240,9 +258,10 @@ def _prepare(
         raise
     entry = CacheEntry(source, settings.stored(unlabelled), listing, files, time.strftime("%Y-%m-%d %H:%M"))
     write_json(generation / SOURCE_FILE, asdict(entry))
-    for line in _report_lines(source, summary):
-        report(line)
-    return summary.beton.path
+    for summary in summaries:
+        for line in _report_lines(source, summary):
+            report(line)
+    return path
 
 
 def _all_in_classes(source: str) -> bool:

@@ -35,13 +35,10 @@ def with_prepared_data(
         UserError: if a path cannot be resolved or a source cannot be prepared.
     """
     chain = resolve_chain_paths(chain)
-    bound = {} if refresh else _bound_data(run)
     files: dict[str, str] = {}
     for source, settings in sources_of(chain, run).items():
-        kept = [path for path in bound if is_made_from(path, source, settings)]
-        files[source] = (
-            kept[0] if kept else str(prepared(source, settings, cache=cache, refresh=refresh, report=report))
-        )
+        kept = None if refresh else bound_file(run, source, settings)
+        files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
     return chain.model_copy(
         update={"stages": {name: _with_files(stage, files) for name, stage in chain.stages.items()}}
     )
@@ -98,13 +95,14 @@ def _paths(stage: StageRecipe) -> list[str]:
     return [path for path in (stage.data.train, stage.data.validation) if path and not is_url(path)]
 
 
-def _bound_data(run: Path) -> set[str]:
-    """The data files of the run as it was started."""
+def bound_file(run: Path, source: str, settings: SourceSettings) -> Path | None:
+    """The data file that a run was started with, if it was prepared from this source with these settings."""
     try:
         stages = load_recipe(run / RECIPE_FILE).stages.values()
     except UserError:
-        return set()
-    return {path for stage in stages for path in (stage.data.train, stage.data.validation) if path}
+        return None
+    paths = (path for stage in stages for path in (stage.data.train, stage.data.validation) if path)
+    return next((Path(path) for path in paths if is_made_from(path, source, settings)), None)
 
 
 def _with_files(stage: StageRecipe, files: dict[str, str]) -> StageRecipe:

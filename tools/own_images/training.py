@@ -1,0 +1,287 @@
+"""From a folder of images to an ordinary run: prepare them, derive a recipe, show it, train."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cluster.chain import has_begun
+from pipeline.data.beton import Beton, open_beton, samples_of
+from pipeline.errors import DataError, RecipeError, UserError
+from pipeline.models import VARIANTS
+from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
+from pipeline.recipe.schema import leaf_fields
+from pipeline.storage.file_names import RECIPE_FILE
+from pipeline.storage.working_copy import working_copy
+from tools.own_images.derived_values import FEW_IMAGES, USUAL_SIDE, ImageFacts, Value, derive
+from tools.own_images.micro_batch import choose_micro_slots
+from tools.own_images.starting_weights import RECOMMENDED, RELEASED, SCRATCH, StartingWeights, starting_weights
+from tools.prepare.detect import open_source
+from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, say
+from tools.prepare.recipe_data import bound_file
+from tools.prepare.splits import validation_part
+from tools.recipes.library import find_recipe
+from tools.run.local_run import stoppable_preparation, train_here
+from tools.tables import plain_table, wide_console
+
+DERIVED = (
+    "batch.global_batch", "batch.slot", "batch.micro_slots", "optimizer.base_lr", "schedule.epochs",
+    "schedule.warmup_epochs", "data.image_size", "ema", "engine.precision", "evaluation.batch",
+    "evaluation.every_epochs",
+)  # fmt: skip
+OF_CHAIN = ("stages", "defaults", "seed", "name", "init", "published", "extends")  # first parts of a recipe's keys
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `fcmae pretrain` and `fcmae finetune`."""
+
+    stage: str
+    """pretrain or finetune."""
+    images: str
+    out: str
+    start: str
+    """Weights, or SCRATCH."""
+    overrides: list[str]
+    model: str | None = None
+    labels: str | None = None
+    epochs: float | None = None
+    image_size: int | None = None
+    validation: str | None = None
+    split: float = 0.1
+    group_by: str | None = None
+    max_side: int | None = None
+    processes: int = 1
+    refresh: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordinary recipe with its origin, and what it was derived from.
+
+    Attributes:
+        base: the included recipe that it builds on, and its file.
+        overrides: the changes to that recipe.
+        values: what was derived, by field of the stage.
+    """
+
+    chain: ChainRecipe
+    base: tuple[str, Path]
+    overrides: list[str]
+    values: dict[str, Value]
+    train: Beton
+    validation: Beton | None
+
+
+def train_on_images(request: Request) -> None:
+    """Prepare the images, derive the recipe, show it, and train.
+
+    Raises:
+        UserError: if the images, the weights or a value is refused, or the run fails.
+    """
+    directory = working_copy(request.out)
+    plan = plan_training(request, directory)
+    show_plan(request, plan)
+    train_here(plan.chain, directory, plan.base[1], plan.overrides, request.processes)
+    print(_next_command(request))
+
+
+def plan_training(request: Request, run: Path) -> Plan:
+    """Prepare the images, and derive the recipe of the run directory `run`, which keeps its values once it has begun.
+
+    Raises:
+        UserError: if the images, the weights or a value is refused.
+    """
+    weights = None if request.start == SCRATCH else starting_weights(request.start)
+    base = _base_recipe(request, weights)
+    path, given = find_recipe(base), _given_values(request)
+    with stoppable_preparation():
+        train, validation = _data(request, run, weights)
+    fixed = _fixed_values(request, weights, train, validation)
+    values = _kept_values(run, request.stage)
+    if not values:
+        facts = _facts(train, weights)
+        values = derive(request.stage, _stage(path, fixed, request), facts, given)
+        if "batch.micro_slots" not in given:
+            draft = _stage(path, fixed | _keyed(request.stage, values), request, _user_overrides(request))
+            values["batch.micro_slots"] = Value(*choose_micro_slots(draft, request.processes, facts.device))
+    values = {field: value for field, value in values.items() if field not in given}
+    overrides = _texts(fixed | _keyed(request.stage, values)) + _user_overrides(request)
+    return Plan(load_recipe(path, overrides), (base, path), overrides, values, train, validation)
+
+
+def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple[Beton, Beton | None]:
+    """The images to train on and those to validate on, prepared where necessary."""
+    size = request.image_size or (weights and weights.image_size) or USUAL_SIDE
+    longest = request.max_side or size * 16 // 7
+    if not is_source(request.images):
+        train, validation = open_beton(request.images), None
+    else:
+        split = 0.0 if request.validation else _possible_split(request)
+        settings = SourceSettings(
+            request.stage == "finetune", request.labels, longest, split, request.group_by if split else None
+        )
+        path = _prepared(request.images, settings, run, request.refresh)
+        train, validation = open_beton(path), open_beton(held_out(path)) if split else None
+    if request.validation and is_source(request.validation):
+        settings = SourceSettings(request.stage == "finetune", None, longest)
+        validation = open_beton(_prepared(request.validation, settings, run, request.refresh))
+    elif request.validation:
+        validation = open_beton(request.validation)
+    if request.stage == "finetune":
+        _check_classes(request.images, train, validation)
+    return train, validation
+
+
+def _prepared(source: str, settings: SourceSettings, run: Path, refresh: bool) -> Path:
+    kept = None if refresh else bound_file(run, source, settings)
+    return kept or prepared(source, settings, refresh=refresh)
+
+
+def _possible_split(request: Request) -> float:
+    """The split, or 0 if it would leave one side without images."""
+    if not request.split:
+        return 0.0
+    images = open_source(request.images, request.labels, unlabelled=request.stage == "pretrain")
+    parts = set(validation_part([item.name for item in images.items], request.split, request.group_by))
+    if len(parts) == 2:
+        return request.split
+    say(f"{request.images} holds too few images to keep some for validation, so nothing is evaluated")
+    return 0.0
+
+
+def _check_classes(source: str, train: Beton, validation: Beton | None) -> None:
+    if len(train.classes) < 2:
+        raise DataError(
+            f"{source} holds one class, {train.classes[0]}, and a classifier tells two or more apart; make one folder"
+            " for each class"
+        )
+    for beton, verb in ((train, "train on"), (validation, "validate on")):
+        counts = zip(beton.classes, beton.samples_per_class, strict=True) if beton else ()
+        if empty := [name for name, count in counts if not count]:
+            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+            say(f"no image to {verb} is of class {', '.join(empty[:3])}{more}")
+
+
+def _base_recipe(request: Request, weights: StartingWeights | None) -> str:
+    """The included recipe whose values hold for what the images do not decide."""
+    if request.stage == "pretrain":
+        return "own-images-small" if weights else "own-images"
+    name = weights.model["name"] if weights else f"convnextv2_{request.model or 'tiny'}"
+    return f"convnextv2/{name.removeprefix('convnextv2_')}" if name in VARIANTS else "own-images-finetune"
+
+
+def _fixed_values(
+    request: Request, weights: StartingWeights | None, train: Beton, validation: Beton | None
+) -> dict[str, Any]:
+    """The values that the arguments, the data and the weights leave no choice about, by key of the recipe."""
+    if weights and request.model and weights.model["name"] != f"convnextv2_{request.model}":
+        raise RecipeError(
+            f"--model {request.model} is not that of --from {request.start}, {weights.model['name']}; leave --model out"
+        )
+    model = weights.model if weights else {"name": f"convnextv2_{request.model or 'tiny'}"}
+    if not weights and model["name"] not in VARIANTS:
+        sizes = ", ".join(name.removeprefix("convnextv2_") for name in VARIANTS)
+        raise RecipeError(f"--model is {request.model}; choose one of {sizes}")
+    values: dict[str, Any] = {f"defaults.model.{name}": value for name, value in model.items()}
+    values |= {"defaults.data.train": str(train.path), "defaults.data.validation": validation and str(validation.path)}
+    if weights:
+        values["init"] = weights.path
+    if request.stage == "finetune":
+        values |= {
+            "name": "own-images-finetune", "published": None, "stages.pretrain": None,
+            "stages.finetune.objective.classes": len(train.classes),
+        }  # fmt: skip
+    return values
+
+
+def _given_values(request: Request) -> dict[str, Any]:
+    """The stage's values that the command line gives, by field."""
+    prefix, given = f"stages.{request.stage}.", {}
+    for text in _user_overrides(request):
+        key, _, value = text.partition("=")
+        if key.startswith(prefix):
+            try:
+                given[key.removeprefix(prefix)] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                given[key.removeprefix(prefix)] = value  # refused with the recipe
+    return given
+
+
+def _user_overrides(request: Request) -> list[str]:
+    """What the command line changes, as overrides of a recipe. Keys may lack `stages.STAGE`, as there is one stage."""
+    options = {"schedule.epochs": request.epochs, "data.image_size": request.image_size}
+    texts = [f"{field}={value:g}" for field, value in options.items() if value is not None]
+    return [_of_stage(text, request.stage) for text in (*texts, *request.overrides)]
+
+
+def _of_stage(text: str, stage: str) -> str:
+    text = text.removeprefix("defaults.")
+    return text if text.partition("=")[0].partition(".")[0] in OF_CHAIN else f"stages.{stage}.{text}"
+
+
+def _kept_values(run: Path, stage: str) -> dict[str, Value]:
+    """The values that a run derived when it was started, so that it resumes with them on any machine."""
+    if not has_begun(run / stage):
+        return {}
+    try:
+        recipe = load_recipe(run / RECIPE_FILE).stages[stage]
+    except (UserError, KeyError):
+        return {}
+    return {field: Value(value, "as when the run began") for field, value, _ in leaf_fields(recipe) if field in DERIVED}
+
+
+def _facts(train: Beton, weights: StartingWeights | None) -> ImageFacts:
+    sizes = samples_of(train)["f0"]
+    short = int(np.median(np.minimum(sizes["height"], sizes["width"])))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ImageFacts(train.samples, short, weights is not None, weights and weights.image_size, device)
+
+
+def _stage(base: Path, values: dict[str, Any], request: Request, overrides: Sequence[str] = ()) -> StageRecipe:
+    return load_recipe(base, [*_texts(values), *overrides]).stages[request.stage]
+
+
+def _keyed(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"stages.{stage}.{field}": v.value if isinstance(v, Value) else v for field, v in values.items()}
+
+
+def _texts(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    plain = isinstance(value, str) and re.fullmatch(r"/?[A-Za-z_][\w./+-]*", value) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def show_plan(request: Request, plan: Plan) -> None:
+    """Print what was derived and why, and the `fcmae run` that does the same."""
+    stage, console = plan.chain.stages[request.stage], wide_console()
+    held = f", {plan.validation.samples:,} to validate on" if plan.validation else ""
+    model = f"{stage.model.name}, from {request.start}"
+    console.print(f"{request.images}: {plan.train.samples:,} images to train on{held}; {model}", markup=False)
+    table = plain_table("value", "", "derived from")
+    for field, (value, why) in plan.values.items():
+        table.add_row(field, str(value), why)
+    console.print(table)
+    if request.stage == "pretrain" and request.start == SCRATCH and plan.train.samples < FEW_IMAGES:
+        say(
+            f"{plan.train.samples:,} images are few to learn from scratch: below {FEW_IMAGES:,} it is recommended to"
+            f" start from released weights, --from {RECOMMENDED} ({RELEASED}pt_only/{RECOMMENDED})"
+        )
+    command = shlex.join(["fcmae", "run", plan.base[0], "--out", request.out, *plan.overrides])
+    console.print(f"the same as: {command}", soft_wrap=True, markup=False)
+
+
+def _next_command(request: Request) -> str:
+    if request.stage == "pretrain":
+        return f"next: fcmae finetune LABELLED --from {shlex.quote(request.out)} --out RUN2"
+    return f"next: fcmae predict {shlex.quote(request.out)} PHOTOS"
