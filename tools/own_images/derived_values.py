@@ -34,14 +34,14 @@ class ImageFacts:
         images: number of training images.
         short_side: median of the images' shorter sides, in pixels.
         given_weights: whether the stage starts from weights.
-        weights_size: side in pixels of the images that these were trained on; None if not known.
+        weights_size: side in pixels, or [height, width], of the images that these were trained on; None if not known.
         device: "cpu" or "cuda".
     """
 
     images: int
     short_side: int
     given_weights: bool
-    weights_size: int | None
+    weights_size: int | list[int] | None
     device: str
 
 

@@ -22,12 +22,12 @@ class StartingWeights:
 
     Attributes:
         model: fields of the recipe's model section.
-        image_size: of the images that it was trained on, in pixels; None if the file does not say.
+        image_size: of the images that it was trained on, in pixels, or [height, width]; None if the file does not say.
     """
 
     path: str
     model: dict[str, Any]
-    image_size: int | None
+    image_size: int | list[int] | None
 
 
 def starting_weights(place: str) -> StartingWeights:

@@ -120,7 +120,7 @@ def plan_training(request: Request, run: Path) -> Plan:
 def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple[Beton, Beton | None]:
     """The images to train on and those to validate on, prepared where necessary."""
     size = request.image_size or (weights and weights.image_size) or USUAL_SIDE
-    longest = request.max_side or size * 16 // 7
+    longest = request.max_side or (size if isinstance(size, int) else max(size)) * 16 // 7
     if not is_source(request.images):
         train, validation = open_beton(request.images), None
     else:
