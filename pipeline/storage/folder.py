@@ -6,6 +6,7 @@ and a rename or link; object stores do so by themselves.
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ class Folder:
         """Open the folder of a local path or an fsspec URL. Credentials come from the environment.
 
         Raises:
-            StageError: if the URL names a file system that is not installed or does not exist.
+            StageError: if the URL names a file system that is not installed or does not exist, or has one slash.
         """
         url = os.fspath(url)
+        if slash := re.match(r"[a-z][a-z0-9]+:/(?!/)", url):  # fsspec would make a local folder of this name
+            raise StageError(f"{url} is no URL: write {slash[0]}/{url[slash.end() :]}")
         # No cached listings, because other processes write to the same folder.
         options = {"use_listings_cache": False} if is_remote(url) else {}
         try:

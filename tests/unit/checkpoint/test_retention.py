@@ -179,7 +179,7 @@ def make_checkpoint(folder, name, committed, damaged):
         place.create(COMMIT, commit_record(manifest))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.builds(CheckpointName, attempt=st.integers(1, 4), step=st.integers(0, 9)),
@@ -195,7 +195,7 @@ def make_checkpoint(folder, name, committed, damaged):
 def test_whatever_lies_there_and_whenever_it_is_killed(
     open_store, tmp_path, kinds, keep_last, keep_every, keep_steps, survives
 ):
-    store = open_store(3, f"memory:/{uuid.uuid4().hex}")
+    store = open_store(3, f"memory://{uuid.uuid4().hex}")
     for name, kind in kinds.items():
         make_checkpoint(store.folder, name, kind != "uncommitted", kind == "damaged")
     committed = {name for name, kind in kinds.items() if kind != "uncommitted"}

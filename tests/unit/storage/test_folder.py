@@ -14,6 +14,11 @@ def folder(request, tmp_path):
     )
 
 
+def test_a_url_with_one_slash_makes_no_folder_of_that_name():
+    with pytest.raises(StageError, match="s3:/bucket/run is no URL: write s3://bucket/run"):
+        Folder.at("s3:/bucket/run")
+
+
 def test_a_file_is_created_once_and_whole(folder):
     folder.create("a", b"mine")
     with pytest.raises(FileExistsError):
