@@ -1,5 +1,8 @@
 """Replace `data.normalize` of a chain by numbers before a run is made, so that all its ranks and resumes agree."""
 
+import os
+import sys
+
 from pipeline.data.beton import open_beton
 from pipeline.data.channel_measurement import measure_channels
 from pipeline.data.staging import is_url
@@ -8,6 +11,8 @@ from pipeline.errors import CheckpointError, RecipeError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.safetensors_file import read_facts
+
+SILENT_IMAGES = 500  # more take longer than two seconds
 
 
 def resolve_normalization(recipe: ChainRecipe, started: ChainRecipe | None = None) -> ChainRecipe:
@@ -60,7 +65,9 @@ def _measured(stage: StageRecipe) -> ChannelStatistics:
             " on this machine, and give its numbers as data.normalize={mean: [...], std: [...]}"
         )
     subset = select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed)
-    return measure_channels(subset, stage.model.in_channels)
+    if subset.samples > SILENT_IMAGES:
+        print(f"measuring the means and deviations of {data.train}, once", file=sys.stderr, flush=True)
+    return measure_channels(subset, stage.model.in_channels, workers=len(os.sched_getaffinity(0)))
 
 
 def _of_weights(stage: StageRecipe) -> ChannelStatistics | None:

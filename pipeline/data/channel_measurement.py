@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.data.beton import ALLOCATION, samples_of
 from pipeline.data.crops import EvaluationPlan
-from pipeline.data.decode import ImageDecoder, describe_status
+from pipeline.data.decode import ImageDecoder, compile_decoder, describe_status
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError
 from pipeline.randomness import Purpose, key
@@ -30,6 +30,7 @@ def measure_channels(data: Subset, channels: int = 3, workers: int = 1) -> Chann
     ids = np.arange(data.beton.samples) if data.ids is None else data.ids
     if len(ids) > MOST_IMAGES:
         ids = np.sort(ids[np.argsort(key(0, ids, Purpose.MEASURE), kind="stable")[:MOST_IMAGES]])
+    compile_decoder()
     counts = np.zeros((channels, 256), np.int64)
     decoder = ImageDecoder(workers, 3 * data.beton.max_height * data.beton.max_width)
     try:

@@ -53,7 +53,7 @@ class ChannelStatistics(Settings):
         return red, green, blue
 
     def for_channels(self, channels: int) -> Self:
-        """Return the statistics for a model of 1 or 3 channels; one number serves three channels alike.
+        """Return the statistics for a model of so many channels; one number serves all of them.
 
         The grey statistics of three channels are their averages: of ImageNet's, 0.449 and 0.226.
         """

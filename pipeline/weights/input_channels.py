@@ -43,7 +43,7 @@ def match_channels(
         )
     if how != needed:
         raise CheckpointError(
-            f"{source} has weights for images of {given} channel{'s' if given > 1 else ''}, and the model takes"
+            f"{source} has weights for images of {_count(given)}, and the model takes"
             f" {channels}; adapt them by {option} {needed}, or use a model of {given}"
         )
     return adapt_channels(tensors, needed)
@@ -61,7 +61,7 @@ def adapt_channels(tensors: Mapping[str, Tensor], how: Adaptation) -> dict[str, 
     given, _ = _RESULT[how]
     if (actual := input_channels(tensors)) != given:
         raise CheckpointError(
-            f"the weights are for images of {actual} channels, and --channels {how} needs {given}; leave it out"
+            f"the weights are for images of {_count(actual)}, and --channels {how} needs {given}; leave it out"
         )
     adapted, stem = dict(tensors), _stem(tensors)
     weight = tensors[stem]
@@ -71,6 +71,10 @@ def adapt_channels(tensors: Mapping[str, Tensor], how: Adaptation) -> dict[str, 
             value = tensors[name]
             adapted[name] = value.unflatten(0, (-1, 3)).mean(1) if how == "sum" else value.repeat_interleave(3, 0)
     return adapted
+
+
+def _count(channels: int | None) -> str:
+    return f"{channels} channel{'' if channels == 1 else 's'}"
 
 
 def _stem(tensors: Mapping[str, Tensor]) -> str | None:

@@ -23,7 +23,7 @@ from pipeline.objectives.pixels import grey_levels, levels
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.foreign import load_tensors
 from tools.analyze.timm_import import import_timm
-from tools.weights.model import build_model, open_weights
+from tools.weights.model import build_model, open_weights, refuse_other_channels
 
 RANDOM = "random weights"
 
@@ -115,6 +115,7 @@ def _open_weights(path: str, options: dict[str, Any]) -> AnalyzedModel:
     model = build_model(opened.tensors, opened.facts.get("model"), opened.source)
     stage = opened.stage and opened.stage.resolve()
     label = f"{stage.parent.name}/{stage.name}" if stage else Path(path).stem
+    refuse_other_channels(model, opened.source)
     scale = levels(ChannelStatistics.of_weights(opened.facts, model.in_channels))
     return AnalyzedModel(label, model, opened.source, *scale, tuple(opened.facts.get("classes") or ()))
 

@@ -65,10 +65,13 @@ class EvaluationResult:
     """Classes that the classifier lacks: their images count as wrong."""
     data: str
     data_sha256: str
+    in_channels: int = 3
+    """Channels of the network's input; with 1 the images were made grey."""
 
     def __str__(self) -> str:
         cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
         resized = "squashed" if self.crop_pct == 1 else f"cut from {cover}"
+        resized += ", in grey" if self.in_channels == 1 else ""
         lines = [
             f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}",
             f"{self.metrics['images']:,} images of {self.classes:,} classes, {describe_size(self.image_size)} px"
@@ -169,7 +172,7 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
-        len(beton.classes), missing, str(Path(request.data)), beton.sha256,
+        len(beton.classes), missing, str(Path(request.data)), beton.sha256, loaded.network.in_channels,
     )  # fmt: skip
 
 

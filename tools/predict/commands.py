@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.options import Json, Overwrite, file_option, pixels_option
+from tools.options import Json, Overwrite, file_option, image_size_option
 
 if TYPE_CHECKING:
     from tools.predict.image_model import ImageModel
@@ -18,7 +18,7 @@ Weights = Annotated[str, typer.Argument(metavar="WEIGHTS",
     help="A run, a stage, or a weights file that `fcmae convert` reads.")]  # fmt: skip
 Photos = Annotated[list[str], typer.Argument(metavar="PHOTOS...",
     help="Image files, folders (with all folders in them), .tar or .parquet files, or URLs of these.")]  # fmt: skip
-ImageSize = Annotated[int | None, pixels_option(
+ImageSize = Annotated[Any, image_size_option(
     "Side of the network's input. Default: that of the stage or the file, or 224.")]  # fmt: skip
 CropPct = Annotated[float | None, typer.Option(min=0.1, max=1,
     help="Side of the centre crop divided by that of the resized image; 1 squashes the whole image to a square."
@@ -115,7 +115,7 @@ def embed_images(
 def _load(
     weights: str,
     ema: bool | None,
-    image_size: int | None,
+    image_size: Any,
     crop_pct: float | None,
     classes: str | None,
     window: tuple[float, float] | None,

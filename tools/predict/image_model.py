@@ -188,7 +188,7 @@ def load_image_model(
         UserError: if `image_size` is no size.
     """
     from pipeline.stage.directory import Stage  # not above, because they take longer to import than the rest
-    from tools.weights.model import build_model, open_weights, with_channels
+    from tools.weights.model import build_model, open_weights, refuse_other_channels, with_channels
 
     opened = open_weights(str(path), ema=ema)
     opened = with_channels(opened, channels) if channels else opened
@@ -201,11 +201,7 @@ def load_image_model(
         data = Stage(opened.stage).recipe.data
         crop_pct = data.crop_pct if size == data.image_size else None
     network = build_model(opened.tensors, facts.get("model"), opened.source)
-    if network.in_channels not in (1, 3):
-        raise CheckpointError(
-            f"{path} has weights for images of {network.in_channels} channels; images have 3, or 1 if they are grey, so"
-            " hand over weights for one of these"
-        )
+    refuse_other_channels(network, str(path))
     names = class_names or tuple(facts.get("classes") or ()) or None
     if class_names and len(class_names) != network.num_classes:
         raise CheckpointError(

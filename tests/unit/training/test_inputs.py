@@ -75,8 +75,10 @@ def test_a_chain_on_rectangles(tmp_path):
     assert found["size"] == (16, 32)
     assert found["facts"]["image_size"] == found["onnx"]["image_size"] == [16, 32]
     assert found["logits"] == (1, len(CLASSES))
-    width, height = Image.open(found["picture"]).size
-    assert (width - 6) / 3 - 6 > (height - 22) / 4 - 6  # pictures wider than high
+    picture = Image.open(found["picture"])
+    wide = (picture.width - 6) / int(picture.text["columns"])
+    high = (picture.height - 22) / int(picture.text["rows"])
+    assert (wide - 6) / (high - 6) == 24 / 16
 
 
 def test_a_chain_on_grey_images(tmp_path):
@@ -89,9 +91,10 @@ def test_a_chain_on_grey_images(tmp_path):
     assert (len(statistics.mean), found["facts"]["model"]["in_channels"]) == (1, 1)
     assert found["facts"]["mean"] == found["onnx"]["mean"] == list(statistics.mean)
     assert found["onnx"]["in_channels"] == 1
-    pixels = np.asarray(Image.open(found["picture"]))[24:]  # below the caption
-    painted = pixels[:, 2 * pixels.shape[1] // 3 :].astype(int)
-    assert np.ptp(painted, axis=2).max() == 0
+    picture = Image.open(found["picture"])
+    painted = np.asarray(picture)[24:, 2 * picture.width // int(picture.text["columns"]) :]  # without captions
+    assert np.ptp(painted.astype(int), axis=2).max() == 0
+    assert ", in grey: top-1 " in found["summary"]
 
 
 def test_training_images_stay_grey(tmp_path):
