@@ -1,9 +1,11 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
+from collections.abc import Sequence
+
 from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton
-from pipeline.data.subset import Subset, count_per_class, select_subset
+from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ClassificationSettings, StageRecipe
 
@@ -37,9 +39,13 @@ def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
         )
     betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
-    return {
-        name: select_subset(beton, data.classes, _fraction(recipe, name), recipe.seed) for name, beton in betons.items()
+    parts = {
+        name: select_subset(beton, _classes(recipe, name, beton), _fraction(recipe, name), recipe.seed)
+        for name, beton in betons.items()
     }
+    if "validation" in parts and isinstance(recipe.objective, ClassificationSettings):
+        parts["validation"] = parts["validation"].numbered_as(parts["train"].classes)
+    return parts
 
 
 def _locations(recipe: StageRecipe) -> dict[str, str]:
@@ -52,22 +58,28 @@ def _fraction(recipe: StageRecipe, name: str) -> float:
     return recipe.data.fraction if name == "train" else 1.0
 
 
+def _classes(recipe: StageRecipe, name: str, beton: Beton) -> Sequence[str] | None:
+    """The classes that take part. Validation data may lack some: the others are evaluated."""
+    return recipe.data.classes if name == "train" else present_classes(beton, recipe.data.classes)
+
+
 def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
-    counts = {name: count_per_class(b, recipe.data.classes, _fraction(recipe, name)) for name, b in betons.items()}
+    counts = {
+        name: count_per_class(beton, _classes(recipe, name, beton), _fraction(recipe, name))
+        for name, beton in betons.items()
+    }
     train, validation = counts["train"], counts.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
-        for name, per_class in counts.items():
-            if len(per_class) != recipe.objective.classes:
-                verb = "leaves" if recipe.data.classes else "holds"
-                raise DataError(
-                    f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.{name}"
-                    f" {getattr(recipe.data, name)} {verb} {len(per_class)} classes; correct one of them"
-                )
-        if validation is not None and list(train) != list(validation):
-            differ = sorted(set(train) ^ set(validation))
+        if len(train) != recipe.objective.classes:
+            verb = "leaves" if recipe.data.classes else "holds"
             raise DataError(
-                f"stage {recipe.name}: data.train and data.validation hold different classes"
-                f" ({differ[0] if differ else 'the same in another order'}); prepare them with the same class names"
+                f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.train"
+                f" {recipe.data.train} {verb} {len(train)} classes; correct one of them"
+            )
+        if unknown := sorted(set(validation or ()) - set(train)):
+            raise DataError(
+                f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
+                " data.train lacks; prepare them with the same class names, or choose some by data.classes"
             )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(

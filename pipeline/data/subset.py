@@ -1,7 +1,7 @@
 """The images of a data file that take part in a stage: all of them, some classes, or a share of each class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ class Subset:
     beton: Beton
     ids: np.ndarray | None = None  # int64, ascending: the sample ids that take part; None is all
     labels: np.ndarray | None = None  # int64: the new label of each label of the file, -1 if left out; None keeps all
+    names: tuple[str, ...] | None = None  # of the new labels, if they are numbered as in another file
 
     @property
     def samples(self) -> int:
@@ -26,9 +27,32 @@ class Subset:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes that take part; a new label is an index into them."""
+        if self.names is not None:
+            return self.names
         if self.labels is None:
             return self.beton.classes
         return tuple(name for name, label in zip(self.beton.classes, self.labels, strict=True) if label >= 0)
+
+    @property
+    def classes_with_images(self) -> int:
+        """How many of the classes have images here."""
+        sizes = zip(self.beton.classes, self.beton.samples_per_class, strict=True)
+        return len({name for name, count in sizes if count}.intersection(self.classes))
+
+    def numbered_as(self, names: Sequence[str]) -> "Subset":
+        """The same images with labels that are numbers of `names`, which hold all classes that take part."""
+        if tuple(names) == self.classes:
+            return self
+        number, part = {name: label for label, name in enumerate(names)}, set(self.classes)
+        labels = [number[name] if name in part else -1 for name in self.beton.classes]
+        return replace(self, labels=np.array(labels, np.int64), names=tuple(names))
+
+
+def present_classes(beton: Beton, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """Those of the chosen classes that a file has; all of them if it has none, so that the file is refused."""
+    if classes is None:
+        return None
+    return [name for name in classes if name in beton.classes] or classes
 
 
 def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float) -> dict[str, int]:

@@ -84,6 +84,17 @@ class DataSettings(Settings):
     def _check_image_size(cls, value: Any) -> ImageSize:
         return read_image_size(value)
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_class_names(cls, names: Any) -> Any:
+        for name in names if isinstance(names, list | tuple) else ():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{name!r} is no text, because YAML reads yes, no, on, off, null and numbers as values; quote class"
+                    """ names, as in data.classes='["yes","no"]'"""
+                )
+        return tuple(names) if isinstance(names, list) else names
+
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _check_range(cls, span: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:

@@ -135,6 +135,7 @@ def _data_facts(recipe: StageRecipe, name: str, part: Subset) -> dict[str, Any]:
         "samples": beton.samples,
         "images": part.samples,
         "classes": len(part.classes),
+        "classes_with_images": part.classes_with_images,
         "bytes": beton.size_bytes,
         "settings": beton.settings,
     }

@@ -23,7 +23,7 @@ from pipeline.cost.memory import (
 from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
 from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
-from pipeline.data.subset import count_per_class
+from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 
@@ -319,7 +319,8 @@ def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFi
     fraction = data.fraction if name == "train" else 1.0
     if not is_url(path) and Path(path).is_file():
         beton = read_sidecar(Path(path))
-        return DataFile(path, sum(count_per_class(beton, data.classes, fraction).values()), beton.size_bytes, True)
+        classes = data.classes if name == "train" else present_classes(beton, data.classes)
+        return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
     if count is None:
         return DataFile(path, None, None, False)

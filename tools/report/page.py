@@ -253,12 +253,18 @@ def data_blocks(run: RunFacts) -> Iterator[Block]:
     for (name, digest), facts in facts_of.items():
         stages = ", ".join(stages_of[name, digest])
         images = f"{facts['images']:,} of {facts['samples']:,}" if "images" in facts else ""
-        rows.append([name, stages, images, f"{facts.get('classes', ''):,}" if images else "", digest[:16]])
+        rows.append([name, stages, images, _classes_of(facts) if images else "", digest[:16]])
         settings = [f"{key} {value}" for key, value in facts.get("settings", {}).items() if value is not None]
         lines.append(f"{digest}  {facts.get('path', '')}")
         lines += [f"    {line}" for line in settings or ["preparation not recorded"]]
     yield Grid(["file", "stages", "images", "classes", "sha256"], rows, ("images", "classes"))
     yield Fold("whole hashes, paths, and how the files were made", [Code("\n".join(lines))])
+
+
+def _classes_of(facts: dict[str, Any]) -> str:
+    """How many classes have images, and of how many if some have none."""
+    classes, answered = facts.get("classes", ""), facts.get("classes_with_images")
+    return f"{classes:,}" if answered in (None, classes) else f"{answered:,} of {classes:,}"
 
 
 def _data_files(stage: StageFacts) -> dict[str, dict[str, Any]]:
