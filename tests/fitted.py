@@ -13,8 +13,10 @@ from pipeline.recipe import load_recipe, write_recipe
 from pipeline.stage.directory import Stage
 from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
-from tests.support import CLASSES, tiny_image, tiny_recipe
+from tests.support import CLASSES, open_journal, tiny_image, tiny_recipe
+from tools.prepare.image_pixels import ReadingSettings
 
+READING = ReadingSettings()
 SIZE = 24  # of the tiny images, and of the classifier's input
 
 
@@ -35,8 +37,11 @@ def fitted_classifier(images: int = 120) -> torch.nn.Module:
     return model
 
 
-def write_fitted_run(run: Path) -> Path:
-    """A run directory with one finished stage, `finetune`, of the fitted classifier."""
+def write_fitted_run(run: Path, reading: ReadingSettings = READING) -> Path:
+    """A run directory with one finished stage, `finetune`, of the fitted classifier.
+
+    reading: how its training images were prepared.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
     raw = tiny_recipe(run.parent)
     raw["defaults"]["data"] |= {"image_size": SIZE, "crop_pct": 1.0}
@@ -47,6 +52,10 @@ def write_fitted_run(run: Path) -> Path:
     recipe = chain.stages["finetune"]
     stage = Stage.create(run / "finetune", recipe)
     write_recipe(chain, run / "recipe.yaml")
+    with open_journal(stage.directory) as journal:
+        journal.write("attempt", step=0, total_steps=1, world_size=1, threads=1, device="cpu", host="here")
+        journal.write("data", train={"settings": reading.side_car(), "sha256": "0", "path": "train.beton"})
+        journal.write("evaluate", step=1, metrics={"top1": 90.0})
     facts = {
         "model": recipe.model.model_dump(mode="json", exclude={"checkpointing"}), "image_size": SIZE,
         "classes": list(CLASSES), "weights": "ema",

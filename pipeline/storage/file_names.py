@@ -17,6 +17,7 @@ CHECKPOINTS_FOLDER = "checkpoints"  # see pipeline.checkpoint
 HEALTH_FOLDER = "health"  # heartbeats and stacks of the ranks, per attempt (see pipeline.health.watchdog)
 LOGS_FOLDER = "logs"  # output of the ranks of a local launch
 PICTURES_FOLDER = "pictures"  # reconstructions
+EVALUATIONS_FOLDER = "evaluations"  # results of `fcmae evaluate` with the weights of this stage, for the report
 CURVES_FILE = "curves.png"  # plot of the journal
 WEIGHTS_FILE = "weights.safetensors"  # the weights that are handed on
 MASKS_FILE = "masks.safetensors"  # the sparsity masks, if the recipe exports them

@@ -177,6 +177,25 @@ def test_weights_of_any_origin_answer(place, tmp_path):
             encoder.predict(image)
 
 
+def test_a_run_reads_images_as_its_training_images_were_prepared(place, tmp_path):
+    """A photograph that the camera held sideways, and its upright form."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    image.save(tmp_path / "plain.png")
+    ignoring = fcmae.ReadingSettings(upright=False)
+    write_fitted_run(tmp_path / "run", ignoring)
+    upright = fcmae.load(place / "runs" / "classifier", device="cpu").transform
+    as_stored = fcmae.load(tmp_path / "run", device="cpu").transform
+    assert torch.equal(upright.pixels(tmp_path / "turned.png"), upright.pixels(tmp_path / "upright.png"))
+    assert torch.equal(as_stored.pixels(tmp_path / "turned.png"), upright.pixels(tmp_path / "plain.png"))
+    weights = place / "runs" / "classifier" / "finetune" / "weights.safetensors"
+    assert fcmae.load(weights, device="cpu").transform.reading == fcmae.ReadingSettings()
+    assert fcmae.load(weights, reading=ignoring, device="cpu").transform.reading == ignoring
+
+
 ANSWER = """
 import sys
 for name in ("ffcv", "cv2", "mlflow", "deepspeed"):

@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from tools.evaluate.confusions import AnswerLog
 
 LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels; it is about 0.9 where the images' order is right
 
@@ -98,7 +99,7 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
 
 
 class Answers:
-    """Scorer: counts correct answers.
+    """Scorer: counts correct answers, and keeps each answer in `log` where an image has one correct class.
 
     Args:
         outputs: see `outputs_of`.
@@ -120,6 +121,7 @@ class Answers:
     ):
         self._outputs, self._real, self._restricted = list(outputs), real, restricted
         self._statistics = statistics
+        self.log = AnswerLog()
         if not restricted and (real is not None or None in self._outputs):
             raise DataError(
                 "--all-outputs needs one correct output for each image, but --real allows several, or the classifier"
@@ -136,7 +138,16 @@ class Answers:
         if self._real is not None:
             right = self._real[batch.ids].to(logits.device)
             valid = valid & right.any(1)
+        else:  # of several correct classes none is the one that was confused
+            self.log.add(batch.labels, self._class_of(logits.argmax(1)), batch.valid)
         return count_correct(logits, right, valid)
+
+    def _class_of(self, answers: Tensor) -> Tensor:
+        """Turn places in the compared logits (N,) into classes of the data, -1 for any other."""
+        if self._restricted:
+            return answers
+        place = {output: number for number, output in enumerate(self._outputs)}
+        return torch.tensor([place.get(answer, -1) for answer in answers.tolist()])
 
     def _of_the_data(self, logits: Tensor) -> Tensor:
         """(N, outputs) -> (N, classes of the data). Classes that the classifier lacks get -inf, so they never win."""

@@ -1,10 +1,17 @@
 """`fcmae evaluate`: accuracy of weights on prepared images."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from tools.options import ChannelAdaptation, Json, Processes, file_option, image_size_option
+
+if TYPE_CHECKING:
+    from tools.evaluate.confusions import Confusions
+    from tools.evaluate.run_evaluation import EvaluationResult
+
+NUMBERS = ("images", "accuracy", "of the class", "other")  # columns that are flush right
 
 
 def evaluate_weights(
@@ -36,19 +43,63 @@ def evaluate_weights(
         help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch of each process.")] = 64,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class",
+        help="Also print the confusion matrix; of more than 20 classes the worst ones.")] = False,
+    beside: Annotated[list[str] | None, typer.Option("--beside", metavar="WEIGHTS",
+        help="Measure these weights on the same images too, and say the difference. May be repeated.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights."""
-    from tools.evaluate.published import compare_with_published, result_json
+    """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights.
+
+    Results with weights of a run or a stage are kept in its directory for `fcmae report`.
+    """
+    import json as json_library
+    import sys
+    from dataclasses import replace
+
+    from tools.evaluate.kept_results import keep_results
+    from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 
     request = EvaluationRequest(
         weights, data, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
         real=real, knn=knn, all_outputs=all_outputs, batch=batch, bf16=bf16,
     )  # fmt: skip
-    result = run_evaluation(request, nproc)
-    comparisons = [] if knn else compare_with_published(result, "real" if real else benchmark, chain)
+    results = [run_evaluation(request, nproc)]
+    own = {"image_size": results[0].image_size, "crop_pct": results[0].crop_pct, "ema": None, "classes": None}
+    results += [run_evaluation(replace(request, weights=other, **own), nproc) for other in beside or ()]
+    benchmark = "real" if real else benchmark
+    comparisons = [[] if knn else compare_with_published(result, benchmark, chain) for result in results]
+    kept = keep_results(results)
+    if kept is not None:
+        print(f"kept for the report: {kept}", file=sys.stderr)
     if json:
-        print(result_json(result, comparisons))
-    else:
-        print(result, *comparisons, sep="\n")
+        facts = [result_facts(result, compared) for result, compared in zip(results, comparisons, strict=True)]
+        print(json_library.dumps(facts if beside else facts[0], indent=2))
+        return
+    for result, compared in zip(results, comparisons, strict=True):
+        print(result, *compared, sep="\n")
+        if per_class and result.confusions:
+            _print_tables(result.confusions)
+    _print_differences(results)
+
+
+def _print_tables(confusions: "Confusions") -> None:
+    from tools.tables import plain_table, wide_console
+
+    console = wide_console()
+    for title, headers, rows in confusions.tables():
+        table = plain_table(*headers, right=[header for header in headers if header[0].isdigit() or header in NUMBERS])
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(f"\n{title}:")
+        console.print(table)
+
+
+def _print_differences(results: "list[EvaluationResult]") -> None:
+    from tools.evaluate.kept_results import KeptResult, difference_of
+    from tools.evaluate.published import result_facts
+
+    own, *others = (KeptResult.of_facts(result_facts(result)) for result in results)
+    for other in others:
+        print(difference_of(own, other))

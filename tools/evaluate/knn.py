@@ -7,17 +7,16 @@ The 20 training images nearest by cosine similarity vote for their class, each w
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.data.feed import EvaluationFeed
-from pipeline.distributed.world import World
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.training.evaluation import FixedModel
+from tools.evaluate.confusions import AnswerLog, gather_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -41,22 +40,9 @@ def collect_features(
             labels.append(batch.labels.cpu()[batch.valid])
             ids.append(batch.ids[batch.valid])
     parts = [torch.cat(part) for part in (features, labels, ids)]
-    whole = [_gather(part, fixed.world) for part in parts]
+    whole = [gather_rows(part, fixed.world) for part in parts]
     order = whole[2].argsort()  # ties must not depend on the number of ranks
     return whole[0][order].to(fixed.world.device), whole[1][order].to(fixed.world.device)
-
-
-def _gather(part: Tensor, world: World) -> Tensor:
-    """Concatenate the rows of all ranks."""
-    if world.size == 1:
-        return part
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
-    dist.all_gather(sizes, torch.tensor([len(part)]), group=world.group)
-    longest = int(max(sizes))
-    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=world.group)
-    return torch.cat([rows[: int(size)] for rows, size in zip(parts, sizes, strict=True)])
 
 
 class Neighbours:
@@ -64,10 +50,12 @@ class Neighbours:
 
     def __init__(self, bank: Tensor, labels: Tensor, classes: int, statistics: ChannelStatistics = IMAGENET):
         self._bank, self._labels, self._classes, self._statistics = bank, labels, classes, statistics
+        self.log = AnswerLog()
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         features = unit_features(model, batch.images, self._statistics)
         votes = vote(features, self._bank, self._labels, self._classes)
+        self.log.add(batch.labels, votes.argmax(1), batch.valid)
         return count_correct(votes, batch.labels, batch.valid.to(votes.device))
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,12 +1,11 @@
 """The published accuracies of released weights, and whether a measured accuracy agrees with them."""
 
 import importlib.resources
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -144,10 +143,12 @@ def compare_with_published(
     return [compare_accuracy(row, result.metrics["top1"], count) for row in rows]
 
 
-def result_json(result: EvaluationResult, comparisons: list[AccuracyComparison]) -> str:
-    """The result and its comparisons as JSON."""
+def result_facts(result: EvaluationResult, comparisons: Sequence[AccuracyComparison] = ()) -> dict[str, Any]:
+    """The result and its comparisons for JSON."""
     published = [
         {**c.row.model_dump(mode="json"), "difference": c.difference, "band": c.band, "within": c.within}
         for c in comparisons
     ]
-    return json.dumps({**asdict(result), "published": published}, indent=2)
+    facts = {name: value for name, value in asdict(result).items() if name != "confusions"}
+    confused = result.confusions.json_facts() if result.confusions else {}
+    return {**facts, "published": published, **confused}

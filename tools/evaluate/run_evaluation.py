@@ -19,6 +19,7 @@ from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
 from pipeline.weights.input_channels import Adaptation
 from tools.evaluate.answers import Answers, outputs_of, real_answers
+from tools.evaluate.confusions import Confusions
 from tools.evaluate.knn import Neighbours, collect_features
 from tools.predict.image_model import ImageModel, load_image_model
 
@@ -67,13 +68,19 @@ class EvaluationResult:
     data_sha256: str
     in_channels: int = 3
     """Channels of the network's input; with 1 the images were made grey."""
+    neighbours_of: str | None = None
+    """The training images whose nearest neighbours voted; None if the head answered."""
+    stage: str | None = None
+    """The stage directory of the weights, where they have one."""
+    confusions: Confusions | None = None
 
     def __str__(self) -> str:
         cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
         resized = "squashed" if self.crop_pct == 1 else f"cut from {cover}"
         resized += ", in grey" if self.in_channels == 1 else ""
         lines = [
-            f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}",
+            f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}"
+            + (f", by the nearest neighbours in {self.neighbours_of}" if self.neighbours_of else ""),
             f"{self.metrics['images']:,} images of {self.classes:,} classes, {describe_size(self.image_size)} px"
             f" {resized}: top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
         ]
@@ -167,12 +174,14 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
             scorer = Answers(outputs, real, not request.all_outputs, loaded.transform.statistics)
         metrics = evaluate(model, scorer, _feed(request, loaded, beton, world))
         assert metrics is not None
+        confusions = scorer.log.confusions(beton.classes, world)
     finally:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
-        len(beton.classes), missing, str(Path(request.data)), beton.sha256, loaded.network.in_channels,
+        len(beton.classes), missing, str(Path(request.data)), beton.sha256, loaded.network.in_channels, request.knn,
+        str(loaded.stage) if loaded.stage else None, confusions,
     )  # fmt: skip
 
 

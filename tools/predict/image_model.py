@@ -57,6 +57,8 @@ class ImageModel:
     """The file or checkpoint that was read."""
     transform: EvaluationTransform
     """From an image to the network's input: the pixels of `fcmae evaluate`."""
+    stage: Path | None = None
+    """The stage directory of the weights, where they have one."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -212,7 +214,9 @@ def load_image_model(
         reading = _reading_of_stage(opened.stage)
     statistics = ChannelStatistics.of_weights(facts, network.in_channels)
     transform = EvaluationTransform(size, crop_pct or default_crop(size), statistics, reading or ReadingSettings())
-    return ImageModel(network, _variant(network), network.num_classes, names, opened.which, opened.source, transform)
+    return ImageModel(
+        network, _variant(network), network.num_classes, names, opened.which, opened.source, transform, opened.stage
+    )
 
 
 def _reading_of_stage(stage: Path) -> ReadingSettings | None:

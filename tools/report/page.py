@@ -11,6 +11,7 @@ from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Checks, Code, Document, Figures, Fold, Grid, Picture, Text, Toned
+from tools.report.evaluations import evaluation_blocks
 from tools.report.facts import UNITS, Attempt, RunFacts, StageFacts
 from tools.report.plots import curves_svg, sheet
 
@@ -157,9 +158,9 @@ def stage_blocks(stage: StageFacts) -> Iterator[Block]:
     if stage.pictures:
         shown = stage.pictures[-1]
         picture, columns = sheet(shown)
-        yield Picture(
-            f"{stage.name}-pictures", f"Validation images ({shown.stem}): {PICTURE_COLUMNS[columns]}", picture
-        )
+        caption = f"Validation images ({shown.stem}): {PICTURE_COLUMNS.get(columns, PICTURE_COLUMNS[3])}"
+        yield Picture(f"{stage.name}-pictures", caption, picture)
+    yield from evaluation_blocks(stage)
 
 
 def cost_grid(run: RunFacts) -> Grid:

@@ -1,0 +1,94 @@
+"""Keep evaluations of a stage's weights in the stage directory, where `fcmae report` finds them."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.recipe.image_size import height_and_width
+from pipeline.storage.file_names import EVALUATIONS_FOLDER
+from pipeline.storage.folder import Folder
+from tools.evaluate.confusions import Confusions
+from tools.evaluate.published import Z, result_facts
+from tools.evaluate.run_evaluation import EvaluationResult
+
+
+@dataclass(frozen=True)
+class KeptResult:
+    """What the report needs of an evaluation. `top1` and `top5` are in percent."""
+
+    subject: str
+    weights: str
+    data: str
+    neighbours_of: str | None
+    """The training images whose nearest neighbours voted; None if the head answered."""
+    image_size: Any
+    """Pixels on a side, or [height, width]."""
+    images: int
+    top1: float
+    top5: float
+    confusions: Confusions | None
+
+    @classmethod
+    def of_facts(cls, facts: dict[str, Any]) -> "KeptResult":
+        """Read the facts of `result_facts`.
+
+        Raises:
+            KeyError, TypeError, ValueError: if they are others.
+        """
+        metrics = facts["metrics"]
+        return cls(
+            str(facts["subject"]), str(facts["weights"]), str(facts["data"]), facts["neighbours_of"],
+            facts["image_size"], int(metrics["images"]), float(metrics["top1"]), float(metrics["top5"]),
+            Confusions.of_json(facts) if "confused" in facts else None,
+        )  # fmt: skip
+
+
+def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
+    """Write the results into the stage of the first one, in place of earlier ones by the same method on the same data.
+
+    Returns the file; None if the first result's weights have no stage.
+
+    Raises:
+        UserError: if the stage directory cannot be written.
+    """
+    first = results[0]
+    if first.stage is None:
+        return None
+    folder = Path(first.stage) / EVALUATIONS_FOLDER
+    size = "x".join(map(str, height_and_width(first.image_size)))
+    name = f"{'neighbours' if first.neighbours_of else 'head'}-{first.data_sha256[:12]}-{size}.json"
+    try:
+        folder.mkdir(exist_ok=True)
+        Folder.at(folder).publish(name, json.dumps([result_facts(result) for result in results], indent=1).encode())
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be written ({error.strerror}); make it writable") from None
+    return folder / name
+
+
+def kept_results(stage: Path) -> list[list[KeptResult]]:
+    """Read the kept evaluations of a stage, its own result first, then those beside it. Damaged files are left out."""
+    found = []
+    for path in sorted((stage / EVALUATIONS_FOLDER).glob("*.json")):
+        try:
+            found.append([KeptResult.of_facts(facts) for facts in json.loads(path.read_bytes())])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return [results for results in found if results]
+
+
+def difference_of(own: KeptResult, other: KeptResult) -> str:
+    """Say in a sentence how much more the own weights know, and what chance alone would make of it."""
+    shares = [result.top1 / 100 for result in (own, other)]
+    variance = sum(p * (1 - p) / result.images for p, result in zip(shares, (own, other), strict=True))
+    band = 100 * Z * math.sqrt(variance)
+    gain = own.top1 - other.top1
+    word = "more" if gain >= 0 else "less"
+    sure = "chance alone makes at most" if abs(gain) > band else "which chance alone can make: at most"
+    return (
+        f"{own.subject} has {own.top1:.2f} % and {other.subject} {other.top1:.2f} %: {abs(gain):.2f} percentage points"
+        f" {word}; {sure} {band:.2f} in nineteen of twenty cases"
+    )

@@ -1,0 +1,58 @@
+"""What `fcmae evaluate` found out about a stage's weights: accuracy beside other weights', by class, and confusions."""
+
+from collections.abc import Iterator, Sequence
+
+from tools.evaluate.confusions import MATRIX_CLASSES, Confusions
+from tools.evaluate.kept_results import KeptResult, difference_of, kept_results
+from tools.report.document import Block, Fold, Grid, Text, Toned
+from tools.report.facts import StageFacts
+
+
+def evaluation_blocks(stage: StageFacts) -> Iterator[Block]:
+    """The kept evaluations of a stage; how to make one if a classifier has none."""
+    kept = kept_results(stage.directory)
+    if not kept and stage.done and "top1" in stage.metrics:
+        yield Text(
+            "After `fcmae evaluate RUN --data IMAGES.beton` the accuracy by class is shown here, and after the same"
+            " with --knn TRAIN.beton --beside WEIGHTS what the pre-training is worth.",
+            quiet=True,
+        )
+    for results in kept:
+        yield from _one_evaluation(results)
+
+
+def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
+    own, *others = results
+    how = f"by the nearest neighbours in {own.neighbours_of}" if own.neighbours_of else "by the head"
+    size = "x".join(map(str, own.image_size)) if isinstance(own.image_size, list) else own.image_size
+    yield Text(f"Evaluated on the {own.images:,} images of {own.data} at {size} px, {how}:")
+    rows = [[r.subject, r.weights, f"{r.top1:.2f} %", f"{r.top5:.2f} %", _gain(own, r)] for r in results]
+    headers = ["weights", "of the file", "top-1", "top-5", "top-1 to the first"]
+    yield Grid(headers, rows, headers[2:])
+    yield from (Text(f"{difference_of(own, other)}.") for other in others)
+    if own.confusions is not None:
+        yield from _confusion_blocks(own.confusions)
+
+
+def _gain(own: KeptResult, other: KeptResult) -> str:
+    return "" if other is own else f"{other.top1 - own.top1:+.2f}"
+
+
+def _confusion_blocks(confusions: Confusions) -> Iterator[Block]:
+    """The matrix of few classes; of many the worst, and all of them in a fold."""
+    few = len(confusions.classes) <= MATRIX_CLASSES
+    for title, headers, rows in confusions.tables():
+        yield Text(f"{title}:")
+        numbers = [header for header in headers[1:] if header != "most often taken for" and header != "taken for"]
+        cells = [[_right(cell, place, number) if few else cell for place, cell in enumerate(row)]
+                 for number, row in enumerate(rows, 1)]  # fmt: skip
+        yield Grid(headers, cells, numbers)
+    if not few:
+        rows = [[c.name, f"{c.images:,}", f"{c.percent:.1f} %" if c.images else ""] for c in confusions.classes]
+        headers = ["class", "images", "accuracy"]
+        yield Fold(f"accuracy of all {len(rows):,} classes", [Grid(headers, rows, headers[1:])])
+
+
+def _right(cell: str, place: int, number: int) -> str | Toned:
+    """Mark the diagonal, which counts correct answers."""
+    return Toned(cell, "good") if place == number else cell
