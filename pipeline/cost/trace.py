@@ -8,7 +8,7 @@ exist on the meta device, so `_Device` casts as the site's device would.
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch
 from pipeline.engines.base import DTYPES
 from pipeline.objectives import Objective, create_objective
@@ -89,6 +90,18 @@ def trace_step(recipe: StageRecipe, device: str) -> Trace:
 
 def trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     """Trace the forward pass of an evaluation batch."""
+    return _kept("evaluation", _trace_evaluation, recipe, device)
+
+
+def _kept(kind: str, trace: Callable[[StageRecipe, str], Trace], recipe: StageRecipe, device: str) -> Trace:
+    """The trace, from the user's cache if it was made before."""
+    arrays = kept(
+        kind, recipe, device, lambda: {name: np.asarray(v) for name, v in vars(trace(recipe, device)).items()}
+    )
+    return Trace(**{name: array if array.ndim else int(array) for name, array in arrays.items()})
+
+
+def _trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     objective, model = meta_model(recipe)
     images = recipe.evaluation.batch
     batch = example_batch(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 1})}))
@@ -131,7 +144,8 @@ class StepTraces:
     def _trace(self, micro_slots: int) -> Trace:
         if micro_slots not in self._traces:
             batch = self._recipe.batch.model_copy(update={"micro_slots": micro_slots})
-            self._traces[micro_slots] = trace_step(self._recipe.model_copy(update={"batch": batch}), self._device)
+            recipe = self._recipe.model_copy(update={"batch": batch})
+            self._traces[micro_slots] = _kept("step", trace_step, recipe, self._device)
         return self._traces[micro_slots]
 
 
@@ -149,7 +163,7 @@ class _Live(TorchDispatchMode):
         self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
-        out = function(*args, **(kwargs or {}))
+        out = _run(function, args, kwargs or {})
         packet = function._overloadpacket
         if packet in _MACS:
             self.macs += _MACS[packet](*args, **(kwargs or {}), out_val=out)
@@ -178,6 +192,62 @@ class _Live(TorchDispatchMode):
             self._kind[storage._cdata] = 1
             self._bytes[0] -= storage.nbytes()
             self._bytes[1] += storage.nbytes()
+
+
+# By operator and arguments: the kind of sequence that it returned, None if a tensor, and (size, strides, type) of each.
+_known: dict[Any, tuple[type | None, tuple]] = {}
+
+
+def _run(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator, or make what it made of equal arguments before.
+
+    On the meta device torch computes shapes in Python, half a millisecond for each operator, and a model repeats most
+    of them in every block.
+    """
+    key = _key((function, args, tuple(kwargs.items())))
+    if key is None or not _is_functional(function):
+        return function(*args, **kwargs)
+    if key in _known:
+        kind, shapes = _known[key]
+        made = [shape and torch.empty_strided(*shape[:2], dtype=shape[2], device="meta") for shape in shapes]
+        return kind(made) if kind else made[0]
+    out = function(*args, **kwargs)
+    outs = out if isinstance(out, tuple | list) else (out,)
+    taken = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+    if all(each is None or _is_whole(each, taken) for each in outs):
+        shapes = tuple(None if each is None else (tuple(each.shape), each.stride(), each.dtype) for each in outs)
+        _known[key] = type(out) if isinstance(out, tuple | list) else None, shapes
+    return out
+
+
+def _key(value: Any) -> Any:
+    """What an operator's result on the meta device depends on, hashable; None if it depends on more."""
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            return None
+        return value.shape, value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, tuple | list):
+        keys = tuple(map(_key, value))
+        return None if None in keys else keys
+    return type(value), value  # 1, 1.0 and True are equal, and give tensors of different types
+
+
+@cache
+def _is_functional(function: Any) -> bool:
+    """Whether an operator changes none of its arguments, and returns no views of them."""
+    schema = function._schema
+    return not any(each.alias_info for each in (*schema.arguments, *schema.returns))
+
+
+def _is_whole(out: Any, taken: set[int]) -> bool:
+    """Whether a tensor fills a storage of its own, as `torch.empty_strided` would make it; `taken` are others'."""
+    if not isinstance(out, Tensor) or out.device.type != "meta" or out.storage_offset():
+        return False
+    if out.untyped_storage()._cdata in taken:  # _unsafe_view does not say that it returns a view
+        return False
+    taken.add(out.untyped_storage()._cdata)
+    same = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta")
+    return same.untyped_storage().nbytes() == out.untyped_storage().nbytes()
 
 
 class _Device(TorchFunctionMode):
