@@ -13,11 +13,17 @@ def wide_console(width: int = 160) -> Console:
     return console if console.is_terminal else Console(width=width, highlight=False)
 
 
-def plain_table(*columns: str, right: Collection[str] = (), no_wrap: bool = False, **options: Any) -> Table:
-    """Without lines; `right` names the columns that are flush right, `options` are those of rich's Table."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", **options)
+def plain_table(
+    *columns: str, right: Collection[str] = (), no_wrap: bool = False, gap: int = 2, **options: Any
+) -> Table:
+    """Without lines; `right` names the columns that are flush right, `options` are those of rich's Table.
+
+    Cells that are too wide wrap. With `no_wrap` they end in an ellipsis, so that a number that is cut shows it.
+    """
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", **options)
+    overflow = "ellipsis" if no_wrap else "fold"
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=no_wrap)
+        table.add_column(column, justify="right" if column in right else "left", overflow=overflow, no_wrap=no_wrap)
     return table
 
 

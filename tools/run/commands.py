@@ -184,7 +184,7 @@ def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None)
 def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, MemoryNeed]") -> Table:
     memory = ("GiB of a GPU",) if needed else ()
     numbers = ("nodes", "ranks", "GPUs", "CPUs", "minutes", *memory)
-    table = plain_table("stage", "partition", *numbers, "", right=numbers, no_wrap=True)
+    table = plain_table("stage", "partition", *numbers, "", right=numbers, no_wrap=True, gap=1)
     for item in planned:
         site = item.site
         state = "done" if item.done else f"job {item.job.id} {item.job.state}" if item.job else "to submit"
