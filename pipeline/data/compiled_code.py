@@ -42,7 +42,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 @contextmanager
-def compiling(folder: Path) -> Iterator[None]:
+def compiling(folder: Path, part: str = "decoder") -> Iterator[None]:
     """Run the block in one process of this machine at a time, unless the code was compiled before.
 
     The others wait without a time-out, for the kernel gives the lock back however its holder ends. After two seconds
@@ -50,8 +50,9 @@ def compiling(folder: Path) -> Iterator[None]:
 
     Args:
         folder: where numba keeps the compiled code. Code from beside the sources, as in a container, is copied there.
+        part: the name of what the block compiles, which is remembered as compiled afterwards.
     """
-    stamp = folder / f"decoder-{_fingerprint()}.compiled"
+    stamp = folder / f"{part}-{_fingerprint()}.compiled"
     if stamp.exists():
         yield
         return

@@ -221,3 +221,12 @@ def test_it_answers_without_ffcv_amid_folders_of_its_packages_names(place, tmp_p
         (tmp_path / trap / "__init__.py").write_text("raise SystemExit('a trap')")
     (tmp_path / "fcmae" / "tools").mkdir(parents=True)
     assert answer(tmp_path, place, PYTHONPATH=str(ROOT)) == f"rings [] {fcmae.__file__}"
+
+
+def test_a_foreign_package_of_our_names_is_named(tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text("")
+    code = "import tools, sys; sys.path[0] = sys.argv[1]; import fcmae"
+    done = subprocess.run([sys.executable, "-c", code, ROOT], cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: import fcmae before the other package called tools, which is in "), done.stderr

@@ -1,8 +1,9 @@
 """From any image to the network's input, with the pixels that `fcmae evaluate` computes from prepared data."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,7 @@ class EvaluationTransform:
 
     def resized(self, rgb: np.ndarray) -> Tensor:
         """Resize and crop RGB pixels, uint8 (H, W, 3), as `pixels` does; returns uint8 (3, H, W)."""
-        from pipeline.data.resample import resized_crop  # numba takes half a second to import
-
+        resized_crop = _compiled_resize()
         height, width = rgb.shape[:2]
         plan = EvaluationPlan(self.image_size, self.crop_pct)
         row = plan(0, np.zeros(1, np.int64), np.array([height]), np.array([width]))[0]
@@ -65,6 +65,18 @@ class EvaluationTransform:
         out = np.empty((*height_and_width(self.image_size), 3), np.uint8)
         resized_crop(rgb, *box, out, False)
         return torch.from_numpy(out).permute(2, 0, 1)
+
+
+@cache
+def _compiled_resize() -> Callable[..., None]:
+    """Return `resized_crop`, compiled once per machine, which is announced, or loaded from disk."""
+    from pipeline.data.compiled_code import compiling  # numba takes half a second to import
+    from pipeline.data.resample import resized_crop
+
+    with compiling(Path(resized_crop.stats.cache_path), "resizing"):
+        pixel = np.zeros((1, 1, 3), np.uint8)
+        resized_crop(pixel, 0, 0, 1, 1, 1, 1, 0, 0, pixel.copy(), False)
+    return resized_crop
 
 
 def rgb_pixels(image: ImageLike, reading: ReadingSettings) -> np.ndarray:
