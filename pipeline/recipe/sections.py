@@ -44,6 +44,7 @@ class ClassificationSettings(Settings):
 class DataSettings(Settings):
     train: str = operational(...)
     """Path of a .beton file, read where it lies, or a URL (s3://, file://, ...), copied once to each machine's disk.
+    A folder, an archive or Parquet is prepared once when the run is started (see docs/photographs.md).
     The file's hash is fixed once a stage has started. $VARIABLES are those of the machine that starts the chain."""
     validation: str | None = operational(None)
     """A file like train. Null evaluates nothing: the stage ends with its last weights and has no best checkpoint."""

@@ -19,7 +19,7 @@ app = typer.Typer(
     " Its options follow in the same argument: 'timm:resnet50 pretrained=true label=ResNet'.",
 )
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, each quoted with its options.")]
-Data = Annotated[Path, typer.Option(metavar="FILE", help="The images: a .beton file, see `fcmae prepare`.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", help="The images: a folder or archive, or a .beton file.")]
 Out = Annotated[
     Path,
     typer.Option(metavar="PLACE", help="A .png file or a folder. In a run or stage, also logged to its MLflow run."),
@@ -144,6 +144,7 @@ def _open(
     from pipeline.errors import UserError
     from tools.analyze.analyzed_model import open_model
     from tools.analyze.images import load_images
+    from tools.prepare.prepared_cache import SourceSettings, data_file
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -154,7 +155,8 @@ def _open(
     labels = [model.label for model in opened]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UserError(f"two models are called {twice}; rename one, as in '{twice} label=NAME'")
-    return opened, load_images(data, count, image_size, crop_pct)
+    file = Path(data_file(str(data), SourceSettings(needs_classes=False)))
+    return opened, load_images(file, count, image_size, crop_pct)
 
 
 def _publish(figure: "Figure", name: str, numbers: dict[str, Any], out: Path, dpi: int) -> None:

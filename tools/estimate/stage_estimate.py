@@ -26,6 +26,8 @@ from pipeline.data.staging import is_url
 from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
+from tools.prepare.detect import open_source
+from tools.prepare.prepared_cache import is_source
 
 GIB = 2**30
 RESERVE = 0.92
@@ -317,11 +319,13 @@ def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFi
         return None
     path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
     fraction = data.fraction if name == "train" else 1.0
-    if not is_url(path) and Path(path).is_file():
+    if not is_url(path) and Path(path).is_file() and not is_source(path):
         beton = read_sidecar(Path(path))
         classes = data.classes if name == "train" else present_classes(beton, data.classes)
         return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
+    if count is None and not is_url(path) and Path(path).exists():
+        count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
     if count is None:
         return DataFile(path, None, None, False)
     return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from tools.options import ChannelAdaptation, Json, Processes, file_option, image_size_option
+from tools.options import ChannelAdaptation, Json, Processes, Refresh, file_option, image_size_option
 
 if TYPE_CHECKING:
     from tools.evaluate.confusions import Confusions
@@ -17,7 +17,7 @@ NUMBERS = ("images", "accuracy", "of the class", "other")  # columns that are fl
 def evaluate_weights(
     weights: Annotated[str, typer.Argument(metavar="WEIGHTS",
         help="A weights file that `fcmae convert` reads, a stage, or a run.")],
-    data: Annotated[str, file_option("The images: a .beton file of `fcmae prepare`.")],
+    data: Annotated[str, file_option("The images: a folder or archive of CLASS/IMAGE files, or a .beton file.")],
     image_size: Annotated[Any, image_size_option(
         "Side of the input images. Default: that of the stage or the file, or 224.")] = None,
     crop_pct: Annotated[
@@ -34,7 +34,7 @@ def evaluate_weights(
     real: Annotated[str | None, file_option(
         "ImageNet-ReaL's real.json: use its labels. Needs all validation images, in order.")] = None,
     knn: Annotated[str | None, file_option(
-        "Training images (.beton): let the 20 nearest vote, instead of the head.")] = None,
+        "Training images, given like --data: let the 20 nearest vote, instead of the head.")] = None,
     all_outputs: Annotated[bool, typer.Option("--all-outputs",
         help="Also allow answers that are no class of the images.")] = False,
     benchmark: Annotated[Literal["val", "v2", "a", "r", "sketch"] | None, typer.Option(
@@ -47,6 +47,7 @@ def evaluate_weights(
         help="Also print the confusion matrix; of more than 20 classes the worst ones.")] = False,
     beside: Annotated[list[str] | None, typer.Option("--beside", metavar="WEIGHTS",
         help="Measure these weights on the same images too, and say the difference. May be repeated.")] = None,
+    refresh: Refresh = False,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights.
@@ -57,17 +58,20 @@ def evaluate_weights(
     import sys
     from dataclasses import replace
 
+    from tools.evaluate.evaluated_data import evaluated_files
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 
+    file, voters = evaluated_files(weights, data, knn, refresh)
     request = EvaluationRequest(
-        weights, data, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
-        real=real, knn=knn, all_outputs=all_outputs, batch=batch, bf16=bf16,
+        weights, file, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
+        real=real, knn=voters, all_outputs=all_outputs, batch=batch, bf16=bf16,
     )  # fmt: skip
     results = [run_evaluation(request, nproc)]
     own = {"image_size": results[0].image_size, "crop_pct": results[0].crop_pct, "ema": None, "classes": None}
     results += [run_evaluation(replace(request, weights=other, **own), nproc) for other in beside or ()]
+    results = [replace(result, data=data) for result in results]
     benchmark = "real" if real else benchmark
     comparisons = [[] if knn else compare_with_published(result, benchmark, chain) for result in results]
     kept = keep_results(results)

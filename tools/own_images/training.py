@@ -24,7 +24,7 @@ from tools.own_images.derived_values import FEW_IMAGES, USUAL_SIDE, ImageFacts, 
 from tools.own_images.micro_batch import choose_micro_slots
 from tools.own_images.starting_weights import RECOMMENDED, RELEASED, SCRATCH, StartingWeights, starting_weights
 from tools.prepare.detect import open_source
-from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, say
+from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, say, window_of
 from tools.prepare.recipe_data import bound_file
 from tools.prepare.splits import validation_part
 from tools.recipes.library import find_recipe
@@ -130,11 +130,11 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
         )
         path = _prepared(request.images, settings, run, request.refresh)
         train, validation = open_beton(path), open_beton(held_out(path)) if split else None
-    if request.validation and is_source(request.validation):
-        settings = SourceSettings(request.stage == "finetune", None, longest)
-        validation = open_beton(_prepared(request.validation, settings, run, request.refresh))
-    elif request.validation:
-        validation = open_beton(request.validation)
+    if request.validation:
+        settings = SourceSettings(request.stage == "finetune", None, longest, reading=window_of(str(train.path)))
+        source = is_source(request.validation)
+        path = _prepared(request.validation, settings, run, request.refresh) if source else request.validation
+        validation = open_beton(path)
     if request.stage == "finetune":
         _check_classes(request.images, train, validation)
     return train, validation

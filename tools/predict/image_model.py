@@ -211,7 +211,7 @@ def load_image_model(
             " the head's own names"
         )
     if reading is None and opened.stage is not None:
-        reading = _reading_of_stage(opened.stage)
+        reading = reading_of_stage(opened.stage)
     statistics = ChannelStatistics.of_weights(facts, network.in_channels)
     transform = EvaluationTransform(size, crop_pct or default_crop(size), statistics, reading or ReadingSettings())
     return ImageModel(
@@ -219,7 +219,7 @@ def load_image_model(
     )
 
 
-def _reading_of_stage(stage: Path) -> ReadingSettings | None:
+def reading_of_stage(stage: Path) -> ReadingSettings | None:
     """How the training images of a stage were read when they were prepared; None if it has recorded no data."""
     events = read_events(stage / JOURNAL_FILE)
     data = next((event for event in reversed(events) if event.get("kind") == "data"), {})

@@ -29,9 +29,11 @@ from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import is_hidden, locate
 from tools.prepare.parts import PART_SAMPLES
-from tools.prepare.preparation import Summary, prepare_beton, prepare_split
+from tools.prepare.preparation import prepare_beton, prepare_split
+from tools.prepare.preparation_report import summary_lines
 from tools.prepare.progress_bar import ProgressBar
 
 SOURCE_FILE = "source.json"
@@ -53,11 +55,15 @@ class SourceSettings:
     """Share of the images that becomes a second file, for validation; see `held_out`."""
     group_by: str | None = None
     """See `prepare_split`."""
+    reading: ReadingSettings | None = None
+    """How images become pixels; None lets the source decide."""
 
     def stored(self, unlabelled: bool) -> dict[str, Any]:
         """The settings that decide what is written, given whether the images have no classes."""
-        split = {"split": self.split, "group_by": self.group_by} if self.split else {}
-        return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side, **split}
+        more = {"split": self.split, "group_by": self.group_by} if self.split else {}
+        if self.reading not in (None, ReadingSettings()):
+            more["reading"] = self.reading.side_car()
+        return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side, **more}
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,22 @@ def prepared(
         if not newest or refresh:
             newest = home / str(1 + max((int(path.name) for path in _generations(home)), default=0))
         return _prepare(source, settings, unlabelled, newest, report)
+
+
+def data_file(path: str, settings: SourceSettings, *, refresh: bool = False) -> str:
+    """A .beton file for a data path: the file itself, or what is prepared from a folder, an archive or Parquet.
+
+    Raises:
+        DataError: as `prepared`.
+    """
+    return str(prepared(path, settings, refresh=refresh)) if is_source(path) else path
+
+
+def window_of(path: str) -> ReadingSettings | None:
+    """How a data file's images were read, if one window was put over values of more than 8 bits: other images that are
+    compared with them need the same window."""
+    reading = None if is_url(path) else ReadingSettings.of_side_car(open_beton(path).settings)
+    return reading if reading and reading.window else None
 
 
 def held_out(prepared_file: Path) -> Path:
@@ -240,7 +262,7 @@ def _prepare(
         with ProgressBar(Console(stderr=True)) as progress:
             options: dict[str, Any] = {
                 "labels": settings.labels, "unlabelled": unlabelled, "encoding": Encoding(settings.max_side),
-                "on_bad": "skip", "overwrite": True, "progress": progress,
+                "on_bad": "skip", "overwrite": True, "progress": progress, "reading": settings.reading,
                 "workers": min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES),
             }  # fmt: skip
             path = _beton_in(generation, source)
@@ -259,7 +281,7 @@ def _prepare(
     entry = CacheEntry(source, settings.stored(unlabelled), listing, files, time.strftime("%Y-%m-%d %H:%M"))
     write_json(generation / SOURCE_FILE, asdict(entry))
     for summary in summaries:
-        for line in _report_lines(source, summary):
+        for line in summary_lines(summary):
             report(line)
     return path
 
@@ -278,11 +300,3 @@ def _all_in_classes(source: str) -> bool:
 
 def _readable(images: Any) -> int:
     return sum(not isinstance(item.place, str) for item in images.items)
-
-
-def _report_lines(source: str, summary: Summary) -> Iterator[str]:
-    yield f"{summary.beton.samples:,} images of {len(summary.beton.classes):,} classes from {source}"
-    for (outcome, why), count in sorted(summary.counts.items()):
-        yield f"{count:,} {outcome}: {why}"
-    if summary.counts:
-        yield f"each by name: {summary.report}"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.chain import resolve_chain_paths
@@ -9,7 +10,7 @@ from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import ChainRecipe, ClassificationSettings, StageRecipe, load_recipe
 from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE
-from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared, read_entry, say
+from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared, read_entry, say, window_of
 
 NAMES = ("train", "validation")  # of a recipe's data
 OWN_DISKS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
@@ -35,10 +36,16 @@ def with_prepared_data(
         UserError: if a path cannot be resolved or a source cannot be prepared.
     """
     chain = resolve_chain_paths(chain)
-    files: dict[str, str] = {}
-    for source, settings in sources_of(chain, run).items():
-        kept = None if refresh else bound_file(run, source, settings)
-        files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
+    sources, files = sources_of(chain, run), {}
+    for name in NAMES:  # validation images have the window of the training images
+        for stage in chain.stages.values():
+            source = getattr(stage.data, name)
+            if source in sources and source not in files:
+                train = files.get(stage.data.train, stage.data.train)
+                reading = window_of(train) if name == "validation" else None
+                settings = replace(sources[source], reading=reading)
+                kept = None if refresh else bound_file(run, source, settings)
+                files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
     return chain.model_copy(
         update={"stages": {name: _with_files(stage, files) for name, stage in chain.stages.items()}}
     )

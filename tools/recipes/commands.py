@@ -146,7 +146,7 @@ def validate_recipes(
             if nproc:
                 stage.check_world_size(nproc)
             files = filter(None, (stage.data.train, stage.data.validation, stage.init.weights))
-            missing = [file for file in files if not _is_on_disk(file)]
+            missing = [file for file in files if not _is_on_disk(file) or _is_folder_of_images(stage, file)]
             absent += missing
             if not missing:
                 check_data(resolve_paths(stage), classes)
@@ -159,6 +159,13 @@ def _is_on_disk(file: str) -> bool:
 
     path = os.path.expanduser(os.path.expandvars(file))
     return "://" not in path and "$" not in path and (sidecar_path(Path(path)).exists() or Path(path).exists())
+
+
+def _is_folder_of_images(stage: "StageRecipe", file: str) -> bool:
+    """Whether data are prepared when the run starts."""
+    from tools.prepare.prepared_cache import is_source
+
+    return file != stage.init.weights and is_source(os.path.expanduser(os.path.expandvars(file)))
 
 
 @app.command("docs")

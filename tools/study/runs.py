@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.chain import check_before_start, open_chain, resolve_chain_paths, run_chain
+from cluster.chain import check_before_start, open_chain, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
 from pipeline.errors import StageError
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from tools.prepare.recipe_data import with_prepared_data
 from tools.study.definition import STUDY_FILE, Study, StudyRun, study_runs, write_study
 
 Print = Callable[[str], None]
@@ -20,11 +21,13 @@ def run_study(study: Study, directory: Path, processes: int, report: Print) -> O
     Raises:
         UserError: before anything starts, if a recipe, its data or its directory is refused.
     """
+    chains = {}
     for run in study_runs(study, directory):
-        check_before_start(study.chain(run.arm, run.seed), run.directory, processes)
+        chains[run] = with_prepared_data(study.chain(run.arm, run.seed), run.directory)
+        check_before_start(chains[run], run.directory, processes)
     opened = {}
     for run in _prepare(study, directory):
-        opened[run] = open_chain(study.chain(run.arm, run.seed), run.directory)
+        opened[run] = open_chain(chains[run], run.directory)
         write_origin(run.directory, *study.origin(run.arm, run.seed))
     failed: list[str] = []
     with LocalLauncher(processes) as launcher:
@@ -55,7 +58,8 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
     check_path(directory)
     planned, warnings = {}, {}
     for run in study_runs(study, directory):
-        chain = resolve_chain_paths(study.chain(run.arm, run.seed))
+        cache = Path(site.data_cache) if site.data_cache else None
+        chain = with_prepared_data(study.chain(run.arm, run.seed), run.directory, cache=cache)
         planned[run] = chain, jobs.plan_jobs(chain, run.directory, site)
         warnings |= {need.warning: run.arm for need in jobs.check_planned(planned[run][1]).values() if need.warning}
     for warning, arm in warnings.items():

@@ -55,7 +55,7 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
     """
     if not os.path.isdir(path):
         return _open_file(path, entry, ema)
-    directory = _stage_of(Path(path))
+    directory = stage_of(Path(path))
     if (directory / DONE_FILE).is_file():
         done = Done(**json.loads((directory / DONE_FILE).read_text()))
         opened = _open_file(str(directory / done.weights), None, None, done.weights_sha256)
@@ -64,7 +64,7 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
     return _open_checkpoint(Stage(directory), ema)
 
 
-def _stage_of(directory: Path) -> Path:
+def stage_of(directory: Path) -> Path:
     """The directory itself if it is a stage, else the last finished stage in it."""
     if (directory / DONE_FILE).exists() or (directory / ATTEMPTS_FOLDER).exists():
         return directory

@@ -2,17 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cluster.chain import open_chain
+from cluster.site import load_site
+from pipeline.data.beton import open_beton
 from pipeline.errors import DataError
 from pipeline.recipe import load_recipe
 from pipeline.storage.file_names import DONE_FILE
 from tests.support import write_tiny_recipe
 from tests.unit.tools.prepare.test_prepared_cache import write_images
+from tools.estimate.stage_estimate import estimate
 from tools.prepare import recipe_data
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.prepared_cache import read_entry
 from tools.prepare.recipe_data import note_unshared_data, refuse_sources, sources_of, with_prepared_data
+from tools.recipes.commands import validate_recipes
 
 
 @pytest.fixture
@@ -80,3 +87,27 @@ def test_data_on_a_disk_of_this_machine_are_a_note_where_the_run_lies_elsewhere(
     note_unshared_data(chain, recipe_data.Path("/proc/self"), said.append)
     assert len(said) == 1
     assert "own disk (ext4)" in said[0]
+
+
+def test_validation_images_have_the_window_of_the_training_images(recipe, tmp_path):
+    folders = {}
+    for name, high in (("train", 4000), ("validation", 2000)):
+        (tmp_path / name).mkdir()
+        values = np.linspace(0, high, 24 * 24).reshape(24, 24).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / name / "0.png")
+        folders[name] = f"defaults.data.{name}={tmp_path / name}"
+    chain = load_recipe(recipe, [*folders.values(), "stages.intermediate=null", "stages.finetune=null"])
+    data = with_prepared_data(chain, tmp_path / "run", cache=tmp_path / "cache").stages["pretrain"].data
+    windows = {ReadingSettings.of_side_car(open_beton(path).settings).window for path in (data.train, data.validation)}
+    assert len(windows) == 1
+    assert windows.pop() == pytest.approx((0, 4000), abs=8)
+
+
+def test_an_estimate_and_a_validation_count_and_prepare_nothing(recipe, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = f"defaults.data.train={photos}"
+    alone = chain_of(recipe, photos, "stages.intermediate=null", "stages.finetune=null")
+    assert estimate(alone, load_site("single-node"))[0].train.images == 8
+    validate_recipes([str(recipe), folders])
+    assert f"checked when the run starts: {photos}" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()

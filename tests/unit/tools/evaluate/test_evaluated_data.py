@@ -1,0 +1,69 @@
+"""Folders are evaluated as the files prepared from them, and read as the training images were."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.beton import open_beton
+from pipeline.errors import DataError
+from tests.fitted import write_fitted_run
+from tests.unit.tools.prepare.test_prepared_cache import write_images
+from tools.evaluate.commands import evaluate_weights
+from tools.evaluate.evaluated_data import evaluated_files
+from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
+from tools.prepare.preparation import prepare_beton
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_fitted_run(tmp_path_factory.mktemp("fitted") / "run")
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_images(tmp_path / "photos", 40, first=1000)
+
+
+@pytest.mark.parametrize("knn", [False, True], ids=["head", "knn"])
+def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, knn):
+    file = prepare_beton(photos, tmp_path / "by-hand.beton").beton.path
+    results = []
+    for data in (photos, file):
+        evaluate_weights(str(run), str(data), knn=str(data) if knn else None, json=True)
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0].pop("data") == str(photos)
+    assert results[1].pop("data") == str(file)
+    assert results[0] == results[1]
+    assert results[0]["metrics"]["top1"] > 50
+
+
+def test_images_without_classes_cannot_be_evaluated(run, photos):
+    with pytest.raises(DataError, match="without class folders"):
+        evaluated_files(str(run), str(photos / "rings"), None)
+
+
+def write_deep(folder, low, high):
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        values = np.linspace(low, high, 24 * 24).reshape(24, 24).astype(np.uint16)
+        Image.fromarray(values).save(folder / name / "0.png")
+    return folder
+
+
+def test_values_of_many_bits_have_the_window_of_the_training_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    voters, data = write_deep(tmp_path / "voters", 0, 4000), write_deep(tmp_path / "data", 1000, 2000)
+    windows = [
+        ReadingSettings.of_side_car(open_beton(path).settings).window
+        for path in evaluated_files("weights.pt", str(data), str(voters))
+    ]
+    assert windows[0] == windows[1] == pytest.approx((0, 4000), abs=8)
+
+
+def test_a_run_decides_how_images_are_read(run, photos, monkeypatch):
+    monkeypatch.setattr("tools.evaluate.evaluated_data.reading_of_stage", lambda stage: AS_LOADER)
+    file, _ = evaluated_files(str(run), str(photos), None)
+    assert ReadingSettings.of_side_car(open_beton(file).settings) == AS_LOADER

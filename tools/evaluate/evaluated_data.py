@@ -1,0 +1,24 @@
+"""The data files of an evaluation: folders, archives and Parquet are prepared as the weights' training images were."""
+
+import os
+from pathlib import Path
+
+from tools.predict.image_model import reading_of_stage
+from tools.prepare.prepared_cache import SourceSettings, data_file, window_of
+from tools.weights.model import stage_of
+
+
+def evaluated_files(weights: str, data: str, knn: str | None, refresh: bool = False) -> tuple[str, str | None]:
+    """The .beton files of the images to evaluate and of those that vote in --knn.
+
+    Args:
+        weights: what is evaluated. A run or stage decides how images are read; else --knn's images decide the window
+            of values of more than 8 bits.
+
+    Raises:
+        UserError: if a source cannot be prepared, or a run holds no finished stage.
+    """
+    reading = reading_of_stage(stage_of(Path(weights))) if os.path.isdir(weights) else None
+    voters = knn and data_file(knn, SourceSettings(reading=reading), refresh=refresh)
+    reading = reading or (window_of(voters) if voters else None)
+    return data_file(data, SourceSettings(reading=reading), refresh=refresh), voters
