@@ -71,7 +71,7 @@ def evaluate_weights(
     results = [run_evaluation(request, nproc)]
     own = {"image_size": results[0].image_size, "crop_pct": results[0].crop_pct, "ema": None, "classes": None}
     results += [run_evaluation(replace(request, weights=other, **own), nproc) for other in beside or ()]
-    results = [replace(result, data=data) for result in results]
+    results = [replace(result, data=data, neighbours_of=knn) for result in results]
     benchmark = "real" if real else benchmark
     comparisons = [[] if knn else compare_with_published(result, benchmark, chain) for result in results]
     kept = keep_results(results)

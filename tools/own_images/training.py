@@ -124,12 +124,7 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
     if not is_source(request.images):
         train, validation = open_beton(request.images), None
     else:
-        split = 0.0 if request.validation else _possible_split(request)
-        settings = SourceSettings(
-            request.stage == "finetune", request.labels, longest, split, request.group_by if split else None
-        )
-        path = _prepared(request.images, settings, run, request.refresh)
-        train, validation = open_beton(path), open_beton(held_out(path)) if split else None
+        train, validation = _divided(request, run, longest)
     if request.validation:
         settings = SourceSettings(request.stage == "finetune", None, longest, reading=window_of(str(train.path)))
         source = is_source(request.validation)
@@ -140,6 +135,22 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
     return train, validation
 
 
+def _divided(request: Request, run: Path, longest: int) -> tuple[Beton, Beton | None]:
+    """The training and validation part of the images. A run that has begun keeps its files and needs no folder."""
+
+    def settings(split: float) -> SourceSettings:
+        group_by = request.group_by if split else None
+        return SourceSettings(request.stage == "finetune", request.labels, longest, split, group_by)
+
+    split = 0.0 if request.validation else request.split
+    for kept in () if request.refresh else dict.fromkeys((split, 0.0)):
+        if path := bound_file(run, request.images, settings(kept)):
+            return open_beton(path), open_beton(held_out(path)) if kept else None
+    split = _possible_split(request) if split else 0.0
+    path = prepared(request.images, settings(split), refresh=request.refresh)
+    return open_beton(path), open_beton(held_out(path)) if split else None
+
+
 def _prepared(source: str, settings: SourceSettings, run: Path, refresh: bool) -> Path:
     kept = None if refresh else bound_file(run, source, settings)
     return kept or prepared(source, settings, refresh=refresh)
@@ -147,8 +158,6 @@ def _prepared(source: str, settings: SourceSettings, run: Path, refresh: bool) -
 
 def _possible_split(request: Request) -> float:
     """The split, or 0 if it would leave one side without images."""
-    if not request.split:
-        return 0.0
     images = open_source(request.images, request.labels, unlabelled=request.stage == "pretrain")
     parts = set(validation_part([item.name for item in images.items], request.split, request.group_by))
     if len(parts) == 2:

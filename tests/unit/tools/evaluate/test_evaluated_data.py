@@ -34,8 +34,9 @@ def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, k
     for data in (photos, file):
         evaluate_weights(str(run), str(data), knn=str(data) if knn else None, json=True)
         results.append(json.loads(capsys.readouterr().out))
-    assert results[0].pop("data") == str(photos)
-    assert results[1].pop("data") == str(file)
+    for result, source in zip(results, (photos, file), strict=True):
+        named = (result.pop("data"), result.pop("neighbours_of"))
+        assert named == (str(source), str(source) if knn else None)
     assert results[0] == results[1]
     assert results[0]["metrics"]["top1"] > 50
 

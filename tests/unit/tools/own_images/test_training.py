@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from cluster.chain import open_chain
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from tests.fitted import write_fitted_run
@@ -141,3 +142,20 @@ def test_data_files_are_taken_as_they_are(photos, tmp_path):
     assert (made.train.sha256, made.validation.sha256) == (first.train.sha256, first.validation.sha256)
     _, alone = plan("pretrain", first.train.path, tmp_path)
     assert alone.validation is None
+
+
+def test_labels_in_a_table(photos, tmp_path):
+    lines = [f"{path.name},{path.parent.name}" for path in sorted(photos.glob("*/*"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,class", *lines]))
+    flat(photos)
+    _, made = plan("finetune", photos, tmp_path, labels=str(tmp_path / "labels.csv"))
+    assert made.train.classes == ("checks", "gradient", "rings", "stripes")
+    assert made.train.samples + made.validation.samples == 40
+
+
+def test_a_run_that_was_made_needs_its_folder_no_more(photos, tmp_path):
+    _, first = plan("pretrain", photos, tmp_path)
+    open_chain(first.chain, tmp_path / "run")
+    photos.rename(tmp_path / "elsewhere")
+    _, again = plan("pretrain", photos, tmp_path)
+    assert again.chain == first.chain
