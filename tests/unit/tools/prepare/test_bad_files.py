@@ -147,7 +147,7 @@ def prepared(tmp_path_factory):
 
 def test_there_are_enough_kinds():
     assert len(LEFT_OUT) >= 20
-    assert len(LEFT_OUT) + len(STORED) >= 30
+    assert len(LEFT_OUT) + len(STORED) + len(KEPT) >= 40
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
