@@ -8,7 +8,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from cluster.local import reserve_port
-from pipeline.data.beton import Beton, open_beton
+from pipeline.data.beton import open_beton
 from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
@@ -73,6 +73,10 @@ class EvaluationResult:
     stage: str | None = None
     """The stage directory of the weights, where they have one."""
     confusions: Confusions | None = None
+    classes_with_images: int | None = None
+    """Of the data's classes."""
+    outputs: int | None = None
+    """Outputs of the classifier, if only those of the data's classes were compared and it has others."""
 
     def __str__(self) -> str:
         cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
@@ -81,15 +85,24 @@ class EvaluationResult:
         lines = [
             f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}"
             + (f", by the nearest neighbours in {self.neighbours_of}" if self.neighbours_of else ""),
-            f"{self.metrics['images']:,} images of {self.classes:,} classes, {describe_size(self.image_size)} px"
+            f"{self.metrics['images']:,} images of {self._classes()}, {describe_size(self.image_size)} px"
             f" {resized}: top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
         ]
+        if self.outputs is not None:
+            known = self.classes - len(self.missing)
+            lines.append(
+                f"compared were {known:,} of the classifier's {self.outputs:,} outputs: those of the data's classes"
+            )
         if self.missing:
             lines.append(
                 f"the classifier lacks {len(self.missing)} of the classes ({', '.join(self.missing[:5])}"
                 f"{', ...' if len(self.missing) > 5 else ''}): their images count as wrong"
             )
         return "\n".join(lines)
+
+    def _classes(self) -> str:
+        some = self.classes_with_images not in (None, self.classes)
+        return f"{self.classes_with_images:,} of {self.classes:,} classes" if some else f"{self.classes:,} classes"
 
 
 def run_evaluation(request: EvaluationRequest, processes: int = 1) -> EvaluationResult:
@@ -150,46 +163,57 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
         channels=request.channels,
     )
     beton = open_beton(request.data)
+    part, names = Subset(beton), beton.classes
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:
         model = FixedModel(loaded.network, world, request.bf16)
         outputs: list[int | None] = list(range(len(beton.classes)))
         if request.knn:
             train = open_beton(request.knn)
-            if train.classes != beton.classes:
+            if unknown := sorted(set(beton.classes) - set(train.classes)):
                 raise DataError(
-                    f"--knn {request.knn} and --data {request.data} have different classes; they need the same"
+                    f"--data {request.data} holds class {unknown[0]}, which --knn {request.knn} lacks; prepare both"
+                    " with the same class names"
                 )
-            bank = collect_features(model, _feed(request, loaded, train, world), loaded.transform.statistics)
-            scorer: Any = Neighbours(*bank, len(beton.classes), loaded.transform.statistics)
+            bank = collect_features(model, _feed(request, loaded, Subset(train), world), loaded.transform.statistics)
+            part, names = part.numbered_as(train.classes), train.classes
+            scorer: Any = Neighbours(*bank, len(names), loaded.transform.statistics)
         else:
             if not loaded.outputs:
                 raise DataError(
                     f"{request.weights} has no head, so it gives no classes; give --knn TRAIN.beton to"
                     " classify by nearest neighbours"
                 )
-            names = read_class_names(request.classes) if request.classes else loaded.class_names
-            outputs = outputs_of(beton.classes, names, loaded.outputs)
+            known = read_class_names(request.classes) if request.classes else loaded.class_names
+            outputs = outputs_of(beton.classes, known, loaded.outputs)
             real = real_answers(request.real, beton, outputs) if request.real else None
             scorer = Answers(outputs, real, not request.all_outputs, loaded.transform.statistics)
-        metrics = evaluate(model, scorer, _feed(request, loaded, beton, world))
+        metrics = evaluate(model, scorer, _feed(request, loaded, part, world))
         assert metrics is not None
-        confusions = scorer.log.confusions(beton.classes, world)
+        confusions = scorer.log.confusions(names, world)
     finally:
         world.leave()
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
         len(beton.classes), missing, str(Path(request.data)), beton.sha256, loaded.network.in_channels, request.knn,
-        str(loaded.stage) if loaded.stage else None, confusions,
+        str(loaded.stage) if loaded.stage else None, confusions, part.classes_with_images,
+        _compared_outputs(request, loaded, outputs),
     )  # fmt: skip
 
 
-def _feed(request: EvaluationRequest, loaded: ImageModel, beton: Beton, world: World) -> EvaluationFeed:
+def _compared_outputs(request: EvaluationRequest, loaded: ImageModel, outputs: list[int | None]) -> int | None:
+    """How many outputs the classifier has, if some of them were not compared."""
+    if request.knn or request.all_outputs or len(set(outputs) - {None}) == loaded.outputs:
+        return None
+    return loaded.outputs
+
+
+def _feed(request: EvaluationRequest, loaded: ImageModel, part: Subset, world: World) -> EvaluationFeed:
     settings = DataSettings(
-        train=str(beton.path),
+        train=str(part.beton.path),
         image_size=loaded.image_size,
         crop_pct=loaded.crop_pct,
         timeout_seconds=request.timeout_seconds,
     )
-    return EvaluationFeed(Subset(beton), settings, request.batch, world, workers=max(world.cores() - 1, 1))
+    return EvaluationFeed(part, settings, request.batch, world, workers=max(world.cores() - 1, 1))

@@ -141,7 +141,7 @@ class PartFolder:
 @contextmanager
 def _written_whole(path: Path) -> Iterator[BinaryIO]:
     """Write a file under another name, sync it to disk and rename it, so it is never seen half-written."""
-    aside = path.with_name(path.name + ".new")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
     with open(aside, "wb") as file:
         yield file
         file.flush()
@@ -158,7 +158,7 @@ def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int
         return
     # spawn, because fork would copy the locks of an object store's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder, os.getpid()))
     tasks = ((n, None if folder.is_made(n) else pool.submit(_make, n, items)) for n, items in enumerate(parts))
     try:
         pending = deque(islice(tasks, 4 * workers))
@@ -180,9 +180,10 @@ def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int
 _folder: PartFolder
 
 
-def _start_worker(folder: PartFolder) -> None:
+def _start_worker(folder: PartFolder, parent: int) -> None:
     global _folder
-    die_with_parent()
+    # A parent that ended during this process's imports left tasks in the pipe, which its successor does as well.
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _folder = folder
 

@@ -6,6 +6,7 @@ are whole numbers, so the window does not depend on the number of workers.
 """
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -72,12 +73,14 @@ def _look(chunks: Sequence, reader: Reader, reading: ReadingSettings, workers: i
         yield from map(_count, chunks, repeat(reader), repeat(reading))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(chunks)), context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(chunks)), context, initializer=_start_worker, initargs=(os.getpid(),)
+    ) as pool:
         yield from pool.map(_count, chunks, repeat(reader), repeat(reading))
 
 
-def _start_worker() -> None:
-    die_with_parent()
+def _start_worker(parent: int) -> None:
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 

@@ -96,6 +96,7 @@ def test_subset_accuracy_is_that_of_a_plain_loop(place, ema, squash):
     assert result.metrics["top1"] == pytest.approx(100 * (among.argmax(1) == LABELS).mean())
     assert result.metrics["images"] == len(LABELS)
     assert result.missing == ("n04399382",)
+    assert "compared were 3 of the classifier's 6 outputs: those of the data's classes" in str(result)
     assert result.weights == ("model_ema" if ema else "model")
     if not ema and not squash:
         assert 0 < result.metrics["top1"] < 100
@@ -189,6 +190,25 @@ def test_neighbours_of_files(place):
     data = str(place / "data.beton")
     result = run_evaluation(EvaluationRequest(str(place / "weights.pt"), data, image_size=SIZE, knn=data, device="cpu"))
     assert result.metrics["top1"] == pytest.approx(100 * (votes.argmax(1) == LABELS).mean())
+    assert "images of 4 classes" in str(result)
+
+
+def test_data_that_lack_classes_of_the_neighbours(place, tmp_path):
+    """The images of two of four classes: votes and answers are those among all four."""
+    for wnid in WNIDS[1:3]:
+        (tmp_path / "some" / wnid).parent.mkdir(exist_ok=True)
+        (tmp_path / "some" / wnid).symlink_to(place / "images" / wnid)
+    prepare_beton(tmp_path / "some", tmp_path / "some.beton")
+    weights, some, whole = (str(path) for path in (place / "weights.pt", tmp_path / "some.beton", place / "data.beton"))
+    found = [
+        run_evaluation(EvaluationRequest(weights, data, image_size=SIZE, knn=whole, device="cpu")).confusions
+        for data in (some, whole)
+    ]
+    classes = [{c.name: (c.images, c.correct) for c in confusions.classes} for confusions in found]
+    assert classes[0] == {WNIDS[0]: (0, 0), WNIDS[3]: (0, 0), **{w: classes[1][w] for w in WNIDS[1:3]}}
+    assert set(found[0].confused) == {pair for pair in found[1].confused if pair.name in WNIDS[1:3]}
+    with pytest.raises(DataError, match=r"data\.beton holds class .*, which --knn .*some\.beton lacks"):
+        run_evaluation(EvaluationRequest(weights, whole, image_size=SIZE, knn=some, device="cpu"))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tests.archives import class_images, write_folder
 from tools.prepare.encoding import Encoding
 from tools.prepare.preparation import prepare_beton
 
+ROOT = Path(__file__).resolve().parents[4]
 PART = 5
 PARTS = 8  # 40 images
 
@@ -73,6 +76,13 @@ def test_workers(made, tmp_path):
     interrupted(source, tmp_path / "a.beton", 11, workers=2)
     prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART, workers=3)
     assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+def test_a_worker_whose_parent_ended_during_its_imports_ends_too():
+    """Its successor's workers make the same parts, in the same files."""
+    code = "from tools.prepare.parts import _start_worker; _start_worker(None, 1); print('works')"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
 
 
 def test_the_size_of_parts_does_not_matter(made, tmp_path):
