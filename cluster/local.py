@@ -125,7 +125,7 @@ class LocalLauncher:
         self._stops += 1
         for rank in self._ranks:
             if rank.poll() is None:
-                rank.send_signal(signal.SIGTERM)
+                rank.send_signal(number)
 
     def _codes(self) -> dict[int, int]:
         """Exit codes of the ranks that have ended, by rank."""

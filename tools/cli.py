@@ -1,15 +1,16 @@
 """The `fcmae` command: which command runs which function."""
 
+import importlib.metadata
 import signal
 import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pipeline.distributed.processes import keep_imports_safe
 from pipeline.errors import UserError
 from pipeline.stage.outcome import exit_code
+from pipeline.storage.announcement import announced
 from pipeline.storage.user_cache import redirect_caches
 from tools.analyze import commands as analyze
 from tools.estimate.commands import estimate_cost
@@ -22,16 +23,35 @@ from tools.recipes import commands as recipes
 from tools.report.commands import report_runs
 from tools.run import commands as runs
 from tools.study import commands as study
+from tools.tables import wide_console
 from tools.verify.commands import verify_path
 from tools.weights import checkpoint_commands as checkpoints
 from tools.weights.commands import convert_weights, export_weights
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"fcmae {importlib.metadata.version('fcmae')}")
+        except importlib.metadata.PackageNotFoundError:
+            print("fcmae, from a directory where it was not installed")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train ConvNeXt V2 from images: FCMAE pre-training and fine-tuning, as stages that resume by themselves.",
 )
+
+
+@app.callback()
+def answer_for_all(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version,
+        help="Print the version and exit.")] = False,
+) -> None:  # fmt: skip
+    """Train ConvNeXt V2 from images: FCMAE pre-training and fine-tuning, as stages that resume by themselves."""
 
 
 def examine_machine(
@@ -46,11 +66,12 @@ def examine_machine(
     if warm:
         warm_up()
         return
-    findings = check_machine()
+    with announced("looking at this machine", plain=False):
+        findings = check_machine()
     if json:
         print(results_json(findings))
     else:
-        Console().print(results_table(findings))
+        wide_console().print(results_table(findings))
     if any(finding.level is Level.MISSING for finding in findings):
         raise typer.Exit(1)
 

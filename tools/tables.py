@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 
-def wide_console(width: int = 160) -> Console:
-    """Standard output; a file or a pipe, which has no width, gets one of so many columns."""
+def wide_console(width: int = 400) -> Console:
+    """Standard output; a file or a pipe, which has no width, gets one of so many columns, so that nothing is cut."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=width, highlight=False)
 

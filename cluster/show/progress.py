@@ -110,7 +110,7 @@ class Progress:
 def _progress_line(s: StageStatus) -> str:
     parts = [f"step {of_total(s)}", f"loss {figure(s.loss)}" if s.loss is not None else ""]
     parts += [f"{s.images_per_second:,.0f} images/s" if s.images_per_second else ""]
-    parts += [f"ETA {duration(s.eta_seconds)}" if s.eta_seconds is not None else ""]
+    parts += [f"ETA {duration(s.eta_seconds)}" if round(s.eta_seconds or 0) else ""]
     return "  ".join(part for part in parts if part)
 
 

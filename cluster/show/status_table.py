@@ -56,10 +56,15 @@ def _cells(s: StageStatus) -> dict[str, str]:
         "images/s": figure(s.images_per_second, "{:,.0f}"),
         "data wait": figure(s.data_wait_fraction, "{:.0%}"),
         "ETA": duration(s.eta_seconds),
-        "checkpoint": duration(s.last_checkpoint_age_seconds) if s.state != "done" else "",
+        "checkpoint": _ago(s.last_checkpoint_age_seconds) if s.state != "done" else "",
         "result": metrics_text(s.metrics),
         "track": {None: "", True: "[green]on[/]", False: "[red]off[/]"}[s.on_track],
     }
+
+
+def _ago(seconds: float | None) -> str:
+    text = duration(seconds)
+    return f"{text} ago" if text else ""
 
 
 def _job(s: StageStatus) -> str:

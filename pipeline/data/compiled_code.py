@@ -6,8 +6,6 @@ disk or a lost node, so it happens before any time-out runs.
 
 import hashlib
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 
+from pipeline.storage.announcement import announced
 from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, machine_lock
 from pipeline.storage.user_cache import can_write, user_cache
 
-ANNOUNCE_SECONDS = 2.0
 _SOURCES = Path(__file__).parent
 _BESIDE = _SOURCES / "__pycache__"
 
@@ -57,7 +55,7 @@ def compiling(folder: Path, part: str = "decoder") -> Iterator[None]:
         yield
         return
     _copy_code(folder)
-    with _announced(), machine_lock(COMPILING):
+    with announced(COMPILING_SENTENCE), machine_lock(COMPILING):
         yield
         with suppress(OSError):
             stamp.touch()
@@ -79,29 +77,3 @@ def _fingerprint() -> str:
         about = path.stat()
         parts += [path.name, str(about.st_mtime_ns), str(about.st_size)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _announced() -> Iterator[None]:
-    """Say what takes so long once the block has run for two seconds: a spinner on a terminal, otherwise a line."""
-    ended = threading.Event()
-
-    def announce() -> None:
-        if ended.wait(ANNOUNCE_SECONDS):
-            return
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            print(COMPILING_SENTENCE, file=sys.stderr, flush=True)
-            return
-        with console.status(COMPILING_SENTENCE):
-            ended.wait()
-
-    thread = threading.Thread(target=announce, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

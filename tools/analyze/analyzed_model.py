@@ -64,10 +64,12 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
         UserError: if there is no such model or file, or an option does not fit.
     """
     try:
-        name, *rest = shlex.split(words) or [""]
+        name, *rest = [words] if Path(words).exists() else shlex.split(words) or [""]
         options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
     except (ValueError, yaml.YAMLError):
-        raise UserError(f"model {words!r} must be NAME KEY=VALUE ..., quoted as one argument") from None
+        raise UserError(
+            f"model {words!r} is no file, and its words after the first are not all KEY=VALUE; correct them"
+        ) from None
     label = options.pop("label", None)
     if name.startswith("timm:"):
         opened = _open_timm(name.removeprefix("timm:"), options, image_size)

@@ -50,7 +50,10 @@ def _find(name: str, known: dict[str, Path], kind: str) -> Path:
     same = [full for full in known if full.rpartition("/")[2] == wanted]
     if len(same) == 1:
         return known[same[0]]
-    near = same or get_close_matches(wanted, known, n=3, cutoff=0.4)
+    if name.endswith((".yaml", ".yml")) and not same:
+        near = get_close_matches(wanted, known, n=3, cutoff=0.75)  # a file was meant, not one of ours
+    else:
+        near = same or get_close_matches(wanted, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise RecipeError(f"there is no {kind} {name}, as a file or included; {hint}`fcmae {kind} list` shows all")
 

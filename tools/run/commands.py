@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.storage.file_names import RECIPE_FILE
@@ -174,7 +173,7 @@ def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None)
     planned = jobs.plan_jobs(chain, run, profile, start=start)
     needed = jobs.check_planned(planned)
     jobs.check_with_slurm(planned, code_snapshot_path(run))
-    Console().print(_plan_table(planned, needed))
+    wide_console().print(_plan_table(planned, needed))
     for estimate in needed.values():
         if estimate.warning:
             print(estimate.warning)

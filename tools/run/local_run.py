@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from cluster.chain import check_before_start, hold_run, open_chain, run_chain
 from cluster.local import LocalLauncher, retrying
@@ -18,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import ChainRecipe
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of
+from tools.tables import wide_console
 
 REMEDIES = {
     OutcomeKind.SAVED: "everything is saved, the same command resumes it",
@@ -43,7 +43,7 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
     run_files = Mirror(directory, remote, is_mirrored_run_file) if remote else None  # each stage uploads its own files
     if run_files:
         run_files.push()
-    console = Console()
+    console = wide_console()
     with (
         hold_run(directory),
         Progress(directory, console) as progress,

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pipeline.errors import CheckpointError, StageError
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, JOURNAL_FILE, RECIPE_FILE
 from tools.options import Overwrite
-from tools.tables import plain_table
+from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
     from pipeline.storage.folder import Folder
@@ -37,7 +36,7 @@ def list_checkpoints(stage: StageDirectory) -> None:
         state = "committed" if manifest else problems[0] if problems else "not committed"
         why, ranks, engine = (str(facts.get(key, "")) for key in ("why", "world_size", "engine"))
         table.add_row(str(name), why, size, ranks, engine, state)
-    Console().print(table)
+    wide_console().print(table)
 
 
 @app.command("export")

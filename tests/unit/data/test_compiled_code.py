@@ -18,6 +18,7 @@ from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.recipe.sections import BatchSettings, DataSettings
+from pipeline.storage import announcement
 from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, is_locked
 from tests.support import tiny_image
 
@@ -43,7 +44,7 @@ def test_nothing_is_left_to_compile_for_training_and_evaluation(tmp_path):
 
 
 def test_one_process_compiles_and_says_so(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(compiled_code, "ANNOUNCE_SECONDS", 0.05)
+    monkeypatch.setattr(announcement, "ANNOUNCE_SECONDS", 0.05)
     with compiled_code.compiling(tmp_path):
         assert is_locked(COMPILING)
         time.sleep(0.2)

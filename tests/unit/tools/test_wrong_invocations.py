@@ -1,0 +1,127 @@
+"""Forty ways to get a command wrong: one sentence, the exit code, and nothing left behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support import fcmae, tiny_data, write_tiny_recipe
+
+ONE = ("stages.intermediate=null", "stages.finetune=null")
+RUN = ("run", "tiny.yaml", "--out", "out")
+SUBMIT = ("submit", "tiny.yaml", "--site", "generic", "--out", "out")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A recipe with its data, and files that are not what a command wants."""
+    place = tmp_path_factory.mktemp("made")
+    write_tiny_recipe(place)
+    tiny_data(place / "small", train=8, validation=8)
+    Image.new("RGB", (8, 8)).save(place / "photo.png")
+    for name, content in (
+        ("list.yaml", "- 1\n- 2\n"), ("broken.yaml", "stages: {a: [\n"), ("empty.yaml", ""), ("text.beton", "text"),
+        ("circle.yaml", "extends: circle.yaml\n"), ("weights.safetensors", "no weights"), ("notes.txt", "notes"),
+    ):  # fmt: skip
+        (place / name).write_text(content)
+    shutil.copy(place / "photo.png", place / "picture.yaml")
+    (place / "folder").mkdir()
+    return place
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A copy of that as the current directory, with caches of its own."""
+    place = tmp_path / "here"
+    shutil.copytree(made, place)
+    (place / "tiny.yaml").write_text((made / "tiny.yaml").read_text().replace(str(made), str(place)))
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return place
+
+
+# Arguments, and words of the sentence. The exit code is 1.
+WRONG = [
+    (("run", "nosuch.yaml", "--out", "out"), "there is no recipe nosuch.yaml, as a file or included; `fcmae recipe"),
+    (("run", "convnextv2/hugee", "--out", "out"), "did you mean convnextv2/huge"),
+    (("run", "list.yaml", "--out", "out"), "holds a list; a recipe is a mapping"),
+    (("run", "broken.yaml", "--out", "out"), "broken.yaml cannot be read as YAML"),
+    (("run", "picture.yaml", "--out", "out"), "picture.yaml"),
+    (("run", "empty.yaml", "--out", "out"), "empty.yaml"),
+    (("run", "circle.yaml", "--out", "out"), "extends itself"),
+    (("run", "folder", "--out", "out"), "there is no recipe folder"),
+    (("run", "tiny.yaml", "--out", "notes.txt"), "notes.txt"),
+    (("run", "tiny.yaml", "--out", "folder/../small"), "is no run of ours; choose another directory"),
+    (("run", "tiny.yaml", "--out", "/proc/out"), "cannot be written"),
+    ((*RUN, "epochs"), "'epochs' is not of the form key=value"),
+    ((*RUN, "stages.pretrain.schedule.epoch=3"), "unknown key stages.pretrain.schedule.epoch; did you mean epochs?"),
+    ((*RUN, "stages.pretrain.schedule.epochs=many"), "stages.pretrain.schedule.epochs is 'many'"),
+    ((*RUN, "stages.pretrain.schedule.epochs=-1"), "stages.pretrain.schedule.epochs is -1"),
+    ((*RUN, "stages.pretrain.model.name=resnet"), "stages.pretrain.model.name is 'resnet'; choose one of"),
+    ((*RUN, "stages=null"), "a recipe needs at least one stage"),
+    ((*RUN, "stages.pretrain=3"), "stages.pretrain is 3"),
+    ((*RUN, "stages.pretrain.batch.slot=7"), "slot"),
+    ((*RUN, "defaults.data.train=nowhere.beton"), "nowhere.beton does not exist"),
+    ((*RUN, "defaults.data.train=$NOWHERE/a.beton"), "$NOWHERE is not set"),
+    ((*RUN, "defaults.data.train=text.beton"), "text.beton"),
+    ((*RUN, "defaults.data.train=small/train.beton"), "make the batch smaller"),
+    ((*RUN, "stages.intermediate.objective.classes=5"), "objective.classes is 5"),
+    ((*RUN, "init=nowhere.safetensors"), "nowhere.safetensors does not exist"),
+    ((*RUN, "--nproc", "3"), "3 processes do not divide the 4 slots"),
+    (("submit", "tiny.yaml", "--site", "nosite", "--out", "out"), "nosite"),
+    (("submit", "tiny.yaml", "--site", "list.yaml", "--out", "out"), "list.yaml"),
+    ((*SUBMIT, "--from", "nostage"), "there is no stage nostage"),
+    (("resume", "folder"), "folder"),
+    (("cancel", "folder"), "folder"),
+    (("status", "folder"), "is no run directory"),
+    (("status", "nowhere"), "nowhere"),
+    (("logs", "folder"), "folder"),
+    (("times", "folder"), "folder"),
+    (("report", "folder"), "folder"),
+    (("verify", "nowhere.beton"), "nowhere.beton"),
+    (("verify", "text.beton"), "text.beton"),
+    (("prepare", "nowhere", "out.beton"), "nowhere"),
+    (("prepare", "folder", "out.beton"), "folder"),
+    (("evaluate", "weights.safetensors", "--data", "data/validation.beton"), "weights.safetensors"),
+    (("evaluate", "nowhere.pt", "--data", "data/validation.beton"), "nowhere.pt"),
+    (("predict", "nowhere", "photo.png"), "nowhere"),
+    (("convert", "weights.safetensors", "out.pth", "--to", "timm"), "weights.safetensors"),
+    (("estimate", "tiny.yaml", "--site", "generic", "--images", "many"), "--images 'many' is no number of images"),
+    (("recipe", "show", "nosuch"), "there is no recipe nosuch"),
+    (("study", "run", "nosuch", "--out", "out"), "there is no study nosuch"),
+    (("checkpoint", "ls", "folder"), "folder"),
+    (("analyze", "cam", "notes.txt more words", "--data", "data/validation.beton", "--out", "out"), "notes.txt more"),
+]
+# The same of the command line itself. The exit code is 2.
+USAGE = [
+    (("nosuch",), "No such command 'nosuch'"),
+    (("run", "tiny.yaml"), "Missing option '--out'"),
+    (("run", "--out", "out"), "Missing argument"),
+    ((*RUN, "--nprocs", "2"), "No such option: --nprocs"),
+    ((*RUN, "--nproc", "0"), "Invalid value for '--nproc'"),
+    (("logs", "folder", "--lines", "none"), "Invalid value for '--lines'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [(*case, 1) for case in WRONG] + [(*case, 2) for case in USAGE],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
+)
+def test_one_sentence_and_nothing_left_behind(here, arguments, words, code):
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    done = fcmae(*arguments)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    said = " ".join(done.stderr.replace("\u2502", " ").split())
+    assert words in said
+    if code == 1:
+        assert done.stderr.startswith("fcmae: "), done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "b'" not in said, "bytes mean nothing to a person"
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_there_are_forty():
+    assert len({case[0] for case in WRONG + USAGE}) >= 40
