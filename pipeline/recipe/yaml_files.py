@@ -103,7 +103,26 @@ def _base(path: Path, name: str) -> Path:
 
 
 def _read_values(path: Path) -> Any:
-    return OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
+    tree = OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
+    if isinstance(tree, dict):
+        stages = tree.get("stages")
+        for section in (tree, tree.get("defaults"), *(stages.values() if isinstance(stages, dict) else ())):
+            if isinstance(section, dict):
+                _find_beside(path.parent, section.get("data"), ("train", "validation"))
+                _find_beside(path.parent, section, ("init",))
+                _find_beside(path.parent, section.get("init"), ("weights",))
+    return tree
+
+
+def _find_beside(folder: Path, section: Any, keys: Sequence[str]) -> None:
+    """Replace the relative paths of a section by those of files beside the recipe, where there are such files.
+
+    All others are relative to the current directory, as are those of overrides.
+    """
+    for key in keys if isinstance(section, dict) else ():
+        value = section.get(key)
+        if isinstance(value, str) and value and "://" not in value and (folder / value).exists():
+            section[key] = str(folder / value)
 
 
 @lru_cache(maxsize=64)

@@ -124,8 +124,9 @@ def _kind(path: str | os.PathLike, data: bytes) -> str:
     elif data[:4] == _ZIP or data[:1] == b"\x80":
         kind = "PyTorch pickle"
     else:
-        start = f"begins with {data[:20]!r}" if data else "is empty"
-        raise CheckpointError(f"{path} {start}, so it is neither safetensors nor a PyTorch pickle; fetch it again")
+        raise CheckpointError(
+            f"{path} {_first_look(data)}, so it is neither safetensors nor a PyTorch pickle; fetch it again"
+        )
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     label = next((label for label, suffixes in _SUFFIXES.items() if suffix in suffixes), kind)
     if label != kind:
@@ -133,6 +134,18 @@ def _kind(path: str | os.PathLike, data: bytes) -> str:
             f"{path} is a {kind} file by its content and not {label}; rename it to end in {_SUFFIXES[kind][0]}"
         )
     return kind
+
+
+def _first_look(data: bytes) -> str:
+    """What a file that holds no weights holds, by its first bytes."""
+    if not data:
+        return "is empty"
+    kinds = {b"\x89PNG": "PNG image", b"\xff\xd8\xff": "JPEG image", b"GIF8": "GIF image", b"%PDF": "PDF document",
+             b"\x1f\x8b": "gzip archive"}  # fmt: skip
+    if kind := next((kind for start, kind in kinds.items() if data.startswith(start)), None):
+        return f"is a {kind}"
+    text = data[:20].decode("ascii", errors="replace")
+    return f"begins with {text!r}" if text.isprintable() else "begins with bytes of no format known here"
 
 
 def _damaged(path: str | os.PathLike, kind: str, error: Exception) -> CheckpointError:

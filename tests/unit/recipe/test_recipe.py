@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -161,3 +163,22 @@ def load_stage_with(slots, micro):
             "schedule": {"epochs": 1.0},
         }
     )
+
+
+def test_files_beside_a_recipe_are_found_from_any_directory(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+        (place / "train.beton").touch()
+    (folder / "weights.pt").touch()
+    (elsewhere / "validation.beton").touch()
+    tree = tiny_recipe(Path("."))
+    tree["init"] = "weights.pt"
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    monkeypatch.chdir(elsewhere)
+    first = load_recipe(folder / "tiny.yaml").stages["pretrain"]
+    assert first.data.train == str(folder / "train.beton")
+    assert first.init.weights == str(folder / "weights.pt")
+    assert first.data.validation == "validation.beton"  # there is none beside the recipe
+    given = load_recipe(folder / "tiny.yaml", ["defaults.data.train=train.beton"]).stages["pretrain"]
+    assert given.data.train == "train.beton"

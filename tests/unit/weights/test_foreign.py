@@ -163,7 +163,7 @@ def test_files_that_are_none(tmp_path):
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
     path.write_bytes(b"<!DOCTYPE html><html>")
-    assert "begins with b'<!DOCTYPE html><html'" in refusal(path)
+    assert "begins with '<!DOCTYPE html><html'" in refusal(path)
     path.unlink()
     path.mkdir()
     assert "cannot be read (IsADirectoryError)" in refusal(path)
