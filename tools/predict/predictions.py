@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,9 +60,11 @@ class PredictedImages:
 
         thumbnails: data URLs, one for each name.
         """
+        above = os.path.commonprefix([name.split("/")[:-1] for name in self.names])  # noqa: RUF071 (of lists of parts)
+        folder = "".join(f"{part}/" for part in above)
         by_class: dict[str, list[tuple[str, str, Sequence[Prediction]]]] = defaultdict(list)
         for name, answer, thumbnail in zip(self.names, self.answers, thumbnails, strict=True):
-            by_class[answer[0].name].append((name, thumbnail, answer))
+            by_class[answer[0].name].append((name.removeprefix(folder), thumbnail, answer))
         for images in by_class.values():
             images.sort(key=lambda image: -image[2][0].confidence)
         classes = sorted(by_class.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -72,4 +75,4 @@ class PredictedImages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        return environment.get_template("predictions.html.j2").render(predicted=self, classes=classes)
+        return environment.get_template("predictions.html.j2").render(predicted=self, classes=classes, folder=folder)

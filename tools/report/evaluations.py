@@ -27,7 +27,7 @@ def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
     size = "x".join(map(str, own.image_size)) if isinstance(own.image_size, list) else own.image_size
     yield Text(f"Evaluated on the {own.images:,} images of {own.data} at {size} px, {how}:")
     rows = [[r.subject, r.weights, f"{r.top1:.2f} %", f"{r.top5:.2f} %", _gain(own, r)] for r in results]
-    headers = ["weights", "of the file", "top-1", "top-5", "top-1 to the first"]
+    headers = ["weights", "of the file", "top-1", "top-5", "difference in top-1"]
     yield Grid(headers, rows, headers[2:])
     yield from (Text(f"{difference_of(own, other)}.") for other in others)
     if own.confusions is not None:
