@@ -31,7 +31,9 @@ def resolve_normalization(recipe: ChainRecipe, started: ChainRecipe | None = Non
     recipe, stages = keep_normalization(recipe, started) if started else recipe, {}
     for name, stage in recipe.stages.items():
         normalize, before = stage.data.normalize, recipe.stages.get(stage.previous or "")
-        if normalize == "measured" and (before is None or before.data.normalize != "measured"):
+        if normalize is None and started and name in started.stages:
+            resolved = None  # ImageNet's, as when it began: the file of its first weights may be gone
+        elif normalize == "measured" and (before is None or before.data.normalize != "measured"):
             resolved = _measured(stage)
         elif normalize in (None, "measured"):
             resolved = stages[before.name].data.normalize if before else _of_weights(stage)
@@ -75,7 +77,8 @@ def _of_weights(stage: StageRecipe) -> ChannelStatistics | None:
     if stage.init.weights is None:
         return None
     try:
-        statistics = ChannelStatistics.of_weights(read_facts(stage.init.weights), stage.model.in_channels)
+        facts = read_facts(stage.init.weights)
     except CheckpointError:  # a file of another program, or none: `check_weights` says so
         return None
+    statistics = ChannelStatistics.of_weights(facts, stage.model.in_channels)
     return None if statistics == IMAGENET.for_channels(stage.model.in_channels) else statistics

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import CheckpointError
 from pipeline.recipe.settings import Settings
 
 
@@ -32,10 +33,19 @@ class ChannelStatistics(Settings):
         """Return the statistics that weights were trained with, from the facts of their file; ImageNet's without any.
 
         channels: of the model.
+
+        Raises:
+            CheckpointError: if the file names numbers that are none.
         """
-        if "mean" in facts and "std" in facts:
+        if not ("mean" in facts and "std" in facts):
+            return IMAGENET.for_channels(channels)
+        try:
             return cls(mean=tuple(facts["mean"]), std=tuple(facts["std"])).for_channels(channels)
-        return IMAGENET.for_channels(channels)
+        except (TypeError, ValueError):
+            raise CheckpointError(
+                f"the weights name mean {facts['mean']!r} and std {facts['std']!r}, which are not one number or three"
+                " between 0 and 1; export them again from their run"
+            ) from None
 
     def __str__(self) -> str:
         """The notation of a recipe."""

@@ -106,9 +106,10 @@ def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, T
 def _check_statistics(recipe: StageRecipe, path: str) -> None:
     """Refuse weights that expect images normalised otherwise, unless the recipe asks for it."""
     try:
-        expected = ChannelStatistics.of_weights(read_facts(path), recipe.model.in_channels)
+        facts = read_facts(path)
     except CheckpointError:  # foreign weights have no facts
         return
+    expected = ChannelStatistics.of_weights(facts, recipe.model.in_channels)
     if recipe.data.normalize is None and expected != recipe.channel_statistics:
         raise CheckpointError(
             f"stage {recipe.name}: {path} was trained on images normalised by {expected}, and data.normalize is"

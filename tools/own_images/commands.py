@@ -1,16 +1,16 @@
 """`fcmae pretrain` and `fcmae finetune`: train on a folder of one's own images, without a recipe file."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tools.options import Overrides, Processes, Refresh, file_option, pixels_option
+from tools.options import Overrides, Processes, Refresh, file_option, image_size_option, pixels_option
 
 Out = Annotated[str, typer.Option(metavar="DIR", help="The run directory. If it exists, it resumes.")]
 Epochs = Annotated[
     float | None, typer.Option(min=0.01, help="Passes over the images. Default: derived from their number.")
 ]
-ImageSize = Annotated[int | None, pixels_option("Side of the network's input. Default: that of the weights, or 224.")]
+ImageSize = Annotated[Any, image_size_option("Side of the network's input. Default: that of the weights, or 224.")]
 Validation = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Images to validate on, in place of a part of the others.")
 ]

@@ -17,6 +17,7 @@ from pipeline.data.beton import Beton, open_beton, samples_of
 from pipeline.errors import DataError, RecipeError, UserError
 from pipeline.models import VARIANTS
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
+from pipeline.recipe.image_size import ImageSize, describe_size
 from pipeline.recipe.schema import leaf_fields
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.working_copy import working_copy
@@ -53,7 +54,7 @@ class Request:
     model: str | None = None
     labels: str | None = None
     epochs: float | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     validation: str | None = None
     split: float = 0.1
     group_by: str | None = None
@@ -226,8 +227,9 @@ def _given_values(request: Request) -> dict[str, Any]:
 
 def _user_overrides(request: Request) -> list[str]:
     """What the command line changes, as overrides of a recipe. Keys may lack `stages.STAGE`, as there is one stage."""
-    options = {"schedule.epochs": request.epochs, "data.image_size": request.image_size}
-    texts = [f"{field}={value:g}" for field, value in options.items() if value is not None]
+    epochs, size = request.epochs, request.image_size
+    texts = [] if epochs is None else [f"schedule.epochs={epochs:g}"]
+    texts += [] if size is None else [f"data.image_size={describe_size(size)}"]
     return [_of_stage(text, request.stage) for text in (*texts, *request.overrides)]
 
 

@@ -73,7 +73,10 @@ def export(
     """
     loaded = load_weights(source, entry)
     about = output_facts(source, loaded.report.architecture, "official")
-    size = height_and_width(read_image_size(image_size or about.get("image_size") or 224))
+    try:
+        size = height_and_width(read_image_size(image_size or about.get("image_size") or 224))
+    except ValueError as error:
+        raise UserError(f"image_size: {error}") from None
     if kind == "safetensors":
         check_destination(destination, (".safetensors",), overwrite)
         write_weights(destination, loaded.tensors, about)

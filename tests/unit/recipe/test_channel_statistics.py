@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import RecipeError
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.objectives.pixels import denormalise, grey_levels, normalise
 from pipeline.recipe import changed_fields, load_recipe
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
@@ -108,6 +108,12 @@ def test_fill_colours_and_channels():
     assert COLOUR.fill == (102, 128, 153)
     assert GREY.for_channels(3).mean == (0.5, 0.5, 0.5)
     assert IMAGENET.for_channels(1) == ChannelStatistics(mean=(0.449,), std=(0.226,))
+
+
+@pytest.mark.parametrize("mean", [5, None, "grey", [], [0.1, 0.2], [300], ["a", "b", "c"], {"r": 1}])
+def test_numbers_in_a_file_that_are_none_are_one_sentence(mean):
+    with pytest.raises(CheckpointError, match=r"the weights name mean .* export them again from their run"):
+        ChannelStatistics.of_weights({"mean": mean, "std": [0.2, 0.2, 0.2]})
 
 
 def test_files_without_numbers_have_imagenets():
