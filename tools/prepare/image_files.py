@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.errors import DataError
 
 MOST_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb
-MOST_PIXELS_SHRUNK = 1_000_000_000  # 3 GB in memory
+MOST_PIXELS_SHRUNK = 1_000_000_000  # about 8 GB in memory
 _DRAWINGS = ("EPS", "WMF")  # Pillow gives PostScript to Ghostscript, which runs it
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 

@@ -1,8 +1,10 @@
 """Every mode, depth, format and orientation that Pillow opens gives stated pixels, a note, or a refusal."""
 
 import io
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +81,16 @@ TABLE["RGBa"] = (TABLE["RGBa"][0], on(255, np.asarray(TABLE["RGBa"][0].convert("
 
 def test_the_table_has_every_mode():
     assert set(TABLE) == set(Image.MODES)
+
+
+def test_the_documentation_has_every_mode_and_note():
+    """Each mode stands in the table of docs/unusual-images.md, and so does each kind of note that the modes give."""
+    page = (Path(__file__).resolve().parents[4] / "docs" / "unusual-images.md").read_text()
+    rows = [row for row in page.splitlines() if row.startswith("|")]
+    missing = [mode for mode in TABLE if not any(re.search(rf"(^|[ ,]){re.escape(mode)}[ ,:]", row) for row in rows)]
+    assert missing == []
+    kinds = {kind for _, _, kinds in TABLE.values() for kind in kinds if not kind.startswith("converted from")}
+    assert {kind for kind in kinds if kind not in page} == set()
 
 
 @pytest.mark.parametrize("mode", TABLE)
