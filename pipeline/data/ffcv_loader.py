@@ -47,13 +47,21 @@ def _harmless_import() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with _harmless_import():
-    from ffcv.loader import Loader, epoch_iterator
-    from ffcv.pipeline import Compiler, PipelineSpec
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.graph import Graph
-    from ffcv.pipeline.operation import Operation
-    from ffcv.reader import Reader
+try:
+    with _harmless_import():
+        from ffcv.loader import Loader, epoch_iterator
+        from ffcv.pipeline import Compiler, PipelineSpec
+        from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.graph import Graph
+        from ffcv.pipeline.operation import Operation
+        from ffcv.reader import Reader
+except ModuleNotFoundError as error:
+    if error.name != "ffcv":
+        raise
+    raise DataError(
+        "FFCV is not installed, and .beton files are read with it; tools/setup/setup.sh installs it on Debian, and"
+        " docs/install.md says what it needs elsewhere"
+    ) from None
 
 epoch_iterator.IS_CUDA = False
 _log = logging.getLogger(__name__)

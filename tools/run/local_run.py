@@ -1,5 +1,6 @@
 """Train a chain on this machine: open its run directory, run its stages with a display, and say how it ended."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from cluster.recipe_origin import write_origin
 from cluster.show.progress import Progress
 from cluster.show.status import RunFollower
 from cluster.show.status_table import run_table
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.recipe import ChainRecipe
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.storage.working_copy import Mirror, is_mirrored_run_file, remote_of
@@ -36,6 +37,8 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
         UserError: if the run is refused or fails.
         typer.Exit: with the outcome's exit code, if the same command resumes the run.
     """
+    if importlib.util.find_spec("ffcv") is None:
+        raise DataError("FFCV is not installed, and training reads .beton files with it; `fcmae doctor` says more")
     check_before_start(chain, directory, processes)
     stages = open_chain(chain, directory)
     write_origin(directory, recipe, overrides)
