@@ -5,8 +5,8 @@ RUN ?= runs/demo
 NPROC ?= 2
 ARCHIVE ?=
 SHORT ?=
-# One more than there are cores: tests wait for processes most of the time.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+# Two more than there are cores: tests wait for processes most of the time.
+WORKERS ?= $(shell expr $$(nproc) + 2)
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS)
 
 help:  ## these targets
