@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 import uuid
 
@@ -10,8 +11,7 @@ import pytest
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
-from tests.processes import start_fcmae
-from tests.support import fcmae_anew, tiny_data, write_tiny_recipe
+from tests.support import FCMAE, fcmae_anew, tiny_data, write_tiny_recipe
 from tests.unit.data.test_staging import Server
 
 pytest.importorskip("moto")
@@ -81,14 +81,15 @@ def test_a_stop_while_data_is_fetched_is_a_stop(tmp_path):
     server = Server(tmp_path / "data")
     server.serves = 0  # it will never send the images
     overrides = [f"stages.pretrain.data.train={server.url}/train.beton", f"stages.pretrain.data.cache_dir={tmp_path}/c"]
-    process = start_fcmae("run", recipe, "--out", tmp_path / "run", "--nproc", 2, *overrides)
-    deadline = time.monotonic() + 400
-    while not server.asked:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(100)
+    command = [*FCMAE, "run", recipe, "--out", tmp_path / "run", "--nproc", "2", *overrides]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 400
+        while not server.requests:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=100)
     server.stop()
     assert process.returncode == 75, said
     assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().reason == "stopped by SIGTERM"
