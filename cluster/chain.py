@@ -9,16 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.resolved_normalization import keep_normalization, resolve_normalization
-from cluster.slurm.job_history import read_job_history
+from cluster.slurm.job_history import SLURM_FOLDER, read_job_history
 from pipeline.data.beton import Beton
 from pipeline.data.stage_data import check_stage_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.health.verdict import refuse_off_track, update_verdict
 from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
+from pipeline.recipe.yaml_files import recipe_text
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
-from pipeline.storage.file_names import DONE_FILE, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.file_names import DONE_FILE, IN_STAGES, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import remote_of
 from pipeline.tracking.journal import read_events
@@ -78,6 +79,8 @@ def check_run_directory(recipe: ChainRecipe, directory: Path, bound: bool = Fals
     if not difference and kept == recipe:
         return known
     if not (bound or any(has_begun(directory / name) for name in known.stages)):
+        if difference and not _is_run(directory, known):
+            raise StageError(f"--out {directory} holds a {RECIPE_FILE} that no run wrote; choose another directory")
         return None
     if difference:
         raise RecipeError(
@@ -119,13 +122,25 @@ def hold_run(directory: Path) -> Iterator[None]:
         os.close(run)
 
 
+def _is_run(directory: Path, recipe: ChainRecipe) -> bool:
+    """Whether a start of a run left this directory and its recipe, and not a person."""
+    if any((directory / name / RECIPE_FILE).exists() for name in recipe.stages):
+        return True
+    return (directory / RECIPE_FILE).read_text() == recipe_text(recipe)
+
+
 def _remove_stages(directory: Path, names: list[str]) -> None:
-    """Remove the stages of a run that never began."""
+    """Remove the stages of a run that never began, and no file that is not a run's."""
     run = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in names:
-            shutil.rmtree(directory / name, ignore_errors=True)
+        for stage in (directory / name for name in names if (directory / name / RECIPE_FILE).exists()):
+            for entry in map(stage.joinpath, (SLURM_FOLDER, *IN_STAGES)):
+                shutil.rmtree(entry, ignore_errors=True)
+                with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                    entry.unlink()
+            with suppress(OSError):  # something else lies in it
+                stage.rmdir()
     except BlockingIOError:
         raise StageError(f"--out {directory} is just being started by another command; wait for it") from None
     finally:

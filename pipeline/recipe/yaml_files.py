@@ -58,11 +58,15 @@ def load_stage_recipe(path: Path) -> StageRecipe:
     return parse_settings(StageRecipe, read_with_bases(path, _read_values), str(path))
 
 
+def recipe_text(recipe: Settings) -> str:
+    """The file that `write_recipe` writes."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
 def write_recipe(recipe: Settings, path: Path) -> None:
     """Write a resolved recipe with every field."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(recipe_text(recipe))
     temporary.replace(path)
 
 

@@ -46,6 +46,26 @@ def test_a_corrected_recipe_starts_in_the_same_directory(refused):
     assert stages[0].attempts.newest() == 0
 
 
+def test_files_of_the_user_are_never_removed(refused, tmp_path):
+    recipe, run = refused
+    notes = run / "finetune" / "notes.txt"
+    notes.write_text("mine")
+    open_chain(load_recipe(recipe, OTHER), run)
+    assert [path.name for path in (run / "finetune").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_with_a_recipe_that_a_person_wrote_is_no_run(tmp_path):
+    project = tmp_path / "project"
+    (project / "pretrain").mkdir(parents=True)
+    (project / "pretrain" / "photo.jpg").write_bytes(b"mine")
+    write_tiny_recipe(project).rename(project / "recipe.yaml")
+    before = files(project)
+    for refuse in (open_chain, lambda chain, run: check_before_start(chain, run, 1)):
+        with pytest.raises(StageError, match=r"holds a recipe.yaml that no run wrote; choose another directory"):
+            refuse(load_recipe(project / "recipe.yaml", OTHER), project)
+    assert files(project) == before
+
+
 def test_an_unchanged_recipe_keeps_what_there_is(refused):
     recipe, run = refused
     before = files(run)
