@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.weights.architecture import COUNTER
 from pipeline.weights.conversion import ConversionReport, to_internal
+from pipeline.weights.input_channels import refuse_other_channels
 from pipeline.weights.safetensors_file import read_bytes
 
 _ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # keys of weights in checkpoints; the first is used
@@ -57,8 +58,8 @@ def load_weights(
 
     Raises:
         MissingEntryError: if there is no dictionary under `entry`.
-        CheckpointError: if the file is missing, damaged, mislabelled or of another family, or if a tensor of it has no
-            place in the model.
+        CheckpointError: if the file is missing, damaged, mislabelled or of another family, if a tensor of it has no
+            place in the model, or if its images have other than one or three channels.
     """
     return decode_weights(path, read_bytes(path, expected_sha256), entry)
 
@@ -70,6 +71,7 @@ def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = Non
         converted, report = to_internal(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    refuse_other_channels(report.architecture.in_channels, str(path))
     return LoadedWeights(converted, replace(report, entry=chosen, ignored=ignored))
 
 
@@ -91,7 +93,24 @@ def _tensors(
         tensors, chosen, ignored = _choose(content, entry)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
+    if data[:4] != _ZIP and (name := next((name for name, tensor in tensors.items() if _has_gaps(tensor)), None)):
+        # A changed size leaves the strides; without checksums nothing else shows it where no other tensor has the size.
+        raise CheckpointError(
+            f"{path}: {name} {tuple(tensors[name].shape)} has gaps between its elements, as in a damaged file; fetch it"
+            " again, or save a contiguous copy of the tensor"
+        )
     return _unwrapped(tensors), chosen, ignored
+
+
+def _has_gaps(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor do not lie one beside the other, in any order of its axes."""
+    adjacent = 1
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in axes if size > 1):
+        if stride != adjacent:
+            return True
+        adjacent *= size
+    return False
 
 
 def _decode(path: str | os.PathLike, data: bytes) -> Any:

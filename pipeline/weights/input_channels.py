@@ -19,6 +19,15 @@ def input_channels(tensors: Mapping[str, Tensor]) -> int | None:
     return tensors[stem].shape[1] if stem else None
 
 
+def refuse_other_channels(channels: int, source: str) -> None:
+    """Raise CheckpointError if weights are for images that are neither in colour nor grey; `source` names them."""
+    if channels not in (1, 3):
+        raise CheckpointError(
+            f"{source} has weights for images of {_count(channels)}; images have 3, or 1 if they are grey, so hand over"
+            " weights for one of these"
+        )
+
+
 def match_channels(
     tensors: Mapping[str, Tensor], channels: int, how: Adaptation | None, *, source: str, option: str
 ) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from pipeline.models import create_model
 from pipeline.objectives.pixels import grey_levels, levels
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.foreign import load_tensors
+from pipeline.weights.input_channels import refuse_other_channels
 from tools.analyze.timm_import import import_timm
-from tools.weights.model import build_model, open_weights, refuse_other_channels
+from tools.weights.model import build_model, open_weights
 
 RANDOM = "random weights"
 
@@ -117,7 +118,7 @@ def _open_weights(path: str, options: dict[str, Any]) -> AnalyzedModel:
     model = build_model(opened.tensors, opened.facts.get("model"), opened.source)
     stage = opened.stage and opened.stage.resolve()
     label = f"{stage.parent.name}/{stage.name}" if stage else Path(path).stem
-    refuse_other_channels(model, opened.source)
+    refuse_other_channels(model.in_channels, opened.source)
     scale = levels(ChannelStatistics.of_weights(opened.facts, model.in_channels))
     return AnalyzedModel(label, model, opened.source, *scale, tuple(opened.facts.get("classes") or ()))
 

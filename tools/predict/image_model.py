@@ -17,7 +17,7 @@ from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, height_and_width, read_image_size
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import read_events
-from pipeline.weights.input_channels import Adaptation
+from pipeline.weights.input_channels import Adaptation, refuse_other_channels
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
 from tools.prepare.image_pixels import ReadingSettings
 
@@ -190,7 +190,7 @@ def load_image_model(
         UserError: if `image_size` is no size.
     """
     from pipeline.stage.directory import Stage  # not above, because they take longer to import than the rest
-    from tools.weights.model import build_model, open_weights, refuse_other_channels, with_channels
+    from tools.weights.model import build_model, open_weights, with_channels
 
     opened = open_weights(str(path), ema=ema)
     opened = with_channels(opened, channels) if channels else opened
@@ -203,7 +203,7 @@ def load_image_model(
         data = Stage(opened.stage).recipe.data
         crop_pct = data.crop_pct if size == data.image_size else None
     network = build_model(opened.tensors, facts.get("model"), opened.source)
-    refuse_other_channels(network, str(path))
+    refuse_other_channels(network.in_channels, str(path))
     names = class_names or tuple(facts.get("classes") or ()) or None
     if class_names and len(class_names) != network.num_classes:
         raise CheckpointError(

@@ -119,15 +119,6 @@ def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
     return OpenedWeights(read_checkpoint_weights(url, average)[0], facts, which, url, stage.directory)
 
 
-def refuse_other_channels(model: ConvNeXtV2 | SLaK | NextViT, source: str) -> None:
-    """Raise CheckpointError if the model is for images that are neither in colour nor grey."""
-    if model.in_channels not in (1, 3):
-        raise CheckpointError(
-            f"{source} has weights for images of {model.in_channels} channels; images have 3, or 1 if they are grey, so"
-            " hand over weights for one of these"
-        )
-
-
 def with_channels(opened: OpenedWeights, how: Adaptation) -> OpenedWeights:
     """Adapt opened weights and their facts to another number of input channels, see `adapt_channels`.
 

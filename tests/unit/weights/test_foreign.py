@@ -219,3 +219,34 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
     assert {name: tuple(t.shape) for name, t in tensors.items()} == MODEL.shapes()
     if kind == "zip":
         assert_same(tensors, TENSORS)
+
+
+def test_a_changed_number_of_channels_is_refused(tmp_path):
+    """No other tensor of a classifier has the stem's channels, and an old pickle has no checksum."""
+    path = saved(tmp_path / "w.pt", TENSORS, _use_new_zipfile_serialization=False)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"(K\x04K\x03K\x04K\x04t") + 4  # the pickled size of the stem, (4, 3, 4, 4)
+    for channels in (0, 1, 2, 4, 255):
+        content[place] = channels
+        path.write_bytes(content)
+        sentence = refusal(path)
+        assert channels not in (1, 2) or "downsample_layers.0.0.weight" in sentence
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_weights_for_neither_grey_nor_colour_are_refused(tmp_path, channels, legacy):
+    stem = torch.zeros(4, channels, 4, 4)
+    path = saved(
+        tmp_path / "w.pt", with_one("downsample_layers.0.0.weight", stem), _use_new_zipfile_serialization=not legacy
+    )
+    assert f"weights for images of {channels} channels; images have 3, or 1 if they are grey" in refusal(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_elements_in_another_order_are_read(tmp_path, legacy):
+    """A transposed matrix and a stem in channels-last order have other strides and no gaps."""
+    orders = {4: lambda t: t.contiguous(memory_format=torch.channels_last), 2: lambda t: t.t().contiguous().t()}
+    changed = {name: orders.get(tensor.ndim, lambda t: t)(tensor) for name, tensor in TENSORS.items()}
+    path = saved(tmp_path / "w.pt", changed, _use_new_zipfile_serialization=not legacy)
+    assert_same(load_weights(path).tensors, TENSORS)
