@@ -73,13 +73,6 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
   quietly .venv/bin/pip install --disable-pip-version-check -c $pins torch
   .venv/bin/python -c 'import importlib.metadata as m; m.version("triton")' 2>/dev/null || pins=constraints.txt
   quietly .venv/bin/pip install --disable-pip-version-check -c $pins -e ".[$EXTRA]"
-  # PyPI's torchvision is built for CUDA, and beside a torch for CPUs it does not load; timm needs it.
-  if [[ ,$EXTRA, == *,test,* ]] && ! .venv/bin/python -c 'import timm' 2>/dev/null; then
-    index=$(.venv/bin/python -c 'import torch; print("cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else "cpu")')
-    .venv/bin/pip install --disable-pip-version-check -q --no-deps --force-reinstall -c $pins \
-      --index-url "https://download.pytorch.org/whl/$index" torchvision >>"$LOG" 2>&1 ||
-      say "torchvision of torch's build ($index) cannot be installed: timm does not import, and its tests are skipped"
-  fi
   install_ffcv
   .venv/bin/fcmae --help >/dev/null || die "the fcmae command does not start; see $LOG"
   printf '%s' "$stamp" >.venv/stamp
