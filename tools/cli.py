@@ -1,6 +1,7 @@
 """The `fcmae` command: which command runs which function."""
 
 import importlib.metadata
+import io
 import signal
 import sys
 from typing import Annotated
@@ -106,10 +107,17 @@ app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel=RESULTS)
 app.add_typer(analyze.app, name="analyze", rich_help_panel=RESULTS)
 
 
+def _escape_odd_names() -> None:
+    """Print names of files that are no UTF-8 with escapes, as errors are printed, where Python would refuse them."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command. An error that the user can mend is printed as one sentence, without a traceback."""
     keep_imports_safe()
     redirect_caches()
+    _escape_odd_names()
     try:
         app()
     except UserError as error:

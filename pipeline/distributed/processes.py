@@ -4,7 +4,9 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 
 LAUNCHER_PID = "FCMAE_LAUNCHER_PID"  # pid of the process that started a rank; it may end before the rank can look it up
 _PR_SET_PDEATHSIG = 1
@@ -24,6 +26,25 @@ def keep_imports_safe() -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if "" in paths:  # an empty entry means the current directory, and `PYTHONPATH=$PYTHONPATH:/x` makes one
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+class _LibraryProcess(SpawnProcess):
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # without a file that the new interpreter would run
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class LibraryContext(SpawnContext):
+    """Start worker processes that do not run the main script again, whose lines may be what started them.
+
+    Multiprocessing runs it for the functions that it defines. Ours are in modules.
+    """
+
+    Process = _LibraryProcess
 
 
 def start_time(pid: int) -> int:

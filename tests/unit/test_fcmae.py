@@ -223,6 +223,19 @@ def test_it_answers_without_ffcv_amid_folders_of_its_packages_names(place, tmp_p
     assert answer(tmp_path, place, PYTHONPATH=str(ROOT)) == f"rings [] {fcmae.__file__}"
 
 
+def test_a_script_prepares_with_several_processes_and_runs_once(place, tmp_path):
+    """Multiprocessing would run the script again in each worker, which would wait for the script that waits for it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import fcmae\nprint('begins')\nfcmae.prepare({str(place / 'labelled')!r}, 'all.beton', workers=2)\n"
+    )
+    command, environment = [sys.executable, script], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("begins\nall.beton is ready: 4 images")
+    assert done.stdout.count("begins") == 1
+
+
 def test_a_foreign_package_of_our_names_is_named(tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").write_text("")

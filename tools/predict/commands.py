@@ -62,7 +62,7 @@ def predict_classes(
     _check_read(images)
     predicted = PredictedImages(f"{weights}, {model.weights}", images.names, answers, images.unreadable)
     if sheet is not None:
-        _write(sheet, predicted.page(images.thumbnails).encode())
+        _write(sheet, predicted.page(images.thumbnails).encode(errors="backslashreplace"))
         print(f"{sheet} is written", file=sys.stderr)
     if csv or json or sheet is None:
         print(predicted.csv() if csv else predicted.json() if json else predicted.text())

@@ -6,7 +6,6 @@ bytes are appended to the growing .beton file, so the images are never stored tw
 """
 
 import json
-import multiprocessing
 import os
 import signal
 from collections import deque
@@ -24,7 +23,7 @@ import numpy as np
 
 from pipeline.data.beton_writer import STORED
 from pipeline.data.image_checksum import checksum
-from pipeline.distributed.processes import die_with_parent
+from pipeline.distributed.processes import LibraryContext, die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.encoding import Encoding, Stored, encode
 from tools.prepare.image_pixels import ReadingSettings
@@ -157,7 +156,7 @@ def make_parts(folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int
             yield number
         return
     # spawn, because fork would copy the locks of an object store's threads in an undefined state.
-    context = multiprocessing.get_context("spawn")
+    context = LibraryContext()
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder, os.getpid()))
     tasks = ((n, None if folder.is_made(n) else pool.submit(_make, n, items)) for n, items in enumerate(parts))
     try:

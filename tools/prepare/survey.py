@@ -5,7 +5,6 @@ of their values. Values are counted in bins of a relative width of 2**-16, in wh
 are whole numbers, so the window does not depend on the number of workers.
 """
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from itertools import repeat
 
 import numpy as np
 
-from pipeline.distributed.processes import die_with_parent
+from pipeline.distributed.processes import LibraryContext, die_with_parent
 from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
 from tools.prepare.image_pixels import DEEP, ReadingSettings, deep_values, page_count
 from tools.prepare.image_source import Item, Reader
@@ -72,7 +71,7 @@ def _look(chunks: Sequence, reader: Reader, reading: ReadingSettings, workers: i
     if workers == 1 or len(chunks) < 2:
         yield from map(_count, chunks, repeat(reader), repeat(reading))
         return
-    context = multiprocessing.get_context("spawn")
+    context = LibraryContext()
     with ProcessPoolExecutor(
         min(workers, len(chunks)), context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:

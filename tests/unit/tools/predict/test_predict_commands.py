@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import fcmae as way_in
 from pipeline.models import create_model
 from tests.archives import tar
 from tests.fitted import write_fitted_run, write_photos
-from tests.support import CLASSES, fcmae
+from tests.support import CLASSES, fcmae, fcmae_anew
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,17 @@ def test_the_sheet_is_one_page_with_everything_escaped(place, tmp_path):
     assert "http" not in html.replace("https://", "http://").replace(str(place), "")
     for name in CLASSES:
         assert f"<h2>{name} <span>2</span></h2>" in html
+
+
+def test_names_that_are_no_text_are_printed_with_escapes(place, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
+    shutil.copy(place / "photos" / "rings.jpg", odd)
+    page = tmp_path / "page.html"
+    command = ("predict", place / "run", tmp_path, "--top", 1, "--csv", "--sheet", page)
+    done = fcmae_anew(*command, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith(f"{tmp_path}/\\udcff.jpg,rings,")
+    assert '<p class="name">\\udcff.jpg</p>' in page.read_text()
 
 
 def test_files_and_archives_are_predicted(place, tmp_path):
