@@ -38,6 +38,7 @@ _import_own_packages()
 import torch  # noqa: E402
 
 from pipeline.errors import UserError  # noqa: E402
+from pipeline.weights.input_channels import Adaptation  # noqa: E402
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike  # noqa: E402
 from tools.predict.image_model import ImageModel, Prediction, load_image_model  # noqa: E402
 from tools.prepare.image_pixels import ReadingSettings  # noqa: E402
@@ -55,6 +56,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     crop_pct: float | None = None,
     classes: Iterable[str] | str | PathLike[str] | None = None,
+    channels: Adaptation | None = None,
     reading: ReadingSettings | None = None,
     device: str | torch.device = "auto",
 ) -> ImageModel:
@@ -77,6 +79,7 @@ def load(
         crop_pct: the centre crop's side as a share of the resized image's short side; 1 squashes the whole image.
             Default: the stage's, or 0.875, or 1 from 384 pixels on.
         classes: names of the outputs, if the weights lack them, or a file with them (lines, JSON list, .beton file).
+        channels: "sum" turns weights for colour into weights for grey images, "repeat" those for grey into colour.
         reading: how image files of any mode, depth and orientation become RGB. Default: as the run's training images
             were prepared; for other weights upright, and on white where they are transparent.
         device: "cpu", "cuda", "cuda:1"; auto uses a GPU if there is one.
@@ -89,7 +92,7 @@ def load(
     names = read_class_names(classes) if isinstance(classes, str | PathLike) else classes
     model = load_image_model(
         source, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=tuple(names) if names else None,
-        reading=reading,
+        channels=channels, reading=reading,
     )  # fmt: skip
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,12 +65,14 @@ def adapt_channels(tensors: Mapping[str, Tensor], how: Adaptation) -> dict[str, 
     channels, or the same three times.
 
     Raises:
-        CheckpointError: if the weights have another number of channels than `how` starts from.
+        CheckpointError: if `how` is another, or the weights have another number of channels than it starts from.
     """
+    if how not in _RESULT:
+        raise CheckpointError(f"channels is {how!r}; set it to 'sum' or 'repeat'")
     given, _ = _RESULT[how]
     if (actual := input_channels(tensors)) != given:
         raise CheckpointError(
-            f"the weights are for images of {_count(actual)}, and --channels {how} needs {given}; leave it out"
+            f"the weights are for images of {_count(actual)}, and to {how} them needs {given}; leave channels out"
         )
     adapted, stem = dict(tensors), _stem(tensors)
     weight = tensors[stem]

@@ -177,6 +177,19 @@ def test_weights_of_any_origin_answer(place, tmp_path):
             encoder.predict(image)
 
 
+def test_weights_for_colour_answer_for_grey_images_on_request(place):
+    """Summed over channels that are normalised alike, the stem computes the same of a grey image."""
+    run, image = place / "runs" / "classifier", np.full((24, 24), 90, np.uint8)
+    grey = fcmae.load(run, channels="sum", device="cpu")
+    assert grey.transform(image).shape == (1, 24, 24)
+    colour = fcmae.load(run, device="cpu").network(grey.transform(image)[None].expand(1, 3, 24, 24))
+    torch.testing.assert_close(grey.logits(image), colour.detach())
+    with pytest.raises(UserError, match="for images of 3 channels, and to repeat them needs 1; leave channels out"):
+        fcmae.load(run, channels="repeat")
+    with pytest.raises(UserError, match="channels is 'mean'; set it to 'sum' or 'repeat'"):
+        fcmae.load(run, channels="mean")
+
+
 def test_a_run_reads_images_as_its_training_images_were_prepared(place, tmp_path):
     """A photograph that the camera held sideways, and its upright form."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))

@@ -88,7 +88,7 @@ def test_evaluation_takes_grey_weights_and_adapts_on_request(tmp_path):
     grey = load_image_model(path, image_size=16)
     assert (grey.network.in_channels, grey.transform.statistics.mean) == (1, (0.449,))
     assert load_image_model(path, image_size=16, channels="repeat").network.in_channels == 3
-    with pytest.raises(CheckpointError, match=r"grey.pt: the weights are for images of 1 channel, and --channels sum"):
+    with pytest.raises(CheckpointError, match=r"grey.pt: the weights are for images of 1 channel, and to sum them"):
         load_image_model(path, channels="sum")
     torch.save(network("convnextv2", 4).float().state_dict(), path)
     with pytest.raises(CheckpointError, match="has weights for images of 4 channels; images have 3, or 1 if they are"):
@@ -109,7 +109,7 @@ def test_converted_weights_and_their_facts_are_adapted_together(tmp_path):
     assert load_image_model(target, image_size=16).transform.statistics.mean == (0.4,)
     loaded = load_image_model(source, image_size=16, channels="sum")
     assert (loaded.network.in_channels, loaded.transform.statistics.mean) == (1, (0.4,))
-    with pytest.raises(CheckpointError, match="needs 1; leave it out"):
+    with pytest.raises(CheckpointError, match="needs 1; leave channels out"):
         convert(source, tmp_path / "other.safetensors", "timm", channels="repeat")
     assert not (tmp_path / "other.safetensors").exists()
 
