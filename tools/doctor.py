@@ -99,7 +99,7 @@ def check_ffcv() -> Iterator[CheckResult]:
     # Its compiled library alone: importing the package compiles code for seconds, and fails no other way.
     error, version = _error_of(LIBRARY_PROBE, "ffcv"), _version("ffcv")
     if error and version is None:
-        error = "not installed; `run`, `evaluate` and `prepare` of .beton files need it, the rest does not"
+        error = "not installed; training and `analyze` of .beton files need it, the rest does not"
     if error:
         packages = "install libturbojpeg0 and libopencv-imgproc406 on Debian"
         remedy = packages if ".so" in error else "tools/setup/setup.sh installs it on Debian"

@@ -1,6 +1,6 @@
 """Evaluate a model over all ranks: every image counts once, on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.feed import EvaluationFeed
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
 
@@ -47,7 +46,7 @@ class FixedModel:
 def evaluate(
     owner: Engine | FixedModel,
     scorer: Scorer,
-    feed: EvaluationFeed,
+    feed: Iterable[Batch],
     should_stop: Callable[[], bool] = lambda: False,
     on_first_batch: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
 ) -> dict[str, float] | None:

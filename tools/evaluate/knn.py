@@ -4,14 +4,13 @@ The 20 training images nearest by cosine similarity vote for their class, each w
 (Wu et al. 2018, arXiv 1805.01978; k and temperature as in DINO).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.feed import EvaluationFeed
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
@@ -28,7 +27,7 @@ def unit_features(model: nn.Module, images: Tensor, statistics: ChannelStatistic
 
 
 def collect_features(
-    fixed: FixedModel, feed: EvaluationFeed, statistics: ChannelStatistics = IMAGENET
+    fixed: FixedModel, feed: Iterable[Batch], statistics: ChannelStatistics = IMAGENET
 ) -> tuple[Tensor, Tensor]:
     """Features (images, C) and labels (images,) of all images of the feed, on every rank, in the order of the file."""
     features, labels, ids = [], [], []

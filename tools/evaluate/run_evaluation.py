@@ -1,6 +1,8 @@
 """Evaluate weights with one process or several processes of this machine."""
 
+import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from cluster.local import reserve_port
+from pipeline.data.batch import Batch
 from pipeline.data.beton import open_beton
-from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
@@ -21,6 +23,7 @@ from pipeline.weights.input_channels import Adaptation
 from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.confusions import Confusions
 from tools.evaluate.knn import Neighbours, collect_features
+from tools.evaluate.stored_images import StoredImages
 from tools.predict.image_model import ImageModel, load_image_model
 
 POLL_SECONDS = 0.1
@@ -209,11 +212,16 @@ def _compared_outputs(request: EvaluationRequest, loaded: ImageModel, outputs: l
     return loaded.outputs
 
 
-def _feed(request: EvaluationRequest, loaded: ImageModel, part: Subset, world: World) -> EvaluationFeed:
+def _feed(request: EvaluationRequest, loaded: ImageModel, part: Subset, world: World) -> Iterable[Batch]:
+    workers = max(world.cores() - 1, 1)
+    if importlib.util.find_spec("ffcv") is None:
+        return StoredImages(part, loaded.transform, request.batch, world, workers=workers)
+    from pipeline.data.feed import EvaluationFeed  # it loads FFCV
+
     settings = DataSettings(
         train=str(part.beton.path),
         image_size=loaded.image_size,
         crop_pct=loaded.crop_pct,
         timeout_seconds=request.timeout_seconds,
     )
-    return EvaluationFeed(part, settings, request.batch, world, workers=max(world.cores() - 1, 1))
+    return EvaluationFeed(part, settings, request.batch, world, workers=workers)

@@ -1,9 +1,13 @@
 """Folders are evaluated as the files prepared from them, and read as the training images were."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.beton import open_beton
@@ -14,6 +18,8 @@ from tools.evaluate.commands import evaluate_weights
 from tools.evaluate.evaluated_data import evaluated_files
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.preparation import prepare_beton
+
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,60 @@ def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, k
         assert named == (str(source), str(source) if knn else None)
     assert results[0] == results[1]
     assert results[0]["metrics"]["top1"] > 50
+
+
+EVALUATE = """
+import sys
+form, saved = sys.argv[1:3]
+sys.argv[1:] = sys.argv[3:]
+if form == "hidden":
+    sys.modules["ffcv"] = None
+import torch
+from tools.cli import main
+from tools.evaluate.answers import Answers
+torch.set_num_threads(1)
+batches, score = [], Answers.evaluate
+def score_and_save(self, model, batch):
+    batches.extend([batch.images, batch.labels, batch.ids, batch.valid, model(batch.images.float())])
+    torch.save(batches, saved)
+    return score(self, model, batch)
+Answers.evaluate = score_and_save
+main()
+"""
+
+
+def test_without_ffcv_a_folder_is_evaluated_to_the_same_bit(run, photos, tmp_path):
+    """Both paths get JPEG and PNG images that fill a batch only in part."""
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        if number % 2:
+            Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+            path.unlink()
+    printed, batches = [], []
+    for form in ("hidden", "installed"):
+        saved = tmp_path / form
+        command = [
+            sys.executable,
+            "-c",
+            EVALUATE,
+            form,
+            saved,
+            "evaluate",
+            run,
+            "--data",
+            photos,
+            "--json",
+            "--batch",
+            "16",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(json.loads(done.stdout))
+        batches.append(torch.load(saved))
+    assert printed[0] == printed[1]
+    assert printed[0]["metrics"]["top1"] > 50
+    assert len(batches[0]) == 3 * 5
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*batches, strict=True))
+    assert batches[0][0].stride() == batches[1][0].stride()
 
 
 def test_images_without_classes_cannot_be_evaluated(run, photos):

@@ -1,0 +1,82 @@
+"""Read prepared images for an evaluation where FFCV is not installed: the same batches, to the last bit."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.data.beton import ALLOCATION, JPEG, checksums_of, samples_of
+from pipeline.data.decode import CHANGED, describe_status
+from pipeline.data.image_checksum import mark_changed
+from pipeline.data.order import evaluation_order
+from pipeline.data.subset import Subset
+from pipeline.distributed.world import World
+from pipeline.errors import DataError
+from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
+from tools.prepare.image_pixels import AS_LOADER
+
+
+class StoredImages:
+    """The batches of `EvaluationFeed`, decoded by Pillow.
+
+    Raises:
+        DataError: while iterating, for a damaged image.
+    """
+
+    def __init__(
+        self, part: Subset, transform: EvaluationTransform, batch_size: int, world: World, *, workers: int
+    ) -> None:
+        places, valid = evaluation_order(part.samples, batch_size, world.size)
+        self._ids, self._valid = places[:, world.rank], valid[:, world.rank]
+        if part.ids is not None:
+            self._ids = part.ids[self._ids]
+        self._part, self._transform, self._workers = part, transform, workers
+        beton = part.beton
+        self._samples = samples_of(beton)
+        self._file = np.asarray(np.memmap(beton.path, np.uint8, "r"))
+        table = beton.size_bytes - beton.samples * ALLOCATION.itemsize
+        self._places = np.asarray(np.memmap(beton.path, ALLOCATION, "r", table))
+        transform.resized(np.zeros((1, 1, 3), np.uint8))  # compile before there are threads
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Batch]:
+        with ThreadPoolExecutor(self._workers, "decode") as pool:
+            for ids, valid in zip(self._ids, self._valid, strict=True):
+                self._refuse_changed(ids)
+                images = torch.stack(list(pool.map(self._pixels, ids.tolist())))
+                labels = self._samples["f1"][ids].astype(np.int64)
+                if self._part.labels is not None:
+                    labels = self._part.labels[labels]
+                yield Batch(
+                    images=images.permute(0, 3, 1, 2),
+                    labels=torch.from_numpy(labels),
+                    ids=torch.from_numpy(ids.copy()),
+                    epoch=0,
+                    slots=(),
+                    valid=torch.from_numpy(valid.copy()),
+                )
+
+    def _refuse_changed(self, ids: np.ndarray) -> None:
+        status = np.zeros(len(ids), np.int32)
+        starts, sizes = (self._places[name][ids].astype(np.int64) for name in ("ptr", "size"))
+        mark_changed(self._file, starts, sizes, checksums_of(self._samples, ids), status, CHANGED)
+        if status.any():
+            raise DataError(
+                f"sample {ids[status.argmax()]} of {self._part.beton.path} {describe_status(CHANGED)}; copy or prepare"
+                " the file again"
+            )
+
+    def _pixels(self, sample: int) -> Tensor:
+        """Resized and cropped, uint8 (H, W, 3)."""
+        start, size = (int(self._places[name][sample]) for name in ("ptr", "size"))
+        content, image = self._file[start : start + size], self._samples["f0"][sample]
+        if image["mode"] == JPEG:
+            rgb = rgb_pixels(content.tobytes(), AS_LOADER)
+        else:
+            rgb = content.copy().reshape(int(image["height"]), int(image["width"]), 3)
+        return self._transform.resized(rgb).permute(1, 2, 0)
