@@ -28,7 +28,7 @@ COMPILED = (decode._decode_some, image_checksum.mark_changed)
 
 def test_nothing_is_left_to_compile_for_training_and_evaluation(tmp_path):
     compile_decoder()
-    known = [list(function.signatures) for function in COMPILED]
+    known = [len(function.overloads) for function in COMPILED]
     assert all(known)
     with BetonWriter(tmp_path / "a.beton", ("one",), 8) as writer:
         for number in range(8):
@@ -40,7 +40,7 @@ def test_nothing_is_left_to_compile_for_training_and_evaluation(tmp_path):
         list(feed.slots(step))
     feed.close()
     list(EvaluationFeed(data, settings, 3, World.alone(), workers=2))
-    assert [list(function.signatures) for function in COMPILED] == known
+    assert [len(function.overloads) for function in COMPILED] == known
 
 
 def test_one_process_compiles_and_says_so(tmp_path, monkeypatch, capfd):
