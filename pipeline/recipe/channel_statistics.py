@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.errors import CheckpointError
-from pipeline.recipe.settings import Settings
+from pipeline.recipe.settings_base import Settings
 
 
 class ChannelStatistics(Settings):

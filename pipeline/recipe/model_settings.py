@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe.settings import Settings, added, operational
+from pipeline.recipe.settings_base import Settings, added, operational
 
 
 class ModelSettings(Settings):

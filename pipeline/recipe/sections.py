@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, read_image_size
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
-from pipeline.recipe.settings import Settings, added, operational
+from pipeline.recipe.settings_base import Settings, added, operational
 
 
 class FCMAESettings(Settings):

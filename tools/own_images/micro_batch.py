@@ -64,7 +64,7 @@ def _measured(recipe: StageRecipe, sizes: list[int]) -> tuple[int, str]:
     return chosen, f"measured: {speed:,.0f} images a second"
 
 
-def measure_on_gpu(recipe: StageRecipe, sizes: list[int]) -> tuple[int, float]:
+def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, float]:
     """Run steps of ever larger micro-batches until one does not fit or is no faster; returns the best and its speed.
 
     Raises:
@@ -95,4 +95,4 @@ def _with_micro_slots(recipe: StageRecipe, size: int) -> StageRecipe:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_on_gpu(load_stage_recipe(Path(sys.argv[1])), [int(size) for size in sys.argv[2:]])))
+    print(json.dumps(measure_micro_batch(load_stage_recipe(Path(sys.argv[1])), [int(size) for size in sys.argv[2:]])))

@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """An ordinary recipe with its origin, and what it was derived from.
 
     Attributes:
@@ -94,7 +94,7 @@ def train_on_images(request: Request) -> None:
     print(_next_command(request))
 
 
-def plan_training(request: Request, run: Path) -> Plan:
+def plan_training(request: Request, run: Path) -> TrainingPlan:
     """Prepare the images, and derive the recipe of the run directory `run`, which keeps its values once it has begun.
 
     Raises:
@@ -115,7 +115,7 @@ def plan_training(request: Request, run: Path) -> Plan:
             values["batch.micro_slots"] = Value(*choose_micro_slots(draft, request.processes, facts.device))
     values = {field: value for field, value in values.items() if field not in given}
     overrides = _texts(fixed | _keyed(request.stage, values)) + _user_overrides(request)
-    return Plan(load_recipe(path, overrides), (base, path), overrides, values, train, validation)
+    return TrainingPlan(load_recipe(path, overrides), (base, path), overrides, values, train, validation)
 
 
 def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple[Beton, Beton | None]:
@@ -273,7 +273,7 @@ def _text(value: Any) -> str:
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
-def show_plan(request: Request, plan: Plan) -> None:
+def show_plan(request: Request, plan: TrainingPlan) -> None:
     """Print what was derived and why, and the `fcmae run` that does the same."""
     stage, console = plan.chain.stages[request.stage], wide_console()
     held = f", {plan.validation.samples:,} to validate on" if plan.validation else ""

@@ -10,8 +10,8 @@ import typer
 from tools.options import Json, Overwrite, file_option, image_size_option
 
 if TYPE_CHECKING:
+    from tools.predict.image_inputs import Photographs
     from tools.predict.image_model import ImageModel
-    from tools.predict.photographs import Photographs
     from tools.prepare.progress_bar import ProgressBar
 
 Weights = Annotated[str, typer.Argument(metavar="WEIGHTS",
@@ -137,7 +137,7 @@ def _load(
 
 
 def _photographs(paths: Sequence[str], thumbnails: bool = False) -> "Photographs":
-    from tools.predict.photographs import Photographs
+    from tools.predict.image_inputs import Photographs
 
     return Photographs(paths, thumbnails)
 

@@ -21,7 +21,13 @@ from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.image_source import ImageSource, Item, read_lines
 from tools.prepare.labels import read_descriptions
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
-from tools.prepare.preparation_report import Summary, count_outcomes, parts_folder, report_path, write_report
+from tools.prepare.preparation_report import (
+    Summary,
+    count_outcomes,
+    parts_folder,
+    report_path,
+    write_preparation_report,
+)
 from tools.prepare.splits import validation_part
 from tools.prepare.survey import survey_images, with_window
 
@@ -182,7 +188,7 @@ def _write(
                 class_descriptions=images.descriptions, overwrite=options.overwrite, partial=data,
             ) as writer:  # fmt: skip
                 notes = _append_parts(writer, folder, parts, options.workers, options.progress)
-                write_report(destination, images, notes)
+                write_preparation_report(destination, images, notes)
                 if options.on_bad == "refuse":
                     _refuse_bad_images(source, notes, report)
     return Summary(open_beton(destination), report, count_outcomes(report))

@@ -33,7 +33,7 @@ def report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
-def write_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
+def write_preparation_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
     """Write the report of a file, whole or not at all."""
     ignored = [Note(name, "ignored", why) for name, why in source.ignored]
     aside = parts_folder(destination) / "report"
