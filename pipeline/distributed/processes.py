@@ -32,16 +32,18 @@ class _LibraryProcess(SpawnProcess):
     def start(self) -> None:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")  # without a file that the new interpreter would run
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # which the new process inherits
         try:
             super().start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             sys.modules["__main__"] = main
 
 
 class LibraryContext(SpawnContext):
-    """Start worker processes that do not run the main script again, whose lines may be what started them.
+    """Start worker processes that leave Ctrl-C to their parent, and do not run the main script again.
 
-    Multiprocessing runs it for the functions that it defines. Ours are in modules.
+    Multiprocessing runs it for the functions that it defines. Ours are in modules, and the script may start a run.
     """
 
     Process = _LibraryProcess

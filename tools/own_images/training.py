@@ -37,6 +37,7 @@ DERIVED = (
     "schedule.warmup_epochs", "data.image_size", "ema", "engine.precision", "evaluation.batch",
     "evaluation.every_epochs",
 )  # fmt: skip
+CALCULATED = {"batch.global_batch", "schedule.epochs"}  # fields from which others are derived
 OF_CHAIN = ("stages", "defaults", "seed", "name", "init", "published", "extends")  # first parts of a recipe's keys
 
 
@@ -213,7 +214,11 @@ def _fixed_values(
 
 
 def _given_values(request: Request) -> dict[str, Any]:
-    """The stage's values that the command line gives, by field."""
+    """The stage's values that the command line gives, by field.
+
+    Raises:
+        RecipeError: if others are calculated from one, and it is no number.
+    """
     prefix, given = f"stages.{request.stage}.", {}
     for text in _user_overrides(request):
         key, _, value = text.partition("=")
@@ -222,6 +227,9 @@ def _given_values(request: Request) -> dict[str, Any]:
                 given[key.removeprefix(prefix)] = yaml.safe_load(value)
             except yaml.YAMLError:
                 given[key.removeprefix(prefix)] = value  # refused with the recipe
+    for field in CALCULATED.intersection(given):
+        if type(given[field]) not in (int, float) or not given[field] > 0:
+            raise RecipeError(f"{field} is {given[field]!r}; give a number above 0, or leave it out to have it derived")
     return given
 
 

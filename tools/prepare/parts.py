@@ -7,7 +7,6 @@ bytes are appended to the growing .beton file, so the images are never stored tw
 
 import json
 import os
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -183,7 +182,6 @@ def _start_worker(folder: PartFolder, parent: int) -> None:
     global _folder
     # A parent that ended during this process's imports left tasks in the pipe, which its successor does as well.
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _folder = folder
 
 

@@ -6,7 +6,6 @@ are whole numbers, so the window does not depend on the number of workers.
 """
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -80,7 +79,6 @@ def _look(chunks: Sequence, reader: Reader, reading: ReadingSettings, workers: i
 
 def _start_worker(parent: int) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
 def _count(items: Sequence[Item], reader: Reader, reading: ReadingSettings) -> Counted:

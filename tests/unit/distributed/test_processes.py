@@ -1,11 +1,13 @@
 import os
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from pipeline.distributed import processes
-from pipeline.distributed.processes import keep_imports_safe, module_command, start_time
+from pipeline.distributed.processes import LibraryContext, keep_imports_safe, module_command, start_time
 
 REPOSITORY = Path(processes.__file__).parents[2]
 # Every file that names the interpreter, and why that imports nothing from a user's directory.
@@ -33,6 +35,13 @@ def test_a_module_of_ours_is_found_from_any_directory_and_nothing_else_is(tmp_pa
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "a trap" not in ran.stderr
     assert "not enough values to unpack" in ran.stderr
+
+
+def test_workers_of_a_library_leave_ctrl_c_to_their_parent_from_their_first_moment_on():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with ProcessPoolExecutor(1, LibraryContext()) as pool:
+        assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_children_of_libraries_are_safe_too(tmp_path, monkeypatch):
