@@ -14,6 +14,7 @@ from pipeline.data.beton import open_beton
 from pipeline.errors import DataError
 from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
+from tools.evaluate.answers import Answers
 from tools.evaluate.commands import evaluate_weights
 from tools.evaluate.evaluated_data import evaluated_files
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
@@ -47,58 +48,52 @@ def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, k
     assert results[0]["metrics"]["top1"] > 50
 
 
-EVALUATE = """
+def keep_batches(batches):
+    """Have every evaluation of this process add its batches and their logits to a list."""
+    score = Answers.evaluate
+
+    def evaluate(self, model, batch):
+        batches.extend([batch.images, batch.labels, batch.ids, batch.valid, model(batch.images.float())])
+        return score(self, model, batch)
+
+    return evaluate
+
+
+WITHOUT_FFCV = """
 import sys
-form, saved = sys.argv[1:3]
+saved, threads = sys.argv[1:3]
 sys.argv[1:] = sys.argv[3:]
-if form == "hidden":
-    sys.modules["ffcv"] = None
+sys.modules["ffcv"] = None
 import torch
-from tools.cli import main
-from tools.evaluate.answers import Answers
-torch.set_num_threads(1)
-batches, score = [], Answers.evaluate
-def score_and_save(self, model, batch):
-    batches.extend([batch.images, batch.labels, batch.ids, batch.valid, model(batch.images.float())])
-    torch.save(batches, saved)
-    return score(self, model, batch)
-Answers.evaluate = score_and_save
-main()
+from tests.unit.tools.evaluate import test_evaluated_data as test
+torch.set_num_threads(int(threads))
+batches = []
+test.Answers.evaluate = test.keep_batches(batches)
+test.evaluate_weights(*sys.argv[1:], json=True, batch=16)
+torch.save(batches, saved)
 """
 
 
-def test_without_ffcv_a_folder_is_evaluated_to_the_same_bit(run, photos, tmp_path):
-    """Both paths get JPEG and PNG images that fill a batch only in part."""
-    for number, path in enumerate(sorted(photos.rglob("*.png"))):
-        if number % 2:
-            Image.open(path).save(path.with_suffix(".jpg"), quality=95)
-            path.unlink()
-    printed, batches = [], []
-    for form in ("hidden", "installed"):
-        saved = tmp_path / form
-        command = [
-            sys.executable,
-            "-c",
-            EVALUATE,
-            form,
-            saved,
-            "evaluate",
-            run,
-            "--data",
-            photos,
-            "--json",
-            "--batch",
-            "16",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        printed.append(json.loads(done.stdout))
-        batches.append(torch.load(saved))
-    assert printed[0] == printed[1]
-    assert printed[0]["metrics"]["top1"] > 50
-    assert len(batches[0]) == 3 * 5
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*batches, strict=True))
-    assert batches[0][0].stride() == batches[1][0].stride()
+def test_without_ffcv_a_folder_is_evaluated_to_the_same_bit(run, photos, tmp_path, capsys, monkeypatch):
+    """JPEG and PNG images, which fill the last batch only in part."""
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    command = [sys.executable, "-c", WITHOUT_FFCV, tmp_path / "saved", str(torch.get_num_threads()), run, photos]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert open_beton(evaluated_files(str(run), str(photos), None)[0]).jpeg_samples == 20
+    batches = []
+    monkeypatch.setattr(Answers, "evaluate", keep_batches(batches))
+    capsys.readouterr()
+    evaluate_weights(str(run), str(photos), json=True, batch=16)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(done.stdout)
+    assert printed["metrics"]["top1"] > 50
+    without = torch.load(tmp_path / "saved")
+    assert len(without) == len(batches) == 3 * 5
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(without, batches, strict=True))
+    assert without[0].stride() == batches[0].stride()
 
 
 def test_images_without_classes_cannot_be_evaluated(run, photos):
