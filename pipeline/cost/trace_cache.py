@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -31,13 +29,17 @@ def kept(
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+    except Exception:  # not there, or damaged: zip, zlib and numpy each have errors of their own
         arrays = compute()
-    with suppress(OSError):
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        os.replace(file.name, path)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
     return arrays
 
 

@@ -72,3 +72,15 @@ def test_a_view_is_never_taken_for_memory_of_its_own():
     assert not trace._is_whole(torch.ops.aten._unsafe_view(x, [6]), {x.untyped_storage()._cdata})
     assert trace._is_whole(x.clone(), {x.untyped_storage()._cdata})
     assert trace._key((1,)) != trace._key((1.0,)) != trace._key((True,))
+
+
+def test_whatever_byte_of_a_kept_trace_is_damaged_the_trace_is_right(stages, tmp_path):
+    def compute() -> dict[str, np.ndarray]:
+        return {"x": np.arange(50)}
+
+    trace_cache.kept("a", stages["pretrain"], "cpu", compute)
+    (file,) = (tmp_path / "cache" / "fcmae" / "traces").iterdir()
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        assert trace_cache.kept("a", stages["pretrain"], "cpu", compute)["x"].tolist() == list(range(50))
