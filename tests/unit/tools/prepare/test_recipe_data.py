@@ -110,4 +110,4 @@ def test_an_estimate_and_a_validation_count_and_prepare_nothing(recipe, photos, 
     assert estimate(alone, load_site("single-node"))[0].train.images == 8
     validate_recipes([str(recipe), folders])
     assert f"checked when the run starts: {photos}" in capsys.readouterr().out
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in (tmp_path / "cache" / "fcmae").iterdir()] == ["traces"]  # of the estimate
