@@ -253,6 +253,7 @@ def test_a_foreign_package_of_our_names_is_named(tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").write_text("")
     code = "import tools, sys; sys.path[0] = sys.argv[1]; import fcmae"
-    done = subprocess.run([sys.executable, "-c", code, ROOT], cwd=tmp_path, capture_output=True, text=True)
+    command, environment = [sys.executable, "-c", code, ROOT], {**os.environ, "PYTHONSAFEPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: import fcmae before the other package called tools, which is in "), done.stderr
