@@ -43,6 +43,7 @@ def run(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow  # without a home, the decoder is compiled anew
 def test_nothing_of_the_users_directory_is_imported(place, tmp_path):
     for number in range(64):
         pixels, label = tiny_image(number)
