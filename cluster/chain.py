@@ -133,7 +133,12 @@ def _remove_stages(directory: Path, names: list[str]) -> None:
     """Remove the stages of a run that never began, and no file that is not a run's."""
     run = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"--out {directory} is just being started by another command; wait for it") from None
+        except OSError:  # a file system without locks, such as many of a cluster
+            pass
         for stage in (directory / name for name in names if (directory / name / RECIPE_FILE).exists()):
             for entry in map(stage.joinpath, (SLURM_FOLDER, *IN_STAGES)):
                 shutil.rmtree(entry, ignore_errors=True)
@@ -141,8 +146,6 @@ def _remove_stages(directory: Path, names: list[str]) -> None:
                     entry.unlink()
             with suppress(OSError):  # something else lies in it
                 stage.rmdir()
-    except BlockingIOError:
-        raise StageError(f"--out {directory} is just being started by another command; wait for it") from None
     finally:
         os.close(run)
 

@@ -1,5 +1,6 @@
 """A run belongs to its recipe from the first submitted job or the first step on, and not before."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -122,3 +123,12 @@ def test_a_refused_start_makes_nothing(tmp_path, change):
     with pytest.raises(DataError):
         check_before_start(load_recipe(recipe, [change]), tmp_path / "run", 1)
     assert files(tmp_path / "run") == before
+
+
+def test_a_corrected_recipe_starts_on_a_disk_without_locks(refused, monkeypatch):
+    def lock(*_: object) -> None:  # as NFS answers for a directory
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    recipe, run = refused
+    monkeypatch.setattr("fcntl.flock", lock)
+    assert len(open_chain(load_recipe(recipe, OTHER), run)) == 2
