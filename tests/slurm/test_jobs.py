@@ -430,11 +430,14 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
     """A node that fails to start a job is drained and the job held, for ever."""
     recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
     with faults.devcluster(tmp_path / "slurm", 0, 1):
-        faults.configure(Prolog="/bin/false")
+        prolog = tmp_path / "prolog"
+        prolog.write_text("#!/bin/sh\nexit 1\n")
+        prolog.chmod(0o755)
+        faults.configure(Prolog=prolog)
         run_commands.submit_run(str(recipe), "devcluster", run)
         held = job_of(run / "pretrain").id
         wait_for(lambda: job_of(run / "pretrain").reason == scheduler.LAUNCH_FAILED, "the hold")
-        faults.configure(Prolog="/bin/true")
+        prolog.write_text("#!/bin/sh\n")  # a new setting would reach the nodes later than the new job
         subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
         run_commands.resume_run(run)
         wait_for(lambda: job_of(run / "pretrain").state in (JobState.RUNNING, JobState.ENDED), "the new job")
