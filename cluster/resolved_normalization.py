@@ -73,7 +73,7 @@ def _measured(stage: StageRecipe) -> ChannelStatistics:
 
 
 def _of_weights(stage: StageRecipe) -> ChannelStatistics | None:
-    """The numbers in the file that the stage starts from; None for ImageNet's, which other programs' files have."""
+    """Read the means and deviations in the weights that the stage starts from; None if there are none or ImageNet's."""
     if stage.init.weights is None:
         return None
     try:

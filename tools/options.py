@@ -25,6 +25,14 @@ Processes = Annotated[
 Refresh = Annotated[
     bool, typer.Option("--refresh", help="Prepare folders of images anew, although they were prepared before.")
 ]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="With --split: keep images together in whose paths the groups of this expression match the same text, such"
+        " as a patient's name.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 

@@ -98,7 +98,9 @@ class BetonWriter:
             if kind is None:
                 self._finish()
         except OSError as error:
-            raise DataError(f"{self.path} could not be finished: {error.strerror}") from None
+            raise DataError(
+                f"{self.path} could not be finished: {error.strerror}; make room, or name another place"
+            ) from None
         finally:
             self._file.close()
             if not self._keep_partial:

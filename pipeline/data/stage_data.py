@@ -79,7 +79,7 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         if unknown := sorted(set(validation or ()) - set(train)):
             raise DataError(
                 f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
-                " data.train lacks; prepare them with the same class names, or choose some by data.classes"
+                " data.train lacks; prepare both with the same class names, or list common ones in data.classes"
             )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(

@@ -23,7 +23,7 @@ class ChannelStatistics(Settings):
             )
         if not all(0 <= value <= 1 for value in self.mean) or not all(0 < value <= 1 for value in self.std):
             raise ValueError(
-                f"mean {list(self.mean)} and std {list(self.std)} must lie between 0 and 1, std above 0; divide levels"
+                f"mean {list(self.mean)} and std {list(self.std)} must lie between 0 and 1, std above 0; divide values"
                 " of 0 to 255 by 255"
             )
         return self

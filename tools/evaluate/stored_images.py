@@ -72,7 +72,7 @@ class StoredImages:
             )
 
     def _pixels(self, sample: int) -> Tensor:
-        """Resized and cropped, uint8 (H, W, 3)."""
+        """Decode, resize and crop the image of a sample: uint8 (H, W, 3)."""
         start, size = (int(self._places[name][sample]) for name in ("ptr", "size"))
         content, image = self._file[start : start + size], self._samples["f0"][sample]
         if image["mode"] == JPEG:

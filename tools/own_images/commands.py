@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tools.options import Overrides, Processes, Refresh, file_option, image_size_option, pixels_option
+from tools.options import GroupBy, Overrides, Processes, Refresh, file_option, image_size_option, pixels_option
 
 Out = Annotated[str, typer.Option(metavar="DIR", help="The run directory. If it exists, it resumes.")]
 Epochs = Annotated[
@@ -20,13 +20,6 @@ Split = Annotated[
         min=0,
         max=0.9,
         help="Share of the images to validate on, chosen by a hash of their paths, so it stays when images are added.",
-    ),
-]
-GroupBy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="REGEX",
-        help="With --split: keep images together in whose paths this matches the same text, such as a patient's name.",
     ),
 ]
 MaxSide = Annotated[

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import DataError
-from tools.options import Overwrite, file_option, pixels_option
+from tools.options import GroupBy, Overwrite, file_option, pixels_option
 
 _Pages = Annotated[
     Literal["first", "all"] | None,
@@ -41,13 +41,6 @@ _Split = Annotated[
     typer.Option(
         metavar="FRACTION",
         help="Also write OUT-val.beton with this fraction of the images, such as 0.1, chosen by a hash of their paths.",
-    ),
-]
-_GroupBy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="REGEX",
-        help="With --split: keep images together in whose paths this expression's groups match the same text.",
     ),
 ]
 
@@ -83,7 +76,7 @@ def prepare_images(
     colour_space: _ColourSpace = None,
     window: _Window = None,
     split: _Split = None,
-    group_by: _GroupBy = None,
+    group_by: GroupBy = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90,
     raw_fraction: Annotated[float, typer.Option(min=0, max=1,
         help="Fraction stored as raw pixels: faster to read, five times as large.")] = 0.0,

@@ -287,7 +287,7 @@ def _prepare(
 
 
 def _all_in_classes(source: str) -> bool:
-    """Whether the source has classes, and no image of it lies outside of them."""
+    """Tell whether the source has at least two classes, and each of its images belongs to one."""
     try:
         labelled = open_source(source)
         if len(labelled.classes) < 2:

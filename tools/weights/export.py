@@ -21,6 +21,7 @@ from pipeline.weights.architecture import Architecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
 from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
+from tools.predict.image_model import default_crop
 from tools.weights.convert import check_destination, output_facts, refuse_unpublished_options
 from tools.weights.model import build_model, model_tensors
 
@@ -240,8 +241,8 @@ def _timm_config(architecture: Architecture, size: tuple[int, int], statistics: 
             "mean": list(statistics.mean),
             "std": list(statistics.std),
             "interpolation": "bicubic",
-            "crop_pct": 0.875 if min(size) < 384 else 1.0,
-            "crop_mode": "center" if min(size) < 384 else "squash",
+            "crop_pct": default_crop(size),
+            "crop_mode": "center" if default_crop(size) < 1 else "squash",
             "first_conv": "stem.0.conv" if architecture.family == "nextvit" else "stem.0",
             "classifier": "head.fc",
         },
