@@ -1,8 +1,6 @@
 """The result of one check of a machine, and a table of results: for the preflight of a job and for `fcmae doctor`."""
 
 import json
-import os
-import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -10,6 +8,7 @@ from enum import StrEnum
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.stage.device_errors import own_node
 from pipeline.tracking.journal import strict_json
 
 
@@ -26,11 +25,6 @@ COLOUR = {
 }  # fmt: skip
 
 
-def node_name() -> str:
-    """This node's name, as Slurm knows it."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 @dataclass(frozen=True)
 class CheckResult:
     """One check on one node."""
@@ -41,7 +35,7 @@ class CheckResult:
     remedy: str = ""
     value: float | None = None
     """The figure in `detail`, for programs."""
-    node: str = field(default_factory=node_name)
+    node: str = field(default_factory=own_node)
 
 
 def results_table(results: Iterable[CheckResult]) -> Table:

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from pipeline.distributed.world import World
 from pipeline.errors import UserError
 from pipeline.health.sentinel import run_sentinel
 from pipeline.health.watchdog import PATIENCE, Watchdog
+from pipeline.stage.device_errors import device_error
 from pipeline.stage.directory import Stage
+from pipeline.stage.environment import program_id
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import HEALTH_FOLDER
 from pipeline.storage.user_cache import redirect_caches
@@ -51,6 +54,8 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
         outcome = classify_error(error)
         with suppress(OSError):  # a full disk may be the error
             stage.attempts.record(outcome)
+            if defect := device_error(error):
+                stage.attempts.record_device_error(replace(defect, program=program_id(stage.directory)))
         if outcome.kind is OutcomeKind.PERMANENT and not is_explained(error):
             raise
         return outcome

@@ -7,16 +7,23 @@ nodes from the next start.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from cluster.check_results import CheckResult, Level, results_table
 from cluster.preflight import Expectations, check_node, failure_outcome
-from cluster.preflight.gpu import MATRIX
+from cluster.preflight.gpu import MATRIX, hardware_evidence
 from cluster.slurm.job_history import slurm_directory
+from pipeline.stage.device_errors import own_node
+from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome
 from pipeline.storage.folder import write_json
+
+SUSPICIOUS = 3  # so many starts or nodes in a row, all bad
+SUSPICIOUS_SECONDS = 1800.0
 
 
 def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:
@@ -36,11 +43,14 @@ def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | N
         from cluster.preflight.network import check_network
 
         tflops = next((f.value for f in results if f.check == MATRIX), None)
-        if expected.devices:
+        cuda, gpu = expected.devices > 0, None
+        if cuda and expected.settings.enabled:
             import torch
 
-            torch.cuda.set_device(expected.local_rank)
-        results += check_network(expected.settings, tflops=tflops, cuda=expected.devices > 0, hosts=hosts)
+            own = expected.gpu(torch.cuda.device_count())
+            torch.cuda.set_device(own)
+            gpu = str(torch.cuda.get_device_properties(own).uuid)
+        results += check_network(expected.settings, tflops=tflops, cuda=cuda, hosts=hosts, gpu=gpu)
     outcome = failure_outcome(results)
     defects = [result for result in results if result.level not in (Level.OK, Level.SKIPPED)]
     if defects:
@@ -48,6 +58,22 @@ def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | N
     if outcome:
         _record(expected.stage_directory, defects)
     return outcome
+
+
+def blame_own_node(stage_directory: Path) -> None:
+    """Record this node as bad if this rank's GPU has failed in this attempt and the hardware is to blame, by the code
+    of the error, by nvidia-smi or by the kernel's log. So the next start leaves the node out."""
+    attempts = Stage(stage_directory).attempts
+    here = own_node(), os.getpid(), attempts.newest()
+    own = [error for error in attempts.device_errors() if (error.node, error.pid, error.attempt) == here]
+    if not own:
+        return
+    began = psutil.Process().create_time() - psutil.boot_time()
+    if own[0].hardware or (evidence := hardware_evidence(began)):
+        detail = own[0].text if own[0].hardware else f"{own[0].text}; {evidence[0]}"
+        _record(stage_directory, [CheckResult("gpu", Level.BAD_NODE, detail)])
+        attempts.own = own[0].attempt
+        attempts.record_device_error(replace(own[0], hardware=True))
 
 
 def _record(stage_directory: Path, results: list[CheckResult]) -> None:
@@ -69,6 +95,27 @@ def bad_nodes(stage_directory: Path, job: str, restart: int | None = None) -> di
         for entry in json.loads(path.read_text()):
             defects.setdefault(entry["node"], f"{entry['check']}: {entry['detail']}")
     return defects
+
+
+def every_node_is_bad(stage_directory: Path, job: str, restart: int, nodes: int) -> bool:
+    """Whether all nodes of the last starts were bad, three starts or three nodes within half an hour: then the nodes
+    are hardly to blame.
+
+    Args:
+        restart: number of the newest start.
+        nodes: how many nodes each start has.
+    """
+    places: set[str] = set()
+    times: list[float] = []
+    for start in range(restart, -1, -1):
+        bad = bad_nodes(stage_directory, job, start)
+        times += [path.stat().st_mtime for path in _folder(stage_directory).glob(f"{job}.{start}.*.json")]
+        if len(bad) < nodes or max(times) - min(times) > SUSPICIOUS_SECONDS:
+            return False
+        places |= bad.keys()
+        if len(places) >= SUSPICIOUS or restart - start + 1 >= SUSPICIOUS:
+            return True
+    return False
 
 
 def _folder(stage_directory: Path) -> Path:

@@ -1,6 +1,7 @@
 """Check that a node's GPUs are visible, healthy and unused, and that a matrix product is exact and fast."""
 
 import csv
+import re
 import statistics
 import subprocess
 import time
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 MATRIX = "matrix product"
+# Xid errors of hardware, by NVIDIA's catalogue: memory, NVLink, a GPU that has fallen off the bus, its own processor.
+HARDWARE_XIDS = {48, 62, 64, 74, 79, 94, 95, 110, 119, 120, 140}
+XID = re.compile(r"^\[\s*([\d.]+)\] .*?(NVRM: Xid \([^)]*\): (\d+).*)$", re.MULTILINE)
 FIELDS = ("uuid", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "remapped_rows.failure")
 
 
@@ -29,10 +33,11 @@ def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
     import torch
 
     seen = torch.cuda.device_count()
+    own = expected.gpu(seen)
     if not torch.version.cuda:
         remedy = "install a CUDA build of torch, see docs/install.md"
         yield CheckResult("gpu", Level.MISSING, "this torch is built for CPUs only", remedy, 0)
-    elif seen < expected.devices:
+    elif own is None:
         detail = f"{seen} visible, {expected.devices} expected"
         yield CheckResult("gpu", Level.BAD_NODE, detail, "look at `nvidia-smi` there", seen)
     else:
@@ -40,17 +45,19 @@ def check_gpu(expected: Expectations) -> Iterator[CheckResult]:
         try:
             visible = {_uuid(torch.cuda.get_device_properties(i).uuid) for i in range(seen)}
             yield from gpu_health(run_nvidia_smi("--query-gpu=" + ",".join(FIELDS)), visible)
-            yield from _memory(expected)
+            yield from _memory(expected, own)
             yield from _processes(expected, visible)
-            yield from _matrix(expected)
+            yield from _matrix(expected, own)
         except RuntimeError as error:  # every error of CUDA, also lack of memory
-            detail = f"GPU {expected.local_rank}: {str(error).splitlines()[0]}"
+            detail = f"GPU {own}: {str(error).splitlines()[0]}"
             yield CheckResult("gpu", Level.BAD_NODE, detail, "reset the GPU or restart the node")
 
 
-def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str]) -> Iterator[CheckResult]:
-    """Check the memory errors that nvidia-smi reports of the visible GPUs. Xid errors are only in the kernel's log,
-    which users may rarely read; after the severe ones nvidia-smi or CUDA cannot reach the GPU."""
+def gpu_health(
+    answer: subprocess.CompletedProcess[str] | None, visible: set[str] | None = None
+) -> Iterator[CheckResult]:
+    """Check the memory errors that nvidia-smi reports of the visible GPUs, or of all. Xid errors are only in the
+    kernel's log, which users may rarely read; after the severe ones nvidia-smi or CUDA cannot reach the GPU."""
     if answer is None:
         yield CheckResult("gpu health", Level.SKIPPED, "no nvidia-smi on PATH")
         return
@@ -64,7 +71,7 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
         return
     troubles = []
     for uuid, uncorrected, pending, failure in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
-        if _uuid(uuid) not in visible:
+        if visible is not None and _uuid(uuid) not in visible:
             continue
         if uncorrected.isdigit() and int(uncorrected):
             troubles.append(f"{uuid}: {uncorrected} uncorrected memory errors since the driver was loaded")
@@ -80,6 +87,24 @@ def gpu_health(answer: subprocess.CompletedProcess[str] | None, visible: set[str
         yield CheckResult("gpu health", Level.OK, "no uncorrected memory error")
 
 
+def hardware_evidence(since_seconds: float) -> list[str]:
+    """What nvidia-smi and, where users may read it, the kernel's log say against this node's GPUs.
+
+    Args:
+        since_seconds: leave out older lines of the log, in seconds since the machine was started.
+    """
+    results = gpu_health(run_nvidia_smi("--query-gpu=" + ",".join(FIELDS)))
+    troubles = [result.detail for result in results if result.level is Level.BAD_NODE]
+    try:
+        log = subprocess.run(["dmesg"], capture_output=True, timeout=30, check=False).stdout.decode(errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return troubles
+    for seconds, line, number in XID.findall(log):
+        if int(number) in HARDWARE_XIDS and float(seconds) >= since_seconds:
+            troubles.append(f"the kernel's log has {line[:120]}")
+    return troubles
+
+
 def run_nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.CompletedProcess[str] | None:
     """Run nvidia-smi. A hang counts as a failed run; None if there is no such program."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
@@ -91,12 +116,12 @@ def run_nvidia_smi(query: str, timeout_seconds: float = 30) -> subprocess.Comple
         return subprocess.CompletedProcess(command, 1, "", f"did not answer within {timeout_seconds:.0f} s")
 
 
-def _memory(expected: Expectations) -> Iterator[CheckResult]:
+def _memory(expected: Expectations, gpu: int) -> Iterator[CheckResult]:
     import torch
 
-    free_bytes, total_bytes = torch.cuda.mem_get_info(expected.local_rank)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(gpu)
     fraction, needed = free_bytes / total_bytes, expected.settings.device_memory_fraction
-    detail = f"GPU {expected.local_rank}: {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
+    detail = f"GPU {gpu}: {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
     if fraction >= needed:
         yield CheckResult("gpu memory", Level.OK, detail, value=fraction)
     else:
@@ -136,10 +161,10 @@ def _uuid(text: object) -> str:
     return str(text).removeprefix("GPU-")
 
 
-def _matrix(expected: Expectations) -> Iterator[CheckResult]:
+def _matrix(expected: Expectations, gpu: int = 0) -> Iterator[CheckResult]:
     import torch
 
-    device = torch.device("cuda", expected.local_rank) if expected.devices else torch.device("cpu")
+    device = torch.device("cuda", gpu) if expected.devices else torch.device("cpu")
     floor = expected.settings.matrix_floor_tflops
     tflops, repeatable = matrix_product(device)
     detail = f"{tflops:.3g} TFLOP/s on {device}"

@@ -13,9 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cluster.check_results import CheckResult, Level, node_name
+from cluster.check_results import CheckResult, Level
 from cluster.preflight.gpu import slow_ranks
 from cluster.preflight.settings import PreflightSettings
+from pipeline.distributed.processes import shared_gpus
+from pipeline.stage.device_errors import own_node
 
 CPU_BYTES, GPU_BYTES = 4 * 2**20, 256 * 2**20
 
@@ -26,6 +28,7 @@ def check_network(
     tflops: float | None = None,
     cuda: bool = False,
     hosts: Sequence[str] = (),
+    gpu: str | None = None,
 ) -> list[CheckResult]:
     """Compare the ranks' matrix products and measure the all-reduce. Collective: one call per rank, with RANK,
     WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; uses the port after MASTER_PORT.
@@ -34,6 +37,7 @@ def check_network(
         tflops: this rank's matrix product, from `check_node`.
         cuda: use NCCL instead of gloo. The device must have been set.
         hosts: each rank's node as scheduled, to name the node of a rank that does not join.
+        gpu: the id of this rank's GPU, which no other rank may have.
 
     Returns:
         The same results on every rank.
@@ -54,9 +58,15 @@ def check_network(
     except RuntimeError as error:  # DistStoreError is a subclass
         return [_unreachable(rank, str(error).splitlines()[0], hosts)]
     try:
-        missing = _missing(store, rank, size, timeout)
+        missing, sharing = _meet(store, rank, size, timeout, (own_node(), gpu or f"of rank {rank}"))
     except RuntimeError:
         return [_unreachable(rank, "rank 0 left before all ranks had joined", hosts)]
+    if sharing:
+        return [
+            CheckResult("gpu", Level.BAD_NODE, f"ranks {', '.join(map(str, ranks))} see one GPU, each needs its own",
+                    "look at `nvidia-smi` there", node=node)
+            for node, ranks in sharing.items()
+        ]  # fmt: skip
     if missing:
         detail = f"rank {{}} did not join within {settings.join_timeout_seconds:g} s"
         return [
@@ -79,28 +89,39 @@ def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> CheckResult:
     return CheckResult("network", Level.BAD_NODE, f"rank {rank} cannot reach rank 0: {why}", node=node)
 
 
-def _missing(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> list[int]:
-    """The ranks that did not join in time, as rank 0 sees it; the same on every rank."""
-    store.set(f"here/{rank}", "")
+def _meet(
+    store: dist.TCPStore, rank: int, size: int, timeout: timedelta, place: tuple[str, str]
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Wait for all ranks. `place`: this rank's node and the id of its GPU.
+
+    Returns:
+        The ranks that did not join in time, and by node the ranks that see the same GPU, as where most GPUs are lost.
+        Rank 0 decides; the same on every rank.
+    """
+    store.set(f"here/{rank}", json.dumps(place))
     if rank:
-        store.wait(["missing"], timeout * 2)  # rank 0 may have begun to wait later
-        missing = json.loads(store.get("missing"))
+        store.wait(["verdict"], timeout * 2)  # rank 0 may have begun to wait later
+        missing, sharing = json.loads(store.get("verdict"))
         store.set(f"informed/{rank}", "")
-        return missing
+        return missing, sharing
     with suppress(RuntimeError):
         store.wait([f"here/{other}" for other in range(size)], timeout)
-    missing = [other for other in range(size) if not store.check([f"here/{other}"])]
-    store.set("missing", json.dumps(missing))
-    if missing:  # the store ends with this process, so wait until the others have read it
+    missing, sharing = [other for other in range(size) if not store.check([f"here/{other}"])], {}
+    if not missing:
+        places = [tuple(json.loads(store.get(f"here/{other}"))) for other in range(size)]
+        for other in shared_gpus(places):
+            sharing.setdefault(places[other][0], []).append(other)
+    store.set("verdict", json.dumps([missing, sharing]))
+    if missing or sharing:  # the store ends with this process, so wait until the others have read it
         with suppress(RuntimeError):
             store.wait([f"informed/{other}" for other in range(1, size) if other not in missing], timeout)
-    return missing
+    return missing, sharing
 
 
 def _measure(settings: PreflightSettings, tflops: float | None, cuda: bool) -> list[CheckResult]:
     size = dist.get_world_size()
     shared: list = [None] * size
-    dist.all_gather_object(shared, (node_name(), int(os.environ.get("LOCAL_RANK", 0)), tflops))
+    dist.all_gather_object(shared, (own_node(), int(os.environ.get("LOCAL_RANK", 0)), tflops))
     nodes = [node for node, _, _ in shared]
     results = []
     if cuda and all(product is not None for _, _, product in shared):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.distributed.processes import gpu_of_rank
+
 
 class PreflightSettings(BaseModel):
     """The `preflight` section of a site. A floor of 0 measures and reports but refuses nothing."""
@@ -47,4 +49,12 @@ class Expectations:
     devices: int = 0
     """GPUs that this rank must see; 0 for training on CPUs."""
     local_rank: int = 0
+    ranks: int = 1
+    """Ranks on this node."""
     settings: PreflightSettings = field(default_factory=PreflightSettings)
+
+    def gpu(self, visible: int) -> int | None:
+        """Which of the visible GPUs this rank uses; None if fewer are visible than expected. One alone is enough where
+        the cluster shows each task its own: `check_network` finds out whether the ranks of a node share it."""
+        enough = visible >= self.devices or visible == 1 < self.ranks
+        return gpu_of_rank(self.local_rank, self.ranks, visible) if enough else None

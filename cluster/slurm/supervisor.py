@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.preflight.bad_nodes import bad_nodes
+from cluster.preflight.bad_nodes import bad_nodes, every_node_is_bad
 from cluster.site import stored_site
 from cluster.slurm import client
 from cluster.slurm.job_history import note_job_event
@@ -26,12 +26,17 @@ from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import LaunchError, OffTrackError, StageError, UserError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import load_recipe
+from pipeline.stage.device_errors import program_at_fault, returning_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import SrunCode
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.tracking.startup import JOB_STARTED
 
 ASK_AGAIN_SECONDS = 5
+PROGRAM_IS_SUSPECT = (
+    "; every node of the last starts was bad within minutes, so the program or the site's preflight settings are the"
+    " suspect, and no node is excluded"
+)
 T = TypeVar("T")
 
 
@@ -70,35 +75,50 @@ def conclude(stage: Stage, code: int, job: str, most_without_progress: int) -> i
             print(f"{error}; this job ends")
             return 1
         return fail(directory, job, reason)
+    errors = stage.attempts.device_errors()
+    if not own or not errors or errors[-1].attempt != owner["attempt"]:
+        errors = []  # this start ended for another reason
+    if sentence := program_at_fault(errors):
+        return fail(directory, job, sentence)
     committed = committed_step(directory)
     count = attempts_without_progress(directory, committed)
     if count >= most_without_progress:
         return fail(directory, job, f"{count} attempts in a row committed no step after {committed}: {reason}")
-    return retry(directory, job, code, committed, reason)
+    return retry(directory, job, code, committed, reason, returning_node(errors))
 
 
 def _why_the_ranks_ended(stage: Stage, code: int, job: str, own: bool) -> str:
     """`own`: whether the newest attempt is of this start of the job; otherwise its outcome says nothing about it."""
     if bad := bad_nodes(stage.directory, job, _restarts()):
-        return "; ".join(f"{node} is a bad node ({trouble})" for node, trouble in bad.items())
+        nodes = "; ".join(f"{node} is a bad node ({trouble})" for node, trouble in bad.items())
+        return nodes + (PROGRAM_IS_SUSPECT if _every_node_is_bad(stage.directory, job) else "")
     if own and (outcome := stage.attempts.last_outcome()):
         return " ".join(outcome.reason.split())
     return f"the ranks ended with exit code {code} and recorded no reason"
 
 
-def retry(directory: Path, job: str, code: int, committed: int, reason: str) -> int:
-    """Requeue the job, without the nodes that it found bad; the exit code of the job."""
+def retry(directory: Path, job: str, code: int, committed: int, reason: str, suspect: str | None = None) -> int:
+    """Requeue the job, without the nodes that it found bad; the exit code of the job.
+
+    Args:
+        suspect: a node to leave out as well, because an error came back to it that another node may not have.
+    """
     bad = bad_nodes(directory, job)
-    choices = [bad, bad_nodes(directory, job, _restarts())]
-    excluded = _until_answered(lambda: _nodes_to_exclude(directory, choices)) if bad else set()
-    if kept := sorted(bad.keys() - excluded):
-        reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
+    choices = [set(bad), set(bad_nodes(directory, job, _restarts()))]
+    if suspect:
+        choices = [nodes | {suspect} for nodes in choices]
+        reason += f"; it came back to {suspect}, so the next start tries another node"
+    excluded: set[str] = set()
+    if not _every_node_is_bad(directory, job):
+        excluded = _until_answered(lambda: _nodes_to_exclude(directory, choices)) if choices[0] else excluded
+        if kept := sorted(choices[0] - excluded):
+            reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; it is retried: Slurm is asked to requeue job {job}", flush=True)
     note_job_event(directory, "requeued", job, committed=committed, code=code, reason=reason)
 
     def requeue() -> None:
         client.requeue_job(job)
-        if bad:
+        if bad or suspect:
             client.exclude_nodes(job, {*excluded, *stored_site(directory.parent, directory.name).exclude})
 
     try:
@@ -109,6 +129,10 @@ def retry(directory: Path, job: str, code: int, committed: int, reason: str) -> 
         note_job_event(directory, "stopped", job, reason=str(error))
         return 1
     return 0
+
+
+def _every_node_is_bad(directory: Path, job: str) -> bool:
+    return every_node_is_bad(directory, job, _restarts(), stored_site(directory.parent, directory.name).nodes)
 
 
 def _until_answered(ask: Callable[[], T]) -> T:

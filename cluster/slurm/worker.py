@@ -12,7 +12,7 @@ from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.rendezvous import export_rank_environment
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import UserError
-from pipeline.stage.outcome import Outcome, SrunCode
+from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
 
 
 def block_stop_signals() -> str:
@@ -46,6 +46,7 @@ class RunStage:
             if rank == 0:
                 remove_torn_files(slurm_directory(directory))
             # Imported here because it loads torch, which a machine that only submits can do without.
+            from cluster.preflight.bad_nodes import blame_own_node
             from cluster.slurm.time_limit import TimeLimitWatch
             from pipeline.run import run_stage
             from pipeline.tracking.startup import startup
@@ -55,7 +56,10 @@ class RunStage:
                 TimeLimitWatch(directory, _job_end()).start()
             outcome = preflight_outcome(directory)
             startup.lap("preflight")
-            outcome = outcome or run_stage(directory)
+            if outcome is None:
+                outcome = run_stage(directory)
+                if outcome.kind is OutcomeKind.BAD_NODE:
+                    blame_own_node(directory)
         except UserError as error:
             _exit(SrunCode.PERMANENT, str(error))
         except Exception:
@@ -79,6 +83,7 @@ def preflight_outcome(directory: Path) -> Outcome | None:
         Path(scratch) if scratch else None,
         devices=site.gpus_per_node,
         local_rank=int(os.environ["LOCAL_RANK"]),
+        ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
         settings=site.preflight,
     )
     hosts = submitit.JobEnvironment().hostnames

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
@@ -76,3 +77,16 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def gpu_of_rank(local_rank: int, local_size: int, visible: int) -> int | None:
+    """Which visible GPU a rank of a machine uses: the one of its own number, or the only one, because a cluster may
+    show each task its own GPU alone. None if there are too few."""
+    if local_rank < visible:
+        return local_rank
+    return 0 if visible == 1 < local_size else None
+
+
+def shared_gpus(places: Sequence[tuple[str, str]]) -> list[int]:
+    """The ranks that have a GPU in common with another one, by the (host, id of the GPU) of every rank."""
+    return [rank for rank, place in enumerate(places) if places.count(place) > 1]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from pipeline.distributed.collective import from_rank_zero, on_every_rank
+from pipeline.distributed.processes import gpu_of_rank, shared_gpus
 from pipeline.errors import RecipeError
 
 T = TypeVar("T")
@@ -46,8 +47,8 @@ class World:
     def join(cls, device: str = "auto", threads: int = 0, timeout_seconds: float = 600) -> "World":
         """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        Without these variables the world has one rank. Each rank gets one GPU; on CPUs the ranks of a machine share
-        its cores.
+        Without these variables the world has one rank. Each rank gets one GPU, see `gpu_of_rank`; on CPUs the ranks of
+        a machine share its cores.
 
         Raises:
             RecipeError: if there is no GPU for this rank.
@@ -56,14 +57,15 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        own_device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        own_device, visible = torch.device("cpu"), torch.cuda.device_count() if cuda else 0
+        too_few = RecipeError(
+            f"device is {device} and this machine shows {visible} GPUs to its {local_size} processes; run one"
+            " process for each GPU, or set engine.device to cpu"
+        )
         if cuda:
-            visible = torch.cuda.device_count()
-            if local_rank >= visible:
-                raise RecipeError(
-                    f"device is {device} and this machine shows {visible} GPUs to its {local_size} processes; run one"
-                    " process for each GPU, or set engine.device to cpu"
-                )
+            if (number := gpu_of_rank(local_rank, local_size, visible)) is None:
+                raise too_few
+            own_device = torch.device("cuda", number)
             torch.cuda.set_device(own_device)
         timeout = timedelta(seconds=timeout_seconds)
         # Engines make their own groups. With torch's default these would time out before the watchdog finds the cause.
@@ -74,6 +76,12 @@ class World:
             store = dist.HashStore()
             dist.init_process_group(backends(own_device), store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
+        if cuda and size > 1:
+            places: list = [None] * size
+            own_place = socket.gethostname(), str(torch.cuda.get_device_properties(own_device).uuid)
+            dist.all_gather_object(places, own_place, group=group)
+            if shared_gpus(places):
+                raise too_few
         world = cls(rank, local_rank, size, local_size, own_device, group)
         torch.set_num_threads(threads or world.threads())
         return world

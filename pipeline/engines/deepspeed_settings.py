@@ -106,7 +106,10 @@ def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:
             " `pip install 'fcmae[deepspeed]'`, or choose fsdp"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # required even with a single process
+    # DeepSpeed takes the GPU of this number, and requires it even with a single process.
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     import deepspeed
     import deepspeed.ops
 

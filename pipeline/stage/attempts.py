@@ -3,6 +3,7 @@
 attempts/000001.json          who claimed the stage and when; created exclusively, so the number is a fencing token
 attempts/000001.heartbeat     changes while that attempt lives
 attempts/000001.outcome.json  how that attempt ended
+attempts/000001.*.gpu.json    an error that a GPU reported to a rank of that attempt
 attempts.jsonl                the same as a list for people
 
 On an object store these files are written to the store itself, not to the working copy.
@@ -17,18 +18,20 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.distributed.processes import start_time
 from pipeline.errors import StageError
+from pipeline.stage.device_errors import DeviceError
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import ATTEMPTS_FILE, ATTEMPTS_FOLDER
 from pipeline.storage.folder import Folder, json_bytes
 from pipeline.storage.working_copy import Mirror
 
 HEARTBEAT_SECONDS = 10.0
+GPU_ERROR = ".gpu.json"
 LEASE_HEARTBEATS = 2.5  # an owner on another machine that is silent for so many heartbeats has lost the stage
 
 
@@ -174,6 +177,20 @@ class Attempts:
             return None
         entry = json.loads(content)
         return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
+
+    def record_device_error(self, error: DeviceError) -> None:
+        """Record an error that a GPU reported to this rank."""
+        if self.own is not None:
+            entry = asdict(replace(error, attempt=self.own))
+            self._folder.publish(f"{self.own:06d}.{error.node}.{error.pid}{GPU_ERROR}", json_bytes(entry))
+
+    def device_errors(self) -> list[DeviceError]:
+        """The errors that GPUs reported in all attempts, by attempt. Files that cannot be read count as absent."""
+        found = []
+        for name in sorted(name for name in self._folder.entries() if name.endswith(GPU_ERROR)):
+            with suppress(ValueError, TypeError):
+                found.append(DeviceError(**json.loads(self._read(name) or b"")))
+        return found
 
     def _read(self, name: str) -> bytes | None:
         try:

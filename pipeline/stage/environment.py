@@ -1,5 +1,6 @@
 """Describe what a run is made with: code, interpreter, packages and machine. The journal records it."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from pipeline.storage.file_names import RECIPE_FILE
 
 SNAPSHOT = "environment.json"  # in a copy of the code: commit and packages at the time of the copy
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,13 @@ def describe_commit(root: Path = ROOT) -> dict[str, Any]:
         return {"sha": head, "changed_files": len(_git(root, "status", "--porcelain").splitlines())}
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def program_id(stage_directory: Path) -> str:
+    """A hash of what a stage executes: its recipe with all operational choices, and the code, by its commit or by the
+    name of its copy."""
+    recipe, code = (stage_directory / RECIPE_FILE).read_bytes(), json.dumps([ROOT.name, describe_commit()])
+    return hashlib.sha256(recipe + code.encode()).hexdigest()[:12]
 
 
 def _git(root: Path, *arguments: str) -> str:

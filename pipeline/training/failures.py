@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ import torch
 
 from pipeline.errors import RetryableError, UserError, first_line
 from pipeline.health.watchdog import Watchdog, is_broken_collective
+from pipeline.stage.device_errors import device_error
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
-
-_CUDA_ASSERT = 710  # cudaErrorAssert
 
 
 class PeerLostError(Exception):
@@ -32,11 +30,11 @@ def classify_error(error: BaseException) -> Outcome:
         return error.outcome
     if isinstance(error, RetryableError):
         return Outcome(OutcomeKind.BAD_NODE, str(error))
+    if defect := device_error(error):
+        doubt = "" if defect.hardware else "; a program can cause that too, so a second node decides"
+        return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {defect.node} failed: {defect.text}{doubt}")
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")
-    # A kernel's assertion fails on every machine, as for a label out of range; other errors of a GPU may not.
-    if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _CUDA_ASSERT:
-        return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {socket.gethostname()} failed: {first_line(error)}")
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
         remedy += "shard the state with engine.kind fsdp"
@@ -64,7 +62,7 @@ def explain_lost_peers(stage: Stage, watchdog: Watchdog) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_broken_collective(error):
+        if not is_broken_collective(error) or device_error(error):  # NCCL reports errors of this rank's own GPU, too
             raise
         sentence = watchdog.explain_lost_peer()
         recorded = stage.attempts.last_outcome() if stage.attempts.is_newest() else None

@@ -38,3 +38,15 @@ def test_a_network_that_is_slow_everywhere_blames_no_node():
 def test_a_rank_that_never_comes_is_named_with_its_node(present, absent):
     for findings in start(present, join_timeout_seconds=5):
         assert [(f.level, f.node) for f in findings] == [("bad node", absent)]
+
+
+def test_ranks_that_see_one_gpu_are_the_fault_of_their_node_alone():
+    with reserve_port() as meeting:
+        port = meeting.getsockname()[1] - 1
+        nodes = [{**rank_environment(rank, 3, port), "SLURMD_NODENAME": f"n{min(rank, 1) + 1}"} for rank in range(3)]
+        for findings in in_processes(nodes, on_one_gpu):
+            assert [(f.level, f.node, f.detail[:16]) for f in findings] == [("bad node", "n2", "ranks 1, 2 see o")]
+
+
+def on_one_gpu() -> list[Any]:
+    return check_network(PreflightSettings(), gpu="aaaa")

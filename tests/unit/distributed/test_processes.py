@@ -6,8 +6,17 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from pipeline.distributed import processes
-from pipeline.distributed.processes import LibraryContext, keep_imports_safe, module_command, start_time
+from pipeline.distributed.processes import (
+    LibraryContext,
+    gpu_of_rank,
+    keep_imports_safe,
+    module_command,
+    shared_gpus,
+    start_time,
+)
 
 REPOSITORY = Path(processes.__file__).parents[2]
 # Every file that names the interpreter, and why that imports nothing from a user's directory.
@@ -66,3 +75,15 @@ def test_every_interpreter_is_started_safely():
         lines = script.read_text()
         assert "PYTHONSAFEPATH=1" in lines
         assert not re.search(r"python3? -m", lines)
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "visible", "gpu"),
+    [(0, 1, 1, 0), (3, 4, 4, 3), (1, 2, 8, 1), (3, 4, 1, 0), (0, 4, 1, 0), (3, 4, 2, None), (0, 1, 0, None)],
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank, local_size, visible, gpu):
+    assert gpu_of_rank(local_rank, local_size, visible) == gpu
+
+
+def test_ranks_that_share_a_gpu_are_found():
+    assert shared_gpus([("a", "1"), ("b", "1"), ("a", "2"), ("a", "1")]) == [0, 3]

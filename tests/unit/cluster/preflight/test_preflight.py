@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.check_results import CheckResult, Level
-from cluster.preflight import Expectations, PreflightSettings, check_node, failure_outcome, host
+from cluster.preflight import Expectations, PreflightSettings, check_node, failure_outcome, gpu, host
 from cluster.preflight.gpu import FIELDS, foreign_processes, gpu_health, run_nvidia_smi, slow_ranks
 from cluster.preflight.host import available_memory_bytes, is_ours
 from cluster.preflight.network import slow_places
@@ -252,6 +253,29 @@ def test_gpus_are_expected_of_a_torch_that_knows_them(tmp_path):
     expected = Expectations(tmp_path, devices=torch.cuda.device_count() + 1)
     findings = check_node(expected)
     assert failure_outcome(findings).kind is (OutcomeKind.BAD_NODE if torch.version.cuda else OutcomeKind.PERMANENT)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "level"), [(1, 4, Level.OK), (4, 4, Level.OK), (8, 4, Level.OK), (3, 4, Level.BAD_NODE),
+                                    (1, 1, Level.BAD_NODE), (0, 4, Level.BAD_NODE)]
+)  # fmt: skip
+def test_one_gpu_for_each_task_is_enough(tmp_path, monkeypatch, visible, ranks, level):
+    """A cluster's filter, or SLURM_TRES_PER_TASK, shows each task its own GPU as number 0."""
+    import torch
+
+    used = []
+    health = "GPU-aaaa, 0, No, No"
+    monkeypatch.setattr(gpu, "run_nvidia_smi", lambda query: subprocess.CompletedProcess([], 0, health, ""))
+    monkeypatch.setattr(gpu, "matrix_product", lambda device: (used.append(device.index), (1.0, True))[1])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid="aaaa"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (used.append(number), (1, 1))[1])
+    monkeypatch.setattr(gpu, "foreign_processes", lambda *_: [])
+    found = list(gpu.check_gpu(Expectations(tmp_path, devices=4, local_rank=ranks - 1, ranks=ranks)))
+    assert found[0].level is level
+    assert [f.level for f in found[1:]] == ([Level.OK] * 4 if level is Level.OK else [])
+    assert used == ([0 if visible == 1 else 3] * 2 if level is Level.OK else [])
 
 
 # -- the rules

@@ -1,14 +1,18 @@
 """What becomes of a job whose ranks have ended, on a Slurm whose commands are scripts."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
+from cluster.preflight.bad_nodes import blame_own_node
 from cluster.site import SITE_FILE
 from cluster.slurm import supervisor
 from cluster.slurm.job_history import note_job_event, read_job_history, slurm_directory
 from cluster.slurm.supervisor import conclude
+from pipeline.stage.device_errors import DeviceError
 from pipeline.stage.directory import Stage
+from pipeline.stage.environment import program_id
 from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
 from pipeline.storage.folder import write_json
 from pipeline.tracking.startup import JOB_STARTED
@@ -84,6 +88,61 @@ def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, fake_slurm
     reason = read_job_history(stage.directory)[-1]["reason"]
     assert reason == "the ranks ended with exit code 70 and recorded no reason"
     assert fake_slurm.calls("scontrol")[-1].endswith("ExcNodeList=n3")  # still kept off it
+
+
+def strike(stage: Stage, monkeypatch, restart: int, node: str, code: int = 700) -> int:
+    """What becomes of the job after a GPU of `node` has failed in its start number `restart`."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    stage.attempts.claim(world_size=1)
+    error = DeviceError(node, code, "an illegal memory access was encountered", hardware=code == 214)
+    stage.attempts.record_device_error(replace(error, program=program_id(stage.directory)))
+    stage.attempts.record(Outcome(OutcomeKind.BAD_NODE, f"a GPU of {node} failed"))
+    blame_own_node(stage.directory)
+    return conclude(Stage(stage.directory), SrunCode.BAD_NODE, "7", 9)
+
+
+@pytest.fixture
+def requeued(stage, fake_slurm: FakeSlurm, monkeypatch) -> FakeSlurm:
+    """A Slurm that requeues the job, on a machine without a word from nvidia-smi or the kernel."""
+    (stage.directory.parent / SITE_FILE).write_text("nodes: 1\n")
+    fake_slurm.answer("scontrol", "")
+    fake_slurm.answer("sbatch", "")
+    fake_slurm.answer("squeue", "")
+    for name in ("nvidia-smi", "dmesg"):
+        fake_slurm.install(name, "exit 0")
+    note_job_event(stage.directory, "submitted", "7", committed=-1)
+    return fake_slurm
+
+
+def test_an_illegal_access_on_two_nodes_is_the_programs(stage, requeued: FakeSlurm, monkeypatch):
+    assert strike(stage, monkeypatch, 0, "n1") == 0
+    assert not [call for call in requeued.calls("scontrol") if "ExcNodeList" in call], "no node is blamed yet"
+    assert strike(stage, monkeypatch, 1, "n1") == 0
+    assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=n1"), "another node must show whose error it is"
+    assert strike(stage, monkeypatch, 2, "n2") == 1
+    last = read_job_history(stage.directory)[-1]
+    assert (last["event"], "the GPUs of n1 and n2 failed under the same program" in last["reason"]) == ("stopped", True)
+
+
+def test_a_gpu_with_memory_errors_is_left_out_at_once(stage, requeued: FakeSlurm, monkeypatch):
+    """Else the job starts there again, only for the preflight to refuse the node."""
+    assert strike(stage, monkeypatch, 0, "n1", code=214) == 0
+    assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=n1")
+    assert "n1 is a bad node (gpu: " in read_job_history(stage.directory)[-1]["reason"]
+    assert strike(stage, monkeypatch, 1, "n2") == 0, "the first was no program's error"
+    assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=n1")
+
+
+def test_a_job_that_finds_every_node_bad_suspects_the_program(stage, requeued: FakeSlurm, monkeypatch):
+    for restart, (node, excluded) in enumerate((("n1", "n1"), ("n2", "n1,n2"), ("n3", ""))):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        note_bad_node(stage, f"7.{restart}", node)
+        assert conclude(stage, SrunCode.CRASHED, "7", 9) == 0
+        assert requeued.calls("scontrol")[-1].endswith(f"ExcNodeList={excluded}")
+    assert "settings are the suspect, and no node is excluded" in read_job_history(stage.directory)[-1]["reason"]
+    assert conclude(stage, SrunCode.CRASHED, "7", 2) == 1
+    assert "settings are the suspect" in read_job_history(stage.directory)[-1]["reason"]
 
 
 TOO_FEW = "allocation failure: Requested node configuration is not available"  # sbatch --test-only --exclude, 22.05
