@@ -5,22 +5,23 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from pipeline.checkpoint.save_plan import Planner, Plans
 
 Buffers = dict[MetadataIndex, torch.Tensor]
 
 
-class StagingPlanner(DefaultSavePlanner):
-    """Copies the tensors that DCP plans for this rank to host memory, then calls `staged`.
+class StagingPlanner(Planner):
+    """Copies the tensors that are planned for this rank to host memory, then calls `staged`.
 
     Under DDP every rank holds the whole state but writes, and copies, only a share. The buffers are pinned if the state
     is on a GPU, and reused by the next save because pinning memory takes longer than filling it.
     """
 
-    def __init__(self, buffers: Buffers, staged: Callable[[], None]) -> None:
-        super().__init__()
+    def __init__(self, plans: Plans, buffers: Buffers, staged: Callable[[], None]) -> None:
+        super().__init__(plans)
         self._buffers, self._staged = buffers, staged
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:

@@ -12,7 +12,6 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from pipeline.checkpoint.manifest import (
@@ -24,6 +23,7 @@ from pipeline.checkpoint.manifest import (
     Manifest,
     commit_record,
 )
+from pipeline.checkpoint.save_plan import Planner, pack_pairs
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.storage.folder import Folder
 
@@ -102,51 +102,65 @@ class _HashingFileSystem(FileSystem):
                 raise
         self.records[os.fspath(path).rpartition("/")[2]] = stream.record()
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        old, new = (os.fspath(name).rpartition("/")[2] for name in (path, new_path))
-        self.records[new] = self.records.pop(old)
-
 
 @dataclass(frozen=True)
-class _FileWritten:
-    """One file of one rank. Sent to the coordinator among DCP's WriteResults."""
+class FileWritten:
+    """The file of one rank. Sent to the coordinator in the place of DCP's WriteResults, which are one for each part."""
 
     name: str
     record: FileRecord
+    places: bytes
+    """Where the parts lie in it, in the order of the plan: pairs of an offset and a length."""
 
 
 class CommittingWriter(FsspecWriter):
-    """DCP's fsspec writer. It hashes the files as they are written; `finish`, on the coordinator, commits them."""
+    """DCP's fsspec writer. It hashes the files as they are written; `finish`, on the coordinator, commits them.
+
+    Args:
+        facts: JSON for the manifest.
+        planner: of the save.
+        still_current: whether nobody else has taken the stage; asked just before the commit.
+    """
 
     def __init__(
-        self, folder: Folder, name: CheckpointName, facts: dict[str, Any], still_current: Callable[[], bool]
+        self,
+        folder: Folder,
+        name: CheckpointName,
+        facts: dict[str, Any],
+        planner: Planner,
+        still_current: Callable[[], bool],
     ) -> None:
         # The hashing stream syncs when it is closed, because torch syncs before Python's buffer is written out.
         super().__init__(folder.url, sync_files=False, overwrite=False)
         self.fs = _HashingFileSystem()
         self.path = self.fs.init_path(folder.url)
         self._folder, self._name, self._facts, self._still_current = folder, name, facts, still_current
+        self._planner = planner
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[FileWritten]]:
         results = super().write_data(plan, planner).wait()
         self._folder.sync()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results + [_FileWritten(name, record) for name, record in self.fs.records.items()])
+        places = {result.index: result.storage_data for result in results}
+        packed = pack_pairs((places[item.index].offset, places[item.index].length) for item in plan.items)
+        done: Future[list[FileWritten]] = Future()
+        done.set_result([FileWritten(name, record, packed) for name, record in self.fs.records.items()])
         return done
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def finish(self, metadata: Metadata, results: list[list[FileWritten]]) -> None:
         """Write `.metadata`, `manifest.json` and, if `still_current()` is true just then, COMMIT.
 
         Raises:
             OvertakenError: if a newer attempt has taken the stage; nothing is committed then.
-            CheckpointError: if this rank does not see a file of another rank.
+            CheckpointError: if this rank does not see a file of another rank, or if a rank wrote another part of the
+                state than the plan says.
         """
-        written = {file.name: file.record for rank in results for file in rank if isinstance(file, _FileWritten)}
+        files = [file for (file,) in results]  # one of each rank
+        written = {file.name: file.record for file in files}
         self._expect_visible(written)
-        super().finish(metadata, [[item for item in rank if isinstance(item, WriteResult)] for rank in results])
-        files = {**written, METADATA: self.fs.records[METADATA]}
-        manifest = Manifest(self._name, files, self._facts).encode()
+        content = self._planner.metadata([(file.name, file.places) for file in files])
+        with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "wb") as stream:
+            stream.write(content)
+        manifest = Manifest(self._name, {**written, METADATA: self.fs.records[METADATA]}, self._facts).encode()
         self._folder.publish(MANIFEST, manifest)
         self._folder.create(COMMIT, commit_record(manifest), last_check=self._refuse_if_overtaken)
 

@@ -15,12 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.dcp_writer import CommittingWriter, remove_checkpoint
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
+from pipeline.checkpoint.save_plan import Planner, Plans
 from pipeline.checkpoint.verification import file_problem, read_manifest
 from pipeline.distributed.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
@@ -62,6 +63,7 @@ class CheckpointStore:
         self.most_fallbacks = most_fallbacks
         self.parents = list(parents)
         self._still_current = still_current
+        self._plans = Plans(dist.get_rank(group), dist.get_world_size(group))
         self._buffers: Buffers = {}
         self._background: BackgroundSave | None = None
 
@@ -106,7 +108,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: on all ranks, if a person can repair the cause; nothing is committed then.
         """
-        return self._write(flatten(state), step, why, DefaultSavePlanner())
+        return self._write(flatten(state), step, why, Planner(self._plans))
 
     def save_in_background(
         self, state: State, *, step: int, why: str, then: Callable[[], None] = lambda: None
@@ -119,7 +121,7 @@ class CheckpointStore:
         self._wait()
 
         def work(staged: Callable[[], None]) -> str:
-            return self._write(tensors, step, why, StagingPlanner(self._buffers, staged))
+            return self._write(tensors, step, why, StagingPlanner(self._plans, self._buffers, staged))
 
         self._background = BackgroundSave(step, work, then)
         return self._background
@@ -128,14 +130,14 @@ class CheckpointStore:
         if self._background and not self._background.is_this_thread:
             self._background.wait()
 
-    def _write(self, tensors: dict[str, torch.Tensor], step: int, why: str, planner: DefaultSavePlanner) -> str:
+    def _write(self, tensors: dict[str, torch.Tensor], step: int, why: str, planner: Planner) -> str:
         name = CheckpointName(attempt=self.attempt, step=step)
         folder = self.folder / str(name)
         if not self.from_rank_zero(lambda: self._make_room(folder)):
             return str(name)
         facts = {**self.facts, "step": step, "attempt": self.attempt, "why": why, "parents": self.parents}
         facts["world_size"] = dist.get_world_size(self.group)
-        writer = CommittingWriter(folder, name, facts, self._still_current)
+        writer = CommittingWriter(folder, name, facts, planner, self._still_current)
         try:
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as failure:
@@ -300,7 +302,11 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
                     f"{self._folder} does not fit: {name} is {_describe(saved.get(name))} in the checkpoint and "
                     f"{_describe(expected.get(name))} here; resume with the recipe that the stage was started with"
                 )
-        return super().create_local_plan()
+        self._plan = super().create_local_plan()
+        return LoadPlan([])  # rank 0 changes nothing in the ranks' plans, so they need not pass through it
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        return self._plan
 
 
 def _describe(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoint.manifest import METADATA
 from pipeline.checkpoint.store import flatten
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
@@ -112,6 +113,8 @@ def test_a_hundred_random_damages_are_found_and_fallen_back_from(tmp_path, group
         shutil.copytree(pristine, here)
         path = chance.choice(sorted((here / newest.name).iterdir()))
         damage = DAMAGES[number % len(DAMAGES)]
+        if damage is take_from_an_older_one and path.name == METADATA:
+            continue  # all checkpoints of a run have the same
         damage(path, chance, here / older.name)
         target = make_state(0)
         assert open_store(here, group, 2, events).restore(target) == 10, f"{damage.__name__} of {path.name} went unseen"
