@@ -45,7 +45,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return request.config.option.seed
 
 
-LONGEST_FIRST = {"slurm": 0, "multiprocess": 1}  # folders of tests/
+LONGEST_FIRST = ("tests/slurm/", "tests/multiprocess/", "tests/unit/tracking/test_forwarder.py", "tests/unit/tools/")
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +101,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileByFil
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first, so that at the end no worker is left alone with one of them."""
-    items.sort(key=lambda item: LONGEST_FIRST.get(item.nodeid.split("/")[1], len(LONGEST_FIRST)))
+    items.sort(key=lambda item: [not item.nodeid.startswith(longest) for longest in LONGEST_FIRST])

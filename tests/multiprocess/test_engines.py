@@ -71,7 +71,9 @@ def ddp(tmp_path_factory) -> tuple[Path, list[float], float]:
     return directory, *on_ranks(1, reference, "finetune", 6, directory)[0]
 
 
-@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(kind, marks=pytest.mark.slow if kind == "zero2" else ()) for kind in SHARDED]
+)
 def test_sharded_engine_is_ddp(ddp, engine):
     directory, losses, metric = ddp
     found = on_ranks(2, compare, "finetune", engine, 6, directory)

@@ -68,7 +68,8 @@ def same(one: Masks, other: Masks) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(mask, other[name]) for name, mask in one.items())
 
 
-@pytest.mark.parametrize("growth", ["random", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", ["random", "gradient"])
 def test_masks_are_the_same_on_any_number_of_ranks(tmp_path, growth):
     first, last, _ = on_ranks(1, trained, "ddp", growth, tmp_path / "one")[0]
     assert not same(first, last)

@@ -52,6 +52,7 @@ def s3_run(bucket, directory, *overrides):
     return fcmae_anew(*command, *overrides, FCMAE_SCRATCH=str(directory / "cache"))
 
 
+@pytest.mark.slow
 def test_staged_verified_and_trained_on(s3, tmp_path):
     done = s3_run(s3, tmp_path)
     assert done.returncode == 0, done.stderr

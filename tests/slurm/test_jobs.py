@@ -33,9 +33,9 @@ from tests.support import fcmae, make_tiny_run, write_tiny_recipe
 from tools.run import commands as run_commands
 
 ONE_STAGE = ["stages.intermediate=null", "stages.finetune=null"]
-LONG = [  # 120 steps, long enough to be stopped in the middle
+LONG = [  # 60 steps, long enough to be stopped in the middle
     "defaults.tracking.log_every_steps=1", "defaults.evaluation.every_epochs=10",
-    "stages.pretrain.schedule.epochs=20",
+    "stages.pretrain.schedule.epochs=10",
 ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     saved = outcome_of_attempt(stage, 1)
     taken = [(event["attempt"], event["step"]) for event in events(stage, "step")]
     assert saved["kind"] == OutcomeKind.SAVED
-    assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 121)]
+    assert taken == [(1 if step <= saved["step"] else 2, step) for step in range(1, 61)]
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
     (restart,) = restarts(stage)
@@ -480,7 +480,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
         recorded_batches(batches_folder(stage), 4),
         recorded_batches(batches_folder(undisturbed.directory), 2),
     )
-    assert sorted(on_four) == list(range(resumed["step"] + 1, 121))  # images, labels and masks of each slot
+    assert sorted(on_four) == list(range(resumed["step"] + 1, 61))  # images, labels and masks of each slot
     assert on_four == {step: on_two[step] for step in on_four}
     assert len({text for slots in on_four.values() for text in slots.values()}) == 4 * len(on_four)
     ours, theirs = (step_events(journal.read_events(s / "journal.jsonl")) for s in (stage, undisturbed.directory))

@@ -101,6 +101,7 @@ def test_every_response_compiles_as_one_graph(name, kind):
     torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x, layout), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_under_checkpointing():
     images, mask = torch.randn(3, 3, 24, 40), visible_cells().mask

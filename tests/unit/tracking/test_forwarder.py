@@ -75,6 +75,7 @@ def rows(run: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_kill_rewind_and_resume_keep_one_child_without_duplicates(tmp_path: Path, empty_store: Path) -> None:
     run = tmp_path / "run"
     first, last = make_run(run, "pretrain", "finetune")

@@ -32,6 +32,7 @@ def operators(path):
     return {node.op_type for node in onnx.load(path).graph.node}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "own"),
     [
