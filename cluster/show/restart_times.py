@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
+from cluster.show.allocations import stage_times
 from cluster.slurm.job_history import read_job_history
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import Event, read_events
@@ -118,9 +119,11 @@ def restart_tables(stages: list[Path]) -> Group:
 
 
 def restart_times_json(stages: list[Path]) -> str:
-    """A JSON object: {"handovers": [...], "starts": [...]}."""
+    """A JSON object: {"handovers": [...], "starts": [...], "stages": [...]}, the stages with their allocations and
+    decisions."""
     times = {
         "handovers": [{**asdict(r), "total": round(r.total, 3)} for stage in stages for r in restarts(stage)],
         "starts": [asdict(s) for stage in stages for s in attempt_starts(stage)],
+        "stages": [asdict(stage_times(stage)) for stage in stages],
     }
     return json.dumps(times, indent=2)

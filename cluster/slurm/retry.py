@@ -1,42 +1,74 @@
-"""How often a stage is retried: until so many attempts in a row commit no new step.
+"""What the count of attempts without progress is made of: the starts of a stage's jobs, and the newest committed step.
 
-On Slurm the number is `attempts_without_progress` of the site (`cluster.site`), attempts are counted in the history of
-the stage's jobs (`cluster.slurm.job_history`), and the supervisor of a job (`cluster.slurm.supervisor`) applies the
-rule. `fcmae run` applies it by `cluster.local.retrying`, with the default number of a site.
+On Slurm the number is `attempts_without_progress` of the site (`cluster.site`), starts are read from the history of the
+stage's jobs (`cluster.slurm.job_history`), and the supervisor of a job applies the rule (`cluster.slurm.decision`).
+`fcmae run` applies it by `cluster.local.retrying`, with the default number of a site.
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from cluster.slurm.job_history import read_job_history
+from cluster.slurm.job_history import read_decisions
 from pipeline.storage.file_names import JOURNAL_FILE
-from pipeline.tracking.journal import parse_line
+from pipeline.tracking.journal import is_number, parse_line
 
 
-def attempts_without_progress(stage_directory: Path, committed: int) -> int:
-    """Count the attempts in a row, the one that ends now included, that began and ended with `committed` as the newest
-    committed step. A submission by a person starts the count anew."""
-    count = 0
-    for entry in reversed(read_job_history(stage_directory)):
-        if entry["event"] not in ("requeued", "submitted") or entry["committed"] != committed:
-            break
-        count += 1
-        if entry["event"] == "submitted":
-            break
-    return count
+class NewestCommit(NamedTuple):
+    """The newest committed step (-1 without one), and the length of the journal that says so, in whole lines."""
+
+    step: int
+    journal_bytes: int
+
+
+def steps_at_starts(history: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """The newest committed step at each start of a stage's job since a person submitted it, from its job history. A
+    line about anything else, such as a job that was stopped, starts anew."""
+    steps: list[int] = []
+    for entry in history:
+        if entry.get("event") != "requeued":
+            steps = []
+        if entry.get("event") in ("requeued", "submitted"):
+            steps.append(entry.get("committed", -1))
+    return tuple(steps)
 
 
 def committed_step(stage_directory: Path) -> int:
-    """The newest step of a committed checkpoint, by the journal; -1 without one. A rollback sets it back, so that the
-    same steps count as progress again."""
-    path, newest = stage_directory / JOURNAL_FILE, -1
-    with open(path, "rb") if path.exists() else nullcontext(()) as lines:
-        for line in lines:
+    """The newest step of a committed checkpoint, by the journal; -1 without one."""
+    return newest_commit(stage_directory).step
+
+
+def newest_commit(stage_directory: Path) -> NewestCommit:
+    """The newest step of a committed checkpoint, by the journal. A rollback sets it back, so that the same steps count
+    as progress again. Reads only what was written since the last decision of a supervisor."""
+    path = stage_directory / JOURNAL_FILE
+    if not path.exists():
+        return NewestCommit(-1, 0)
+    with open(path, "rb") as journal:
+        newest, length = _continued(journal, read_decisions(stage_directory))
+        for line in journal:
+            if not line.endswith(b"\n"):
+                break  # torn, or still being written
+            length += len(line)
             # Few lines need parsing, and a journal may be long.
             if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse_line(line)):
                 continue
+            if not is_number(step := event.get("step")):
+                continue
             if event.get("kind") == "save":
-                newest = max(newest, event["step"])
+                newest = max(newest, step)
             elif event.get("kind") == "rollback":
-                newest = event["step"]
-    return newest
+                newest = step
+    return NewestCommit(newest, length)
+
+
+def _continued(journal: BinaryIO, decisions: Sequence[dict[str, Any]]) -> NewestCommit:
+    """What the last decision knew, with the journal at the first byte that it did not know; all of it in doubt."""
+    last = decisions[-1] if decisions else {}
+    step, length = last.get("step"), last.get("journal_bytes")
+    if is_number(step) and is_number(length) and length > 0:
+        journal.seek(length - 1)
+        if journal.read(1) == b"\n":
+            return NewestCommit(step, length)
+    journal.seek(0)
+    return NewestCommit(-1, 0)

@@ -10,16 +10,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.preflight.bad_nodes import bad_nodes, every_node_is_bad
-from cluster.site import stored_site
+from cluster.site import Site, stored_site
 from cluster.slurm import client
-from cluster.slurm.job_history import note_job_event
-from cluster.slurm.retry import attempts_without_progress, committed_step
+from cluster.slurm.decision import Action, JobEnd, choose_exclusion, decide, dependent_stages
+from cluster.slurm.job_history import note_decision, note_job_event, read_job_history
+from cluster.slurm.retry import newest_commit, steps_at_starts
 from cluster.slurm.script import JobScript
 from cluster.slurm.time_limit import CANCELLED_FILE
 from pipeline.distributed.stop import STOP_SIGNALS
@@ -33,10 +36,6 @@ from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.tracking.startup import JOB_STARTED
 
 ASK_AGAIN_SECONDS = 5
-PROGRAM_IS_SUSPECT = (
-    "; every node of the last starts was bad within minutes, so the program or the site's preflight settings are the"
-    " suspect, and no node is excluded"
-)
 T = TypeVar("T")
 
 
@@ -51,75 +50,91 @@ def conclude(stage: Stage, code: int, job: str, most_without_progress: int) -> i
         The exit code of the job: 0 if the stage is done or retried; 1 if it ends here, which fails its dependents.
     """
     directory = stage.directory
-    if stage.done():
-        try:
-            refuse_off_track(stage)
-        except OffTrackError as error:
-            return fail(directory, job, str(error))
-        return 0
+    commit = newest_commit(directory)
+    end = collect_facts(stage, code, job, most_without_progress, commit.step)
+    decision = decide(end)
+    note_decision(directory, job, restarts=_restarts(), **commit._asdict(), end=end.record(), **asdict(decision))
+    if decision.action is Action.RETRY:
+        return retry(directory, job, end, decision.reason)
+    if decision.action is Action.FAIL:
+        return fail(directory, job, decision.reason)
+    if decision.action is Action.STOP:
+        print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` resumes it")
+        note_job_event(directory, "stopped", job, reason=decision.reason)
+        return 1
+    if decision.action is Action.LEAVE:
+        print(f"{decision.reason}; this job ends")
+        return 1
+    return 0
+
+
+def collect_facts(stage: Stage, code: int, job: str, most_without_progress: int, committed: int) -> JobEnd:
+    """The facts about a job of a stage whose ranks have ended.
+
+    Args:
+        committed: the newest committed step; the other arguments are those of `conclude`.
+    """
+    directory = stage.directory
+    end = JobEnd(code, most_without_progress, done=stage.done() is not None)
+    if end.done:
+        return replace(end, off_track=_complaint(lambda: refuse_off_track(stage)))
     owner = stage.attempts.owner()
     own = owner is not None and (owner["job"], owner["restart_count"]) == (job, _restarts())
     if owner is not None and not own and _began_after_this_job(owner):
-        # This machine stood still while Slurm restarted the job elsewhere; a requeue would end the new start.
-        print(f"stage {directory.name}: attempt {owner['attempt']} on {owner['host']} has taken over; this job ends")
-        return 1
-    reason = _why_the_ranks_ended(stage, code, job, own)
-    if (directory.parent / CANCELLED_FILE).exists():
-        print(f"stage {directory.name}: the run was cancelled; `fcmae resume {directory.parent}` resumes it")
-        note_job_event(directory, "stopped", job, reason="cancelled")
-        return 1
-    if code == SrunCode.PERMANENT:
-        try:
-            stage.attempts.check_free()
-        except StageError as error:  # another job runs the stage, and the dependents wait for that one
-            print(f"{error}; this job ends")
-            return 1
-        return fail(directory, job, reason)
-    errors = stage.attempts.device_errors()
-    if not own or not errors or errors[-1].attempt != owner["attempt"]:
-        errors = []  # this start ended for another reason
-    if sentence := program_at_fault(errors):
-        return fail(directory, job, sentence)
-    committed = committed_step(directory)
-    count = attempts_without_progress(directory, committed)
-    if count >= most_without_progress:
-        return fail(directory, job, f"{count} attempts in a row committed no step after {committed}: {reason}")
-    return retry(directory, job, code, committed, reason, returning_node(errors))
+        return replace(end, overtaken=f"attempt {owner['attempt']} on {owner['host']}")
+    # What another start recorded says nothing about this one.
+    outcome = stage.attempts.last_outcome() if own else None
+    errors = stage.attempts.device_errors() if own else []
+    if errors and errors[-1].attempt != owner["attempt"]:
+        errors = []
+    bad = bad_nodes(directory, job, _restarts())
+    return replace(
+        end,
+        cancelled=(directory.parent / CANCELLED_FILE).exists(),
+        held=_complaint(stage.attempts.check_free) if code == SrunCode.PERMANENT else "",
+        recorded=" ".join(outcome.reason.split()) if outcome else "",
+        bad_nodes=bad or None,
+        every_node_is_bad=bool(bad) and _every_node_is_bad(directory, job),
+        program_fault=program_at_fault(errors) or "" if errors else "",
+        suspect=returning_node(errors) if errors else None,
+        committed=committed,
+        starts=steps_at_starts(read_job_history(directory)),
+    )
 
 
-def _why_the_ranks_ended(stage: Stage, code: int, job: str, own: bool) -> str:
-    """`own`: whether the newest attempt is of this start of the job; otherwise its outcome says nothing about it."""
-    if bad := bad_nodes(stage.directory, job, _restarts()):
-        nodes = "; ".join(f"{node} is a bad node ({trouble})" for node, trouble in bad.items())
-        return nodes + (PROGRAM_IS_SUSPECT if _every_node_is_bad(stage.directory, job) else "")
-    if own and (outcome := stage.attempts.last_outcome()):
-        return " ".join(outcome.reason.split())
-    return f"the ranks ended with exit code {code} and recorded no reason"
+def _complaint(check: Callable[[], object]) -> str:
+    """What a check refuses; "" if nothing."""
+    try:
+        check()
+    except (OffTrackError, StageError) as error:
+        return str(error)
+    return ""
 
 
-def retry(directory: Path, job: str, code: int, committed: int, reason: str, suspect: str | None = None) -> int:
-    """Requeue the job, without the nodes that it found bad; the exit code of the job.
+def _every_node_is_bad(directory: Path, job: str) -> bool:
+    return every_node_is_bad(directory, job, _restarts(), stored_site(directory.parent, directory.name).nodes)
 
-    Args:
-        suspect: a node to leave out as well, because an error came back to it that another node may not have.
-    """
-    bad = bad_nodes(directory, job)
-    choices = [set(bad), set(bad_nodes(directory, job, _restarts()))]
-    if suspect:
-        choices = [nodes | {suspect} for nodes in choices]
-        reason += f"; it came back to {suspect}, so the next start tries another node"
-    excluded: set[str] = set()
-    if not _every_node_is_bad(directory, job):
-        excluded = _until_answered(lambda: _nodes_to_exclude(directory, choices)) if choices[0] else excluded
-        if kept := sorted(choices[0] - excluded):
-            reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
+
+def retry(directory: Path, job: str, end: JobEnd, reason: str) -> int:
+    """Requeue the job, without the nodes that it found bad; the exit code of the job."""
+    found = [set(bad_nodes(directory, job, start)) for start in range(_restarts(), -1, -1)]
+    if end.suspect:
+        found[0] |= {end.suspect}
+        reason += f"; it came back to {end.suspect}, so the next start tries another node"
+    known, excluded = set().union(*found), set()
+    if known:
+        site = stored_site(directory.parent, directory.name)
+        if not end.every_node_is_bad:
+            excluded = _until_answered(lambda: choose_exclusion(found, partial(_can_do_without, directory, site)))
+            if kept := sorted(known - excluded):
+                reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; it is retried: Slurm is asked to requeue job {job}", flush=True)
-    note_job_event(directory, "requeued", job, committed=committed, code=code, reason=reason)
+    note_job_event(directory, "requeued", job, committed=end.committed, code=end.code, reason=reason)
 
     def requeue() -> None:
         client.requeue_job(job)
-        if bad or suspect:
-            client.exclude_nodes(job, {*excluded, *stored_site(directory.parent, directory.name).exclude})
+        if known:
+            client.exclude_nodes(job, {*excluded, *site.exclude})
 
     try:
         _until_answered(requeue)
@@ -129,10 +144,6 @@ def retry(directory: Path, job: str, code: int, committed: int, reason: str, sus
         note_job_event(directory, "stopped", job, reason=str(error))
         return 1
     return 0
-
-
-def _every_node_is_bad(directory: Path, job: str) -> bool:
-    return every_node_is_bad(directory, job, _restarts(), stored_site(directory.parent, directory.name).nodes)
 
 
 def _until_answered(ask: Callable[[], T]) -> T:
@@ -145,28 +156,21 @@ def _until_answered(ask: Callable[[], T]) -> T:
             time.sleep(ASK_AGAIN_SECONDS)
 
 
-def _nodes_to_exclude(directory: Path, choices: Sequence[Collection[str]]) -> set[str]:
-    """The first of these sets of nodes that the job can do without: by Slurm's own test enough other nodes are up and
-    have what the site asks for. Exclude nothing if too few nodes would remain: waiting for ever is worse than one
-    failed attempt.
+def _can_do_without(directory: Path, site: Site, nodes: Collection[str]) -> bool:
+    """Whether, by Slurm's own test, enough other nodes are up and have what the site asks for.
 
     Raises:
         NoControllerError: if slurmctld does not answer.
     """
-    site = stored_site(directory.parent, directory.name)
-    for nodes in filter(None, choices):
-        try:
-            without = site.model_copy(update={"exclude": tuple(sorted({*site.exclude, *nodes}))})
-            if JobScript(directory, without, Path(__file__).parents[2]).test():
-                continue  # the job would wait for nodes that are out of service
-        except client.NoControllerError:
-            raise
-        except LaunchError as error:
-            # Any other refusal, such as that this node may not submit, says nothing about the nodes.
-            if any(words in str(error) for words in client.NO_SUCH_NODES):
-                continue
-        return set(nodes)
-    return set()
+    try:
+        without = site.model_copy(update={"exclude": tuple(sorted({*site.exclude, *nodes}))})
+        # A warning says that the job would wait for nodes that are out of service.
+        return not JobScript(directory, without, Path(__file__).parents[2]).test()
+    except client.NoControllerError:
+        raise
+    except LaunchError as error:
+        # Any other refusal, such as that this node may not submit, says nothing about the nodes.
+        return not any(words in str(error) for words in client.NO_SUCH_NODES)
 
 
 def _restarts() -> int:
@@ -191,11 +195,9 @@ def fail(directory: Path, job: str, reason: str) -> int:
 
 def cancel_dependents(directory: Path, reason: str) -> None:
     """Cancel the jobs of all stages that start, directly or not, from the stage of this directory."""
-    run, failed = directory.parent, {directory.name}
-    for name, recipe in load_recipe(run / RECIPE_FILE).stages.items():
-        if recipe.previous in failed:
-            failed.add(name)
-    dependents = failed - {directory.name}
+    run = directory.parent
+    stages = load_recipe(run / RECIPE_FILE).stages
+    dependents = dependent_stages({name: recipe.previous for name, recipe in stages.items()}, directory.name)
     for job in client.query_jobs(stages=dependents) if dependents else []:
         if job.live and job.directory.parent == run:
             client.cancel_job(job.id)

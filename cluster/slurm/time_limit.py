@@ -41,10 +41,7 @@ class TimeLimitWatch(threading.Thread):
             self._stop_time.add(event)
         if self._cancelled.exists():
             return True
-        if self._ends_at is None:
-            return False
-        # Half of the time is for progress, however long saving takes.
-        return now >= max(self._ends_at - self._stop_time.seconds(), (self._began + self._ends_at) / 2)
+        return self._ends_at is not None and now >= self._stop_time.stop_at(self._began, self._ends_at)
 
 
 class StopTime:
@@ -66,6 +63,11 @@ class StopTime:
             self._steps.append(self._global_batch / event["images_per_second"])
         elif event["kind"] == "save":
             self._saves.append(event["seconds"])
+
+    def stop_at(self, began: float, ends_at: float) -> float:
+        """When a stage that began at one time and is ended at another must stop, in seconds of the same clock."""
+        # Half of the time is for progress, however long saving takes.
+        return max(ends_at - self.seconds(), (began + ends_at) / 2)
 
     def seconds(self) -> float:
         """From a signal to the last rank's end, twice the measured time plus a margin; without measurements, the margin

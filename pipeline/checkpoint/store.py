@@ -7,7 +7,7 @@ background uses it while the training uses others.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from pipeline.checkpoint.asynchronous import BackgroundSave, Buffers, StagingPlanner
 from pipeline.checkpoint.dcp_writer import CommittingWriter, remove_checkpoint
+from pipeline.checkpoint.fallback import newest_usable
 from pipeline.checkpoint.manifest import COMMIT, CheckpointName
 from pipeline.checkpoint.save_plan import Planner, Plans
 from pipeline.checkpoint.verification import file_problem, read_manifest
@@ -178,15 +179,12 @@ class CheckpointStore:
                 shapes or dtypes of the tensors differ from those of `state`.
         """
         tensors = flatten(state)
-        fallbacks = 0
-        while problems := self.verify(name := self.from_rank_zero(self._newest)):
-            if fallbacks == self.most_fallbacks:
-                raise CheckpointError(
-                    f"{self.folder}: {fallbacks + 1} checkpoints are damaged, the last one {name} ({problems[0]}); "
-                    "look after the storage, then run again or raise checkpoint.most_fallbacks"
-                )
-            fallbacks += 1
-            self.from_rank_zero(lambda name=name, problems=problems: self._quarantine(name, problems))
+        name = newest_usable(
+            lambda: self.from_rank_zero(self._newest),
+            self.verify,
+            lambda name, problems: self.from_rank_zero(lambda: self._quarantine(name, problems)),
+            self.most_fallbacks,
+        )
         folder = self.folder / str(name)
         try:
             dcp.load(
@@ -209,7 +207,7 @@ class CheckpointStore:
             )
         return names[-1]
 
-    def _quarantine(self, name: CheckpointName, problems: list[str]) -> None:
+    def _quarantine(self, name: CheckpointName, problems: Sequence[str]) -> None:
         self.refuse_if_overtaken()
         shelf = self.folder / QUARANTINE
         shelf.fs.makedirs(shelf.path, exist_ok=True)

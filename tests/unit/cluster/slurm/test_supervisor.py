@@ -8,7 +8,8 @@ import pytest
 from cluster.preflight.bad_nodes import blame_own_node
 from cluster.site import SITE_FILE
 from cluster.slurm import supervisor
-from cluster.slurm.job_history import note_job_event, read_job_history, slurm_directory
+from cluster.slurm.decision import Action, Decision, JobEnd, decide
+from cluster.slurm.job_history import note_job_event, read_decisions, read_job_history, slurm_directory
 from cluster.slurm.supervisor import conclude
 from pipeline.stage.device_errors import DeviceError
 from pipeline.stage.directory import Stage
@@ -189,3 +190,17 @@ def test_nodes_that_the_job_cannot_do_without_are_not_excluded(
     fake_slurm.answer("squeue", "")
     assert conclude(stage, SrunCode.CRASHED, "7", 2) == 1  # and the attempts count
     assert read_job_history(stage.directory)[-1]["event"] == "stopped"
+
+
+def test_each_decision_is_recorded_with_its_facts(stage, fake_slurm: FakeSlurm):
+    (stage.directory.parent / SITE_FILE).write_text("nodes: 1\n")
+    fake_slurm.answer("scontrol", "")
+    fake_slurm.answer("squeue", "")
+    note_job_event(stage.directory, "submitted", "7", committed=-1)
+    codes = [SrunCode.CRASHED, SrunCode.CRASHED, SrunCode.PERMANENT]
+    assert [conclude(stage, code, "7", 3) for code in codes] == [0, 0, 1]
+    recorded = read_decisions(stage.directory)
+    assert [entry["action"] for entry in recorded] == [Action.RETRY, Action.RETRY, Action.FAIL]
+    for entry in recorded:
+        assert decide(JobEnd(**entry["end"])) == Decision(Action(entry["action"]), entry["reason"])
+        assert entry["job_started"] < entry["time"]

@@ -1,0 +1,36 @@
+"""What a cluster does to jobs, as numbers.
+
+Every default is an assumption and is printed as one, because no public figure holds for another cluster: measure your
+own (`fcmae times RUN --json`, the cluster's accounting). That failures come in proportion to nodes and time, and useful
+time divided by allocated time as the measure of them, is from Kokolis et al. 2025, "Revisiting Reliability in
+Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
+"""
+
+from dataclasses import dataclass, field
+
+
+def assumed(default: object, meaning: str) -> object:
+    """A field whose default is an assumption, with the words for it."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How often jobs are disturbed, and how long each disturbance takes. Times between disturbances and waits in the
+    queue are exponentially distributed."""
+
+    failures_per_node_day: float = assumed(0.005, "failures of a node, or of a rank on it, per day of one node")
+    preemptions_per_hour: float = assumed(0.0, "preemptions of the job per hour that it runs")
+    queue_seconds: float = assumed(600.0, "mean wait in the queue before each start, in seconds")
+    start_seconds: tuple[float, ...] = assumed((180.0,), "from the start of a job to its first step, in seconds")
+    grace_seconds: float = assumed(120.0, "from the notice of a preemption to the kill, in seconds")
+    notice_seconds: float = assumed(30.0, "from a failure to the end of the job, in seconds")
+    exit_seconds: float = assumed(5.0, "from the last save of a stop to the end of the job, in seconds")
+    stall_seconds: float = assumed(600.0, "the watchdog's limit for a rank that hangs (health.stall_seconds)")
+    lost_share: float = assumed(0.3, "share of failures in which Slurm loses the node and requeues the job itself")
+    hang_share: float = assumed(0.1, "share of failures in which a rank hangs")
+    bad_share: float = assumed(0.5, "share of the other failures after which the node fails the preflight")
+    preflight_seconds: float = assumed(60.0, "from the start of a job to the preflight that finds a bad node")
+    repair_hours: float = assumed(24.0, "from a failure until a lost or bad node is repaired")
+    spare_nodes: int = assumed(4, "nodes of the partition that the job may use besides its own number")
+    damaged_share: float = assumed(0.0, "share of restored checkpoints that prove damaged")
