@@ -23,6 +23,7 @@ from tools.prepare.commands import prepare_images
 from tools.recipes import commands as recipes
 from tools.report.commands import report_runs
 from tools.run import commands as runs
+from tools.simulate.commands import simulate_chain
 from tools.study import commands as study
 from tools.tables import wide_console
 from tools.verify.commands import verify_path
@@ -82,6 +83,7 @@ COMMANDS = {
     "doctor": (examine_machine, PREPARE),
     "prepare": (prepare_images, PREPARE),
     "estimate": (estimate_cost, PREPARE),
+    "simulate": (simulate_chain, PREPARE),
     "pretrain": (pretrain_images, TRAIN),
     "finetune": (finetune_images, TRAIN),
     "run": (runs.run_here, TRAIN),

@@ -114,8 +114,8 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
         lines += [
             f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {stage.evaluations} x"
             f" {images or 0:,} x {stage.forward_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
-            f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]})"
-            f" = {stage.hours:,.2f}",
+            f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]}) /"
+            f" useful share {stage.useful_share:.3f} = {stage.hours:,.2f}",
         ]
         if price is not None:
             lines.append(f"money = {stage.gpu_hours:,.1f} GPU-hours x {price:g} = {stage.money(price):,.0f}")
@@ -128,6 +128,11 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
     for stage in stages:
         if stage.speed:
             lines.append(f"{stage.recipe.name}: hours from {stage.speed[1]}, and data that is never waited for")
+        if stage.hours is not None:
+            lines.append(
+                f"{stage.recipe.name}: hours include starts, saves and repeated steps: {stage.useful_share:.1%} of the"
+                " allocated time is useful by simulation; `fcmae simulate` lists its assumptions"
+            )
         if m := stage.measured:
             uncorrected = "; hours are not corrected, because the site has another device"
             lines.append(
@@ -159,7 +164,7 @@ def _stage_figures(stage: StageEstimate, price: float | None) -> dict[str, Any]:
         "nodes": stage.site.nodes,
         **_fields(stage, "ranks", "parameters"),
         "macs": stage.published_macs,
-        **_fields(stage, "forward_macs", "steps", "hours", "gpu_hours"),
+        **_fields(stage, "forward_macs", "steps", "busy_hours", "useful_share", "hours", "gpu_hours"),
         "money": stage.money(price),
         **_fields(stage, "checkpoint_bytes", "kept_bytes", "data_bytes", "memory_bytes"),
         "chosen": stage.chosen and _option_figures(stage.chosen),

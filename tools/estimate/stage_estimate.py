@@ -2,11 +2,12 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from cluster.site import Site
 from pipeline.cost.measure import Measured, available_bytes, measure_steps
@@ -28,6 +29,10 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from tools.prepare.detect import open_source
 from tools.prepare.prepared_cache import is_source
+from tools.simulate.conditions import Conditions
+from tools.simulate.planned_stage import planned_stage
+from tools.simulate.simulated_run import simulated_share
+from tools.simulate.stage_work import StageWork
 
 GIB = 2**30
 RESERVE = 0.92
@@ -150,10 +155,43 @@ class StageEstimate:
         return self.tflops * 1e12 * share, f"ASSUMED {share:.0%} of the {self.tflops:g} TFLOP/s of {self.site.gpu.name}"
 
     @property
-    def hours(self) -> float | None:
+    def busy_hours(self) -> float | None:
+        """Hours of steps and evaluations alone."""
         if self.work is None or self.speed is None:
             return None
         return self.work / (self.ranks * self.speed[0]) / 3600
+
+    @cached_property
+    def useful_share(self) -> float | None:
+        """Useful time divided by allocated time, simulated under the default conditions of `fcmae simulate`."""
+        planned = self.planned(Conditions())
+        return planned and simulated_share(planned, Conditions())
+
+    @property
+    def hours(self) -> float | None:
+        return None if self.busy_hours is None else self.busy_hours / self.useful_share
+
+    def planned(self, conditions: Conditions, measured: Mapping[str, Any] | None = None) -> StageWork | None:
+        """The stage as the simulation sees it; None if the time of a step is unknown.
+
+        Args:
+            measured: as of `planned_stage`.
+        """
+        hours = self.busy_hours
+        if self.steps is None or (hours is None and not (measured or {}).get("step_seconds")):
+            return None
+        evaluated = 2 * self.evaluations * ((self.validation and self.validation.images) or 0) * self.forward_macs
+        evaluation_seconds = evaluated / (self.ranks * self.speed[0]) if hours else 0.0
+        return planned_stage(
+            self.recipe,
+            self.site,
+            steps=self.steps,
+            step_seconds=((hours or 0.0) * 3600 - evaluation_seconds) / self.steps,
+            evaluation_seconds=evaluation_seconds,
+            checkpoint_bytes=self.checkpoint_bytes,
+            conditions=conditions,
+            measured=measured,
+        )
 
     @property
     def gpu_hours(self) -> float | None:

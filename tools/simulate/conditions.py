@@ -6,7 +6,10 @@ time divided by allocated time as the measure of them, is from Kokolis et al. 20
 Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from pipeline.errors import UserError
 
 
 def assumed(default: object, meaning: str) -> object:
@@ -33,4 +36,38 @@ class Conditions:
     preflight_seconds: float = assumed(60.0, "from the start of a job to the preflight that finds a bad node")
     repair_hours: float = assumed(24.0, "from a failure until a lost or bad node is repaired")
     spare_nodes: int = assumed(4, "nodes of the partition that the job may use besides its own number")
+    blocked_seconds: float = assumed(5.0, "how long a save in the background holds up training, in seconds")
+    written_bytes_per_second: float = assumed(1e9, "how fast all ranks together write a checkpoint")
     damaged_share: float = assumed(0.0, "share of restored checkpoints that prove damaged")
+
+
+def read_conditions(assumptions: Sequence[str]) -> Conditions:
+    """Conditions from texts NAME=NUMBER; start_seconds may be several numbers with commas.
+
+    Raises:
+        UserError: for an unknown name or a value out of range.
+    """
+    known, changes = {item.name: item for item in fields(Conditions)}, {}
+    for text in assumptions:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise UserError(f"--assume {text!r}: there is no {name!r}; choose one of {', '.join(known)}")
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        most = 1.0 if name.endswith("_share") else 1e12
+        least = 1.0 if name == "written_bytes_per_second" else 0.0
+        single = name != "start_seconds"
+        if not numbers or (single and len(numbers) > 1) or not all(least <= number <= most for number in numbers):
+            raise UserError(f"--assume {text!r}: give {'a number' if single else 'numbers'} from {least:g} to {most:g}")
+        changes[name] = tuple(numbers) if not single else int(numbers[0]) if name == "spare_nodes" else numbers[0]
+    conditions = Conditions(**changes)
+    if conditions.lost_share + conditions.hang_share > 1:
+        raise UserError("--assume: lost_share and hang_share are shares of the same failures; their sum is at most 1")
+    return conditions
+
+
+def with_measured_starts(conditions: Conditions, start_seconds: Sequence[float]) -> Conditions:
+    """The conditions with starts that take times drawn from measured ones; unchanged without any."""
+    return replace(conditions, start_seconds=tuple(start_seconds)) if start_seconds else conditions

@@ -9,7 +9,7 @@ training. An event is an end of an attempt, so that a month of an hourly preempt
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from cluster.slurm.decision import Action, JobEnd, choose_exclusion, decide, dependent_stages
 from cluster.slurm.time_limit import StopTime
@@ -23,6 +23,7 @@ from tools.simulate.simulated_cluster import HOUR, SimulatedCluster
 from tools.simulate.stage_work import AttemptProgress, StageWork
 
 LONGEST_SECONDS = 3 * 365 * 24 * HOUR  # a run that is not done by then is given up
+MONTH_SECONDS = 30 * 24 * HOUR
 
 
 @dataclass
@@ -65,6 +66,8 @@ class SimulatedStage:
     reason: str = ""
     attempts: int = 0
     """Starts of the job."""
+    ended_seconds: float = 0.0
+    """When it ended, since the submission of the chain."""
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -81,9 +84,19 @@ def simulate_run(stages: Sequence[StageWork], conditions: Conditions, seed: int)
         told.append(result)
         if work.name not in cancelled:
             _StageJob(result, conditions, cluster, draw).run()
+            result.ended_seconds = cluster.clock
         if result.action is not Action.FINISH:
             cancelled |= dependent_stages(previous, work.name)
     return told
+
+
+def simulated_share(work: StageWork, conditions: Conditions, runs: int = 10) -> float:
+    """Useful time divided by allocated time of one stage; of the first month of a longer one."""
+    steps = min(work.steps, max(round(MONTH_SECONDS / work.step_seconds), 1))
+    total = Ledger()
+    for seed in range(runs):
+        total.add(simulate_run([replace(work, steps=steps, previous=None)], conditions, seed)[0].ledger)
+    return total.useful_share
 
 
 class _StageJob:

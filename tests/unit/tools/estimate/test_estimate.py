@@ -47,7 +47,9 @@ def test_figures_follow_from_each_other(found):
         assert stage.steps == math.ceil(recipe.schedule.epochs * (192 // 32))
         assert stage.train.bytes == Path(recipe.data.train).stat().st_size
         macs = stage.steps * 32 * best.training_macs + stage.evaluations * 50 * stage.forward_macs
-        assert stage.gpu_hours == pytest.approx(2 * macs / (0.5 * 1e12) / 3600)
+        assert stage.busy_hours * 4 == pytest.approx(2 * macs / (0.5 * 1e12) / 3600)
+        assert 0 < stage.useful_share < 1
+        assert stage.hours == pytest.approx(stage.busy_hours / stage.useful_share)
         assert stage.hours == pytest.approx(stage.gpu_hours / 4)
         assert stage.checkpoint_bytes == stage.parameters * (16 if recipe.ema else 12)
         assert best.bytes == sum(term.bytes for term in best.terms)
@@ -57,7 +59,15 @@ def test_figures_follow_from_each_other(found):
 
 def test_everything_is_said(found):
     text = shown(found, price=2.0, formulas=True)
-    for word in ("pretrain", "intermediate", "finetune", "zero3", "ASSUMED 50%", "the encoder on its visible cells"):
+    for word in (
+        "pretrain",
+        "intermediate",
+        "finetune",
+        "zero3",
+        "ASSUMED 50%",
+        "useful share",
+        "the encoder on its visible cells",
+    ):
         assert word in text, text
     told = json.loads(estimate_json(found, 2.0))
     assert [stage["money"] for stage in told] == [pytest.approx(2 * stage.gpu_hours) for stage in found]
@@ -120,7 +130,7 @@ def test_measured_steps_correct_the_estimate(chain):
     cpus = Site(nodes=1, tasks_per_node=2, memory_gb_per_node=4)
     (plain,), (corrected,) = estimate(one, cpus), estimate(one, cpus, measured_here=True)
     assert plain.hours is None
-    assert corrected.hours == pytest.approx(
+    assert corrected.busy_hours == pytest.approx(
         2 * corrected.steps * 32 * corrected.chosen.training_macs / 2 / corrected.speed[0] / 3600, rel=0.2
     )
     assert corrected.memory_correction != 1

@@ -1,0 +1,135 @@
+"""Replay a real run from the record of `fcmae times RUN --json`: its decisions, and what its faults cost.
+
+The decisions are made anew from the recorded facts. The cost is simulated: the recorded faults strike at their recorded
+times after the start of a job, while steps and saves take what was measured in the run, and each start a time that is
+drawn from the measured ones.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cluster.slurm.decision import JobEnd, decide
+from pipeline.errors import UserError
+from tools.simulate.simulated_run import Ledger
+from tools.simulate.stage_work import StageWork
+
+DRAWS = 200  # simulations of each run
+
+
+@dataclass(frozen=True)
+class ReplayedRun:
+    """A run's useful share of its allocated time, real and simulated, and its decisions, recorded and made anew."""
+
+    name: str
+    decisions: int
+    different: tuple[str, ...]
+    """Each decision that was made otherwise, in words."""
+    faults: int
+    real_share: float
+    simulated_share: float
+
+
+def read_times(path: Path) -> list[dict[str, Any]]:
+    """The stages of a record that `fcmae times RUN --json` has printed.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        stages = json.loads(path.read_text())["stages"]
+        return [dict(stage, allocations=list(stage["allocations"])) for stage in stages]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no record of a run ({error}); make one by `fcmae times RUN --json`") from None
+
+
+def replay(path: Path) -> ReplayedRun:
+    """Replay one record.
+
+    Raises:
+        UserError: if the record is none, or a stage of it is not done.
+    """
+    stages = read_times(path)
+    try:
+        decisions = [decision for stage in stages for decision in stage["decisions"]]
+        different = [sentence for decision in decisions if (sentence := _difference(decision))]
+        real = Ledger()
+        for stage in stages:
+            real.add(_real_ledger(stage))
+        shares = []
+        for seed in range(DRAWS):
+            draw, simulated = random.Random(seed), Ledger()
+            for stage in stages:
+                simulated.add(_simulated_ledger(stage, draw))
+            shares.append(simulated.useful_share)
+        faults = sum(a["outcome"] != "done" for stage in stages for a in stage["allocations"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: a stage of the run is not done, or its record is damaged ({error!r})") from None
+    return ReplayedRun(path.name, len(decisions), tuple(different), faults, real.useful_share, median(shares))
+
+
+def _difference(recorded: Mapping[str, Any]) -> str:
+    """How a decision differs from the recorded one; "" if it does not."""
+    decision = decide(JobEnd(**recorded["end"]))
+    if (decision.action, decision.reason) == (recorded["action"], recorded["reason"]):
+        return ""
+    return f"job {recorded['job']}: {recorded['action']} ({recorded['reason']}), now {decision.action}"
+
+
+def _real_ledger(stage: Mapping[str, Any]) -> Ledger:
+    """The allocated time of a stage, of which only what is useful is told apart."""
+    allocated = sum(allocation["ended"] for allocation in stage["allocations"])
+    useful = stage["steps"] * stage["step_seconds"] + stage["evaluation_seconds"]
+    return Ledger(useful=useful, lost=allocated - useful)
+
+
+def recorded_work(stage: Mapping[str, Any]) -> StageWork:
+    """A recorded stage as the simulation sees it."""
+    return StageWork(
+        stage["stage"],
+        stage["steps"],
+        stage["step_seconds"] + stage["evaluation_seconds"] / stage["steps"],
+        stage["save_every_steps"],
+        blocked_seconds=stage["blocked_seconds"] or 0.0,
+        save_seconds=stage["save_seconds"] or 0.0,
+    )
+
+
+def start_seconds(stages: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """All measured times from the start of a job to its first step, without that step."""
+    return tuple(
+        max(allocation["first_step"] - stage["step_seconds"], 0.0)
+        for stage in stages
+        for allocation in stage["allocations"]
+        if allocation["first_step"] is not None and stage["step_seconds"] is not None
+    )
+
+
+def _simulated_ledger(stage: Mapping[str, Any], draw: random.Random) -> Ledger:
+    work, starts, ledger = recorded_work(stage), start_seconds([stage]), Ledger()
+    last = stage["allocations"][-1]
+    step = 0
+    for allocation in stage["allocations"][:-1]:
+        start, until = draw.choice(starts), allocation["disturbed"]
+        if until >= start + work.seconds_until(step, work.steps):
+            break
+        ledger.ending += allocation["ended"] - until
+        if until < start:
+            ledger.start += until
+            continue
+        progress = work.progress(step, until - start)
+        kept = progress.step if allocation["outcome"] == "saved" else max(progress.committed, default=step)
+        ledger.start += start
+        ledger.saves += progress.blocked_seconds
+        ledger.useful += (kept - step) * work.step_seconds
+        ledger.lost += (progress.step - kept) * work.step_seconds + progress.partial_seconds
+        step = kept
+    ledger.start += draw.choice(starts)
+    ledger.useful += (work.steps - step) * work.step_seconds
+    ledger.saves += work.progress(step, work.seconds_until(step, work.steps)).blocked_seconds
+    ledger.ending += work.save_seconds + last["ended"] - last["disturbed"]
+    return ledger
