@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.data.decode import compile_decoder
+from pipeline.distributed.agreement import Agreement
 from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent, keep_imports_safe
 from pipeline.distributed.stop import AgreedStop, StopRequest
 from pipeline.distributed.world import World
@@ -82,7 +83,9 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
         stack.enter_context(sentinel)
         if world.is_main:
             stack.enter_context(stage.attempts.heartbeat())
-        stop = AgreedStop(request, watchdog.meeting(world.agree))
+        agreement = Agreement.among(world)
+        stack.push(lambda kind, error, trace: agreement.close(wait=error is None))
+        stop = AgreedStop(request, agreement, watchdog.meeting)
         startup.lap("group")
         training = stack.enter_context(Training.assemble(stage, world, watchdog, stop))
         if training is None:

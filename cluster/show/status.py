@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.show.job_watcher import JobWatcher
+from cluster.show.save_interval import advise_save_interval
 from cluster.show.speed import Speed, number
 from cluster.slurm.client import Job, JobState
 from cluster.slurm.job_history import read_job_history
@@ -48,6 +49,7 @@ class StageStatus:
     attempts: int = 0
     restart_reasons: list[str] = field(default_factory=list)  # how every attempt but the last ended
     reason: str = ""  # how the last attempt ended
+    save_advice: str = ""  # which time between checkpoints would lose least
     last_checkpoint_step: int | None = None
     last_checkpoint_age_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the result, before that of the last evaluation
@@ -66,6 +68,7 @@ class StageFollower:
         self._speed = Speed()
         self._end = ""  # how the newest attempt ended, by the journal
         self._attempt = 0  # the newest one in the journal
+        self._blocked: list[float] = []  # seconds that each save held up the training
 
     def poll(self) -> list[Event]:
         """Read the journal's new lines; the next `status` includes them."""
@@ -93,6 +96,8 @@ class StageFollower:
         elif kind == "step" and step is not None:
             status.step, status.loss = step, number(event.get("loss"))
             self._speed.add(step, event)
+        elif kind == "save" and event.get("why") == "due":
+            self._blocked += [seconds] if (seconds := number(event.get("blocked_seconds"))) else []
         elif kind == "evaluate":
             status.metrics = _numbers(event.get("metrics"))
         elif kind == "end":
@@ -125,6 +130,7 @@ class StageFollower:
             status.data_wait_fraction = self._speed.data_wait_fraction()
         if status.state == "running":
             status.eta_seconds = self._speed.eta_seconds(status.total_steps)
+            status.save_advice = advise_save_interval(self.directory, self._blocked)
         return status
 
     def _add_result(self, status: StageStatus) -> None:

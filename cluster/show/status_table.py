@@ -84,6 +84,8 @@ def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
         lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
         if s.state == "queued" and s.job_reason in NEVER_STARTS:
             lines.append(f"{s.stage}, Slurm will never start job {s.job} ({s.job_reason}): `fcmae resume` replaces it")
+        if s.save_advice:
+            lines.append(f"{s.stage}, {s.save_advice}")
         if s.on_track is False:
             lines.append(f"{s.stage}, {s.verdict}")
     if trouble:

@@ -171,5 +171,6 @@ def estimate_peak(recipe: StageRecipe, ranks: int, device: str) -> tuple[Term, .
 @cache  # the arms of a study have stages in common
 def _estimate_peak(recipe_json: str, ranks: int, device: str) -> tuple[Term, ...]:
     recipe = StageRecipe.model_validate_json(recipe_json)
+    recipe = recipe.model_copy(update={"batch": recipe.batch_on(ranks)})
     step, evaluation = StepTraces(recipe, device)(recipe.batch.micro_slots), trace_evaluation(recipe, device)
     return tuple(estimate_memory(recipe, ModelSize.of(recipe), ranks, step, evaluation))

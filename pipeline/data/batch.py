@@ -37,14 +37,15 @@ class Batch:
         )
 
 
-def example_batch(recipe: StageRecipe) -> Batch:
-    """Return a black micro-batch of the stage's size, for the engine's warm-up."""
-    n = recipe.batch.slot * recipe.batch.micro_slots
+def example_batch(recipe: StageRecipe, world_size: int = 1) -> Batch:
+    """Return a black micro-batch of the size that so many ranks have, for the engine's warm-up."""
+    batch = recipe.batch_on(world_size)
+    n = batch.slot * batch.micro_slots
     return Batch(
         images=torch.zeros(n, 3, *height_and_width(recipe.data.image_size), dtype=torch.uint8),
         labels=torch.zeros(n, dtype=torch.int64),
         ids=torch.arange(n),
         epoch=0,
-        slots=tuple(range(recipe.batch.micro_slots)),
+        slots=tuple(range(batch.micro_slots)),
         valid=torch.ones(n, dtype=torch.bool),
     )

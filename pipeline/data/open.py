@@ -22,7 +22,7 @@ def open_stage_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: 
     directory = cache_directory(recipe.data.cache_dir)
     cache = stack.enter_context(Cache(directory, recipe.data.cache_bytes, cancelled.is_set))
     try:
-        return world.on_every_rank(lambda: fetch_stage_data(recipe, cache), stop)
+        return world.on_every_rank(lambda: fetch_stage_data(recipe, cache), stop.at_once)
     finally:
         cancelled.set()
 
@@ -30,7 +30,7 @@ def open_stage_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: 
 def train_feed(recipe: StageRecipe, data: Subset, seed: int, world: World, workers: int) -> TrainFeed:
     """Make the feed of this rank's training batches."""
     fill = recipe.channel_statistics.fill
-    return TrainFeed(data, recipe.data, recipe.batch, world, seed=seed, workers=workers, fill=fill)
+    return TrainFeed(data, recipe.data, recipe.batch_on(world.size), world, seed=seed, workers=workers, fill=fill)
 
 
 def evaluation_feed(recipe: StageRecipe, data: Subset, world: World, workers: int) -> EvaluationFeed:

@@ -136,7 +136,8 @@ class Engine(ABC):
         Returns:
             None if the ranks agreed to stop; the partial step is discarded and nothing has changed.
         """
-        total = self.recipe.batch.slots // self.world.size // self.recipe.batch.micro_slots
+        batch = self.recipe.batch_on(self.world.size)
+        total = batch.slots // self.world.size // batch.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
         self._buffers.begin()
         for index, batch in enumerate(batches):

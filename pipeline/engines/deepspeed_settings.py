@@ -56,7 +56,7 @@ def deepspeed_config(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
     Raises:
         RecipeError: naming a setting that `engine.deepspeed` must not have.
     """
-    user, batch = recipe.engine.deepspeed, recipe.batch
+    user, batch = recipe.engine.deepspeed, recipe.batch_on(world_size)
     user_zero = user.get("zero_optimization", {})
     if not isinstance(user_zero, Mapping):
         raise RecipeError(f"engine.deepspeed.zero_optimization is {user_zero!r}; give a mapping of settings")

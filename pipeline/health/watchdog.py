@@ -182,14 +182,14 @@ class Watchdog:
             self.phase("forward and backward")
             yield batch
 
-    def meeting(self, collective: Callable[[int], int]) -> Callable[[int], int]:
-        """Wrap a collective in the phase "synchronise"."""
+    def meeting(self, collective: Callable[[], T]) -> Callable[[], T]:
+        """Wrap a wait for the other ranks in the phase "synchronise"."""
 
-        def meet(value: int) -> int:
+        def meet() -> T:
             before = self._beat
             self.phase(SYNCHRONISE)
             try:
-                return collective(value)
+                return collective()
             finally:
                 self.phase(before.phase)
 

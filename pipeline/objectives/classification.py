@@ -63,8 +63,14 @@ class ClassificationObjective:
         return (share * own + (1 - share) * other).mean()
 
     def _keep(self, step: int, slots: Sequence[int], images: Tensor) -> Tensor | None:
-        keep = draw_keep(self.seed, step, slots, len(images) // len(slots), self._drop_path_rates)
-        return None if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
+        size = len(images) // len(slots)
+        parts = max(self.recipe.batch.slot // size, 1)  # of each slot, if there are more ranks than slots
+        keep = draw_keep(self.seed, step, [slot // parts for slot in slots], parts * size, self._drop_path_rates)
+        if keep is None:
+            return None
+        own = [index * parts + slot % parts for index, slot in enumerate(slots)]
+        keep = keep.view(len(keep), -1, size)[:, own].flatten(1)
+        return keep.to(images.dtype).to(images.device, non_blocking=True)
 
     def without_mixing(self) -> "ClassificationObjective":
         plain = copy.copy(self)

@@ -175,22 +175,63 @@ class StageRecipe(Settings):
         statistics = normalize if isinstance(normalize, ChannelStatistics) else IMAGENET
         return statistics.for_channels(self.model.in_channels)
 
+    @property
+    def slots_are_whole(self) -> bool:
+        """Whether the images of a slot are computed together: mixed, counted by BatchNorm or GRN, or drawn for SNIP."""
+        objective = self.objective
+        if isinstance(objective, FCMAESettings):
+            together = objective.grn_statistics == "batch"
+        else:
+            together = bool(objective.mixup or objective.cutmix)
+        return together or self.model.counts_batches or self.sparsity is not None
+
+    def batch_on(self, world_size: int) -> BatchSettings:
+        """The batch as so many ranks run it: where slots need not be whole, more ranks than slots share each slot.
+
+        The parts of slot n are numbered from n * parts on. What is drawn for a slot is drawn for the whole slot.
+        """
+        parts = world_size // self.batch.slots
+        if parts < 2 or world_size not in self.world_sizes():
+            return self.batch
+        return self.batch.model_copy(update={"slot": self.batch.slot // parts})
+
+    def world_sizes(self) -> list[int]:
+        """The numbers of ranks that can run the stage, in ascending order."""
+        batch = self.batch
+        sizes = [ranks for ranks in range(1, batch.slots + 1) if batch.slots % (ranks * batch.micro_slots) == 0]
+        if self.slots_are_whole or batch.micro_slots > 1:
+            return sizes
+        return sizes + [batch.slots * parts for parts in range(2, batch.slot + 1) if batch.slot % parts == 0]
+
     def check_world_size(self, world_size: int) -> None:
         """Check that the slots divide evenly into micro-batches over `world_size` ranks.
 
         Raises:
             RecipeError: if they do not, naming the nearest world sizes that fit.
         """
-        slots, micro = self.batch.slots, self.batch.micro_slots
-        if slots % world_size or (slots // world_size) % micro:
-            fits = [w for w in range(1, slots + 1) if slots % w == 0 and (slots // w) % micro == 0]
-            below = max((w for w in fits if w < world_size), default=None)
-            above = min((w for w in fits if w > world_size), default=None)
-            near = " or ".join(str(w) for w in (below, above) if w) or f"batch.micro_slots=1 (now {micro})"
-            raise RecipeError(
-                f"stage {self.name}: {world_size} processes do not divide the {slots} slots of a global batch"
-                f" into micro-batches of {micro}; use {near} processes"
-            )
+        fits, batch = self.world_sizes(), self.batch
+        if world_size in fits:
+            return
+        below = max((w for w in fits if w < world_size), default=None)
+        above = min((w for w in fits if w > world_size), default=None)
+        near = " or ".join(str(w) for w in (below, above) if w) or f"batch.micro_slots=1 (now {batch.micro_slots})"
+        remedy = self.remedy_for_ranks(world_size)
+        raise RecipeError(
+            f"stage {self.name}: {world_size} processes do not divide the {batch.slots} slots of a global batch"
+            f" into micro-batches of {batch.micro_slots}; use {near} processes{remedy and f', or {remedy}'}"
+        )
+
+    def remedy_for_ranks(self, world_size: int) -> str:
+        """What to change for more ranks than slots; "" if nothing helps, or if there are fewer."""
+        batch = self.batch
+        if world_size <= batch.slots or batch.global_batch % world_size:
+            return ""
+        if not self.slots_are_whole:
+            return f"set batch.micro_slots (now {batch.micro_slots}) to 1" if batch.micro_slots > 1 else ""
+        return (
+            f"set batch.slot (now {batch.slot}) to {batch.global_batch // world_size}, which is another experiment,"
+            " because the images of a slot are mixed or counted together"
+        )
 
 
 class PublishedResult(Settings):

@@ -264,6 +264,10 @@ class EvaluationSettings(Settings):
 
 class CheckpointSettings(Settings):
     every_steps: int = operational(500, ge=1)
+    """Steps between checkpoints, unless every_minutes is set."""
+    every_minutes: float | None = operational(None, gt=0)
+    """Minutes between checkpoints by the clock of rank 0, in the place of every_steps: the time lost by a failure then
+    depends neither on the speed nor on the number of ranks. `fcmae status` shows the interval that loses least."""
     keep_last: int = operational(2, ge=1)
     keep_every_epochs: float | None = operational(None, gt=0)
     """Save a checkpoint every so many epochs and keep it for ever; null keeps none."""

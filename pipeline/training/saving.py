@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pipeline.checkpoint.asynchronous import BackgroundSave
 from pipeline.checkpoint.retention import prune_store
 from pipeline.checkpoint.store import EVER_COMMITTED, CheckpointStore, ever_committed
+from pipeline.distributed.agreement import Agreement, Topic
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, OvertakenError
@@ -117,7 +118,8 @@ class Checkpoints:
         steps_per_epoch: for checkpoints that are kept every so many epochs.
         restored: the step of the restored checkpoint, if any; it is not saved again.
         best: the best evaluation so far, the same on all ranks.
-        hurry: whether the run is to stop soon; nothing is pruned then. Asked on rank 0, also from another thread.
+        agreement: of all ranks, read before each micro-batch. It says when a background save has ended on all ranks,
+            when a checkpoint is due by the clock, and that the run stops, and nothing is pruned any more.
     """
 
     def __init__(
@@ -130,20 +132,26 @@ class Checkpoints:
         *,
         restored: int | None,
         best: Evaluation | None = None,
-        hurry: Callable[[], bool] = lambda: False,
+        agreement: Agreement,
     ):
         self.store = store
-        self._engine, self._log, self._hurry = engine, log, hurry
+        self._engine, self._log, self._agreement = engine, log, agreement
         self._settings, self._reach_steps = recipe.checkpoint, recipe.health.reach_steps
         every = self._settings.keep_every_epochs
         self.keep_every = max(1, round(every * steps_per_epoch)) if every else None
         self._saved, self._best = restored, best
         self._open: BackgroundSave | None = None
         self._why, self._blocked_seconds = "", 0.0  # of the open save
+        self._opened = 0  # number of background saves
+        self._count, self._counted_at = 0, time.monotonic()  # of the checkpoints asked for, and time of the last one
 
     def due(self, step: int) -> bool:
-        """Whether the recipe wants a checkpoint of this step."""
-        return any(step % steps == 0 for steps in (self._settings.every_steps, self.keep_every) if steps)
+        """Whether the recipe wants a checkpoint of this step. All ranks decide alike: the clock is rank 0's."""
+        if self.keep_every and step % self.keep_every == 0:
+            return True
+        if self._settings.every_minutes is None:
+            return step % self._settings.every_steps == 0
+        return step == 0 or self._agreement.agreed[Topic.SAVE_DUE] > self._count
 
     def save(self, step: int, why: str, *, wait: bool = True) -> None:
         """Save the state of all ranks, unless this step is saved.
@@ -157,6 +165,7 @@ class Checkpoints:
                 journalled. A failure in the background is raised by `poll`, or by the next `save`.
         """
         began = time.perf_counter()
+        self._count, self._counted_at = self._count + 1, time.monotonic()
         self._finish_open_save(forgive=wait)
         if step == self._saved:
             return
@@ -164,6 +173,7 @@ class Checkpoints:
         state = self._engine.state(step)
         if self._settings.asynchronous and not wait:
             self._open = self.store.save_in_background(state, step=step, why=why, then=self._prune)
+            self._opened += 1
             self._saved, self._why, self._blocked_seconds = step, why, time.perf_counter() - began
             return
         try:
@@ -177,14 +187,19 @@ class Checkpoints:
         self._journal_save(step, why, path, seconds, time.perf_counter() - began)
 
     def poll(self) -> None:
-        """Journal a background save that has ended.
+        """Journal a background save that has ended on all ranks, and say on rank 0 whether a checkpoint is due.
 
         Raises:
-            CheckpointError: if it failed and checkpoint.on_failure is "stop".
+            CheckpointError: if the save failed and checkpoint.on_failure is "stop".
         """
-        # The ranks agree because one that saw the failure a step early would leave the others waiting.
-        if self._open and self._engine.world.agree(int(self._open.running and not self._open.error)) == 0:
-            self._finish_open_save(forgive=False)
+        own, minutes = self._agreement.own, self._settings.every_minutes
+        if minutes and self._engine.world.is_main and time.monotonic() - self._counted_at >= 60 * minutes:
+            own[Topic.SAVE_DUE] = self._count + 1
+        if self._open:
+            own[Topic.SAVES_LEFT] = -(self._opened - int(self._open.running and not self._open.error))
+            # The ranks agree because one that saw a failure a step early would leave the others waiting.
+            if self._agreement.agreed[Topic.SAVES_LEFT] == -self._opened:
+                self._finish_open_save(forgive=False)
 
     def evaluated(self, step: int, value: float, metric: str) -> None:
         """Save the state if `value` of the objective's metric is the best so far and the recipe keeps the best."""
@@ -214,6 +229,7 @@ class Checkpoints:
             return
         save, self._open = self._open, None
         save.wait()
+        self._agreement.own[Topic.SAVES_LEFT] = -self._opened
         if save.name:  # committed, even if pruning failed afterwards
             self._journal_save(save.step, self._why, save.name, save.seconds, self._blocked_seconds)
         if self._engine.world.agree(int(save.error is not None)):
@@ -227,7 +243,7 @@ class Checkpoints:
         self._log.write("event", level="error", message=f"the checkpoint of step {step} failed: {error}")
 
     def _prune(self) -> None:
-        if self.store.from_rank_zero(self._hurry):
+        if self.store.from_rank_zero(lambda: self._agreement.agreed[Topic.STOP] != 0):
             return
         try:
             prune_store(

@@ -92,7 +92,7 @@ class Training:
         self.start = restored or 0
         startup.lap("weights")
         records.write_attempt(journal, recipe, data, world, step=self.start, total_steps=self.last)
-        self.engine.warm_up(example_batch(recipe), self.objective)
+        self.engine.warm_up(example_batch(recipe, world.size), self.objective)
         startup.lap("warm-up")
         events = stage.directory / JOURNAL_FILE
         self.checkpoints = Checkpoints(
@@ -103,7 +103,7 @@ class Training:
             self.feed.steps_per_epoch,
             restored=restored,
             best=world.on_main(lambda: best_evaluation(read_events(events), self.objective.metric)),
-            hurry=lambda: stop.number != 0,
+            agreement=stop.agreement,
         )
         stack.callback(self.checkpoints.close)
 
@@ -140,7 +140,7 @@ class Training:
         rollback is due for is never saved, so a resumed run decides on the same rollback.
         """
         step = self.start
-        self.stop()  # a stop may have come during the set-up; ask before waiting for the first batch
+        self.stop.at_once()  # a stop may have come during the set-up; ask before waiting for the first batch
         while True:
             due = [] if self.stop.number else self._due(step)
             if due or self.stop.number or step == self.last or self.log.is_full:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.checkpoint.store import flatten
+from pipeline.distributed.agreement import Agreement
 from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.sections import CheckpointSettings
@@ -99,11 +100,16 @@ def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
             pipe.send(("resumed", start, engine.digest(start)))
             health = stage.recipe.health.model_copy(update={"window_steps": 0, "skip_before": 0})  # prune at once
             recipe = stage.recipe.model_copy(update={"checkpoint": settings, "health": health})
-            checkpoints = Checkpoints(store, engine, log, recipe, steps_per_epoch=10, restored=start or None)
+            agreement = Agreement.among(world)
+            checkpoints = Checkpoints(
+                store, engine, log, recipe, steps_per_epoch=10, restored=start or None, agreement=agreement
+            )
             digests = {}
             for step in range(start + 1, STEPS + 1):
                 while gate and step == 3 and not gate.exists():
                     time.sleep(0.01)
+                agreement.read()
+                agreement.begin()
                 engine.step(step)
                 digests[step] = engine.digest(step)
                 pipe.send(("step", step))

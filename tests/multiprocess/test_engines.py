@@ -92,6 +92,27 @@ def test_sharded_engine_is_ddp(ddp, engine):
     assert largest_difference(back, losses[3:]) < 1e-6
 
 
+def clipped(world: World, engine: dict, steps: int) -> tuple[list[float], list[float]]:
+    """Losses, and gradient norms before clipping, of steps whose gradients are clipped to a tenth or so."""
+    recipe = stage_recipe("finetune", {**engine, "precision": "fp64"}, optimizer={"clip_norm": 0.5})
+    losses, norms = [], []
+    run = train(world, recipe, range(0))
+    for step in range(steps):
+        mine = batches(recipe, step, world.rank, world.size)
+        report = run.engine.step(mine, run.objective, step=step, lr=1e-2, should_stop=lambda: False)
+        losses.append(world_loss(report.loss))
+        norms.append(float(report.gradient_norm))
+    return losses, norms
+
+
+def test_hybrid_sharding_clips_by_the_norm_over_all_shards():
+    [(losses, norms)] = on_ranks(1, clipped, {"kind": "ddp"}, 4)
+    assert min(norms) > 1, "nothing is clipped"
+    for hybrid_losses, hybrid_norms in on_ranks(4, clipped, {"kind": "fsdp", "shard_ranks": 2}, 4):
+        assert hybrid_norms == pytest.approx(norms, rel=1e-11)
+        assert hybrid_losses == pytest.approx(losses, rel=1e-11)
+
+
 def resumed_losses(world: World, stage: str, steps: int, directory: Path) -> list[float]:
     return train(world, stage_recipe(stage, "ddp"), range(steps // 2, steps), load=directory).losses
 

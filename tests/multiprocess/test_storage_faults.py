@@ -18,6 +18,7 @@ import torch
 from pipeline.checkpoint import CheckpointStore
 from pipeline.checkpoint.manifest import METADATA
 from pipeline.checkpoint.store import flatten
+from pipeline.distributed.agreement import Agreement
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.recipe.sections import CheckpointSettings
@@ -53,7 +54,9 @@ class Run:
         self.lines, self.numel = [], numel
         self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
         recipe = SimpleNamespace(checkpoint=CheckpointSettings(**settings), health=SimpleNamespace(reach_steps=0))
-        self.checkpoints = Checkpoints(store, self, self, recipe, steps_per_epoch=10, restored=None)
+        self.checkpoints = Checkpoints(
+            store, self, self, recipe, steps_per_epoch=10, restored=None, agreement=Agreement()
+        )
 
     def state(self, step):
         return make_state(step, self.numel)

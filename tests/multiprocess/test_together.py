@@ -9,6 +9,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from cluster.local import reserve_port
+from pipeline.distributed.agreement import Agreement, Topic, _rings
+from pipeline.distributed.stop import AgreedStop, StopRequest
 from pipeline.distributed.world import World
 from pipeline.errors import RetryableError
 from tests.ranks import on_ranks
@@ -54,6 +56,29 @@ def test_success_failure_and_stop_are_everyones():
     cores = max(len(os.sched_getaffinity(0)) // 2, 1)
     said = on_ranks(2, work_side_by_side)
     assert said == [[rank, "the disk of rank 1 is full", None, cores] for rank in range(2)]
+
+
+def agree_on_two_nodes(world: World) -> tuple[int, list[list[int]], list[int]]:
+    socket.gethostname = lambda: f"node{world.rank % 2}"  # cyclic, as `srun --distribution=cyclic` has it
+    rings, agreement, request = _rings(world), Agreement.among(world), StopRequest()
+    stop, agreed = AgreedStop(request, agreement), []
+    for call in range(1, 9):
+        if stop():
+            break
+        agreed.append(agreement.agreed[Topic.SAVE_DUE])
+        if (world.rank, call) == (3, 4):  # after the call, so the next one says it
+            request.number, request.time = 15, time.time()
+        agreement.own[Topic.SAVE_DUE] = 10 * call + world.rank
+    agreement.close(wait=True)
+    return call, rings, agreed
+
+
+def test_ranks_of_several_nodes_stop_at_the_same_call():
+    """One call after the one that says it. Agreements travel within the nodes, then between the nodes."""
+    said = on_ranks(4, agree_on_two_nodes)
+    assert {call for call, _, _ in said} == {6}
+    assert [rings for _, rings, _ in said] == [[[r % 2, r % 2 + 2], [r // 2 * 2, r // 2 * 2 + 1]] for r in range(4)]
+    assert all(agreed == [0, 0, 13, 23, 33] for _, _, agreed in said)
 
 
 def test_a_held_port_is_for_the_one_who_knows_of_it():

@@ -39,8 +39,8 @@ def main() -> None:
 
         def guarded(step: int) -> None:
             engine.guard, engine.components = guard, [guard]
-            stop, batches = watchdog.meeting(world.agree), watchdog.batches([batch], step)
-            engine.step(batches, objective, step=step, lr=1e-5, should_stop=lambda: bool(stop(0)))
+            stop, batches = watchdog.meeting(lambda: world.agree(0)), watchdog.batches([batch], step)
+            engine.step(batches, objective, step=step, lr=1e-5, should_stop=lambda: bool(stop()))
 
         pairs = []
         for step in range(1, 2 * steps + 4, 2):

@@ -246,6 +246,9 @@ def _estimate_stage(
     if site.nodes != requested:
         ranks = requested * site.ranks_per_node
         notes.append(f"{ranks} ranks do not divide the {recipe.batch.slots} slots of a step; used {site.nodes} nodes")
+        if remedy := recipe.remedy_for_ranks(ranks):
+            notes.append(f"to use {ranks} ranks, {remedy}")
+    recipe = recipe.model_copy(update={"batch": recipe.batch_on(site.ranks)})
     device = "cuda" if site.gpus_per_node else "cpu"
     model, evaluation = ModelSize.of(recipe), trace_evaluation(recipe, device)
     traces = StepTraces(recipe, device)
@@ -281,8 +284,9 @@ def _estimate_stage(
 
 def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
     """The site with the largest number of nodes, up to `nodes`, that divides the recipe's slots."""
+    sizes = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 1})}).world_sizes()
     for count in range(nodes, 0, -1):
-        if recipe.batch.slots % (count * site.ranks_per_node) == 0:
+        if count * site.ranks_per_node in sizes:
             return site.model_copy(update={"nodes": count})
     recipe.check_world_size(site.ranks_per_node)
     raise RecipeError(

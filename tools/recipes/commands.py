@@ -151,7 +151,8 @@ def validate_recipes(
             if not missing:
                 check_data(resolve_paths(stage), classes)
         unchecked = f"; not here, so checked when the run starts: {', '.join(dict.fromkeys(absent))}" if absent else ""
-        print(f"{chain.name} is valid: {', '.join(chain.stages)}{unchecked}")
+        ranks = ", ".join(f"{name} {stage.world_sizes()[-1]:,}" for name, stage in chain.stages.items())
+        print(f"{chain.name} is valid: {', '.join(chain.stages)}{unchecked}; most ranks: {ranks}")
 
 
 def _is_on_disk(file: str) -> bool:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipeline.distributed.agreement import Agreement, Topic
 from pipeline.distributed.stop import STOP_SIGNALS, AgreedStop, StopRequest
 
 
@@ -18,7 +19,7 @@ def request_for_stop():
 
 
 def test_the_first_signal_counts_and_is_dated(request_for_stop):
-    stop = AgreedStop(request_for_stop, lambda value: value)
+    stop = AgreedStop(request_for_stop, Agreement())
     assert not stop()
     before = time.time()
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -30,11 +31,23 @@ def test_the_first_signal_counts_and_is_dated(request_for_stop):
     assert before - 0.002 <= stop.time <= after + 0.002
 
 
-def test_a_rank_that_got_none_believes_the_others(request_for_stop):
-    from_another_rank = iter([0, signal.SIGTERM, 3000])  # no signal, then one that is 3 s (3000 ms) old
-    stop = AgreedStop(request_for_stop, lambda value: max(value, next(from_another_rank)))
+def test_a_rank_that_got_none_believes_the_others_one_call_later(request_for_stop):
+    from_other_ranks = iter([[0, 0], [signal.SIGTERM, 3000]])  # no signal, then one that is 3 s (3000 ms) old
+    agreement = Agreement(lambda own: [*map(max, own, next(from_other_ranks)), *own[2:]])
+    stop = AgreedStop(request_for_stop, agreement)
     assert not stop()
     before = time.time()
+    assert not stop(), "the answer is that of the call before"
+    after = time.time()
     assert stop()
-    assert before - 3 <= stop.time <= time.time() - 3
+    assert before - 3 <= stop.time <= after - 3
     assert stop()  # without another agreement
+    assert agreement.agreed[Topic.STOP] == signal.SIGTERM
+
+
+def test_what_is_asked_at_once_is_answered_by_that_very_agreement(request_for_stop):
+    from_other_ranks = iter([0, 0, signal.SIGTERM])
+    stop = AgreedStop(request_for_stop, Agreement(lambda own: [max(own[0], next(from_other_ranks)), *own[1:]]))
+    assert not stop()
+    assert not stop.at_once()  # hears the first, says and hears the second
+    assert stop.at_once()

@@ -4,7 +4,9 @@ import hashlib
 from dataclasses import replace
 
 import pytest
+import torch
 
+from pipeline.data.batch import Batch
 from pipeline.data.beton import open_beton
 from pipeline.data.feed import TrainFeed
 from pipeline.data.subset import Subset
@@ -50,3 +52,35 @@ def test_crops_and_masks_do_not_depend_on_ranks_or_micro_batches(recipe):
     assert len({digest for step in alone for digest in step.values()}) == 4 * STEPS
     for world_size, micro_slots in ((1, 4), (2, 1), (2, 2), (4, 1)):
         assert hashes(recipe, world_size, micro_slots) == alone
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_ranks_that_share_a_slot_compute_its_loss(recipe, stage, tmp_path):
+    """Eight ranks on four slots: same images, crops, masks and dropped paths, and the mean of two halves' losses."""
+    plain = ["stages.finetune.objective.mixup=0.0", "stages.finetune.objective.cutmix=0.0"]
+    stage_recipe = load_recipe(write_tiny_recipe(tmp_path, plain)).stages[stage]
+    objective = create_objective(stage_recipe, seed=11)
+    model = objective.build_model().double().to_empty(device="cpu")
+    for number, parameter in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+
+    def first_step(world_size: int) -> list[Batch]:
+        batches = []
+        for rank in range(world_size):
+            world, batch = replace(World.alone(), rank=rank, size=world_size), stage_recipe.batch_on(world_size)
+            data = Subset(open_beton(stage_recipe.data.train))
+            feed = TrainFeed(data, stage_recipe.data, batch, world, seed=11, workers=1)
+            batches += list(feed.slots(0))
+            feed.close()
+        return batches
+
+    slots, halves = first_step(4), first_step(8)
+    assert [batch.slots for batch in halves] == [(number,) for number in range(8)]
+    for number, slot in enumerate(slots):
+        first, second = halves[2 * number : 2 * number + 2]
+        assert torch.equal(slot.images, torch.cat([first.images, second.images]))
+        assert torch.equal(slot.ids, torch.cat([first.ids, second.ids]))
+        with torch.no_grad():
+            losses = [objective.loss(model, batch, 0) for batch in (slot, first, second)]
+        torch.testing.assert_close((losses[1] + losses[2]) / 2, losses[0], rtol=1e-12, atol=0)

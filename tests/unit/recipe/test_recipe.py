@@ -140,14 +140,15 @@ def test_a_world_size_that_does_not_divide_names_the_nearest(recipe_file):
 @given(slots=st.integers(1, 64), micro=st.integers(1, 8), world=st.integers(1, 80))
 def test_every_world_size_is_accepted_or_answered_with_one_that_is(slots, micro, world):
     stage = load_stage_with(slots, micro)
+    fits = slots % (world * micro) == 0 or (world == 2 * slots and micro == 1)  # nothing mixes: a slot may be halved
     try:
         stage.check_world_size(world)
-        assert slots % (world * micro) == 0
+        assert fits
     except RecipeError as error:
-        assert slots % (world * micro) != 0
+        assert not fits
         suggestion = str(error).split("; use ")[1]
         if "micro_slots" not in suggestion:
-            for text in suggestion.removesuffix(" processes").split(" or "):
+            for text in suggestion.partition(" processes")[0].split(" or "):
                 stage.check_world_size(int(text))
 
 

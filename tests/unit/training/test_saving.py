@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.distributed.agreement import Agreement, Topic
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.recipe.sections import CheckpointSettings
@@ -44,7 +45,7 @@ def log():
 
 @pytest.fixture
 def open_checkpoints(open_store, group, state_of, log):
-    def open_checkpoints(store=None, hurry=lambda: False, **settings):
+    def open_checkpoints(store=None, agreement=None, **settings):
         return Checkpoints(
             store or open_store(),
             Engine(group, state_of),
@@ -52,7 +53,7 @@ def open_checkpoints(open_store, group, state_of, log):
             recipe_with(CheckpointSettings(**{"keep_last": 9, **settings})),
             steps_per_epoch=10,
             restored=None,
-            hurry=hurry,
+            agreement=agreement or Agreement(),
         )
 
     return open_checkpoints
@@ -150,14 +151,13 @@ def test_an_overtaken_run_stops_even_if_failures_are_forgiven(open_checkpoints, 
 
 
 def test_retention_runs_in_the_background_and_not_when_a_stop_hurries(open_checkpoints, open_store):
-    hurry = [False]
-    store = open_store()
-    checkpoints = open_checkpoints(store, hurry=lambda: hurry[0], keep_last=1, keep_every_epochs=1.0)
+    agreement, store = Agreement(), open_store()
+    checkpoints = open_checkpoints(store, agreement, keep_last=1, keep_every_epochs=1.0)
     for step in (8, 9, 10, 11):
         checkpoints.save(step, why="due", wait=False)
         finish_save(checkpoints)
     assert steps_in(store) == [10, 11]
-    hurry[0] = True
+    agreement.agreed[Topic.STOP] = 15
     checkpoints.save(12, why="SIGTERM")
     assert steps_in(store) == [10, 11, 12]
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster.show.status import RunFollower, StageFollower, status_json
 from cluster.show.status_table import duration, run_table
+from cluster.site import Site, store_site
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.errors import StageError
 from pipeline.storage.folder import write_json
@@ -54,6 +55,23 @@ def train(stage: Path, attempt: int, start: int, stop: int) -> None:
         began = time.time() - 2 * (stop - start)
         for step in range(start + 1, stop + 1):
             journal.write("step", step=step, loss=1 / step, images_per_second=32.0, time=began + 2 * (step - start))
+
+
+def test_a_submitted_stage_says_how_often_to_save(run: Path) -> None:
+    stage = run / "pretrain"
+    take(stage, 1, os.getpid())
+    train(stage, 1, 0, 9)
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        for step, blocked in ((2, 4.0), (4, 2.0), (6, 3.0)):
+            journal.write("save", step=step, why="due", path="x", seconds=9.0, blocked_seconds=blocked)
+        journal.write("save", step=9, why="SIGTERM", path="x", seconds=60.0, blocked_seconds=60.0)
+    assert RunFollower(run).statuses()[0].save_advice == "", "nobody knows how often this machine fails"
+    store_site(Site(nodes=8, failures_per_node_day=0.005), run)
+    advice = RunFollower(run).statuses()[0].save_advice
+    minutes = math.sqrt(2 * 3.0 * 86_400 / (8 * 0.005)) / 60  # Young: 60 minutes, as a failure comes every 25 days
+    assert advice.startswith(f"checkpoint.every_minutes={minutes:.2g} would lose least: ")
+    assert "holds up training for 3 s" in advice
+    assert "fail every 25 days" in advice
 
 
 def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
