@@ -176,6 +176,7 @@ def _absolute(recipe: StageRecipe, field: str, path: str | None) -> str | None:
             f"stage {recipe.name}: {field} is {path}, but ${unset[1]} is not set; export it, or give"
             f" stages.{recipe.name}.{field}=PATH"
         )
+    RecipeError.refuse_secrets(path, f"stage {recipe.name}: {field}")  # a variable may hold one
     return path if is_url(path) else str(Path(path).absolute())
 
 

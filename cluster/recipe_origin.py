@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.recipe.yaml_files import read_with_bases
 from pipeline.storage.folder import write_json
+from pipeline.url_secrets import redact
 
 ORIGIN_FILE = "origin.json"
 
@@ -23,12 +24,13 @@ def write_origin(run: Path, recipe: Path, overrides: Sequence[str]) -> None:
     files: dict[Path, str] = {}
 
     def parse(path: Path) -> Any:
-        files[path] = path.read_text()
-        return yaml.safe_load(files[path]) or {}  # a file may hold comments alone
+        text = path.read_text()
+        files[path] = redact(text)  # a comment may hold a password
+        return yaml.safe_load(text) or {}  # a file may hold comments alone
 
     read_with_bases(recipe, parse)
     listed = [{"path": str(path), "text": text} for path, text in files.items()]
-    write_json(run / ORIGIN_FILE, {"recipe": recipe.stem, "overrides": list(overrides), "files": listed})
+    write_json(run / ORIGIN_FILE, {"recipe": recipe.stem, "overrides": [*map(redact, overrides)], "files": listed})
 
 
 def read_origin(run: Path) -> dict[str, Any]:

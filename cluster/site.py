@@ -17,6 +17,7 @@ from pipeline.errors import LaunchError, RecipeError
 from pipeline.recipe.sections import Settings
 from pipeline.recipe.yaml_files import parse_settings
 from pipeline.storage.folder import Folder
+from pipeline.url_secrets import find_secret
 
 # In a run directory: the site of the last submission. In a stage's slurm/ folder: the site of its own job.
 SITE_FILE = "site.yaml"
@@ -47,6 +48,8 @@ def _expanded(text: str) -> str:
     path = os.path.expanduser(os.path.expandvars(text))
     if re.search(r"\$\{?\w", path):
         raise ValueError("names an environment variable that is not set here; set it, or write the path out")
+    if sentence := find_secret(path):
+        raise ValueError(sentence)
     return path
 
 

@@ -3,9 +3,28 @@
 Any other error is a bug and is printed with its traceback.
 """
 
+from typing import Any
+
+from pipeline.url_secrets import find_secret, redact
+
 
 class UserError(Exception):
     """An error in one sentence that names the field or file, the value found and the remedy."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())  # libraries quote URLs in their errors, presigned ones too
+
+    @classmethod
+    def refuse_secrets(cls, value: Any, name: str = "", source: str = "") -> None:
+        """Raise this error if settings or a URL hold a secret, because they are copied into files and logs.
+
+        Args:
+            value: a text, or nested mappings and lists.
+            name: the name of the value.
+            source: the file that holds it.
+        """
+        if sentence := find_secret(value, name):
+            raise cls(f"{source}: {sentence}" if source else sentence)
 
 
 class OffTrackError(UserError):
@@ -46,4 +65,4 @@ class LaunchError(UserError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]

@@ -27,6 +27,7 @@ from pipeline.storage.user_cache import redirect_caches
 from pipeline.tracking.startup import startup
 from pipeline.training.failures import classify_error, exit_rank, is_explained
 from pipeline.training.trainer import Training
+from pipeline.url_secrets import redact, redact_tracebacks
 
 
 def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) -> Outcome:
@@ -110,11 +111,12 @@ def _watchdog(stage: Stage, world: World, on_stall: Callable[[Outcome], None]) -
 
 def main() -> None:
     """Run one rank of a stage as a process, and print the reason of a failure to stderr."""
+    redact_tracebacks()
     die_with_parent(int(os.environ.get(LAUNCHER_PID, 0)))
     try:
         outcome = run_stage(Path(sys.argv[1]))
     except Exception:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         outcome = Outcome(OutcomeKind.PERMANENT)
     if outcome.kind in (OutcomeKind.PERMANENT, OutcomeKind.BAD_NODE) and outcome.reason:
         print(outcome.reason, file=sys.stderr)

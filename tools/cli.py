@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import re
 import signal
 import sys
 from typing import Annotated
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.stage.outcome import exit_code
 from pipeline.storage.announcement import announced
 from pipeline.storage.user_cache import redirect_caches
+from pipeline.url_secrets import redact_tracebacks
 from tools.analyze import commands as analyze
 from tools.estimate.commands import estimate_cost
 from tools.evaluate.commands import evaluate_weights
@@ -119,8 +121,12 @@ def main() -> None:
     """Run the command. An error that the user can mend is printed as one sentence, without a traceback."""
     keep_imports_safe()
     redirect_caches()
+    redact_tracebacks()
     _escape_odd_names()
     try:
+        for argument in sys.argv[1:]:
+            key, _, value = argument.partition("=")
+            UserError.refuse_secrets({key: value} if re.fullmatch(r"[\w.]+", key) else argument)
         app()
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)

@@ -34,6 +34,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import SrunCode
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.tracking.startup import JOB_STARTED
+from pipeline.url_secrets import redact_tracebacks
 
 ASK_AGAIN_SECONDS = 5
 T = TypeVar("T")
@@ -207,6 +208,7 @@ def cancel_dependents(directory: Path, reason: str) -> None:
 def main() -> int:
     # A requeue sends SIGTERM to all processes of the job, which would end scontrol before its answer has come.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    redact_tracebacks()
     directory, code, most_without_progress = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     try:
         return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], most_without_progress)

@@ -13,6 +13,7 @@ from cluster.slurm.rendezvous import export_rank_environment
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
+from pipeline.url_secrets import redact
 
 
 def block_stop_signals() -> str:
@@ -63,7 +64,7 @@ class RunStage:
         except UserError as error:
             _exit(SrunCode.PERMANENT, str(error))
         except Exception:
-            _exit(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {traceback.format_exc()}")
+            _exit(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {redact(traceback.format_exc())}")
         sentence = f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". ")
         _exit(outcome.kind.srun_code, sentence)
 

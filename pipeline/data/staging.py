@@ -88,6 +88,7 @@ class _Remote:
     """A .beton file and its side-car behind a URL."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
+        DataError.refuse_secrets(url)
         self.url, self.timeout_seconds = url, timeout_seconds
         try:
             self._files, self._path = fsspec.url_to_fs(url)

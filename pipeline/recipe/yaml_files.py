@@ -182,8 +182,9 @@ def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> An
     source: the file's name, for errors.
 
     Raises:
-        RecipeError: naming the first wrong field, its value, and the accepted values.
+        RecipeError: naming the first wrong field, its value, and the accepted values; or a field that holds a secret.
     """
+    RecipeError.refuse_secrets(raw, source=source)
     try:
         # JSON mode is strict about types but accepts a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))

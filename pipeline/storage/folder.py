@@ -32,9 +32,11 @@ class Folder:
         """Open the folder of a local path or an fsspec URL. Credentials come from the environment.
 
         Raises:
-            StageError: if the URL names a file system that is not installed or does not exist, or has one slash.
+            StageError: if the URL names a file system that is not installed or does not exist, has one slash, or holds
+                a password.
         """
         url = os.fspath(url)
+        StageError.refuse_secrets(url)
         if slash := re.match(r"[a-z][a-z0-9]+:/(?!/)", url):  # fsspec would make a local folder of this name
             raise StageError(f"{url} is no URL: write {slash[0]}/{url[slash.end() :]}")
         # No cached listings, because other processes write to the same folder.

@@ -101,10 +101,11 @@ def working_copy(run: str | os.PathLike) -> Path:
     Copies lie in $FCMAE_MIRROR, by default in the user's cache, under the same path for all ranks.
 
     Raises:
-        StageError: if the store cannot be read.
+        StageError: if the store cannot be read, or the URL holds a password.
     """
     if not is_remote(run):
         return Path(run)
+    StageError.refuse_secrets(os.fspath(run))
     url = os.fspath(run).rstrip("/")
     home = Path(os.environ.get("FCMAE_MIRROR") or user_cache())
     directory = home / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rpartition("/")[2]
@@ -136,6 +137,7 @@ class RunView:
     """
 
     def __init__(self, url: str):
+        StageError.refuse_secrets(url)
         self.url = url.rstrip("/")
         self._temporary = tempfile.TemporaryDirectory(prefix="fcmae-view-")
         self.directory = Path(self._temporary.name) / (self.url.rpartition("/")[2] or "run")

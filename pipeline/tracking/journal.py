@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.url_secrets import redact
+
 Event = dict[str, Any]
 REWINDS = ("attempt", "rollback")  # kinds that withdraw earlier lines of steps after their own
 
@@ -29,8 +31,11 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def strict_json(value: Any) -> Any:
-    """Convert a value to strict JSON: non-finite floats to strings, scalars of numpy and torch to numbers."""
-    if value is None or isinstance(value, (bool, int, str)):
+    """Convert a value to strict JSON: non-finite floats to strings, scalars of numpy and torch to numbers. Secrets in
+    texts are left out."""
+    if isinstance(value, str):
+        return redact(value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         if math.isfinite(value):

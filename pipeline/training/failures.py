@@ -14,6 +14,7 @@ from pipeline.health.watchdog import Watchdog, is_broken_collective
 from pipeline.stage.device_errors import device_error
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.url_secrets import redact
 
 
 class PeerLostError(Exception):
@@ -34,7 +35,7 @@ def classify_error(error: BaseException) -> Outcome:
         doubt = "" if defect.hardware else "; a program can cause that too, so a second node decides"
         return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {defect.node} failed: {defect.text}{doubt}")
     if is_broken_collective(error):
-        return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(str(error).split())}")
+        return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(redact(str(error)).split())}")
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
         remedy += "shard the state with engine.kind fsdp"
@@ -43,7 +44,7 @@ def classify_error(error: BaseException) -> Outcome:
         where = f"{error.filename}: " if error.filename else ""
         return Outcome(OutcomeKind.PERMANENT, f"{where}{error.strerror}; make room, then start the stage again")
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Outcome(OutcomeKind.PERMANENT, reason)
+    return Outcome(OutcomeKind.PERMANENT, redact(reason))
 
 
 def is_explained(error: BaseException) -> bool:

@@ -170,8 +170,9 @@ def locate(source: str) -> tuple[AbstractFileSystem, str]:
     """The file system and the path in it of a local path or URL.
 
     Raises:
-        DataError: if the URL's protocol is not known.
+        DataError: if the URL's protocol is not known, or it holds a password.
     """
+    DataError.refuse_secrets(source)
     try:
         return url_to_fs(source)
     except (ImportError, ValueError) as error:
