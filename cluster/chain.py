@@ -17,7 +17,7 @@ from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
 from pipeline.health.verdict import refuse_off_track, update_verdict
 from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe, write_recipe
 from pipeline.recipe.yaml_files import recipe_text
-from pipeline.stage.directory import Stage
+from pipeline.stage.directory import Stage, read_done
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import DONE_FILE, IN_STAGES, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
@@ -217,7 +217,7 @@ def check_before_start(recipe: ChainRecipe, directory: Path, processes: int) -> 
     check_run_directory(recipe, directory)
     classes: dict[str, set[str]] = {}
     for name, stage in recipe.stages.items():
-        if not (directory / name / DONE_FILE).exists():
+        if not read_done(directory / name):
             if (directory / name / RECIPE_FILE).exists():
                 Stage(directory / name).attempts.check_free()
             check_weights(stage, directory / name)

@@ -5,17 +5,20 @@ No field is read by a shell: the job script quotes them all. Shell commands belo
 
 import os
 import re
+from collections.abc import Collection
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from cluster.preflight.settings import PreflightSettings
 from cluster.slurm.job_history import slurm_directory
-from pipeline.errors import LaunchError, RecipeError
-from pipeline.recipe.sections import Settings
-from pipeline.recipe.yaml_files import parse_settings
+from pipeline.errors import LaunchError, RecipeError, first_line
+from pipeline.recipe.settings_base import YEAR_SECONDS, Settings
+from pipeline.recipe.yaml_files import LIBRARY, parse_settings
+from pipeline.storage.bounded_files import read_yaml, yaml_text
 from pipeline.storage.folder import Folder
 from pipeline.url_secrets import find_secret
 
@@ -62,6 +65,7 @@ GPUType = Annotated[SbatchText, StringConstraints(pattern=r"^[^\s:,=()*]+$")]
 SharedPath = Annotated[Text, AfterValidator(_expanded)]
 """A path that every node sees. ~ and $NAMES are replaced when the site is read."""
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+OptionNumber = Annotated[int, Field(ge=-(10**12), le=10**12)]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
@@ -81,10 +85,10 @@ class GPU(Settings):
     """A GPU by its data sheet. `fcmae estimate` uses all fields, `fcmae submit` the memory."""
 
     name: Text
-    memory_gib: float = Field(gt=0)
-    bf16_tflops: float = Field(gt=0)
+    memory_gib: float = Field(gt=0, le=1e6)
+    bf16_tflops: float = Field(gt=0, le=1e9)
     """Dense matrix products, 10^12 floating-point operations a second; a multiply-add is two."""
-    fp32_tflops: float = Field(gt=0)
+    fp32_tflops: float = Field(gt=0, le=1e9)
     utilisation: float = Field(0.25, gt=0, le=1)
     """The part of these rates that training is assumed to reach: a guess until `fcmae estimate --measure` has run."""
 
@@ -96,23 +100,23 @@ class Site(Settings):
     """Null leaves it to the cluster."""
     account: SbatchText | None = None
     qos: SbatchText | None = None
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(0, ge=0)
+    nodes: int = Field(1, ge=1, le=100_000)
+    gpus_per_node: int = Field(0, ge=0, le=4096)
     gpu_type: GPUType | None = None
     """The type to ask for, where a partition has several: a name of the cluster's gres (a100, 1g.5gb)."""
     gpu: GPU | None = None
     """The data sheet of the GPUs. A stage that needs more memory by estimate is not submitted; null skips the check."""
-    tasks_per_node: int | None = Field(None, ge=1)
+    tasks_per_node: int | None = Field(None, ge=1, le=4096)
     """Ranks on each node; null is one per GPU, or one on a node without GPUs."""
-    cpus_per_task: int = Field(1, ge=1)
-    memory_gb_per_node: float | None = Field(None, gt=0)
+    cpus_per_task: int = Field(1, ge=1, le=4096)
+    memory_gb_per_node: float | None = Field(None, gt=0, le=1e6)
     """Null leaves it to the cluster."""
-    time_limit_minutes: int = Field(60, ge=1)
+    time_limit_minutes: int = Field(60, ge=1, le=YEAR_SECONDS // 60)
     """The limit of one run of a job. A stage may need several runs: each saves and is requeued, the next resumes."""
     stop_before_end_seconds: int = Field(120, ge=10, le=65535)
     """How long before the time limit Slurm tells the ranks to save. They stop earlier by themselves if their steps and
     saves were measured to take longer."""
-    attempts_without_progress: int = Field(3, ge=1)
+    attempts_without_progress: int = Field(3, ge=1, le=1_000_000)
     """How often a stage is retried: it fails when so many attempts in a row committed no new step."""
     failures_per_node_day: float = Field(0.004, gt=0, le=1000)
     """How often a node fails, or something on it that ends the job. `fcmae status` derives from it how often to save.
@@ -134,7 +138,7 @@ class Site(Settings):
     data_cache: SharedPath | None = None
     """A folder that every node sees, for what is prepared from folders of images. Null is the submitting user's
     cache."""
-    sbatch: dict[Option, SbatchText | int | Literal[True]] = Field({})
+    sbatch: dict[Option, SbatchText | OptionNumber | Literal[True]] = Field({})
     """Further options of sbatch, without their dashes; true for an option without value."""
     preflight: PreflightSettings = PreflightSettings()
     """What a node must offer before a rank trains on it."""
@@ -204,12 +208,31 @@ def load_site(name: str) -> Site:
         included = ", ".join(sorted(p.stem for p in INCLUDED_SITES.glob("*.yaml")))
         raise LaunchError(f"there is no site {name}, neither as a file nor among the included ones ({included})")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LaunchError(f"{path} cannot be read as YAML: {str(error).strip().splitlines()[0]}") from None
+        raw = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(raw, dict):
         raise LaunchError(f"{path} holds a {type(raw).__name__}; a site is a mapping of keys to values")
     return parse_settings(Site, raw, str(path))
+
+
+def check_stage_names(site: Site, stages: Collection[str]) -> None:
+    """Refuse a site with fields for a stage that is neither in this recipe nor in an included one. A site may serve
+    many recipes.
+
+    Raises:
+        RecipeError: naming the stage and similar ones.
+    """
+    unknown = sorted(site.stages.keys() - set(stages))
+    if unknown and (unknown := [name for name in unknown if name not in _included_stages()]):
+        near = get_close_matches(unknown[0], stages, n=3, cutoff=0.5) or sorted(stages)
+        raise RecipeError(f"site: unknown key stages.{unknown[0]}; did you mean {' or '.join(near)}?")
+
+
+@cache
+def _included_stages() -> set[str]:
+    recipes = [read_yaml(path) for path in LIBRARY.rglob("*.yaml")]
+    return {name for recipe in recipes if isinstance(recipe, dict) for name in recipe.get("stages") or ()}
 
 
 def check_path(path: Path) -> Path:
@@ -227,7 +250,7 @@ def check_path(path: Path) -> Path:
 def store_site(site: Site, folder: Path) -> None:
     """Write the site into a folder."""
     # Atomically: a job that starts in this moment reads the file, and half a site would fail its stage.
-    Folder.at(folder).publish(SITE_FILE, yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False).encode())
+    Folder.at(folder).publish(SITE_FILE, yaml_text(site.model_dump(mode="json")).encode())
 
 
 def stored_site(run: Path, stage: str | None = None) -> Site:

@@ -63,6 +63,12 @@ class LaunchError(UserError):
     """A job that cannot be submitted, queried or cancelled."""
 
 
+def shortened(value: object, most: int = 120) -> str:
+    """Return the value as Python writes it, cut to one short line: a list may have thousands of items."""
+    text = repr(value[:most] if isinstance(value, str | bytes | list | tuple) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class if it has no text."""
     return (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]

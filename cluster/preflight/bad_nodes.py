@@ -4,7 +4,6 @@ The record is a file per rank in the stage's `slurm/bad-nodes`. The supervisor o
 nodes from the next start.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +16,13 @@ from cluster.check_results import CheckResult, Level, results_table
 from cluster.preflight import Expectations, check_node, failure_outcome
 from cluster.preflight.gpu import MATRIX, hardware_evidence
 from cluster.slurm.job_history import slurm_directory
+from pipeline.errors import first_line
 from pipeline.stage.device_errors import own_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome
+from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
+from pipeline.storage.records import name_unreadable
 
 SUSPICIOUS = 3  # so many starts or nodes in a row, all bad
 SUSPICIOUS_SECONDS = 1800.0
@@ -92,8 +94,11 @@ def bad_nodes(stage_directory: Path, job: str, restart: int | None = None) -> di
     defects: dict[str, str] = {}
     starts = "*" if restart is None else restart
     for path in sorted(_folder(stage_directory).glob(f"{job}.{starts}.*.json")):
-        for entry in json.loads(path.read_text()):
-            defects.setdefault(entry["node"], f"{entry['check']}: {entry['detail']}")
+        try:
+            for entry in read_json(path):
+                defects.setdefault(str(entry["node"]), f"{entry['check']}: {entry['detail']}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            name_unreadable(path, first_line(error))
     return defects
 
 

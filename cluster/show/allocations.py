@@ -3,10 +3,8 @@
 `fcmae times RUN --json` prints them, and `fcmae simulate` reads them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -15,6 +13,7 @@ from typing import Any
 from cluster.slurm.job_history import read_decisions
 from pipeline.recipe import load_stage_recipe
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.records import count_of, is_count, read_record, text_of, time_of
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events
 
 
@@ -81,12 +80,16 @@ def _allocations(stage_directory: Path, events: Sequence[Event]) -> list[Allocat
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
         by_attempt.setdefault(event.get("attempt", 0), []).append(event)
-    decisions = {(d.get("job"), d.get("restarts")): d for d in read_decisions(stage_directory)}
+    known = [d for d in read_decisions(stage_directory) if "time" in d and is_count(d.get("restarts"))]
+    decisions = {(d.get("job"), d["restarts"]): d for d in known}
     told = []
     for path in sorted((stage_directory / ATTEMPTS_FOLDER).glob("??????.json")):
-        entry = json.loads(path.read_text())
-        decision = decisions.pop((entry.get("job"), entry.get("restart_count")), None)
-        told.append(_allocation(entry, by_attempt.get(entry["attempt"], []), decision))
+        entry = read_record(path)
+        number, claimed = count_of(entry, "attempt"), time_of(entry, "started")
+        if number is None or claimed is None:
+            continue
+        decision = decisions.pop((text_of(entry, "job"), count_of(entry, "restart_count")), None)
+        told.append(_allocation(number, claimed, by_attempt.get(number, []), decision))
     # What is left ended before it claimed the stage, as by a bad node.
     for decision in decisions.values():
         if is_number(began := decision.get("job_started")):
@@ -99,10 +102,10 @@ def _allocations(stage_directory: Path, events: Sequence[Event]) -> list[Allocat
     return told
 
 
-def _allocation(entry: dict[str, Any], events: Sequence[Event], decision: dict[str, Any] | None) -> Allocation:
-    claimed = datetime.fromisoformat(entry["started"]).timestamp()
+def _allocation(number: int, claimed: float, events: Sequence[Event], decision: dict[str, Any] | None) -> Allocation:
     started, stop, end = (_first(events, kind) for kind in ("started", "stop", "end"))
-    steps = [event["step"] for event in events if event.get("kind") == "step"]
+    started = started if started and "seconds" in started else None
+    steps = [event["step"] for event in events if event.get("kind") == "step" and "step" in event]
     began = claimed
     if started:
         began = started["time"] - started["seconds"]
@@ -111,14 +114,14 @@ def _allocation(entry: dict[str, Any], events: Sequence[Event], decision: dict[s
     last = max((event["time"] for event in events), default=claimed)
     resumed = _first(events, "attempt")
     return Allocation(
-        entry["attempt"],
+        number,
         began,
         started["seconds"] if started else None,
-        resumed["step"] if resumed else None,
+        resumed.get("step") if resumed else None,
         max(steps, default=None),
-        (stop["asked"] if stop else last) - began,
+        (stop.get("asked", last) if stop else last) - began,
         max(decision["time"] if decision else last, last) - began,
-        str(end["outcome"]) if end else "killed",
+        str(end.get("outcome")) if end else "killed",
     )
 
 

@@ -7,7 +7,9 @@ from cluster.local import rank_log
 from cluster.show.status import stage_names
 from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import LaunchError
+from pipeline.storage.bounded_files import read_file
 from pipeline.storage.file_names import DONE_FILE
+from pipeline.storage.records import name_unreadable
 
 POLL_SECONDS = 0.5
 
@@ -39,7 +41,11 @@ def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: b
     while True:
         finished = all((directory / DONE_FILE).exists() for directory in stages)  # before the files are read
         for path in (path for directory in stages for path in log_files(directory, rank)):
-            data = path.read_bytes()
+            try:
+                data = read_file(path, None)
+            except OSError as error:
+                name_unreadable(path, error.strerror)
+                continue
             new = data[offsets.get(path, 0) :] if path in offsets else b"".join(data.splitlines(True)[-lines:])
             offsets[path] = len(data)
             if new:

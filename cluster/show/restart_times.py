@@ -53,12 +53,17 @@ def restarts(stage_directory: Path) -> list[Restart]:
     """The restarts of a stage, in order: one for each attempt after which another one made a step."""
     attempts: dict[int, list[Event]] = {}
     for event in read_events(stage_directory / JOURNAL_FILE):
-        attempts.setdefault(event["attempt"], []).append(event)
-    requeues = [entry["time"] for entry in read_job_history(stage_directory) if entry["event"] == "requeued"]
+        if {"attempt", "time", "kind"} <= event.keys():
+            attempts.setdefault(event["attempt"], []).append(event)
+    requeues = [
+        entry["time"]
+        for entry in read_job_history(stage_directory)
+        if entry.get("event") == "requeued" and "time" in entry
+    ]
     measured = []
     for number, following in pairwise(sorted(attempts)):
         started = _first(attempts[following], "started")
-        if started is None:
+        if started is None or "seconds" not in started:
             continue
         began = started["time"] - started["seconds"]
         # A machine that stood still may have written on after the next attempt began.
@@ -68,7 +73,7 @@ def restarts(stage_directory: Path) -> list[Restart]:
         stop, ended = _first(events, "stop"), _first(events, "end")
         restart = Restart(stage_directory.name, number, str(ended.get("reason", "") if ended else "killed or lost"))
         now = events[-1]["time"]
-        if stop:
+        if stop and "asked" in stop:
             restart.stop = stop["time"] - stop["asked"]
             now = max([e["time"] for e in events if e["kind"] == "save" and e["time"] >= stop["time"]] + [stop["time"]])
             restart.save = now - stop["time"]
@@ -87,7 +92,7 @@ def attempt_starts(stage_directory: Path) -> list[AttemptStart]:
     return [
         AttemptStart(stage_directory.name, e["attempt"], e["seconds"], e["cpu_seconds"], e["laps"])
         for e in events
-        if e["kind"] == "started"
+        if e.get("kind") == "started" and {"attempt", "seconds", "cpu_seconds", "laps"} <= e.keys()
     ]
 
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from cluster.show.job_watcher import JobWatcher
 from cluster.show.save_interval import advise_save_interval
 from cluster.show.speed import Speed, number
@@ -17,13 +15,22 @@ from cluster.slurm.client import Job, JobState
 from cluster.slurm.job_history import read_job_history
 from pipeline.errors import StageError
 from pipeline.stage.attempts import is_alive
+from pipeline.stage.directory import read_done
 from pipeline.storage import file_names
+from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.folder import is_remote
+from pipeline.storage.records import read_record, text_of
 from pipeline.storage.working_copy import RunView
-from pipeline.tracking.journal import Event, Tail, parse_line, strict_json
+from pipeline.tracking.journal import Event, Tail, strict_json
 
 State = Literal["waiting", "queued", "starting", "running", "saved", "failed", "cancelled", "done", "interrupted"]
-STATE_OF_OUTCOME: dict[str, State] = {"saved": "saved", "done": "done", "bad_node": "failed", "permanent": "failed"}
+# Of other ends it is "interrupted": a stage whose attempt ended well is done once there is a DONE that can be read.
+STATE_OF_OUTCOME: dict[str, State] = {
+    "saved": "saved",
+    "done": "interrupted",
+    "bad_node": "failed",
+    "permanent": "failed",
+}
 
 # A stage on another machine counts as interrupted when it has written nothing for so long.
 SILENCE_SECONDS = 900.0
@@ -107,8 +114,8 @@ class StageFollower:
         """The stage as it stands now. `job` is the newest one that was submitted for it."""
         status = replace(self._journal)
         attempts = sorted(p for p in (self.directory / file_names.ATTEMPTS_FOLDER).glob("*.json") if p.stem.isdigit())
-        outcomes = [_read_object(path.with_suffix(".outcome.json")) for path in attempts]
-        owner = _read_object(attempts[-1]) if attempts else {}
+        outcomes = [read_record(path.with_suffix(".outcome.json")) for path in attempts]
+        owner = read_record(attempts[-1]) if attempts else {}
         status.attempts, status.nodes = len(attempts), str(owner.get("host", ""))
         ended = [f"attempt {int(path.stem)}: {_ended(o)}" for path, o in zip(attempts, outcomes, strict=True)]
         status.restart_reasons = ended[:-1]
@@ -116,7 +123,7 @@ class StageFollower:
         if job:
             status.job, status.job_state, status.job_reason = job.id, job.slurm_state, job.reason
             status.nodes = job.nodes or status.nodes
-        if (self.directory / file_names.DONE_FILE).exists():
+        if read_done(self.directory):
             self._add_result(status)
         else:
             if attempts and not outcomes[-1] and self._is_running(owner, attempts[-1], job):
@@ -134,13 +141,15 @@ class StageFollower:
         return status
 
     def _add_result(self, status: StageStatus) -> None:
-        result = _read_object(self.directory / file_names.RESULT_FILE)
+        result = read_record(self.directory / file_names.RESULT_FILE)
         verdict = result.get("verdict") if isinstance(result.get("verdict"), dict) else {}
         status.state = "done"
         status.step = _count(result.get("steps")) or status.step
         status.total_steps = status.total_steps or status.step
-        status.weights_sha256 = result.get("weights_sha256")
-        status.on_track, status.verdict = verdict.get("on_track"), str(verdict.get("sentence", ""))
+        status.weights_sha256 = text_of(result, "weights_sha256")
+        on_track = verdict.get("on_track")
+        status.on_track = on_track if isinstance(on_track, bool) else None
+        status.verdict = str(verdict.get("sentence", ""))
         status.metrics = _numbers(result.get("metrics")) or status.metrics
 
     def _add_job(self, status: StageStatus, job: Job | None, newest_attempt: float) -> None:
@@ -181,8 +190,8 @@ def stage_names(run_directory: str | Path) -> list[str]:
     """
     path = Path(run_directory) / file_names.RECIPE_FILE
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = read_yaml(path)
+    except (OSError, ValueError):
         recipe = None
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, dict) or not stages:
@@ -250,14 +259,6 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it is missing or torn."""
-    try:
-        return parse_line(path.read_bytes()) or {}
-    except OSError:
-        return {}
 
 
 def _count(value: Any) -> int | None:

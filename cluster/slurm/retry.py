@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cluster.slurm.job_history import read_decisions
 from pipeline.storage.file_names import JOURNAL_FILE
+from pipeline.storage.records import is_count
 from pipeline.tracking.journal import is_number, parse_line
 
 
@@ -53,7 +54,7 @@ def newest_commit(stage_directory: Path) -> NewestCommit:
             # Few lines need parsing, and a journal may be long.
             if not (b'"save"' in line or b'"rollback"' in line) or not (event := parse_line(line)):
                 continue
-            if not is_number(step := event.get("step")):
+            if (step := event.get("step")) is None:
                 continue
             if event.get("kind") == "save":
                 newest = max(newest, step)
@@ -66,7 +67,7 @@ def _continued(journal: BinaryIO, decisions: Sequence[dict[str, Any]]) -> Newest
     """What the last decision knew, with the journal at the first byte that it did not know; all of it in doubt."""
     last = decisions[-1] if decisions else {}
     step, length = last.get("step"), last.get("journal_bytes")
-    if is_number(step) and is_number(length) and length > 0:
+    if is_number(step) and is_count(length) and length > 0:
         journal.seek(length - 1)
         if journal.read(1) == b"\n":
             return NewestCommit(step, length)

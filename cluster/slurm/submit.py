@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.chain import check_data, check_weights, open_chain
-from cluster.site import Site, store_site
+from cluster.site import Site, check_stage_names, store_site
 from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
 from cluster.slurm.code_snapshot import take_code_snapshot
@@ -22,7 +22,7 @@ from cluster.slurm.time_limit import CANCELLED_FILE, StopTime
 from pipeline.errors import LaunchError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
-from pipeline.stage.directory import Stage
+from pipeline.stage.directory import Stage, read_done
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.tracking.journal import read_events
 
@@ -57,11 +57,13 @@ def plan_jobs(
         start: the first stage to submit; stages before it that need a job are left out.
 
     Raises:
+        RecipeError: if the site names a stage that there is not.
         LaunchError: if Slurm cannot be asked, a job does not end, there is no stage `start`, or the stage before it is
             neither done nor queued.
     """
     if start is not None and start not in chain.stages:
         raise LaunchError(f"there is no stage {start} in recipe {chain.name}; it has {', '.join(chain.stages)}")
+    check_stage_names(site, chain.stages)
     jobs = _settled_jobs(run, list(chain.stages)) if ask_slurm else {}
     planned: dict[str, PlannedStage] = {}
     started = start is None
@@ -71,7 +73,7 @@ def plan_jobs(
         job, replaces = jobs.get(name), None
         if job and (job.reason in client.NEVER_STARTS or _waits_for_another(job, before)):
             job, replaces = None, job
-        done = (run / name / DONE_FILE).exists()
+        done = read_done(run / name) is not None
         stage = PlannedStage(name, run / name, recipe, site.for_stage(name), done, job, replaces)
         if stage.needs_job and not started:
             continue

@@ -179,7 +179,10 @@ def _restarts() -> int:
 
 
 def _began_after_this_job(attempt: Mapping[str, Any]) -> bool:
-    return datetime.fromisoformat(attempt["started"]).timestamp() > float(os.environ.get(JOB_STARTED, "inf"))
+    try:
+        return datetime.fromisoformat(attempt["started"]).timestamp() > float(os.environ.get(JOB_STARTED, "inf"))
+    except ValueError:  # an entry that cannot be read
+        return False
 
 
 def fail(directory: Path, job: str, reason: str) -> int:

@@ -55,14 +55,15 @@ class StopTime:
 
     def add(self, event: Event) -> None:
         """Take a line of the journal into account."""
-        if event["kind"] == "attempt":
-            self._global_batch = event["global_batch"]
+        kind, speed, seconds = event.get("kind"), event.get("images_per_second"), event.get("seconds")
+        if kind == "attempt":
+            self._global_batch = event.get("global_batch") or 0
             self._steps.clear()  # another number of nodes is not equally fast
             self._saves.clear()
-        elif event["kind"] == "step" and event.get("images_per_second"):
-            self._steps.append(self._global_batch / event["images_per_second"])
-        elif event["kind"] == "save":
-            self._saves.append(event["seconds"])
+        elif kind == "step" and speed:
+            self._steps.append(self._global_batch / speed)
+        elif kind == "save" and seconds is not None:
+            self._saves.append(seconds)
 
     def stop_at(self, began: float, ends_at: float) -> float:
         """When a stage that began at one time and is ended at another must stop, in seconds of the same clock."""

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.storage.bounded_files import parse_json
+
 MANIFEST, COMMIT, METADATA = "manifest.json", "COMMIT", ".metadata"
 _NAME = re.compile(r"step-([0-9]{9})\.([0-9]{6})")
 
@@ -65,11 +67,11 @@ class Manifest:
     def decode(cls, text: bytes) -> "Manifest":
         """Parse manifest.json. Raises ValueError for anything that `encode` does not write."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             name = CheckpointName.parse(content["name"])
             files = {key: FileRecord(int(file["bytes"]), str(file["sha256"])) for key, file in content["files"].items()}
             manifest = cls(name, files, dict(content["facts"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
         if name is None or METADATA not in files or any("/" in key for key in files):
             raise ValueError("not a manifest: no checkpoint name, no .metadata, or a file outside the directory")

@@ -10,16 +10,16 @@ The side-car holds a hash of each block of one page. No image crosses a page, so
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, shortened
+from pipeline.storage.bounded_files import read_json
 
 FORMAT_VERSION = 2  # of the side-car and of our writer's layout
 PAGE_BYTES = 8 << 20  # an image must fit into a page; also the length of a hashed block
@@ -43,6 +43,10 @@ SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
 CHECK = slice(13, 16)  # a sample's checksum, in bytes that FFCV leaves unused between image and label
 
 
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+Pixels = Annotated[int, Field(ge=0, lt=2**16)]  # of the sample table's 16 bits; 0 without samples
+
+
 class Beton(BaseModel):
     """The contents of a side-car, and the `path` of its .beton file, which is not written down."""
 
@@ -50,19 +54,28 @@ class Beton(BaseModel):
 
     path: Path = Field(exclude=True)
     format_version: int
-    samples: int
+    samples: Count
     classes: tuple[str, ...]
-    samples_per_class: tuple[int, ...]
-    jpeg_samples: int
-    raw_samples: int
-    max_height: int
-    max_width: int
-    size_bytes: int
+    samples_per_class: tuple[Count, ...]
+    jpeg_samples: Count
+    raw_samples: Count
+    max_height: Pixels
+    max_width: Pixels
+    size_bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: str  # of the whole file: its identity
     index_sha256: str  # of all but the images: header, descriptors, samples and allocation table
     block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
     settings: dict[str, str | int | float | None]  # of the program that wrote it
     class_descriptions: dict[str, str] = {}  # readable names of classes, where the source has them
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if len(self.samples_per_class) != len(self.classes) or sum(self.samples_per_class) != self.samples:
+            raise ValueError(
+                f"samples_per_class counts {sum(self.samples_per_class):,} samples of {len(self.samples_per_class):,}"
+                f" classes, and there are {self.samples:,} of {len(self.classes):,}"
+            )
+        return self
 
 
 def sidecar_path(path: Path) -> Path:
@@ -155,10 +168,16 @@ def checksums_of(samples: np.ndarray, ids: np.ndarray | slice = slice(None)) -> 
     return three @ np.array([1, 1 << 8, 1 << 16])
 
 
+def allocations_of(beton: Beton) -> np.ndarray:
+    """Return the allocation table of an opened file, ALLOCATION (N,): where each image's bytes lie."""
+    at = beton.size_bytes - beton.samples * ALLOCATION.itemsize
+    return np.asarray(np.memmap(beton.path, ALLOCATION, "r", at, (beton.samples,)))
+
+
 def contents_of(beton: Beton, *modes: int) -> Iterator[tuple[int, memoryview]]:
     """Yield (sample id, bytes) of every image of an opened file that is stored in one of the modes: JPEG, RAW."""
     file = memoryview(np.memmap(beton.path, np.uint8, "r"))
-    table = np.memmap(beton.path, ALLOCATION, "r", beton.size_bytes - beton.samples * ALLOCATION.itemsize)
+    table = allocations_of(beton)
     for number in np.flatnonzero(np.isin(samples_of(beton)["f0"]["mode"], modes)).tolist():
         start, size = int(table["ptr"][number]), int(table["size"][number])
         yield number, file[start : start + size]
@@ -172,18 +191,21 @@ def read_sidecar(path: Path) -> Beton:
     """
     sidecar = sidecar_path(path)
     try:
-        content = json.loads(sidecar.read_bytes())
+        content = read_json(sidecar)
     except (OSError, ValueError):
         raise DataError(f"{path} has no readable side-car {sidecar.name}; copy it too, or prepare again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(f"side-car {sidecar} has format_version {version}, not {FORMAT_VERSION}; prepare again")
+        raise DataError(
+            f"side-car {sidecar} has format_version {shortened(version)}, not {FORMAT_VERSION}; prepare again"
+        )
     try:
         return Beton.model_validate({**content, "path": path})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"side-car {sidecar} cannot be used: {where}: {first['msg']}; prepare again") from None
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"side-car {sidecar} cannot be used: {where}{reason}; prepare again") from None
 
 
 def index_sha256(file: BinaryIO, header: np.void) -> str:

@@ -144,7 +144,8 @@ class Cache:
         return sum(path.stat().st_blocks * 512 for path in files)
 
     def _size(self, name: str) -> int:
-        return int((self.directory / f"{name}.lock").read_bytes() or 0)
+        size = (self.directory / f"{name}.lock").read_bytes()[:20]
+        return int(size) if size.isdigit() else 0
 
     def _try_lock(self, name: str, mode: int = fcntl.LOCK_EX) -> BinaryIO | None:
         file = os.fdopen(os.open(self.directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)

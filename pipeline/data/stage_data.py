@@ -1,5 +1,6 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
+import math
 from collections.abc import Sequence
 
 from pipeline.data.beton import Beton
@@ -8,6 +9,7 @@ from pipeline.data.staging import describe_beton, fetch_beton
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ClassificationSettings, StageRecipe
+from pipeline.recipe.settings_base import MOST_STEPS
 
 
 def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
@@ -85,4 +87,10 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
             f" {sum(train.values())} images that take part; make the batch smaller"
+        )
+    steps = math.ceil(recipe.schedule.epochs * (sum(train.values()) // recipe.batch.global_batch))
+    if steps > MOST_STEPS:
+        raise RecipeError(
+            f"stage {recipe.name}: schedule.epochs is {recipe.schedule.epochs:g}, which is {steps:,} steps, and"
+            f" checkpoints can number {MOST_STEPS:,}; lower it, or make the batch larger"
         )

@@ -4,7 +4,6 @@ Forms differ in rounding. So a stage measures each shape once, on rank 0, and re
 all ranks and all resumes read it.
 """
 
-import json
 from pathlib import Path
 
 from pipeline.data.batch import example_batch
@@ -15,6 +14,7 @@ from pipeline.kernels.large_kernel_timing import fastest_form, record_cases
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
+from pipeline.storage.records import holds_texts, required_record
 
 
 def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> dict[str, str]:
@@ -47,7 +47,9 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
 
     def measure() -> dict[str, str]:
         path = directory / LARGE_KERNELS_FILE
-        choices = json.loads(path.read_text()) if path.exists() else {}
+        # Refused, because another choice would round otherwise after the resume.
+        remedy = "restore it from a copy; without one, remove it to measure again"
+        choices = required_record(path, remedy, holds_texts) or {}
         for conv, key in keys.items():
             if key not in choices:
                 choices[key] = fastest_form(cases[conv])

@@ -18,6 +18,7 @@ from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
+from pipeline.storage.records import count_of
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events, strict_json
 
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"
@@ -83,11 +84,16 @@ def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     if isinstance(recipe.objective, FCMAESettings):
         checks += [_reconstruction(recipe, evaluations), _reconstruction_gap(losses, evaluations)]
     else:
-        checks += [_guessing(recipe.objective.classes, evaluations, data.get("validation", {}).get("images"))]
+        checks += [_guessing(recipe.objective.classes, evaluations, _images(data))]
         checks += [_validation_gap(recipe.objective.classes, losses, evaluations)]
     checks += [_curve(recipe, losses, attempt.get("total_steps")), _gate(recipe, evaluations)]
     checks += [_published(recipe, evaluations)]
     return Verdict(tuple(checks))
+
+
+def _images(data: Event) -> int | None:
+    """How many validation images a stage has, by its "data" event."""
+    return count_of(data.get("validation") or {}, "images")
 
 
 def judge_stage(stage: Stage, recipe: StageRecipe | None = None) -> Verdict:
@@ -139,7 +145,7 @@ def _medians(values: list[float]) -> list[float]:
 def _skipped_steps(kept: list[Event], lines: Mapping[int, Event], losses: Mapping[int, float]) -> Check:
     last = max(lines, default=0)
     skipped = last - len(losses)
-    rollbacks = max((e.get("rollbacks", 1) for e in kept if e.get("kind") == "rollback"), default=0)
+    rollbacks = max((e.get("rollbacks") or 1 for e in kept if e.get("kind") == "rollback"), default=0)
     if not last:
         return Check("steps made", None, "no step was made")
     detail = f"{skipped} of {last:,} steps were skipped, {rollbacks} rollbacks"

@@ -6,14 +6,14 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.errors import CheckpointError
-from pipeline.recipe.settings_base import Settings
+from pipeline.recipe.settings_base import Limit, Settings
 
 
 class ChannelStatistics(Settings):
     """The mean and the standard deviation of each channel, as shares of the highest level: 0.485 is level 123.675."""
 
-    mean: tuple[float, ...] = Field(min_length=1)
-    std: tuple[float, ...] = Field(min_length=1)
+    mean: tuple[Limit, ...] = Field(min_length=1)
+    std: tuple[Limit, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:

@@ -2,8 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
-ImageSize = int | tuple[int, int]
+from pydantic import Field
+
+from pipeline.errors import shortened
+
+MOST_PIXELS = 16_384
+Side = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+ImageSize = Side | tuple[Side, Side]
 """Pixels: the edge of a square, or (height, width) of another rectangle."""
 
 
@@ -18,8 +25,11 @@ def read_image_size(value: object) -> ImageSize:
         sides = [int(side) for side in match.groups() if side] if match else []
     else:
         sides = list(value) if isinstance(value, list | tuple) else [value]
-    if len(sides) not in (1, 2) or not all(type(side) is int and side >= 1 for side in sides):
-        raise ValueError(f"{value!r} is no size; give the edge of a square, or height and width, in pixels from 1 on")
+    if len(sides) not in (1, 2) or not all(type(side) is int and 1 <= side <= MOST_PIXELS for side in sides):
+        raise ValueError(
+            f"{shortened(value)} is no size; give the edge of a square, or height and width, in pixels from 1 to"
+            f" {MOST_PIXELS:,}"
+        )
     return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 

@@ -1,10 +1,15 @@
 """The recipe's `model` section: one class for each family, selected by `name`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe.settings_base import Settings, added, operational
+from pipeline.recipe.settings_base import MOST_CHANNELS, Settings, added, operational
+
+Blocks = Annotated[int, Field(ge=0, le=1000)]
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Edge = Annotated[int, Field(ge=1, le=1023)]
+"""Of a kernel, in sites."""
 
 
 class ModelSettings(Settings):
@@ -12,13 +17,13 @@ class ModelSettings(Settings):
 
     name: str
     """A published size, or the family together with depths and dims."""
-    depths: tuple[int, ...] | None = None
+    depths: tuple[Blocks, ...] | None = None
     """Blocks of each stage; None is the named size's."""
-    dims: tuple[int, ...] | None = None
+    dims: tuple[Channels, ...] | None = None
     """Channels of each stage."""
-    in_channels: int = added(3)
+    in_channels: int = added(3, ge=0, le=MOST_CHANNELS)
     """Channels of the input: 3; or 1, for which images become grey on the device."""
-    stem_stride: int = Field(4, ge=1)
+    stem_stride: int = Field(4, ge=1, le=1024)
     """Edge of a stem patch in pixels."""
     checkpointing: bool = operational(False)
     """Recompute the activations inside a block in the backward pass: less memory, a third more work."""
@@ -84,7 +89,7 @@ class ConvNeXtSettings(ModelSettings):
     """GRN: a channel's number divided by the mean or the sum of all channels, one over the mean, or standardised."""
     grn_residual: bool = True
     """GRN: whether its input is added."""
-    layer_scale: float | None = Field(None, gt=0)
+    layer_scale: float | None = Field(None, gt=0, le=1e6)
     """Initial value of a factor on each block's branch, as in ConvNeXt V1; null means no factor."""
     init: Literal["plain", "official"] = "plain"
     """Initial weights: plain is normal with deviation 0.02; official is that of the official pre-training, which starts
@@ -107,17 +112,17 @@ class SLaKSettings(ModelSettings):
     """SLaK: ConvNeXt V1 with large kernels, in SLaK's or RepLKNet's form, or plain."""
 
     name: Literal["slak", "slak_tiny", "slak_small", "slak_base"]
-    width: float = Field(1.3, gt=0)
+    width: float = Field(1.3, gt=0, le=1000)
     """Factor on the dims."""
-    kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
+    kernel_sizes: tuple[Edge, ...] = (51, 49, 47, 13)
     """Long edge of the kernels of each stage, odd."""
-    small_kernel: int | None = Field(5, ge=1)
+    small_kernel: int | None = Field(5, ge=1, le=1023)
     """Short edge of the stripes and edge of the small kernel beside them; null, with form square, means none."""
     form: Literal["decomposed", "square"] = "decomposed"
     """decomposed: two stripes, as in SLaK; square: one square, as in RepLKNet, or plain without a small kernel."""
     order: Literal["parallel", "sequential"] = "parallel"
     """parallel: both stripes see the same input, as published; sequential: the second sees the first one's output."""
-    layer_scale: float = Field(1e-6, gt=0)
+    layer_scale: float = Field(1e-6, gt=0, le=1e6)
     """Initial value of the factor on each block's branch."""
 
 
@@ -126,12 +131,12 @@ class NextViTSettings(ModelSettings):
 
     name: Literal["nextvit", "nextvit_small", "nextvit_base", "nextvit_large"]
     stem_stride: Literal[1, 2, 4] = 4
-    stem_dim: int = Field(64, ge=2)
+    stem_dim: int = Field(64, ge=2, le=MOST_CHANNELS)
     """Channels of the stem."""
     pattern: str = Field("CHHH", pattern="^[CHT]+$")
     """A letter for each stage: C convolution blocks, H hybrid, T transformer blocks. CHHH is the released model, HHHH
     the one that the paper's text describes."""
-    convolutions_per_transformer: int | tuple[int, ...] = 4
+    convolutions_per_transformer: Blocks | tuple[Blocks, ...] = 4
     """N of the paper's (NCB x N + NTB) x L, for all hybrid stages or one for each stage; L follows from the depths."""
     shrink: float = Field(0.75, gt=0, le=1)
     """Share r of a transformer block's channels that passes through self-attention."""
@@ -139,7 +144,7 @@ class NextViTSettings(ModelSettings):
     activation: Literal["relu", "gelu"] = "relu"
     pooling: Literal["1d", "2d"] = "1d"
     """How keys and values are averaged: 1d along rows, as the released weights need it, or 2d over squares."""
-    head_dim: int = Field(32, ge=1)
+    head_dim: int = Field(32, ge=1, le=MOST_CHANNELS)
     """Channels of an attention head and of a group of the 3x3 convolutions."""
 
     @property

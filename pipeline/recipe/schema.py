@@ -31,6 +31,7 @@ from pipeline.recipe.sections import (
     SparsitySettings,
     TrackingSettings,
 )
+from pipeline.recipe.settings_base import Percent, Seed
 
 # The sizes with depths 3, 3, 27, 3, which layer decay in groups needs.
 GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
@@ -40,7 +41,7 @@ class StageRecipe(Settings):
     """The recipe of one stage. `name`, `seed` and `previous` are filled in from the chain."""
 
     name: str = ""
-    seed: int = 0
+    seed: Seed = 0
     previous: str | None = None
     objective: FCMAESettings | ClassificationSettings = Field(discriminator="kind")
     model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
@@ -237,12 +238,12 @@ class StageRecipe(Settings):
 class PublishedResult(Settings):
     """A published result of this recipe: ImageNet-1K, single crop, in percent."""
 
-    top1: float | None = None
+    top1: Percent | None = None
     source: str
     """Where top1 is printed."""
-    timm_top1: float | None = None
+    timm_top1: Percent | None = None
     """timm's own evaluation of the released weights, at the recipe's last image size."""
-    timm_top5: float | None = None
+    timm_top5: Percent | None = None
     weights: str | None = None
     """URL of the released weights."""
     parameters: str | None = None
@@ -255,7 +256,7 @@ class ChainRecipe(Settings):
     """A named chain of stages, in order."""
 
     name: str
-    seed: int = 0
+    seed: Seed = 0
     published: PublishedResult | None = None
     """A result to compare with; not part of the experiment."""
     stages: dict[str, StageRecipe]

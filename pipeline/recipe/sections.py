@@ -4,23 +4,36 @@ A field marked operational decides only how fast or where a stage runs; it may c
 """
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, read_image_size
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
-from pipeline.recipe.settings_base import Settings, added, operational
+from pipeline.recipe.settings_base import (
+    MOST_CHANNELS,
+    MOST_EPOCHS,
+    MOST_STEPS,
+    YEAR_SECONDS,
+    Limit,
+    Percent,
+    Settings,
+    added,
+    operational,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+StepNumber = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 
 class FCMAESettings(Settings):
     kind: Literal["fcmae"] = "fcmae"
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
-    decoder_dim: int = Field(512, ge=1)
+    decoder_dim: int = Field(512, ge=1, le=MOST_CHANNELS)
     """Channels at the last stride; a U-Net halves them at each finer stride."""
-    decoder_depth: int = Field(1, ge=1)
+    decoder_depth: int = Field(1, ge=1, le=1000)
     """Number of blocks; in a U-Net, at each stride."""
     normalize_target: bool = True
     grn_statistics: Literal["image", "batch"] = "image"
@@ -32,13 +45,13 @@ class FCMAESettings(Settings):
 
 class ClassificationSettings(Settings):
     kind: Literal["classification"] = "classification"
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=2, le=10_000_000)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(0.0, ge=0, le=1000)
     """Alpha of the Beta distribution; 0 turns it off."""
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0, le=1000)
     drop_path: float = Field(0.0, ge=0, lt=1)
-    head_init_scale: float = Field(0.001, ge=0)
+    head_init_scale: float = Field(0.001, ge=0, le=1e6)
 
 
 class DataSettings(Settings):
@@ -50,7 +63,7 @@ class DataSettings(Settings):
     """A file like train. Null evaluates nothing: the stage ends with its last weights and has no best checkpoint."""
     cache_dir: str | None = operational(None)
     """Folder for copies of URLs; may hold $VARIABLES of the machine. Null is $FCMAE_SCRATCH/fcmae or ~/.cache/fcmae."""
-    cache_bytes: int | None = operational(None, ge=1)
+    cache_bytes: int | None = operational(None, ge=1, le=2**60)
     """Limit of the copies' size: the least recently used are removed first. Null is limited by the disk alone."""
     classes: tuple[str, ...] | None = None
     """Names of the classes that take part; null is all."""
@@ -58,9 +71,9 @@ class DataSettings(Settings):
     """Share of the training images of each class that takes part, chosen by a hash of the chain's seed."""
     image_size: ImageSize = 224
     """The network's input in pixels: the edge of a square, or [height, width]."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[Limit, Limit] = (0.08, 1.0)
     """Share of the image's area that a training crop covers."""
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    crop_ratio: tuple[Limit, Limit] = (0.75, 4 / 3)
     """Aspect ratio of a training crop, width / height; of a rectangular input, as a multiple of the input's own."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
@@ -75,9 +88,9 @@ class DataSettings(Settings):
     """Probability of random erasing of a training image, in classification."""
     on_damaged: Literal["refuse", "skip"] = operational("refuse")
     """refuse: a damaged image fails the stage; skip: the next image of the file replaces it (evaluation omits it)."""
-    workers: int = operational(0, ge=0)
+    workers: int = operational(0, ge=0, le=4096)
     """Decoding threads of each rank; 0 is the cores of a rank less one."""
-    timeout_seconds: float = operational(120.0, gt=0)
+    timeout_seconds: float = operational(120.0, gt=0, le=YEAR_SECONDS)
     """How long to wait for a batch, and for an answer of a data server, before the attempt fails."""
 
     @field_validator("image_size", mode="before")
@@ -127,11 +140,11 @@ class DataSettings(Settings):
 
 
 class BatchSettings(Settings):
-    global_batch: int = Field(ge=1)
+    global_batch: int = Field(ge=1, le=2**24)
     """Images per step."""
-    slot: int = Field(ge=1)
+    slot: int = Field(ge=1, le=2**24)
     """Images per slot, the group within which images are mixed. global_batch must be a multiple of it."""
-    micro_slots: int = operational(1, ge=1)
+    micro_slots: int = operational(1, ge=1, le=2**24)
     """Slots of a micro-batch, which goes through the model at once: more are faster and take more memory."""
 
     @property
@@ -148,21 +161,21 @@ class BatchSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    base_lr: float = Field(gt=0)
+    base_lr: float = Field(gt=0, le=1e4)
     """Learning rate per 256 images: lr = base_lr * global_batch / 256."""
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.05, ge=0, le=1e4)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: float = Field(1.0, gt=0, le=1)
     layer_decay_groups: Literal["single", "group"] = "single"
     decay_grn: bool = False
     """Weight decay on GRN's gamma and beta and on the mask token, as in the official pre-training."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=1e9)
 
 
 class ScheduleSettings(Settings):
-    epochs: float = Field(gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)
-    min_lr: float = Field(0.0, ge=0)
+    epochs: float = Field(gt=0, le=MOST_EPOCHS)
+    warmup_epochs: float = Field(0.0, ge=0, le=MOST_EPOCHS)
+    min_lr: float = Field(0.0, ge=0, le=1e4)
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "ScheduleSettings":
@@ -181,7 +194,7 @@ class SparsitySettings(Settings):
     layers' shapes; uniform: evenly; handed_on: the zeros of the weights from the stage before, whatever their share."""
     weights: Literal["all", "decomposed"] = "all"
     """all: matrices and convolutions; decomposed: SLaK's long thin kernels alone."""
-    update_every_steps: int | None = Field(100, ge=1)
+    update_every_steps: int | None = Field(100, ge=1, le=MOST_STEPS)
     """Steps between moves of the zeros; null moves none. SLaK-T has 2000, Small and Base 100, of 93,600 steps."""
     prune_rate: float = Field(0.3, gt=0, le=1)
     """Share of a layer's weights that is moved at first; a cosine leads to final_prune_rate. SLaK-T has 0.5."""
@@ -200,7 +213,7 @@ class EngineSettings(Settings):
     """ddp holds the whole state on every rank; fsdp and deepspeed shard it. A checkpoint of one resumes on another."""
     zero_stage: Literal[1, 2, 3] = operational(2)
     """deepspeed: 1 shards the moments, 2 the gradients too, 3 the parameters too."""
-    shard_ranks: int | None = operational(None, ge=1)
+    shard_ranks: int | None = operational(None, ge=1, le=2**24)
     """fsdp: ranks that share one copy of the state, for example those of one node; null is all."""
     offload: bool = operational(False)
     """Keep state in the host's memory: of fsdp the parameters and the optimizer, of deepspeed the optimizer."""
@@ -217,7 +230,7 @@ class EngineSettings(Settings):
     """bf16 is autocast over fp32 parameters. bf16_parameters, under fsdp and deepspeed, also computes and communicates
     with bf16 copies of fp32 parameters. fp64 is for exact comparisons. Statistics of norms are fp32 at least. On a GPU
     fp32 keeps torch's default: cuDNN's convolutions round their inputs to TF32."""
-    threads: int = operational(0, ge=0)
+    threads: int = operational(0, ge=0, le=4096)
     """Torch threads per rank. 0 keeps the number of the attempt before. The first attempt uses OMP_NUM_THREADS, which
     `fcmae run` and a site set to the cores of a rank; without it, the machine's cores divided among its ranks."""
 
@@ -258,18 +271,18 @@ class InitSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    every_epochs: float = operational(1.0, gt=0)
-    batch: int = operational(256, ge=1)
+    every_epochs: float = operational(1.0, gt=0, le=MOST_EPOCHS)
+    batch: int = operational(256, ge=1, le=2**20)
 
 
 class CheckpointSettings(Settings):
-    every_steps: int = operational(500, ge=1)
+    every_steps: int = operational(500, ge=1, le=MOST_STEPS)
     """Steps between checkpoints, unless every_minutes is set."""
-    every_minutes: float | None = operational(None, gt=0)
+    every_minutes: float | None = operational(None, gt=0, le=1e6)
     """Minutes between checkpoints by the clock of rank 0, in the place of every_steps: the time lost by a failure then
     depends neither on the speed nor on the number of ranks. `fcmae status` shows the interval that loses least."""
-    keep_last: int = operational(2, ge=1)
-    keep_every_epochs: float | None = operational(None, gt=0)
+    keep_last: int = operational(2, ge=1, le=1_000_000)
+    keep_every_epochs: float | None = operational(None, gt=0, le=MOST_EPOCHS)
     """Save a checkpoint every so many epochs and keep it for ever; null keeps none."""
     keep_best: bool = operational(True)
     """Save and keep the checkpoint with the best evaluation."""
@@ -277,25 +290,25 @@ class CheckpointSettings(Settings):
     """Write checkpoints while training continues."""
     on_failure: Literal["stop", "continue"] = operational("stop")
     """What to do if a checkpoint cannot be saved. A save at a stop or at the stage's end must succeed anyway."""
-    most_fallbacks: int = operational(3, ge=0)
+    most_fallbacks: int = operational(3, ge=0, le=1_000_000)
     """How many damaged checkpoints a resume may set aside before it fails."""
     directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
     """Where checkpoints are stored: an absolute path or a URL, with a folder for each stage; null is in the run."""
 
 
 class HealthSettings(Settings):
-    spike_deviations: float | None = Field(8.0, gt=0)
+    spike_deviations: float | None = Field(8.0, gt=0, le=1e9)
     """Skip a step if the logarithm of its loss or gradient norm lies so many standard deviations above the running
     mean; null skips only steps that are not finite."""
-    statistics_steps: int = Field(100, ge=2)
+    statistics_steps: int = Field(100, ge=2, le=1_000_000)
     """Number of steps that mean and deviation look back over; no step before is a spike."""
-    rollback_after: int = Field(5, ge=1)
+    rollback_after: int = Field(5, ge=1, le=1_000_000)
     """So many skipped steps within window_steps roll the stage back to a checkpoint before them."""
-    window_steps: int = Field(100, ge=1)
-    skip_before: int = Field(10, ge=0)
+    window_steps: int = Field(100, ge=1, le=1_000_000)
+    skip_before: int = Field(10, ge=0, le=1_000_000)
     """After a rollback, leave out so many steps before the first skipped one, and all up to the last skipped one."""
     max_rollbacks: int = operational(3, ge=0, le=64)
-    stall_seconds: float = operational(600.0, gt=0)
+    stall_seconds: float = operational(600.0, gt=0, le=YEAR_SECONDS)
     """End a stage after so long without progress, to retry it. The limit is five times as long where progress cannot be
     seen, as during a save."""
 
@@ -319,17 +332,17 @@ class GateSettings(Settings):
 
     metric: Literal["top1", "top5", "loss"] | None = operational(None)
     """The metric of the evaluation that at_least and at_most limit."""
-    at_least: float | None = operational(None)
-    at_most: float | None = operational(None)
-    loss_at: dict[int, float] = operational({})
+    at_least: Limit | None = operational(None)
+    at_most: Limit | None = operational(None)
+    loss_at: dict[StepNumber, Limit] = operational({})
     """A measured reference curve: step -> mean training loss of the 20 steps up to it."""
-    loss_within: float = operational(0.05, gt=0)
+    loss_within: float = operational(0.05, gt=0, le=1e6)
     """How far the training loss may be from loss_at, as a share of it."""
-    of_steps: int | None = operational(None, ge=1)
+    of_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
     """Length of the run on which loss_at was measured; runs of another length are not compared with it."""
-    published: float | None = operational(None)
+    published: Percent | None = operational(None)
     """The published final top-1 of this stage; the last stage of a chain has it from the chain's `published`."""
-    published_within: float = operational(0.5, ge=0)
+    published_within: float = operational(0.5, ge=0, le=100)
     """How many points below the published top-1 the result may be."""
     stop: bool = operational(False)
     """Stop the chain if this stage is off track; otherwise the verdict is only reported."""
@@ -348,7 +361,7 @@ class TrackingSettings(Settings):
     mlflow_uri: str | None = operational(None)
     """Null keeps an SQLite store in the run directory."""
     experiment: str = operational("fcmae")
-    log_every_steps: int = operational(10, ge=1)
+    log_every_steps: int = operational(10, ge=1, le=MOST_STEPS)
     """Steps between reads of the step losses from the device."""
-    pictures: int = operational(8, ge=0)
+    pictures: int = operational(8, ge=0, le=10_000)
     """Number of images in each picture of reconstructions."""

@@ -1,8 +1,22 @@
-"""The base of all sections of a recipe, and the kinds of their fields."""
+"""The base of all sections of a recipe or a site, and the kinds of their fields.
 
-from typing import Any
+Every number has a lower and an upper bound: in its `Field`, or as one of the types below. The bounds are wide: they
+keep out what cannot be meant (1e300 epochs) or computed with, not what is unusual.
+"""
+
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MOST_STEPS = 999_999_999  # the names of checkpoints have nine digits
+MOST_EPOCHS = 1_000_000
+MOST_CHANNELS = 65_536
+YEAR_SECONDS = 366 * 86_400
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Limit = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""A value to compare a measured one with."""
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -19,6 +33,6 @@ def added(default: Any, *equal: Any, **constraints: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """The base of all sections: unknown keys and values of other types are refused."""
+    """The base of all sections: unknown keys, values of other types, NaN and infinities are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.recipe.yaml_files import expand_stages, read_with_bases
+from pipeline.storage.bounded_files import MOST_YAML_BYTES, parse_yaml, read_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def value_sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, ValueS
     Raises:
         RecipeError: as `load_recipe`.
     """
-    tree = deepcopy(read_with_bases(path, lambda file: _parse(file, file.read_text(encoding="utf-8"))))
+    tree = deepcopy(read_with_bases(path, lambda file: _parse(file, read_text(file, MOST_YAML_BYTES))))
     for override in overrides:
         _set(tree, override)
     return dict(_leaves(expand_stages(tree, path)))
@@ -41,6 +42,7 @@ def value_sources(path: Path, overrides: Sequence[str] = ()) -> dict[str, ValueS
 @lru_cache(maxsize=64)
 def _parse(path: Path, text: str) -> Any:
     """Return the file's tree with a ValueSource in place of each value, except for a null in place of a stage."""
+    parse_yaml(text)  # refuses what would be too deep or too long here
     root, comments = yaml.compose(text), _comments(text)
 
     def walk(node: yaml.Node, keys: tuple[str, ...]) -> Any:
@@ -71,7 +73,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
     for name in parents:
         below = tree.get(name)
         tree[name] = tree = below if isinstance(below, dict) else {}
-    new = yaml.safe_load(value)
+    new = parse_yaml(value)
     is_null_stage = len(parents) == 1 and parents[0] == "stages" and new is None
     tree[last] = None if is_null_stage else _from_command_line(new)
 

@@ -5,23 +5,26 @@ Values and their sources (`pipeline.recipe.value_sources`) are trees of the same
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from pipeline.errors import RecipeError, first_line
+from pipeline.errors import RecipeError, first_line, shortened
 from pipeline.recipe.schema import ChainRecipe, StageRecipe
 from pipeline.recipe.sections import Settings
+from pipeline.storage.bounded_files import MOST_DEPTH, MOST_YAML_BYTES, parse_yaml, read_text, yaml_text
 
 LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
 """The folder of the included recipes."""
 _STAGE_NAME = object()
+_MOST_FILES = 256  # that a recipe extends, one counted as often as it is read
+_MOST_OVERRIDE_CHARACTERS = 100_000
 _TAGGED = ("objective", "model")  # keys with several kinds of sections, selected by the value of one of their keys
 
 
@@ -43,14 +46,26 @@ def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     raw = read_with_bases(path, _read_values)
     if not overrides:
         return raw
-    wrong = [text for text in overrides if "=" not in text]
-    if wrong:
-        raise RecipeError(f"override {wrong[0]!r} is not of the form key=value")
+    for text in overrides:
+        _check_override(text)
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:  # TypeError: a list in place of a mapping
-        raise RecipeError(f"override {' '.join(overrides)!r} cannot be applied: {first_line(error)}") from None
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:  # TypeError: a list for a mapping
+        given = shortened(" ".join(overrides))
+        raise RecipeError(f"override {given} cannot be applied: {first_line(error)}") from None
+
+
+def _check_override(text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"override {shortened(text)} is not of the form key=value")
+    try:
+        parse_yaml(value)
+        if key.count(".") + key.count("[") > MOST_DEPTH or len(text) > _MOST_OVERRIDE_CHARACTERS:
+            raise ValueError(f"it is deeper than {MOST_DEPTH} keys, or longer than {_MOST_OVERRIDE_CHARACTERS:,}")
+    except ValueError as error:
+        raise RecipeError(f"override {shortened(text)} cannot be applied: {first_line(error)}") from None
 
 
 def load_stage_recipe(path: Path) -> StageRecipe:
@@ -60,7 +75,7 @@ def load_stage_recipe(path: Path) -> StageRecipe:
 
 def recipe_text(recipe: Settings) -> str:
     """The file that `write_recipe` writes."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml_text(recipe.model_dump(mode="json"))
 
 
 def write_recipe(recipe: Settings, path: Path) -> None:
@@ -70,8 +85,14 @@ def write_recipe(recipe: Settings, path: Path) -> None:
     temporary.replace(path)
 
 
-def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_with_bases(
+    path: Path, parse: Callable[[Path], Any], seen: tuple[Path, ...] = (), opened: list[Path] | None = None
+) -> dict[str, Any]:
     """Parse a recipe file, and merge the result over those of the files that it extends, later over earlier ones.
+
+    Args:
+        seen: the files that led here.
+        opened: all files that were read before for the same recipe.
 
     Raises:
         RecipeError: if a file is missing, is not YAML or not a mapping, or extends itself.
@@ -79,21 +100,27 @@ def read_with_bases(path: Path, parse: Callable[[Path], Any], seen: tuple[Path, 
     path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
+    opened = [] if opened is None else opened
+    opened.append(path)
+    if len(opened) > _MOST_FILES:
+        raise RecipeError(f"{path}: the recipe extends more than {_MOST_FILES} files; put them into fewer")
     try:
         tree = parse(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}; `fcmae recipe list` shows the included ones") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds a {type(tree).__name__}; a recipe is a mapping of keys to values")
     bases = tree.get("extends") or []
     names = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise RecipeError(f"{path}: extends is {bases!r}; it must be the path of a YAML file, or a list of paths")
+    if not (isinstance(names, list) and all(isinstance(name, str) and "\0" not in name for name in names)):
+        raise RecipeError(
+            f"{path}: extends is {shortened(bases)}; it must be the path of a YAML file, or a list of paths"
+        )
     below: dict[str, Any] = {}
     for name in names:
-        below = _merge(below, read_with_bases(_base(path, name), parse, (*seen, path)))
+        below = _merge(below, read_with_bases(_base(path, name), parse, (*seen, path), opened))
     merged = _merge(below, {key: value for key, value in tree.items() if key != "extends"})
     if "published" in tree:
         merged["published"] = tree["published"]  # replaced, not merged: results belong to one recipe alone
@@ -107,7 +134,8 @@ def _base(path: Path, name: str) -> Path:
 
 
 def _read_values(path: Path) -> Any:
-    tree = OmegaConf.to_container(_parsed(path.read_text(encoding="utf-8")), resolve=False)
+    tree = deepcopy(_parsed(read_text(path, MOST_YAML_BYTES)))
+    tree = {} if tree is None else tree  # a file may hold comments alone
     if isinstance(tree, dict):
         stages = tree.get("stages")
         for section in (tree, tree.get("defaults"), *(stages.values() if isinstance(stages, dict) else ())):
@@ -132,7 +160,7 @@ def _find_beside(folder: Path, section: Any, keys: Sequence[str]) -> None:
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> Any:
     """Parse YAML, cached, because recipes share files and YAML is slow to read."""
-    return OmegaConf.create(text)
+    return parse_yaml(text)
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -150,15 +178,19 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     raw = dict(raw)
     defaults, stages, weights = raw.pop("defaults", None) or {}, raw.get("stages"), raw.pop("init", None)
     if not isinstance(stages, dict) or not any(stages.values()):
-        raise RecipeError(f"{path}: stages is {stages!r}; a recipe needs at least one stage, as a mapping of names")
+        raise RecipeError(
+            f"{path}: stages is {shortened(stages)}; a recipe needs at least one stage, as a mapping of names"
+        )
     seed, expanded, previous = raw.get("seed", 0), {}, None
     for name, stage in stages.items():
         if stage is None:
             continue
         if not str(name).replace("-", "").replace("_", "").isalnum():
-            raise RecipeError(f"{path}: stage name {name!r} must be made of letters, digits, - and _")
+            raise RecipeError(f"{path}: stage name {shortened(name)} must be made of letters, digits, - and _")
         if not isinstance(stage, dict):
-            raise RecipeError(f"{path}: stages.{name} is {stage!r}; it must be a mapping of keys to values, or null")
+            raise RecipeError(
+                f"{path}: stages.{name} is {shortened(stage)}; it must be a mapping of keys to values, or null"
+            )
         stage = _merge(defaults, stage)
         init = stage.get("init")
         mistaken = isinstance(init, str | int | float | list)  # left in the stage, for `parse_settings` to refuse
@@ -190,7 +222,7 @@ def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> An
         return kind.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise RecipeError(f"{source}: {_explain(kind, error)}") from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # a value that JSON does not have, or an integer of thousands of digits
         raise RecipeError(f"{source}: {error}") from None
 
 
@@ -214,7 +246,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{field}: {reason}" if field else reason
-    return f"{field} is {value!r}: {reason[0].lower()}{reason[1:]}"
+    return f"{field} is {shortened(value)}: {reason[0].lower()}{reason[1:]}"
 
 
 def _known_keys(kind: type[Settings], location: Sequence[str | int]) -> set[str]:

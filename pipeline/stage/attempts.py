@@ -28,6 +28,7 @@ from pipeline.stage.device_errors import DeviceError
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import ATTEMPTS_FILE, ATTEMPTS_FOLDER
 from pipeline.storage.folder import Folder, json_bytes
+from pipeline.storage.records import count_of, decode_record, text_of
 from pipeline.storage.working_copy import Mirror
 
 HEARTBEAT_SECONDS = 10.0
@@ -148,15 +149,27 @@ class Attempts:
         return self.newest() == self.own
 
     def owner(self) -> dict[str, Any] | None:
-        """Who made the newest attempt, and when."""
+        """Who made the newest attempt, and when. Of an entry that cannot be read only its number is known."""
         number = self.newest()
-        content = self._read(f"{number:06d}.json") if number else None
-        return json.loads(content) if content else None
+        return self._entry(number) if number else None
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        """The entry of an attempt. Fields that are not of their type are those of an unknown owner."""
+        record = self._record(f"{number:06d}.json")
+        return {
+            **record,
+            "attempt": number,
+            **{name: text_of(record, name) or "" for name in ("host", "started")},
+            **{name: count_of(record, name) or 0 for name in ("pid", "pid_start_time", "restart_count")},
+            **{name: count_of(record, name) for name in ("world_size", "threads")},
+            "job": text_of(record, "job"),
+            "heartbeat_seconds": _seconds(record.get("heartbeat_seconds")),
+        }
 
     def last_threads(self, world_size: int) -> int | None:
         """Threads per rank of the newest attempt on as many ranks, because other threads would round differently."""
         for number in range(self.newest(), 0, -1):
-            entry = json.loads(self._read(f"{number:06d}.json") or b"{}")
+            entry = self._entry(number)
             if entry.get("world_size") == world_size and entry.get("threads"):
                 return entry["threads"]
         return None
@@ -171,12 +184,16 @@ class Attempts:
         self.upload()
 
     def last_outcome(self) -> Outcome | None:
-        """How the newest attempt ended; None if it recorded nothing."""
-        content = self._read(f"{self.newest():06d}.outcome.json")
-        if content is None:
+        """How the newest attempt ended; None if it recorded nothing that can be read."""
+        entry = self._record(f"{self.newest():06d}.outcome.json")
+        kind = text_of(entry, "kind")
+        if kind not in list(OutcomeKind):
             return None
-        entry = json.loads(content)
-        return Outcome(OutcomeKind(entry["kind"]), entry["reason"], entry["step"])
+        return Outcome(OutcomeKind(kind), text_of(entry, "reason") or "", count_of(entry, "step"))
+
+    def _record(self, name: str) -> dict[str, Any]:
+        content = self._read(name)
+        return {} if content is None else decode_record(content, self._folder / name)
 
     def record_device_error(self, error: DeviceError) -> None:
         """Record an error that a GPU reported to this rank."""
@@ -188,8 +205,12 @@ class Attempts:
         """The errors that GPUs reported in all attempts, by attempt. Files that cannot be read count as absent."""
         found = []
         for name in sorted(name for name in self._folder.entries() if name.endswith(GPU_ERROR)):
-            with suppress(ValueError, TypeError):
-                found.append(DeviceError(**json.loads(self._read(name) or b"")))
+            record = self._record(name)
+            node, text, hardware = text_of(record, "node"), text_of(record, "text"), record.get("hardware")
+            if node and text is not None and isinstance(hardware, bool):
+                code, pid, attempt = (count_of(record, key) for key in ("code", "pid", "attempt"))
+                program = text_of(record, "program") or ""
+                found.append(DeviceError(node, code, text, hardware, pid or 0, attempt or 0, program))
         return found
 
     def _read(self, name: str) -> bytes | None:
@@ -201,10 +222,15 @@ class Attempts:
     def _write_list(self) -> None:
         lines = []
         for number in range(1, self.newest() + 1):
-            entry, outcome = (self._read(f"{number:06d}{end}") for end in (".json", ".outcome.json"))
-            outcome_entry = {"outcome": json.loads(outcome) if outcome else None}
-            lines.append(json.dumps({**json.loads(entry or b"{}"), **outcome_entry}) + "\n")
+            entry, outcome = (self._record(f"{number:06d}{end}") for end in (".json", ".outcome.json"))
+            lines.append(json.dumps({**entry, "outcome": outcome or None}) + "\n")
         Folder.at(self._directory).publish(ATTEMPTS_FILE, "".join(lines).encode())
+
+
+def _seconds(value: Any) -> float:
+    """How often a heartbeat changes; for an odd value, as often as they do by default."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 3600
+    return float(value) if known else HEARTBEAT_SECONDS
 
 
 def is_alive(owner: Mapping[str, Any]) -> bool:

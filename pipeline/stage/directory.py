@@ -1,6 +1,5 @@
 """A stage is a directory: whoever has the path can resume it. `pipeline.storage.file_names` lists its files."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pipeline.recipe import StageRecipe, changed_fields, load_stage_recipe, writ
 from pipeline.stage.attempts import Attempts
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, INIT_FILE, RECIPE_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
+from pipeline.storage.records import count_of, holds_texts, name_unreadable, read_record, required_record, text_of
 from pipeline.storage.working_copy import remote_of
 
 
@@ -21,6 +21,21 @@ class Done:
     weights: str
     weights_sha256: str
     step: int
+
+
+def read_done(directory: Path) -> Done | None:
+    """The DONE marker of a stage directory; None if the stage is not finished.
+
+    A marker that cannot be read is named on stderr and counts as absent: the stage then resumes from its last
+    checkpoint, makes no step, and writes the marker again.
+    """
+    record = read_record(directory / DONE_FILE)
+    weights, sha256, step = text_of(record, "weights"), text_of(record, "weights_sha256"), count_of(record, "step")
+    if weights and sha256 and step is not None:
+        return Done(weights, sha256, step)
+    if record or (directory / DONE_FILE).exists():
+        name_unreadable(directory / DONE_FILE, "it does not name weights, weights_sha256 and step")
+    return None
 
 
 class Stage:
@@ -69,7 +84,9 @@ class Stage:
             DataError: naming the file whose hash differs.
         """
         path = self.directory / DATA_FILE
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        # Refused, because training would accept any other data without it.
+        remedy = "restore it from a copy; without one, remove it to accept the data that the recipe names now"
+        known: dict[str, str] = required_record(path, remedy, holds_texts) or {}
         for name, expected in known.items():
             # Evaluation may be turned off and on again because it does not change training.
             if identity.get(name, expected) != expected:
@@ -87,10 +104,12 @@ class Stage:
             CheckpointError: if the file has changed since.
         """
         record = self.directory / INIT_FILE
-        if not record.exists():
+        remedy = "restore it from a copy; without one, remove it to accept the weights that the recipe names now"
+        known = required_record(record, remedy, lambda content: text_of(content, "sha256") is not None)
+        if known is None:
             write_json(record, {"weights": path, "sha256": sha256})
             return
-        expected = json.loads(record.read_text())["sha256"]
+        expected = known["sha256"]
         if sha256 != expected:
             raise CheckpointError(
                 f"stage {self.recipe.name} was started with init.weights of sha256 {expected[:12]}, but {path} now has"
@@ -99,13 +118,11 @@ class Stage:
 
     def done(self) -> Done | None:
         """The DONE marker, if the stage is finished."""
-        path = self.directory / DONE_FILE
-        return Done(**json.loads(path.read_text())) if path.exists() else None
+        return read_done(self.directory)
 
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json, if the stage is finished."""
-        path = self.directory / RESULT_FILE
-        return json.loads(path.read_text()) if path.exists() else None
+        """The content of result.json, if the stage is finished and it can be read."""
+        return read_record(self.directory / RESULT_FILE) or None
 
     def finish(self, result: Mapping[str, Any], step: int) -> None:
         """Write result.json, then DONE, because the next stage believes DONE alone."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.storage.file_names import RECIPE_FILE
+from pipeline.storage.records import read_record
 
 SNAPSHOT = "environment.json"  # in a copy of the code: commit and packages at the time of the copy
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,8 @@ def describe_software() -> dict[str, Any]:
 def describe_commit(root: Path = ROOT) -> dict[str, Any]:
     """The git commit of the code, and how many of its files differ from it; empty outside of a checkout."""
     if (root / SNAPSHOT).is_file():
-        return json.loads((root / SNAPSHOT).read_text()).get("commit", {})
+        commit = read_record(root / SNAPSHOT).get("commit")
+        return commit if isinstance(commit, dict) else {}
     if not (root / ".git").exists():  # a checkout around an installed package is another project's
         return {}
     try:

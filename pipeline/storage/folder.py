@@ -18,6 +18,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StageError
+from pipeline.storage.bounded_files import read_file
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Folder:
         return {info["name"].rstrip("/").rpartition("/")[2]: info for info in listing if info["name"] != self.path}
 
     def read(self, name: str) -> bytes:
-        """Read a whole file."""
-        return self.fs.cat_file((self / name).path)
+        """Read a whole file; on a local disk a regular one, see `read_file`."""
+        path = (self / name).path
+        return read_file(path, None) if self.local else self.fs.cat_file(path)
 
     def publish(self, name: str, data: bytes) -> None:
         """Write or replace a file."""

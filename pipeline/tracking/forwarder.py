@@ -29,12 +29,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.distributed.processes import module_command
 from pipeline.errors import first_line
+from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
+from pipeline.storage.records import is_count, read_record, text_of
 from pipeline.tracking.journal import Event, Tail, is_number
 
 POLL_SECONDS = 3.0
@@ -239,8 +239,10 @@ def open_run(client: Any, path: Path, experiment: str, name: str, tags: dict[str
     """
     from mlflow.exceptions import MlflowException
 
-    state = json.loads(path.read_text()) if path.exists() else {}
-    if "run_id" in state:
+    state = read_record(path)
+    logged = state.get("logged")
+    state["logged"] = {k: v for k, v in logged.items() if is_count(v)} if isinstance(logged, dict) else {}
+    if text_of(state, "run_id"):
         try:
             if client.get_run(state["run_id"]).info.lifecycle_stage == "active":
                 client.update_run(state["run_id"], status="RUNNING")
@@ -251,7 +253,7 @@ def open_run(client: Any, path: Path, experiment: str, name: str, tags: dict[str
         warn(f"MLflow does not know run {state['run_id']} of {path}; a new one takes its place")
         state = {}
     # The key is on disk before the run is created, so that a run is found by its key after a kill in between.
-    key = state.get("key") or uuid.uuid4().hex
+    key = re.sub("[^0-9a-f]", "", text_of(state, "key") or "") or uuid.uuid4().hex
     write_json(path, {"key": key})
     runs = client.search_runs([experiment], f"tags.`fcmae.key` = '{key}'")
     run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={**tags, "fcmae.key": key})
@@ -299,7 +301,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    value = yaml.safe_load(path.read_text()) if path.exists() else None
+    try:
+        value = read_yaml(path)
+    except (OSError, ValueError):
+        value = None
     return value if isinstance(value, dict) else {}
 
 

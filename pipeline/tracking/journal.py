@@ -13,13 +13,17 @@ import errno
 import json
 import math
 import os
+import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.errors import first_line, shortened
+from pipeline.storage.bounded_files import parse_json
+from pipeline.storage.records import is_count, name_unreadable
 from pipeline.url_secrets import redact
 
 Event = dict[str, Any]
@@ -51,17 +55,56 @@ def strict_json(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of an event is an int or a float; a bool is neither."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value of an event is a float or an int that a float can hold; a bool is neither."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def _is_measure(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1e12
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What fields of events and of the jobs' history hold, whatever the kind of the line; null is absent.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "committed"), lambda step: is_count(step) or step == -1),  # -1: none is committed
+    **dict.fromkeys(("attempt", "total_steps", "world_size", "threads", "rollbacks"), is_count),
+    **dict.fromkeys(("time", "global_batch", "images_per_second", "data_wait_seconds", "seconds", "blocked_seconds",
+        "cpu_seconds", "asked"), _is_measure),
+    **dict.fromkeys(("loss", "lr", "gradient_norm"), is_number),
+    **dict.fromkeys(("kind", "event", "job", "message", "level", "reason", "host", "device", "why", "path",
+        "sentence"), _is_text),
+    **dict.fromkeys(("metrics", "versions", "train", "validation"), _is_object),
+    "laps": lambda laps: _is_object(laps) and all(map(_is_measure, laps.values())),
+    "left_out": lambda steps: isinstance(steps, list) and len(steps) == 2 and all(map(is_count, steps)),
+    "outcome": lambda end: isinstance(end, str | dict),  # a word in the journal, an entry in the list of attempts
+    "on_track": lambda value: isinstance(value, bool),
+}  # fmt: skip
 
 
 def parse_line(line: bytes) -> Event | None:
-    """Parse one line; None if the line is torn or no JSON object."""
+    """Parse one line; None if the line is torn or no JSON object. Fields of other types count as absent."""
+    return examine_line(line)[0]
+
+
+def examine_line(line: bytes) -> tuple[Event | None, str]:
+    """Parse one line as `parse_line`, and return what is wrong with it in words; "" if nothing is."""
     try:
-        event = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return _restored(event) if isinstance(event, dict) else None
+        event = parse_json(line.decode())
+    except ValueError as error:
+        return None, f"is no JSON object ({first_line(error)})"
+    if not isinstance(event, dict):
+        return None, "is no JSON object"
+    event = _restored(event)
+    odd = [name for name, value in event.items() if value is not None and name in FIELDS and not FIELDS[name](value)]
+    trouble = f"has {odd[0]} {shortened(event[odd[0]])}" if odd else ""
+    return {name: value for name, value in event.items() if name not in odd}, trouble
 
 
 def _restored(value: Any) -> Any:
@@ -144,24 +187,39 @@ class Tail:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._offset = 0  # the end of a valid line, so that it stays valid when a torn line after it is cut off
+        self._lines = 0  # before that
 
     def poll(self) -> list[Event]:
-        """Read the complete lines added since the last call; skip lines that are no JSON objects."""
+        """Read the complete lines added since the last call.
+
+        Lines that are no JSON objects, and fields that are not of their type, are left out and named once on stderr.
+        """
         try:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
-                    self._offset = 0  # the file was replaced
+            # Without O_NONBLOCK opening a pipe waits for somebody who writes into it.
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "no regular file")
+                if status.st_size < self._offset:
+                    self._offset = self._lines = 0  # the file was replaced
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
-        events, end, valid = [], 0, 0
+        except OSError as error:
+            name_unreadable(self.path, error.strerror)
+            return []
+        events, end, valid, lines = [], 0, 0, 0
         while (newline := data.find(b"\n", end)) >= 0:
-            event = parse_line(data[end:newline])
-            end = newline + 1
+            event, trouble = examine_line(data[end:newline])
+            end, lines = newline + 1, lines + 1
+            if trouble and (event or newline + 1 < len(data)):  # the last line may be torn, and is cut off then
+                name_unreadable(self.path, f"line {self._lines + lines} {trouble}")
             if event is not None:
                 events.append(event)
-                valid = end
+                valid, valid_lines = end, lines
+        if valid:
+            self._lines += valid_lines
         self._offset += valid
         return events
 

@@ -92,11 +92,13 @@ def write_result(
     events = journal.read_events(stage.directory / JOURNAL_FILE)
     recipe, verdict = stage.recipe, judge_journal(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
-    evaluations = [e["metrics"] for e in events if e["kind"] == "evaluate" and e["step"] == step]
-    metrics = evaluations[-1] if evaluations else {}
+    metrics = next(
+        (e.get("metrics") for e in reversed(events) if e.get("kind") == "evaluate" and e.get("step") == step), {}
+    )
     spans: dict[int, list[float]] = {}
     for event in events:
-        spans.setdefault(event["attempt"], []).append(event["time"])
+        if {"attempt", "time"} <= event.keys():
+            spans.setdefault(event["attempt"], []).append(event["time"])
     result = {
         "stage": recipe.name,
         "objective": recipe.objective.kind,

@@ -1,6 +1,5 @@
 """When a stage saves checkpoints, where they are, and what follows from a save that fails."""
 
-import json
 import math
 import time
 import uuid
@@ -21,7 +20,8 @@ from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import CHECKPOINTS_FILE, CHECKPOINTS_FOLDER
 from pipeline.storage.folder import Folder, write_json
-from pipeline.tracking.journal import Event, effective_events
+from pipeline.storage.records import required_record
+from pipeline.tracking.journal import Event, effective_events, is_number
 from pipeline.tracking.step_log import StepLog
 
 Evaluation = tuple[int, float]  # step, value of the objective's metric
@@ -47,7 +47,8 @@ def claim_home(stage: Stage) -> Folder:
     """
     name, directory = stage.recipe.name, stage.recipe.checkpoint.directory
     path, home = stage.directory / CHECKPOINTS_FILE, checkpoint_home(stage)
-    note = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex, "directory": directory}
+    remedy = f"restore it from a copy; without one, write the line of {home}/OWNER into it as id, and its directory"
+    note = required_record(path, remedy, _names_a_home) or {"id": uuid.uuid4().hex, "directory": directory}
     if note["directory"] != directory:
         before = _home(stage, note["directory"])
         if (before / EVER_COMMITTED).exists() and not (home / EVER_COMMITTED).exists():
@@ -65,6 +66,10 @@ def claim_home(stage: Stage) -> Folder:
                 ) from None
     write_json(path, {**note, "directory": directory})
     return home
+
+
+def _names_a_home(note: Mapping[str, Any]) -> bool:
+    return isinstance(note.get("id"), str) and isinstance(note.get("directory", 0), str | None)
 
 
 def has_checkpoint(stage: Stage, world: World) -> bool:
@@ -273,7 +278,7 @@ def best_evaluation(events: Iterable[Event], metric: str) -> Evaluation | None:
     evaluations: list[Evaluation] = [
         (event["step"], event["metrics"][metric])
         for event in effective_events(events)
-        if event.get("kind") == "evaluate" and isinstance(event.get("metrics"), Mapping) and metric in event["metrics"]
+        if event.get("kind") == "evaluate" and "step" in event and is_number((event.get("metrics") or {}).get(metric))
     ]
     evaluations = [(step, value) for step, value in evaluations if not math.isnan(value)]
     return (min if metric == "loss" else max)(evaluations, key=lambda evaluation: evaluation[1], default=None)

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -119,8 +120,12 @@ def _decode(path: str | os.PathLike, data: bytes) -> Any:
         if kind == "safetensors":
             return safetensors.torch.load(data)
         # torch writes a checksum of each record, but does not compare it when it reads.
-        if data[:4] == _ZIP and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
-            raise ValueError(f"{record} has another checksum than was written")
+        if data[:4] == _ZIP:
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            if sum(record.file_size for record in archive.infolist()) > len(data):  # torch compresses nothing
+                raise ValueError("its records claim more bytes than the file holds")
+            if record := archive.testzip():
+                raise ValueError(f"{record} has another checksum than was written")
         # The official code saves its command line, an argparse.Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -204,11 +209,18 @@ def _problem(name: Any, value: Any) -> str | None:
     shape = tuple(value.shape)
     if name.endswith(COUNTER) and value.dtype is torch.int64 and shape == ():
         return None
+    if value.numel() * value.element_size() > _bytes_of(value):
+        return f"{shape} claims more elements than the file holds"
     if value.dtype not in _DTYPES or value.layout is not torch.strided or value.device.type != "cpu":
         return f"{shape} holds {value.dtype} ({value.layout}, {value.device}) and not plain floating-point numbers"
     if not value.isfinite().all():
         return f"{shape} has {int((~value.isfinite()).sum())} elements that are NaN or infinite"
     return None
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """The bytes of a tensor's storage. A pickle may repeat one element without end."""
+    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else sys.maxsize
 
 
 def _some(keys: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Map a classifier's head to other classes: rows are matched by the names of the classes."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.storage.bounded_files import parse_json
 from pipeline.weights.safetensors_file import read_bytes
 
 _HEADS = (("head.weight", "head.bias"), ("proj_head.0.weight", "proj_head.0.bias"))
@@ -105,7 +105,7 @@ def read_class_names(path: str | os.PathLike) -> list[str]:
     try:
         text = read_bytes(path).decode()
         if os.fspath(path).endswith(".json"):
-            content = json.loads(text)
+            content = parse_json(text)
             names = content["classes"] if isinstance(content, dict) else content
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]

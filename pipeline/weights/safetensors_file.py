@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import CheckpointError
+from pipeline.storage.bounded_files import parse_json
 from pipeline.storage.folder import Folder
 
 FACTS = "fcmae"  # the only metadata key, because safetensors writes several in random order
@@ -75,8 +76,11 @@ def read_facts(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with folder.fs.open((folder / name).path, "rb") as stream:
             size = min(int.from_bytes(stream.read(8), "little"), _HEADER_LIMIT_BYTES)
-            header = json.loads(stream.read(size))
-        return json.loads(header["__metadata__"][FACTS])
+            header = parse_json(stream.read(size))
+        facts = parse_json(header["__metadata__"][FACTS])
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no JSON object")
+        return facts
     except OSError as error:
         raise _not_readable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:

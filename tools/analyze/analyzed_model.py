@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, UserError, first_line
 from pipeline.models import create_model
 from pipeline.objectives.pixels import grey_levels, levels
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.storage.bounded_files import parse_yaml
 from pipeline.weights.foreign import load_tensors
 from pipeline.weights.input_channels import refuse_other_channels
 from tools.analyze.timm_import import import_timm
@@ -66,8 +66,8 @@ def open_model(words: str, image_size: int, device: torch.device | str = "cpu") 
     """
     try:
         name, *rest = [words] if Path(words).exists() else shlex.split(words) or [""]
-        options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in rest)}
-    except (ValueError, yaml.YAMLError):
+        options = {key: parse_yaml(value) for key, value in (word.split("=", 1) for word in rest)}
+    except (ValueError, OSError):  # OSError: the words are too long for a path
         raise UserError(
             f"model {words!r} is no file, and its words after the first are not all KEY=VALUE; correct them"
         ) from None

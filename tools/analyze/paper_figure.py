@@ -15,13 +15,14 @@ from typing import Any
 
 import matplotlib
 import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from pipeline.errors import UserError
+from pipeline.recipe.yaml_files import read_mapping
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.folder import Folder
+from pipeline.storage.records import read_record, text_of
 
 WIDTH_INCHES = 5.0
 FOLDER = "analyses"  # in a run or a stage
@@ -101,12 +102,12 @@ def publish_figure(figure: Figure, name: str, numbers: Mapping[str, Any], out: P
 def _log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> None:
     """Log files and metrics to the MLflow run of the stage or run that contains the files, if there is one."""
     home = next((folder for folder in files[0].resolve().parents if (folder / "mlflow.json").is_file()), None)
-    run = json.loads((home / "mlflow.json").read_text()).get("run_id") if home else None
+    run = text_of(read_record(home / "mlflow.json"), "run_id") if home else None
     if home is None or run is None:
         return
     from mlflow import MlflowClient
 
-    recipe = yaml.safe_load((home / RECIPE_FILE).read_text())
+    recipe = read_mapping(home / RECIPE_FILE)
     is_run = "stages" in recipe
     tracking = next(iter(recipe["stages"].values()))["tracking"] if is_run else recipe["tracking"]
     client = MlflowClient(tracking["mlflow_uri"] or f"sqlite:///{home if is_run else home.parent}/mlflow.db")

@@ -29,13 +29,14 @@ def estimate_cost(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Predict memory per GPU, hours, cost and disk space of a recipe on a cluster, before you queue anything."""
-    from cluster.site import load_site
+    from cluster.site import check_stage_names, load_site
     from pipeline.recipe import load_recipe
     from tools.estimate.estimate_table import estimate_json, render_estimate
     from tools.estimate.stage_estimate import estimate
     from tools.recipes.library import find_recipe
 
     chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
+    check_stage_names(profile, chain.stages)
     stages = estimate(chain, profile, nodes=nodes, images=images or (), measured_here=measure)
     if json:
         print(estimate_json(stages, price))

@@ -1,6 +1,5 @@
 """Match a classifier's outputs to the classes of the images, and count correct answers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.storage.bounded_files import read_json
 from tools.evaluate.confusions import AnswerLog
 
 LEAST_AGREEMENT = 0.5  # of real.json with the images' own labels; it is about 0.9 where the images' order is right
@@ -69,10 +69,10 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
         DataError: if this is another file, or it contradicts the labels of the data.
     """
     try:
-        listed = json.loads(Path(path).read_bytes())
+        listed = read_json(path)
         lengths = [len(answers) for answers in listed]
         flat = np.array([int(answer) for answers in listed for answer in answers], np.int64)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         raise DataError(f"{path} is no list of lists of class numbers; give ImageNet-ReaL's real.json") from None
     if len(listed) != beton.samples:
         raise DataError(

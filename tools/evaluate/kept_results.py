@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.recipe.image_size import height_and_width
+from pipeline.storage.bounded_files import read_json
 from pipeline.storage.file_names import EVALUATIONS_FOLDER
 from pipeline.storage.folder import Folder
+from pipeline.storage.records import name_unreadable
 from tools.evaluate.confusions import Confusions
 from tools.evaluate.published import Z, result_facts
 from tools.evaluate.run_evaluation import EvaluationResult
@@ -74,9 +76,9 @@ def kept_results(stage: Path) -> list[list[KeptResult]]:
     found = []
     for path in sorted((stage / EVALUATIONS_FOLDER).glob("*.json")):
         try:
-            found.append([KeptResult.of_facts(facts) for facts in json.loads(path.read_bytes())])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
+            found.append([KeptResult.of_facts(facts) for facts in read_json(path)])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
+            name_unreadable(path, first_line(error))
     return [results for results in found if results]
 
 

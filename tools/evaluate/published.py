@@ -5,15 +5,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from pipeline.recipe import load_recipe
-from pipeline.recipe.image_size import ImageSize
-from pipeline.recipe.sections import Settings
+from pipeline.recipe.image_size import ImageSize, Side
+from pipeline.recipe.settings_base import Settings
 from pipeline.recipe.yaml_files import parse_settings
+from pipeline.storage.bounded_files import parse_yaml
 from tools.evaluate.run_evaluation import EvaluationResult
 from tools.recipes.library import included_recipes
 
@@ -23,6 +23,7 @@ the accuracy by about as much."""
 Z = 1.96  # standard errors: a sample of the same accuracy falls outside once in twenty times
 
 Benchmark = Literal["val", "real", "v2", "a", "r", "sketch"]
+Images = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Score(Settings):
@@ -38,7 +39,7 @@ class PublishedAccuracy(Settings):
     model: str
     chain: Literal["in1k", "in22k_in1k"]
     """The fine-tuning after FCMAE: on ImageNet-1K, or on ImageNet-22K and then 1K."""
-    image_size: int
+    image_size: Side
     data: Benchmark = "val"
     paper: Score | None = None
     timm: Score | None = None
@@ -54,7 +55,7 @@ class PublishedAccuracy(Settings):
 class PublishedTable(Settings):
     """`images` is the number of images of each benchmark."""
 
-    images: dict[Benchmark, int]
+    images: dict[Benchmark, Images]
     results: tuple[PublishedAccuracy, ...]
 
 
@@ -62,7 +63,7 @@ class PublishedTable(Settings):
 def published_table() -> PublishedTable:
     """The accuracies that the included recipes name, and those of `recipes/convnextv2/other-test-sets.yaml`."""
     text = importlib.resources.files("recipes").joinpath("convnextv2/other-test-sets.yaml").read_text()
-    others = parse_settings(PublishedTable, yaml.safe_load(text), "other-test-sets.yaml")
+    others = parse_settings(PublishedTable, parse_yaml(text), "other-test-sets.yaml")
     return others.model_copy(update={"results": (*_of_recipes(), *others.results)})
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from cluster.chain import has_begun
 from pipeline.data.beton import Beton, open_beton, samples_of
-from pipeline.errors import DataError, RecipeError, UserError
+from pipeline.errors import DataError, RecipeError, UserError, shortened
 from pipeline.models import VARIANTS
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from pipeline.recipe.image_size import ImageSize, describe_size
 from pipeline.recipe.schema import leaf_fields
+from pipeline.storage.bounded_files import parse_yaml
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.working_copy import working_copy
 from tools.own_images.derived_values import FEW_IMAGES, USUAL_SIDE, ImageFacts, Value, derive
@@ -224,12 +224,14 @@ def _given_values(request: Request) -> dict[str, Any]:
         key, _, value = text.partition("=")
         if key.startswith(prefix):
             try:
-                given[key.removeprefix(prefix)] = yaml.safe_load(value)
-            except yaml.YAMLError:
+                given[key.removeprefix(prefix)] = parse_yaml(value)
+            except ValueError:
                 given[key.removeprefix(prefix)] = value  # refused with the recipe
     for field in CALCULATED.intersection(given):
-        if type(given[field]) not in (int, float) or not given[field] > 0:
-            raise RecipeError(f"{field} is {given[field]!r}; give a number above 0, or leave it out to have it derived")
+        if type(given[field]) not in (int, float) or not 0 < given[field] < 1e9:
+            raise RecipeError(
+                f"{field} is {shortened(given[field])}; give a number above 0, or leave it out to have it derived"
+            )
     return given
 
 
@@ -277,7 +279,7 @@ def _texts(values: dict[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    plain = isinstance(value, str) and re.fullmatch(r"/?[A-Za-z_][\w./+-]*", value) and yaml.safe_load(value) == value
+    plain = isinstance(value, str) and re.fullmatch(r"/?[A-Za-z_][\w./+-]*", value) and parse_yaml(value) == value
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,11 +1,11 @@
 """A model that answers for images, of weights of any origin: a file of any layout, a stage or a run."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def load_image_model(
         crop_pct = data.crop_pct if size == data.image_size else None
     network = build_model(opened.tensors, facts.get("model"), opened.source)
     refuse_other_channels(network.in_channels, str(path))
-    names = class_names or tuple(facts.get("classes") or ()) or None
+    names = class_names or _names_of(facts, network.num_classes)
     if class_names and len(class_names) != network.num_classes:
         raise CheckpointError(
             f"{len(class_names)} class names are given and the head of {path} has {network.num_classes} outputs; give"
@@ -217,6 +217,13 @@ def load_image_model(
     return ImageModel(
         network, _variant(network), network.num_classes, names, opened.which, opened.source, transform, opened.stage
     )
+
+
+def _names_of(facts: Mapping[str, Any], outputs: int) -> tuple[str, ...] | None:
+    """The class names that a weights file gives, if it gives one for each output."""
+    names = facts.get("classes")
+    fit = isinstance(names, list | tuple) and len(names) == outputs and all(isinstance(name, str) for name in names)
+    return tuple(names) if fit and names else None
 
 
 def reading_of_stage(stage: Path) -> ReadingSettings | None:

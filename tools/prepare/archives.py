@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream, why_ignored
 
 _BLOCK_BYTES = 512
@@ -148,8 +148,9 @@ def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, OSError) as error:
+        # A header may claim any size, and name itself as the header of the next one.
         raise DataError(
-            f"archive {name} cannot be read ({error}): it is truncated, damaged or compressed; copy it again, or unpack"
-            " a .gz first"
+            f"archive {name} cannot be read ({first_line(error)}): it is truncated, damaged or compressed; copy it"
+            " again, or unpack a .gz first"
         ) from None

@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import DataError
+from pipeline.storage.bounded_files import read_file
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".avif", ".avifs", ".heic", ".heif",
@@ -180,9 +181,13 @@ def locate(source: str) -> tuple[AbstractFileSystem, str]:
 
 
 def read_whole_file(fs: AbstractFileSystem, path: str) -> bytes:
-    """Read a whole file. Raises DataError if that fails."""
+    """Read a whole file, of at most 1 GiB. Raises DataError if that fails."""
     try:
+        if isinstance(fs, LocalFileSystem):
+            return read_file(path, 1 << 30)
         return with_retries(fs, path, lambda: fs.cat_file(path))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}; name another file") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; name another file") from None
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from pipeline.data.beton import open_beton, sidecar_path
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError
+from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
 from tools.prepare.detect import open_source
@@ -159,7 +160,7 @@ def held_out(prepared_file: Path) -> Path:
 def read_entry(generation: Path) -> CacheEntry | None:
     """What a folder of the cache holds; None if its preparation did not end, or it is no such folder."""
     try:
-        return CacheEntry(**json.loads((generation / SOURCE_FILE).read_text()))
+        return CacheEntry(**read_json(generation / SOURCE_FILE))
     except (OSError, ValueError, TypeError):
         return None
 

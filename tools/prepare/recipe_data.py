@@ -9,7 +9,8 @@ from cluster.chain import resolve_chain_paths
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import ChainRecipe, ClassificationSettings, StageRecipe, load_recipe
-from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE
+from pipeline.stage.directory import read_done
+from pipeline.storage.file_names import RECIPE_FILE
 from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared, read_entry, say, window_of
 
 NAMES = ("train", "validation")  # of a recipe's data
@@ -58,7 +59,7 @@ def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
     """
     needs_classes: dict[str, bool] = {}
     for name, stage in chain.stages.items():
-        if not (run / name / DONE_FILE).exists():
+        if not read_done(run / name):
             for source in filter(None, (getattr(stage.data, name) for name in NAMES)):
                 classifies = isinstance(stage.objective, ClassificationSettings)
                 needs_classes[source] = needs_classes.get(source, False) or classifies

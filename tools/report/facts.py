@@ -3,18 +3,17 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import yaml
 
 from cluster.recipe_origin import read_origin
 from cluster.show.status import RunFollower, StageStatus
 from pipeline.health.verdict import Verdict, judge_journal
 from pipeline.recipe import StageRecipe, load_stage_recipe
+from pipeline.storage.bounded_files import MOST_YAML_BYTES, parse_yaml, read_file, read_text
 from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE
+from pipeline.storage.records import name_unreadable, time_of
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
 
@@ -67,7 +66,7 @@ class StageFacts:
 
     @property
     def steps(self) -> list[Event]:
-        return [e for e in self.kept if e.get("kind") == "step"]
+        return [e for e in self.kept if e.get("kind") == "step" and "step" in e]
 
     def latest(self, kind: str) -> Event:
         """The last event of a kind; empty if there is none."""
@@ -126,7 +125,8 @@ class RunFacts:
     @property
     def published(self) -> dict[str, Any]:
         """The recipe's `published`: top1 in percent, source, and further values."""
-        return self.recipe.get("published") or {}
+        published = self.recipe.get("published")
+        return published if isinstance(published, dict) else {}
 
     def stage(self, name: str) -> StageFacts | None:
         return next((stage for stage in self.stages if stage.name == name), None)
@@ -152,8 +152,8 @@ def gather(directory: Path) -> RunFacts:
         StageError: if the directory is no run directory.
     """
     statuses = RunFollower(directory).statuses()
-    text = (directory / RECIPE_FILE).read_text()
-    recipe = yaml.safe_load(text)
+    text = read_text(directory / RECIPE_FILE, MOST_YAML_BYTES)
+    recipe = parse_yaml(text)
     stages = [_stage(directory / s.stage, s) for s in statuses if (directory / s.stage / RECIPE_FILE).is_file()]
     return RunFacts(str(recipe.get("name")), directory, recipe, text, read_origin(directory), stages)
 
@@ -170,7 +170,10 @@ def _entries(directory: Path, events: Iterable[Event]) -> list[dict[str, Any]]:
     """The entries of attempts.jsonl; without that file, the numbers of the attempts in the journal."""
     path = directory / ATTEMPTS_FILE
     if path.exists():
-        return [entry for line in path.read_bytes().splitlines() if (entry := journal.parse_line(line))]
+        lines = [journal.examine_line(line) for line in read_file(path).splitlines()]
+        if trouble := next((trouble for _, trouble in lines if trouble), ""):
+            name_unreadable(path, trouble)
+        return [entry for entry, _ in lines if entry and "attempt" in entry]
     return [{"attempt": number} for number in sorted({e["attempt"] for e in events if "attempt" in e})]
 
 
@@ -178,9 +181,10 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
     number = entry.get("attempt")
     own = [event for event in events if event.get("attempt") == number]
     begin = next((event for event in own if event.get("kind") == "attempt"), {})
-    steps = [event["step"] for event in own if event.get("kind") == "step"]
+    steps = [event["step"] for event in own if event.get("kind") == "step" and "step" in event]
     times = [event["time"] for event in own if "time" in event]
-    started = datetime.fromisoformat(entry["started"]).timestamp() if entry.get("started") else None
+    started = time_of(entry, "started")
+    outcome = entry.get("outcome")
     return Attempt(
         number=number,
         started=started or (times[0] if times else None),
@@ -192,7 +196,7 @@ def _attempt(entry: dict[str, Any], events: list[Event]) -> Attempt:
         device=str(begin.get("device") or "cpu"),
         first_step=begin.get("step"),
         last_step=steps[-1] if steps else begin.get("step"),
-        end=_end(entry.get("outcome"), own),
+        end=_end(outcome if isinstance(outcome, dict) else None, own),
     )
 
 

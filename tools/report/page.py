@@ -1,14 +1,14 @@
 """The page of one run: recipe, course, result, and how it compares with the published value."""
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.show.status_table import duration
 from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
+from pipeline.storage.records import read_record
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Checks, Code, Document, Figures, Fold, Grid, Picture, Text, Toned
 from tools.report.evaluations import evaluation_blocks
@@ -39,7 +39,7 @@ def run_page(run: RunFacts) -> Document:
         ]
     chapters.append(Chapter("Recipe", list(recipe_blocks(run))))
     if stages:
-        chapters += [Chapter("Data", list(data_blocks(run))), Chapter("Environment", list(environment_blocks(run)))]
+        chapters += [Chapter("Data", _shown(data_blocks, run)), Chapter("Environment", _shown(environment_blocks, run))]
     written = time.strftime("%Y-%m-%d %H:%M %Z")
     return Document(
         title=run.name,
@@ -48,6 +48,14 @@ def run_page(run: RunFacts) -> Document:
         chapters=chapters,
         foot=f"Written by fcmae report on {written} from {run.directory}; its journals have every step.",
     )
+
+
+def _shown(blocks: Callable[[RunFacts], Iterator[Block]], run: RunFacts) -> list[Block]:
+    """Blocks of facts that only people read, of whatever version of this program wrote them."""
+    try:
+        return list(blocks(run))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return [Text(f"The journal's record cannot be read ({type(error).__name__}: {error}).", quiet=True)]
 
 
 def period(run: RunFacts) -> str:
@@ -274,7 +282,7 @@ def _data_files(stage: StageFacts) -> dict[str, dict[str, Any]]:
     pinned = stage.directory / DATA_FILE
     if files or not pinned.exists():
         return files
-    return {name: {"sha256": digest} for name, digest in json.loads(pinned.read_text()).items()}
+    return {name: {"sha256": digest} for name, digest in read_record(pinned).items() if isinstance(digest, str)}
 
 
 def environment_blocks(run: RunFacts) -> Iterator[Block]:

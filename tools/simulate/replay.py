@@ -5,7 +5,6 @@ times after the start of a job, while steps and saves take what was measured in 
 drawn from the measured ones.
 """
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from cluster.slurm.decision import JobEnd, decide
 from pipeline.errors import UserError
+from pipeline.storage.bounded_files import read_json
 from tools.simulate.simulated_run import Ledger
 from tools.simulate.stage_work import StageWork
 
@@ -41,9 +41,9 @@ def read_times(path: Path) -> list[dict[str, Any]]:
         UserError: if it is none.
     """
     try:
-        stages = json.loads(path.read_text())["stages"]
+        stages = read_json(path)["stages"]
         return [dict(stage, allocations=list(stage["allocations"])) for stage in stages]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a run ({error}); make one by `fcmae times RUN --json`") from None
 
 
@@ -67,7 +67,7 @@ def replay(path: Path) -> ReplayedRun:
                 simulated.add(_simulated_ledger(stage, draw))
             shares.append(simulated.useful_share)
         faults = sum(a["outcome"] != "done" for stage in stages for a in stage["allocations"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: a stage of the run is not done, or its record is damaged ({error!r})") from None
     return ReplayedRun(path.name, len(decisions), tuple(different), faults, real.useful_share, median(shares))
 

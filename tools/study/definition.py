@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import ChainRecipe, load_recipe
-from pipeline.recipe.sections import Settings
+from pipeline.recipe.settings_base import Percent, Seed, Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
+from pipeline.storage.bounded_files import yaml_text
 from tools.recipes.library import find_recipe
 
 STUDY_FILE = "study.yaml"  # in the directory of a study
@@ -25,7 +25,7 @@ class Arm(Settings):
     """Replaces the study's recipe."""
     change: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
-    published: float | None = None
+    published: Percent | None = None
     """Published top-1 in percent; the default for an arm without changes is the recipe's."""
     remark: str = ""
 
@@ -34,7 +34,7 @@ class Reference(Settings):
     """A published result of a model that this program does not train."""
 
     name: str
-    top1: float
+    top1: Percent
     source: str
 
 
@@ -48,7 +48,7 @@ class Study(Settings):
     """Path or name of the recipe that arms change."""
     change: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipes of all arms; an arm's own changes come later and win."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     arms: dict[str, Arm] = Field(min_length=1)
     references: tuple[Reference, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -112,8 +112,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in ("seeds", "arms")]
     raw = read_mapping(path, own)
     others = [text for text in overrides if text not in own]
-    raw["arms"] = {name: arm for name, arm in (raw.get("arms") or {}).items() if arm is not None}
-    study = parse_settings(Study, {**raw, "overrides": [*raw.get("overrides", []), *others]}, str(path))
+    if isinstance(arms := raw.get("arms"), dict):
+        raw["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+    if isinstance(earlier := raw.get("overrides", []), list):
+        raw["overrides"] = [*earlier, *others]
+    study = parse_settings(Study, raw, str(path))
     for arm in study.arms:
         if not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise RecipeError(f"{path}: arm {arm!r} may have letters, digits, -, _ and dots; rename it")
@@ -125,4 +128,4 @@ def write_study(study: Study, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arms = {name: arm.model_copy(update={"published": study.published(name)}) for name, arm in study.arms.items()}
     study = study.model_copy(update={"arms": arms})
-    path.write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
+    path.write_text(yaml_text(study.model_dump(mode="json")))

@@ -9,7 +9,10 @@ from rich.table import Table
 
 from pipeline.errors import StageError
 from pipeline.recipe import load_recipe
-from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE, RESULT_FILE
+from pipeline.stage.directory import read_done
+from pipeline.storage.file_names import RECIPE_FILE, RESULT_FILE
+from pipeline.storage.records import read_record
+from pipeline.tracking.journal import is_number
 from tools.study.definition import STUDY_FILE, Study, load_study, study_runs
 from tools.tables import markdown_table, plain_table
 
@@ -68,11 +71,14 @@ def _run_result(run: Path) -> tuple[str, float, float] | None:
     """The metric and value of the last stage, and the seconds of all stages; None if the run is not finished."""
     recipe = run / RECIPE_FILE
     stages = [run / name for name in load_recipe(recipe).stages] if recipe.exists() else []
-    if not stages or not (stages[-1] / DONE_FILE).exists():
+    if not stages or not read_done(stages[-1]):
         return None
-    results = [json.loads((stage / RESULT_FILE).read_text()) for stage in stages]
-    metric, value = next(iter(results[-1]["metrics"].items()), ("", float("nan")))
-    return metric, value, sum(result["seconds"] for result in results)
+    results = [read_record(stage / RESULT_FILE) for stage in stages]
+    metrics = results[-1].get("metrics")
+    if not isinstance(metrics, dict) or not all(is_number(value) for value in metrics.values()):
+        return None
+    metric, value = next(iter(metrics.items()), ("", float("nan")))
+    return metric, value, sum(seconds for result in results if is_number(seconds := result.get("seconds")))
 
 
 def study_table(study: Study, results: list[ArmResult]) -> Table:

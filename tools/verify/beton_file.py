@@ -1,6 +1,7 @@
-"""Check a .beton file: its bytes against the hashes in the side-car, and with `full` every image in the decoder."""
+"""Check a .beton file: its bytes against the hashes in the side-car; with `full` every row of its sample table, and
+every image in the decoder."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.data.beton import (
     PAGE_BYTES,
     RAW,
     Beton,
+    allocations_of,
     checksums_of,
     contents_of,
     open_beton,
@@ -42,14 +44,50 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         damage.append(str(error))
     if full:
         samples = samples_of(beton)
-        for number, status in _damaged_samples(beton, workers):
+        odd = dict(odd_rows(beton, samples))
+        damage += [f"sample {number} {why}" for number, why in odd.items()]
+        damage += _wrong_counts(beton, samples)
+        for number, status in _damaged_samples(beton, workers, skip=odd):
             block = int(samples["f0"]["data_ptr"][number]) // PAGE_BYTES
             name = beton.classes[samples["f1"][number]]
             damage.append(f"sample {number} (class {name}, block {block}) {describe_status(status)}")
     return beton, damage
 
 
-def _damaged_samples(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
+def odd_rows(beton: Beton, samples: np.ndarray) -> Iterator[tuple[int, str]]:
+    """(number, defect) of each row of a sample table, SAMPLE (N,), that training cannot use: its first defect."""
+    images, labels = samples["f0"], samples["f1"]
+    height, width = images["height"].astype(np.int64), images["width"].astype(np.int64)
+    table = allocations_of(beton)
+    start, size, end = table["ptr"], table["size"], np.uint64(beton.size_bytes)
+    defects = {
+        "is stored in a mode that is neither JPEG nor raw pixels": ~np.isin(images["mode"], (JPEG, RAW)),
+        "has no pixels": (height == 0) | (width == 0),
+        "is larger than the side-car's largest image": (height > beton.max_height) | (width > beton.max_width),
+        "has a label without a class": (labels < 0) | (labels >= len(beton.classes)),
+        "lies outside of the file": (start > end) | (size > end - np.minimum(start, end)),
+        "is not found where the sample table says": (table["sample_id"] != np.arange(len(samples)))
+        | (start != images["data_ptr"]),
+        "holds raw pixels of another number than its size": (images["mode"] == RAW) & (size != 3 * height * width),
+    }
+    for number in np.flatnonzero(np.logical_or.reduce(list(defects.values()))).tolist():
+        defect = next(words for words, rows in defects.items() if rows[number])
+        yield number, f"({width[number]}x{height[number]} px, label {labels[number]}) {defect}"
+
+
+def _wrong_counts(beton: Beton, samples: np.ndarray) -> Iterator[str]:
+    labels, modes = samples["f1"], samples["f0"]["mode"]
+    known = labels[(labels >= 0) & (labels < len(beton.classes))]
+    counts = np.bincount(known.astype(np.int64), minlength=len(beton.classes))
+    for name, count, noted in zip(beton.classes, counts.tolist(), beton.samples_per_class, strict=True):
+        if count != noted:
+            yield f"class {name} has {count:,} samples, and the side-car says {noted:,}"
+    for kind, mode, noted in (("JPEG", JPEG, beton.jpeg_samples), ("raw", RAW, beton.raw_samples)):
+        if (count := int((modes == mode).sum())) != noted:
+            yield f"{count:,} samples are {kind}, and the side-car says {noted:,}"
+
+
+def _damaged_samples(beton: Beton, workers: int, skip: Container[int]) -> Iterator[tuple[int, int]]:
     """(number, status) of the images that do not decode or whose checksum differs."""
     samples = samples_of(beton)
     images, checksums = samples["f0"], checksums_of(samples)
@@ -63,7 +101,7 @@ def _damaged_samples(beton: Beton, workers: int) -> Iterator[tuple[int, int]]:
             status = CHANGED
         return status
 
-    contents = iter(contents_of(beton, JPEG, RAW))
+    contents = (sample for sample in contents_of(beton, JPEG, RAW) if sample[0] not in skip)
     with ThreadPoolExecutor(workers, "verify") as pool:
         while chunk := list(islice(contents, _CHUNK * workers)):
             for (number, _), status in zip(chunk, pool.map(status_of, chunk), strict=True):

@@ -7,13 +7,14 @@ from pathlib import Path
 from pipeline.checkpoint.manifest import COMMIT, MANIFEST, CheckpointName
 from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
 from pipeline.checkpoint.verification import verify_checkpoint
-from pipeline.errors import CheckpointError, StageError, UserError
+from pipeline.errors import CheckpointError, StageError, UserError, first_line
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
-from pipeline.storage.file_names import DONE_FILE, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.bounded_files import read_file, read_json
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import RunView
-from pipeline.tracking.journal import parse_line
+from pipeline.tracking.journal import examine_line
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.safetensors_file import read_weights
 
@@ -112,12 +113,11 @@ def _check_stage(directory: Path) -> Iterator[CheckedPath]:
         return
     yield from check_checkpoints(checkpoint_home(stage))
     yield _check_journal(directory / JOURNAL_FILE, str(home / JOURNAL_FILE))
-    try:
-        done, result = stage.done(), stage.result()
-    except (ValueError, TypeError) as error:
-        yield CheckedPath(str(home / DONE_FILE), False, f"DONE or result.json cannot be read ({error})")
-        return
+    yield from _unreadable_records(directory, home)
+    done, result = stage.done(), stage.result()
     if done is None:
+        if (directory / DONE_FILE).exists():
+            yield CheckedPath(str(home / DONE_FILE), False, "it names no weights; a resume writes it again")
         return
     weights = str(home / done.weights)
     try:
@@ -129,9 +129,24 @@ def _check_stage(directory: Path) -> Iterator[CheckedPath]:
         yield CheckedPath(weights, agrees, "as DONE says" if agrees else "DONE and result.json name other weights")
 
 
+def _unreadable_records(directory: Path, home: Folder) -> Iterator[CheckedPath]:
+    """The records of a stage that are no JSON objects."""
+    for path in sorted([*directory.glob("*.json"), *(directory / ATTEMPTS_FOLDER).glob("*.json")]):
+        try:
+            if not isinstance(read_json(path), dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError) as error:
+            yield CheckedPath(str(home / str(path.relative_to(directory))), False, f"not read: {first_line(error)}")
+
+
 def _check_journal(path: Path, name: str) -> CheckedPath:
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    bad = [number for number, line in enumerate(lines, 1) if parse_line(line) is None]
-    if bad and bad != [len(lines)]:  # an interruption may tear the last line; the next attempt cuts it off
-        return CheckedPath(name, False, f"line {bad[0]} is no JSON object")
+    try:
+        lines = read_file(path, None).splitlines() if path.exists() else []
+    except OSError as error:
+        return CheckedPath(name, False, f"not read: {error.strerror}")
+    for number, line in enumerate(lines, 1):
+        event, trouble = examine_line(line)
+        # An interruption may tear the last line; the next attempt cuts it off.
+        if trouble and (event is not None or number < len(lines)):
+            return CheckedPath(name, False, f"line {number} {trouble}")
     return CheckedPath(name, True, f"{len(lines)} lines")

@@ -1,19 +1,18 @@
 """Open weights of any origin (a file of any layout, a stage or a run) and build their model."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from pipeline.checkpoint.store import committed_checkpoints
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, first_line, shortened
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
-from pipeline.stage.directory import Done, Stage
+from pipeline.stage.directory import Stage, read_done
+from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.architecture import COUNTER
@@ -56,8 +55,7 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
     if not os.path.isdir(path):
         return _open_file(path, entry, ema)
     directory = stage_of(Path(path))
-    if (directory / DONE_FILE).is_file():
-        done = Done(**json.loads((directory / DONE_FILE).read_text()))
+    if done := read_done(directory):
         opened = _open_file(str(directory / done.weights), None, None, done.weights_sha256)
         if ema is None or opened.which == ("ema" if ema else "model"):
             return opened._replace(stage=directory)
@@ -69,9 +67,13 @@ def stage_of(directory: Path) -> Path:
     if (directory / DONE_FILE).exists() or (directory / ATTEMPTS_FOLDER).exists():
         return directory
     recipe = directory / RECIPE_FILE
-    content = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+    try:
+        content = read_yaml(recipe)
+    except (OSError, ValueError):
+        content = None
     stages = content.get("stages") if isinstance(content, dict) else None
-    finished = [directory / name for name in stages or () if (directory / name / DONE_FILE).is_file()]
+    names = map(str, stages if isinstance(stages, dict) else ())
+    finished = [directory / name for name in names if read_done(directory / name)]
     if not finished:
         raise CheckpointError(
             f"{directory} holds no finished stage; name a weights file, or a stage that has checkpoints"
@@ -155,10 +157,15 @@ def build_model(
         architecture = architecture_of(tensors)
         shape = {"name": architecture.family, **architecture.model_options}
     try:
+        if not _is_buildable(shape.get("depths")):
+            raise ValueError(f"depths is {shortened(shape['depths'])}")
         with torch.device("meta"):  # skip the initial values
             model = create_model(**shape)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} is of a model that cannot be built ({error}); export it again") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        # The facts of a file may be anything.
+        raise CheckpointError(
+            f"{source} is of a model that cannot be built ({first_line(error)}); export it again"
+        ) from error
     counters = {name: torch.zeros((), dtype=torch.long) for name in model.state_dict() if name.endswith(COUNTER)}
     state = {name: tensor.float() for name, tensor in tensors.items()} | counters
     given, needed = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, model.state_dict()))
@@ -170,6 +177,13 @@ def build_model(
             )
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _is_buildable(depths: Any) -> bool:
+    """Whether a model of so many blocks in each stage is built within seconds."""
+    if depths is None:
+        return True
+    return isinstance(depths, list | tuple) and all(isinstance(n, int) for n in depths) and sum(map(abs, depths)) < 5000
 
 
 def model_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -38,7 +38,7 @@ def stage(recipe_file, value):
         ("{mean: [0.5], std: [0.2, 0.2, 0.2]}", "three numbers, or one for all channels"),
         ("{mean: [127.5], std: [60]}", "divide values of 0 to 255 by 255"),
         ("{mean: [0.5], std: [0]}", "std above 0"),
-        ("{mean: [.nan], std: [0.2]}", "must lie between 0 and 1"),
+        ("{mean: [.nan], std: [0.2]}", "cannot be used: Input should be a finite number"),
         ("{mean: [a], std: [0.2]}", "cannot be used: Input should be a valid number"),
         ("{mean: 0.5, std: 0.2}", "cannot be used: Input should be a valid"),
     ],

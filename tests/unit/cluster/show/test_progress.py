@@ -12,6 +12,7 @@ from cluster.show.progress import Progress
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
+from tests.support import mark_done
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def open_stage(stage: Path, attempt: int) -> Journal:
 def finish(stage: Path, **metrics: float) -> None:
     stage.mkdir(exist_ok=True)
     write_json(stage / "result.json", {"steps": 10, "metrics": metrics, "weights_sha256": "c0ffee" * 11})
-    (stage / "DONE").write_text("{}")
+    mark_done(stage)
 
 
 def console(terminal: bool) -> Console:
@@ -120,4 +121,4 @@ def test_a_broken_display_never_raises(run: Path, capsys: pytest.CaptureFixture[
         (run / "pretrain" / "journal.jsonl").mkdir()
         display.update()
         display.update()
-    assert capsys.readouterr().err.count("progress display:") == 1
+    assert capsys.readouterr().err.count("journal.jsonl cannot be read") == 1

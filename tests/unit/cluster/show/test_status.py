@@ -21,6 +21,7 @@ from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.errors import StageError
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
+from tests.support import mark_done
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
     assert RunFollower(run).statuses()[0].state == "running"
     assert RunFollower(run).statuses()[0].restart_reasons[1] == "attempt 2: saved at step 50 (SIGTERM)"
     write_json(stage / "result.json", {"steps": 100, "metrics": {"top1": 61.5}, "weights_sha256": "ab" * 32})
-    (stage / "DONE").write_text("{}")
+    mark_done(stage)
     first, second = RunFollower(run).statuses()
     assert (first.state, first.step, first.metrics, first.eta_seconds) == ("done", 100, {"top1": 61.5}, None)
     assert second.state == "waiting"

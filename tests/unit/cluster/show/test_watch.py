@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cluster.show.watch import watch_run
 from pipeline.storage.folder import write_json
+from tests.support import mark_done
 
 # Without what a person's shell may say of terminals.
 ODD = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 def finish(stage: Path) -> None:
     stage.mkdir(exist_ok=True)
     write_json(stage / "result.json", {"steps": 10, "metrics": {"top1": 61.5}, "weights_sha256": "c0ffee" * 11})
-    (stage / "DONE").write_text("{}")
+    mark_done(stage)
 
 
 def hear_ctrl_c() -> None:

@@ -11,8 +11,8 @@ from cluster.slurm.submit import PlannedStage, check_partition, live_jobs, plan_
 from cluster.slurm.time_limit import CANCELLED_FILE
 from pipeline.errors import LaunchError
 from pipeline.recipe import load_recipe
-from pipeline.storage.file_names import DONE_FILE, RECIPE_FILE
-from tests.support import fcmae, make_tiny_run, open_journal, write_tiny_recipe
+from pipeline.storage.file_names import RECIPE_FILE
+from tests.support import fcmae, make_tiny_run, mark_done, open_journal, write_tiny_recipe
 from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 from tools.run.commands import resume_run, submit_run
 
@@ -57,7 +57,7 @@ def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(fake_slurm: FakeS
     with pytest.raises(LaunchError, match=r"^job 7 of stage pretrain is just ending; try again in a minute"):
         resume_run(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    (run / "pretrain" / DONE_FILE).touch()  # it is finished, whatever its epilog does
+    mark_done(run / "pretrain")  # it is finished, whatever its epilog does
     planned = plan_jobs(load_recipe(run / RECIPE_FILE), run, Site(nodes=2))
     assert [stage.done for stage in planned] == [True, False, False]
 

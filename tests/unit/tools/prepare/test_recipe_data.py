@@ -1,7 +1,5 @@
 """Which files stand for the folders that a recipe names."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +9,7 @@ from cluster.site import load_site
 from pipeline.data.beton import open_beton
 from pipeline.errors import DataError
 from pipeline.recipe import load_recipe
-from pipeline.storage.file_names import DONE_FILE
-from tests.support import write_tiny_recipe
+from tests.support import mark_done, write_tiny_recipe
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.estimate.stage_estimate import estimate
 from tools.prepare import recipe_data
@@ -60,7 +57,7 @@ def test_finished_stages_need_no_data(recipe, photos, tmp_path):
     chain = chain_of(recipe, photos)
     for name in chain.stages:
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / DONE_FILE).write_text(json.dumps({}))
+        mark_done(tmp_path / "run" / name)
     assert sources_of(chain, tmp_path / "run") == {}
 
 
