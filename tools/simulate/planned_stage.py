@@ -34,11 +34,12 @@ def planned_stage(
     if measured.get("steps"):
         evaluation_seconds = measured["evaluation_seconds"] / measured["steps"] * steps
     duration = step_seconds + evaluation_seconds / steps
+    minutes = recipe.checkpoint.every_minutes
     return StageWork(
         recipe.name,
         steps,
         duration,
-        max(recipe.checkpoint.every_steps, 1),
+        max(round(60 * minutes / duration), 1) if minutes else recipe.checkpoint.every_steps,
         previous=recipe.previous,
         nodes=site.nodes,
         evaluation_share=evaluation_seconds / steps / duration,
