@@ -94,7 +94,7 @@ def test_sharded_engine_is_ddp(ddp, engine):
 
 def clipped(world: World, engine: dict, steps: int) -> tuple[list[float], list[float]]:
     """Losses, and gradient norms before clipping, of steps whose gradients are clipped to a tenth or so."""
-    recipe = stage_recipe("finetune", {**engine, "precision": "fp64"}, optimizer={"clip_norm": 0.5})
+    recipe = stage_recipe("finetune", {**engine, "precision": "fp64"}, optimizer={"clip_norm": 0.05})
     losses, norms = [], []
     run = train(world, recipe, range(0))
     for step in range(steps):
@@ -107,7 +107,7 @@ def clipped(world: World, engine: dict, steps: int) -> tuple[list[float], list[f
 
 def test_hybrid_sharding_clips_by_the_norm_over_all_shards():
     [(losses, norms)] = on_ranks(1, clipped, {"kind": "ddp"}, 4)
-    assert min(norms) > 1, "nothing is clipped"
+    assert min(norms) > 2 * 0.05, "nothing is clipped"
     for hybrid_losses, hybrid_norms in on_ranks(4, clipped, {"kind": "fsdp", "shard_ranks": 2}, 4):
         assert hybrid_norms == pytest.approx(norms, rel=1e-11)
         assert hybrid_losses == pytest.approx(losses, rel=1e-11)
