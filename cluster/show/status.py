@@ -57,6 +57,7 @@ class StageStatus:
     restart_reasons: list[str] = field(default_factory=list)  # how every attempt but the last ended
     reason: str = ""  # how the last attempt ended
     save_advice: str = ""  # which time between checkpoints would lose least
+    slow: str = ""  # the rank or node that all others wait for, in words, while it trains
     last_checkpoint_step: int | None = None
     last_checkpoint_age_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the result, before that of the last evaluation
@@ -94,6 +95,7 @@ class StageFollower:
             self._speed.steps.clear()
             self._speed.global_batch = number(event.get("global_batch"))
             self._end = ""
+            status.slow = ""
             status.step = step or 0
             status.total_steps = _count(event.get("total_steps")) or status.total_steps
             status.world_size = _count(event.get("world_size"))
@@ -105,6 +107,8 @@ class StageFollower:
             self._speed.add(step, event)
         elif kind == "save" and event.get("why") == "due":
             self._blocked += [seconds] if (seconds := number(event.get("blocked_seconds"))) else []
+        elif kind == "ranks":
+            status.slow = str(event.get("slow") or "")
         elif kind == "evaluate":
             status.metrics = _numbers(event.get("metrics"))
         elif kind == "end":
@@ -135,7 +139,9 @@ class StageFollower:
         if status.state in ("running", "done"):
             status.images_per_second = self._speed.images_per_second()
             status.data_wait_fraction = self._speed.data_wait_fraction()
-        if status.state == "running":
+        if status.state != "running":
+            status.slow = ""
+        else:
             status.eta_seconds = self._speed.eta_seconds(status.total_steps)
             status.save_advice = advise_save_interval(self.directory, self._blocked)
         return status

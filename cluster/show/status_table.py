@@ -86,6 +86,8 @@ def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
             lines.append(f"{s.stage}, Slurm will never start job {s.job} ({s.job_reason}): `fcmae resume` replaces it")
         if s.save_advice:
             lines.append(f"{s.stage}, {s.save_advice}")
+        if s.slow:
+            lines.append(f"{s.stage}, {s.slow}")
         if s.on_track is False:
             lines.append(f"{s.stage}, {s.verdict}")
     if trouble:

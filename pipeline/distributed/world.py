@@ -104,6 +104,13 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def gather(self, own: T) -> list[T]:
+        """Return every rank's object. Collective."""
+        everyone = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, own, group=self.group)
+        return everyone
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 and return its result, or raise its error, on every rank. Collective."""
         return from_rank_zero(work, self.group)
@@ -121,8 +128,7 @@ class World:
         Collective, so no launcher has to say how many ranks a machine has.
         """
         own = (socket.gethostname(), os.sched_getaffinity(0))
-        ranks = [own] * self.size
-        dist.all_gather_object(ranks, own, group=self.group)
+        ranks = self.gather(own)
         return max(len(own[1]) // sum(host == own[0] and bool(cores & own[1]) for host, cores in ranks), 1)
 
     def threads(self, before: int | None = None) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.engines import StepReport
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.rank_times import RankTimes
 
 
 class StepLog:
@@ -18,6 +19,7 @@ class StepLog:
         world_sum: sums a CPU tensor over all ranks.
         every_steps: number of steps whose reports are read together.
         global_batch: images per step.
+        ranks: this rank's time among those of all ranks, which travel with the losses.
     """
 
     def __init__(
@@ -26,8 +28,9 @@ class StepLog:
         world_sum: Callable[[torch.Tensor], torch.Tensor],
         every_steps: int,
         global_batch: int,
+        ranks: RankTimes | None = None,
     ):
-        self._journal, self._world_sum = journal, world_sum
+        self._journal, self._world_sum, self._ranks = journal, world_sum, ranks
         self._every, self._global_batch = every_steps, global_batch
         self._pending: list[tuple[int, StepReport, float, float]] = []
         self.restart_clock()
@@ -52,10 +55,13 @@ class StepLog:
         reports = [report for _, report, _, _ in self._pending]
         losses = torch.stack([report.loss for report in reports]).cpu()
         waits = torch.tensor([wait for *_, wait in self._pending], dtype=losses.dtype)
-        losses, waits = self._world_sum(torch.stack([losses, waits]))
+        times = self._ranks.own(sum(wait for *_, wait in self._pending) / len(waits)) if self._ranks else waits[:0]
+        summed = self._world_sum(torch.cat([losses, waits, times.to(losses)]))
+        losses, waits, times = summed.split([len(losses), len(waits), len(times)])
         norms = torch.stack([report.gradient_norm for report in reports]).cpu()
         accepted = torch.stack([report.accepted for report in reports]).cpu()
-        speed = len(self._pending) * self._global_batch / (time.perf_counter() - self._since)
+        seconds = time.perf_counter() - self._since
+        speed = len(self._pending) * self._global_batch / seconds
         figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
         for (step, _, lr, _), loss, norm, wait, updated in figures:
             self.write(
@@ -71,6 +77,11 @@ class StepLog:
             if not updated:
                 message = f"step {step} was skipped: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
                 self.write("event", level="warning", message=message)
+        if self._journal and self._ranks and (answer := self._ranks.judge(times, seconds / len(waits))):
+            fields, message = answer
+            self.write("ranks", step=self._pending[-1][0], **fields)
+            if message:
+                self.write("event", level="warning", message=message, step=self._pending[-1][0])
         self._pending.clear()
         self.restart_clock()
 

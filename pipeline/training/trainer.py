@@ -15,16 +15,19 @@ from pipeline.data.subset import Subset
 from pipeline.distributed.stop import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
+from pipeline.engines.base import sharding_units
 from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
+from pipeline.stage.device_errors import own_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, PICTURES_FOLDER
 from pipeline.tracking import pictures
 from pipeline.tracking.journal import Journal, read_events
+from pipeline.tracking.rank_times import ForwardClock, RankTimes
 from pipeline.tracking.startup import startup
 from pipeline.tracking.step_log import StepLog
 from pipeline.training import handoff, records
@@ -74,11 +77,14 @@ class Training:
     ):
         recipe = stage.recipe
         self.stage, self.world, self.watchdog, self.stop = stage, world, watchdog, stop
-        self.log = StepLog(journal, world.sum, recipe.tracking.log_every_steps, recipe.batch.global_batch)
         seed = text_key(recipe.seed, recipe.name)
         self.objective = create_objective(recipe, seed)
         self.guard = StepGuard(recipe.health, world.device)
         self.engine = create_engine(self.objective.build_model, recipe, world, self.guard)
+        self.clock = ForwardClock(sharding_units(self.engine.module), world.device)
+        ranks = RankTimes(self.clock, world.rank, world.gather(own_node()))
+        tracking = recipe.tracking
+        self.log = StepLog(journal, world.sum, tracking.log_every_steps, recipe.batch.global_batch, ranks)
         if forms := set_large_kernels(stage.directory, self.engine, self.objective):
             self.log.write("large_kernels", forms=forms)
         workers = recipe.data.workers or max(world.cores() - 1, 1)
@@ -166,7 +172,9 @@ class Training:
         """Make the step after `step` finished ones; False if the ranks agreed to stop meanwhile."""
         lr = self._learning_rate(step)
         batches = self.watchdog.batches(self.feed.slots(step), step + 1)
+        self.clock.start_step()
         report = self.engine.step(batches, self.objective, step=step, lr=lr, should_stop=self.stop)
+        self.clock.end_step()
         if report is None:
             return False
         self.log.add(step + 1, report, lr, self.feed.take_wait())
