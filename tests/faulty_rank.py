@@ -4,8 +4,9 @@ environment.
 FAULTS is JSON. Steps are numbered as in the journal.
     poison     {step: factor}: multiply the loss of the step's first slot ("nan": as one bad image may do)
     left_out   [[first, last]]: leave these steps out from the start
-    rank       the rank that the next two happen to
+    rank       the rank that the next three happen to
     sleep      {step: seconds}: loading the step's first micro-batch takes so long
+    gpu_error  {step: code}: the GPU reports the error of this number as the step's first micro-batch is loaded
     hang       step: loading it never returns, and never lets another thread run
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
@@ -24,7 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pipeline.run
+from pipeline.stage.device_errors import HARDWARE, PROGRAM
 from pipeline.training import trainer
 from pipeline.training.step_guard import StepGuard
 from tests.batch_hashes import record_batches
@@ -69,6 +73,8 @@ def _hinder(create: Any, faults: dict[str, Any]) -> Any:
                 _hold()
             if world.rank == faults.get("rank"):
                 time.sleep(faults.get("sleep", {}).get(str(step + 1), 0))
+                if code := faults.get("gpu_error", {}).get(str(step + 1)):
+                    raise _gpu_error(code)
                 if step + 1 == faults.get("hang"):
                     while True:  # a signal, such as the one that makes it write its stacks, ends a sleep
                         ctypes.PyDLL(None).sleep(10**6)
@@ -78,6 +84,12 @@ def _hinder(create: Any, faults: dict[str, Any]) -> Any:
         return feed
 
     return hindered
+
+
+def _gpu_error(code: int) -> torch.AcceleratorError:
+    error = torch.AcceleratorError(f"CUDA error: {(PROGRAM | HARDWARE)[code]}\nSearch for `cudaError' in ...")
+    error.error_code = code
+    return error
 
 
 def _hold() -> None:

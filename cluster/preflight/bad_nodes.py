@@ -5,7 +5,9 @@ nodes from the next start.
 """
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +21,14 @@ from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import first_line
 from pipeline.stage.device_errors import own_node
 from pipeline.stage.directory import Stage
-from pipeline.stage.outcome import Outcome
+from pipeline.stage.outcome import Outcome, SrunCode
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
 from pipeline.storage.records import name_unreadable
 
 SUSPICIOUS = 3  # so many starts or nodes in a row, all bad
 SUSPICIOUS_SECONDS = 1800.0
+LEAVE_AFTER_SECONDS = 1.0
 
 
 def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | None:
@@ -52,7 +55,8 @@ def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | N
             own = expected.gpu(torch.cuda.device_count())
             torch.cuda.set_device(own)
             gpu = str(torch.cuda.get_device_properties(own).uuid)
-        results += check_network(expected.settings, tflops=tflops, cuda=cuda, hosts=hosts, gpu=gpu)
+        with _leaving_with_others(expected.stage_directory):
+            results += check_network(expected.settings, tflops=tflops, cuda=cuda, hosts=hosts, gpu=gpu)
     outcome = failure_outcome(results)
     defects = [result for result in results if result.level not in (Level.OK, Level.SKIPPED)]
     if defects:
@@ -60,6 +64,34 @@ def check_rank(expected: Expectations, hosts: Sequence[str] = ()) -> Outcome | N
     if outcome:
         _record(expected.stage_directory, defects)
     return outcome
+
+
+@contextmanager
+def _leaving_with_others(stage_directory: Path) -> Iterator[None]:
+    """End this process as soon as another rank of this start has found its node bad, instead of waiting for that rank.
+
+    Slurm ends a rank that waits only after KillWait. By then slurmctld may have given up on the answer, and it sends
+    the signal again to the next start, which costs a restart.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        job, restart = _start_of_job()
+        while not done.wait(LEAVE_AFTER_SECONDS):
+            with suppress(OSError, ValueError):
+                if bad := bad_nodes(stage_directory, job, int(restart)):
+                    print(f"{', '.join(bad)} was found bad, so this rank ends too", flush=True)
+                    os._exit(SrunCode.BAD_NODE)
+
+    threading.Thread(target=watch, name="bad nodes", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _start_of_job() -> tuple[str, str]:
+    return os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def blame_own_node(stage_directory: Path) -> None:
@@ -79,7 +111,7 @@ def blame_own_node(stage_directory: Path) -> None:
 
 
 def _record(stage_directory: Path, results: list[CheckResult]) -> None:
-    job, restart = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, restart = _start_of_job()
     bad = [{"node": r.node, "check": r.check, "detail": r.detail} for r in results if r.level is Level.BAD_NODE]
     folder = _folder(stage_directory)
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.stage.directory import Stage
+from pipeline.stage.environment import program_id
 from pipeline.stage.outcome import OutcomeKind
 from pipeline.tracking import journal
 from tests.engines import ENGINES
@@ -130,6 +131,16 @@ def test_after_the_last_rollback_it_ends_with_a_sentence(tmp_path):
     assert "\n" not in outcome.reason
     rollbacks = [(e["step"], e["left_out"]) for e in events(tmp_path / "run" / "finetune") if e["kind"] == "rollback"]
     assert rollbacks == [(0, [5, 8]), (5, [7, 10])]
+
+
+def test_an_error_of_a_gpu_is_recorded_with_its_node_and_program(tmp_path):
+    stage = make_stage(tmp_path)
+    outcome = run_stage(stage, 2, {"rank": 1, "gpu_error": {"4": 700}})
+    assert outcome.kind is OutcomeKind.BAD_NODE
+    assert outcome.reason.startswith(f"a GPU of {HOST} failed: CUDA error: an illegal memory access was encountered")
+    (error,) = Stage(stage).attempts.device_errors()
+    assert (error.node, error.code, error.hardware, error.attempt) == (HOST, 700, False, 1)
+    assert error.program == program_id(stage)
 
 
 WATCHED = ["defaults.health.stall_seconds=4", "defaults.tracking.log_every_steps=1"]

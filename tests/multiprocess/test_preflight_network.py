@@ -1,12 +1,18 @@
 """The network check between real gloo processes, each one a node."""
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.local import reserve_port
-from cluster.preflight import PreflightSettings
+from cluster.preflight import Expectations, PreflightSettings
+from cluster.preflight.bad_nodes import check_rank
 from cluster.preflight.network import check_network
+from pipeline.stage.outcome import OutcomeKind, SrunCode
+from tests.processes import PROCESSES
 from tests.ranks import in_processes, rank_environment
 
 
@@ -50,3 +56,27 @@ def test_ranks_that_see_one_gpu_are_the_fault_of_their_node_alone():
 
 def on_one_gpu() -> list[Any]:
     return check_network(PreflightSettings(), gpu="aaaa")
+
+
+def check_on(stage: Path, environment: dict[str, str], needed: float) -> None:
+    os.environ.update(environment)
+    settings = PreflightSettings(disk_gib=0, host_memory_gib=0, stray_seconds=0, matrix_floor_tflops=needed)
+    outcome = check_rank(Expectations(stage, settings=settings))
+    os._exit((outcome.kind if outcome else OutcomeKind.DONE).srun_code)
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_all_ranks_leave_with_the_one_that_finds_its_node_bad(tmp_path, sick):
+    with reserve_port() as meeting:
+        port, began = meeting.getsockname()[1] - 1, time.monotonic()
+        ranks = [
+            PROCESSES.Process(target=check_on, args=(tmp_path, {**rank_environment(rank, 2, port), "SLURM_JOB_ID": "7",
+                              "SLURM_RESTART_COUNT": "0"}, 1e6 * (rank == sick)))
+            for rank in range(2)
+        ]  # fmt: skip
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+        assert [rank.exitcode for rank in ranks] == [SrunCode.BAD_NODE] * 2
+    assert time.monotonic() - began < 60, "not the 120 s of join_timeout_seconds"

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import cloudpickle
 import pytest
+import torch
 
 import tests.batch_hashes
 from cluster.slurm import script
@@ -29,6 +30,11 @@ FOR_EVER = 1e9
 def slow_down(run: Path, seconds: float = 1, **steps: int) -> None:
     """Hold up these stages after so many steps of each start, and no others."""
     _write(run, {stage: [after, seconds] for stage, after in steps.items()})
+
+
+def break_gpus(run: Path, code: int, step: int) -> None:
+    """Let the GPU of the last rank report an error of this number before each start of that step, on any node."""
+    run.with_name(f"{run.name}-gpus.json").write_text(json.dumps([code, step]))
 
 
 def release(stage: Path) -> None:
@@ -80,6 +86,7 @@ class SlowStage(RunStage):
                 nonlocal taken
                 if world.rank == 1:
                     self._wait(taken)
+                self._fail(world, step)
                 taken += 1
                 yield from honest(step)
 
@@ -87,6 +94,16 @@ class SlowStage(RunStage):
             return feed
 
         return slow
+
+    def _fail(self, world: Any, step: int) -> None:
+        run = Path(self.stage_directory).parent
+        broken = run.with_name(f"{run.name}-gpus.json")
+        if broken.exists() and world.rank == world.size - 1:
+            code, at = json.loads(broken.read_text())
+            if step == at:
+                error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+                error.error_code = code
+                raise error
 
     def _wait(self, taken: int) -> None:
         """Before the step after so many of this start."""
