@@ -6,9 +6,11 @@ uses the fast DCT and ignores the status. The compiled functions are cached on d
 
 import ctypes
 import ctypes.util
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from llvmlite import binding
@@ -17,7 +19,7 @@ from numba import types
 from pipeline.data.beton import JPEG, RAW
 from pipeline.data.compiled_code import compiled, compiling
 from pipeline.data.crops import PLAN
-from pipeline.data.image_checksum import mark_changed
+from pipeline.data.image_checksum import checksum, mark_changed
 from pipeline.data.randaugment import LAYERS
 from pipeline.data.randaugment_operations import apply_operation
 from pipeline.data.resample import resized_crop
@@ -71,7 +73,7 @@ def decode_jpeg(handle, content, height, width, out):
 
 
 @compiled()
-def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths, handle, scratch, out, status):
+def _decode_some(first, step, file, places, sizes, modes, checks, plan, heights, widths, handle, scratch, out, status):
     for i in range(first, len(out), step):
         place, size, height, width = np.int64(places[i]), np.int64(sizes[i]), heights[i], widths[i]
         bytes_needed = 3 * height * width
@@ -84,6 +86,10 @@ def _decode_some(first, step, file, places, sizes, modes, plan, heights, widths,
             status[i] = decode_jpeg(handle, pixels, height, width, scratch)
             if status[i] != OK:
                 continue
+        if checks[i] >= 0 and checksum(pixels) != checks[i]:
+            status[i] = CHANGED
+            continue
+        if modes[i] == JPEG:
             pixels = scratch[:bytes_needed]
         image = pixels.reshape(height, width, 3)
         p = plan[i]
@@ -104,33 +110,57 @@ class ImageDecoder:
     def __init__(self, workers: int, largest_image_bytes: int) -> None:
         self.workers = workers
         self._library = _turbojpeg()
-        self._handles = [self._library.tjInitDecompress() for _ in range(workers)]
-        self._scratch = [np.empty(largest_image_bytes, np.uint8) for _ in range(workers)]
+        self._tools: SimpleQueue[tuple[int, np.ndarray]] = SimpleQueue()
+        for _ in range(workers):
+            self._tools.put((self._library.tjInitDecompress(), np.empty(largest_image_bytes, np.uint8)))
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
 
-    def __call__(self, file, places, sizes, modes, plan, heights, widths, out) -> np.ndarray:
-        """Decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, H, W, 3).
+    def __call__(self, *arguments: np.ndarray) -> np.ndarray:
+        """Decode a batch; arguments as of `start`, the result as of the function that it returns."""
+        return self.start(*arguments)()
 
-        Returns a status per image, int32 (N,), for `describe_status`; OK is 0.
+    def start(self, file, places, sizes, modes, plan, heights, widths, out, checks=None) -> Callable[[], np.ndarray]:
+        """Begin to decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, H, W, 3).
+
+        Several batches may be under way, and the threads pass from one to the next without waiting for each other.
+
+        Args:
+            checks: the images' checksums, int64 (N,); None to compare none.
+
+        Returns:
+            A function that waits for the batch and returns a status per image, int32 (N,), for `describe_status`; OK is
+            0.
         """
         status = np.zeros(len(out), np.int32)
+        checks = np.full(len(out), -1) if checks is None else checks
 
         def run(worker: int) -> None:
-            own = self._handles[worker], self._scratch[worker]
-            _decode_some(worker, self.workers, file, places, sizes, modes, plan, heights, widths, *own, out, status)
+            own = self._tools.get()
+            try:
+                _decode_some(
+                    worker, self.workers, file, places, sizes, modes, checks, plan, heights, widths, *own, out, status
+                )
+            finally:
+                self._tools.put(own)
 
         if self._pool is None:
             run(0)
-        else:
-            list(self._pool.map(run, range(self.workers)))
-        return status
+            return lambda: status
+        parts = [self._pool.submit(run, worker) for worker in range(self.workers)]
+
+        def wait() -> np.ndarray:
+            for part in parts:
+                part.result()
+            return status
+
+        return wait
 
     def close(self) -> None:
         """End the threads and free the decompressors; may be called twice."""
         if self._pool is not None:
             self._pool.shutdown()
-        while self._handles:
-            self._library.tjDestroy(self._handles.pop())
+        while not self._tools.empty():
+            self._library.tjDestroy(self._tools.get()[0])
 
 
 @cache

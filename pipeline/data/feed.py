@@ -79,7 +79,9 @@ class TrainFeed:
         """
         if self._producer is None or step != self._next_step:
             self.close()
-            self._producer = Producer(self._loader, self._work(step), self._finish, self._timeout_seconds)
+            self._producer = Producer(
+                self._loader, self._work(step), self._finish, self._timeout_seconds, self._delivery.pinned
+            )
         self._next_step = -1
         for _ in range(self._batches_per_step):
             began = time.perf_counter()
@@ -152,7 +154,7 @@ class EvaluationFeed:
 
     def __iter__(self) -> Iterator[Batch]:
         work = ((0, ids, valid) for ids, valid in zip(self._ids, self._valid, strict=True))
-        producer = Producer(self._loader, work, self._finish, self._timeout_seconds)
+        producer = Producer(self._loader, work, self._finish, self._timeout_seconds, self._delivery.pinned)
         try:
             for sent in producer:
                 yield self._delivery.receive(*sent)
@@ -174,27 +176,27 @@ class _Delivery:
     def __init__(self, device: torch.device, labels: np.ndarray | None) -> None:
         self._device, self._labels = device, labels
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pinned = self._stream is not None  # a copy is asynchronous only from pinned memory
 
     def send(
         self,
-        images: np.ndarray,
+        images: torch.Tensor,
         labels: np.ndarray,
         ids: np.ndarray,
         epoch: int,
         slots: tuple[int, ...],
         valid: np.ndarray,
     ) -> tuple[Batch, torch.cuda.Event | None]:
-        """Copy a batch out of the loader's buffers and start its copy to a GPU, on a stream of its own.
+        """Start the copy of a batch to a GPU, on a stream of its own.
+
+        images: uint8 (N, H, W, 3), in pinned memory for a GPU.
 
         Returns the batch and, on a GPU, the event of its arrival.
         """
-        pinned = self._stream is not None  # a copy is asynchronous only from pinned memory
-        own = torch.empty(images.shape, dtype=torch.uint8, pin_memory=pinned)
-        np.copyto(own.numpy(), images)  # by numpy, because torch would wake its thread pool
-        own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=pinned)
+        own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=self.pinned)
         np.copyto(own_labels.numpy(), labels[:, 0] if self._labels is None else self._labels[labels[:, 0]])
         batch = Batch(
-            images=own.permute(0, 3, 1, 2),
+            images=images.permute(0, 3, 1, 2),
             labels=own_labels,
             ids=torch.from_numpy(ids.copy()),
             epoch=epoch,

@@ -15,9 +15,10 @@ import atexit
 import logging
 import queue
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba.typed
@@ -26,8 +27,7 @@ import torch
 
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
-from pipeline.data.decode import CHANGED, ImageDecoder, compile_decoder, describe_status
-from pipeline.data.image_checksum import mark_changed
+from pipeline.data.decode import ImageDecoder, compile_decoder, describe_status
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
 from pipeline.recipe.image_size import height_and_width
@@ -105,7 +105,11 @@ class _MappedFile:
 
 
 class _Images(Operation):
-    """Turn sample ids into uint8 (N, H, W, 3). The producer sets `epoch` before a batch and reads `status` after it."""
+    """Turn sample ids into uint8 (N, H, W, 3).
+
+    The producer sets `epoch` and `target`, the array of the batch, and takes `wait` afterwards: a function that waits
+    until the batch is decoded, and returns the status of each image. So the next batch is planned meanwhile.
+    """
 
     def __init__(self, beton: Beton, plan: Plan, workers: int) -> None:
         super().__init__()
@@ -122,20 +126,21 @@ class _Images(Operation):
         return self._decode
 
     def _decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
-        self.status = self.decode(ids, out, metadata, storage)
-        return out
+        self.wait = self.start(self.epoch, ids, self.target, metadata, storage)
+        return self.target
 
-    def decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
-        """Decode the images into `out` and return the status of each."""
+    def start(
+        self, epoch: int, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple
+    ) -> Callable[[], np.ndarray]:
+        """Begin to decode the images into `out`; returns `wait`."""
         file, table = storage
         images, table = metadata[ids], table[ids]
         heights, widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
-        plan = self.plan(self.epoch, ids, heights, widths)
+        plan = self.plan(epoch, ids, heights, widths)
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
-        status = self.decoder(file, places, sizes, modes, plan, heights, widths, out)
-        mark_changed(file, places, sizes, checksums_of(self.samples, ids), status, CHANGED)
-        return status
+        checks = checksums_of(self.samples, ids)
+        return self.decoder.start(file, places, sizes, modes, plan, heights, widths, out, checks)
 
 
 class _Labels(Operation):
@@ -173,8 +178,10 @@ class ImageLoader(Loader):
         finally:
             Compiler.set_enabled(True)
 
-    def replace_damaged(self, ids: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Put the next undamaged image of the subset in the place of each damaged one of the batch.
+    def replace_damaged(
+        self, status: np.ndarray, epoch: int, ids: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, list[int]]:
+        """Put the next undamaged image of the subset in the place of each damaged one of the batch, by its status.
 
         Returns the ids that the batch now holds, and the places that were replaced.
 
@@ -182,18 +189,18 @@ class ImageLoader(Loader):
             DataError: naming a damaged sample, unless `skip_damaged`; or if no image of the subset is undamaged.
         """
         path = self.subset.beton.path
-        places = np.flatnonzero(self.images.status).tolist()
+        places = np.flatnonzero(status).tolist()
         if not places:
             return ids, []
         new_ids, storage = ids.copy(), self.memory_manager.state
         for place in places:
-            damage = f"sample {ids[place]} of {path} {describe_status(self.images.status[place])}"
+            damage = f"sample {ids[place]} of {path} {describe_status(status[place])}"
             if not self.skip_damaged:
                 raise DataError(f"{damage}; copy or prepare the file again, or set data.on_damaged to skip")
             one = slice(place, place + 1)
             for sample in self._following(ids[place]):
                 new_ids[place] = sample
-                if not self.images.decode(new_ids[one], images[one], self.reader.metadata["f0"], storage).any():
+                if not self.images.start(epoch, new_ids[one], images[one], self.reader.metadata["f0"], storage)().any():
                     break
             else:
                 raise DataError(f"every image of {path} that takes part is damaged; copy or prepare the file again")
@@ -213,15 +220,31 @@ class ImageLoader(Loader):
         self.images.decoder.close()
 
 
+@dataclass(frozen=True)
+class _StartedBatch:
+    """A batch that is being decoded."""
+
+    images: torch.Tensor
+    labels: np.ndarray
+    ids: np.ndarray
+    epoch: int
+    tag: Any
+    wait: Callable[[], np.ndarray]
+
+
 class Producer(epoch_iterator.EpochIterator):
-    """A thread that decodes batches into a ring of buffers, and the iterator over them for the consumer.
+    """A thread that has batches decoded, and the iterator over them for the consumer.
+
+    While a batch is decoded the thread plans the next one, so the decoder's threads need not wait for it.
 
     Args:
         work: (epoch, ids, tag) of each batch; at most the loader's batch size of int64 ids.
         finish: called in the thread with (images uint8 (N, H, W, 3), labels int64 (N, 1), ids, epoch, tag, replaced);
             the iterator yields its results. `replaced` lists the places of damaged images that others replaced. The
-            arrays are overwritten by later batches, so `finish` must copy them.
+            images are a tensor of the batch's own. The labels are overwritten by later batches, so `finish` must copy
+            them.
         timeout_seconds: how long the consumer waits for a batch.
+        pinned: decode into pinned memory, from which a copy to a GPU is asynchronous.
 
     Raises:
         DataTimeoutError: if a batch takes longer than `timeout_seconds`. Every error of the thread is raised in the
@@ -234,23 +257,49 @@ class Producer(epoch_iterator.EpochIterator):
         work: Iterator[tuple[int, np.ndarray, Any]],
         finish: Callable[..., Any],
         timeout_seconds: float,
+        pinned: bool = False,
     ) -> None:
-        self.work, self.finish, self.timeout_seconds = work, finish, timeout_seconds
+        self.work, self.finish, self.timeout_seconds, self.pinned = work, finish, timeout_seconds, pinned
         super().__init__(loader, [])
         _live.add(self)
 
     def run(self) -> None:
+        started: deque[_StartedBatch | Exception] = deque()
+        ahead = 1 if self.loader.num_workers > 1 else 0  # a single worker is this thread
         try:
-            for number, (epoch, ids, tag) in enumerate(self.work):
-                self.loader.images.epoch = epoch
-                slot = number % (self.loader.batches_ahead + 2)
-                images, labels = self.run_pipeline(number, ids, slot, None)
-                ids, replaced = self.loader.replace_damaged(ids, images, labels)
-                if not self._put(self.finish(images, labels, ids, epoch, tag, replaced)):
+            for batch in self._begin_batches():
+                started.append(batch)
+                if len(started) > ahead and not self._deliver(started.popleft()):
                     return
-            self._put(None)
+            if all(self._deliver(batch) for batch in started):
+                self._put(None)
         except BaseException as error:
             self._put(error)
+        finally:
+            for batch in started:  # its file and memory must outlive the decoder's threads
+                if isinstance(batch, _StartedBatch):
+                    batch.wait()
+
+    def _begin_batches(self) -> Iterator["_StartedBatch | Exception"]:
+        """Begin to decode each batch of the work; an error comes last, after the batches before it."""
+        images = self.loader.images
+        shape = *height_and_width(images.plan.image_size), 3
+        try:
+            for number, (epoch, ids, tag) in enumerate(self.work):
+                tensor = torch.empty(len(ids), *shape, dtype=torch.uint8, pin_memory=self.pinned)
+                images.epoch, images.target = epoch, tensor.numpy()
+                _, labels = self.run_pipeline(number, ids, number % (self.loader.batches_ahead + 2), None)
+                yield _StartedBatch(tensor, labels, ids, epoch, tag, images.wait)
+        except Exception as error:
+            yield error
+
+    def _deliver(self, batch: "_StartedBatch | Exception") -> bool:
+        """Wait for a batch and queue it; False if the consumer has left. Raises the error that came in its place."""
+        if isinstance(batch, Exception):
+            raise batch
+        status, pixels = batch.wait(), batch.images.numpy()
+        ids, replaced = self.loader.replace_damaged(status, batch.epoch, batch.ids, pixels, batch.labels)
+        return self._put(self.finish(batch.images, batch.labels, ids, batch.epoch, batch.tag, replaced))
 
     def _put(self, item: Any) -> bool:
         while not self.terminate_event.is_set():
