@@ -33,6 +33,7 @@ FILES = ["pretrain/DONE", "pretrain/result.json", "pretrain/data.json", "pretrai
          "pretrain/attempts/000001.outcome.json", "pretrain/attempts.jsonl", "pretrain/slurm/jobs.jsonl",
          "pretrain/journal.jsonl", "pretrain/mlflow.json", "pretrain/slurm/bad-nodes/7.0.0.json",
          "pretrain/slurm/decisions.jsonl"]  # fmt: skip
+REPORTED = ("pretrain/result.json", "origin.json", "pretrain/attempts.jsonl", "pretrain/journal.jsonl")
 LINES = [
     {"kind": "step", "step": "3", "loss": 0.1}, {"kind": "step", "step": 10**400}, {"kind": "step", "loss": []},
     {"kind": "attempt"}, {"kind": "attempt", "global_batch": "32", "step": None}, {"kind": "save", "step": {}},
@@ -77,7 +78,7 @@ def test_no_reader_dies_of_a_damaged_record(run, name):
     for content in CONTENTS:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes(content)
-        read_all(run, draw=content == CONTENTS[-1])
+        read_all(run, draw=content == CONTENTS[-1] and name in REPORTED)
 
 
 def test_no_reader_dies_of_odd_lines(run):
