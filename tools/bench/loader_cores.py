@@ -132,9 +132,7 @@ def main(only: str = "") -> None:
             print_forms(betons)
             print_header(["size, augmentation", "JPEG of 108 kB, images per CPU second", "raw"])
             for size, transform in CASES:
-                rates = [
-                    images_per_cpu_second(betons[name], size, transform, 16) for name in ("JPEG as it came", "raw")
-                ]
+                rates = [images_per_cpu_second(betons[name], size, transform, 8) for name in ("JPEG as it came", "raw")]
                 print_row([f"{size} px, {transform[1] or 'crop and flip'}", *(f"{rate:.0f}" for rate in rates)])
         print_header(["producer without decoding", "images/s", "images per CPU second"])
         for size, transform in CASES:
@@ -156,7 +154,7 @@ def print_forms(betons: dict[str, Beton]) -> None:
     for name, beton in betons.items():
         side = FORMS[name][0] or WIDTH
         size = round(HEIGHT * side / WIDTH), side
-        rates = [images_per_cpu_second(beton, 224, transform, 16) for transform in (PRE_TRAINING, FINE_TUNING)]
+        rates = [images_per_cpu_second(beton, 224, transform, 8) for transform in (PRE_TRAINING, FINE_TUNING)]
         shares = upscaled(size, 224, FINE_TUNING[0])
         print_row([name, f"{size[1]} x {size[0]}", f"{beton.size_bytes / beton.samples / 1000:.0f}",
                    *(f"{rate:.0f}" for rate in rates), f"{shares:.0%}"])  # fmt: skip
