@@ -1,4 +1,4 @@
-"""Use fcmae from Python: load a trained model and let it answer for images; prepare data; run a recipe.
+"""Use fcmae from Python: load a trained model, let it answer for images, prepare data, train.
 
     >>> import fcmae
     >>> model = fcmae.load("runs/classifier")
@@ -10,8 +10,10 @@ The rest of the program (`pipeline`, `cluster`, `tools`) may change between vers
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
-from os import PathLike
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ from tools.prepare.image_pixels import ReadingSettings  # noqa: E402
 
 __all__ = [
     "EvaluationTransform", "ImageLike", "ImageModel", "Prediction", "ReadingSettings",
-    "UserError", "load", "prepare", "run",
+    "UserError", "finetune", "load", "prepare", "pretrain", "run",
 ]  # fmt: skip
 
 
@@ -124,6 +126,122 @@ def prepare(source: str | PathLike[str], out: str | PathLike[str], **options: An
     return Path(out)
 
 
+def pretrain(
+    photos: str | PathLike[str],
+    out: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    start: str | PathLike[str] = "scratch",
+    model: str | None = None,
+    epochs: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    validation: str | PathLike[str] | None = None,
+    split: float = 0.1,
+    group_by: str | None = None,
+    max_side: int | None = None,
+    nproc: int = 1,
+    refresh: bool = False,
+) -> Path:
+    """Pre-train a ConvNeXt V2 on images without labels, as `fcmae pretrain` does; returns the run directory.
+
+    Prints each value that is derived from the images, with its reason. Calling it again resumes.
+
+    Args:
+        photos: a folder or archive of images, or a .beton file.
+        out: the run directory. If it exists, it resumes.
+        overrides: changes to the derived values, such as "batch.global_batch=64".
+        start: weights to start from, as `--from`: a file of any layout or a run. Recommended below 10,000 images.
+        model: the size, atto to huge. Default: tiny, or that of `start`.
+        epochs: passes over the images. Default: derived from their number.
+        image_size: pixels, the edge of a square or (height, width). Default: that of `start`, or 224.
+        validation: images to validate on, in place of a part of `photos`.
+        split: share of the images to validate on, chosen by a hash of their paths.
+        group_by: a regular expression; images whose paths match it with the same text stay on one side of the split.
+        max_side: shrink images whose longer side has more pixels. Default: 512 for an input of 224.
+        nproc: processes: one for each GPU, or one for a share of the CPU cores.
+        refresh: prepare the folder anew, although it was prepared before.
+
+    Raises:
+        UserError: if the images, the weights or a value is refused, or the run fails or stops before its end.
+    """
+    options = {
+        "model": model, "epochs": epochs, "image_size": image_size, "validation": validation, "split": split,
+        "group_by": group_by, "max_side": max_side, "processes": nproc, "refresh": refresh,
+    }  # fmt: skip
+    return _train_on_images("pretrain", photos, out, start, overrides, options)
+
+
+def finetune(
+    labelled: str | PathLike[str],
+    out: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    start: str | PathLike[str],
+    model: str | None = None,
+    labels: str | PathLike[str] | None = None,
+    epochs: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    validation: str | PathLike[str] | None = None,
+    split: float = 0.1,
+    group_by: str | None = None,
+    max_side: int | None = None,
+    nproc: int = 1,
+    refresh: bool = False,
+) -> Path:
+    """Train a classifier on labelled images, as `fcmae finetune` does; returns the run directory.
+
+    Args:
+        labelled: a folder or archive of CLASS/IMAGE files, images with `labels`, or a .beton file.
+        start: weights to start from, as `--from`: a run of `pretrain`, a file of any layout, or "scratch".
+        model: with "scratch" the size of the model. Default: tiny.
+        labels: a CSV file of image names and classes.
+        out, overrides, epochs, image_size, validation, split, group_by, max_side, nproc, refresh: as for `pretrain`.
+
+    Raises:
+        UserError: as `pretrain`.
+    """
+    options = {
+        "model": model, "labels": labels, "epochs": epochs, "image_size": image_size, "validation": validation,
+        "split": split, "group_by": group_by, "max_side": max_side, "processes": nproc, "refresh": refresh,
+    }  # fmt: skip
+    return _train_on_images("finetune", labelled, out, start, overrides, options)
+
+
+def _train_on_images(
+    stage: str, images: Any, out: Any, start: Any, overrides: Sequence[str], options: dict[str, Any]
+) -> Path:
+    from pipeline.recipe.image_size import read_image_size
+    from tools.own_images.training import Request, train_on_images
+
+    if options["image_size"] is not None:
+        try:
+            options["image_size"] = read_image_size(options["image_size"])
+        except ValueError as error:
+            raise UserError(f"image_size: {error}") from None
+    options |= {name: fspath(options[name]) for name in ("validation", "labels") if options.get(name) is not None}
+    with _training(out, options["processes"]):
+        train_on_images(Request(stage, fspath(images), fspath(out), fspath(start), list(overrides), **options))
+    return Path(out)
+
+
+@contextmanager
+def _training(out: str | PathLike[str], processes: int) -> Iterator[None]:
+    """Turn a stop before the end into an error, where a command would exit with a code."""
+    import typer
+
+    from pipeline.storage.user_cache import redirect_caches
+
+    if processes < 1:
+        raise UserError(f"nproc is {processes}; give a number of processes from 1 on")
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("training starts in the main thread alone, which Ctrl-C reaches; call it there")
+    redirect_caches()
+    try:
+        yield
+    except typer.Exit as stop:
+        raise UserError(f"{out} stopped before its end (exit code {stop.exit_code}); call it again to resume") from None
+
+
 def run(
     recipe: str | PathLike[str], out: str | PathLike[str], overrides: Sequence[str] = (), *, nproc: int = 1
 ) -> Path:
@@ -138,14 +256,8 @@ def run(
     Raises:
         UserError: if the run failed, or stopped before its end; calling it again resumes.
     """
-    import typer
-
     from tools.run.commands import run_here
 
-    try:
+    with _training(out, nproc):
         run_here(str(recipe), str(out), list(overrides), nproc)
-    except typer.Exit as stop:
-        raise UserError(
-            f"{out} stopped before its end (exit code {stop.exit_code}); call run again to resume"
-        ) from None
     return Path(out)

@@ -32,6 +32,8 @@ from tools.verify.commands import verify_path
 from tools.weights import checkpoint_commands as checkpoints
 from tools.weights.commands import convert_weights, export_weights
 
+UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer versions of typer
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -61,7 +63,7 @@ def answer_for_all(
 def examine_machine(
     json: Json = False,
     warm: Annotated[bool, typer.Option("--warm",
-        help="Only do now what a first run would do once: compile the image decoder, list the fonts.")] = False,
+        help="Only do now what a first run would do once: compile the image decoder and a GPU's kernels.")] = False,
 ) -> None:  # fmt: skip
     """List what this machine has and lacks for training, and how to get it. Exit code 1 if it cannot run stages."""
     from cluster.check_results import Level, results_json, results_table
@@ -117,6 +119,16 @@ def _escape_odd_names() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def _usage_sentence(error: "UsageError") -> str:
+    """What is wrong with a command line, in one sentence."""
+    said, _, guess = " ".join(error.format_message().split()).rstrip(".").partition(". Did you mean ")
+    if options := getattr(error, "possibilities", None):
+        said, guess = error.message, " or ".join(sorted(options))
+    said, guess = said.replace(": Value error, ", ": "), f"; did you mean {guess.rstrip('?')}?" if guess else ""
+    command = error.ctx.command_path if error.ctx else "fcmae"
+    return f"{said[0].lower()}{said[1:]}{guess} (`{command} --help` explains)"
+
+
 def main() -> None:
     """Run the command. An error that the user can mend is printed as one sentence, without a traceback."""
     keep_imports_safe()
@@ -127,12 +139,19 @@ def main() -> None:
         for argument in sys.argv[1:]:
             key, _, value = argument.partition("=")
             UserError.refuse_secrets({key: value} if re.fullmatch(r"[\w.]+", key) else argument)
-        app()
+        code = app(prog_name="fcmae", standalone_mode=False)
     except UserError as error:
         print(f"fcmae: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
+    except UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # that has printed the help
+            print(f"fcmae: {_usage_sentence(error)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(1)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,25 @@ def check_machine() -> list[CheckResult]:
 def warm_up() -> None:
     """Do what the first run on a machine does once, so that a run does not wait for it."""
     import matplotlib.font_manager  # lists the fonts, and keeps the list  # noqa: F401
+    import torch
 
     from pipeline.data.decode import compile_decoder
 
     compile_decoder()
+    if torch.cuda.is_available():
+        _compile_kernels()
+
+
+def _compile_kernels() -> None:
+    """Run two steps of the small model on the GPU: Triton keeps the kernels that it compiles, for all batch sizes."""
+    from pipeline.cost.measure import measure_steps
+    from pipeline.recipe import load_recipe
+    from pipeline.storage.announcement import announced
+    from tools.recipes.library import find_recipe
+
+    recipe = load_recipe(find_recipe("own-images"), ["stages.pretrain.batch.slot=8"]).stages["pretrain"]
+    with announced("compiling the kernels for the GPU, once"):
+        measure_steps(recipe, steps=1)
 
 
 def check_python() -> Iterator[CheckResult]:
@@ -99,7 +114,7 @@ def check_ffcv() -> Iterator[CheckResult]:
     # Its compiled library alone: importing the package compiles code for seconds, and fails no other way.
     error, version = _error_of(LIBRARY_PROBE, "ffcv"), _version("ffcv")
     if error and version is None:
-        error = "not installed; training and `analyze` of .beton files need it, the rest does not"
+        error = "not installed; training needs it, the rest does not"
     if error:
         packages = "install libturbojpeg0 and libopencv-imgproc406 on Debian"
         remedy = packages if ".so" in error else "tools/setup/setup.sh installs it on Debian"

@@ -163,10 +163,14 @@ class _Live(TorchDispatchMode):
         self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
-        out = _run(function, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # else `_Device` sees each `tensor.shape` below, hundreds of thousands
+            return self._follow(function, args, kwargs or {})
+
+    def _follow(self, function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        out = _run(function, args, kwargs)
         packet = function._overloadpacket
         if packet in _MACS:
-            self.macs += _MACS[packet](*args, **(kwargs or {}), out_val=out)
+            self.macs += _MACS[packet](*args, **kwargs, out_val=out)
         elif packet is torch.ops.aten.native_layer_norm:
             self.norm_macs += NORM_MACS_PER_ELEMENT * out[0].numel()
         for tensor in out if isinstance(out, tuple | list) else (out,):

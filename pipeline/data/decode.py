@@ -49,6 +49,16 @@ def _turbojpeg() -> ctypes.CDLL:
     return library
 
 
+@cache
+def has_turbojpeg() -> bool:
+    """Whether libturbojpeg is there. Decoding needs it; preparing keeps JPEGs unchecked without it."""
+    try:
+        _turbojpeg()
+    except DataError:
+        return False
+    return True
+
+
 _read_header = types.ExternalFunction(
     "tjDecompressHeader3", types.int32(types.intp, types.intp, types.uint64, *[types.intp] * 4)
 )

@@ -1,9 +1,11 @@
 """`import fcmae`: the examples are true, and answers have the bits of an evaluation, whatever form an image has."""
 
 import doctest
+import inspect
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from pipeline.training.evaluation import FixedModel, evaluate
 from tests.archives import class_images, write_folder
 from tests.fitted import fitted_classifier, write_fitted_run, write_photos
 from tests.support import CLASSES
+from tests.unit.tools.prepare.test_prepared_cache import write_images
+from tools.own_images.commands import finetune_images, pretrain_images
 from tools.prepare.preparation import prepare_beton
 
 ROOT = Path(fcmae.__file__).parent
@@ -108,6 +112,14 @@ def test_answers_are_those_of_the_network(place):
         assert sum(prediction.confidence for prediction in answer) == pytest.approx(1)
         assert [p.name for p in answer] == [CLASSES[i] for i in row.argsort(descending=True)]
         assert answer[0].name == photo.stem
+
+
+def test_no_images_have_no_answers(place):
+    model = fcmae.load(place / "runs" / "classifier", device="cpu")
+    for nothing in ([], np.zeros((0, 24, 24, 3), np.uint8)):
+        assert model.predict(nothing) == []
+        assert (model.logits(nothing).shape, model.features(nothing).shape) == ((0, 4), (0, 16))
+        assert [stage.shape for stage in model.maps(nothing)] == [(0, 8, 12, 12), (0, 16, 6, 6)]
 
 
 def test_one_picture_is_the_same_in_every_form(place):
@@ -247,6 +259,62 @@ def test_a_script_prepares_with_several_processes_and_runs_once(place, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("begins\nall.beton is ready: 4 images")
     assert done.stdout.count("begins") == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "command"), [(fcmae.pretrain, pretrain_images), (fcmae.finetune, finetune_images)]
+)
+def test_training_takes_what_the_command_takes(function, command):
+    ours, theirs = (inspect.signature(each).parameters for each in (function, command))
+    assert set(ours) == set(theirs)
+    defaults = {name: p.default or None for name, p in theirs.items() if name != "overrides"}
+    assert {name: ours[name].default or None for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"nproc": 0}, "nproc is 0"), ({"image_size": "big"}, "image_size: 'big' is no size"),
+     ({"start": "nowhere.pt"}, "--from nowhere.pt does not exist"), ({"model": "small"}, "--model is small"),
+     ({"max_side": -1}, "max_side is -1")],
+)  # fmt: skip
+def test_training_is_refused_in_one_sentence(place, tmp_path, monkeypatch, options, words):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=words):
+        fcmae.pretrain(place / "labelled", tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "cache").glob("fcmae/prepared/*.lock")) or "model" in options
+
+
+def test_training_in_a_thread_is_refused(tmp_path):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="starts in the main thread alone"):
+        pool.submit(fcmae.pretrain, "photos", tmp_path / "run").result()
+
+
+TRAINING = """
+print("begins")
+import fcmae
+small = ["model.name=convnextv2", "model.depths=[1,1,1,1]", "model.dims=[4,4,4,4]", "tracking.mlflow=false"]
+run = fcmae.pretrain("images", "first", small, epochs=1, image_size=64, nproc=2)
+run = fcmae.finetune("images", "second", start=run, epochs=1)
+print("answers", fcmae.load(run).predict(["images/rings/0001.png"], top=4)[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [False, True], ids=["script", "typed"])
+def test_training_from_python(tmp_path, typed):
+    """From a script, and from standard input, as an interpreter in a notebook has no file either."""
+    write_images(tmp_path / "images", 600)
+    (tmp_path / "script.py").write_text(TRAINING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-"] if typed else [sys.executable, "script.py"], input=TRAINING, cwd=tmp_path,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begins") == 1
+    assert "answers [Prediction(name=" in done.stdout
+    assert (tmp_path / "second" / "finetune" / "DONE").exists()
 
 
 def test_a_foreign_package_of_our_names_is_named(tmp_path):

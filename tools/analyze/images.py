@@ -37,16 +37,18 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
         DataError: if the file is missing or damaged.
     """
     from pipeline.data.beton import open_beton, samples_of
-    from pipeline.data.feed import EvaluationFeed
     from pipeline.data.subset import Subset
     from pipeline.distributed.world import World
-    from pipeline.recipe.sections import DataSettings
+    from tools.evaluate.stored_images import evaluation_batches
+    from tools.predict.evaluation_transform import EvaluationTransform
 
     beton = open_beton(path)
     ids = spread_over_classes(np.asarray(samples_of(beton)["f1"]), count)
-    settings = DataSettings(train=str(path), image_size=image_size, crop_pct=crop_pct, timeout_seconds=300)
-    feed = EvaluationFeed(Subset(beton, ids), settings, min(len(ids), 32), World.alone(), workers=1)
-    batches = list(feed)
+    transform = EvaluationTransform(image_size, crop_pct)
+    size = min(len(ids), 32)
+    batches = list(
+        evaluation_batches(Subset(beton, ids), transform, size, World.alone(), workers=1, timeout_seconds=300)
+    )
     pixels, labels = (
         torch.cat([getattr(batch, name)[batch.valid] for batch in batches]) for name in ("images", "labels")
     )

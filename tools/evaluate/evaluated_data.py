@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from pipeline.data.beton import open_beton
 from tools.predict.image_model import reading_of_stage
-from tools.prepare.prepared_cache import SourceSettings, data_file, window_of
+from tools.prepare.prepared_cache import SourceSettings, data_file, say, window_of
 from tools.weights.model import stage_of
 
 
@@ -21,4 +22,10 @@ def evaluated_files(weights: str, data: str, knn: str | None, refresh: bool = Fa
     reading = reading_of_stage(stage_of(Path(weights))) if os.path.isdir(weights) else None
     voters = knn and data_file(knn, SourceSettings(reading=reading), refresh=refresh)
     reading = reading or (window_of(voters) if voters else None)
-    return data_file(data, SourceSettings(reading=reading), refresh=refresh), voters
+    file = data_file(data, SourceSettings(reading=reading), refresh=refresh)
+    if voters and open_beton(voters).sha256 == open_beton(file).sha256:
+        say(
+            "--data and --knn are the same images, so each of them votes for itself; divide them, as"
+            " `fcmae prepare --split 0.3` does"
+        )
+    return file, voters

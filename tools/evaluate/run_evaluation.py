@@ -1,6 +1,5 @@
 """Evaluate weights with one process or several processes of this machine."""
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width
-from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
 from pipeline.weights.input_channels import Adaptation
 from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.confusions import Confusions
 from tools.evaluate.knn import Neighbours, collect_features
-from tools.evaluate.stored_images import StoredImages
+from tools.evaluate.stored_images import evaluation_batches
 from tools.predict.image_model import ImageModel, load_image_model
 
 POLL_SECONDS = 0.1
@@ -213,15 +211,7 @@ def _compared_outputs(request: EvaluationRequest, loaded: ImageModel, outputs: l
 
 
 def _feed(request: EvaluationRequest, loaded: ImageModel, part: Subset, world: World) -> Iterable[Batch]:
-    workers = max(world.cores() - 1, 1)
-    if importlib.util.find_spec("ffcv") is None:
-        return StoredImages(part, loaded.transform, request.batch, world, workers=workers)
-    from pipeline.data.feed import EvaluationFeed  # it loads FFCV
-
-    settings = DataSettings(
-        train=str(part.beton.path),
-        image_size=loaded.image_size,
-        crop_pct=loaded.crop_pct,
-        timeout_seconds=request.timeout_seconds,
-    )
-    return EvaluationFeed(part, settings, request.batch, world, workers=workers)
+    return evaluation_batches(
+        part, loaded.transform, request.batch, world,
+        workers=max(world.cores() - 1, 1), timeout_seconds=request.timeout_seconds,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Read prepared images for an evaluation where FFCV is not installed: the same batches, to the last bit."""
+"""Read prepared images for an evaluation, also where FFCV is not installed: the same batches, to the last bit."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,8 +16,30 @@ from pipeline.data.order import evaluation_order
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
+from pipeline.recipe.sections import DataSettings
 from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
 from tools.prepare.image_pixels import AS_LOADER
+
+
+def evaluation_batches(
+    part: Subset, transform: EvaluationTransform, batch_size: int, world: World, *, workers: int, timeout_seconds: float
+) -> Iterable[Batch]:
+    """The batches of an evaluation, decoded by FFCV's threads, or by Pillow where FFCV is not installed.
+
+    Raises:
+        DataError: also while iterating, if an image is damaged.
+    """
+    if importlib.util.find_spec("ffcv") is None:
+        return StoredImages(part, transform, batch_size, world, workers=workers)
+    from pipeline.data.feed import EvaluationFeed  # it loads FFCV
+
+    settings = DataSettings(
+        train=str(part.beton.path),
+        image_size=transform.image_size,
+        crop_pct=transform.crop_pct,
+        timeout_seconds=timeout_seconds,
+    )
+    return EvaluationFeed(part, settings, batch_size, world, workers=workers)
 
 
 class StoredImages:

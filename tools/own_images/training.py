@@ -106,6 +106,11 @@ def plan_training(request: Request, run: Path) -> TrainingPlan:
     path, given = find_recipe(base), _given_values(request)
     with stoppable_preparation():
         train, validation = _data(request, run, weights)
+    if (batch := given.get("batch.global_batch", 0)) > train.samples:
+        raise DataError(
+            f"batch.global_batch is {batch}, but {request.images} holds {train.samples:,} images to train on; make the"
+            " batch smaller"
+        )
     fixed = _fixed_values(request, weights, train, validation)
     values = _kept_values(run, request.stage)
     if not values:

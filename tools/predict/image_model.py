@@ -39,8 +39,9 @@ class ImageModel:
 
     Every method takes one image or several: paths, PIL images, uint8 arrays (H, W, 3) or (N, H, W, 3), uint8 tensors
     (3, H, W) or (N, 3, H, W), or a list of any of these. Results are float32 tensors on the CPU with a row for each
-    image. Images go through the network in batches of `batch`, and batches after the first are filled up to its size.
-    So with batch 64, as many threads and images in the same order the results have the bits of `fcmae evaluate`.
+    image, without rows for an empty list. Images go through the network in batches of `batch`, and batches after the
+    first are filled up to its size. So with batch 64, as many threads and images in the same order the results have the
+    bits of `fcmae evaluate`.
     """
 
     network: nn.Module = field(repr=False)
@@ -141,19 +142,24 @@ class ImageModel:
 
     def _pixels(self, images: ImageLike | Iterable[ImageLike], batch: int) -> Iterator[Tensor]:
         """Yield prepared pixels (N, 3, H, W), `batch` images at a time, channels last in memory as in evaluation."""
-        each = iter(split_images(images))
+        each, empty = iter(split_images(images)), True
         while some := list(islice(each, batch)):
             yield torch.stack([self.transform.pixels(image).permute(1, 2, 0) for image in some]).permute(0, 3, 1, 2)
+            empty = False
+        if empty:
+            yield torch.empty(0, 3, *height_and_width(self.image_size), dtype=torch.uint8)
 
     def _compute(self, batches: Iterable[Tensor], function: Callable[[Tensor], list[Tensor]]) -> Iterator[list[Tensor]]:
         """Apply a function to the normalised batches, each filled up to the largest before it.
 
-        A row's bits depend on the number of rows, so a smaller last batch would differ from an evaluation's.
+        A row's bits depend on the number of rows, so a smaller last batch would differ from an evaluation's. For a
+        batch of no images a black one is computed, which tells the shape of the results.
         """
-        size, dtype = 0, next(self.network.parameters()).dtype
+        size, dtype = 1, next(self.network.parameters()).dtype
         for pixels in batches:
             count, size = len(pixels), max(len(pixels), size)
-            filled = torch.cat([pixels, *[pixels[-1:]] * (size - count)])
+            last = pixels[-1:] if count else pixels.new_zeros(1, *pixels.shape[1:])
+            filled = torch.cat([pixels, *[last] * (size - count)])
             with torch.no_grad():
                 results = function(normalise(filled.to(self.device), dtype, self.transform.statistics))
                 yield [result[:count].float().cpu() for result in results]

@@ -134,7 +134,7 @@ def _prepare(
         raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
     try:
         with ProgressBar(Console(stderr=True)) as progress:
-            options["progress"] = progress
+            options |= {"progress": progress, "looking": progress.looking}
             if split is None:
                 summaries = [prepare_beton(source, destination, **options)]
             else:

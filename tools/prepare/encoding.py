@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.beton import JPEG, PAGE_BYTES, RAW
-from pipeline.data.decode import jpeg_status
+from pipeline.data.decode import has_turbojpeg, jpeg_status
 from pipeline.errors import DataError
 from pipeline.randomness import text_key
 from tools.prepare.image_files import MOST_PIXELS, MOST_PIXELS_SHRUNK, opened_image
@@ -15,6 +15,7 @@ from tools.prepare.image_pixels import AS_LOADER, Change, ReadingSettings, page_
 
 SMALL_BYTES = 1 << 16
 """Images to re-encode are stored as raw pixels up to this size (147 x 147), because decoding would cost more."""
+UNCHECKED = Change("kept unchecked", "kept unchecked, because libturbojpeg is missing (Debian: libturbojpeg0)")
 LONGEST_SIDE = 65500  # libjpeg's limit in pixels; the JPEG format's own is a little higher
 
 
@@ -28,6 +29,10 @@ class Encoding:
     """JPEG quality of re-encoded images."""
     raw_fraction: float = 0.0
     """Fraction of the images stored as raw pixels, chosen by their names' hash: faster to read, five times as large."""
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < 1:
+            raise DataError(f"max_side is {self.max_side}; give a number of pixels from 1 on")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,11 @@ def _encode_page(
     is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and page == 0
     raw = text_key("stored raw", name) < encoding.raw_fraction * 2**63
     # Re-encode files that Pillow accepts and libturbojpeg warns about, because training takes a warning for damage.
-    sound = is_jpeg and jpeg_status(content, height, width) == 0
+    if is_jpeg and not has_turbojpeg():
+        image.load()  # which raises for most damage
+        header, sound = header._replace(changes=(*header.changes, UNCHECKED)), True
+    else:
+        sound = is_jpeg and jpeg_status(content, height, width) == 0
     keeps = fits and sound and header.is_plain and len(content) <= PAGE_BYTES
     if keeps and not raw:
         return Stored(JPEG, height, width, content, header.changes)

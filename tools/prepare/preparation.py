@@ -60,6 +60,8 @@ class Options:
     """Images in a part."""
     progress: Callable[[int, int], None] = lambda done, total: None
     """Called with (images done, images in all) after each part."""
+    looking: Callable[[int, int], None] = lambda done, total: None
+    """The same while all images are looked over, before any is stored; see `survey_images`."""
 
 
 def prepare_beton(source: str | Path, destination: str | Path, **options: Any) -> Summary:
@@ -101,22 +103,27 @@ def prepare_split(
     chosen, destination = Options(**options), Path(destination)
     validation = destination.with_name(f"{destination.name.removesuffix('.beton')}-val.beton")
     _refuse_existing(destination, chosen.overwrite)
-    began = not destination.exists() and _settings_in(validation).get("part") == "validation"
-    if not began:  # else an earlier try ended between the two files; validation is written first and is written again
+    # An earlier try that ended between the two files left this folder; validation is then written again.
+    mark = parts_folder(destination)
+    began = not destination.exists() and mark.is_dir() and _settings_in(validation).get("part") == "validation"
+    if not began:
         _refuse_existing(validation, chosen.overwrite)
     images = _open(str(source), chosen)
     held_out = validation_part([item.name for item in images.items], fraction, group_by)
     reading, pages = _reading_of(images, chosen)  # one window for both parts
     written = []
+    for name, held in (("validation", True), ("training", False)):
+        if held not in held_out:
+            raise DataError(f"no image of {source} is for {name} with --split {fraction:g}; give another fraction")
     for name, path, held in (("validation", validation, True), ("training", destination, False)):
         numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
-        if not numbers:
-            raise DataError(f"no image of {source} is for {name} with --split {fraction:g}; give another fraction")
         part = replace(images, items=[images.items[n] for n in numbers], ignored=() if held else images.ignored)
         again = replace(chosen, overwrite=chosen.overwrite or (held and began))
         facts = {"split": fraction, "group_by": group_by, "part": name}
         capacity = sum(pages[n] for n in numbers)
         written.append(_write(part, str(source), path, again, reading, capacity, facts))
+        if held:
+            mark.mkdir(exist_ok=True)
     return written[1], written[0]
 
 
@@ -158,7 +165,7 @@ def _reading_of(images: ImageSource, options: Options) -> tuple[ReadingSettings,
     reading = options.reading or (AS_LOADER if is_imagenet else ReadingSettings())
     if reading.as_loader:
         return reading, [1] * len(images.items)
-    survey = survey_images(images.items, images.reader, reading, options.workers)
+    survey = survey_images(images.items, images.reader, reading, options.workers, options.looking)
     return with_window(reading, survey), survey.pages
 
 

@@ -30,8 +30,9 @@ from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
+from tools.prepare.folders import is_read
 from tools.prepare.image_pixels import ReadingSettings
-from tools.prepare.image_source import is_hidden, locate
+from tools.prepare.image_source import is_image, locate
 from tools.prepare.parts import PART_SAMPLES
 from tools.prepare.preparation import prepare_beton, prepare_split
 from tools.prepare.preparation_report import summary_lines
@@ -77,6 +78,8 @@ class CacheEntry:
     """A hash of the relative paths, sizes and dates of the source's files."""
     files: int
     prepared_at: str
+    all_in_classes: bool = False
+    """Each image of the source belonged to a class, so what needs no classes can use it too."""
 
 
 def say(sentence: str) -> None:
@@ -114,26 +117,49 @@ def prepared(
     Raises:
         DataError: if the source cannot be used, or the cache cannot be written.
     """
-    source = source if is_url(source) else os.path.abspath(source)
-    unlabelled = not settings.needs_classes and settings.labels is None and not _all_in_classes(source)
-    home = _entry_home(cache or user_cache(), source, settings.stored(unlabelled))
+    source, cache = source if is_url(source) else os.path.abspath(source), cache or user_cache()
+    unlabelled = _has_no_classes(cache, source, settings, refresh)
+    home = _entry_home(cache, source, settings.stored(unlabelled))
     with _only_one(home, source, report):
         newest = newest_entry(home)
         if newest and not refresh and (entry := read_entry(newest)):
-            listing, files = list_source(source, settings)
-            if listing != entry.listing:
-                report(
-                    f"{source} has changed since it was prepared on {entry.prepared_at} ({entry.files:,} files then,"
-                    f" {files:,} now); what was prepared then is used, --refresh prepares it anew"
-                )
-            with suppress(DataError):  # a damaged file is prepared again
-                path = open_beton(_beton_in(newest, source)).path
-                if settings.split:
-                    open_beton(held_out(path))
+            path = _beton_in(newest, source)
+            files = (path, held_out(path)) if settings.split else (path,)
+            try:
+                for file in files:
+                    open_beton(file)
+            except DataError as error:
+                if any(map(Path.exists, files)):  # a run may name it, and notices the damage by itself
+                    report(f"{error}: it is prepared anew beside that file")
+                    newest = None
+            else:
+                _note_change(source, settings, entry, report)
                 return path
         if not newest or refresh:
             newest = home / str(1 + max((int(path.name) for path in _generations(home)), default=0))
         return _prepare(source, settings, unlabelled, newest, report)
+
+
+def _has_no_classes(cache: Path, source: str, settings: SourceSettings, refresh: bool) -> bool:
+    """Whether to leave classes out. What was decided when the source was prepared holds until it is refreshed."""
+    if settings.needs_classes or settings.labels is not None:
+        return False
+    usable = []
+    for unlabelled in () if refresh else (False, True):
+        newest = newest_entry(_entry_home(cache, source, settings.stored(unlabelled)))
+        entry = read_entry(newest) if newest else None
+        if newest and entry and (unlabelled or entry.all_in_classes):
+            usable.append(((newest / SOURCE_FILE).stat().st_mtime_ns, unlabelled))
+    return max(usable)[1] if usable else not _all_in_classes(source)
+
+
+def _note_change(source: str, settings: SourceSettings, entry: CacheEntry, report: Callable[[str], None]) -> None:
+    listing, files = list_source(source, settings)
+    if listing != entry.listing:
+        report(
+            f"{source} has changed since it was prepared on {entry.prepared_at} ({entry.files:,} files then,"
+            f" {files:,} now); what was prepared then is used, --refresh prepares it anew"
+        )
 
 
 def data_file(path: str, settings: SourceSettings, *, refresh: bool = False) -> str:
@@ -202,9 +228,10 @@ def _generations(home: Path) -> list[Path]:
 @contextmanager
 def _only_one(home: Path, source: str, report: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a source. The system releases it when its process ends, however it does."""
+    lock = home.with_name(home.name + ".lock")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        file = home.with_name(home.name + ".lock").open("a+")
+        file = lock.open("a+")
     except OSError as error:
         raise _not_written(home.parent, error) from None
     with file:
@@ -215,7 +242,15 @@ def _only_one(home: Path, source: str, report: Callable[[str], None]) -> Iterato
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
-        yield
+        if not os.fstat(file.fileno()).st_nlink:  # its holder was refused the source, and removed it
+            with _only_one(home, source, report):
+                yield
+            return
+        try:
+            yield
+        finally:
+            if not home.exists():  # the source was refused
+                lock.unlink(missing_ok=True)
 
 
 def _not_written(path: Path, error: OSError) -> DataError:
@@ -223,7 +258,7 @@ def _not_written(path: Path, error: OSError) -> DataError:
 
 
 def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
-    """A hash of what the source's listing shows (relative paths, sizes, dates), and its number of files."""
+    """A hash of the relative paths, sizes and dates of the files that preparation reads, and their number."""
     digest, files = hashlib.sha256(), 0
     for place in filter(None, (source, settings.labels)):
         for line in sorted(_listed(place)):
@@ -235,26 +270,32 @@ def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
 def _listed(place: str) -> Iterator[str]:
     if not is_url(place) and os.path.isdir(place):
         for folder, folders, names in os.walk(place):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            for name in names:
+            folders[:] = filter(is_read, folders)
+            for name in filter(_is_prepared, names):
                 path = os.path.join(folder, name)
                 with suppress(OSError):
-                    if not is_hidden(name):
-                        facts = os.stat(path)
-                        yield f"{os.path.relpath(path, place)}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
+                    facts = os.stat(path)
+                    yield f"{os.path.relpath(path, place)}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
         return
     fs, inner = locate(place)
     pattern = any(character in inner for character in "*?[")
     with suppress(OSError):
         found = fs.glob(inner, detail=True) if pattern else fs.find(inner, detail=True)
         for name, facts in found.items():
+            if name != inner and not _is_prepared(name):
+                continue
             dates = [str(facts[key]) for key in ("mtime", "LastModified", "ETag") if key in facts]
             yield "\0".join([name, str(facts.get("size")), *dates]) + "\n"
+
+
+def _is_prepared(name: str) -> bool:
+    return is_image(name) or name.endswith((".tar", ".parquet"))
 
 
 def _prepare(
     source: str, settings: SourceSettings, unlabelled: bool, generation: Path, report: Callable[[str], None]
 ) -> Path:
+    open_source(source, settings.labels, unlabelled)  # most sources that are refused are refused here
     report(f"preparing {source}, once: the result is kept in {generation}")
     listing, files = list_source(source, settings)
     made = not generation.exists()
@@ -263,7 +304,8 @@ def _prepare(
         with ProgressBar(Console(stderr=True)) as progress:
             options: dict[str, Any] = {
                 "labels": settings.labels, "unlabelled": unlabelled, "encoding": Encoding(settings.max_side),
-                "on_bad": "skip", "overwrite": True, "progress": progress, "reading": settings.reading,
+                "on_bad": "skip", "overwrite": True, "progress": progress, "looking": progress.looking,
+                "reading": settings.reading,
                 "workers": min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES),
             }  # fmt: skip
             path = _beton_in(generation, source)
@@ -279,7 +321,9 @@ def _prepare(
                 generation.rmdir()
                 generation.parent.rmdir()
         raise
-    entry = CacheEntry(source, settings.stored(unlabelled), listing, files, time.strftime("%Y-%m-%d %H:%M"))
+    in_classes = settings.labels is None and not unlabelled and _all_in_classes(source)
+    now = time.strftime("%Y-%m-%d %H:%M")
+    entry = CacheEntry(source, settings.stored(unlabelled), listing, files, now, in_classes)
     write_json(generation / SOURCE_FILE, asdict(entry))
     for summary in summaries:
         for line in summary_lines(summary):

@@ -30,12 +30,23 @@ class ProgressBar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bar.stop()
 
+    def looking(self, done: int, total: int) -> None:
+        """Show how many images were looked over, before any is stored."""
+        self._bar.update(self._task, completed=done, total=total, rate="looked over")
+        self._line(f"{done:,} of {total:,} images looked over for the values of those of more than 8 bits")
+
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self._first = self._first or (now, done)
+        if self._first is None:
+            self._first = now, done
+            self._bar.reset(self._task, rate="")
         rate = (done - self._first[1]) / max(now - self._first[0], 1e-3)
         self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.0f} a second")
+        left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown time"
+        self._line(f"{done:,} of {total:,} images, {left} remaining")
+
+    def _line(self, sentence: str) -> None:
+        now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown time"
-            self._console.print(f"{done:,} of {total:,} images, {left} remaining", highlight=False)
+            self._console.print(sentence, highlight=False)

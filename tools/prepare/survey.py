@@ -6,7 +6,7 @@ are whole numbers, so the window does not depend on the number of workers.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -35,8 +35,17 @@ class Survey:
     """The percentiles of all images of more than 8 bits; None if there are none."""
 
 
-def survey_images(items: Sequence[Item], reader: Reader, reading: ReadingSettings, workers: int = 1) -> Survey:
+def survey_images(
+    items: Sequence[Item],
+    reader: Reader,
+    reading: ReadingSettings,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Survey:
     """Look over the images of a source. Files with a JPEG's name are only read for their pages.
+
+    Args:
+        progress: called with (images done, images in all) after every 256.
 
     Raises:
         DataError: if the object store fails.
@@ -44,11 +53,13 @@ def survey_images(items: Sequence[Item], reader: Reader, reading: ReadingSetting
     numbers = [number for number, item in enumerate(items) if _is_read(item, reading)]
     chunks = [[items[n] for n in numbers[start : start + _CHUNK]] for start in range(0, len(numbers), _CHUNK)]
     pages, keys, counts = [1] * len(items), np.zeros(0, np.uint32), np.zeros(0, np.int64)
-    place = iter(numbers)
+    place, done = iter(numbers), 0
     for found, new_keys, new_counts in _look(chunks, reader, reading, workers):
         for count in found:
             pages[next(place)] = count
         keys, counts = _merged([(keys, counts), (new_keys, new_counts)])
+        done += len(found)
+        progress(done, len(numbers))
     return Survey(pages, _percentiles(keys, counts) if len(keys) else None)
 
 
@@ -140,4 +151,5 @@ def _value(key: int) -> float:
 def _percentiles(keys: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     total = np.cumsum(counts)
     low, high = (_value(keys[np.searchsorted(total, share * total[-1])]) for share in (_LOW, _HIGH))
-    return (low, high) if low < high else (low, low + 1)
+    # Near 1e16 and beyond, one more is the same number.
+    return (low, high) if low < high else (low, max(low + 1, float(np.nextafter(low, np.inf))))

@@ -62,6 +62,11 @@ WRONG = [
     ((*RUN, "stages=null"), "a recipe needs at least one stage"),
     (("pretrain", "photos", "--out", "out", "batch.global_batch=many"), "batch.global_batch is 'many'; give a number"),
     (("pretrain", "photos", "--out", "out", "schedule.epochs=null"), "schedule.epochs is None; give a number above 0"),
+    (("pretrain", "photos", "--out", "out", "batch.global_batch=.inf"), "batch.global_batch is inf; give a number"),
+    (
+        ("pretrain", "data/train.beton", "--out", "out", "batch.global_batch=1000000"),
+        "batch.global_batch is 1000000, but data/train.beton holds 192 images to train on; make the batch smaller",
+    ),
     ((*RUN, "stages.pretrain=3"), "stages.pretrain is 3"),
     ((*RUN, "stages.pretrain.batch.slot=7"), "slot"),
     ((*RUN, "defaults.data.train=nowhere.beton"), "nowhere.beton does not exist"),
@@ -98,12 +103,14 @@ WRONG = [
 ]
 # The same of the command line itself. The exit code is 2.
 USAGE = [
-    (("nosuch",), "No such command 'nosuch'"),
-    (("run", "tiny.yaml"), "Missing option '--out'"),
-    (("run", "--out", "out"), "Missing argument"),
-    ((*RUN, "--nprocs", "2"), "No such option: --nprocs"),
-    ((*RUN, "--nproc", "0"), "Invalid value for '--nproc'"),
-    (("logs", "folder", "--lines", "none"), "Invalid value for '--lines'"),
+    (("nosuch",), "no such command 'nosuch' (`fcmae --help` explains)"),
+    (("recipe", "lst"), "no such command 'lst'; did you mean 'list'? (`fcmae recipe --help` explains)"),
+    (("run", "tiny.yaml"), "missing option '--out' (`fcmae run --help` explains)"),
+    (("run", "--out", "out"), "missing argument"),
+    ((*RUN, "--nprocs", "2"), "no such option: --nprocs; did you mean --nproc?"),
+    ((*RUN, "--nproc", "0"), "invalid value for '--nproc'"),
+    (("logs", "folder", "--lines", "none"), "invalid value for '--lines'"),
+    (("prepare", "folder", "out.beton", "--on-bad", "what"), "'--on-bad': 'what' is not one of 'refuse', 'skip' ("),
 ]
 
 
@@ -117,12 +124,10 @@ def test_one_sentence_and_nothing_left_behind(here, arguments, words, code):
     done = fcmae(*arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    said = " ".join(done.stderr.replace("\u2502", " ").split())
-    assert words in said
-    if code == 1:
-        assert done.stderr.startswith("fcmae: "), done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert "b'" not in said, "bytes mean nothing to a person"
+    assert words in done.stderr
+    assert done.stderr.startswith("fcmae: "), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "b'" not in done.stderr, "bytes mean nothing to a person"
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 

@@ -1,7 +1,9 @@
 import json
+import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.errors import UserError
 from tests.support import tiny_data
-from tools.analyze.images import spread_over_classes
+from tools.analyze.images import load_images, spread_over_classes
 from tools.cli import app
 
 TINY = "convnextv2 depths=[1,1] dims=[8,16] stem_stride=2 num_classes=4"
@@ -42,6 +44,14 @@ def test_each_analysis_draws_several_models_and_writes_their_numbers(name, data,
         assert picture.width >= 300
         assert np.asarray(picture.convert("L")).std() > 10
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_images_are_the_same_without_ffcv(data, monkeypatch):
+    found = load_images(data, 5, 16)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    without = load_images(data, 5, 16)
+    assert torch.equal(without.pixels, found.pixels)
+    assert torch.equal(without.labels, found.labels)
 
 
 def test_in_a_run_figures_go_to_mlflow(tmp_path):

@@ -40,7 +40,9 @@ def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, k
     results = []
     for data in (photos, file):
         evaluate_weights(str(run), str(data), knn=str(data) if knn else None, json=True)
-        results.append(json.loads(capsys.readouterr().out))
+        printed = capsys.readouterr()
+        results.append(json.loads(printed.out))
+        assert ("each of them votes for itself" in printed.err) == knn
     for result, source in zip(results, (photos, file), strict=True):
         named = (result.pop("data"), result.pop("neighbours_of"))
         assert named == (str(source), str(source) if knn else None)

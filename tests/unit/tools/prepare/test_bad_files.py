@@ -5,6 +5,7 @@ import io
 import json
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.archives import encoded, photograph
 from tests.support import squashed_images
 from tools.prepare import encoding
 from tools.prepare.encoding import Encoding
+from tools.prepare.image_files import opened_image
 from tools.prepare.preparation import prepare_beton
 
 PHOTO = photograph(3, 240)
@@ -255,3 +257,28 @@ def test_what_does_not_fit_a_page_is_shrunk(tmp_path, monkeypatch):
             assert image.size == (stored.width, stored.height)
     assert encoding.encode(encoded(photograph(1, 64)), "a", Encoding(raw_fraction=1.0))[0].mode == RAW
     assert encoding.encode(encoded(noise, quality=50), "a", Encoding(raw_fraction=1.0))[0].mode == 0
+
+
+def test_without_libturbojpeg_jpegs_are_kept_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "has_turbojpeg", lambda: False)
+    monkeypatch.setattr(encoding, "jpeg_status", None)
+    content = encoded(photograph(1))
+    (stored,) = encoding.encode(content, "a", Encoding())
+    assert stored.content == content
+    assert [change.kind for change in stored.changes] == ["kept unchecked"]
+    assert "truncated" in encoding.encode(content[:-900], "a", Encoding())
+
+
+def test_pillows_limit_and_pythons_warnings_are_those_of_before(monkeypatch):
+    """As threads do: one image is opened before, and closed after, another one."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    filters = list(warnings.filters)
+    large, small = (encoded(Image.new("RGB", size), "PNG") for size in ((64, 48), (8, 8)))
+    first, second = opened_image(large), opened_image(large)
+    assert first.__enter__().size == (64, 48)
+    assert second.__enter__().size == (64, 48)
+    for opened in (first, second):
+        opened.__exit__(None, None, None)
+    assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == (100, filters)
+    with opened_image(small):
+        assert Image.MAX_IMAGE_PIXELS == 100

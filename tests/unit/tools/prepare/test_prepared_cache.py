@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.errors import DataError
 from tests.processes import PROCESSES
 from tests.support import CLASSES, tiny_image
 from tools.prepare.preparation import prepare_beton
-from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared
+from tools.prepare.prepared_cache import SourceSettings, _only_one, is_made_from, is_source, prepared
 
 ANY = SourceSettings(needs_classes=False)
 
@@ -62,11 +63,23 @@ def test_a_changed_folder_is_a_note_and_refresh_leaves_the_old_file(photos, cach
     assert all(is_made_from(str(path), str(photos), SourceSettings()) for path in (first, second))
 
 
-def test_hidden_files_are_no_change(photos, cache):
-    path, said = prepared(str(photos), SourceSettings(), cache=cache), []
-    (photos / ".DS_Store").touch()
-    assert prepared(str(photos), SourceSettings(), cache=cache, report=said.append) == path
+@pytest.mark.parametrize("name", [".DS_Store", "README.txt", "rings/Thumbs.db", "__MACOSX/a.png", ".hidden/a.png"])
+def test_files_that_are_no_images_are_no_change(photos, cache, name):
+    path, said = prepared(str(photos), ANY, cache=cache), []
+    (photos / name).parent.mkdir(exist_ok=True)
+    (photos / name).touch()
+    assert prepared(str(photos), ANY, cache=cache, report=said.append) == path
     assert said == []
+
+
+def test_an_image_in_no_class_is_a_note_and_not_another_data_set(photos, cache):
+    path, said = prepared(str(photos), ANY, cache=cache), []
+    shutil.copy(next(photos.glob("rings/*")), photos / "stray.png")
+    assert prepared(str(photos), ANY, cache=cache, report=said.append) == path
+    assert "(8 files then, 9 now)" in said[0]
+    anew = prepared(str(photos), ANY, cache=cache, refresh=True)
+    assert (open_beton(anew).classes, prepared(str(photos), ANY, cache=cache)) == (("all",), anew)
+    assert open_beton(prepared(str(photos), SourceSettings(), cache=cache)).samples == 8
 
 
 def test_only_settings_that_change_the_file_make_another(photos, cache):
@@ -75,11 +88,16 @@ def test_only_settings_that_change_the_file_make_another(photos, cache):
     assert prepared(str(photos), SourceSettings(max_side=16), cache=cache) != first
 
 
-def test_a_damaged_file_is_prepared_again(photos, cache):
-    path = prepared(str(photos), SourceSettings(), cache=cache)
+def test_a_damaged_file_stays_for_the_runs_that_name_it(photos, cache):
+    path, said = prepared(str(photos), SourceSettings(), cache=cache), []
     before = path.read_bytes()
     path.write_bytes(before[:-1])
-    assert prepared(str(photos), SourceSettings(), cache=cache).read_bytes() == before
+    again = prepared(str(photos), SourceSettings(), cache=cache, report=said.append)
+    assert (again.parent.name, again.read_bytes(), path.read_bytes()) == ("2", before, before[:-1])
+    assert said[0].startswith(f"{path} is truncated: ")
+    assert said[0].endswith("it is prepared anew beside that file")
+    again.unlink()
+    assert prepared(str(photos), SourceSettings(), cache=cache) == again
 
 
 def _hold_lock(photos, cache, ready):
@@ -118,10 +136,31 @@ def test_images_that_need_no_classes_keep_those_that_they_have(photos, cache, tm
         prepared(str(flat), SourceSettings(), cache=cache)
 
 
-def test_a_refused_source_leaves_nothing(tmp_path, cache):
-    with pytest.raises(DataError, match="does not exist"):
-        prepared(str(tmp_path / "nowhere"), SourceSettings(), cache=cache)
-    assert [path.suffix for path in (cache / "prepared").iterdir()] == [".lock"]
+def test_a_refused_source_leaves_nothing(photos, tmp_path, cache):
+    (tmp_path / "odd" / "<b>").mkdir(parents=True)
+    shutil.copy(next(photos.glob("rings/*")), tmp_path / "odd" / "<b>")
+    for name, words, notes in (("nowhere", "does not exist", 0), ("odd", "has a line break", 1)):
+        said = []
+        with pytest.raises(DataError, match=words):
+            prepared(str(tmp_path / name), SourceSettings(), cache=cache, report=said.append)
+        assert len(said) == notes
+        assert not list((cache / "prepared").iterdir())
+
+
+def test_a_lock_that_its_holder_removed_is_made_again(tmp_path):
+    home, waits, left = tmp_path / "source", threading.Event(), []
+
+    def second() -> None:
+        with _only_one(home, "source", lambda sentence: waits.set()):
+            left.extend(tmp_path.iterdir())
+
+    thread = threading.Thread(target=second)
+    with _only_one(home, "source", print):
+        thread.start()
+        assert waits.wait(60)
+    thread.join()
+    assert left == [tmp_path / "source.lock"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

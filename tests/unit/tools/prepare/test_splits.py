@@ -76,7 +76,10 @@ def test_both_files_make_the_whole(photos, tmp_path):
     assert held.beton.settings["split"] == 0.3
     assert held.beton.settings["part"] == "validation"
     bytes_of = [path.read_bytes() for path in (train.beton.path, held.beton.path)]
-    train.beton.path.unlink()  # as if it had been interrupted after the first file
+    train.beton.path.unlink()
+    with pytest.raises(DataError, match=r"own-val.beton exists already"):
+        prepare_split(photos, tmp_path / "own.beton", 0.3)
+    (tmp_path / "own.beton.parts").mkdir()  # as if it had been interrupted after the first file
     again = prepare_split(photos, tmp_path / "own.beton", 0.3, workers=2, part_samples=3)
     assert [summary.beton.path.read_bytes() for summary in again] == bytes_of
     with pytest.raises(DataError, match="exists already"):
@@ -110,8 +113,13 @@ def test_one_window_for_all_images_whatever_the_workers(tmp_path):
     values = np.sort(np.concatenate([np.asarray(Image.open(p)).ravel() for p in sorted(folder.glob("*.tif"))]))
     low, high = (float(values[int(np.ceil(share * len(values))) - 1]) for share in (0.001, 0.999))
     source = open_source(str(folder), unlabelled=True)
-    found = [survey_images(source.items, ByteRanges(source.reader.fs), ReadingSettings(), w).window for w in (1, 2)]
+    reader, seen = ByteRanges(source.reader.fs), []
+    found = [
+        survey_images(source.items, reader, ReadingSettings(), workers, lambda *done: seen.append(done)).window
+        for workers in (1, 2)
+    ]
     assert found == [(low, high)] * 2
+    assert seen == [(6, 6)] * 2  # the photograph is not looked at
     summary = prepare_beton(folder, tmp_path / "a.beton", unlabelled=True)
     settings = ReadingSettings.of_side_car(summary.beton.settings)
     assert settings == ReadingSettings(window=(low, high))
@@ -134,10 +142,11 @@ def test_percentiles_of_wide_values_are_close(tmp_path, kind):
     np.testing.assert_allclose(window, np.quantile(values, [0.001, 0.999], method="lower"), rtol=1e-4, atol=2e3)
 
 
-def test_a_constant_data_set_has_a_window(tmp_path):
+@pytest.mark.parametrize(("value", "high"), [(np.uint16(7), 8), (np.float32(2.0**100), 2.0**100 + 2.0**48)])
+def test_a_constant_data_set_has_a_window(tmp_path, value, high):
     (tmp_path / "deep").mkdir()
-    Image.fromarray(np.full((4, 4), 7, np.uint16)).save(tmp_path / "deep" / "a.png")
-    assert prepare_beton(tmp_path / "deep", tmp_path / "a.beton", unlabelled=True).beton.settings["window_high"] == 8
+    Image.fromarray(np.full((4, 4), value)).save(tmp_path / "deep" / "a.tif")
+    assert prepare_beton(tmp_path / "deep", tmp_path / "a.beton", unlabelled=True).beton.settings["window_high"] == high
 
 
 def test_deep_images_under_a_jpegs_name_are_refused(tmp_path):
