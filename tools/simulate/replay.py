@@ -1,8 +1,8 @@
 """Replay a real run from the record of `fcmae times RUN --json`: its decisions, and what its faults cost.
 
 The decisions are made anew from the recorded facts. The cost is simulated: the recorded faults strike at their recorded
-times after the start of a job, while steps and saves take what was measured in the run, and each start a time that is
-drawn from the measured ones.
+times in a start, or after it; steps and saves take what was measured in the run, and each start that was finished takes
+a time that is drawn from the measured ones.
 """
 
 import random
@@ -114,16 +114,18 @@ def _simulated_ledger(stage: Mapping[str, Any], draw: random.Random) -> Ledger:
     last = stage["allocations"][-1]
     step = 0
     for allocation in stage["allocations"][:-1]:
-        start, until = draw.choice(starts), allocation["disturbed"]
-        if until >= start + work.seconds_until(step, work.steps):
-            break
-        ledger.ending += allocation["ended"] - until
-        if until < start:
+        until, first_step = allocation["disturbed"], allocation["first_step"]
+        if first_step is None:  # disturbed in its start
             ledger.start += until
+            ledger.ending += allocation["ended"] - until
             continue
-        progress = work.progress(step, until - start)
+        trained = max(until - first_step + stage["step_seconds"], 0.0)
+        if trained >= work.seconds_until(step, work.steps):
+            break
+        progress = work.progress(step, trained)
         kept = progress.step if allocation["outcome"] == "saved" else max(progress.committed, default=step)
-        ledger.start += start
+        ledger.start += draw.choice(starts)
+        ledger.ending += allocation["ended"] - until
         ledger.saves += progress.blocked_seconds
         ledger.useful += (kept - step) * work.step_seconds
         ledger.lost += (progress.step - kept) * work.step_seconds + progress.partial_seconds
