@@ -31,6 +31,8 @@ class Allocation:
     """The step that was resumed."""
     to_step: int | None = None
     """The last step in the journal."""
+    step_seconds: float | None = None
+    """Mean time of a step."""
     disturbed: float = 0.0
     """The signal of a stop; without one, the last line in the journal."""
     ended: float = 0.0
@@ -105,7 +107,7 @@ def _allocations(stage_directory: Path, events: Sequence[Event]) -> list[Allocat
 def _allocation(number: int, claimed: float, events: Sequence[Event], decision: dict[str, Any] | None) -> Allocation:
     started, stop, end = (_first(events, kind) for kind in ("started", "stop", "end"))
     started = started if started and "seconds" in started else None
-    steps = [event["step"] for event in events if event.get("kind") == "step" and "step" in event]
+    steps = [event for event in _of_kind(events, "step") if "step" in event]
     began = claimed
     if started:
         began = started["time"] - started["seconds"]
@@ -113,12 +115,14 @@ def _allocation(number: int, claimed: float, events: Sequence[Event], decision: 
         began = decision["job_started"]
     last = max((event["time"] for event in events), default=claimed)
     resumed = _first(events, "attempt")
+    batch = resumed.get("global_batch") if resumed else None
     return Allocation(
         number,
         began,
         started["seconds"] if started else None,
         resumed.get("step") if resumed else None,
-        max(steps, default=None),
+        max((event["step"] for event in steps), default=None),
+        _mean([batch / event["images_per_second"] for event in steps if batch and event.get("images_per_second")]),
         (stop.get("asked", last) if stop else last) - began,
         max(decision["time"] if decision else last, last) - began,
         str(end.get("outcome")) if end else "killed",
@@ -141,6 +145,10 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 def _first(events: Sequence[Event], kind: str) -> Event | None:
     return next(iter(_of_kind(events, kind)), None)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _typical(seconds: Sequence[float]) -> float | None:

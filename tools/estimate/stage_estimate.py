@@ -29,7 +29,7 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from tools.prepare.detect import open_source
 from tools.prepare.prepared_cache import is_source
-from tools.simulate.conditions import Conditions
+from tools.simulate.conditions import Conditions, site_conditions
 from tools.simulate.planned_stage import planned_stage
 from tools.simulate.simulated_run import simulated_share
 from tools.simulate.stage_work import StageWork
@@ -164,8 +164,9 @@ class StageEstimate:
     @cached_property
     def useful_share(self) -> float | None:
         """Useful time divided by allocated time, simulated under the default conditions of `fcmae simulate`."""
-        planned = self.planned(Conditions())
-        return planned and simulated_share(planned, Conditions())
+        conditions = site_conditions(self.site)
+        planned = self.planned(conditions)
+        return planned and simulated_share(planned, conditions)
 
     @property
     def hours(self) -> float | None:

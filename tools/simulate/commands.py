@@ -46,11 +46,12 @@ def simulate_chain(
     from tools.simulate.simulated_run import simulate_run
     from tools.simulate.simulation_table import render_simulation, simulation_json, summarise
 
-    conditions, measured = read_conditions(assume or []), read_times(times) if times else []
-    given = [text.partition("=")[0] for text in assume or []]
+    profile = load_site(site)
+    conditions, measured = read_conditions(assume or [], profile), read_times(times) if times else []
+    given = [*(text.partition("=")[0] for text in assume or []), *profile.model_fields_set]
     if "start_seconds" not in given and (starts := start_seconds(measured)):
         conditions, given = with_measured_starts(conditions, starts), [*given, "start_seconds"]
-    chain, profile = load_recipe(find_recipe(recipe), overrides or []), load_site(site)
+    chain = load_recipe(find_recipe(recipe), overrides or [])
     by_name = {stage["stage"]: stage for stage in measured}
     works = []
     for stage in estimate(chain, profile, nodes=nodes, images=images or ()):

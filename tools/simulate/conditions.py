@@ -1,7 +1,7 @@
 """What a cluster does to jobs, as numbers.
 
 Every default is an assumption and is printed as one, because no public figure holds for another cluster: measure your
-own (`fcmae times RUN --json`, the cluster's accounting). That failures come in proportion to nodes and time, and useful
+own (`fcmae times RUN --json`, the cluster's accounting). The rate of failures is the site's. That failures come in proportion to nodes and time, and useful
 time divided by allocated time as the measure of them, is from Kokolis et al. 2025, "Revisiting Reliability in
 Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
 """
@@ -9,6 +9,7 @@ Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
+from cluster.site import Site
 from pipeline.errors import UserError
 
 
@@ -22,7 +23,11 @@ class Conditions:
     """How often jobs are disturbed, and how long each disturbance takes. Times between disturbances and waits in the
     queue are exponentially distributed."""
 
-    failures_per_node_day: float = assumed(0.005, "failures of a node, or of a rank on it, per day of one node")
+    failures_per_node_day: float = assumed(
+        Site.model_fields["failures_per_node_day"].default,
+        "failures of a node, or of a rank on it, per day of one node; the site's, whose default is Llama 3's"
+        " (arXiv 2407.21783)",
+    )
     preemptions_per_hour: float = assumed(0.0, "preemptions of the job per hour that it runs")
     queue_seconds: float = assumed(600.0, "mean wait in the queue before each start, in seconds")
     start_seconds: tuple[float, ...] = assumed((180.0,), "from the start of a job to its first step, in seconds")
@@ -41,8 +46,13 @@ class Conditions:
     damaged_share: float = assumed(0.0, "share of restored checkpoints that prove damaged")
 
 
-def read_conditions(assumptions: Sequence[str]) -> Conditions:
-    """Conditions from texts NAME=NUMBER; start_seconds may be several numbers with commas.
+def site_conditions(site: Site) -> Conditions:
+    """The assumptions for a site."""
+    return Conditions(failures_per_node_day=site.failures_per_node_day)
+
+
+def read_conditions(assumptions: Sequence[str], site: Site) -> Conditions:
+    """Conditions of a site from texts NAME=NUMBER; start_seconds may be several numbers with commas.
 
     Raises:
         UserError: for an unknown name or a value out of range.
@@ -62,7 +72,7 @@ def read_conditions(assumptions: Sequence[str]) -> Conditions:
         if not numbers or (single and len(numbers) > 1) or not all(least <= number <= most for number in numbers):
             raise UserError(f"--assume {text!r}: give {'a number' if single else 'numbers'} from {least:g} to {most:g}")
         changes[name] = tuple(numbers) if not single else int(numbers[0]) if name == "spare_nodes" else numbers[0]
-    conditions = Conditions(**changes)
+    conditions = replace(site_conditions(site), **changes)
     if conditions.lost_share + conditions.hang_share > 1:
         raise UserError("--assume: lost_share and hang_share are shares of the same failures; their sum is at most 1")
     return conditions

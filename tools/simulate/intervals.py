@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cluster.show.save_interval import DAY_SECONDS, least_loss_seconds
 from tools.simulate.conditions import Conditions
 from tools.simulate.simulated_cluster import HOUR
 from tools.simulate.simulated_run import Ledger, simulate_run
@@ -14,23 +15,19 @@ FAILURES = 40  # in each simulated run, so that the shares can be compared
 LONGEST_SEARCH_SECONDS = 700 * 24 * HOUR
 
 
-def young_seconds(cost_seconds: float, between_seconds: float) -> float:
-    """Time between two saves by Young, "A first order approximation to the optimum checkpoint interval", CACM 1974.
+def daly_seconds(cost_seconds: float, between_seconds: float) -> float:
+    """Time between two saves by Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps",
+    FGCS 2006.
 
     Args:
         cost_seconds: how long a save holds up training.
         between_seconds: mean time between two failures.
     """
-    return math.sqrt(2 * cost_seconds * between_seconds)
-
-
-def daly_seconds(cost_seconds: float, between_seconds: float) -> float:
-    """Time between two saves by Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps",
-    FGCS 2006; the arguments are those of `young_seconds`."""
     if cost_seconds >= 2 * between_seconds:
         return between_seconds
     ratio = cost_seconds / (2 * between_seconds)
-    return young_seconds(cost_seconds, between_seconds) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_seconds
+    young = least_loss_seconds(cost_seconds, DAY_SECONDS / between_seconds)
+    return young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_seconds
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def best_interval(work: StageWork, conditions: Conditions, seeds: Sequence[int])
 
     The simulated stage is long enough for many failures. Stops that save have no part in it: they cost the same always.
     """
-    rate = work.nodes * conditions.failures_per_node_day / (24 * HOUR)
+    rate = work.nodes * conditions.failures_per_node_day / DAY_SECONDS
     preempted = conditions.preemptions_per_hour / HOUR
     if work.save_seconds + conditions.exit_seconds <= conditions.grace_seconds:
         conditions, preempted = replace(conditions, preemptions_per_hour=0.0), 0.0
@@ -59,7 +56,7 @@ def best_interval(work: StageWork, conditions: Conditions, seeds: Sequence[int])
         return None
     conditions = replace(conditions, damaged_share=0.0, bad_share=0.0, queue_seconds=0.0, repair_hours=0.0)
     cost = max(work.blocked_seconds, 0.1)
-    young, daly = young_seconds(cost, 1 / rate), daly_seconds(cost, 1 / rate)
+    young, daly = least_loss_seconds(cost, rate * DAY_SECONDS), daly_seconds(cost, 1 / rate)
     steps = math.ceil(min(FAILURES / rate, LONGEST_SEARCH_SECONDS) / work.step_seconds)
 
     def share(save_every_steps: int) -> float:

@@ -82,17 +82,25 @@ def _difference(recorded: Mapping[str, Any]) -> str:
 
 def _real_ledger(stage: Mapping[str, Any]) -> Ledger:
     """The allocated time of a stage, of which only what is useful is told apart."""
-    allocated = sum(allocation["ended"] for allocation in stage["allocations"])
-    useful = stage["steps"] * stage["step_seconds"] + stage["evaluation_seconds"]
-    return Ledger(useful=useful, lost=allocated - useful)
+    allocations = stage["allocations"]
+    resumed = [a for a in allocations if a["from_step"] is not None]
+    ends = [*[a["from_step"] for a in resumed[1:]], stage["steps"]]
+    kept = [(end - a["from_step"]) * _step_seconds(a, stage) for a, end in zip(resumed, ends, strict=True)]
+    useful = sum(kept) + stage["evaluation_seconds"]
+    return Ledger(useful=useful, lost=sum(a["ended"] for a in allocations) - useful)
 
 
-def recorded_work(stage: Mapping[str, Any]) -> StageWork:
-    """A recorded stage as the simulation sees it."""
+def _step_seconds(allocation: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
+    """Mean time of a step in an allocation; of the whole stage if it made none."""
+    return allocation["step_seconds"] or stage["step_seconds"]
+
+
+def recorded_work(stage: Mapping[str, Any], allocation: Mapping[str, Any]) -> StageWork:
+    """A recorded stage as the simulation sees it, with the speed of one allocation."""
     return StageWork(
         stage["stage"],
         stage["steps"],
-        stage["step_seconds"] + stage["evaluation_seconds"] / stage["steps"],
+        _step_seconds(allocation, stage) + stage["evaluation_seconds"] / stage["steps"],
         stage["save_every_steps"],
         blocked_seconds=stage["blocked_seconds"] or 0.0,
         save_seconds=stage["save_seconds"] or 0.0,
@@ -102,24 +110,24 @@ def recorded_work(stage: Mapping[str, Any]) -> StageWork:
 def start_seconds(stages: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     """All measured times from the start of a job to its first step, without that step."""
     return tuple(
-        max(allocation["first_step"] - stage["step_seconds"], 0.0)
+        max(allocation["first_step"] - _step_seconds(allocation, stage), 0.0)
         for stage in stages
         for allocation in stage["allocations"]
-        if allocation["first_step"] is not None and stage["step_seconds"] is not None
+        if allocation["first_step"] is not None
     )
 
 
 def _simulated_ledger(stage: Mapping[str, Any], draw: random.Random) -> Ledger:
-    work, starts, ledger = recorded_work(stage), start_seconds([stage]), Ledger()
-    last = stage["allocations"][-1]
+    starts, ledger = start_seconds([stage]), Ledger()
+    *disturbed, last = stage["allocations"]
     step = 0
-    for allocation in stage["allocations"][:-1]:
-        until, first_step = allocation["disturbed"], allocation["first_step"]
-        if first_step is None:  # disturbed in its start
+    for allocation in disturbed:
+        work, until = recorded_work(stage, allocation), allocation["disturbed"]
+        if allocation["first_step"] is None:  # disturbed in its start
             ledger.start += until
             ledger.ending += allocation["ended"] - until
             continue
-        trained = max(until - first_step + stage["step_seconds"], 0.0)
+        trained = max(until - allocation["first_step"] + _step_seconds(allocation, stage), 0.0)
         if trained >= work.seconds_until(step, work.steps):
             break
         progress = work.progress(step, trained)
@@ -130,6 +138,7 @@ def _simulated_ledger(stage: Mapping[str, Any], draw: random.Random) -> Ledger:
         ledger.useful += (kept - step) * work.step_seconds
         ledger.lost += (progress.step - kept) * work.step_seconds + progress.partial_seconds
         step = kept
+    work = recorded_work(stage, last)
     ledger.start += draw.choice(starts)
     ledger.useful += (work.steps - step) * work.step_seconds
     ledger.saves += work.progress(step, work.seconds_until(step, work.steps)).blocked_seconds

@@ -4,16 +4,20 @@ import math
 
 import pytest
 
+from cluster.site import Site
 from pipeline.errors import UserError
 from tools.simulate.conditions import Conditions, read_conditions
-from tools.simulate.intervals import best_interval, daly_seconds, young_seconds
+from tools.simulate.intervals import best_interval, daly_seconds
 from tools.simulate.stage_work import StageWork
 
 WORK = StageWork("pretrain", 10**6, 1.0, 60, nodes=64, blocked_seconds=6.0, save_seconds=10.0)
 
 
+def young_seconds(cost: float, between: float) -> float:
+    return math.sqrt(2 * cost * between)
+
+
 def test_daly_is_young_for_rare_failures_and_less_for_frequent_ones():
-    assert young_seconds(6.0, 10_000.0) == pytest.approx(math.sqrt(120_000))
     assert daly_seconds(6.0, 1e9) == pytest.approx(young_seconds(6.0, 1e9), rel=1e-3)
     assert daly_seconds(100.0, 1_000.0) < young_seconds(100.0, 1_000.0)
     assert daly_seconds(100.0, 40.0) == 40.0  # a save takes longer than two failures are apart
@@ -35,8 +39,9 @@ def test_without_losses_there_is_no_best_interval():
 
 
 def test_assumptions_are_read_by_name():
-    read = read_conditions(["failures_per_node_day=0.02", "start_seconds=60,90", "spare_nodes=0"])
+    read = read_conditions(["failures_per_node_day=0.02", "start_seconds=60,90", "spare_nodes=0"], Site())
     assert read == Conditions(failures_per_node_day=0.02, start_seconds=(60.0, 90.0), spare_nodes=0)
+    assert read_conditions([], Site(failures_per_node_day=0.5)).failures_per_node_day == 0.5
 
 
 @pytest.mark.parametrize(
@@ -55,4 +60,4 @@ def test_assumptions_are_read_by_name():
 )
 def test_an_impossible_assumption_is_refused(text, words):
     with pytest.raises(UserError, match=words):
-        read_conditions([text])
+        read_conditions([text], Site())
