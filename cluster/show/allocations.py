@@ -31,8 +31,6 @@ class Allocation:
     """The step that was resumed."""
     to_step: int | None = None
     """The last step in the journal."""
-    step_seconds: float | None = None
-    """Mean time of a step."""
     disturbed: float = 0.0
     """The signal of a stop; without one, the last line in the journal."""
     ended: float = 0.0
@@ -64,12 +62,17 @@ def stage_times(stage_directory: Path) -> StageTimes:
     begun = _of_kind(events, "attempt")
     batch = begun[-1].get("global_batch") if begun else None
     speeds = [e["images_per_second"] for e in _of_kind(events, "step") if e.get("images_per_second")]
+    step_seconds = batch / median(speeds) if batch and speeds else None
+    settings = load_stage_recipe(stage_directory / RECIPE_FILE).checkpoint
+    save_every_steps = settings.every_steps
+    if settings.every_minutes and step_seconds:
+        save_every_steps = max(round(60 * settings.every_minutes / step_seconds), 1)
     saves = [e for e in _of_kind(events, "save") if e.get("why") == "due" and is_number(e.get("seconds"))]
     return StageTimes(
         stage_directory.name,
         begun[-1].get("total_steps") if begun else None,
-        load_stage_recipe(stage_directory / RECIPE_FILE).checkpoint.every_steps,
-        batch / median(speeds) if batch and speeds else None,
+        save_every_steps,
+        step_seconds,
         _typical([e["seconds"] for e in saves]),
         _typical([e.get("blocked_seconds", 0.0) for e in saves]),
         _evaluation_seconds(events),
@@ -115,14 +118,12 @@ def _allocation(number: int, claimed: float, events: Sequence[Event], decision: 
         began = decision["job_started"]
     last = max((event["time"] for event in events), default=claimed)
     resumed = _first(events, "attempt")
-    batch = resumed.get("global_batch") if resumed else None
     return Allocation(
         number,
         began,
         started["seconds"] if started else None,
         resumed.get("step") if resumed else None,
         max((event["step"] for event in steps), default=None),
-        _mean([batch / event["images_per_second"] for event in steps if batch and event.get("images_per_second")]),
         (stop.get("asked", last) if stop else last) - began,
         max(decision["time"] if decision else last, last) - began,
         str(end.get("outcome")) if end else "killed",
@@ -145,10 +146,6 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 def _first(events: Sequence[Event], kind: str) -> Event | None:
     return next(iter(_of_kind(events, kind)), None)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _typical(seconds: Sequence[float]) -> float | None:

@@ -1,9 +1,9 @@
 """What a cluster does to jobs, as numbers.
 
 Every default is an assumption and is printed as one, because no public figure holds for another cluster: measure your
-own (`fcmae times RUN --json`, the cluster's accounting). The rate of failures is the site's. That failures come in proportion to nodes and time, and useful
-time divided by allocated time as the measure of them, is from Kokolis et al. 2025, "Revisiting Reliability in
-Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
+own (`fcmae times RUN --json`, the cluster's accounting). The rate of failures is the site's. That failures come in
+proportion to nodes and time, and useful time divided by allocated time as the measure of them, is from Kokolis et al.
+2025, "Revisiting Reliability in Large-Scale Machine Learning Research Clusters" (arXiv 2410.21680).
 """
 
 from collections.abc import Sequence

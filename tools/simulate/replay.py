@@ -91,8 +91,19 @@ def _real_ledger(stage: Mapping[str, Any]) -> Ledger:
 
 
 def _step_seconds(allocation: Mapping[str, Any], stage: Mapping[str, Any]) -> float:
-    """Mean time of a step in an allocation; of the whole stage if it made none."""
-    return allocation["step_seconds"] or stage["step_seconds"]
+    """Mean time of a step in an allocation, without saves and evaluations; the stage's typical one if it made too few.
+
+    A busy machine may be three times as slow in one allocation as in another.
+    """
+    if allocation["first_step"] is None or allocation["to_step"] is None:
+        return stage["step_seconds"]
+    steps = allocation["to_step"] - allocation["from_step"] - 1  # after the first one, which belongs to the start
+    if steps < 2:
+        return stage["step_seconds"]
+    others = (stage["blocked_seconds"] or 0.0) / stage["save_every_steps"] + stage["evaluation_seconds"] / stage[
+        "steps"
+    ]
+    return max((allocation["disturbed"] - allocation["first_step"]) / steps - others, 1e-3)
 
 
 def recorded_work(stage: Mapping[str, Any], allocation: Mapping[str, Any]) -> StageWork:
