@@ -7,6 +7,7 @@ from cluster.local import rank_log
 from cluster.show.status import stage_names
 from cluster.slurm.job_history import slurm_directory
 from pipeline.errors import LaunchError
+from pipeline.stage.attempts import Attempts
 from pipeline.storage.bounded_files import read_file
 from pipeline.storage.file_names import DONE_FILE
 from pipeline.storage.records import name_unreadable
@@ -17,8 +18,11 @@ POLL_SECONDS = 0.5
 def log_files(stage_directory: Path, rank: int) -> list[Path]:
     """A rank's log files, the oldest first: one per job, and one of local runs. Rank 0's also hold the batch script's
     output."""
-    paths = [*slurm_directory(stage_directory).glob(f"*_{rank}_log.out"), rank_log(stage_directory, rank)]
-    return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
+    of_jobs = slurm_directory(stage_directory).glob(f"*_{rank}_log.out")
+    jobs = sorted(of_jobs, key=lambda path: (len(path.name), path.name))  # the names begin with the job's number
+    local = [path] if (path := rank_log(stage_directory, rank)).exists() else []
+    owner = Attempts(stage_directory, None).owner() or {}
+    return [*local, *jobs] if owner.get("job") else [*jobs, *local]
 
 
 def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: bool) -> None:

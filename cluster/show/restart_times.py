@@ -16,7 +16,8 @@ from pipeline.tracking.journal import Event, read_events
 
 @dataclass
 class Restart:
-    """The time from one attempt of a stage to the next, in seconds; None if unknown. After an attempt that was killed,
+    """The time from one attempt of a stage to the next, in seconds; None if unknown, or if the clocks of two machines
+    contradict the order of events. After an attempt that was killed,
     there is no stop and no save, and `queue` is the time since its last line in the journal."""
 
     stage: str
@@ -53,12 +54,11 @@ def restarts(stage_directory: Path) -> list[Restart]:
     """The restarts of a stage, in order: one for each attempt after which another one made a step."""
     attempts: dict[int, list[Event]] = {}
     for event in read_events(stage_directory / JOURNAL_FILE):
-        if {"attempt", "time", "kind"} <= event.keys():
+        # A machine that stood still may have written on after the next attempt began.
+        if {"attempt", "time", "kind"} <= event.keys() and event["attempt"] >= max(attempts, default=0):
             attempts.setdefault(event["attempt"], []).append(event)
     requeues = [
-        entry["time"]
-        for entry in read_job_history(stage_directory)
-        if entry.get("event") == "requeued" and "time" in entry
+        entry for entry in read_job_history(stage_directory) if entry.get("event") == "requeued" and "time" in entry
     ]
     measured = []
     for number, following in pairwise(sorted(attempts)):
@@ -66,10 +66,7 @@ def restarts(stage_directory: Path) -> list[Restart]:
         if started is None or "seconds" not in started:
             continue
         began = started["time"] - started["seconds"]
-        # A machine that stood still may have written on after the next attempt began.
-        events = [event for event in attempts[number] if event["time"] < began]
-        if not events:
-            continue
+        events = attempts[number]
         stop, ended = _first(events, "stop"), _first(events, "end")
         restart = Restart(stage_directory.name, number, str(ended.get("reason", "") if ended else "killed or lost"))
         now = events[-1]["time"]
@@ -77,13 +74,23 @@ def restarts(stage_directory: Path) -> list[Restart]:
             restart.stop = stop["time"] - stop["asked"]
             now = max([e["time"] for e in events if e["kind"] == "save" and e["time"] >= stop["time"]] + [stop["time"]])
             restart.save = now - stop["time"]
-        requeued = [time for time in requeues if now <= time < began]
+        # A line of an earlier version does not say which attempt it followed.
+        requeued = [
+            entry["time"]
+            for entry in requeues
+            if (entry["attempt"] == number if "attempt" in entry else now <= entry["time"] < began)
+        ]
         if requeued:
-            restart.requeue, now = requeued[-1] - now, requeued[-1]
-        restart.queue = began - now
+            restart.requeue, now = _passed(now, requeued[-1]), requeued[-1]
+        restart.queue = _passed(now, began)
         restart.start = started["seconds"]
         measured.append(restart)
     return measured
+
+
+def _passed(earlier: float, later: float) -> float | None:
+    """The time between two clocks' readings; None where the clocks contradict the order of the events."""
+    return later - earlier if later >= earlier else None
 
 
 def attempt_starts(stage_directory: Path) -> list[AttemptStart]:

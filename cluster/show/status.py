@@ -1,4 +1,4 @@
-"""The state of a run from its directories alone, and from Slurm where it answers. Reads, never writes."""
+"""The state of a run from its directories alone, and from Slurm where it answers. Changes nothing."""
 
 import json
 import re
@@ -51,6 +51,7 @@ class StageStatus:
     job: str | None = None  # the last one submitted for this stage
     job_state: str = ""  # in Slurm's words, or FORGOTTEN, or UNKNOWN while Slurm does not answer
     job_reason: str = ""  # why the job waits or has failed, in Slurm's words
+    other_jobs: list[str] = field(default_factory=list)  # that wait or run too; there should be none
     nodes: str = ""  # those of the job, else the one of rank 0
     world_size: int | None = None
     attempts: int = 0
@@ -126,6 +127,9 @@ class StageFollower:
         status.last_checkpoint_step, status.last_checkpoint_age_seconds = _last_checkpoint(self.directory)
         if job:
             status.job, status.job_state, status.job_reason = job.id, job.slurm_state, job.reason
+            status.other_jobs = list(job.others)
+            if job.is_ticket:
+                status.job_reason = "its submission is not finished"
             status.nodes = job.nodes or status.nodes
         if read_done(self.directory):
             self._add_result(status)
@@ -135,7 +139,7 @@ class StageFollower:
             elif attempts:
                 status.state = STATE_OF_OUTCOME.get(str(outcomes[-1].get("kind")), "interrupted")
                 status.reason = str(outcomes[-1].get("reason") or self._end)
-            self._add_job(status, job, max(map(_modified, attempts), default=0.0))
+            self._add_job(status, job, owner)
         if status.state in ("running", "done"):
             status.images_per_second = self._speed.images_per_second()
             status.data_wait_fraction = self._speed.data_wait_fraction()
@@ -158,10 +162,10 @@ class StageFollower:
         status.verdict = str(verdict.get("sentence", ""))
         status.metrics = _numbers(result.get("metrics")) or status.metrics
 
-    def _add_job(self, status: StageStatus, job: Job | None, newest_attempt: float) -> None:
+    def _add_job(self, status: StageStatus, job: Job | None, owner: dict[str, Any]) -> None:
         """Correct the state of a stage that is not done by its job, and by the end that the history records.
 
-        newest_attempt: when it began, in epoch seconds. An end recorded before is of an attempt before.
+        owner: who made the newest attempt. An end that was recorded before says nothing about it.
         """
         last = (read_job_history(self.directory) or [{}])[-1]
         has_ended = last.get("event") in ("stopped", "cancelled")
@@ -169,7 +173,7 @@ class StageFollower:
             status.state, status.nodes = "queued", ""
         elif job and job.runs and status.state != "running" and not (job.state is JobState.ENDING and has_ended):
             status.state = "starting"
-        if has_ended and (number(last.get("time")) or 0.0) >= newest_attempt and not (job and job.live):
+        if has_ended and _ends(last, status.attempts, owner) and not (job and job.live):
             status.reason = str(last.get("reason", ""))
             status.state = "cancelled" if "cancelled" in (last["event"], status.reason) else "failed"
         elif job and job.state is JobState.CANCELLED and status.state != "running":
@@ -185,7 +189,16 @@ class StageFollower:
         if job and job.state is not JobState.UNKNOWN:
             return job.runs
         last_write = max(_modified(attempt), _modified(self.directory / file_names.JOURNAL_FILE))
-        return bool(owner) and time.time() - last_write < SILENCE_SECONDS
+        return bool(owner) and self._now() - last_write < SILENCE_SECONDS
+
+    def _now(self) -> float:
+        """The time by the clock that dates this directory's files, which may be another machine's."""
+        from cluster.preflight.host import clock_offset_seconds
+
+        try:
+            return time.time() - clock_offset_seconds(self.directory)
+        except OSError:  # it cannot be written
+            return time.time()
 
 
 def stage_names(run_directory: str | Path) -> list[str]:
@@ -265,6 +278,14 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _ends(entry: dict[str, Any], newest: int, owner: dict[str, Any]) -> bool:
+    """Whether a line of the job history was written after the newest attempt began."""
+    if (attempt := _count(entry.get("attempt"))) is not None:
+        return attempt >= newest
+    jobs = [str(entry.get("job")), str(owner.get("job"))]  # a line of an earlier version
+    return not owner or (all(job.isdigit() for job in jobs) and int(jobs[0]) >= int(jobs[1]))
 
 
 def _count(value: Any) -> int | None:

@@ -88,6 +88,9 @@ def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
             lines.append(f"{s.stage}, {s.save_advice}")
         if s.slow:
             lines.append(f"{s.stage}, {s.slow}")
+        if s.other_jobs:
+            others = ", ".join(s.other_jobs)
+            lines.append(f"{s.stage}, job {others} is queued too: `fcmae cancel`, then `fcmae resume`")
         if s.on_track is False:
             lines.append(f"{s.stage}, {s.verdict}")
     if trouble:

@@ -1,7 +1,9 @@
-"""Slurm's commands: list, cancel, requeue and restrict jobs. Nothing is cached, and sacct is not needed."""
+"""Slurm's commands: list, cancel, requeue and restrict jobs. Nothing is cached, and no decision needs sacct."""
 
+import hashlib
+import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -10,6 +12,7 @@ from pathlib import Path
 from pipeline.errors import LaunchError
 
 TIMEOUT_SECONDS = 60
+TICKET = "-new"  # ends the name of a job that is the ticket of a submission (`cluster.slurm.ticket`)
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node failed to start
 NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # BadConstraints: no node is left that fits the job's request
 
@@ -67,6 +70,11 @@ class Job:
     """Id of the job that it still waits for."""
     directory: Path = Path()
     """Its working directory, which is the stage directory."""
+    name: str = ""
+    held: bool = False
+    """Whether it waits until somebody releases it."""
+    others: tuple[str, ...] = ()
+    """Ids of other live jobs of its stage. There should be none."""
 
     @property
     def runs(self) -> bool:
@@ -77,6 +85,11 @@ class Job:
     def live(self) -> bool:
         """Whether its processes may write, now or later."""
         return self.runs or self.state is JobState.WAITING
+
+    @property
+    def is_ticket(self) -> bool:
+        """Whether a command is just submitting the chain of this job, or died meanwhile."""
+        return self.state is JobState.WAITING and self.held and self.name.endswith(TICKET)
 
 
 class NoControllerError(LaunchError):
@@ -91,34 +104,75 @@ class CommandError(LaunchError):
         self.words = words
 
 
-def job_name(stage: str) -> str:
-    """The name that a stage's jobs have in Slurm."""
-    return f"fcmae-{stage}"
+def job_name(stage_directory: Path) -> str:
+    """The name that a stage's jobs have in Slurm. It ends with a hash of the run's path, so no other run's jobs have
+    it."""
+    run = hashlib.sha256(os.fsencode(stage_directory.parent)).hexdigest()[:8]
+    return f"fcmae-{stage_directory.name}-{run}"
 
 
-def query_jobs(*, ids: Iterable[str] = (), stages: Iterable[str] = ()) -> list[Job]:
-    """List the jobs that Slurm remembers, the newest last: all, those of the ids, or those of stages of this name in
-    any run.
+def query_jobs(stages: Collection[Path] = (), *, ids: Iterable[str] = ()) -> list[Job]:
+    """List the jobs that Slurm remembers, the newest last: all, those of the ids, or those of these stage directories.
 
     Raises:
         LaunchError: if Slurm does not answer.
     """
     chosen = [f"--jobs={','.join(ids)}"] if ids else []
-    chosen += [f"--name={','.join(map(job_name, stages))}"] if stages else []
+    chosen += [f"--name={_job_names(stages)}"] if stages else []
     # --all also lists jobs of hidden partitions. The directory comes last because it may hold the separator.
-    command = ["squeue", "--noheader", "--all", "--states=all", *chosen, "--format=%A|%T|%r|%N|%E|%Z"]
+    command = ["squeue", "--noheader", "--all", "--states=all", *chosen, "--format=%A|%T|%r|%N|%E|%Q|%j|%Z"]
     jobs = []
     for line in run_command(*command, unless="Invalid job id").splitlines():
-        id, state, reason, nodes, dependency, directory = line.split("|", 5)
+        id, state, reason, nodes, dependency, priority, name, directory = line.split("|", 7)
+        if stages and Path(directory) not in stages:
+            continue
         reason = "" if reason == "None" else reason
         after = dependency.partition("afterok:")[2].partition("(")[0] or None
-        jobs.append(Job(id, _STATES.get(state, JobState.FAILED), state, reason, nodes, after, Path(directory)))
+        known = _STATES.get(state, JobState.FAILED)
+        jobs.append(Job(id, known, state, reason, nodes, after, Path(directory), name, held=priority == "0"))
     return sorted(jobs, key=lambda job: int(job.id))
+
+
+def ended_jobs(stages: Collection[Path], ids: Collection[str]) -> list[Job]:
+    """Those of these jobs that have ended by Slurm's accounting, which remembers them longer; none if it is off."""
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--starttime=now-90days"]
+    try:
+        lines = run_command(*command, f"--name={_job_names(stages)}", "--format=JobIDRaw,State,WorkDir").splitlines()
+    except LaunchError:
+        return []
+    jobs = []
+    for id, state, directory in (line.split("|", 2) for line in lines if line.count("|") >= 2):
+        word = state.partition(" ")[0]  # CANCELLED by 1000
+        job = Job(id, _STATES.get(word, JobState.FAILED), word, directory=Path(directory))
+        if id in ids and not job.live and job.directory in stages:
+            jobs.append(job)
+    return jobs
+
+
+def _job_names(stages: Iterable[Path]) -> str:
+    """All names that jobs of these stages may have. Earlier versions named them after the stage alone."""
+    return ",".join(name for s in stages for name in (job_name(s), job_name(s) + TICKET, f"fcmae-{s.name}"))
 
 
 def cancel_job(id: str) -> None:
     """End a job for good. Its ranks have Slurm's KillWait (30 s by default) to save."""
     run_command("scancel", id)
+
+
+def release_job(id: str) -> None:
+    """Let a held job start. Raises CommandError if it was cancelled."""
+    run_command("scontrol", "release", id)
+
+
+def rename_job(id: str, name: str) -> None:
+    """Give a job another name. Raises CommandError if it has ended."""
+    run_command("scontrol", "update", f"JobId={id}", f"JobName={name}")
+
+
+def submitting_host(id: str) -> str:
+    """The machine that a job was submitted from."""
+    job = _fields(run_command("scontrol", "show", "job", "-o", id, unless="Invalid job id"))
+    return job.get("AllocNode:Sid", "an unknown machine").partition(":")[0]
 
 
 def requeue_job(id: str) -> None:
@@ -166,12 +220,12 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def parse_minutes(limit: str) -> float:
-    """Convert a time limit of Slurm ([days-]hours:minutes:seconds, or UNLIMITED) to minutes."""
+    """Convert a time of Slurm ([days-][hours:]minutes:seconds, or UNLIMITED) to minutes; infinity if it is no time."""
     if not limit[:1].isdigit():
         return float("inf")
     days, _, clock = limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    seconds = sum(int(part) * 60**power for power, part in enumerate(reversed(clock.split(":"))))
+    return int(days or 0) * 1440 + seconds / 60
 
 
 def run_command(*command: str, unless: str = "") -> str:

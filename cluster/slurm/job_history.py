@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.stage.attempts import Attempts
 from pipeline.tracking.journal import read_events
 from pipeline.tracking.startup import JOB_STARTED
 
@@ -27,8 +28,10 @@ def slurm_directory(stage_directory: Path) -> Path:
 
 def note_job_event(stage_directory: Path, event: str, job: str, **fields: Any) -> None:
     """Append a line. `event` is submitted, requeued (which Slurm may refuse, as for a cancelled job), stopped or
-    cancelled."""
-    _append(stage_directory, HISTORY_FILE, {"event": event, "time": round(time.time(), 3), "job": job, **fields})
+    cancelled. The line also holds the number of the stage's newest attempt, which orders the two."""
+    attempt = Attempts(stage_directory, None).newest()
+    entry = {"event": event, "time": round(time.time(), 3), "job": job, "attempt": attempt, **fields}
+    _append(stage_directory, HISTORY_FILE, entry)
 
 
 def note_decision(stage_directory: Path, job: str, **fields: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.site import Site
 from cluster.slurm import client
 from cluster.slurm.job_history import slurm_directory
+from cluster.slurm.time_limit import TIME_LEFT
 from cluster.slurm.worker import RunStage, block_stop_signals
 from pipeline.distributed.processes import module_command
 from pipeline.errors import LaunchError
@@ -67,8 +68,11 @@ class JobScript:
             return f"stage {stage}: {reason} now, for some nodes are down, drained or reserved; it may have to wait"
         raise LaunchError(f"Slurm would refuse stage {stage}: {reason}")
 
-    def submit(self) -> str:
+    def submit(self, *, ticket: bool = False) -> str:
         """Queue the job; its id.
+
+        Args:
+            ticket: queue it held, as the ticket of a submission (`cluster.slurm.ticket`).
 
         Raises:
             LaunchError: with Slurm's reason.
@@ -77,6 +81,12 @@ class JobScript:
 
         if not shutil.which("sbatch"):
             raise LaunchError("there is no sbatch on PATH; submit from a machine of the Slurm cluster")
+        if ticket:
+            options = self._executor.parameters["additional_parameters"]
+            self._executor.update_parameters(
+                job_name=client.job_name(self.stage_directory) + client.TICKET,
+                additional_parameters={**options, "hold": True},
+            )
         try:
             with _without_inherited_settings():
                 job = self._executor.submit(RunStage(self.stage_directory))
@@ -89,7 +99,7 @@ class JobScript:
         site = self.site
         gpus = f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else site.gpus_per_node or None
         return {
-            "job_name": client.job_name(self.stage_directory.name),
+            "job_name": client.job_name(self.stage_directory),
             "partition": site.partition,
             "account": site.account,
             "qos": site.qos,
@@ -134,8 +144,8 @@ class JobScript:
             *[f"source {shlex.quote(name)}" for name in site.source],
             *[f"export {name}={shlex.quote(value)}" for name, value in exports.items()],
             f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
-            # Slurm sets it itself since 23.02.
-            'export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}"',
+            # slurmctld's clock and the node's may differ, so ask for the time that is left, not for the end.
+            f'export {TIME_LEFT}="$(hostname) $(cut -d. -f1 /proc/uptime) $(squeue -h -j "$SLURM_JOB_ID" -o %L)"',
         ]
 
     def _teardown(self) -> list[str]:

@@ -1,25 +1,34 @@
 """Submit a chain: find out which stages need a job, check them, and submit exactly those.
 
 DONE markers say what is finished and squeue says what is queued or runs; neither our own records nor Slurm's memory of
-ended jobs is asked. So the same steps serve a first submission, one after the login node died, and another site.
+ended jobs is asked. So the same steps serve a first submission, one after the login node died, and another site. Of
+several commands at once one submits (`cluster.slurm.ticket`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.chain import check_data, check_weights, open_chain
+from cluster.chain import (
+    check_data,
+    check_run_directory,
+    check_weights,
+    hold_run,
+    open_chain,
+    resolve_chain_paths,
+)
 from cluster.site import Site, check_stage_names, store_site
 from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
-from cluster.slurm.code_snapshot import take_code_snapshot
+from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
 from cluster.slurm.gpu_memory_check import MemoryNeed, check_gpu_memory
 from cluster.slurm.job_history import note_job_event, slurm_directory
 from cluster.slurm.retry import committed_step
 from cluster.slurm.script import JobScript
+from cluster.slurm.ticket import SubmissionLostError, jobs_without_tickets, ticket
 from cluster.slurm.time_limit import CANCELLED_FILE, StopTime
-from pipeline.errors import LaunchError
+from pipeline.errors import LaunchError, RecipeError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage.directory import Stage, read_done
@@ -40,8 +49,8 @@ class PlannedStage:
     site: Site
     done: bool = False
     job: Job | None = None
-    replaces: Job | None = None
-    """A live job to cancel: it waits for a job that is gone, or Slurm will never start it."""
+    replaces: tuple[Job, ...] = ()
+    """Live jobs to cancel: they wait for a job that is gone, or Slurm will never start them."""
 
     @property
     def needs_job(self) -> bool:
@@ -51,7 +60,7 @@ class PlannedStage:
 def plan_jobs(
     chain: ChainRecipe, run: Path, site: Site, *, ask_slurm: bool = True, start: str | None = None
 ) -> list[PlannedStage]:
-    """Find out which stages of a chain need a job. Wait for jobs that are just ending, and say so.
+    """Find out which stages of a chain need a job. Wait for jobs that are just ending or being submitted, and say so.
 
     Args:
         start: the first stage to submit; stages before it that need a job are left out.
@@ -70,9 +79,10 @@ def plan_jobs(
     for name, recipe in chain.stages.items():
         started = started or name == start
         before = planned.get(recipe.previous or "")
-        job, replaces = jobs.get(name), None
+        live = tuple(jobs.get(name, ()))
+        job, replaces = live[-1] if live else None, ()
         if job and (job.reason in client.NEVER_STARTS or _waits_for_another(job, before)):
-            job, replaces = None, job
+            job, replaces = None, live
         done = read_done(run / name) is not None
         stage = PlannedStage(name, run / name, recipe, site.for_stage(name), done, job, replaces)
         if stage.needs_job and not started:
@@ -90,26 +100,25 @@ def _waits_for_another(job: Job, before: PlannedStage | None) -> bool:
     return before is not None and not before.done and job.after != (before.job.id if before.job else None)
 
 
-def live_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
-    """The newest job of each stage that waits or runs, by stage. Jobs are found by their directory, because records of
+def live_jobs(run: Path, stages: list[str]) -> list[Job]:
+    """The jobs of a run that wait or run, the oldest first. Jobs are found by name and directory, because records of
     ours may be lost or stale."""
-    jobs = client.query_jobs(stages=stages)
-    return {job.directory.name: job for job in jobs if job.live and job.directory.parent == run}
+    return [job for job in client.query_jobs([run / name for name in stages]) if job.live]
 
 
-def _settled_jobs(run: Path, stages: list[str]) -> dict[str, Job]:
-    """The live jobs, once no job is just ending. A cancelled job that still saves looks alive, but Slurm would cancel
-    what depends on it; a job that is being requeued looks the same."""
+def _settled_jobs(run: Path, stages: list[str]) -> dict[str, list[Job]]:
+    """The live jobs of each stage, once no job is just ending or being submitted. A cancelled job that still saves
+    looks alive, but Slurm would cancel what depends on it; a job that is being requeued looks the same."""
     deadline, announced = time.monotonic() + ENDING_SECONDS, ""
     while True:
-        jobs = live_jobs(run, stages)
+        jobs = jobs_without_tickets([run / name for name in stages])
         ending = [
-            f"job {job.id} of stage {name}"
-            for name, job in jobs.items()
-            if job.state is JobState.ENDING and not (run / name / DONE_FILE).exists()
+            f"job {job.id} of stage {job.directory.name}"
+            for job in jobs
+            if job.state is JobState.ENDING and not (job.directory / DONE_FILE).exists()
         ]
         if not ending:
-            return jobs
+            return {name: of_stage for name in stages if (of_stage := [j for j in jobs if j.directory.name == name])}
         if time.monotonic() >= deadline:
             raise LaunchError(f"{ending[0]} is just ending; try again in a minute, nothing has been changed")
         if ending[0] != announced:
@@ -227,25 +236,57 @@ def submit_planned(
         The job id of each stage that has a job.
 
     Raises:
+        SubmissionLostError: if another command submits jobs of this run at the same moment, or cancels them; nothing of
+            this call is queued then. Plan anew.
         UserError: if the directory belongs to another recipe, cannot be written, or Slurm refuses a job. Jobs that were
             submitted before stay queued; the same command submits the rest.
     """
     open_chain(chain, run, bound=any(stage.job for stage in planned))
-    store_site(site, run)
-    (run / CANCELLED_FILE).unlink(missing_ok=True)
-    code = code or take_code_snapshot(run)
+    needed = [stage for stage in planned if stage.needs_job]
     ids = {stage.name: stage.job.id for stage in planned if stage.job}
-    for stage in (stage for stage in planned if stage.needs_job):
-        directory, site, after = stage.directory, stage.site, ids.get(stage.recipe.previous or "")
-        if stage.replaces:
-            client.cancel_job(stage.replaces.id)
-            note_job_event(directory, "cancelled", stage.replaces.id, reason="another takes its place")
-        store_site(site, slurm_directory(directory))
-        id = ids[stage.name] = JobScript(directory, site, code, after).submit()
-        facts = {"nodes": site.nodes, "ranks": site.ranks, "after": after, "code": code.name}
-        note_job_event(directory, "submitted", id, committed=committed_step(directory), **facts)
-        report(f"{stage.name}: job {id}" + (f", after job {after}" if after else ""))
+    if not needed:
+        store_site(site, run)
+        (run / CANCELLED_FILE).unlink(missing_ok=True)
+        return ids
+    folder = code or code_snapshot_path(run)
+    first, replaced = needed[0], [job for stage in needed for job in stage.replaces]
+    script = JobScript(first.directory, first.site, folder, ids.get(first.recipe.previous or ""))
+    chain_of, own = [stage.directory for stage in planned], [stage.directory for stage in needed]
+    with hold_run(run), ticket(script, chain_of, own, [job.id for job in replaced]) as submitted:
+        ids[first.name] = submitted[first.directory]
+        _note_submitted(first, ids, folder, report)
+        _refuse_another_recipe(chain, run)
+        store_site(site, run)
+        # After the ticket is queued: a command that cancels from here on finds it.
+        (run / CANCELLED_FILE).unlink(missing_ok=True)
+        if code is None:
+            take_code_snapshot(run)
+        for job in replaced:
+            client.cancel_job(job.id)
+            note_job_event(job.directory, "cancelled", job.id, reason="another takes its place")
+        for stage in needed:
+            store_site(stage.site, slurm_directory(stage.directory))
+            if stage is not first:
+                after = ids.get(stage.recipe.previous or "")
+                id = ids[stage.name] = JobScript(stage.directory, stage.site, folder, after).submit()
+                submitted[stage.directory] = id
+                _note_submitted(stage, ids, folder, report)
     return ids
+
+
+def _note_submitted(stage: PlannedStage, ids: dict[str, str], code: Path, report: Callable[[str], None]) -> None:
+    id, after = ids[stage.name], ids.get(stage.recipe.previous or "")
+    facts = {"nodes": stage.site.nodes, "ranks": stage.site.ranks, "after": after, "code": code.name}
+    note_job_event(stage.directory, "submitted", id, committed=committed_step(stage.directory), **facts)
+    report(f"{stage.name}: job {id}" + (f", after job {after}" if after else ""))
+
+
+def _refuse_another_recipe(chain: ChainRecipe, run: Path) -> None:
+    """Until its job is noted, a run may be begun anew with another recipe; see whether another command just did."""
+    try:
+        check_run_directory(resolve_chain_paths(chain), run, bound=True)
+    except RecipeError as error:
+        raise SubmissionLostError(str(error)) from None
 
 
 def cancel_jobs(run: Path, stages: list[str]) -> list[str]:
@@ -255,12 +296,32 @@ def cancel_jobs(run: Path, stages: list[str]) -> list[str]:
     try:
         live = live_jobs(run, stages)
         # The last stage first, so that no job starts because the one before it has ended.
-        for job in reversed(live.values()):
+        for job in sorted(live, key=lambda job: (stages.index(job.directory.name), int(job.id)), reverse=True):
             client.cancel_job(job.id)
             note_job_event(job.directory, "cancelled", job.id, reason="by `fcmae cancel`")
     except client.NoControllerError as error:
         return [
             f"{error}; until then running stages save and stop within seconds, and stages that start later stop at once"
         ]
-    sentences = [f"{name}: job {job.id} is cancelled ({job.state} until now)" for name, job in live.items()]
+    sentences = [f"{job.directory.name}: job {job.id} is cancelled ({job.state} until now)" for job in live]
     return sentences or ["no job of this run waits or runs"]
+
+
+def refuse_beside_jobs(run: Path, stages: Iterable[str]) -> None:
+    """Refuse to train here what a job of the run trains, or will train. Asks Slurm only if a job was ever submitted.
+
+    Raises:
+        LaunchError: naming the job.
+    """
+    stages = list(stages)
+    if not any(slurm_directory(run / name).is_dir() for name in stages):
+        return
+    try:
+        live = live_jobs(run, stages)
+    except LaunchError:  # no Slurm here, or no answer; a stage that runs elsewhere is refused by its attempt's claim
+        return
+    if live:
+        raise LaunchError(
+            f"job {live[0].id} of stage {live[0].directory.name} is {live[0].state} in Slurm; wait for it, or"
+            f" `fcmae cancel {run}` first"
+        )

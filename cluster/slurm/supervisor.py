@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +32,6 @@ from pipeline.stage.device_errors import program_at_fault, returning_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import SrunCode
 from pipeline.storage.file_names import RECIPE_FILE
-from pipeline.tracking.startup import JOB_STARTED
 from pipeline.url_secrets import redact_tracebacks
 
 ASK_AGAIN_SECONDS = 5
@@ -81,7 +79,7 @@ def collect_facts(stage: Stage, code: int, job: str, most_without_progress: int,
         return replace(end, off_track=_complaint(lambda: refuse_off_track(stage)))
     owner = stage.attempts.owner()
     own = owner is not None and (owner["job"], owner["restart_count"]) == (job, _restarts())
-    if owner is not None and not own and _began_after_this_job(owner):
+    if owner is not None and not own and _is_of_a_later_start(owner, job):
         return replace(end, overtaken=f"attempt {owner['attempt']} on {owner['host']}")
     # What another start recorded says nothing about this one.
     outcome = stage.attempts.last_outcome() if own else None
@@ -178,11 +176,12 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def _began_after_this_job(attempt: Mapping[str, Any]) -> bool:
-    try:
-        return datetime.fromisoformat(attempt["started"]).timestamp() > float(os.environ.get(JOB_STARTED, "inf"))
-    except ValueError:  # an entry that cannot be read
-        return False
+def _is_of_a_later_start(attempt: Mapping[str, Any], job: str) -> bool:
+    """Whether a start of this job after this one made an attempt, or a job that was submitted later. Slurm's numbers
+    decide, because the clocks of two machines differ, and one clock may be set back."""
+    if not str(attempt["job"]).isdigit() or not job.isdigit():
+        return False  # a local run, which is refused while a job of the stage is queued, or no readable entry
+    return (int(attempt["job"]), attempt["restart_count"]) > (int(job), _restarts())
 
 
 def fail(directory: Path, job: str, reason: str) -> int:
@@ -202,8 +201,8 @@ def cancel_dependents(directory: Path, reason: str) -> None:
     run = directory.parent
     stages = load_recipe(run / RECIPE_FILE).stages
     dependents = dependent_stages({name: recipe.previous for name, recipe in stages.items()}, directory.name)
-    for job in client.query_jobs(stages=dependents) if dependents else []:
-        if job.live and job.directory.parent == run:
+    for job in client.query_jobs([run / name for name in dependents]) if dependents else []:
+        if job.live:
             client.cancel_job(job.id)
             note_job_event(job.directory, "cancelled", job.id, reason=reason)
 

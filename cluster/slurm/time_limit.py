@@ -2,16 +2,20 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
 from pathlib import Path
 from statistics import median
 
+from cluster.slurm.client import parse_minutes
+from pipeline.distributed.processes import age_seconds
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import Event, Tail
 
 POLL_SECONDS = 5.0
+TIME_LEFT = "FCMAE_TIME_LEFT"  # environment variable, set by the job script: node, its uptime in seconds, time left
 CANCELLED_FILE = "CANCELLED"  # in the run directory: `fcmae cancel` has been called, perhaps while slurmctld was away
 
 
@@ -20,28 +24,39 @@ class TimeLimitWatch(threading.Thread):
     alone, because the ranks agree on a stop.
 
     Args:
-        ends_at: when the time limit ends the job, in epoch seconds; None if unknown.
+        seconds_left: until the time limit ends the job; infinite if there is none, or it is unknown.
     """
 
-    def __init__(self, stage_directory: Path, ends_at: float | None) -> None:
+    def __init__(self, stage_directory: Path, seconds_left: float) -> None:
         super().__init__(daemon=True)
         self._cancelled = stage_directory.parent / CANCELLED_FILE
         self._tail = Tail(stage_directory / JOURNAL_FILE)
         self._stop_time = StopTime()
-        self._began, self._ends_at = time.time(), ends_at
+        self._began = time.monotonic()
+        self._ends_at = self._began + seconds_left
 
     def run(self) -> None:
-        while not self.is_due(time.time()):
+        while not self.is_due(time.monotonic()):
             time.sleep(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     def is_due(self, now: float) -> bool:
-        """Whether the stage must stop now (epoch seconds)."""
+        """Whether the stage must stop now (seconds of `time.monotonic`)."""
         for event in self._tail.poll():
             self._stop_time.add(event)
         if self._cancelled.exists():
             return True
-        return self._ends_at is not None and now >= self._stop_time.stop_at(self._began, self._ends_at)
+        return now >= self._stop_time.stop_at(self._began, self._ends_at)
+
+
+def seconds_left() -> float:
+    """What is left of the job's time limit, by slurmctld's clock and a stopwatch: the clocks of nodes may differ."""
+    node, uptime, left = (os.environ.get(TIME_LEFT, "").split() + [""] * 3)[:3]
+    if node == socket.gethostname() and uptime.isdigit():
+        elapsed = time.clock_gettime(time.CLOCK_BOOTTIME) - int(uptime)
+    else:
+        elapsed = age_seconds(os.getpid())
+    return parse_minutes(left) * 60 - elapsed
 
 
 class StopTime:

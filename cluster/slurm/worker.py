@@ -48,13 +48,13 @@ class RunStage:
                 remove_torn_files(slurm_directory(directory))
             # Imported here because it loads torch, which a machine that only submits can do without.
             from cluster.preflight.bad_nodes import blame_own_node
-            from cluster.slurm.time_limit import TimeLimitWatch
+            from cluster.slurm.time_limit import TimeLimitWatch, seconds_left
             from pipeline.run import run_stage
             from pipeline.tracking.startup import startup
 
             startup.lap("imports")
             if rank == 0:
-                TimeLimitWatch(directory, _job_end()).start()
+                TimeLimitWatch(directory, seconds_left()).start()
             outcome = preflight_outcome(directory)
             startup.lap("preflight")
             if outcome is None:
@@ -89,12 +89,6 @@ def preflight_outcome(directory: Path) -> Outcome | None:
     )
     hosts = submitit.JobEnvironment().hostnames
     return check_rank(expected, [host for host in hosts for _ in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
-
-
-def _job_end() -> float | None:
-    """When the time limit ends this run of the job, in epoch seconds; None if unknown."""
-    text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(text) if text.isdigit() else None
 
 
 def remove_torn_files(directory: Path) -> None:

@@ -100,7 +100,9 @@ class Cache:
         with self._locked(name, fcntl.LOCK_SH) as lock:
             if not (self.directory / name).exists() or not is_sound(self.directory / name):
                 return False
-            os.utime(lock.fileno(), ns=(time.time_ns(),) * 2)
+            # Later than every use before, even if the clock was set back.
+            latest = max(path.stat().st_mtime_ns for path in self.directory.glob("*.lock"))
+            os.utime(lock.fileno(), ns=(max(time.time_ns(), latest + 1),) * 2)
             self._held[name] = os.fdopen(os.dup(lock.fileno()), "rb")  # keeps the lock after `lock` is closed
         return True
 

@@ -169,15 +169,24 @@ def show_logs(
 def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
     from cluster.slurm import submit as jobs
     from cluster.slurm.code_snapshot import code_snapshot_path
+    from cluster.slurm.ticket import SubmissionLostError
 
-    planned = jobs.plan_jobs(chain, run, profile, start=start)
-    needed = jobs.check_planned(planned)
-    jobs.check_with_slurm(planned, code_snapshot_path(run))
-    wide_console().print(_plan_table(planned, needed))
-    for estimate in needed.values():
-        if estimate.warning:
-            print(estimate.warning)
-    jobs.submit_planned(chain, run, profile, planned, print)
+    for last in (False, False, True):
+        planned = jobs.plan_jobs(chain, run, profile, start=start)
+        needed = jobs.check_planned(planned)
+        jobs.check_with_slurm(planned, code_snapshot_path(run))
+        wide_console().print(_plan_table(planned, needed))
+        for estimate in needed.values():
+            if estimate.warning:
+                print(estimate.warning)
+        try:
+            jobs.submit_planned(chain, run, profile, planned, print)
+        except SubmissionLostError as lost:
+            if last or lost.cancelled:
+                raise
+            print(lost)  # the next plan shows the jobs of the winner, and completes them if it died
+        else:
+            return
 
 
 def _plan_table(planned: "list[PlannedStage]", needed: "dict[str, MemoryNeed]") -> Table:

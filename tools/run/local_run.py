@@ -14,6 +14,7 @@ from cluster.recipe_origin import write_origin
 from cluster.show.progress import Progress
 from cluster.show.status import RunFollower
 from cluster.show.status_table import run_table
+from cluster.slurm.submit import refuse_beside_jobs
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import ChainRecipe
 from pipeline.stage.outcome import OutcomeKind
@@ -40,6 +41,7 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
     if importlib.util.find_spec("ffcv") is None:
         raise DataError("FFCV is not installed, and training reads .beton files with it; `fcmae doctor` says more")
     check_before_start(chain, directory, processes)
+    refuse_beside_jobs(directory.resolve(), chain.stages)
     stages = open_chain(chain, directory)
     write_origin(directory, recipe, overrides)
     remote = remote_of(directory)

@@ -7,6 +7,7 @@ from cluster.chain import check_before_start, open_chain, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
+from cluster.slurm.submit import refuse_beside_jobs
 from pipeline.errors import StageError
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tools.prepare.recipe_data import with_prepared_data
@@ -25,6 +26,7 @@ def run_study(study: Study, directory: Path, processes: int, report: Print) -> O
     for run in study_runs(study, directory):
         chains[run] = with_prepared_data(study.chain(run.arm, run.seed), run.directory)
         check_before_start(chains[run], run.directory, processes)
+        refuse_beside_jobs(run.directory.resolve(), chains[run].stages)
     opened = {}
     for run in _prepare(study, directory):
         opened[run] = open_chain(chains[run], run.directory)

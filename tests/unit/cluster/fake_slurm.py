@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
-COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
+from cluster.slurm.client import TICKET, job_name
+
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo", "sacct")
 
 
 class FakeSlurm:
@@ -36,7 +38,11 @@ class FakeSlurm:
         return [line for line in lines if line.startswith(command)]
 
 
-def queued(id: int, state: str, stage: Path, *, reason: str = "None", nodes: str = "", after: int | None = None) -> str:
-    """A line of squeue, as `cluster.slurm.client` asks for it."""
+def queued(
+    id: int, state: str, stage: Path, *, reason: str = "None", nodes: str = "", after: int | None = None,
+    ticket: bool = False,
+) -> str:  # fmt: skip
+    """A line of squeue, as `cluster.slurm.client` asks for it. `ticket`: a job that is just being submitted."""
+    name, priority = job_name(stage) + TICKET * ticket, 0 if ticket else 4294901759
     dependency = f"afterok:{after}(unfulfilled)" if after else "(null)"
-    return f"{id}|{state}|{reason}|{nodes}|{dependency}|{stage}\n"
+    return f"{id}|{state}|{reason}|{nodes}|{dependency}|{priority}|{name}|{stage}\n"

@@ -107,6 +107,16 @@ def process(directory, how="well"):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def test_a_clock_that_was_set_back_does_not_change_the_order_of_uses(tmp_path, monkeypatch):
+    for clock, name in ((None, "a"), (None, "b"), (0, "a"), (0, "d")):
+        if clock is not None:
+            monkeypatch.setattr(time, "time_ns", lambda: 0)
+        cache = Cache(tmp_path, BUDGET)
+        obtain(cache, name)
+        cache.close()
+    assert entries(tmp_path) == {"a", "d"}
+
+
 def test_processes_at_once_fill_once_and_keep_it_from_eviction(tmp_path):
     processes = [process(tmp_path) for _ in range(3)]
     logs = [p.stdout.readline() for p in processes]

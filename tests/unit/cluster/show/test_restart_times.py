@@ -23,7 +23,7 @@ def test_a_stop_with_notice_and_one_without(tmp_path):
         log.write("stop", time=BEGAN + 21, step=7, reason="SIGTERM", asked=BEGAN + 20.5)
         log.write("save", time=BEGAN + 23, step=7, seconds=2.0)
         log.write("end", time=BEGAN + 23, outcome="saved", reason="stopped by SIGTERM", step=7)
-    note_job_event(tmp_path, "requeued", "5", time=BEGAN + 24, committed=7)
+    note_job_event(tmp_path, "requeued", "5", time=BEGAN + 24, committed=7, attempt=1)
     with open_journal(tmp_path, 2) as log:
         write_started(log, 40, 8, {"launch": 1.0, "imports": 5.0})
         log.write("step", time=BEGAN + 41, step=8, loss=1.0)  # then killed; Slurm itself requeued the job

@@ -115,6 +115,18 @@ def test_what_slurm_says_of_a_stage_that_left_no_word(run, fake_slurm: FakeSlurm
     assert (first.state, first.job_state) == (state, slurm_state)
 
 
+def test_accounting_knows_what_squeue_has_forgotten(run, fake_slurm: FakeSlurm, monkeypatch):
+    submit(run, "pretrain", "41")
+    submit(run, "finetune", "42")
+    fake_slurm.answer("squeue", queued(42, "PENDING", run / "finetune"))
+    fake_slurm.answer("sacct", f"40|COMPLETED|{run}/pretrain\n41|CANCELLED by 0|{run}/pretrain\n41|FAILED|/other\n")
+    monkeypatch.setattr(job_watcher, "QUERY_SECONDS", 0)
+    follower = RunFollower(run)
+    assert [(s.job, s.job_state) for s in follower.statuses()] == [("41", "CANCELLED"), ("42", "PENDING")]
+    assert [s.state for s in follower.statuses()] == ["cancelled", "queued"]
+    assert len(fake_slurm.calls("sacct")) == 1
+
+
 def test_a_silent_slurmctld_holds_nobody_up(run, fake_slurm: FakeSlurm, monkeypatch):
     submit(run, "pretrain", "41")
     fake_slurm.install("squeue", "exec sleep 30")
@@ -168,8 +180,8 @@ def test_the_end_that_the_supervisor_noted(run, fake_slurm: FakeSlurm):
     assert second.state == "cancelled"
     assert "stage pretrain failed" in shown(run)
     claim(run / "pretrain", 1, host=os.uname().nodename)  # taken up again, and killed
-    later = time.time() + 1  # a file system's clock may be some milliseconds late
-    os.utime(run / "pretrain" / "attempts" / "000001.json", (later, later))
+    long_ago = time.time() - 3600  # by the clock of that machine; the order is that of the numbers
+    os.utime(run / "pretrain" / "attempts" / "000001.json", (long_ago, long_ago))
     assert RunFollower(run).statuses()[0].state == "interrupted"
 
 
@@ -179,7 +191,22 @@ def test_odd_histories_count_as_absent(run, fake_slurm: FakeSlurm):
     folder.mkdir(parents=True)
     lines = ["5", "[]", '{"event": "submitted"}', '{"event": "submitted", "job": null}', '{"job": "41", "ev', "{}"]
     (folder / "jobs.jsonl").write_text("\n".join(lines))
-    assert RunFollower(run).statuses()[0].job is None
+    assert RunFollower(run).statuses()[0].job == "41"  # Slurm knows it
+
+
+def test_jobs_of_a_command_that_died_are_shown(run, fake_slurm: FakeSlurm):
+    """It noted nothing, and Slurm knows its jobs by their names. Two jobs of a stage are both shown."""
+    (run / "pretrain" / "slurm").mkdir(parents=True)
+    half = queued(41, "PENDING", run / "pretrain", reason="JobHeldUser", ticket=True)
+    fake_slurm.answer("squeue", half + queued(42, "PENDING", run / "finetune", reason="Dependency", after=41))
+    first, second = RunFollower(run).statuses()
+    assert (first.job, first.state, first.job_reason) == ("41", "queued", "its submission is not finished")
+    assert (second.job, second.state) == ("42", "queued")
+    fake_slurm.answer(
+        "squeue", queued(40, "RUNNING", run / "pretrain") + queued(43, "PENDING", run / "pretrain") + half
+    )
+    assert (RunFollower(run).statuses()[0].job, RunFollower(run).statuses()[0].other_jobs) == ("43", ["41", "40"])
+    assert "pretrain, job 41, 40 is queued too: `fcmae cancel`" in shown(run)
 
 
 def test_data_wait_is_a_share_of_the_step(run):

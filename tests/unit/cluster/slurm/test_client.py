@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.slurm import client
-from cluster.slurm.client import JobState, parse_minutes, query_jobs, requeue_job
+from cluster.slurm.client import JobState, job_name, parse_minutes, query_jobs, requeue_job
 from pipeline.errors import LaunchError
 from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 
@@ -84,12 +84,16 @@ def test_what_is_known_of_a_job(fake_slurm: FakeSlurm):
         queued(9, "RUNNING", Path("/runs/c/pretrain"), nodes="n[1-2,4]"),
     ]
     fake_slurm.answer("squeue", "".join(lines))
-    older, newer = query_jobs(ids=["9", "10"], stages=["pretrain", "finetune"])
+    stages = [odd, Path("/runs/c/pretrain"), Path("/runs/d/finetune")]
+    older, newer = query_jobs(stages, ids=["9", "10"])
     assert (older.id, older.nodes, older.reason, older.after) == ("9", "n[1-2,4]", "", None)
     assert (newer.id, newer.directory, newer.reason, newer.after) == ("10", odd, "Dependency", "9")
     (call,) = fake_slurm.calls()
     assert "--jobs=9,10" in call
-    assert "--name=fcmae-pretrain,fcmae-finetune" in call
+    (names,) = [word.split("=")[1].split(",") for word in call.split() if word.startswith("--name=")]
+    assert len(names) == 9
+    assert all(len({n for n in names if n.startswith(job_name(s))}) == 2 for s in stages)
+    assert "fcmae-pretrain" in names, "as earlier versions called them"
     assert "--all" in call, "also in hidden partitions"
 
 

@@ -24,7 +24,7 @@ def test_a_job_that_slurm_will_never_start_is_replaced(fake_slurm: FakeSlurm, tm
     fake_slurm.answer("squeue", never + queued(8, "PENDING", run / "intermediate", reason="Dependency", after=7))
     planned = plan_jobs(chain, run, Site(nodes=2))
     assert [stage.needs_job for stage in planned] == [True, True, True]
-    assert [stage.replaces and stage.replaces.id for stage in planned] == ["7", "8", None]
+    assert [[job.id for job in stage.replaces] for stage in planned] == [["7"], ["8"], []]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_partitions_may_be_hidden(fake_slurm: FakeSlurm, tmp_path):
     fake_slurm.answer("scontrol", "PartitionName=secret State=UP MaxTime=01:00:00")
     fake_slurm.answer("squeue", queued(7, "RUNNING", stage))
     check_partition(PlannedStage("pretrain", stage, None, Site(partition="secret")))
-    assert list(live_jobs(tmp_path, ["pretrain"])) == ["pretrain"]
+    assert [job.directory for job in live_jobs(tmp_path, ["pretrain"])] == [stage]
     assert all("--all" in call for call in fake_slurm.calls())
 
 
@@ -94,6 +94,7 @@ def test_a_job_keeps_the_site_that_it_was_submitted_to(fake_slurm: FakeSlurm, tm
     chain = load_recipe(run / RECIPE_FILE)
     fake_slurm.answer("squeue", "")
     fake_slurm.answer("sbatch", *[f"Submitted batch job {id}" for id in range(1, 6)])
+    fake_slurm.answer("scontrol", "")
 
     def submit_to(site: Site) -> None:
         jobs.submit_planned(chain, run, site, plan_jobs(chain, run, site), print, tmp_path / "code")

@@ -1,14 +1,18 @@
 """When a stage stops by itself: in time before its time limit, and when its run is cancelled."""
 
+import math
+import socket
 import time
 
-from cluster.slurm.time_limit import CANCELLED_FILE, StopTime, TimeLimitWatch
+import pytest
+
+from cluster.slurm.time_limit import CANCELLED_FILE, TIME_LEFT, StopTime, TimeLimitWatch, seconds_left
 from tests.support import open_journal
 
 
 def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path):
-    stage, end = tmp_path / "run" / "pretrain", time.time() + 1000
-    watch = TimeLimitWatch(stage, ends_at=end)
+    stage = tmp_path / "run" / "pretrain"
+    watch, end = TimeLimitWatch(stage, 1000), time.monotonic() + 1000
     margin = StopTime().seconds()
     assert not watch.is_due(end - margin - 1)
     with open_journal(stage) as log:
@@ -25,11 +29,25 @@ def test_the_time_to_stop_is_what_steps_and_saves_have_taken(tmp_path):
         log.write("save", step=4, seconds=1e6)
     assert not watch.is_due(end - 510)  # half of the time is for steps
     assert watch.is_due(end - 490)
-    assert not TimeLimitWatch(stage, ends_at=None).is_due(1e12)
+    assert not TimeLimitWatch(stage, math.inf).is_due(1e12)
 
 
 def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
-    watch = TimeLimitWatch(tmp_path / "pretrain", ends_at=None)
+    watch = TimeLimitWatch(tmp_path / "pretrain", math.inf)
     assert not watch.is_due(0.0)
     (tmp_path / CANCELLED_FILE).touch()
     assert watch.is_due(0.0)
+
+
+def test_what_is_left_of_the_time_limit_needs_no_clock(monkeypatch):
+    """slurmctld's clock says what was left when the job script began, and a stopwatch what has passed since."""
+    began = time.clock_gettime(time.CLOCK_BOOTTIME) - 100
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("it asks this node's clock"))
+    for left, minutes in (("59:00", 59), ("2:00:00", 120), ("1-00:00:00", 1440), ("UNLIMITED", math.inf)):
+        monkeypatch.setenv(TIME_LEFT, f"{socket.gethostname()} {int(began)} {left}")
+        assert seconds_left() == pytest.approx(minutes * 60 - 100, abs=5)
+    for unknown in ("", "n1 5", "n1  INVALID"):
+        monkeypatch.setenv(TIME_LEFT, unknown)
+        assert seconds_left() == math.inf
+    monkeypatch.setenv(TIME_LEFT, "another.node 5 10:00")
+    assert 0 < seconds_left() <= 600

@@ -24,7 +24,7 @@ export FCMAE_JOB_STARTED=$(date +%s.%3N)
 trap : TERM INT USR1 USR2
 export OMP_NUM_THREADS=8
 export PYTHONPATH='/runs/my huge/code/0123'${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}"
+export FCMAE_TIME_LEFT="$(hostname) $(cut -d. -f1 /proc/uptime) $(squeue -h -j "$SLURM_JOB_ID" -o %L)"
 
 # command
 export SUBMITIT_EXECUTOR=slurm

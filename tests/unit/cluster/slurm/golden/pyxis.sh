@@ -28,7 +28,7 @@ source /etc/site.sh
 export OMP_NUM_THREADS=1
 export NAME='$(touch /tmp/x)'
 export PYTHONPATH='/runs/my huge/code/0123'${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
-export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}"
+export FCMAE_TIME_LEFT="$(hostname) $(cut -d. -f1 /proc/uptime) $(squeue -h -j "$SLURM_JOB_ID" -o %L)"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
