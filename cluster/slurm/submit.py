@@ -18,7 +18,7 @@ from cluster.chain import (
     open_chain,
     resolve_chain_paths,
 )
-from cluster.site import Site, check_stage_names, store_site
+from cluster.site import SITE_FILE, Site, check_stage_names, store_site
 from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
 from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
@@ -248,6 +248,8 @@ def submit_planned(
         store_site(site, run)
         (run / CANCELLED_FILE).unlink(missing_ok=True)
         return ids
+    if not (run / SITE_FILE).exists():
+        store_site(site, run)  # for `fcmae resume`, should this command die
     folder = code or code_snapshot_path(run)
     first, replaced = needed[0], [job for stage in needed for job in stage.replaces]
     script = JobScript(first.directory, first.site, folder, ids.get(first.recipe.previous or ""))
