@@ -6,7 +6,7 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --dependency=afterok:41
 #SBATCH --gpus-per-node=8
-#SBATCH --job-name=fcmae-finetune
+#SBATCH --job-name=fcmae-finetune-3a4c8cdb
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=921600M
 #SBATCH --nodes=2

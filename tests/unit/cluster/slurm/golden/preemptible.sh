@@ -6,7 +6,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --exclude=node013,node042
 #SBATCH --gpus-per-node=4
-#SBATCH --job-name=fcmae-pretrain
+#SBATCH --job-name=fcmae-pretrain-3a4c8cdb
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mail-type=FAIL
 #SBATCH --nodes=2

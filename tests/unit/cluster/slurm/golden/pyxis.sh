@@ -7,7 +7,7 @@
 #SBATCH --dependency=afterok:7
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=a100_1g.10gb+me:8
-#SBATCH --job-name=fcmae-a-b
+#SBATCH --job-name=fcmae-a-b-3a4c8cdb
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=512M
 #SBATCH --nodes=2
