@@ -209,7 +209,9 @@ def load_site(name: str) -> Site:
         raise LaunchError(f"there is no site {name}, neither as a file nor among the included ones ({included})")
     try:
         raw = read_yaml(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise LaunchError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(raw, dict):
         raise LaunchError(f"{path} holds a {type(raw).__name__}; a site is a mapping of keys to values")

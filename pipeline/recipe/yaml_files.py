@@ -108,7 +108,9 @@ def read_with_bases(
         tree = parse(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}; `fcmae recipe list` shows the included ones") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise RecipeError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds a {type(tree).__name__}; a recipe is a mapping of keys to values")

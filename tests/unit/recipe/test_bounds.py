@@ -1,5 +1,9 @@
 """Every number of a recipe, a site or a study lies between bounds, and what lies outside is refused by its name."""
 
+import json
+import os
+import time
+
 import pytest
 import yaml
 from pydantic import TypeAdapter
@@ -8,10 +12,12 @@ import cluster.site
 import tools.evaluate.published
 import tools.study.definition  # noqa: F401 (their settings are examined too)
 from cluster.site import Site, check_stage_names, load_site
+from pipeline.data.stage_data import check_stage_data
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.recipe.settings_base import Settings
 from pipeline.recipe.yaml_files import LIBRARY
+from tests.support import tiny_data
 
 RECIPE = """
 name: small
@@ -142,3 +148,30 @@ def test_texts_that_look_like_numbers_are_written_with_quotes():
 
     names = ["1e5", "1e-3", "2026-11-29", "yes", "0x1f", "1_000", ".5e+3", "-1E9"]
     assert parse_yaml(yaml_text(names)) == names
+
+
+def test_a_recipe_extends_regular_files_alone_and_not_too_many(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    began = time.monotonic()
+    for base in ("/dev/zero", "pipe", "folder"):
+        (tmp_path / "small.yaml").write_text(f"extends: {base}\n{RECIPE}")
+        with pytest.raises(UserError, match="cannot be read: "):
+            load_recipe(tmp_path / "small.yaml")
+    for number in range(6):  # each extends the next one six times: 46,656 files
+        bases = f"[{', '.join([f'{number + 1}.yaml'] * 6)}]" if number < 5 else "[]"
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {bases}\n{RECIPE}")
+    with pytest.raises(UserError, match="extends more than 256 files"):
+        load_recipe(tmp_path / "0.yaml")
+    assert time.monotonic() - began < 5
+
+
+def test_a_stage_has_no_more_steps_than_checkpoints_can_number(tmp_path):
+    tiny_data(tmp_path, train=8, validation=8)
+    side_car = tmp_path / "train.beton.json"
+    content = json.loads(side_car.read_text())
+    side_car.write_text(json.dumps({**content, "samples": 4 * 10**9, "samples_per_class": [10**9] * 4}))
+    url = f"file://{tmp_path}/train.beton"  # of a URL the side-car alone is read
+    (tmp_path / "small.yaml").write_text(RECIPE.replace("train.beton", url).replace("classes: 2", "classes: 4"))
+    with pytest.raises(UserError, match=r"epochs is 2, which is 1,000,000,000 steps, and checkpoints can number"):
+        check_stage_data(load_recipe(tmp_path / "small.yaml").stages["only"])
