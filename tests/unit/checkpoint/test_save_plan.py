@@ -156,13 +156,20 @@ def test_checkpoints_of_torchs_planner_are_restored_and_torch_loads_ours(open_st
     assert all(torch.equal(tensor, flatten(state_of(8))[name]) for name, tensor in flatten(restored).items())
 
 
-@pytest.mark.parametrize("parts", [1, 8], ids=["ddp", "hsdp"])
-def test_512_ranks_cost_rank_zero_little(parts):
+@pytest.mark.parametrize(
+    ("parts", "limit"),
+    [
+        pytest.param(1, 1, id="ddp"),
+        pytest.param(8, 1, id="hsdp"),
+        pytest.param(512, 30, id="fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_512_ranks_cost_rank_zero_little(parts, limit):
     """As many tensors as Huge has. torch's planner takes 26 s of a core at 128 ranks, and more at 512."""
     everyone, shards = (tuple(range(512)),), columns(512, parts)
     spreads = []
     for number in range(391):
-        shape = torch.Size((1408, 352))
+        shape = torch.Size((1536, 352))
         spreads.append(Spread(f"optim.{number}.step", torch.Size(()), torch.float32, None, everyone))
         spreads += [Spread(f"{kind}.{number}", shape, torch.float32, 0, shards) for kind in ("model", "exp", "sq")]
     plan = StatePlan(spreads, 512)
@@ -170,9 +177,12 @@ def test_512_ranks_cost_rank_zero_little(parts):
     began = time.process_time()
     assert plan.digest
     assert plan.items(0, meta)
+    planned = time.process_time() - began
     counts = Counter(writer for writers in plan.writers for writer in writers)
     places = [(f"__{rank}_0.distcp", pack_pairs((n, 1) for n in range(counts[rank]))) for rank in range(512)]
+    began = time.process_time()
     metadata = plan.metadata([b""] * 512, places)
-    seconds = time.process_time() - began
-    print(f"{parts} parts: {seconds:.2f} s of a core, {len(metadata) / 1e6:.1f} MB")
-    assert seconds < 4, "1 s was measured, beside other work"
+    written = time.process_time() - began
+    print(f"{parts} parts: {planned:.2f} s to plan, {written:.2f} s for {len(metadata) / 1e6:.1f} MB of metadata")
+    seconds = planned + written
+    assert seconds < limit, "0.2 s were measured under DDP and over 8 shards"
