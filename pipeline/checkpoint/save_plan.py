@@ -6,10 +6,12 @@ derived the plan from, which must be the same on all ranks, and where its runs o
 are those of torch's planner, and either reads the other's.
 """
 
+import contextlib
+import gc
 import hashlib
 import pickle
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -233,8 +235,21 @@ class Plans:
         """`plan.metadata`, which is the same again for most saves."""
         key = (plan.digest, tuple(runs), tuple(files))
         if self._metadata[0] != key:
-            self._metadata = key, plan.metadata(runs, files)
+            with _without_garbage_collection():
+                self._metadata = key, plan.metadata(runs, files)
         return self._metadata[1]
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Do not look for cycles meanwhile: among a million new objects of the metadata there are none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _holders(mesh: Any, placements: Sequence[Any]) -> Holders:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from pipeline.checkpoint.manifest import COMMIT, METADATA, CheckpointName, FileRecord, Manifest, commit_record
-from pipeline.checkpoint.save_plan import Spread, StatePlan, make_write_item, pack_pairs
+from pipeline.checkpoint.save_plan import Plans, Spread, StatePlan, make_write_item, pack_pairs
 from pipeline.checkpoint.store import flatten
 from pipeline.distributed.sharded_tensors import FlatShard
 from pipeline.errors import CheckpointError
@@ -181,7 +181,7 @@ def test_512_ranks_cost_rank_zero_little(parts, limit):
     counts = Counter(writer for writers in plan.writers for writer in writers)
     places = [(f"__{rank}_0.distcp", pack_pairs((n, 1) for n in range(counts[rank]))) for rank in range(512)]
     began = time.process_time()
-    metadata = plan.metadata([b""] * 512, places)
+    metadata = Plans(0, 512).metadata(plan, [b""] * 512, places)
     written = time.process_time() - began
     print(f"{parts} parts: {planned:.2f} s to plan, {written:.2f} s for {len(metadata) / 1e6:.1f} MB of metadata")
     seconds = planned + written
