@@ -115,7 +115,7 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
             f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {stage.evaluations} x"
             f" {images or 0:,} x {stage.forward_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
             f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]}) /"
-            f" useful share {stage.useful_share:.3f} = {stage.hours:,.2f}",
+            f" useful share {stage.useful_share or 1:.3f} = {stage.hours:,.2f}",
         ]
         if price is not None:
             lines.append(f"money = {stage.gpu_hours:,.1f} GPU-hours x {price:g} = {stage.money(price):,.0f}")
@@ -128,10 +128,15 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
     for stage in stages:
         if stage.speed:
             lines.append(f"{stage.recipe.name}: hours from {stage.speed[1]}, and data that is never waited for")
-        if stage.hours is not None:
+        if stage.useful_share is not None:
             lines.append(
                 f"{stage.recipe.name}: hours include starts, saves and repeated steps: {stage.useful_share:.1%} of the"
                 " allocated time is useful by simulation; `fcmae simulate` lists its assumptions"
+            )
+        elif stage.hours is not None:
+            lines.append(
+                f"{stage.recipe.name}: hours are those of steps alone, because by simulation no start comes to a step"
+                f" within time_limit_minutes {stage.site.time_limit_minutes}; `fcmae simulate` lists its assumptions"
             )
         if m := stage.measured:
             uncorrected = "; hours are not corrected, because the site has another device"

@@ -163,14 +163,17 @@ class StageEstimate:
 
     @cached_property
     def useful_share(self) -> float | None:
-        """Useful time divided by allocated time, simulated under the default conditions of `fcmae simulate`."""
+        """Useful time divided by allocated time, simulated under the default conditions of `fcmae simulate`.
+
+        None if the time of a step is unknown, or if no simulated start comes to a step within the time limit.
+        """
         conditions = site_conditions(self.site)
         planned = self.planned(conditions)
-        return planned and simulated_share(planned, conditions)
+        return (planned and simulated_share(planned, conditions)) or None
 
     @property
     def hours(self) -> float | None:
-        return None if self.busy_hours is None else self.busy_hours / self.useful_share
+        return None if self.busy_hours is None else self.busy_hours / (self.useful_share or 1)
 
     def planned(self, conditions: Conditions, measured: Mapping[str, Any] | None = None) -> StageWork | None:
         """The stage as the simulation sees it; None if the time of a step is unknown.

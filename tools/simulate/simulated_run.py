@@ -23,7 +23,7 @@ from tools.simulate.simulated_cluster import HOUR, SimulatedCluster
 from tools.simulate.stage_work import AttemptProgress, StageWork
 
 LONGEST_SECONDS = 3 * 365 * 24 * HOUR  # a run that is not done by then is given up
-MONTH_SECONDS = 30 * 24 * HOUR
+WEEK_SECONDS = 7 * 24 * HOUR
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Ledger:
 
     @property
     def useful_share(self) -> float:
-        return self.useful / self.allocated if self.allocated else math.nan
+        return self.useful / self.allocated if self.allocated else 0.0
 
     def add(self, other: "Ledger", weight: float = 1.0) -> None:
         """Add another ledger, its seconds multiplied by `weight`."""
@@ -91,8 +91,8 @@ def simulate_run(stages: Sequence[StageWork], conditions: Conditions, seed: int)
 
 
 def simulated_share(work: StageWork, conditions: Conditions, runs: int = 10) -> float:
-    """Useful time divided by allocated time of one stage; of the first month of a longer one."""
-    steps = min(work.steps, max(round(MONTH_SECONDS / work.step_seconds), 1))
+    """Useful time divided by allocated time of one stage; of the first week of a longer one."""
+    steps = min(work.steps, max(round(WEEK_SECONDS / work.step_seconds), 1))
     total = Ledger()
     for seed in range(runs):
         total.add(simulate_run([replace(work, steps=steps, previous=None)], conditions, seed)[0].ledger)

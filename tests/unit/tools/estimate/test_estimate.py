@@ -57,6 +57,13 @@ def test_figures_follow_from_each_other(found):
         assert all(o.images == 8 * o.micro_slots and o.micro_slots == 1 for o in stage.options)
 
 
+def test_a_time_limit_that_is_shorter_than_a_start_is_said(chain):
+    (stage, *_) = estimate(chain, site(time_limit_minutes=2, stop_before_end_seconds=30))
+    assert stage.useful_share is None
+    assert stage.hours == stage.busy_hours > 0
+    assert "no start comes to a step within time_limit_minutes 2" in shown([stage], formulas=True)
+
+
 def test_everything_is_said(found):
     text = shown(found, price=2.0, formulas=True)
     for word in (
