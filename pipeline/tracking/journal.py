@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import first_line, shortened
-from pipeline.storage.bounded_files import parse_json
+from pipeline.storage.bounded_files import parse_json, read_file
 from pipeline.storage.records import is_count, name_unreadable
 from pipeline.url_secrets import redact
 
@@ -105,6 +105,20 @@ def examine_line(line: bytes) -> tuple[Event | None, str]:
     odd = [name for name, value in event.items() if value is not None and name in FIELDS and not FIELDS[name](value)]
     trouble = f"has {odd[0]} {shortened(event[odd[0]])}" if odd else ""
     return {name: value for name, value in event.items() if name not in odd}, trouble
+
+
+def examine_journal(path: Path) -> tuple[int, str]:
+    """The number of lines of a journal, and what is wrong with the first odd one in words; "" if nothing is."""
+    try:
+        lines = read_file(path, None).splitlines() if path.exists() else []
+    except OSError as error:
+        return 0, f"it cannot be read: {error.strerror}"
+    for number, line in enumerate(lines, 1):
+        event, trouble = examine_line(line)
+        # An interruption may tear the last line; the next attempt cuts it off.
+        if trouble and (event is not None or number < len(lines)):
+            return len(lines), f"line {number} {trouble}"
+    return len(lines), ""
 
 
 def _restored(value: Any) -> Any:

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def changed_lines(draw: Any, data: bytes) -> bytes:
         place = draw(st.integers(0, len(lines) - 1))
         match draw(st.sampled_from(["value", "value", "value", "whole", "bytes", "double"])):
             case "value":
-                event = json.loads(lines[place]) if lines[place].startswith(b"{") else {}
+                event = json.loads(data.splitlines()[0])
+                with suppress(ValueError):  # this line is changed already
+                    event = json.loads(lines[place])
                 if isinstance(event, dict) and event:
                     event[draw(st.sampled_from(sorted(event)))] = draw(ODD)
                 lines[place] = _json(event)
@@ -185,7 +188,8 @@ KEYS = ["stages.pretrain.schedule.epochs", "defaults.data", "stages", "stages.pr
         "." * 3000, "stages.pretrain.data.image_size", "extends", "name", "stages.pretrain"]  # fmt: skip
 VALUES = ["[" * 3000, "[" * 40 + "]" * 40, "9" * 5000, "{a: &a [*a]}", "${a.b}", "${" * 500, ".inf", "!!bool x", "\\"]
 RUN = [("status", "run"), ("status", "run", "--json"), ("times", "run"), ("report", "run", "--out", "page.html"),
-       ("verify", "run"), ("logs", "run"), ("checkpoint", "ls", "run/pretrain"), ("cancel", "run"), ("resume", "run"),
+       ("verify", "run"), ("logs", "run"), ("checkpoint", "ls", "run/pretrain"),
+       ("checkpoint", "prune", "run/pretrain"), ("cancel", "run"), ("resume", "run"),
        ("watch", "run")]  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from pipeline.checkpoint.verification import verify_checkpoint
 from pipeline.errors import CheckpointError, StageError, UserError, first_line
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
-from pipeline.storage.bounded_files import read_file, read_json
+from pipeline.storage.bounded_files import read_json
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import RunView
-from pipeline.tracking.journal import examine_line
+from pipeline.tracking.journal import examine_journal
 from pipeline.training.saving import checkpoint_home
 from pipeline.weights.safetensors_file import read_weights
 
@@ -140,13 +140,5 @@ def _unreadable_records(directory: Path, home: Folder) -> Iterator[CheckedPath]:
 
 
 def _check_journal(path: Path, name: str) -> CheckedPath:
-    try:
-        lines = read_file(path, None).splitlines() if path.exists() else []
-    except OSError as error:
-        return CheckedPath(name, False, f"not read: {error.strerror}")
-    for number, line in enumerate(lines, 1):
-        event, trouble = examine_line(line)
-        # An interruption may tear the last line; the next attempt cuts it off.
-        if trouble and (event is not None or number < len(lines)):
-            return CheckedPath(name, False, f"line {number} {trouble}")
-    return CheckedPath(name, True, f"{len(lines)} lines")
+    lines, trouble = examine_journal(path)
+    return CheckedPath(name, not trouble, trouble or f"{lines} lines")

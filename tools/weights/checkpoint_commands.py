@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import CheckpointError, StageError
-from pipeline.storage.file_names import ATTEMPTS_FOLDER, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, JOURNAL_FILE, RECIPE_FILE
 from tools.options import Overwrite
 from tools.tables import plain_table, wide_console
 
@@ -81,6 +81,8 @@ def prune_checkpoints(
     metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
     best = best_evaluation(read_events(opened.directory / JOURNAL_FILE), metric)
     done = opened.done()
+    if yes:
+        _refuse_unknown_best(opened.directory, known=done is not None)
     steps = ({best[0]} if best else set()) | ({done.step} if done else set())
     rules = {"keep_last": keep_last, "keep_every": keep_every, "keep_steps": steps}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -105,6 +107,20 @@ def prune_checkpoints(
         print(f"{'deleted' if yes else 'would delete'} {name}")
     if not yes and superfluous:
         print("give --yes to remove them")
+
+
+def _refuse_unknown_best(directory: Path, known: bool) -> None:
+    """Raise CheckpointError if a damaged record may hide which checkpoint is the best or the final one."""
+    from pipeline.tracking.journal import examine_journal
+
+    _, trouble = examine_journal(directory / JOURNAL_FILE)
+    if not known and (directory / DONE_FILE).exists():
+        trouble = trouble or f"{DONE_FILE} cannot be read"
+    if trouble:
+        raise CheckpointError(
+            f"{directory}: {trouble}, so the best or the final checkpoint may be unknown and nothing is deleted; mend"
+            " that first, or delete checkpoints by hand"
+        )
 
 
 def _checkpoints_of(directory: Path) -> "Folder":

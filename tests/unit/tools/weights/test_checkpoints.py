@@ -204,3 +204,20 @@ def test_pruning_asks_first_and_keeps_the_best_and_the_last(stage, tmp_path):
     assert sorted(path.name for path in (directory / "checkpoints").glob("step-*")) == [
         f"step-0000000{step}.000001" for step in (20, 40)
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("journal.jsonl", '{"kind": "evaluate", "step": "20"}\n', "line 1 has step '20'"),
+        ("DONE", "{", "DONE cannot be read"),
+    ],
+)
+def test_nothing_is_pruned_while_a_record_may_hide_the_best_checkpoint(stage, tmp_path, name, content, words):
+    shutil.copytree(stage.directory.parent, tmp_path / "run")
+    directory = tmp_path / "run" / stage.directory.name
+    (directory / name).write_text(content)
+    refused = invoke("prune", directory, "--yes")
+    assert isinstance(refused.exception, CheckpointError)
+    assert words in str(refused.exception)
+    assert len(list((directory / "checkpoints").glob("step-*"))) == 4
