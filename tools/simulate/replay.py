@@ -56,7 +56,7 @@ def replay(path: Path) -> ReplayedRun:
     stages = read_times(path)
     try:
         decisions = [decision for stage in stages for decision in stage["decisions"]]
-        different = [sentence for decision in decisions if (sentence := _difference(decision))]
+        different = [sentence for decision in decisions if (sentence := changed_decision(decision))]
         real = Ledger()
         for stage in stages:
             real.add(_real_ledger(stage))
@@ -72,7 +72,7 @@ def replay(path: Path) -> ReplayedRun:
     return ReplayedRun(path.name, len(decisions), tuple(different), faults, real.useful_share, median(shares))
 
 
-def _difference(recorded: Mapping[str, Any]) -> str:
+def changed_decision(recorded: Mapping[str, Any]) -> str:
     """How a decision differs from the recorded one; "" if it does not."""
     decision = decide(JobEnd(**recorded["end"]))
     if (decision.action, decision.reason) == (recorded["action"], recorded["reason"]):
