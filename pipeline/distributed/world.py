@@ -18,6 +18,19 @@ from pipeline.errors import RecipeError
 T = TypeVar("T")
 
 
+def _store_of_this_machine(address: str, port: int, size: int, timeout: timedelta) -> dist.Store:
+    """Start rank 0's store at a loopback address alone, where torch would listen on all interfaces of the machine."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the launcher holds the port, see `reserve_port`
+    listener.bind((address, port))
+    listener.listen(2 * size + 16)
+    store = dist.TCPStore(
+        address, port, size, is_master=True, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+    return dist.PrefixStore("default_pg", store)  # the prefix under which the other ranks look
+
+
 def backends(device: torch.device) -> str:
     """Return the default group's backends: for tensors on `device`, and for offloaded ones on the CPU."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -70,7 +83,10 @@ class World:
         timeout = timedelta(seconds=timeout_seconds)
         # Engines make their own groups. With torch's default these would time out before the watchdog finds the cause.
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-        if "MASTER_ADDR" in os.environ:
+        if "MASTER_ADDR" in os.environ and rank == 0 and os.environ["MASTER_ADDR"].startswith("127."):
+            store = _store_of_this_machine(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, timeout)
+            dist.init_process_group(backends(own_device), store=store, rank=0, world_size=size, timeout=timeout)
+        elif "MASTER_ADDR" in os.environ:
             dist.init_process_group(backends(own_device), timeout=timeout)
         else:
             store = dist.HashStore()

@@ -1,6 +1,7 @@
 """A page made of blocks, written as HTML in one file, or as Markdown with its pictures in a folder beside it."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,19 @@ class Document:
         return _template("page.md.j2", autoescape=False).render(page=self, folder=folder)
 
 
+def markdown_text(text: object) -> str:
+    """A text on one line in which Markdown and HTML mean nothing, whatever names a person gave."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"^(\d*)(#+(?= |$)|[-+.)](?= )|-{3,}$)", r"\1\\\2", line)  # a heading, list or rule
+
+
+def fence(text: str) -> str:
+    """Backquotes that fence a text in: more of them than it has in a row."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _template(name: str, autoescape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
@@ -141,5 +155,6 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
     )
     environment.filters["tone"] = lambda cell: cell.tone if isinstance(cell, Toned) else ""
     environment.filters["words"] = lambda cell: cell.text if isinstance(cell, Toned) else str(cell)
-    environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    environment.filters["plain"] = markdown_text
+    environment.filters["fence"] = fence
     return environment.get_template(name)

@@ -1,7 +1,9 @@
 """Joining a group: what a rank without a GPU is told, and how long groups wait that are made later."""
 
+import os
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +11,26 @@ import torch.distributed as dist
 
 from pipeline.distributed.world import World, backends
 from pipeline.errors import RecipeError
+from tests.ranks import on_ranks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
 def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
     with pytest.raises(RecipeError, match=r"device is cuda and this machine shows 0 GPUs"):
         World.join("cuda")
+
+
+def _listening_addresses(world: World) -> list[str]:
+    """The addresses at which this process listens, in the kernel's hexadecimal notation."""
+    own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    world.agree(0)
+    return sorted({row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own})
+
+
+def test_ranks_of_one_machine_listen_on_loopback_alone():
+    """Torch's own store listens on every interface, so that anybody in the network can read and write it."""
+    assert on_ranks(2, _listening_addresses) == [["0100007F"]] * 2
 
 
 def test_groups_that_engines_make_wait_as_long_as_the_world():
