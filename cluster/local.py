@@ -17,6 +17,7 @@ from cluster.slurm.retry import committed_step
 from pipeline.distributed.processes import LAUNCHER_PID, module_command
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.stage.directory import Stage
+from pipeline.stage.environment import CODE, ROOT
 from pipeline.stage.outcome import ExitCode, Outcome, OutcomeKind
 from pipeline.storage.file_names import LOGS_FOLDER
 
@@ -93,6 +94,7 @@ class LocalLauncher:
             "MASTER_PORT": port,
             "GLOO_SOCKET_IFNAME": "lo",
             LAUNCHER_PID: os.getpid(),
+            CODE: ROOT,
         }
         threads = max(len(os.sched_getaffinity(0)) // self.processes, 1)
         self._ranks = []

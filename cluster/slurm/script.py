@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.site import Site
-from cluster.slurm import client
+from cluster.slurm import client, verified_start
 from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.time_limit import TIME_LEFT
-from cluster.slurm.worker import RunStage, block_stop_signals
+from cluster.slurm.verified_start import CHANGED, hash_folder
+from cluster.slurm.worker import RunStage
 from pipeline.distributed.processes import module_command
 from pipeline.errors import LaunchError
+from pipeline.stage.environment import CODE
 from pipeline.tracking.startup import JOB_STARTED
 
+_START = Path(verified_start.__file__).read_text()
 SBATCH_SECONDS = 60  # with a full queue sbatch would retry for minutes
 
 
@@ -88,6 +91,10 @@ class JobScript:
                 additional_parameters={**options, "hold": True},
             )
         try:
+            self._executor.update_parameters(setup=self._setup(hash_folder(str(self.code))))
+        except OSError as error:
+            raise LaunchError(f"the copy of the code in {self.code} cannot be read ({error.strerror})") from None
+        try:
             with _without_inherited_settings():
                 job = self._executor.submit(RunStage(self.stage_directory))
         except (FailedJobError, FailedSubmissionError) as error:
@@ -128,9 +135,9 @@ class JobScript:
             ],
         }
 
-    def _setup(self) -> list[str]:
+    def _setup(self, code_hash: str = "HASH-OF-THE-CODE") -> list[str]:
         """Shell lines before srun."""
-        site = self.site
+        site, code = self.site, shlex.quote(str(self.code))
         # The number of threads decides how sums are rounded: as many as cores, like the ranks of `fcmae run`, whatever
         # the submitting shell has in its environment.
         exports = {"OMP_NUM_THREADS": str(site.cpus_per_task), **site.environment}
@@ -143,16 +150,24 @@ class JobScript:
             *[f"module load {shlex.quote(name)}" for name in site.modules],
             *[f"source {shlex.quote(name)}" for name in site.source],
             *[f"export {name}={shlex.quote(value)}" for name, value in exports.items()],
-            f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+            # The copy of the code must keep its hash, so Python writes no compiled code into it.
+            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1",
+            f"export {CODE}={code}",
+            f"start={shlex.quote(_START)} code_hash={code_hash}",
+            f"{shlex.quote(sys.executable)} {self._verified()} || [ $? != {CHANGED} ] || exit 1",
             # slurmctld's clock and the node's may differ, so ask for the time that is left, not for the end.
             f'export {TIME_LEFT}="$(hostname) $(cut -d. -f1 /proc/uptime) $(squeue -h -j "$SLURM_JOB_ID" -o %L)"',
         ]
 
     def _teardown(self) -> list[str]:
         """Shell lines after srun."""
-        supervisor = shlex.join(module_command("cluster.slurm.supervisor"))
-        stage = shlex.quote(str(self.stage_directory))
-        return ["code=$?", f'{supervisor} {stage} "$code" {self.site.attempts_without_progress}']
+        python, *supervisor = module_command("cluster.slurm.supervisor", self.stage_directory)
+        command = f"{shlex.quote(python)} {self._verified()} {shlex.join(supervisor)}"
+        return ["code=$?", f'{command} "$code" {self.site.attempts_without_progress}']
+
+    def _verified(self) -> str:
+        """Arguments of Python that compare the code snapshot, and then run Python with the arguments that follow."""
+        return f'-IS -c "$start" {shlex.quote(str(self.code))} "$code_hash" {shlex.quote(str(self.stage_directory))}'
 
     def _start_python(self) -> str:
         """The shell command that starts a rank's interpreter."""
@@ -163,7 +178,7 @@ class JobScript:
                 gpus = ["--nv"] if self.site.gpus_per_node else []
                 binds = [f"--bind={mount}" for mount in self._mounts()]
                 command = ["apptainer", "exec", *gpus, *binds, container.image, container.python]
-        return shlex.join([*command, "-IS", "-c", block_stop_signals()])
+        return f"{shlex.join(command)} {self._verified()}"
 
     def _pyxis_arguments(self) -> list[str]:
         container = self.site.container

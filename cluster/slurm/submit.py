@@ -21,7 +21,7 @@ from cluster.chain import (
 from cluster.site import SITE_FILE, Site, check_stage_names, store_site
 from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
-from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
+from cluster.slurm.code_snapshot import take_code_snapshot
 from cluster.slurm.gpu_memory_check import MemoryNeed, check_gpu_memory
 from cluster.slurm.job_history import note_job_event, slurm_directory
 from cluster.slurm.retry import committed_step
@@ -250,7 +250,7 @@ def submit_planned(
         return ids
     if not (run / SITE_FILE).exists():
         store_site(site, run)  # for `fcmae resume`, should this command die
-    folder = code or code_snapshot_path(run)
+    folder = code or take_code_snapshot(run)  # before the ticket, whose script holds its hash
     first, replaced = needed[0], [job for stage in needed for job in stage.replaces]
     script = JobScript(first.directory, first.site, folder, ids.get(first.recipe.previous or ""))
     chain_of, own = [stage.directory for stage in planned], [stage.directory for stage in needed]
@@ -261,8 +261,6 @@ def submit_planned(
         store_site(site, run)
         # After the ticket is queued: a command that cancels from here on finds it.
         (run / CANCELLED_FILE).unlink(missing_ok=True)
-        if code is None:
-            take_code_snapshot(run)
         for job in replaced:
             client.cancel_job(job.id)
             note_job_event(job.directory, "cancelled", job.id, reason="another takes its place")

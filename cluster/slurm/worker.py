@@ -16,20 +16,12 @@ from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
 from pipeline.url_secrets import redact
 
 
-def block_stop_signals() -> str:
-    """Python code that blocks the stop signals and then starts the module that its arguments name.
-
-    Slurm may signal a task whose Python still imports torch, and the default action would kill it. A blocked signal
-    stays pending through exec until `run_stage` has installed its handlers and unblocks it."""
-    return (
-        f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {[int(n) for n in STOP_SIGNALS]}); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-
-
 class RunStage:
     """Runs a stage as one rank. It is pickled once and unpickled at every requeue, perhaps by newer code, so it holds
-    only the path, as a string."""
+    only the path, as a string.
+
+    Stop signals are blocked before (`verified_start`): Slurm may signal a task whose Python still imports torch, and
+    the default action would kill it. They stay pending until `run_stage` has installed its handlers."""
 
     def __init__(self, stage_directory: Path) -> None:
         self.stage_directory = str(stage_directory)

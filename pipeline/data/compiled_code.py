@@ -14,6 +14,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 
+from pipeline.stage.environment import ROOT, SNAPSHOT
 from pipeline.storage.announcement import announced
 from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, machine_lock
 from pipeline.storage.user_cache import can_write, user_cache
@@ -23,11 +24,13 @@ _BESIDE = _SOURCES / "__pycache__"
 
 
 def _choose_folder() -> None:
-    """Have numba keep the code in the user's cache if the folder beside the sources cannot be written.
+    """Have numba keep the code in the user's cache if the folder beside the sources cannot be written, or belongs to a
+    code snapshot, whose hash must stay.
 
     That one comes first, as a copy of the code then brings the compiled code along.
     """
-    if not can_write(Path(numba.config.CACHE_DIR or _BESIDE)):
+    is_snapshot = not numba.config.CACHE_DIR and (ROOT / SNAPSHOT).is_file()
+    if is_snapshot or not can_write(Path(numba.config.CACHE_DIR or _BESIDE)):
         numba.config.CACHE_DIR = str(user_cache() / "numba")
 
 

@@ -16,6 +16,7 @@ from pipeline.storage.records import read_record
 
 SNAPSHOT = "environment.json"  # in a copy of the code: commit and packages at the time of the copy
 ROOT = Path(__file__).parents[2]
+CODE = "FCMAE_CODE"  # environment variable with the folder that processes of a run take this code from
 
 
 def describe_software() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.site import RESERVED_OPTIONS, Container, Site, load_site
+from cluster.slurm import verified_start
 from cluster.slurm.script import JobScript
 from pipeline.distributed.stop import STOP_SIGNALS
 from pipeline.errors import LaunchError, RecipeError
@@ -120,14 +121,16 @@ def test_no_field_reaches_a_shell_unquoted(raw):
             if not SHELLS_OWN.fullmatch(variable) and variable != "PYTHONPATH":
                 assert seen[variable] == value
         assert seen["PYTHONPATH"].split(":")[0] == str(code)
-        assert record(here, "supervisor") == ["-P", "-m", "cluster.slurm.supervisor", str(stage), "3", "3"]
+        verified = ["-IS", "-c", Path(verified_start.__file__).read_text(), str(code), "HASH-OF-THE-CODE", str(stage)]
+        supervisor = ["-P", "-m", "cluster.slurm.supervisor", str(stage), "3", "3"]
+        assert record(here, "supervisor") == verified + supervisor
         arguments = record(here, "srun")
         if site.container:
             parts = (site.container.image, site.container.python if site.container.kind == "apptainer" else "")
             mounts = ",".join([f"{stage.parent}:{stage.parent}", f"{code}:{code}", *site.container.mounts])
             assert all(part in arguments or f"--container-image={part}" in arguments for part in parts if part)
             assert site.container.kind == "apptainer" or f"--container-mounts={mounts}" in arguments
-        assert arguments[-2:] == ["submitit.core._submit", str(stage / "slurm")]
+        assert arguments[-10:] == [*verified, "-u", "-m", "submitit.core._submit", str(stage / "slurm")]
 
         header = text.partition("\n# setup")[0].splitlines()[3:]
         assert all(line.startswith("#SBATCH --") for line in header if line)
@@ -146,7 +149,8 @@ def test_a_container_sees_the_code_that_the_runs_of_a_study_share():
     for kind in ("pyxis", "apptainer"):
         site = Site(container=Container(kind=kind, image="x"))
         assert f"{code}:{code}" in JobScript(stage, site, code).text()
-        assert "/code/" not in JobScript(stage, site, stage.parent / "code/0123").text().partition("srun")[2]
+        mounts = JobScript(stage, site, stage.parent / "code/0123")._mounts()
+        assert mounts == [f"{stage.parent}:{stage.parent}"]
 
 
 @pytest.fixture
@@ -170,6 +174,7 @@ def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, mo
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
     script = JobScript(tmp_path / "run" / "pretrain", Site(memory_gb_per_node=1), tmp_path / "code")
     script.test()
+    script.code.mkdir()
     assert script.submit() == "5"
     seen = environment.read_text()
     assert seen.count("SLURM_CONF=") == 2
@@ -184,6 +189,7 @@ def test_what_a_shell_has_set_for_sbatch_does_not_overrule_the_site(tmp_path, mo
     monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
     script = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu"), tmp_path / "code")
     script.test()
+    script.code.mkdir()
     script.submit()
     seen = environment.read_text()
     assert "SBATCH_" not in seen

@@ -97,6 +97,7 @@ def test_a_job_keeps_the_site_that_it_was_submitted_to(fake_slurm: FakeSlurm, tm
     fake_slurm.answer("scontrol", "")
 
     def submit_to(site: Site) -> None:
+        (tmp_path / "code").mkdir(exist_ok=True)
         jobs.submit_planned(chain, run, site, plan_jobs(chain, run, site), print, tmp_path / "code")
 
     submit_to(Site(gpus_per_node=8, stages={"finetune": {"gpus_per_node": 2}}))

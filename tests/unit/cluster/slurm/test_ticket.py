@@ -17,6 +17,7 @@ from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 
 @pytest.fixture
 def run(tmp_path):
+    (tmp_path / "code").mkdir()
     return make_tiny_run(tmp_path, ["stages.finetune=null"])
 
 
