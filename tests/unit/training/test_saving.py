@@ -202,3 +202,19 @@ def test_going_back_forgets_what_came_after(open_checkpoints, open_store):
     checkpoints.evaluated(4, 40.0, "top1")
     finish_save(checkpoints)
     assert 4 in steps_in(store)
+
+
+def test_minutes_take_the_place_of_steps(open_checkpoints):
+    agreement = Agreement()
+    checkpoints = open_checkpoints(agreement=agreement, every_minutes=1.0)
+    assert checkpoints.due(0), "a rollback may go back to it"
+    checkpoints.poll()
+    assert not checkpoints.due(500)
+    checkpoints._counted_at -= 60  # a minute later
+    checkpoints.poll()
+    assert checkpoints.due(501)
+    assert agreement.own[Topic.SAVE_DUE] == 1, "rank 0 tells the others"
+    checkpoints.save(501, why="due", wait=False)
+    checkpoints.poll()
+    assert not checkpoints.due(502)
+    finish_save(checkpoints)
