@@ -13,7 +13,7 @@ from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, Option, Sta
 from tools.tables import plain_table
 
 COLUMNS = ("stage", "parameters", "GMACs/image", "training", "steps", "nodes x ranks", "engine", "images/rank",
-           "hours", "GPU-hours", "money", "checkpoint", "kept", "data")  # fmt: skip
+           "hours", "GPU-hours", "money", "cores/rank", "checkpoint", "kept", "data")  # fmt: skip
 
 
 def render_estimate(stages: Sequence[StageEstimate], price: float | None, formulas: bool) -> RenderableType:
@@ -45,6 +45,7 @@ def _summary(stages: Sequence[StageEstimate], price: float | None) -> Table:
             _or_dash(stage.hours, "{:,.1f}"),
             _or_dash(stage.gpu_hours, "{:,.0f}"),
             _or_dash(stage.money(price), "{:,.0f}"),
+            _or_dash(stage.cores_per_rank, "{:,.1f}"),
             f"{stage.checkpoint_bytes / GIB:.2f} GiB",
             f"{stage.kept_bytes / GIB:.1f} GiB",
             _or_dash(stage.data_bytes and stage.data_bytes / GIB, "{:,.1f} GiB"),
@@ -52,7 +53,7 @@ def _summary(stages: Sequence[StageEstimate], price: float | None) -> Table:
     if len(stages) > 1 and all(stage.gpu_hours is not None for stage in stages):
         totals = [sum(stage.hours for stage in stages), sum(stage.gpu_hours for stage in stages)]
         money = _or_dash(price and totals[1] * price, "{:,.0f}")
-        table.add_row("all", *[""] * 7, f"{totals[0]:,.1f}", f"{totals[1]:,.0f}", money, *[""] * 3)
+        table.add_row("all", *[""] * 7, f"{totals[0]:,.1f}", f"{totals[1]:,.0f}", money, *[""] * 4)
     return table
 
 
@@ -116,6 +117,9 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
             f" {images or 0:,} x {stage.forward_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
             f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]}) /"
             f" useful share {stage.useful_share or 1:.3f} = {stage.hours:,.2f}",
+            f"cores/rank = {stage.images_per_second:,.0f} images/s of a rank /"
+            f" {stage.images_per_second / stage.cores_per_rank:,.0f} images/s of a core, for JPEGs of 108 kB"
+            " (docs/benchmarks.md)",
         ]
         if price is not None:
             lines.append(f"money = {stage.gpu_hours:,.1f} GPU-hours x {price:g} = {stage.money(price):,.0f}")
@@ -146,6 +150,12 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
                 f" {m.resident_bytes / GIB:.3f} GiB resident; activations corrected by {stage.memory_correction:.3f}"
                 f"{'' if stage.speed and 'measured' in stage.speed[1] else uncorrected}"
             )
+        if stage.cores_per_rank and stage.cores_per_rank > stage.site.cpus_per_task:
+            lines.append(
+                f"{stage.recipe.name}: loading the images takes {stage.cores_per_rank:,.1f} cores per rank and the site"
+                f" has cpus_per_task {stage.site.cpus_per_task}, so training will wait for images of 108 kB; raise it,"
+                " or prepare the data raw or with --max-side (docs/data.md)"
+            )
         for file in filter(None, (stage.train, stage.validation)):
             if file.images is None:
                 unknown = "steps and hours are unknown" if file is stage.train else "evaluation is not in the hours"
@@ -171,6 +181,7 @@ def _stage_figures(stage: StageEstimate, price: float | None) -> dict[str, Any]:
         "macs": stage.published_macs,
         **_fields(stage, "forward_macs", "steps", "busy_hours", "useful_share", "hours", "gpu_hours"),
         "money": stage.money(price),
+        "cores_per_rank": stage.cores_per_rank,
         **_fields(stage, "checkpoint_bytes", "kept_bytes", "data_bytes", "memory_bytes"),
         "chosen": stage.chosen and _option_figures(stage.chosen),
         "options": list(map(_option_figures, stage.options)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.site import Site
+from pipeline.cost.loading import images_per_core_second
 from pipeline.cost.measure import Measured, available_bytes, measure_steps
 from pipeline.cost.memory import (
     ENGINES,
@@ -27,6 +28,7 @@ from pipeline.data.staging import is_url
 from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
+from pipeline.recipe.image_size import height_and_width
 from tools.prepare.detect import open_source
 from tools.prepare.prepared_cache import is_source
 from tools.simulate.conditions import Conditions, site_conditions
@@ -153,6 +155,19 @@ class StageEstimate:
             return None
         share = self.site.gpu.utilisation
         return self.tflops * 1e12 * share, f"ASSUMED {share:.0%} of the {self.tflops:g} TFLOP/s of {self.site.gpu.name}"
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of one rank while it trains."""
+        return self.speed[0] / (2 * self.chosen.training_macs) if self.speed and self.chosen else None
+
+    @property
+    def cores_per_rank(self) -> float | None:
+        """Cores that a rank's loader needs, so that training waits for no image."""
+        if self.images_per_second is None:
+            return None
+        height, width = height_and_width(self.recipe.data.image_size)
+        return self.images_per_second / images_per_core_second(height * width, bool(self.recipe.data.rand_augment))
 
     @property
     def busy_hours(self) -> float | None:
