@@ -3,7 +3,7 @@
     python -P -m pipeline.tracking.forwarder STAGE_DIR [--uri URI] [--experiment NAME]
 
 Run by hand with `</dev/null`, it forwards what is missing and ends. Use this for servers that compute nodes cannot
-reach.
+reach, and after an outage. URI and NAME are those of the recipe, unless given.
 
 There is one MLflow run per chain (its id is in RUN_DIR/mlflow.json) and below it one per stage (STAGE_DIR/mlflow.json);
 a resume continues both. The forwarder always reads the journal from its first line and skips steps that are logged, so
@@ -19,26 +19,38 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.distributed.processes import module_command
-from pipeline.errors import first_line
+from pipeline.errors import StageError, UserError, first_line
 from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
 from pipeline.storage.records import is_count, read_record, text_of
 from pipeline.tracking.journal import Event, Tail, is_number
+from pipeline.tracking.mlflow_store import (
+    DATABASE_FILE,
+    artifacts_beside,
+    bring_artifacts_home,
+    create_database,
+    is_server,
+)
+from pipeline.url_secrets import find_secret, redact, redact_tracebacks
 
 POLL_SECONDS = 3.0
 DRAIN_SECONDS = 60.0
+SERVER_DRAIN_SECONDS = 10.0  # a server may hang, a database in the run directory is only busy
+SAID_AFTER_SECONDS = 2.0
 BATCH_METRICS = 1000  # MLflow's limit of metrics per request
 BATCH_PARAMS = 100  # MLflow's limit of parameters per request
 PARAM_LENGTH = 6000  # MLflow's limit of characters per parameter
@@ -48,15 +60,30 @@ STATUS_OF_OUTCOME = {"done": "FINISHED", "permanent": "FAILED"}  # all other out
 class ForwarderProcess:
     """Rank 0's handle on the forwarder process of this attempt."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], uri: str | None = None) -> None:
         self.process = process
+        self.uri = uri
 
-    def finish(self, timeout_seconds: float = DRAIN_SECONDS) -> bool:
-        """Wait until the rest of the journal is logged; False if it was not, and the next attempt will log it."""
+    def finish(
+        self, timeout_seconds: float = DRAIN_SECONDS, say: Callable[[str], None] = lambda sentence: None
+    ) -> bool:
+        """Wait until the rest of the journal is logged; False if it was not, and the next attempt will log it.
+
+        A server that does not answer is waited for at most `SERVER_DRAIN_SECONDS`, see `follow`.
+
+        Args:
+            say: gets a sentence if that takes more than two seconds.
+        """
         if self.process.poll() is None:
             try:
-                self.process.communicate(b"\n", timeout_seconds)
+                self.process.communicate(b"\n", min(SAID_AFTER_SECONDS, timeout_seconds))
             except subprocess.TimeoutExpired:
+                limit = min(timeout_seconds, SERVER_DRAIN_SECONDS if is_server(self.uri) else DRAIN_SECONDS)
+                where = redact(self.uri) if self.uri else "in the run directory"
+                say(f"waiting for MLflow ({where}) to take the rest of the journal, for at most {limit:.0f} s")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.communicate(timeout=max(timeout_seconds - SAID_AFTER_SECONDS, 0))
+            if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
         return self.process.returncode == 0
@@ -71,9 +98,12 @@ def start_forwarder(stage_dir: str | Path, uri: str | None = None, experiment: s
     """
     command = module_command("pipeline.tracking.forwarder", stage_dir, "--experiment", experiment)
     if uri:
+        StageError.refuse_secrets(uri, "tracking.mlflow_uri")
         command += ["--uri", uri]
+    if is_server(uri):
+        command += ["--server-drain-seconds", str(SERVER_DRAIN_SECONDS)]
     # In a session of its own, so that Ctrl-C at the terminal reaches only the training.
-    return ForwarderProcess(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+    return ForwarderProcess(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True), uri)
 
 
 class Forwarder:
@@ -81,7 +111,7 @@ class Forwarder:
 
     def __init__(self, stage_dir: Path, uri: str | None, experiment: str) -> None:
         self.stage_dir, self.run_dir = stage_dir, stage_dir.parent
-        self.uri = uri or f"sqlite:///{self.run_dir}/mlflow.db"
+        self.uri = uri or f"sqlite:///{self.run_dir}/{DATABASE_FILE}"
         self.experiment = experiment
         self.tail = Tail(stage_dir / JOURNAL_FILE)
         self.pending: list[Event] = []
@@ -90,6 +120,7 @@ class Forwarder:
         self.messages: list[str] = []
         self.last: Event = {}  # the newest "attempt" or "end" event
         self.client: Any = None
+        self.imported = threading.Event()
         self.parent = self.child = ""  # ids of the chain's run and the stage's run
         self.logged: dict[str, int] = {}  # of each family of metrics the last step in MLflow
 
@@ -99,14 +130,22 @@ class Forwarder:
         """Open or create both runs, and log the recipe."""
         from mlflow import MlflowClient
 
+        self.imported.set()
         artifacts = None  # a server has its own place
         if self.uri.startswith("sqlite:///"):
             database = Path(self.uri.removeprefix("sqlite:///"))
-            artifacts = (database.resolve().parent / "mlartifacts").as_uri()
+            artifacts = artifacts_beside(database)
             create_database(database)
         client = MlflowClient(tracking_uri=self.uri)
         with locked(self.run_dir / "mlflow.lock"):
+            bring_artifacts_home(self.run_dir / DATABASE_FILE)
             known = client.get_experiment_by_name(self.experiment)
+            if known and known.lifecycle_stage == "deleted":
+                raise UserError(
+                    f"its experiment {self.experiment} was deleted; restore it with `MLFLOW_TRACKING_URI={self.uri}"
+                    f" mlflow experiments restore --experiment-id {known.experiment_id}`, or set tracking.experiment to"
+                    " another name"
+                )
             experiment = known.experiment_id if known else client.create_experiment(self.experiment, artifacts)
             name = str(_yaml(self.run_dir / RECIPE_FILE).get("name") or self.run_dir.name)
             self.parent, _ = open_run(client, self.run_dir / "mlflow.json", experiment, name, {})
@@ -191,6 +230,14 @@ class Forwarder:
             self.client.log_artifact(self.child, str(path), None if folder == "." else folder)
         self.save_progress({**self.logged, "picture": max(event["step"], self.logged.get("picture", 0))})
 
+    def warn_of_rest(self, reason: str) -> None:
+        """Say what is not in MLflow, why, and how it gets there."""
+        command = shlex.join(module_command("pipeline.tracking.forwarder", self.stage_dir))
+        warn(
+            f"the rest of {self.stage_dir / JOURNAL_FILE} is not in MLflow ({reason}); the next attempt forwards it, or"
+            f" afterwards `{command} </dev/null`"
+        )
+
     def save_progress(self, logged: dict[str, int]) -> None:
         """Save which steps MLflow has."""
         self.logged = logged
@@ -212,24 +259,6 @@ class Forwarder:
         stages = list(_yaml(self.run_dir / RECIPE_FILE).get("stages") or [])
         if status != "FINISHED" or self.stage_dir.name in stages[-1:]:
             self.client.set_terminated(self.parent, status)
-
-
-def create_database(path: Path) -> None:
-    """Create an MLflow database under a temporary name and link it into place.
-
-    Two processes that create one database at the same time break it, and a process that is killed meanwhile leaves a
-    database that cannot be opened.
-    """
-    from mlflow import MlflowClient
-
-    if not path.exists():
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            MlflowClient(tracking_uri=f"sqlite:///{part}").search_experiments()
-            with contextlib.suppress(FileExistsError):
-                os.link(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def open_run(client: Any, path: Path, experiment: str, name: str, tags: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -310,22 +339,43 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def warn(sentence: str) -> None:
     """Print a sentence to stderr."""
-    print(f"tracking: {sentence}", file=sys.stderr, flush=True)
+    print(f"tracking: {redact(sentence)}", file=sys.stderr, flush=True)
 
 
-def follow(stage_dir: Path, uri: str | None, experiment: str, poll_seconds: float, drain_seconds: float) -> int:
-    """Forward until rank 0 asks to finish or has ended, then drain for at most `drain_seconds`.
+def asked_to_finish(rank_zero: int, wait_seconds: float) -> bool:
+    """Whether rank 0 asks to finish or has ended. A line on stdin asks; the end of stdin means that rank 0 has ended.
+    So does another parent process, because a forked worker of rank 0 may keep the pipe open."""
+    return bool(select.select([sys.stdin], [], [], wait_seconds)[0]) or os.getppid() != rank_zero
+
+
+def end_in_time(forwarder: Forwarder, rank_zero: int, drain_seconds: float) -> None:
+    """End this process `drain_seconds` after rank 0 asked to finish, also while a request hangs. The time to import
+    MLflow is not counted."""
+    while not asked_to_finish(rank_zero, 1.0):
+        pass
+    forwarder.imported.wait()
+    time.sleep(drain_seconds)
+    forwarder.warn_of_rest("it did not answer in time")
+    os._exit(1)
+
+
+def follow(
+    stage_dir: Path, uri: str | None, experiment: str, poll_seconds: float, drain_seconds: float,
+    server_drain_seconds: float | None = None,
+) -> int:  # fmt: skip
+    """Forward until rank 0 asks to finish or has ended, then drain until there were errors for `drain_seconds`, and in
+    any case for at most `server_drain_seconds`.
 
     Returns the exit code: 0 if the whole journal is logged.
     """
     forwarder = Forwarder(stage_dir, uri, experiment)
     rank_zero = os.getppid()
+    if server_drain_seconds is not None:
+        threading.Thread(target=end_in_time, args=(forwarder, rank_zero, server_drain_seconds), daemon=True).start()
     give_up_at, warned, pause_seconds = None, False, 0.0
     with (stage_dir / "mlflow.lock").open("a") as lock:
         while True:
-            # A line on stdin asks to finish; its end means that rank 0 has ended. So does another parent process,
-            # because a forked worker of rank 0 may keep the pipe open.
-            finishing = bool(select.select([sys.stdin], [], [], pause_seconds)[0]) or os.getppid() != rank_zero
+            finishing = asked_to_finish(rank_zero, pause_seconds)
             if finishing and give_up_at is None:
                 give_up_at = time.monotonic() + drain_seconds
             pause_seconds = poll_seconds
@@ -341,12 +391,16 @@ def follow(stage_dir: Path, uri: str | None, experiment: str, poll_seconds: floa
                 warn(f"MLflow cannot be imported ({error}); install {packages}, or set tracking.mlflow=false")
                 return 1
             except Exception as error:
-                if not warned and not isinstance(error, BlockingIOError):
-                    reason = f"{type(error).__name__}: {first_line(error)[:300]}"
-                    warn(f"MLflow at {forwarder.uri} does not take the journal, trying again: {reason}")
+                forwarder.client = None  # connect again, because the run or its experiment may be gone
+                reason = "another forwarder is at work"
+                if not isinstance(error, BlockingIOError):
+                    known = isinstance(error, UserError)
+                    reason = str(error) if known else f"{type(error).__name__}: {first_line(error)[:300]}"
+                    if not warned:
+                        warn(f"MLflow at {forwarder.uri} does not take the journal, trying again: {reason}")
                     warned = True
                 if give_up_at is not None and time.monotonic() > give_up_at:
-                    warn(f"the rest of {stage_dir / 'journal.jsonl'} is not in MLflow; the next attempt forwards it")
+                    forwarder.warn_of_rest(reason)
                     return 1
                 if finishing:
                     time.sleep(1.0)
@@ -360,17 +414,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage_dir", type=lambda text: Path(text).resolve())
     parser.add_argument("--uri")
-    parser.add_argument("--experiment", default="fcmae")
+    parser.add_argument("--experiment")
     parser.add_argument("--poll-seconds", type=float, default=POLL_SECONDS)
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
+    parser.add_argument("--server-drain-seconds", type=float)
+    redact_tracebacks()
     options = parser.parse_args()
+    tracking = _yaml(options.stage_dir / RECIPE_FILE).get("tracking") or {}
+    uri = options.uri or tracking.get("mlflow_uri")
+    experiment = options.experiment or tracking.get("experiment") or "fcmae"
+    if sentence := find_secret(uri or "", "tracking.mlflow_uri"):
+        sys.exit(f"fcmae: {sentence}")
     os.nice(10)  # so that training keeps the cores
     warnings.simplefilter("ignore")  # alembic and sqlalchemy warn at every start
     os.environ.update(
         MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="20",
     )  # fmt: skip
-    sys.exit(follow(options.stage_dir, options.uri, options.experiment, options.poll_seconds, options.drain_seconds))
+    drain = (options.drain_seconds, options.server_drain_seconds)
+    sys.exit(follow(options.stage_dir, uri, experiment, options.poll_seconds, *drain))
 
 
 if __name__ == "__main__":

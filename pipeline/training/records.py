@@ -5,7 +5,8 @@ import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def open_journal(stage: Stage, world: World, stop: AgreedStop) -> Iterator[journ
         if tracking.mlflow:
             forwarder = start_forwarder(stage.directory, tracking.mlflow_uri, tracking.experiment)
             # Short at a stop, because the grace period is for the checkpoint and the next attempt sends the rest.
-            stack.callback(lambda: forwarder.finish(10 if stop.number else 60))
+            stack.callback(lambda: forwarder.finish(10 if stop.number else 60, partial(_say, log_file)))
         try:
             yield log_file
         except BaseException as error:
@@ -49,6 +50,11 @@ def open_journal(stage: Stage, world: World, stop: AgreedStop) -> Iterator[journ
             stage.attempts.record(outcome)
             log_file.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)
             raise
+
+
+def _say(log: journal.Journal, sentence: str) -> None:
+    with suppress(OSError):  # a full disk must not turn a finished stage into a failed one
+        log.write("event", level="info", message=sentence)
 
 
 def write_attempt(

@@ -23,6 +23,7 @@ from pipeline.recipe.yaml_files import read_mapping
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.records import read_record, text_of
+from pipeline.tracking.mlflow_store import DATABASE_FILE, bring_artifacts_home
 
 WIDTH_INCHES = 5.0
 FOLDER = "analyses"  # in a run or a stage
@@ -110,7 +111,9 @@ def _log_to_mlflow(files: list[Path], metrics: Mapping[str, float]) -> None:
     recipe = read_mapping(home / RECIPE_FILE)
     is_run = "stages" in recipe
     tracking = next(iter(recipe["stages"].values()))["tracking"] if is_run else recipe["tracking"]
-    client = MlflowClient(tracking["mlflow_uri"] or f"sqlite:///{home if is_run else home.parent}/mlflow.db")
+    database = (home if is_run else home.parent) / DATABASE_FILE
+    bring_artifacts_home(database)
+    client = MlflowClient(tracking["mlflow_uri"] or f"sqlite:///{database}")
     for path in files:
         client.log_artifact(run, str(path), FOLDER)
     for name, value in metrics.items():

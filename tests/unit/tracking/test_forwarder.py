@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.forwarder import ForwarderProcess, flat, start_forwarder
+from pipeline.errors import UserError
+from pipeline.tracking.forwarder import Forwarder, ForwarderProcess, flat, start_forwarder
 from pipeline.tracking.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
@@ -246,6 +248,70 @@ def test_a_finish_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     assert handle.finish(1.0) is False
     assert time.monotonic() - began < 30  # without the cut-off it would retry for 60 s
     assert handle.process.returncode == -signal.SIGKILL
+
+
+def test_a_server_that_hangs_is_waited_for_for_seconds_and_named(tmp_path: Path) -> None:
+    """It accepts connections and says nothing: MLflow's own time-out is 20 s, and it asks again and again."""
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server, Journal(stage / "journal.jsonl", 1) as journal:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        handle = start(stage, "--uri", uri, "--server-drain-seconds", "0.5")
+        handle.uri = uri
+        train(journal, 0, 2)
+        assert handle.finish(WAIT_SECONDS, said.append) is False
+    assert handle.process.returncode == 1  # it ended by itself
+    assert said == [f"waiting for MLflow ({uri}) to take the rest of the journal, for at most 10 s"]
+    last = (stage / "stderr").read_text().splitlines()[-1]
+    assert "is not in MLflow (it did not answer in time); the next attempt forwards it, or afterwards `" in last
+    assert last.endswith(f"-P -m pipeline.tracking.forwarder {stage} </dev/null`")
+
+
+def forward_all(stage: Path) -> str:
+    """Forward the journal within this process, as if in a process of its own; the id of the stage's run."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()
+    forwarder = Forwarder(stage, None, "fcmae")
+    forwarder.forward()
+    forwarder.close()
+    return forwarder.child
+
+
+def test_artifacts_of_a_moved_or_copied_run_lie_beside_it(tmp_path: Path, empty_store: Path) -> None:
+    """MLflow's database holds absolute paths; the old directory was made again."""
+    (stage,) = make_run(tmp_path / "a run", "pretrain")
+    shutil.copy(empty_store, tmp_path / "a run" / "mlflow.db")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        train(journal, 0, 3)
+    child = forward_all(stage)
+    shutil.copytree(tmp_path / "a run", tmp_path / "copy")
+    (tmp_path / "a run").rename(tmp_path / "moved")
+    for run in (tmp_path / "moved", tmp_path / "copy"):
+        (run / "pretrain" / "curves.png").write_bytes(run.name.encode())
+        assert forward_all(run / "pretrain") == child
+        assert (run / "mlartifacts" / child / "artifacts" / "curves.png").read_bytes() == run.name.encode()
+        client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+        assert {file.path for file in client.list_artifacts(child)} == {"curves.png", "events.jsonl", "recipe.yaml"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "moved"]
+
+
+def test_a_deleted_experiment_names_the_remedy(tmp_path: Path, empty_store: Path) -> None:
+    (stage,) = make_run(tmp_path / "run", "pretrain")
+    shutil.copy(empty_store, tmp_path / "run" / "mlflow.db")
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        train(journal, 0, 3)
+    child = forward_all(stage)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
+    id = client.get_experiment_by_name("fcmae").experiment_id
+    client.delete_experiment(id)
+    remedy = (
+        rf"experiment fcmae was deleted; restore it with `.*restore --experiment-id {id}`, or set tracking.experiment"
+    )
+    with pytest.raises(UserError, match=remedy):
+        forward_all(stage)
+    client.restore_experiment(id)
+    assert forward_all(stage) == child
 
 
 def test_flat_names_every_leaf() -> None:
