@@ -53,7 +53,9 @@ def test_a_chain_survives_a_wrong_clock(slurm, tmp_path: Path, monkeypatch, mome
         ("requeued", 1, "stopped by SIGUSR1"),
         ("requeued", 1, "the ranks ended with exit code 137 and recorded no reason"),
     ], history
-    assert Stage(stage).attempts.newest() == 2
+    # On a busy machine slurmctld sends SIGTERM again, to the next start, which saves and is requeued.
+    assert {reason for _, _, reason in history[3:]} <= {"stopped by SIGTERM"}
+    assert Stage(stage).attempts.newest() == 2 + len(history[3:])
     assert Stage(stage).attempts.last_outcome().kind == "done"
 
 
