@@ -45,9 +45,9 @@ def test_a_chain_survives_a_wrong_clock(slurm, tmp_path: Path, monkeypatch, mome
         wait_for(lambda: restarts(job) == 2, "the second requeue")
         release(stage)
         wait_for(lambda: (stage / "DONE").exists(), "the end of the stage")
+        history = [(entry["event"], entry.get("attempt"), entry.get("reason")) for entry in read_job_history(stage)]
     finally:
         run_commands.cancel_run(run)
-    history = [(entry["event"], entry.get("attempt"), entry.get("reason")) for entry in read_job_history(stage)]
     assert history[:3] == [
         ("submitted", 0, None),
         ("requeued", 1, "stopped by SIGUSR1"),
