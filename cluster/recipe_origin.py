@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.recipe.yaml_files import read_with_bases
 from pipeline.storage.bounded_files import MOST_YAML_BYTES, parse_yaml, read_text
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import name_unreadable, read_record, text_of
+from pipeline.storage.run_records import name_unreadable, read_record, text_of
 from pipeline.url_secrets import redact
 
 ORIGIN_FILE = "origin.json"

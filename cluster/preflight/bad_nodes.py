@@ -24,7 +24,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, SrunCode
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import name_unreadable
+from pipeline.storage.run_records import name_unreadable
 
 SUSPICIOUS = 3  # so many starts or nodes in a row, all bad
 SUSPICIOUS_SECONDS = 1800.0

@@ -47,14 +47,7 @@ def check_network(
         return [CheckResult("network", Level.SKIPPED, "one rank" if size == 1 else "switched off by the site")]
     timeout = timedelta(seconds=settings.join_timeout_seconds)
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]) + 1,
-            size,
-            is_master=rank == 0,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
+        store = _join_store(rank, size, timeout)
     except RuntimeError as error:  # DistStoreError is a subclass
         return [_unreachable(rank, str(error).splitlines()[0], hosts)]
     try:
@@ -82,6 +75,11 @@ def check_network(
     except RuntimeError as error:
         detail = f"rank {rank}: {str(error).splitlines()[0]}"
         return [CheckResult("network", Level.BAD_NODE, detail, "see NCCL's log with NCCL_DEBUG=INFO")]
+
+
+def _join_store(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+    return dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
 
 
 def _unreachable(rank: int, why: str, hosts: Sequence[str]) -> CheckResult:

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.slurm.job_history import read_decisions
 from pipeline.recipe import load_stage_recipe
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, JOURNAL_FILE, RECIPE_FILE
-from pipeline.storage.records import count_of, is_count, read_record, text_of, time_of
+from pipeline.storage.run_records import count_of, is_count, read_record, text_of, time_of
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events
 
 

@@ -10,7 +10,7 @@ from pipeline.errors import LaunchError
 from pipeline.stage.attempts import Attempts
 from pipeline.storage.bounded_files import read_file
 from pipeline.storage.file_names import DONE_FILE
-from pipeline.storage.records import name_unreadable
+from pipeline.storage.run_records import name_unreadable
 
 POLL_SECONDS = 0.5
 

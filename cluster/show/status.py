@@ -19,7 +19,7 @@ from pipeline.stage.directory import read_done
 from pipeline.storage import file_names
 from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.folder import is_remote
-from pipeline.storage.records import read_record, text_of
+from pipeline.storage.run_records import read_record, text_of
 from pipeline.storage.working_copy import RunView
 from pipeline.tracking.journal import Event, Tail, strict_json
 

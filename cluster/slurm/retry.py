@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cluster.slurm.job_history import read_decisions
 from pipeline.storage.file_names import JOURNAL_FILE
-from pipeline.storage.records import is_count
+from pipeline.storage.run_records import is_count
 from pipeline.tracking.journal import is_number, parse_line
 
 

@@ -14,7 +14,7 @@ from pipeline.kernels.large_kernel_timing import fastest_form, record_cases
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import holds_texts, required_record
+from pipeline.storage.run_records import holds_texts, required_record
 
 
 def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> dict[str, str]:

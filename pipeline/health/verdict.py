@@ -18,7 +18,7 @@ from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import count_of
+from pipeline.storage.run_records import count_of
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events, strict_json
 
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"

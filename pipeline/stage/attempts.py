@@ -28,7 +28,7 @@ from pipeline.stage.device_errors import DeviceError
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import ATTEMPTS_FILE, ATTEMPTS_FOLDER
 from pipeline.storage.folder import Folder, json_bytes
-from pipeline.storage.records import count_of, decode_record, text_of
+from pipeline.storage.run_records import count_of, decode_record, text_of
 from pipeline.storage.working_copy import Mirror
 
 HEARTBEAT_SECONDS = 10.0

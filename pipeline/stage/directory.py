@@ -10,7 +10,7 @@ from pipeline.recipe import StageRecipe, changed_fields, load_stage_recipe, writ
 from pipeline.stage.attempts import Attempts
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, INIT_FILE, RECIPE_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import count_of, holds_texts, name_unreadable, read_record, required_record, text_of
+from pipeline.storage.run_records import count_of, holds_texts, name_unreadable, read_record, required_record, text_of
 from pipeline.storage.working_copy import remote_of
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.storage.file_names import RECIPE_FILE
-from pipeline.storage.records import read_record
+from pipeline.storage.run_records import read_record
 
 SNAPSHOT = "environment.json"  # in a copy of the code: commit and packages at the time of the copy
 ROOT = Path(__file__).parents[2]

@@ -36,7 +36,7 @@ from pipeline.errors import StageError, UserError, first_line
 from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import write_json
-from pipeline.storage.records import is_count, read_record, text_of
+from pipeline.storage.run_records import is_count, read_record, text_of
 from pipeline.tracking.journal import Event, Tail, is_number
 from pipeline.tracking.mlflow_store import (
     DATABASE_FILE,

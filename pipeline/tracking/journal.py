@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.errors import first_line, shortened
 from pipeline.storage.bounded_files import parse_json, read_file
-from pipeline.storage.records import is_count, name_unreadable
+from pipeline.storage.run_records import is_count, name_unreadable
 from pipeline.url_secrets import redact
 
 Event = dict[str, Any]

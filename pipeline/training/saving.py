@@ -20,7 +20,7 @@ from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import CHECKPOINTS_FILE, CHECKPOINTS_FOLDER
 from pipeline.storage.folder import Folder, write_json
-from pipeline.storage.records import required_record
+from pipeline.storage.run_records import required_record
 from pipeline.tracking.journal import Event, effective_events, is_number
 from pipeline.tracking.step_log import StepLog
 

@@ -77,6 +77,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_stay_there(place):
     recipe = place / "place" / "tiny.yaml"
     recipe.write_text(f"# once it was {URL}\n{recipe.read_text()}")

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.recipe.yaml_files import read_mapping
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.folder import Folder
-from pipeline.storage.records import read_record, text_of
+from pipeline.storage.run_records import read_record, text_of
 from pipeline.tracking.mlflow_store import DATABASE_FILE, bring_artifacts_home
 
 WIDTH_INCHES = 5.0

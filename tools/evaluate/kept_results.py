@@ -12,7 +12,7 @@ from pipeline.recipe.image_size import height_and_width
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.file_names import EVALUATIONS_FOLDER
 from pipeline.storage.folder import Folder
-from pipeline.storage.records import name_unreadable
+from pipeline.storage.run_records import name_unreadable
 from tools.evaluate.confusions import Confusions
 from tools.evaluate.published import Z, result_facts
 from tools.evaluate.run_evaluation import EvaluationResult

@@ -65,7 +65,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class PlannedTraining:
     """An ordinary recipe with its origin, and what it was derived from.
 
     Attributes:
@@ -95,7 +95,7 @@ def train_on_images(request: Request) -> None:
     print(_next_command(request))
 
 
-def plan_training(request: Request, run: Path) -> TrainingPlan:
+def plan_training(request: Request, run: Path) -> PlannedTraining:
     """Prepare the images, and derive the recipe of the run directory `run`, which keeps its values once it has begun.
 
     Raises:
@@ -121,7 +121,7 @@ def plan_training(request: Request, run: Path) -> TrainingPlan:
             values["batch.micro_slots"] = Value(*choose_micro_slots(draft, request.processes, facts.device))
     values = {field: value for field, value in values.items() if field not in given}
     overrides = _texts(fixed | _keyed(request.stage, values)) + _user_overrides(request)
-    return TrainingPlan(load_recipe(path, overrides), (base, path), overrides, values, train, validation)
+    return PlannedTraining(load_recipe(path, overrides), (base, path), overrides, values, train, validation)
 
 
 def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple[Beton, Beton | None]:
@@ -288,7 +288,7 @@ def _text(value: Any) -> str:
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
-def show_plan(request: Request, plan: TrainingPlan) -> None:
+def show_plan(request: Request, plan: PlannedTraining) -> None:
     """Print what was derived and why, and the `fcmae run` that does the same."""
     stage, console = plan.chain.stages[request.stage], wide_console()
     held = f", {plan.validation.samples:,} to validate on" if plan.validation else ""

@@ -13,7 +13,7 @@ from pipeline.health.verdict import Verdict, judge_journal
 from pipeline.recipe import StageRecipe, load_stage_recipe
 from pipeline.storage.bounded_files import MOST_YAML_BYTES, parse_yaml, read_file, read_text
 from pipeline.storage.file_names import ATTEMPTS_FILE, JOURNAL_FILE, PICTURES_FOLDER, RECIPE_FILE
-from pipeline.storage.records import name_unreadable, time_of
+from pipeline.storage.run_records import name_unreadable, time_of
 from pipeline.tracking import journal
 from pipeline.tracking.journal import Event
 

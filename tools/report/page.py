@@ -8,7 +8,7 @@ from cluster.show.status_table import duration
 from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
-from pipeline.storage.records import read_record
+from pipeline.storage.run_records import read_record
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Checks, Code, Document, Figures, Fold, Grid, Picture, Text, Toned
 from tools.report.evaluations import evaluation_blocks

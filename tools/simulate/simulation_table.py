@@ -87,7 +87,7 @@ def render_simulation(
     for stage in stages:
         lines += [f"{stage.work.name} failed: {reason}" for reason in dict.fromkeys(stage.failures[:3])]
     lines += [_interval_sentence(stage) for stage in stages]
-    return Group(table, "", *map(Text, lines), "", *map(Text, assumptions(conditions, given)))
+    return Group(table, "", *map(Text, lines), "", *map(Text, condition_lines(conditions, given)))
 
 
 def _interval_sentence(stage: SimulatedStages) -> str:
@@ -102,7 +102,7 @@ def _interval_sentence(stage: SimulatedStages) -> str:
     )
 
 
-def assumptions(conditions: Conditions, given: Sequence[str]) -> list[str]:
+def condition_lines(conditions: Conditions, given: Sequence[str]) -> list[str]:
     """One line for each number that the simulation used; `given` are the names of those that are no assumption."""
     lines = []
     for item in fields(conditions):

@@ -11,7 +11,7 @@ from pipeline.errors import StageError
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE, RESULT_FILE
-from pipeline.storage.records import read_record
+from pipeline.storage.run_records import read_record
 from pipeline.tracking.journal import is_number
 from tools.study.definition import STUDY_FILE, Study, load_study, study_runs
 from tools.tables import markdown_table, plain_table

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pipeline.storage.bounded_files import MOST_DEPTH, parse_json, parse_yaml, read_file, read_text
-from pipeline.storage.records import decode_record, read_record
+from pipeline.storage.run_records import decode_record, read_record
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):

@@ -15,7 +15,7 @@ from cluster.slurm.retry import committed_step, steps_at_starts
 from cluster.slurm.time_limit import StopTime, TimeLimitWatch
 from pipeline.errors import DataError, StageError, UserError
 from pipeline.stage.directory import Stage
-from pipeline.storage import records
+from pipeline.storage import run_records
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import read_events
 from tests.chaos.malformed import make_records, read_like_a_job
@@ -55,7 +55,7 @@ def real(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(real, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(records, "_named", set())
+    monkeypatch.setattr(run_records, "_named", set())
     return shutil.copytree(real, tmp_path / "run")
 
 
