@@ -24,7 +24,10 @@ _SECRET_NAME = re.compile(
     rf"{_SECRET_WORD}|connection[_-]?string|(?:^|[_.-])(?:tokens?|pwd|sas|auth)(?:$|[_.-])", re.IGNORECASE
 )
 _ASSIGNED = re.compile(r"(?<![^\s,])([A-Za-z_]\w*)=([^\s,]+)")
-_NAME_OF_A_PATH = re.compile(r"_(?:FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
+_NAME_OF_A_PATH = re.compile(
+    r"_(?:FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$|^(?:OLD)?PWD$",  # PWD is the working directory
+    re.IGNORECASE,
+)
 _ORGANISATION_AND_REPOSITORY = "github://"  # fsspec's github://ORG:REPO@REVISION/path
 
 # Where else a secret can come from, by the URL's scheme.

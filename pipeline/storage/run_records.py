@@ -37,7 +37,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file, or no object in it, which is named."""
     try:
         return _object(read_file(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         name_unreadable(path, first_line(error))
@@ -59,7 +59,7 @@ def required_record(path: Path, remedy: str, is_valid: Callable[[dict[str, Any]]
         if not is_valid(record):
             raise ValueError("it is no such record")
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({first_line(error)}); {remedy}") from None

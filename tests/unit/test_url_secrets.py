@@ -73,6 +73,12 @@ def test_names_of_secrets():
     assert not any(map(is_secret_name, plain))
 
 
+def test_the_working_directory_is_no_secret(monkeypatch):
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, "/data/of/somebody")
+    assert redact("/data/of/somebody/train.beton is missing") == "/data/of/somebody/train.beton is missing"
+
+
 def test_errors_and_the_journal_quote_no_secret(monkeypatch):
     """Neither one of a URL nor one of the environment that a library repeats."""
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from-the-environment")
