@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from pipeline.data.decode import compile_decoder
-from pipeline.distributed.agreement import Agreement
+from pipeline.distributed.agreement import AgreedStop, Agreement
 from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent, keep_imports_safe
-from pipeline.distributed.stop import AgreedStop, StopRequest
+from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
 from pipeline.errors import UserError
 from pipeline.health.sentinel import run_sentinel

@@ -8,7 +8,7 @@ from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.stage_data import fetch_stage_data
 from pipeline.data.staging import cache_directory
 from pipeline.data.subset import Subset
-from pipeline.distributed.stop import AgreedStop
+from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe
 

@@ -6,6 +6,7 @@ thread exchanges them: first among the ranks of a node, then among the ranks tha
 """
 
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
@@ -13,6 +14,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.stop import StopRequest, signal_name
 from pipeline.distributed.world import World
 
 
@@ -99,3 +101,63 @@ def _rings(world: World) -> list[list[int]]:
     node = next(node for node in nodes if world.rank in node)
     likes = [other[node.index(world.rank)] for other in nodes]
     return [ring for ring in (node, likes) if len(ring) > 1]
+
+
+class AgreedStop:
+    """Whether the ranks stop: a call returns the same answer on all ranks, and is collective.
+
+    Args:
+        request: of this process.
+        agreement: of all ranks; what else is agreed on travels with the stop.
+        meeting: wraps the wait for the other ranks, as `Watchdog.meeting` does.
+
+    Attributes:
+        number: the agreed signal; 0 while there is none.
+        time: when the first rank received it, in epoch seconds.
+    """
+
+    def __init__(
+        self,
+        request: StopRequest,
+        agreement: Agreement,
+        meeting: Callable[[Callable[[], list[int]]], Callable[[], list[int]]] = lambda read: read,
+    ):
+        self.agreement = agreement
+        self._request, self._read = request, meeting(agreement.read)
+        self._begun = 0.0
+        self.number, self.time = 0, 0.0
+
+    def __call__(self) -> bool:
+        """Return True once any rank had received a stop signal when this was last called.
+
+        So the answer is one micro-batch old, and no rank waits for the agreement of the others.
+        """
+        if not self.number:
+            self._hear()
+        if not self.number:
+            self._say()
+            if self.agreement.is_immediate:
+                self._hear()
+        return self.number != 0
+
+    def at_once(self) -> bool:
+        """Return True if any rank has received a stop signal by now; waits for the slowest rank."""
+        if not self():
+            self._hear()
+        return self.number != 0
+
+    def _say(self) -> None:
+        self._begun, own = time.time(), self._request.time
+        self.agreement.own[Topic.STOP] = self._request.number
+        self.agreement.own[Topic.STOP_AGE] = int((self._begun - own) * 1000) if own else 0
+        self.agreement.begin()
+
+    def _hear(self) -> None:
+        agreed = self._read()
+        if agreed[Topic.STOP]:
+            self.number, self.time = agreed[Topic.STOP], self._begun - agreed[Topic.STOP_AGE] / 1000
+
+    @property
+    def reason(self) -> str:
+        """The name of the agreed signal."""
+        return signal_name(self.number)

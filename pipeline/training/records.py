@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.data.subset import Subset
-from pipeline.distributed.stop import AgreedStop
+from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.health.verdict import judge_journal
 from pipeline.recipe import StageRecipe

@@ -12,7 +12,7 @@ from pipeline.checkpoint.store import CheckpointStore
 from pipeline.data.batch import Batch, example_batch
 from pipeline.data.open import evaluation_feed, open_stage_data, train_feed
 from pipeline.data.subset import Subset
-from pipeline.distributed.stop import AgreedStop
+from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.engines.base import sharding_units

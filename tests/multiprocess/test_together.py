@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from cluster.local import reserve_port
-from pipeline.distributed.agreement import Agreement, Topic, _rings
-from pipeline.distributed.stop import AgreedStop, StopRequest
+from pipeline.distributed.agreement import AgreedStop, Agreement, Topic, _rings
+from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
 from pipeline.errors import RetryableError
 from tests.ranks import on_ranks

@@ -7,6 +7,7 @@ inside functions and for types count as much as the others: who knows whom does 
 import ast
 import importlib
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ TORCH_ALONE = ("pipeline.models", "pipeline.sparse", "pipeline.kernels")
 HEAVY = ("deepspeed", "mlflow", "spconv", "triton")
 # What engines must never load, however indirectly: they run where the data loader is not installed.
 WITHOUT_FFCV = "pipeline.engines"
+# What starts beside every rank, or for every job and command: importing torch takes seconds.
+WITHOUT_TORCH = (
+    "pipeline.health.sentinel", "pipeline.tracking.forwarder", "cluster.slurm.supervisor", "cluster.slurm.worker",
+    "tools.cli",
+)  # fmt: skip
 
 
 class Import(NamedTuple):
@@ -167,6 +173,11 @@ def test_every_module_can_be_imported(package):
     for name in names:
         if not name.endswith(".__main__"):  # these run when imported
             importlib.import_module(name)
+
+
+def test_what_starts_often_starts_without_torch():
+    lines = [f"import {module}" for module in WITHOUT_TORCH] + ["import sys", "sys.exit('torch' in sys.modules)"]
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, check=False).returncode == 0
 
 
 def write_tree(root: Path, files: dict[str, str]) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from statistics import mean, median
 from typing import Any
 
-from pipeline.distributed.agreement import Agreement
-from pipeline.distributed.stop import AgreedStop, StopRequest
+from pipeline.distributed.agreement import AgreedStop, Agreement
+from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
 from tools.bench.timing import print_header, print_row
 from tools.bench.workload import run_ranks

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pipeline.distributed.agreement import Agreement, Topic
-from pipeline.distributed.stop import STOP_SIGNALS, AgreedStop, StopRequest
+from pipeline.distributed.agreement import AgreedStop, Agreement, Topic
+from pipeline.distributed.stop import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
