@@ -23,8 +23,8 @@ REPOSITORY = Path(processes.__file__).parents[2]
 STARTS = {
     "pipeline/distributed/processes.py": '"-P", "-m", module',
     "pipeline/stage/environment.py": '"interpreter": sys.executable',  # noted, not started
-    "cluster/slurm/worker.py": "os.execv(sys.executable",  # in a job, where PYTHONSAFEPATH is set
-    "cluster/slurm/script.py": 'shlex.join([*command, "-IS"',
+    "cluster/slurm/verified_start.py": "os.execv(sys.executable",  # in a job, where PYTHONSAFEPATH is set
+    "cluster/slurm/script.py": "'-IS -c",
     "tools/doctor.py": '[sys.executable, "-P"',
 }
 
