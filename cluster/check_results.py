@@ -25,6 +25,9 @@ COLOUR = {
 }  # fmt: skip
 
 
+UNKNOWN_NODE = "?"  # is not left out of the next start
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """One check on one node."""

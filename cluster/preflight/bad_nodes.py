@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from cluster.check_results import CheckResult, Level, results_table
+from cluster.check_results import UNKNOWN_NODE, CheckResult, Level, results_table
 from cluster.preflight import Expectations, check_node, failure_outcome
 from cluster.preflight.gpu import MATRIX, hardware_evidence
 from cluster.slurm.job_history import slurm_directory
@@ -112,7 +112,8 @@ def blame_own_node(stage_directory: Path) -> None:
 
 def _record(stage_directory: Path, results: list[CheckResult]) -> None:
     job, restart = _start_of_job()
-    bad = [{"node": r.node, "check": r.check, "detail": r.detail} for r in results if r.level is Level.BAD_NODE]
+    found = [result for result in results if result.level is Level.BAD_NODE and result.node != UNKNOWN_NODE]
+    bad = [{"node": result.node, "check": result.check, "detail": result.detail} for result in found]
     folder = _folder(stage_directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cluster.check_results import CheckResult, Level
+from cluster.check_results import UNKNOWN_NODE, CheckResult, Level
 from cluster.preflight.gpu import slow_ranks
 from cluster.preflight.settings import PreflightSettings
 from pipeline.distributed.processes import shared_gpus
@@ -53,7 +53,8 @@ def check_network(
     try:
         missing, sharing = _meet(store, rank, size, timeout, (own_node(), gpu or f"of rank {rank}"))
     except RuntimeError:
-        return [_unreachable(rank, "rank 0 left before all ranks had joined", hosts)]
+        # Why it left is recorded by the rank that knows; its node may be sound.
+        return [_unreachable(rank, "it left before all ranks had joined", [UNKNOWN_NODE])]
     if sharing:
         return [
             CheckResult("gpu", Level.BAD_NODE, f"ranks {', '.join(map(str, ranks))} see one GPU, each needs its own",
@@ -63,7 +64,7 @@ def check_network(
     if missing:
         detail = f"rank {{}} did not join within {settings.join_timeout_seconds:g} s"
         return [
-            CheckResult("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else "?")
+            CheckResult("network", Level.BAD_NODE, detail.format(other), node=hosts[other] if hosts else UNKNOWN_NODE)
             for other in missing
         ]
     try:

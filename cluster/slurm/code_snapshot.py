@@ -95,7 +95,8 @@ def _listed_by_git(root: Path, in_checkout: bool) -> list[Path]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-c", "safe.directory=*", "-C", str(root), *arguments]
+        own = [] if in_checkout else ["-c", f"core.excludesFile={os.devnull}"]  # `data/` in it would leave out our own
+        command = ["git", "-c", "safe.directory=*", *own, "-C", str(root), *arguments]
         return subprocess.run(
             command, env=environment, capture_output=True, check=True, timeout=60, encoding="utf-8",
             errors="surrogateescape",

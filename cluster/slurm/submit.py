@@ -18,7 +18,7 @@ from cluster.chain import (
     open_chain,
     resolve_chain_paths,
 )
-from cluster.site import SITE_FILE, Site, check_stage_names, store_site
+from cluster.site import SITE_FILE, Site, check_stage_names, store_site, stored_site
 from cluster.slurm import client
 from cluster.slurm.client import Job, JobState
 from cluster.slurm.code_snapshot import take_code_snapshot
@@ -72,7 +72,8 @@ def plan_jobs(
     """
     if start is not None and start not in chain.stages:
         raise LaunchError(f"there is no stage {start} in recipe {chain.name}; it has {', '.join(chain.stages)}")
-    check_stage_names(site, chain.stages)
+    if not (run / SITE_FILE).exists() or site != stored_site(run):  # which was checked when it was submitted
+        check_stage_names(site, chain.stages)
     jobs = _settled_jobs(run, list(chain.stages)) if ask_slurm else {}
     planned: dict[str, PlannedStage] = {}
     started = start is None
@@ -256,7 +257,6 @@ def submit_planned(
     chain_of, own = [stage.directory for stage in planned], [stage.directory for stage in needed]
     with hold_run(run), ticket(script, chain_of, own, [job.id for job in replaced]) as submitted:
         ids[first.name] = submitted[first.directory]
-        _note_submitted(first, ids, folder, report)
         _refuse_another_recipe(chain, run)
         store_site(site, run)
         # After the ticket is queued: a command that cancels from here on finds it.
@@ -264,6 +264,7 @@ def submit_planned(
         for job in replaced:
             client.cancel_job(job.id)
             note_job_event(job.directory, "cancelled", job.id, reason="another takes its place")
+        _note_submitted(first, ids, folder, report)  # after that line, from which its attempts are counted
         for stage in needed:
             store_site(stage.site, slurm_directory(stage.directory))
             if stage is not first:

@@ -32,6 +32,7 @@ from pipeline.stage.device_errors import program_at_fault, returning_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import SrunCode
 from pipeline.storage.file_names import RECIPE_FILE
+from pipeline.storage.run_records import is_count
 from pipeline.url_secrets import redact_tracebacks
 
 ASK_AGAIN_SECONDS = 5
@@ -79,7 +80,7 @@ def collect_facts(stage: Stage, code: int, job: str, most_without_progress: int,
         return replace(end, off_track=_complaint(lambda: refuse_off_track(stage)))
     owner = stage.attempts.owner()
     own = owner is not None and (owner["job"], owner["restart_count"]) == (job, _restarts())
-    if owner is not None and not own and _is_of_a_later_start(owner, job):
+    if owner is not None and not own and _is_of_a_later_start(owner, directory, job):
         return replace(end, overtaken=f"attempt {owner['attempt']} on {owner['host']}")
     # What another start recorded says nothing about this one.
     outcome = stage.attempts.last_outcome() if own else None
@@ -120,19 +121,17 @@ def retry(directory: Path, job: str, end: JobEnd, reason: str) -> int:
     if end.suspect:
         found[0] |= {end.suspect}
         reason += f"; it came back to {end.suspect}, so the next start tries another node"
-    known, excluded = set().union(*found), set()
-    if known:
-        site = stored_site(directory.parent, directory.name)
-        if not end.every_node_is_bad:
-            excluded = _until_answered(lambda: choose_exclusion(found, partial(_can_do_without, directory, site)))
-            if kept := sorted(known - excluded):
-                reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
+    known, excluded, site = set().union(*found), set(), stored_site(directory.parent, directory.name)
+    if known and not end.every_node_is_bad:
+        excluded = _until_answered(lambda: choose_exclusion(found, partial(_can_do_without, directory, site)))
+        if kept := sorted(known - excluded):
+            reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; it is retried: Slurm is asked to requeue job {job}", flush=True)
     note_job_event(directory, "requeued", job, committed=end.committed, code=end.code, reason=reason)
 
     def requeue() -> None:
         client.requeue_job(job)
-        if known:
+        if known or _restarts():  # a suspect was left out for one start alone
             client.exclude_nodes(job, {*excluded, *site.exclude})
 
     try:
@@ -176,11 +175,14 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def _is_of_a_later_start(attempt: Mapping[str, Any], job: str) -> bool:
-    """Whether a start of this job after this one made an attempt, or a job that was submitted later. Slurm's numbers
-    decide, because the clocks of two machines differ, and one clock may be set back."""
+def _is_of_a_later_start(attempt: Mapping[str, Any], directory: Path, job: str) -> bool:
+    """Whether a start of this job after this one made an attempt, or a job that was submitted later. Numbers decide,
+    because the clocks of two machines differ, and one clock may be set back."""
     if not str(attempt["job"]).isdigit() or not job.isdigit():
         return False  # a local run, which is refused while a job of the stage is queued, or no readable entry
+    known = [e.get("attempt") for e in read_job_history(directory) if e.get("job") == job]
+    if str(attempt["job"]) != job and known and is_count(known[-1]) and attempt["attempt"] <= known[-1]:
+        return False  # made before this job; on another cluster its job may have had a higher number
     return (int(attempt["job"]), attempt["restart_count"]) > (int(job), _restarts())
 
 

@@ -8,7 +8,7 @@ ticket meanwhile, and then the command cancels all that it has submitted. So a c
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from pipeline.errors import LaunchError
 
 SILENT_SECONDS = 30.0  # a command that has submitted nothing for so long has died, or will find its ticket cancelled
 ASK_AGAIN_SECONDS = 2.0
+RELEASE_TRIES = 30
 
 
 class SubmissionLostError(LaunchError):
@@ -114,8 +115,8 @@ def _release(script: JobScript, id: str) -> None:
     wait = script.site.sbatch.get("hold")  # the site's jobs wait until a person releases them
     try:
         if not wait:
-            client.release_job(id)
-        with nullcontext() if wait else suppress(client.CommandError):  # a released job may have ended already
+            _patiently(lambda: client.release_job(id))
+        with nullcontext() if wait else suppress(LaunchError):  # a released job may have ended already
             client.rename_job(id, client.job_name(script.stage_directory))
     except client.CommandError:
         raise SubmissionLostError(
@@ -123,6 +124,16 @@ def _release(script: JobScript, id: str) -> None:
             " `fcmae resume` submits them anew",
             cancelled=True,
         ) from None
+
+
+def _patiently(ask: Callable[[], None]) -> None:
+    """Ask Slurm again for a minute while slurmctld does not answer: all jobs of the submission wait for this."""
+    for _ in range(RELEASE_TRIES - 1):
+        try:
+            return ask()
+        except client.NoControllerError:
+            time.sleep(ASK_AGAIN_SECONDS)
+    return ask()
 
 
 def _withdraw(submitted: dict[Path, str], reason: str) -> None:

@@ -65,6 +65,16 @@ def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before
     assert reason == "the ranks ended with exit code 78 and recorded no reason"
 
 
+def test_a_run_that_moved_to_another_cluster_is_retried_there(stage, requeued: FakeSlurm, monkeypatch):
+    """Its jobs have lower numbers than those of the cluster before, of which one made the newest attempt."""
+    with monkeypatch.context() as other:
+        other.setenv("SLURM_JOB_ID", "5000000")
+        stage.attempts.claim(world_size=1)
+    note_job_event(stage.directory, "submitted", "7", committed=-1)
+    assert conclude(stage, SrunCode.CRASHED, "7", 9) == 0
+    assert read_job_history(stage.directory)[-1]["event"] == "requeued"
+
+
 def test_a_job_that_finds_the_stage_in_other_hands_leaves_it_to_them(stage, fake_slurm: FakeSlurm, monkeypatch):
     """Submitted twice at the same moment: what waits for the one that trains must not be cancelled."""
     with monkeypatch.context() as other:
@@ -121,7 +131,11 @@ def test_an_illegal_access_on_two_nodes_is_the_programs(stage, requeued: FakeSlu
     assert not [call for call in requeued.calls("scontrol") if "ExcNodeList" in call], "no node is blamed yet"
     assert strike(stage, monkeypatch, 1, "n1") == 0
     assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=n1"), "another node must show whose error it is"
-    assert strike(stage, monkeypatch, 2, "n2") == 1
+    (stage.directory.parent / SITE_FILE).write_text("nodes: 1\nexclude: [n9]\n")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert conclude(stage, SrunCode.SAVED, "7", 9) == 0
+    assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=n9"), "it was left out for one start alone"
+    assert strike(stage, monkeypatch, 3, "n2") == 1
     last = read_job_history(stage.directory)[-1]
     assert (last["event"], "the GPUs of n1 and n2 failed under the same program" in last["reason"]) == ("stopped", True)
 

@@ -43,6 +43,7 @@ import sys
 import time
 
 CHANGED, UNREADABLE = 78, 70  # of cluster.slurm.supervisor: fail the stage, retry it
+TRIES = 6
 RECORD = "snapshot.sha256"  # the hash of a snapshot, in its folder
 
 
@@ -68,13 +69,17 @@ def hash_folder(folder: str) -> str:
 def main(code: str, expected: str, stage: str, *arguments: str) -> None:
     """Compare the snapshot, then become `python ARGUMENT...`, with stop signals blocked (see `RunStage`)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-    try:
-        trouble = "" if hash_folder(code) == expected else "was changed after the job was submitted"
-        status = CHANGED
-    except OSError as error:
-        gone = isinstance(error, FileNotFoundError)
-        trouble = "is gone, or a part of it" if gone else f"cannot be read ({error.strerror})"
-        status = CHANGED if gone and os.path.isdir(stage) else UNREADABLE
+    for tries_left in range(TRIES - 1, -1, -1):
+        try:
+            trouble = "" if hash_folder(code) == expected else "was changed after the job was submitted"
+            status = CHANGED
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            trouble = "is gone, or a part of it" if gone else f"cannot be read ({error.strerror})"
+            status = CHANGED if gone and os.path.isdir(stage) else UNREADABLE
+        if status == CHANGED or not tries_left:
+            break
+        time.sleep(5)  # a file server that is away for a moment costs no job
     if not trouble and not arguments:
         return
     if not trouble:
