@@ -260,18 +260,19 @@ def _not_written(path: Path, error: OSError) -> DataError:
 def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
     """A hash of the relative paths, sizes and dates of the files that preparation reads, and their number."""
     digest, files = hashlib.sha256(), 0
-    for place in filter(None, (source, settings.labels)):
-        for line in sorted(_listed(place)):
+    places = ((source, _is_prepared), (settings.labels, lambda name: True))
+    for place, is_wanted in places:
+        for line in sorted(_listed(place, is_wanted) if place else ()):
             digest.update(line.encode(errors="surrogateescape"))
             files += 1
     return digest.hexdigest(), files
 
 
-def _listed(place: str) -> Iterator[str]:
+def _listed(place: str, is_wanted: Callable[[str], bool]) -> Iterator[str]:
     if not is_url(place) and os.path.isdir(place):
         for folder, folders, names in os.walk(place):
             folders[:] = filter(is_read, folders)
-            for name in filter(_is_prepared, names):
+            for name in filter(is_wanted, names):
                 path = os.path.join(folder, name)
                 with suppress(OSError):
                     facts = os.stat(path)
@@ -282,7 +283,7 @@ def _listed(place: str) -> Iterator[str]:
     with suppress(OSError):
         found = fs.glob(inner, detail=True) if pattern else fs.find(inner, detail=True)
         for name, facts in found.items():
-            if name != inner and not _is_prepared(name):
+            if name != inner and not is_wanted(name):
                 continue
             dates = [str(facts[key]) for key in ("mtime", "LastModified", "ETag") if key in facts]
             yield "\0".join([name, str(facts.get("size")), *dates]) + "\n"
