@@ -24,10 +24,12 @@ _SECRET_NAME = re.compile(
     rf"{_SECRET_WORD}|connection[_-]?string|(?:^|[_.-])(?:tokens?|pwd|sas|auth)(?:$|[_.-])", re.IGNORECASE
 )
 _ASSIGNED = re.compile(r"(?<![^\s,])([A-Za-z_]\w*)=([^\s,]+)")
-_NAME_OF_A_PATH = re.compile(
-    r"_(?:FILE|PATH|DIR|SOCK)$|^GOOGLE_APPLICATION_CREDENTIALS$|^(?:OLD)?PWD$",  # PWD is the working directory
+_NAME_OF_NO_SECRET = re.compile(
+    r"_(?:FILE|PATH|DIR|DIRECTORY|HOME|ROOT|SOCK|URI|URL|ENDPOINT|METHOD|TYPE|MODE|STORE)$"
+    r"|^GOOGLE_APPLICATION_CREDENTIALS$|^(?:(?:APPTAINER|SINGULARITY)_|OLD)?PWD$",  # PWD is the working directory
     re.IGNORECASE,
 )
+_SWITCH = re.compile(r"\d+|true|false|yes|no|on|off|none|null", re.IGNORECASE)
 _ORGANISATION_AND_REPOSITORY = "github://"  # fsspec's github://ORG:REPO@REVISION/path
 
 # Where else a secret can come from, by the URL's scheme.
@@ -42,16 +44,16 @@ _INSTEAD = {
 
 def is_secret_name(name: str) -> bool:
     """Whether an environment variable or a key of settings is named like a secret."""
-    return bool(_SECRET_NAME.search(name)) and not _NAME_OF_A_PATH.search(name)
+    return bool(_SECRET_NAME.search(name)) and not _NAME_OF_NO_SECRET.search(name)
 
 
 def redact(text: str) -> str:
     """Replace the secrets in the URLs of a text, and the values of secret environment variables, by three asterisks."""
     if "://" in text:
         text = _URL.sub(lambda match: _without_secrets(match[0]), text)
-    for name, value in os.environ.items():
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
         if len(value) >= 8 and value in text and is_secret_name(name) and not value.isdigit():
-            text = text.replace(value, HIDDEN)
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", HIDDEN, text)  # no part of a word
     return text
 
 
@@ -79,7 +81,7 @@ def find_secret(value: Any, name: str = "") -> str:
                 )
         assigned = _ASSIGNED.findall(text) if field else []  # NAME=VALUE, as in an option of sbatch
         for key, secret in ((field, text), *assigned):
-            if secret.strip("*") and is_secret_name(key.rpartition(".")[2]):
+            if secret.strip("*") and not _SWITCH.fullmatch(secret) and is_secret_name(key.rpartition(".")[2]):
                 return (
                     f"{field} holds the secret {key.rpartition('.')[2]}, which files, logs and process lists would"
                     " show; remove it and export it in the shell instead, from where it reaches jobs too"

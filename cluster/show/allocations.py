@@ -64,14 +64,11 @@ def stage_times(stage_directory: Path) -> StageTimes:
     speeds = [e["images_per_second"] for e in _of_kind(events, "step") if e.get("images_per_second")]
     step_seconds = batch / median(speeds) if batch and speeds else None
     settings = load_stage_recipe(stage_directory / RECIPE_FILE).checkpoint
-    save_every_steps = settings.every_steps
-    if settings.every_minutes and step_seconds:
-        save_every_steps = max(round(60 * settings.every_minutes / step_seconds), 1)
     saves = [e for e in _of_kind(events, "save") if e.get("why") == "due" and is_number(e.get("seconds"))]
     return StageTimes(
         stage_directory.name,
         begun[-1].get("total_steps") if begun else None,
-        save_every_steps,
+        settings.steps_between(step_seconds),
         step_seconds,
         _typical([e["seconds"] for e in saves]),
         _typical([e.get("blocked_seconds", 0.0) for e in saves]),

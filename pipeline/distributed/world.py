@@ -13,7 +13,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from pipeline.distributed.collective import from_rank_zero, on_every_rank
 from pipeline.distributed.processes import gpu_of_rank, shared_gpus
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, RetryableError
 
 T = TypeVar("T")
 
@@ -92,11 +92,14 @@ class World:
             store = dist.HashStore()
             dist.init_process_group(backends(own_device), store=store, rank=0, world_size=1, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
-        if cuda and size > 1:
+        if size > 1:
             places: list = [None] * size
-            own_place = socket.gethostname(), str(torch.cuda.get_device_properties(own_device).uuid)
-            dist.all_gather_object(places, own_place, group=group)
-            if shared_gpus(places):
+            gpu = str(torch.cuda.get_device_properties(own_device).uuid) if cuda else ""
+            dist.all_gather_object(places, (socket.gethostname(), gpu), group=group)
+            without = {host for host, gpu in places if not gpu}
+            if without and len(without) < len({host for host, _ in places}):
+                raise RetryableError(f"{', '.join(sorted(without))} shows no GPU, and other nodes of the job do")
+            if not without and shared_gpus(places):
                 raise too_few
         world = cls(rank, local_rank, size, local_size, own_device, group)
         torch.set_num_threads(threads or world.threads())

@@ -276,10 +276,10 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    every_steps: int = operational(500, ge=1, le=MOST_STEPS)
-    """Steps between checkpoints, unless every_minutes is set."""
+    every_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
+    """Steps between checkpoints; null and no every_minutes: 500."""
     every_minutes: float | None = operational(None, gt=0, le=1e6)
-    """Minutes between checkpoints by the clock of rank 0, in the place of every_steps: the time lost by a failure then
+    """Minutes between checkpoints by the clock of rank 0, besides those by every_steps: the time lost by a failure then
     depends neither on the speed nor on the number of ranks. `fcmae status` shows the interval that loses least."""
     keep_last: int = operational(2, ge=1, le=1_000_000)
     keep_every_epochs: float | None = operational(None, gt=0, le=MOST_EPOCHS)
@@ -294,6 +294,18 @@ class CheckpointSettings(Settings):
     """How many damaged checkpoints a resume may set aside before it fails."""
     directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
     """Where checkpoints are stored: an absolute path or a URL, with a folder for each stage; null is in the run."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between checkpoints; None if only the clock decides."""
+        return self.every_steps or (None if self.every_minutes else 500)
+
+    def steps_between(self, step_seconds: float | None) -> int:
+        """About how many steps there are between checkpoints, if a step takes so long."""
+        by_clock = None
+        if self.every_minutes and step_seconds:
+            by_clock = max(round(60 * self.every_minutes / step_seconds), 1)
+        return min(filter(None, (self.steps, by_clock)), default=500)
 
 
 class HealthSettings(Settings):

@@ -40,6 +40,7 @@ HARDWARE = {
     803: "system has unsupported display driver / cuda driver combination",
 }
 ASSERT = 710  # fails on every machine, as for a label out of range
+OUT_OF_MEMORY = 2  # outside of torch's allocator, which raises an error of its own
 _CODES = {words.lower(): code for code, words in (PROGRAM | HARDWARE).items()}
 _SPEAKERS = re.compile(r"CUDA error|Triton Error \[CUDA\]|Cuda failure|cudaError|CUDA driver error", re.IGNORECASE)
 
@@ -79,7 +80,7 @@ def device_error(error: BaseException | None) -> DeviceError | None:
         if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and _SPEAKERS.search(words)):
             named = next((code for text, code in _CODES.items() if text in words.lower()), None)
             code = getattr(error, "error_code", None) or named
-            if code == ASSERT or "device-side assert" in words:
+            if code in (ASSERT, OUT_OF_MEMORY) or "device-side assert" in words:
                 return None
             if code is not None or isinstance(error, torch.AcceleratorError):
                 return DeviceError(own_node(), code, first_line(error), hardware=code in HARDWARE)

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import RetryableError, UserError, first_line
 from pipeline.health.watchdog import Watchdog, is_broken_collective
-from pipeline.stage.device_errors import device_error
+from pipeline.stage.device_errors import OUT_OF_MEMORY, device_error
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.url_secrets import redact
@@ -36,7 +36,7 @@ def classify_error(error: BaseException) -> Outcome:
         return Outcome(OutcomeKind.BAD_NODE, f"a GPU of {defect.node} failed: {defect.text}{doubt}")
     if is_broken_collective(error):
         return Outcome(OutcomeKind.BAD_NODE, f"the ranks lost each other: {' '.join(redact(str(error)).split())}")
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == OUT_OF_MEMORY:
         remedy = "lower batch.micro_slots (evaluation.batch, if it came in an evaluation), set model.checkpointing, or "
         remedy += "shard the state with engine.kind fsdp"
         return Outcome(OutcomeKind.PERMANENT, f"a GPU's memory is full; {remedy} ({first_line(error)})")

@@ -99,7 +99,7 @@ def write_result(
     recipe, verdict = stage.recipe, judge_journal(stage.recipe, events).entry()
     log.write("verdict", step=step, **verdict)
     metrics = next(
-        (e.get("metrics") for e in reversed(events) if e.get("kind") == "evaluate" and e.get("step") == step), {}
+        (e.get("metrics") or {} for e in reversed(events) if e.get("kind") == "evaluate" and e.get("step") == step), {}
     )
     spans: dict[int, list[float]] = {}
     for event in events:

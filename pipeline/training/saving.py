@@ -152,11 +152,10 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the recipe wants a checkpoint of this step. All ranks decide alike: the clock is rank 0's."""
-        if self.keep_every and step % self.keep_every == 0:
+        if any(step % steps == 0 for steps in (self._settings.steps, self.keep_every) if steps):
             return True
-        if self._settings.every_minutes is None:
-            return step % self._settings.every_steps == 0
-        return step == 0 or self._agreement.agreed[Topic.SAVE_DUE] > self._count
+        by_clock = self._settings.every_minutes is not None
+        return by_clock and (step == 0 or self._agreement.agreed[Topic.SAVE_DUE] > self._count)
 
     def save(self, step: int, why: str, *, wait: bool = True) -> None:
         """Save the state of all ranks, unless this step is saved.

@@ -68,9 +68,20 @@ def test_names_of_secrets():
     secret = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "apiKey",
               "AZURE_STORAGE_CONNECTION_STRING")  # fmt: skip
     plain = ("TOKENIZERS_PARALLELISM", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "NCCL_IB_HCA",
-             "SSH_AUTH_SOCK", "MLFLOW_TRACKING_USERNAME", "AWS_WEB_IDENTITY_TOKEN_FILE")  # fmt: skip
+             "SSH_AUTH_SOCK", "MLFLOW_TRACKING_USERNAME", "AWS_WEB_IDENTITY_TOKEN_FILE", "APPTAINER_PWD",
+             "CREDENTIALS_DIRECTORY", "VAULT_AUTH_METHOD", "SAS_HOME")  # fmt: skip
     assert all(map(is_secret_name, secret))
     assert not any(map(is_secret_name, plain))
+
+
+def test_a_switch_is_no_secret():
+    assert find_secret({"environment": {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}}) == ""
+
+
+def test_parts_of_words_stay_and_the_longest_secret_goes_first(monkeypatch):
+    for name, value in (("A_TOKEN", "postgres"), ("B_TOKEN", "postgres-and-more")):
+        monkeypatch.setenv(name, value)
+    assert redact("postgresql://host/db: postgres-and-more, postgres") == "postgresql://host/db: ***, ***"
 
 
 def test_the_working_directory_is_no_secret(monkeypatch):

@@ -34,12 +34,11 @@ def planned_stage(
     if measured.get("steps"):
         evaluation_seconds = measured["evaluation_seconds"] / measured["steps"] * steps
     duration = step_seconds + evaluation_seconds / steps
-    minutes = recipe.checkpoint.every_minutes
     return StageWork(
         recipe.name,
         steps,
         duration,
-        max(round(60 * minutes / duration), 1) if minutes else recipe.checkpoint.every_steps,
+        recipe.checkpoint.steps_between(duration),
         previous=recipe.previous,
         nodes=site.nodes,
         evaluation_share=evaluation_seconds / steps / duration,

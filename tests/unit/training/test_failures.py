@@ -22,6 +22,7 @@ def device_error(message: str, code: int) -> torch.AcceleratorError:
     [
         (device_error("CUDA error: uncorrectable ECC error encountered\nCompile with ...", 214), OutcomeKind.BAD_NODE),
         (device_error("CUDA error: device-side assert triggered", 710), OutcomeKind.PERMANENT),
+        (device_error("CUDA error: out of memory", 2), OutcomeKind.PERMANENT),
         (RuntimeError("shape '[3]' is invalid for input of size 4"), OutcomeKind.PERMANENT),
     ],
 )
@@ -61,6 +62,7 @@ def raised_after(error: Exception, first: Exception) -> Exception:
         (device_error("CUDA error: CUDA-capable device(s) is/are busy or unavailable", 46), 46, True),
         (raised_after(ValueError("a stream cannot be closed"), device_error("CUDA error: x", 214)), 214, True),
         (device_error("CUDA error: device-side assert triggered", 710), None, None),
+        (device_error("CUDA error: out of memory", 2), None, None),
         (RuntimeError("Triton Error [CUDA]: device-side assert triggered"), None, None),
         (torch.OutOfMemoryError("CUDA out of memory"), None, None),
         (RuntimeError("invalid argument 3"), None, None),

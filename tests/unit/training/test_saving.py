@@ -204,6 +204,12 @@ def test_going_back_forgets_what_came_after(open_checkpoints, open_store):
     assert 4 in steps_in(store)
 
 
+def test_steps_that_are_given_count_besides_minutes(open_checkpoints):
+    """As on the command line, for a recipe that saves by minutes."""
+    checkpoints = open_checkpoints(agreement=Agreement(), every_minutes=60.0, every_steps=50)
+    assert [step for step in range(1, 151) if checkpoints.due(step)] == [50, 100, 150]
+
+
 def test_minutes_take_the_place_of_steps(open_checkpoints):
     agreement = Agreement()
     checkpoints = open_checkpoints(agreement=agreement, every_minutes=1.0)
