@@ -106,6 +106,11 @@ def let_go(run: Path, *stages: str) -> None:
     subprocess.run(["scontrol", "release", ",".join(jobs)], check=True)
 
 
+def _nodes_resumed() -> bool:
+    subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False, capture_output=True)
+    return set(faults.slurm("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}
+
+
 def outcome_of_attempt(stage: Path, attempt: int) -> dict:
     return json.loads((stage / "attempts" / f"{attempt:06d}.outcome.json").read_text())
 
@@ -484,7 +489,7 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path,
         held = job_of(run / "pretrain").id
         wait_for(lambda: job_of(run / "pretrain").reason == scheduler.LAUNCH_FAILED, "the hold")
         prolog.write_text("#!/bin/sh\n")  # a new setting would reach the nodes later than the new job
-        subprocess.run(["scontrol", "update", "NodeName=n[1-4]", "State=resume"], check=False)
+        wait_for(_nodes_resumed, "idle nodes")  # a prolog that still runs would drain its node, and hold the new job
         run_commands.resume_run(run)
         wait_for(lambda: job_of(run / "pretrain").state in (JobState.RUNNING, JobState.ENDED), "the new job")
         assert job_of(run / "pretrain").id != held
