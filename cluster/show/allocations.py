@@ -26,15 +26,15 @@ class Allocation:
     began: float
     """Epoch seconds."""
     first_step: float | None = None
-    """When the first step was finished; None if there was none."""
+    """When the first step ended; None if no step did."""
     from_step: int | None = None
     """The step that was resumed."""
     to_step: int | None = None
     """The last step in the journal."""
     disturbed: float = 0.0
-    """The signal of a stop; without one, the last line in the journal."""
+    """When a stop signal arrived; if none did, the time of the journal's last line."""
     ended: float = 0.0
-    """When the supervisor decided; without it, the last line in the journal."""
+    """When the supervisor decided what becomes of the job; if it did not, the time of the journal's last line."""
     outcome: str = "killed"
     """done, saved, bad_node, permanent; killed if nothing was recorded."""
 

@@ -16,9 +16,9 @@ from pipeline.tracking.journal import Event, read_events
 
 @dataclass
 class Restart:
-    """The time from one attempt of a stage to the next, in seconds; None if unknown, or if the clocks of two machines
-    contradict the order of events. After an attempt that was killed,
-    there is no stop and no save, and `queue` is the time since its last line in the journal."""
+    """Where the time between two attempts of a stage went, in seconds. None for what is unknown, as when two machines'
+    clocks contradict the order of events. A killed attempt has neither stop nor save; `queue` then counts from its last
+    line in the journal."""
 
     stage: str
     attempt: int

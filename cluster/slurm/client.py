@@ -72,7 +72,7 @@ class Job:
     """Its working directory, which is the stage directory."""
     name: str = ""
     held: bool = False
-    """Whether it waits until somebody releases it."""
+    """Whether Slurm does not start it before somebody releases it (`scontrol release`)."""
     others: tuple[str, ...] = ()
     """Ids of other live jobs of its stage. There should be none."""
 

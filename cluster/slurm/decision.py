@@ -131,7 +131,7 @@ def choose_exclusion(found: Sequence[Collection[str]], can_do_without: Callable[
 
 
 def dependent_stages(previous: Mapping[str, str | None], failed: str) -> set[str]:
-    """The stages that start, directly or not, from a failed one.
+    """The stages that cannot run because `failed` did not end: those after it, directly or not.
 
     Args:
         previous: the stage that each stage starts from, in the chain's order.

@@ -259,7 +259,7 @@ def submit_planned(
         ids[first.name] = submitted[first.directory]
         _refuse_another_recipe(chain, run)
         store_site(site, run)
-        # After the ticket is queued: a command that cancels from here on finds it.
+        # Not before the ticket is in the queue, where `fcmae cancel` finds it: a cancel in between would be forgotten.
         (run / CANCELLED_FILE).unlink(missing_ok=True)
         for job in replaced:
             client.cancel_job(job.id)

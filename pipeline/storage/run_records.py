@@ -73,13 +73,13 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], name: str) -> str | None:
-    """A text in a record; None if it is none."""
+    """The field `name` of a record if it is a text, else None."""
     value = record.get(name)
     return value if isinstance(value, str) else None
 
 
 def count_of(record: dict[str, Any], name: str) -> int | None:
-    """An integer from 0 on in a record; None if it is none."""
+    """The field `name` of a record if it is an integer of at least 0, else None."""
     value = record.get(name)
     return value if is_count(value) else None
 

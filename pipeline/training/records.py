@@ -20,7 +20,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.environment import describe_commit, describe_machine, describe_software
 from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking import journal
-from pipeline.tracking.forwarder import start_forwarder
+from pipeline.tracking.forwarder_process import start_forwarder
 from pipeline.tracking.step_log import StepLog
 from pipeline.training.failures import classify_error
 

@@ -81,7 +81,7 @@ def changed_decision(recorded: Mapping[str, Any]) -> str:
 
 
 def _real_ledger(stage: Mapping[str, Any]) -> Ledger:
-    """The allocated time of a stage, of which only what is useful is told apart."""
+    """The allocated and the useful time of a real stage; what the rest was lost to is not recorded."""
     allocations = stage["allocations"]
     resumed = [a for a in allocations if a["from_step"] is not None]
     ends = [*[a["from_step"] for a in resumed[1:]], stage["steps"]]

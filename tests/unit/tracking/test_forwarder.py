@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.tracking.forwarder import Forwarder, ForwarderProcess, flat, start_forwarder
+from pipeline.tracking.forwarder import Forwarder, flat
+from pipeline.tracking.forwarder_process import ForwarderProcess, start_forwarder
 from pipeline.tracking.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
@@ -162,7 +163,7 @@ def test_it_ends_by_itself_when_rank_zero_is_gone(tmp_path: Path, empty_store: P
     with Journal(stage / "journal.jsonl", 1) as journal:
         train(journal, 0, 20)
     program = (
-        "import os, sys, time\nfrom pipeline.tracking.forwarder import start_forwarder\n"
+        "import os, sys, time\nfrom pipeline.tracking.forwarder_process import start_forwarder\n"
         "forwarder, worker = start_forwarder(sys.argv[1]).process.pid, os.fork()\n"
         "if worker: print(forwarder, worker, flush=True)\n"
         "time.sleep(900)"
@@ -256,7 +257,7 @@ def test_a_server_that_hangs_is_waited_for_for_seconds_and_named(tmp_path: Path)
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as server, Journal(stage / "journal.jsonl", 1) as journal:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        handle = start(stage, "--uri", uri, "--server-drain-seconds", "0.5")
+        handle = start(stage, "--uri", uri, "--server-drain-seconds", "4")  # longer than the two seconds without a word
         handle.uri = uri
         train(journal, 0, 2)
         assert handle.finish(WAIT_SECONDS, said.append) is False
