@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.kernels.banded_convolution import banded_forward, banded_weight_gradient
 from pipeline.kernels.fft_convolution import fft_forward, fft_weight_gradient
-from pipeline.kernels.triton_support import runs_triton
+from pipeline.kernels.triton_support import runs_triton, takes_plain_kernels
 
 FORMS = ("native", "fft", "banded", "triton")
 
@@ -34,7 +34,9 @@ class DepthwiseConv2d(nn.Conv2d):
         self.form = "native"
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.form == "native" else convolve_depthwise(x, self.weight, self.bias, self.form)
+        if self.form == "native" or takes_plain_kernels():
+            return super().forward(x)
+        return convolve_depthwise(x, self.weight, self.bias, self.form)
 
 
 def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:

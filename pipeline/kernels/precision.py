@@ -12,3 +12,16 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def widen(x: Tensor) -> Tensor:
     """`x` in the type for its sums; the same tensor if it has that type."""
     return x.to(sum_dtype(x.dtype))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type to which autocast casts `x` before a custom operator, which autocast does not see into.
+
+    Without autocast, and for float64, it is the type of `x`. Meta tensors take CUDA's autocast, because they stand for
+    those of a GPU; torch has no autocast of its own for them.
+    """
+    device = "cuda" if x.is_meta else x.device.type
+    available = torch.amp.is_autocast_available(device)
+    if x.dtype == torch.float64 or not available or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

@@ -1,7 +1,9 @@
-"""Whether Triton kernels can run on a device, and the type in which they sum."""
+"""Which device takes Triton kernels, and switches: meta tensors stand for a GPU, or every choice is plain torch."""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,11 +11,56 @@ import torch
 
 from pipeline.kernels.precision import sum_dtype
 
+# Of the whole process, not of a thread, because autograd recomputes checkpointed blocks in threads of its own.
+_SWITCHES = {"meta_stands_for_gpu": False, "plain_kernels": False}
+
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the device is a GPU, Triton is installed, and it finds the C compiler that it starts for each kernel."""
+    """Whether the Triton kernels are chosen on this device.
+
+    They are on a GPU if Triton is installed and finds the C compiler that it starts for each kernel, and on meta
+    tensors under `meta_stands_for_gpu`; under `plain_kernels` they never are.
+    """
+    if _SWITCHES["plain_kernels"]:
+        return False
+    if device.type == "meta":
+        return _SWITCHES["meta_stands_for_gpu"]
+    return device.type == "cuda" and _compiles_triton()
+
+
+def takes_plain_kernels() -> bool:
+    """Whether `plain_kernels` is on."""
+    return _SWITCHES["plain_kernels"]
+
+
+@contextmanager
+def meta_stands_for_gpu() -> Iterator[None]:
+    """Choose kernels for meta tensors as for a GPU, whether Triton is installed or not: their operators only return
+    shapes there."""
+    with _switched("meta_stands_for_gpu"):
+        yield
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Choose the plain torch reference wherever there is a choice, on every device."""
+    with _switched("plain_kernels"):
+        yield
+
+
+@contextmanager
+def _switched(name: str) -> Iterator[None]:
+    before, _SWITCHES[name] = _SWITCHES[name], True
+    try:
+        yield
+    finally:
+        _SWITCHES[name] = before
+
+
+@torch.compiler.assume_constant_result
+def _compiles_triton() -> bool:
     compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
-    return device.type == "cuda" and find_spec("triton") is not None and compiler is not None
+    return find_spec("triton") is not None and compiler is not None
 
 
 def triton_sum_type(dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.kernels.grn import grn
 from pipeline.kernels.precision import widen
+from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.models.batchnorm import RunningStatistics
 from pipeline.sparse import Layout
 
@@ -88,7 +89,8 @@ class GRN(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         published = (self.aggregation, self.normaliser, self.residual) == ("l2", "mean", True)
         every_site_counts = layout.count_sites(x) * x.shape[0] * x.shape[-1] == x.numel()
-        if published and every_site_counts and not torch.compiler.is_compiling():
+        by_formula = torch.compiler.is_compiling() or takes_plain_kernels()
+        if published and every_site_counts and not by_formula:
             return grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
         scale = self.gamma.flatten() * self._share(self._aggregate(x, layout))
         if self.residual:

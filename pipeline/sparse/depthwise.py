@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.kernels.precision import sum_dtype, widen
-from pipeline.kernels.triton_support import runs_triton
+from pipeline.kernels.precision import autocast_dtype, sum_dtype, widen
+from pipeline.kernels.triton_support import runs_triton, takes_plain_kernels
 from pipeline.sparse.geometry import VisibleCells
 
 # The fastest variant by (device type, sites on a side of a cell). `python -m tools.bench.encoder_layouts --depthwise`
@@ -46,6 +46,8 @@ class Plan(NamedTuple):
 
 def fastest_variant(device: torch.device, side: int) -> str:
     """Return the fastest variant for cells of side*side sites: as measured for the nearest side that was measured."""
+    if takes_plain_kernels():
+        return "scatter"
     measured = [known for kind, known in FASTEST if kind == device.type]
     if not measured:  # a GPU: not measured, chosen because it moves the least memory
         return "triton" if runs_triton(device) else "scatter"
@@ -68,11 +70,7 @@ def plan_depthwise(visible: VisibleCells, side: int, variant: str | None = None)
 def convolve_tokens(conv: nn.Conv2d, x: Tensor, plan: Plan) -> Tensor:
     """Apply a 7x7 depthwise convolution (padding 3, stride 1) to tokens (tokens, C), in the type of autocast."""
     assert conv.kernel_size == (2 * REACH + 1, 2 * REACH + 1)
-    dtype = x.dtype
-    # Autocast does not see into custom operators.
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
     return _depthwise(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), *plan)
 
 

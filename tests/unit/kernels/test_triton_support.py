@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
-from pipeline.kernels.large_kernel import available_forms
-from pipeline.kernels.triton_support import runs_triton
-from pipeline.sparse.depthwise import fastest_variant
+from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
+from pipeline.kernels.triton_support import meta_stands_for_gpu, plain_kernels, runs_triton
+from pipeline.models.response_norm import GRN
+from pipeline.sparse import DENSE, VisibleCells
+from pipeline.sparse.depthwise import convolve_tokens, fastest_variant, plan_depthwise
+from tests.unit.models.tiny_models import visible_cells
 
 GPU = torch.device("cuda", 0)
 
@@ -22,3 +26,47 @@ def test_triton_is_not_chosen_where_nothing_compiles_its_kernels(monkeypatch, tm
     assert not runs_triton(torch.device("cpu"))
     assert fastest_variant(GPU, 7) == "triton"
     assert "triton" in available_forms(GPU)
+
+
+def test_meta_tensors_stand_for_a_gpu():
+    meta = torch.device("meta")
+    assert not runs_triton(meta)
+    with meta_stands_for_gpu():
+        assert runs_triton(meta)
+        assert fastest_variant(meta, 4) == "triton"
+        assert not runs_triton(torch.device("cpu"))
+        with plain_kernels():
+            assert not runs_triton(meta)
+        assert runs_triton(meta)
+    assert not runs_triton(meta)
+
+
+def test_meta_tokens_go_through_the_operator_and_take_the_autocast_of_cuda():
+    cells = visible_cells((3, 4), visible=5, images=2)
+    cells = VisibleCells(cells.mask, cells.grid, torch.device("meta"))
+    conv, x = nn.Conv2d(6, 6, 7, padding=3, groups=6, device="meta"), torch.empty(2 * 5 * 4, 6, device="meta")
+    with meta_stands_for_gpu():
+        assert convolve_tokens(conv, x, plan_depthwise(cells, 2)).dtype == torch.float32
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            y = convolve_tokens(conv, x.requires_grad_(), plan_depthwise(cells, 2))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.bfloat16, "meta")
+    y.sum().backward()
+    assert conv.weight.grad.shape == conv.weight.shape
+
+
+def test_plain_kernels_are_torch_alone_and_end_with_the_context():
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(3, (9, 5))
+    conv.form, x = "fft", torch.randn(2, 3, 8, 6)
+    grn, features = GRN(8), torch.randn(2, 4, 4, 8, requires_grad=True)
+    with plain_kernels():
+        assert torch.equal(conv(x), nn.Conv2d.forward(conv, x))
+        assert fastest_variant(torch.device("cpu"), 8) == "scatter"
+        assert "_GRN" not in grn(features, DENSE).grad_fn.name()
+    assert "_GRN" in grn(features, DENSE).grad_fn.name()
+    assert fastest_variant(torch.device("cpu"), 8) == "halo"
+    assert not torch.equal(conv(x), nn.Conv2d.forward(conv, x))
