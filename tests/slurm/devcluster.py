@@ -86,8 +86,9 @@ def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float 
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
-            jobs = subprocess.run(["squeue", "--states=all"], capture_output=True, text=True).stdout
-            raise TimeoutError(f"waited {timeout_seconds} s in vain for {what}\n{jobs}")
+            views = (["squeue", "--states=all"], ["sinfo", "--Node", "--long"])  # with the reasons of drained nodes
+            state = "".join(subprocess.run(view, capture_output=True, text=True).stdout for view in views)
+            raise TimeoutError(f"waited {timeout_seconds} s in vain for {what}\n{state}")
         time.sleep(0.2)
 
 
