@@ -81,6 +81,19 @@ class Container(Settings):
     """The interpreter inside."""
 
 
+class GPULimits(Settings):
+    """What programs reach of a GPU and its links at best: `fcmae estimate` predicts the time of a step from it."""
+
+    bf16_tflops: float = Field(gt=0, le=1e9)
+    """Of dense matrix products of the model's sizes, 10^12 floating-point operations a second."""
+    memory_tb_per_second: float = Field(gt=0, le=1e6)
+    """Of a copy within the GPU's memory, bytes read and written, 10^12 bytes a second."""
+    node_gb_per_second: float = Field(gt=0, le=1e9)
+    """Of one GPU to the others of its node in a collective, 10^9 bytes a second."""
+    network_gb_per_second: float = Field(gt=0, le=1e9)
+    """Of a node with all its network cards to other nodes in a collective."""
+
+
 class GPU(Settings):
     """A GPU by its data sheet. `fcmae estimate` uses all fields, `fcmae submit` the memory."""
 
@@ -90,7 +103,9 @@ class GPU(Settings):
     """Dense matrix products, 10^12 floating-point operations a second; a multiply-add is two."""
     fp32_tflops: float = Field(gt=0, le=1e9)
     utilisation: float = Field(0.25, gt=0, le=1)
-    """The part of these rates that training is assumed to reach: a guess until `fcmae estimate --measure` has run."""
+    """The part of these rates that training is assumed to reach without `limits` and without a measured step."""
+    limits: GPULimits | None = None
+    """What programs reach; null leaves the time of a step to `utilisation`."""
 
 
 class Site(Settings):
