@@ -2,7 +2,7 @@
 
 The real model runs on the meta device, which has shapes and no memory. The trace counts the allocations that torch's
 operators ask for; it sees neither what a kernel uses inside itself nor what an allocator wastes. Autocast does not
-exist on the meta device, so `_Device` casts as the site's device would.
+exist on the meta device, so `DeviceCasts` casts as the site's device would.
 """
 
 import weakref
@@ -77,15 +77,23 @@ def trace_step(recipe: StageRecipe, device: str) -> Trace:
     live = _Live(model)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(live.is_gradient)
-    with _Device(device, recipe.engine.precision), live:
+    with DeviceCasts(device, recipe.engine.precision), live:
         loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs
-        # Not loss.backward(): that is a torch function itself, so it would run with `_Device` off, and so would the
-        # forward passes that checkpointing repeats.
-        start = (torch.ones_like(loss),)
-        _engine_run_backward((loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        run_backward(loss)
     timeline = np.array(live.timeline, np.int64)
     return Trace(len(batch.labels), timeline, forward_macs, live.macs - forward_macs, norm_macs)
+
+
+def run_backward(loss: Tensor) -> None:
+    """Run the backward pass of a 0-dim loss under the modes that are active.
+
+    Not loss.backward(): that is a torch function itself, so it would run with `DeviceCasts` off, and so would the
+    forward passes that checkpointing repeats.
+    """
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
@@ -110,11 +118,8 @@ def _trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     batch = replace(batch, **repeated, ids=torch.arange(images))
     batch = replace(batch, images=torch.empty_like(batch.images, device="meta"), labels=batch.labels.to("meta"))
     live = _Live(model)
-    with _Device(device, recipe.engine.precision), live, torch.no_grad():
-        if objective.metric == "loss":  # FCMAE's evaluation indexes by `valid`, which the meta device cannot do
-            objective.loss(model.eval(), batch, 0)
-        else:
-            objective.evaluate(model.eval(), batch)
+    with DeviceCasts(device, recipe.engine.precision), live, torch.no_grad():
+        objective.evaluate(model.eval(), batch)
     return Trace(images, np.array(live.timeline, np.int64), live.macs, 0, live.norm_macs)
 
 
@@ -163,7 +168,9 @@ class _Live(TorchDispatchMode):
         self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
-        with torch._C.DisableTorchFunction():  # else `_Device` sees each `tensor.shape` below, hundreds of thousands
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # else `DeviceCasts` sees each `tensor.shape` below, hundreds of thousands
             return self._follow(function, args, kwargs or {})
 
     def _follow(self, function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -254,7 +261,7 @@ def _is_whole(out: Any, taken: set[int]) -> bool:
     return same.untyped_storage().nbytes() == out.untyped_storage().nbytes()
 
 
-class _Device(TorchFunctionMode):
+class DeviceCasts(TorchFunctionMode):
     """Make meta tensors behave like those of a device: cast like its autocast, and answer `is_cuda`.
 
     Some operators work on a GPU at once and on a CPU in parts.

@@ -80,7 +80,7 @@ class ClassificationObjective:
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(self._normalised(model, batch)).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
-        valid = batch.valid.to(logits.device)
+        valid = batch.valid.to(logits.device, non_blocking=True)
         return {**count_correct(logits, batch.labels, valid), "loss": (loss * valid).sum()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -69,9 +69,11 @@ class FCMAEObjective:
         images, mask = self._normalised(model, batch), self.mask(batch)
         # Leave out padding. Every image hides equally many cells, so the loss is a mean over the images.
         count = int(batch.valid.sum())
-        # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
-        chosen = batch.valid if count else torch.arange(len(batch.valid)) == 0
-        loss = model(images[chosen.to(images.device)], self._visible_cells(mask[chosen], images)).loss
+        if count < len(batch.valid):
+            # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
+            places = batch.valid.nonzero().flatten() if count else torch.zeros(1, dtype=torch.int64)
+            images, mask = images.index_select(0, places.to(images.device, non_blocking=True)), mask[places]
+        loss = model(images, self._visible_cells(mask, images)).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
