@@ -23,7 +23,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.environment import program_id
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import HEALTH_FOLDER
-from pipeline.storage.user_cache import redirect_caches
+from pipeline.storage.user_cache import keep_compiled_code_local, redirect_caches
 from pipeline.tracking.startup import startup
 from pipeline.training.failures import classify_error, exit_rank, is_explained
 from pipeline.training.trainer import Training
@@ -43,6 +43,7 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
     request = StopRequest().install()
     keep_imports_safe()
     redirect_caches()
+    keep_compiled_code_local()
     startup.lap("imports")
     try:
         stage = Stage(directory)

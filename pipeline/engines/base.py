@@ -15,7 +15,8 @@ from pipeline.data.batch import Batch
 from pipeline.distributed.sharded_tensors import fill, whole
 from pipeline.distributed.world import World
 from pipeline.engines.buffers import StepBuffers
-from pipeline.models import UNITS, Downsample, Stem
+from pipeline.engines.compiled_blocks import compile_blocks, compiles_blocks
+from pipeline.models import UNITS
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
 from pipeline.optim.groups import parameter_groups
@@ -69,7 +70,7 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
-        if recipe.engine.compile:
+        if compiles_blocks(recipe.engine, world.device):
             compile_blocks(self.module)
         settings = recipe.optimizer
         self.groups = parameter_groups(
@@ -262,17 +263,3 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
     """The modules whose parameters are gathered together: blocks, stems and downsampling layers. The rest of the
     parameters belongs to the model."""
     return [module for module in model.modules() if isinstance(module, UNITS)]
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the forward of every block in place.
-
-    Call it after the placement, so that hooks that gather parameters stay outside of the compiled code. Shapes are
-    compiled as static because they differ between stages of the model and hardly within one. Stems and downsampling
-    layers stay as they are because they make the tables of visible cells, which no compiled graph can hold.
-    """
-    # One compilation per shape is more than dynamo expects of one function.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in sharding_units(model):
-        if not isinstance(block, Stem | Downsample):
-            block.forward = torch.compile(block.forward, dynamic=False)

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ _SWITCHES = {"meta_stands_for_gpu": False, "plain_kernels": False}
 def runs_triton(device: torch.device) -> bool:
     """Whether the Triton kernels are chosen on this device.
 
-    They are on a GPU if Triton is installed and finds the C compiler that it starts for each kernel, and on meta
-    tensors under `meta_stands_for_gpu`; under `plain_kernels` they never are.
+    They are on a GPU if Triton is installed and finds the C compiler that it starts for each kernel, with Python.h,
+    and on meta tensors under `meta_stands_for_gpu`; under `plain_kernels` they never are.
     """
     if _SWITCHES["plain_kernels"]:
         return False
@@ -59,8 +61,24 @@ def _switched(name: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _compiles_triton() -> bool:
-    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
-    return find_spec("triton") is not None and compiler is not None
+    return not missing_compiler(torch.device("cuda"))
+
+
+def missing_compiler(device: torch.device) -> str:
+    """Name what torch.compile lacks on this device, and Triton on a GPU; "" if nothing.
+
+    Triton compiles a piece of C against Python.h for each kernel, torch.compile C++ on a CPU.
+    """
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        compiler, name = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"), "C compiler (gcc)"
+    else:
+        compiler, name = os.environ.get("CXX") or shutil.which("g++"), "C++ compiler (g++)"
+    if not compiler:
+        return f"no {name} is on PATH"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # the scheme that Triton looks in
+    return "" if header.is_file() else f"{header} is missing (Debian: python3-dev)"
 
 
 def triton_sum_type(dtype: torch.dtype) -> Any:

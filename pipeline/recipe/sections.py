@@ -217,8 +217,10 @@ class EngineSettings(Settings):
     """fsdp: ranks that share one copy of the state, for example those of one node; null is all."""
     offload: bool = operational(False)
     """Keep state in the host's memory: of fsdp the parameters and the optimizer, of deepspeed the optimizer."""
-    compile: bool = operational(False)
-    """torch.compile of every block; needs a C++ compiler on a CPU."""
+    compile: Literal["auto"] | bool = operational("auto")
+    """torch.compile of every block. auto compiles on a GPU, unless kind is deepspeed with zero_stage 3. Nothing is
+    compiled, and a warning says so, without a C compiler (on a CPU, C++) and Python.h, or if results differ by more
+    than rounding from those of plain torch (docs/exactness.md)."""
     large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
     """How SLaK's large depthwise convolutions are computed. native: by torch; fft: by spectra; banded: by products with
     banded matrices; triton: by the same products in one CUDA kernel; measured: by the fastest for each shape, which

@@ -65,3 +65,18 @@ def redirect_caches() -> None:
     for variable, name in CACHES_OF_LIBRARIES.items():
         if not os.environ.get(variable):
             os.environ[variable] = str(user_cache() / name)
+
+
+def keep_compiled_code_local() -> None:
+    """Set the caches of torch.compile and Triton to folders on this node's own disk, unless the user has set them.
+
+    That is below $FCMAE_SCRATCH, or else in the directory of temporary files: many ranks read and write thousands of
+    small files there, which a shared home directory is slow at. Triton keeps fusing products and sums, which it
+    says it will stop doing by default in version 3.10: that would change bits and speed.
+    """
+    scratch = Path(os.environ.get("FCMAE_SCRATCH") or "/nowhere", "fcmae")
+    folder = scratch if scratch.parent.is_dir() and can_write(scratch) else private_folder()
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        if not os.environ.get(variable):
+            os.environ[variable] = str(folder / CACHES_OF_LIBRARIES[variable])
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

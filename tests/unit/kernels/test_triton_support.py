@@ -1,11 +1,13 @@
 """Triton is chosen only where its kernels can be compiled."""
 
+import sysconfig
+
 import pytest
 import torch
 from torch import nn
 
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
-from pipeline.kernels.triton_support import meta_stands_for_gpu, plain_kernels, runs_triton
+from pipeline.kernels.triton_support import meta_stands_for_gpu, missing_compiler, plain_kernels, runs_triton
 from pipeline.models.response_norm import GRN
 from pipeline.sparse import DENSE, VisibleCells
 from pipeline.sparse.depthwise import convolve_tokens, fastest_variant, plan_depthwise
@@ -18,10 +20,15 @@ def test_triton_is_not_chosen_where_nothing_compiles_its_kernels(monkeypatch, tm
     pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert "no C compiler" in missing_compiler(GPU)
     assert not runs_triton(GPU)
     assert fastest_variant(GPU, 7) == "scatter"
     assert "triton" not in available_forms(GPU)
     (tmp_path / "gcc").touch(mode=0o755)
+    assert missing_compiler(GPU) == f"{tmp_path}/Python.h is missing (Debian: python3-dev)"
+    assert not runs_triton(GPU)
+    (tmp_path / "Python.h").touch()
     assert runs_triton(GPU)
     assert not runs_triton(torch.device("cpu"))
     assert fastest_variant(GPU, 7) == "triton"

@@ -11,7 +11,14 @@ import pytest
 
 from pipeline.storage import user_cache as module
 from pipeline.storage.machine_lock import is_locked, machine_lock
-from pipeline.storage.user_cache import CACHES_OF_LIBRARIES, can_write, private_folder, redirect_caches, user_cache
+from pipeline.storage.user_cache import (
+    CACHES_OF_LIBRARIES,
+    can_write,
+    keep_compiled_code_local,
+    private_folder,
+    redirect_caches,
+    user_cache,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +85,22 @@ def test_caches_of_libraries_move_only_where_there_is_no_home(monkeypatch, tmp_p
     redirect_caches()
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
     assert os.environ["MPLCONFIGDIR"] == str(module.private_folder() / "matplotlib")
+
+
+@pytest.mark.parametrize("has_scratch", [True, False])
+def test_compiled_code_is_kept_on_the_node_unless_the_user_says_where(monkeypatch, tmp_path, has_scratch):
+    monkeypatch.setenv("FCMAE_SCRATCH", str(tmp_path / "scratch"))
+    if has_scratch:
+        (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_DEFAULT_FP_FUSION"):
+        monkeypatch.setenv(name, "")  # so that the test's end removes what is set here
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")
+    keep_compiled_code_local()
+    folder = tmp_path / "scratch/fcmae" if has_scratch else private_folder()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "torchinductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
 
 
 def test_a_lock_is_waited_for_and_ends_with_its_holder_however_that_ends(temporary):
