@@ -97,6 +97,7 @@ COMMANDS = {
     "status": (runs.show_status, TRAIN),
     "logs": (runs.show_logs, TRAIN),
     "times": (runs.show_times, TRAIN),
+    "profile": (runs.profile_run, TRAIN),
     "report": (report_runs, RESULTS),
     "evaluate": (evaluate_weights, RESULTS),
     "predict": (predict_classes, RESULTS),

@@ -15,6 +15,7 @@ class Step(NamedTuple):
     number: int
     images_per_second: float
     data_wait_seconds: float | None
+    utilisation: float | None = None
 
 
 class Speed:
@@ -32,13 +33,20 @@ class Speed:
     def add(self, step: int, event: Event) -> None:
         """Add a step line. Odd values count as absent."""
         time, rate = number(event.get("time")) or 0.0, number(event.get("images_per_second")) or 0.0
-        self.steps.append(Step(time, step, rate, number(event.get("data_wait_seconds"))))
+        wait, used = number(event.get("data_wait_seconds")), number(event.get("utilisation"))
+        self.steps.append(Step(time, step, rate, wait, used))
 
     def images_per_second(self) -> float | None:
         """Mean over time, not over steps: a slow step weighs as much as it lasts."""
         seconds_per_image = [1 / step.images_per_second for step in self.steps if step.images_per_second]
         spent = sum(seconds_per_image)
         return len(seconds_per_image) / spent if spent else None
+
+    def utilisation(self) -> float | None:
+        """The part of the GPUs' peak, as a mean over time."""
+        steps = [s for s in self.steps if s.images_per_second and s.utilisation is not None]
+        spent = sum(1 / s.images_per_second for s in steps)
+        return sum(s.utilisation / s.images_per_second for s in steps) / spent if spent else None
 
     def data_wait_fraction(self) -> float | None:
         """The part of the time of the steps that they waited for data."""

@@ -47,6 +47,7 @@ class StageStatus:
     loss: float | None = None
     images_per_second: float | None = None
     data_wait_fraction: float | None = None  # of the time of a step, the part spent waiting for images
+    utilisation: float | None = None  # of the peak of the GPUs, by the counted operations of a step
     eta_seconds: float | None = None  # of this stage, while it runs
     job: str | None = None  # the last one submitted for this stage
     job_state: str = ""  # in Slurm's words, or FORGOTTEN, or UNKNOWN while Slurm does not answer
@@ -143,6 +144,7 @@ class StageFollower:
         if status.state in ("running", "done"):
             status.images_per_second = self._speed.images_per_second()
             status.data_wait_fraction = self._speed.data_wait_fraction()
+            status.utilisation = self._speed.utilisation()
         if status.state != "running":
             status.slow = ""
         else:
@@ -237,6 +239,10 @@ class RunFollower:
         self.name = self._view.url if self._view else str(local)
         self._followers = [StageFollower(local / name) for name in stage_names(local)]
         self.job_watcher = JobWatcher([follower.directory for follower in self._followers])
+
+    def stage_directory(self, stage: str) -> Path:
+        """The directory of a stage; of a run on a store, in a temporary copy."""
+        return next(follower.directory for follower in self._followers if follower.directory.name == stage)
 
     def statuses(self) -> list[StageStatus]:
         """Every stage of the chain, in order, as it stands now. The first call waits some seconds for Slurm."""

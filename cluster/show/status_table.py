@@ -54,6 +54,7 @@ def _cells(s: StageStatus) -> dict[str, str]:
         "step": of_total(s),
         "loss": figure(s.loss),
         "images/s": figure(s.images_per_second, "{:,.0f}"),
+        "of peak": figure(s.utilisation, "{:.1%}"),
         "data wait": figure(s.data_wait_fraction, "{:.0%}"),
         "ETA": duration(s.eta_seconds),
         "checkpoint": _ago(s.last_checkpoint_age_seconds) if s.state != "done" else "",

@@ -17,6 +17,8 @@ CHECKPOINTS_FOLDER = "checkpoints"  # see pipeline.checkpoint
 HEALTH_FOLDER = "health"  # heartbeats and stacks of the ranks, per attempt (see pipeline.health.watchdog)
 LOGS_FOLDER = "logs"  # output of the ranks of a local launch
 PICTURES_FOLDER = "pictures"  # reconstructions
+PROFILES_FOLDER = "profiles"  # requests of `fcmae profile`, and traces of the ranks (see tracking.step_profiler)
+PROFILE_REQUEST_FILE = "request.json"  # in that folder
 EVALUATIONS_FOLDER = "evaluations"  # results of `fcmae evaluate` with the weights of this stage, for the report
 CURVES_FILE = "curves.png"  # plot of the journal
 WEIGHTS_FILE = "weights.safetensors"  # the weights that are handed on
@@ -27,5 +29,6 @@ DONE_FILE = "DONE"  # written last: the stage is finished, and these are its wei
 # What a stage that has made no step may hold, the recipe last, as it marks the folder as a stage
 IN_STAGES = (
     JOURNAL_FILE, DATA_FILE, INIT_FILE, LARGE_KERNELS_FILE, CHECKPOINTS_FILE, ATTEMPTS_FILE, ATTEMPTS_FOLDER,
-    CHECKPOINTS_FOLDER, HEALTH_FOLDER, LOGS_FOLDER, PICTURES_FOLDER, CURVES_FILE, RESULT_FILE, RECIPE_FILE,
+    CHECKPOINTS_FOLDER, HEALTH_FOLDER, LOGS_FOLDER, PICTURES_FOLDER, PROFILES_FOLDER, CURVES_FILE, RESULT_FILE,
+    RECIPE_FILE,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Keep local copies of a run directory that lives on an object store.
 
 Objects cannot be appended to, so a run on a store is written in a local working copy, and files that have changed are
-uploaded whole: every few seconds, before each checkpoint is committed, and at the end. Attempts and checkpoints are
-written to the store itself, because another machine must see them at once.
+uploaded whole: every few seconds, before each checkpoint is committed, and at the end. Attempts, checkpoints and
+profiles are written to the store itself, because another machine must see them at once.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import StageError
-from pipeline.storage.file_names import ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, DONE_FILE, RECIPE_FILE
+from pipeline.storage.file_names import ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, DONE_FILE, PROFILES_FOLDER, RECIPE_FILE
 from pipeline.storage.folder import Folder, is_remote, is_storage_error
 from pipeline.storage.user_cache import user_cache
 
@@ -23,7 +23,8 @@ MARKER = "REMOTE"  # a file beside the run's copy that holds the run's URL
 
 def is_mirrored(path: PurePosixPath) -> bool:
     """Whether a file of a run is copied between the store and the working copy."""
-    return not {ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, MARKER}.intersection(path.parts) and path.suffix != ".tmp"
+    apart = {ATTEMPTS_FOLDER, CHECKPOINTS_FOLDER, PROFILES_FOLDER, MARKER}
+    return not apart.intersection(path.parts) and path.suffix != ".tmp"
 
 
 def is_mirrored_run_file(path: PurePosixPath) -> bool:

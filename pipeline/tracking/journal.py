@@ -76,7 +76,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "committed"), lambda step: is_count(step) or step == -1),  # -1: none is committed
     **dict.fromkeys(("attempt", "total_steps", "world_size", "threads", "rollbacks"), is_count),
     **dict.fromkeys(("time", "global_batch", "images_per_second", "data_wait_seconds", "seconds", "blocked_seconds",
-        "cpu_seconds", "asked"), _is_measure),
+        "cpu_seconds", "asked", "utilisation"), _is_measure),
     **dict.fromkeys(("loss", "lr", "gradient_norm"), is_number),
     **dict.fromkeys(("kind", "event", "job", "message", "level", "reason", "host", "device", "why", "path",
         "sentence"), _is_text),

@@ -9,6 +9,7 @@ import torch
 from pipeline.engines import StepReport
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.rank_times import RankTimes
+from pipeline.tracking.utilisation import Utilisation
 
 
 class StepLog:
@@ -20,6 +21,7 @@ class StepLog:
         every_steps: number of steps whose reports are read together.
         global_batch: images per step.
         ranks: this rank's time among those of all ranks, which travel with the losses.
+        utilisation: what a throughput means for the GPUs; None where that is not known, as on CPUs.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class StepLog:
         every_steps: int,
         global_batch: int,
         ranks: RankTimes | None = None,
+        utilisation: Utilisation | None = None,
     ):
         self._journal, self._world_sum, self._ranks = journal, world_sum, ranks
+        self._utilisation = utilisation
         self._every, self._global_batch = every_steps, global_batch
         self._pending: list[tuple[int, StepReport, float, float]] = []
         self.restart_clock()
@@ -62,6 +66,7 @@ class StepLog:
         accepted = torch.stack([report.accepted for report in reports]).cpu()
         seconds = time.perf_counter() - self._since
         speed = len(self._pending) * self._global_batch / seconds
+        used = self._utilisation.of(speed) if self._utilisation else None
         figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
         for (step, _, lr, _), loss, norm, wait, updated in figures:
             self.write(
@@ -72,6 +77,7 @@ class StepLog:
                 gradient_norm=norm,
                 images_per_second=round(speed, 1),
                 data_wait_seconds=round(wait, 4),
+                **({} if used is None else {"utilisation": round(used, 4)}),
                 **({} if updated else {"refused": True}),
             )
             if not updated:

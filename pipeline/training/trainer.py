@@ -24,12 +24,15 @@ from pipeline.randomness import text_key
 from pipeline.stage.device_errors import own_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
-from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, PICTURES_FOLDER
+from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, PICTURES_FOLDER, PROFILES_FOLDER
+from pipeline.storage.folder import Folder
 from pipeline.tracking import pictures
 from pipeline.tracking.journal import Journal, read_events
 from pipeline.tracking.rank_times import ForwardClock, RankTimes
 from pipeline.tracking.startup import startup
 from pipeline.tracking.step_log import StepLog
+from pipeline.tracking.step_profiler import StepProfiler
+from pipeline.tracking.utilisation import counted_utilisation
 from pipeline.training import handoff, records
 from pipeline.training.evaluation import evaluate
 from pipeline.training.failures import explain_lost_peers
@@ -84,7 +87,11 @@ class Training:
         self.clock = ForwardClock(sharding_units(self.engine.module), world.device)
         ranks = RankTimes(self.clock, world.rank, world.gather(own_node()))
         tracking = recipe.tracking
-        self.log = StepLog(journal, world.sum, tracking.log_every_steps, recipe.batch.global_batch, ranks)
+        used = stack.enter_context(counted_utilisation(stage, world, journal))
+        self.log = StepLog(journal, world.sum, tracking.log_every_steps, recipe.batch.global_batch, ranks, used)
+        profiles = (stage.remote or Folder.at(stage.directory)) / PROFILES_FOLDER
+        self.profiler = StepProfiler(profiles, stage.attempts.own, world)
+        stack.callback(self.profiler.close)
         if forms := set_large_kernels(stage.directory, self.engine, self.objective):
             self.log.write("large_kernels", forms=forms)
         workers = recipe.data.workers or max(world.cores() - 1, 1)
@@ -157,6 +164,8 @@ class Training:
                     self.watchdog.phase("roll back", step)
                     step = roll_back(self.guard, self.engine, self.checkpoints, self.log)
                     continue
+                if self.profiler.poll(step):
+                    self.log.restart_clock()
             for action in due:
                 if not self.stop.number:
                     action(step)
@@ -166,6 +175,7 @@ class Training:
             if not self.guard.skips(step + 1) and not self._train(step):
                 continue
             step += 1
+            self.profiler.end_step(step)
             self.checkpoints.poll()
 
     def _train(self, step: int) -> bool:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
+from pipeline.errors import StageError
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.options import Json, Overrides, Processes, RecipeName, Refresh, RunDirectory, SiteName
 from tools.tables import plain_table, wide_console
@@ -164,6 +166,32 @@ def show_logs(
     from cluster.show.logs import print_logs
 
     print_logs(directory, stage, rank, lines, follow=follow)
+
+
+def profile_run(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The run directory, or its URL.")],
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="How many steps to record.")] = 5,
+    rank: Annotated[int | None, typer.Option(min=0, help="Record this rank alone. Default: all ranks.")] = None,
+) -> None:
+    """Record some steps of a running stage: a trace of each rank and, on GPUs, a snapshot of its memory.
+
+    The ranks write them into the run and train on; the weights stay the same, bit for bit.
+    """
+    from cluster.show.profiles import AskedProfile
+
+    asked, console = AskedProfile(directory, steps, rank), Console(stderr=True)
+    with console.status("asking the ranks") as spinner:
+        if not console.is_terminal:
+            print(f"waiting for the ranks to record {steps} steps", file=sys.stderr, flush=True)
+        answers = asked.wait(spinner.update)
+    failed = [answer for answer in answers if "error" in answer]
+    for answer in answers:
+        for name in answer.get("files", ()):
+            print(f"{asked.place}/{name}")
+    if len(failed) < len(answers):
+        print("open the traces at https://ui.perfetto.dev, memory snapshots at https://docs.pytorch.org/memory_viz")
+    if failed:
+        raise StageError(f"rank {failed[0].get('rank')} recorded nothing: {failed[0]['error']}")
 
 
 def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
