@@ -1,12 +1,25 @@
 """A micro-batch of images: made by feeds, used by objectives and engines."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
+
+
+class Prepared(Protocol):
+    """What an objective makes on the host for a micro-batch, before its images are on the device."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """The tensors that are on the device, or are being copied there."""
+
+
+Prepare = Callable[[Tensor, int, torch.device], Prepared | None]
+"""Called in a loader's thread with the ids and the epoch of a micro-batch, and the device where it is used."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,7 @@ class Batch:
     epoch: int
     slots: tuple[int, ...]  # global numbers of the whole slots in this batch, in order; empty in evaluation
     valid: Tensor  # (N,) bool: False for an image that only fills up an evaluation batch
+    prepared: Prepared | None = None  # by the objective, for these ids; without it the objective makes it when asked
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with images and labels on the device."""
@@ -34,6 +48,7 @@ class Batch:
             ids=self.ids[images],
             valid=self.valid[images],
             slots=slots,
+            prepared=None,
         )
 
 

@@ -3,11 +3,12 @@
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, Prepare
 from pipeline.data.crops import EvaluationPlan, TrainingPlan
 from pipeline.data.ffcv_loader import ImageLoader, Producer
 from pipeline.data.order import evaluation_order, ids_of, rank_slots, steps_per_epoch, train_order
@@ -25,7 +26,9 @@ class TrainFeed:
     `batch.micro_slots` whole slots; the last micro-batch of a step may hold fewer. Batches are copied to the world's
     device ahead of their use.
 
-    fill: the colour that RandAugment's operations fill empty places with.
+    Args:
+        fill: the colour that RandAugment's operations fill empty places with.
+        prepare: makes what the objective needs of a micro-batch beside the images, in the loader's thread.
 
     Attributes:
         steps_per_epoch: global batches in an epoch.
@@ -47,13 +50,14 @@ class TrainFeed:
         seed: int,
         workers: int,
         fill: tuple[int, int, int] = IMAGENET.fill,
+        prepare: Prepare | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(data.samples, batch.global_batch)
         self.replaced = 0
         self._samples = data.samples if data.ids is None else data.ids
         self._batch, self._world, self._seed = batch, world, seed
         self._timeout_seconds = settings.timeout_seconds
-        self._delivery = _Delivery(world.device, data.labels)
+        self._delivery = _Delivery(world.device, data.labels, prepare)
         self._wait_seconds = 0.0
         own_slots = rank_slots(np.empty((0, batch.global_batch)), batch.slots, world.rank, world.size).shape[1]
         self._slots_per_batch = min(batch.micro_slots, own_slots)
@@ -128,18 +132,27 @@ class EvaluationFeed:
     """All images in the file's order, each valid once over all ranks, in equally many batches on every rank.
 
     The crop follows `settings.image_size` and `settings.crop_pct`. A damaged image is not valid if
-    `settings.on_damaged` is skip.
+    `settings.on_damaged` is skip. `prepare` is as in TrainFeed.
 
     Raises:
         DataError: while iterating, as in TrainFeed.
     """
 
-    def __init__(self, data: Subset, settings: DataSettings, batch_size: int, world: World, *, workers: int) -> None:
+    def __init__(
+        self,
+        data: Subset,
+        settings: DataSettings,
+        batch_size: int,
+        world: World,
+        *,
+        workers: int,
+        prepare: Prepare | None = None,
+    ) -> None:
         places, valid = evaluation_order(data.samples, batch_size, world.size)
         self._ids, self._valid = places[:, world.rank], valid[:, world.rank]
         if data.ids is not None:
             self._ids = data.ids[self._ids]
-        self._delivery = _Delivery(world.device, data.labels)
+        self._delivery = _Delivery(world.device, data.labels, prepare)
         self._timeout_seconds = settings.timeout_seconds
         self._loader = ImageLoader(
             data,
@@ -170,11 +183,13 @@ class EvaluationFeed:
 class _Delivery:
     """Copies batches from the loader's buffers to the device: the loader's thread sends, the trainer's receives.
 
-    labels: the new label of each label of the file; None keeps them.
+    Args:
+        labels: the new label of each label of the file; None keeps them.
+        prepare: see `Prepare`; what it makes is copied with the images.
     """
 
-    def __init__(self, device: torch.device, labels: np.ndarray | None) -> None:
-        self._device, self._labels = device, labels
+    def __init__(self, device: torch.device, labels: np.ndarray | None, prepare: Prepare | None) -> None:
+        self._device, self._labels, self._prepare = device, labels, prepare
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pinned = self._stream is not None  # a copy is asynchronous only from pinned memory
 
@@ -204,16 +219,20 @@ class _Delivery:
             valid=torch.from_numpy(valid.copy()),
         )
         if self._stream is None:
-            return batch, None
+            return self._with_tables(batch), None
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            on_device = batch.to(self._device)
+            on_device = self._with_tables(batch.to(self._device))
             return on_device, self._stream.record_event()
+
+    def _with_tables(self, batch: Batch) -> Batch:
+        prepared = self._prepare(batch.ids, batch.epoch, self._device) if self._prepare else None
+        return replace(batch, prepared=prepared)
 
     def receive(self, batch: Batch, arrived: torch.cuda.Event | None) -> Batch:
         """Return the batch for use on the caller's stream, which waits for the copy; the host does not wait."""
         if arrived is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrived)
-            for tensor in (batch.images, batch.labels):
+            for tensor in (batch.images, batch.labels, *(batch.prepared.tensors() if batch.prepared else ())):
                 tensor.record_stream(stream)  # the memory must outlive its use here; the copying stream owns it
         return batch

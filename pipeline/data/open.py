@@ -3,6 +3,7 @@
 import threading
 from contextlib import ExitStack
 
+from pipeline.data.batch import Prepare
 from pipeline.data.cache import Cache
 from pipeline.data.feed import EvaluationFeed, TrainFeed
 from pipeline.data.stage_data import fetch_stage_data
@@ -27,12 +28,16 @@ def open_stage_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: 
         cancelled.set()
 
 
-def train_feed(recipe: StageRecipe, data: Subset, seed: int, world: World, workers: int) -> TrainFeed:
+def train_feed(
+    recipe: StageRecipe, data: Subset, seed: int, world: World, workers: int, prepare: Prepare | None = None
+) -> TrainFeed:
     """Make the feed of this rank's training batches."""
-    fill = recipe.channel_statistics.fill
-    return TrainFeed(data, recipe.data, recipe.batch_on(world.size), world, seed=seed, workers=workers, fill=fill)
+    fill, batch = recipe.channel_statistics.fill, recipe.batch_on(world.size)
+    return TrainFeed(data, recipe.data, batch, world, seed=seed, workers=workers, fill=fill, prepare=prepare)
 
 
-def evaluation_feed(recipe: StageRecipe, data: Subset, world: World, workers: int) -> EvaluationFeed:
+def evaluation_feed(
+    recipe: StageRecipe, data: Subset, world: World, workers: int, prepare: Prepare | None = None
+) -> EvaluationFeed:
     """Make the feed of this rank's part of the validation images."""
-    return EvaluationFeed(data, recipe.data, recipe.evaluation.batch, world, workers=workers)
+    return EvaluationFeed(data, recipe.data, recipe.evaluation.batch, world, workers=workers, prepare=prepare)

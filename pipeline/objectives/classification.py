@@ -44,6 +44,9 @@ class ClassificationObjective:
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
+    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
+        return None
+
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)
         images = self._erase(images, batch.ids.numpy(), batch.epoch)

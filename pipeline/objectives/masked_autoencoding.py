@@ -14,7 +14,7 @@ from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import denormalise, normalise
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
-from pipeline.sparse import VisibleCells
+from pipeline.sparse import VisibleCells, find_layout
 
 # Captions of the drawn reconstructions.
 AS_PREDICTED, RESCALED = "as predicted", "as papers draw it"
@@ -33,9 +33,12 @@ class FCMAEObjective:
     def build_model(self) -> nn.Module:
         with recipe_errors(self.recipe.name):
             encoder = create_model(self.recipe.model.name, num_classes=0, seed=self.seed, **self.recipe.model.options)
+            backend = "dense" if self.settings.encoder_leaks else self.settings.encoder_backend
+            self._layout = find_layout(backend)
+            self._sides = [2**stage for stage in reversed(range(len(encoder.dims)))]  # sites along a side of a cell
             return FCMAE(
                 encoder,
-                encoder_backend="dense" if self.settings.encoder_leaks else self.settings.encoder_backend,
+                encoder_backend=backend,
                 grn_statistics=self.settings.grn_statistics,
                 normalize_target=self.settings.normalize_target,
                 decoder=self.settings.decoder,
@@ -47,33 +50,45 @@ class FCMAEObjective:
 
     def mask(self, batch: Batch) -> Tensor:
         """Draw the mask (n, L) bool, True = hidden."""
-        return draw_mask(
-            self.seed, batch.epoch, batch.ids.numpy(), self._grid[0] * self._grid[1], self.settings.mask_ratio
-        )
+        return self._draw_mask(batch.ids, batch.epoch)
 
-    def _visible_cells(self, mask: Tensor, images: Tensor) -> VisibleCells:
+    def _draw_mask(self, ids: Tensor, epoch: int) -> Tensor:
+        return draw_mask(self.seed, epoch, ids.numpy(), self._grid[0] * self._grid[1], self.settings.mask_ratio)
+
+    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> VisibleCells:
+        visible = VisibleCells(self._draw_mask(ids, epoch), self._grid, device)
+        for side in self._sides:
+            self._layout.make_tables(visible, side)
+        return visible
+
+    def _visible_cells(self, batch: Batch, device: torch.device) -> VisibleCells:
         # Not the mask itself: FSDP moves tensor arguments to the GPU, and reading one there would synchronise.
-        return VisibleCells(mask, self._grid, images.device)
+        if isinstance(batch.prepared, VisibleCells):
+            return batch.prepared
+        return VisibleCells(self.mask(batch), self._grid, device)
 
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)
-        return model(images, self._visible_cells(self.mask(batch), images)).loss
+        return model(images, self._visible_cells(batch, images.device)).loss
 
     def without_mixing(self) -> "FCMAEObjective":
         return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, mask = self._normalised(model, batch), self.mask(batch)
+        images = self._normalised(model, batch)
         # Leave out padding. Every image hides equally many cells, so the loss is a mean over the images.
         count = int(batch.valid.sum())
-        if count < len(batch.valid):
+        if count == len(batch.valid):
+            visible = self._visible_cells(batch, images.device)
+        else:
             # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
             places = batch.valid.nonzero().flatten() if count else torch.zeros(1, dtype=torch.int64)
-            images, mask = images.index_select(0, places.to(images.device, non_blocking=True)), mask[places]
-        loss = model(images, self._visible_cells(mask, images)).loss
+            images = images.index_select(0, places.to(images.device, non_blocking=True))
+            visible = VisibleCells(self._draw_mask(batch.ids[places], batch.epoch), self._grid, images.device)
+        loss = model(images, visible).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -81,7 +96,7 @@ class FCMAEObjective:
 
     def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, mask = self._normalised(model, batch), self.mask(batch)
-        prediction = model(images, self._visible_cells(mask, images)).prediction
+        prediction = model(images, VisibleCells(mask, self._grid, images.device)).prediction
         drawn = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
         painted = {n: model.paint(images, mask, prediction, rescaled=rescaled) for n, rescaled in drawn.items()}
         return mask, {n: denormalise(images, self.recipe.channel_statistics) for n, images in painted.items()}

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, Prepared
 from pipeline.errors import RecipeError
 
 
@@ -28,6 +29,10 @@ class Objective(Protocol):
 
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights."""
+
+    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> Prepared | None:
+        """Make what the loss of a micro-batch needs from its ids and the epoch alone. Called after `build_model`, in a
+        loader's thread."""
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids."""

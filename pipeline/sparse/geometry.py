@@ -49,6 +49,10 @@ class VisibleCells:
         self._tables: dict[tuple, Tensor] = {}
         self.mask = _to_device(mask, self.device)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the mask and the tables made so far, as far as they are on the device."""
+        return [tensor for tensor in (self.mask, *self._tables.values()) if tensor.device.type == self.device.type]
+
     def tokens(self, side: int) -> int:
         """Count the tokens of the batch: N * K * side * side."""
         return self.images * self.cells_per_image * side * side

@@ -21,6 +21,10 @@ class Layout(Protocol):
     shape (N, 1..., C), or (1, 1..., C) with `across_images`.
     """
 
+    @staticmethod
+    def make_tables(visible: VisibleCells, side: int) -> None:
+        """Make the index tables of `visible` that this layout reads in a stage with side*side sites in a cell."""
+
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         """Turn images (N, 3, H, W) into features by a convolution whose stride is its kernel size."""
 
@@ -147,6 +151,11 @@ class Packed(Layout):
     def __init__(self, visible: VisibleCells, depthwise: str | None = None):
         self.visible, self._variant = visible, depthwise
         self._plans: dict[int, Plan] = {}
+
+    @staticmethod
+    def make_tables(visible: VisibleCells, side: int) -> None:
+        plan_depthwise(visible, side)
+        visible.token_rows(side)
 
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         v, p = self.visible, conv.stride[0]

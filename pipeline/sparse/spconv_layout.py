@@ -38,6 +38,10 @@ class Spconv(Packed):
         self._indices: dict[int, Tensor] = {}
         self._down: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @staticmethod
+    def make_tables(visible: VisibleCells, side: int) -> None:
+        """Nothing: spconv's indices are made with its first operators."""
+
     def stem(self, conv: nn.Conv2d, images: Tensor) -> Tensor:
         maps = conv(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         side = maps.shape[1] // self.visible.grid[0]

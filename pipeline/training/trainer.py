@@ -95,9 +95,12 @@ class Training:
         if forms := set_large_kernels(stage.directory, self.engine, self.objective):
             self.log.write("large_kernels", forms=forms)
         workers = recipe.data.workers or max(world.cores() - 1, 1)
-        self.feed = train_feed(recipe, data["train"], seed, world, workers)
+        prepare = self.objective.prepare
+        self.feed = train_feed(recipe, data["train"], seed, world, workers, prepare)
         stack.callback(self.feed.close)
-        self.validation = evaluation_feed(recipe, data["validation"], world, workers) if "validation" in data else None
+        self.validation = None
+        if "validation" in data:
+            self.validation = evaluation_feed(recipe, data["validation"], world, workers, prepare)
         startup.lap("model")
         self.last = math.ceil(recipe.schedule.epochs * self.feed.steps_per_epoch)
         self.classes = data["train"].classes

@@ -66,6 +66,26 @@ def evaluation_feed(beton, rank=0, world_size=1, *, workers=1, **changes):
     return EvaluationFeed(Subset(beton), data_settings(**changes), 8, world(rank, world_size), workers=workers)
 
 
+class Noted:
+    """What a feed has prepared: the arguments, and the thread."""
+
+    def __init__(self, ids, epoch, device):
+        self.ids, self.epoch, self.device, self.thread = ids.tolist(), epoch, device, threading.current_thread()
+
+
+def test_what_an_objective_prepares_is_made_in_the_loaders_thread_and_comes_with_its_batch(beton):
+    batch = BatchSettings(global_batch=SLOTS * SLOT_SIZE, slot=SLOT_SIZE)
+    feed = TrainFeed(Subset(beton), data_settings(), batch, World.alone(), seed=3, workers=1, prepare=Noted)
+    evaluation = EvaluationFeed(Subset(beton), data_settings(), 8, World.alone(), workers=1, prepare=Noted)
+    found = [*(batch for step in (0, STEPS) for batch in feed.slots(step)), *evaluation]
+    feed.close()
+    assert {batch.epoch for batch in found} == {0, 1}
+    for batch in found:
+        assert batch.prepared.ids == batch.ids.tolist()
+        assert (batch.prepared.epoch, batch.prepared.device) == (batch.epoch, torch.device("cpu"))
+        assert batch.prepared.thread is not threading.current_thread()
+
+
 def producer_of(beton, work, timeout_seconds=60, kind=Producer):
     loader = ImageLoader(Subset(beton), EvaluationPlan(24, 1.0), batch_size=8, workers=1)
     return kind(loader, work, lambda *batch: batch, timeout_seconds)

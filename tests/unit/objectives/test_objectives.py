@@ -1,6 +1,7 @@
 """Both objectives: what a mask, a loss and drop path depend on."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -77,6 +78,26 @@ def test_all_backends_pre_train_on_rectangles_alike(stages):
     for backend in BACKENDS[1:]:
         for name, gradient in results["packed"].items():
             assert (results[backend][name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), (backend, name)
+
+
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+@pytest.mark.parametrize("decoder", ["convnext", "unet"])
+def test_tables_made_ahead_are_all_that_a_step_needs_and_keep_its_bits(stages, backend, decoder):
+    stage = changed(stages["pretrain"], objective={"encoder_backend": backend, "decoder": decoder, "decoder_dim": 8})
+    objective, results = create_objective(stage, seed=5), []
+    for ahead in (False, True):
+        model, images = objective.build_model(), batch(epoch=3)
+        if ahead:
+            visible = objective.prepare(images.ids, images.epoch, torch.device("cpu"))
+            images, tables = replace(images, prepared=visible), {id(tensor) for tensor in visible.tensors()}
+        loss = objective.loss(model, images, 1)
+        loss.backward()
+        if ahead:
+            assert {id(tensor) for tensor in visible.tensors()} == tables
+            assert images.part(slice(1)).prepared is None
+        sums = objective.evaluate(model.eval(), images)
+        results.append([loss, sums["loss"], *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
