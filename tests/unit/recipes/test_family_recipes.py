@@ -47,12 +47,6 @@ def test_recipe_makes_the_published_model(name):
         assert sum(p.numel() for p in model_of(stage).parameters()) == PARAMETERS[name]
         assert stage.model.counts_batches
         assert stage.batch.micro_slots == 1
-    first = recipe.stages["supervised"]
-    assert first.learning_rate == pytest.approx(4e-3 if name.startswith("slak") else 2e-3)
-    if name.endswith("-384"):
-        last = recipe.stages["finetune"]
-        assert last.learning_rate == pytest.approx(last.schedule.min_lr), "the rate is constant"
-        assert last.objective.drop_path == first.objective.drop_path
 
 
 @pytest.mark.parametrize("study", ["slak-kernels", "slak-sparsity", "nextvit"])

@@ -18,7 +18,7 @@ IMAGES = 1_281_167
 
 
 def test_the_checkpoint_that_an_early_fine_tuning_starts_from_is_saved_and_kept():
-    (options,) = re.findall(r"fcmae submit huge-22k-512 --site \S+ --out runs/huge((?: \S+=\S+)*)\n", TEXT)
+    (options,) = re.findall(r"fcmae submit \$RECIPE --site \S+ --out runs/huge((?: \S+=\S+)*)\n", TEXT)
     (name,) = (CheckpointName.parse(text) for text in re.findall(r"runs/huge/pretrain/checkpoints/(\S+)", TEXT))
     recipe = load_recipe(find_recipe("huge-22k-512"), options.split()).stages["pretrain"]
     epoch = IMAGES // recipe.batch.global_batch
