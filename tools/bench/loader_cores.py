@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.beton import Beton, open_beton
+from pipeline.data.beton import Beton, allocations_of, open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
@@ -156,7 +156,7 @@ def print_forms(betons: dict[str, Beton]) -> None:
         size = round(HEIGHT * side / WIDTH), side
         rates = [images_per_cpu_second(beton, 224, transform, 8) for transform in (PRE_TRAINING, FINE_TUNING)]
         shares = upscaled(size, 224, FINE_TUNING[0])
-        print_row([name, f"{size[1]} x {size[0]}", f"{beton.size_bytes / beton.samples / 1000:.0f}",
+        print_row([name, f"{size[1]} x {size[0]}", f"{allocations_of(beton)['size'].mean() / 1000:.0f}",
                    *(f"{rate:.0f}" for rate in rates), f"{shares:.0%}"])  # fmt: skip
 
 
