@@ -74,6 +74,7 @@ class Workshop:
             "images.tar": tar({f"{'ab'[n % 2]}/{n}.jpg": encoded(photograph(n, 24)) for n in range(4)}),
             "outer.tar": tar({f"{name}.tar": tar({f"{name}_{n}.jpg": encoded(photograph(n, 24)) for n in range(2)})
                 for name in ("n01", "n02")}),
+            "rows.parquet": _rows_of_images(),
         }  # fmt: skip
         for name, content in files.items():
             (place / name).write_bytes(content)
@@ -264,11 +265,21 @@ def end_of(shop: Workshop, kind: str, case: Input, place: Path, run: Callable = 
     return Ending(kind, arguments, name, how, seconds, mib, said.strip()[-2000:], place)
 
 
+def _rows_of_images() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"image": {"bytes": encoded(photograph(n, 24)), "path": f"{n}.jpg"}, "label": n % 2} for n in range(4)]
+    file = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=2)
+    return file.getvalue().to_pybytes()
+
+
 SETTINGS = settings(
     phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
 )
-KINDS = {"recipe": 70, "site": 50, "override": 50, "side-car": 40, "data": 15, "sample table": 25, "archive": 45,
-         "labels": 30, "weights": 55, "run": 100, "no file": 20}  # fmt: skip
+KINDS = {"recipe": 70, "site": 50, "override": 50, "side-car": 40, "data": 15, "sample table": 25, "archive": 35,
+         "parquet": 10, "labels": 30, "weights": 55, "run": 100, "no file": 20}  # fmt: skip
 """Of 500 cases so many are of each kind."""
 
 

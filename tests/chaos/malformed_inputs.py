@@ -220,6 +220,8 @@ def inputs(
         case "archive":
             name = draw(st.sampled_from(["images.tar", "outer.tar"]))
             return (*PREPARE, name, "out.beton"), name, draw(changed_tar(real[name]))
+        case "parquet":
+            return (*PREPARE, "rows.parquet", "out.beton"), "rows.parquet", draw(_changed_parquet(real["rows.parquet"]))
         case "labels":
             arguments = (*PREPARE, "photos", "out.beton", "--labels", "labels.csv")
             return arguments, "labels.csv", draw(changed_bytes(real["labels.csv"]))
@@ -242,6 +244,14 @@ def inputs(
             name = draw(st.sampled_from([*known, *run_files]))
             return known.get(name) or draw(st.sampled_from(RUN)), name, draw(st.sampled_from(SPECIAL))
     raise AssertionError(kind)
+
+
+@st.composite
+def _changed_parquet(draw: Any, data: bytes) -> bytes:
+    """A copy with changed bytes, half of the time in the description at its end, which says where everything lies."""
+    length = int.from_bytes(data[-8:-4], "little") + 8
+    head, tail = data[:-length], data[-length:]
+    return draw(changed_bytes(data)) if draw(st.booleans()) else head + draw(changed_bytes(tail))
 
 
 @st.composite

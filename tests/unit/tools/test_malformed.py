@@ -1,4 +1,4 @@
-"""Sixty malformed inputs of eleven kinds, drawn with a fixed seed; `tests.chaos.malformed` gives 500 and more."""
+"""Sixty malformed inputs of twelve kinds, drawn with a fixed seed; `tests.chaos.malformed` gives 500 and more."""
 
 from collections import Counter
 
