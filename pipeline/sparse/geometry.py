@@ -69,12 +69,12 @@ class VisibleCells:
         image = torch.arange(self.images)[:, None, None, None]
         return ((image * (h * side) + y[..., None]) * (w * side) + x[:, :, None, :]).flatten()
 
-    def halo(self, side: int, reach: int) -> Tensor:
-        """(N*K, side + 2*reach, side + 2*reach) int64: the tokens of each cell and of the sites around it.
+    def halo(self, side: int, reach: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """(N*K, side + 2*reach, side + 2*reach) of `dtype`: the tokens of each cell and of the sites around it.
 
         Hidden sites and sites beyond the image have the number `tokens(side)`, one past the last token.
         """
-        return self._table(("halo", side, reach), lambda: self._halo(side, reach))
+        return self._table(("halo", side, reach, dtype), lambda: self._halo(side, reach).to(dtype))
 
     def pairs(self, side: int, reach: int) -> tuple[Tensor, Tensor]:
         """Pairs of neighbouring tokens, (2, P) int64 as (near, token), and on the CPU their number at each offset.

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -34,6 +37,18 @@ def largest_errors(names: tuple[str, ...], exact: list, results: list) -> dict[s
         name: ((result.double() - expected).abs().max() / expected.abs().max()).item()
         for name, expected, result in zip(names, exact, results, strict=True)
     }
+
+
+def surround_by_nan(x: Tensor) -> Tensor:
+    """Copy `x` into the middle of memory that holds NaN (the largest number of a type without NaN).
+
+    An address out of bounds then spoils the result.
+    """
+    margin = 64 * x.shape[-1]
+    spoiled = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    memory = torch.full((x.numel() + 2 * margin,), spoiled, dtype=x.dtype)
+    memory[margin:-margin] = x.flatten()
+    return memory[margin:-margin].view(x.shape)
 
 
 def compile_to_ptx(kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int) -> str:
