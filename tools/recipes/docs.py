@@ -52,7 +52,7 @@ CHAPTERS = (  # title, stage, recipe of a size
     ("ImageNet-1K at 224 pixels, straight from FCMAE", "finetune", "convnextv2/{}", SIZES),
     ("ImageNet-22K", "intermediate", "convnextv2/{}-22k", SIZES[3:]),
     ("ImageNet-1K after ImageNet-22K", "finetune", "convnextv2/{}-22k", SIZES[3:]),
-    ("Supervised from scratch", "supervised", "convnextv2/{}-supervised", SIZES[4:7]),
+    ("Supervised from scratch", "supervised", "convnextv2/{}-supervised", SIZES[:7]),
 )
 LEFT_OUT = ("name", "seed", "previous", "objective.kind", "model.name", "model.depths", "model.dims", "init.start")
 

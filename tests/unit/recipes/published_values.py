@@ -49,7 +49,8 @@ def _of_convnext(which: str) -> dict[str, dict]:
     if "supervised" in words:
         table = TABLES["supervised"]
         of_v1 = table["v1"] if which.startswith("v1-") else {}
-        return {"supervised": {**expected(table, table["sizes"].index(size)), **of_v1, **name}}
+        epochs = {"schedule.epochs": 100} if words[-1] == "100" else {}
+        return {"supervised": {**expected(table, table["sizes"].index(size)), **of_v1, **epochs, **name}}
     place = SIZES.index(size)
     pretrain = {**expected(TABLES["pretrain"], place), **name}
     if "22k" not in words:
