@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.distributed.torch_versions import without_buffer_sync
 from pipeline.distributed.world import World
 from pipeline.engines.base import StepFilter
 from pipeline.engines.torch_native import NativeEngine
@@ -21,7 +22,7 @@ class DDPEngine(NativeEngine):
         super().__init__(model, recipe, world, guard)
         # Harmless: channels-last gradients have other strides than DDP's buckets and are copied.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        self._callable = DistributedDataParallel(self.module, forward_sync_buffers=False, init_sync=False)
+        self._callable = DistributedDataParallel(self.module, **without_buffer_sync())
 
     def _synchronising(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self._callable.no_sync()

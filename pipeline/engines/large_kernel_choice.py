@@ -11,6 +11,7 @@ from pipeline.engines import Engine
 from pipeline.errors import RecipeError
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
 from pipeline.kernels.large_kernel_timing import fastest_form, record_cases
+from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.objectives import Objective
 from pipeline.storage.file_names import LARGE_KERNELS_FILE
 from pipeline.storage.folder import write_json
@@ -25,7 +26,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
     """
     form, device = engine.recipe.engine.large_kernels, engine.world.device
     convolutions = [module for module in engine.module.modules() if isinstance(module, DepthwiseConv2d)]
-    if not convolutions or form == "native":
+    if not convolutions or form == "native" or takes_plain_kernels():
         return {}
     if form != "measured":
         if form not in available_forms(device):

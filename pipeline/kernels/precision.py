@@ -21,7 +21,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     those of a GPU; torch has no autocast of its own for them.
     """
     device = "cuda" if x.is_meta else x.device.type
-    available = torch.amp.is_autocast_available(device)
-    if x.dtype == torch.float64 or not available or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)

@@ -14,6 +14,7 @@ import torch
 from pipeline.data.subset import Subset
 from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
+from pipeline.engines.plain_comparison import CodeCheck
 from pipeline.health.verdict import judge_journal
 from pipeline.recipe import StageRecipe
 from pipeline.stage.directory import Stage
@@ -84,6 +85,14 @@ def write_attempt(
     )
     log.write_changed("environment", commit=describe_commit(), **describe_software(), **describe_machine())
     log.write_changed("data", **{name: _data_facts(recipe, name, part) for name, part in data.items()})
+
+
+def write_code_check(log: journal.Journal | None, check: CodeCheck) -> None:
+    """Journal how the code of this attempt compares with plain torch, and why another is used than the recipe's."""
+    if log and check.event:
+        log.write("code_check", **check.event)
+    if log and check.warning:
+        log.write("event", level="warning", message=check.warning)
 
 
 def write_result(

@@ -17,6 +17,7 @@ from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.engines.base import sharding_units
 from pipeline.engines.large_kernel_choice import set_large_kernels
+from pipeline.engines.plain_comparison import check_code
 from pipeline.health.watchdog import Watchdog
 from pipeline.objectives import create_objective
 from pipeline.optim.schedule import learning_rate
@@ -55,7 +56,7 @@ class Training:
     def assemble(cls, stage: Stage, world: World, watchdog: Watchdog, stop: AgreedStop) -> Iterator["Training | None"]:
         """Open the data and the journal and make all parts; close them at the end of the block.
 
-        Yields None if the ranks agreed to stop while the data was fetched.
+        Yields None if the ranks agreed to stop while the data was fetched or blocks were compiled.
         """
         with ExitStack() as stack:
             data = open_stage_data(stage.recipe, world, stop, stack)
@@ -64,7 +65,15 @@ class Training:
                 return
             world.on_main(lambda: stage.pin_data(_hashes(data)))
             startup.lap("data")
+            check = check_code(stage.recipe, world, stop.at_once)
+            if check is None:
+                yield None
+                return
+            stack.enter_context(check.in_force())
+            if check.event:
+                startup.lap("compare")
             journal = stack.enter_context(records.open_journal(stage, world, stop))
+            records.write_code_check(journal, check)
             stack.enter_context(explain_lost_peers(stage, watchdog))
             yield cls(stage, world, watchdog, stop, data, journal, stack)
 

@@ -1,0 +1,86 @@
+"""The chosen code is compared with plain torch: rounding passes, a wrong sum in one place does not."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain
+from pipeline.kernels.triton_support import takes_plain_kernels
+from pipeline.objectives import create_objective
+from tests.engines import stage_recipe
+
+CPU = torch.device("cpu")
+MODELS = {
+    "fcmae": ("pretrain", {}),
+    "convnextv2": ("finetune", {}),
+    "v1": ("finetune", {"response": "none", "layer_scale": 1e-6}),
+}
+
+
+class Slip(torch.autograd.Function):
+    """The identity; scales features and gradient a little unless plain kernels are asked for."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward = backward
+        return x if takes_plain_kernels() else x * (1 + forward)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient if takes_plain_kernels() else gradient * (1 + ctx.backward), None, None
+
+
+def compare(stage: str, model: dict, precision: str = "fp32", slip: tuple[float, float] = (0.0, 0.0)) -> Difference:
+    recipe = stage_recipe(stage, {"precision": precision}, model=model)
+    objective = create_objective(recipe, seed=4)
+    build = objective.build_model
+
+    def build_model() -> nn.Module:
+        built = build()
+        norm = next(m for name, m in built.named_modules() if name.endswith("0.0.norm"))
+        norm.register_forward_hook(lambda module, inputs, output: Slip.apply(output, *slip))
+        return built
+
+    objective.build_model = build_model
+    return difference_from_plain(recipe, objective, CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rounding_passes_and_a_wrong_sum_does_not(name, precision):
+    stage, model = MODELS[name]
+    right = compare(stage, model, precision)
+    assert not right.is_wrong, right
+    share = {"fp64": 1e-8, "fp32": 1e-3, "bf16": 0.3}[precision]
+    for slip in ((share, 0.0), (0.0, share), (math.nan, 0.0)):
+        wrong = compare(stage, model, precision, slip)
+        assert wrong.is_wrong, (slip, wrong)
+
+
+def test_the_comparison_leaves_random_numbers_and_settings_alone():
+    before, tf32 = torch.get_rng_state(), torch.backends.cudnn.allow_tf32
+    first, second = compare("pretrain", {}), compare("pretrain", {})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert first == second
+
+
+def test_one_wrong_rank_makes_all_fall_back_with_one_sentence():
+    right = Difference(1e-7, 1e-6, 0.5, "head.weight")
+    assert not _judge([right, right], compiled=True, seconds=1.0).plain
+    for wrong, said in (
+        (Difference(1e-7, 0.2, 2 * TOLERANCE, "head.bias"), "head.bias is 16 times"),
+        (Difference(error="RuntimeError: no kernel"), "no kernel"),
+        (Difference(1e-7, 0.2, math.nan, "head.bias"), "nan times"),
+    ):
+        check = _judge([right, wrong, right], compiled=True, seconds=1.0)
+        assert (check.plain, check.eager, check.event["fallback"], check.event["rank"]) == (True, True, True, 1)
+        assert said in check.warning
+        with check.in_force():
+            assert takes_plain_kernels()
+        assert not takes_plain_kernels()
+    check = _judge([right, Difference(skipped=True)], compiled=False, seconds=1.0)
+    assert (check.plain, check.eager) == (False, False)
+    assert "lack of memory" in check.warning
