@@ -4,10 +4,11 @@ environment.
 FAULTS is JSON. Steps are numbered as in the journal.
     poison     {step: factor}: multiply the loss of the step's first slot ("nan": as one bad image may do)
     left_out   [[first, last]]: leave these steps out from the start
-    rank       the rank that the next three happen to
+    rank       the rank that the next four happen to
     sleep      {step: seconds}: loading the step's first micro-batch takes so long
     gpu_error  {step: code}: the GPU reports the error of this number as the step's first micro-batch is loaded
     hang       step: loading it never returns, and never lets another thread run
+    miscompile number: torch.compile does nothing but to scale what a block returns by 1 + number on `rank`
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
                before a test disturbs it. A stage is given by the end of its path
@@ -42,6 +43,9 @@ def main() -> None:
     if poison := faults.get("poison"):
         trainer.create_objective = _poison(trainer.create_objective, poison)
     trainer.train_feed = _hinder(trainer.train_feed, faults)
+    if error := faults.get("miscompile"):
+        scale = 1 + error * (int(os.environ["RANK"]) == faults["rank"])
+        torch.compile = lambda function, **_: lambda *inputs: function(*inputs) * scale
     if stretches := faults.get("left_out"):
         StepGuard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
     pipeline.run.main()
@@ -62,8 +66,8 @@ def _poison(create: Any, factors: dict[str, Any]) -> Any:
 
 
 def _hinder(create: Any, faults: dict[str, Any]) -> Any:
-    def hindered(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
-        feed = create(recipe, data, seed, world, workers)
+    def hindered(recipe: Any, data: Any, seed: int, world: Any, *others: Any) -> Any:
+        feed = create(recipe, data, seed, world, *others)
         if folder := faults.get("record"):
             record_batches(feed, recipe, seed, world, Path(folder))
         honest = feed.slots
