@@ -36,7 +36,8 @@ SHARD_RANKS = {"ddp": 1, "hsdp": 8, "fsdp": 0, "zero3": 0}  # ranks that share o
 def state_shapes() -> dict[str, torch.Size]:
     """The names and shapes of Huge's state in FCMAE pre-training: weights, two moments and a step counter of each."""
     recipe = stage_recipe("pretrain", "ddp", "convnextv2_huge")
-    model = create_objective(recipe, seed=0).build_model()
+    with torch.device("meta"):
+        model = create_objective(recipe, seed=0).build_model()
     shapes = {f"model.{name}": p.shape for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         shapes[f"optim.{name}.step"] = torch.Size(())

@@ -55,7 +55,9 @@ def stage_recipe(stage: str, engine: str, model: str, ranks: int = 1, **changes:
     recipe = {
         "name": stage,
         "objective": settings["objective"],
-        "model": {"name": model, "checkpointing": settings.get("checkpointing", True)},
+        "model": {
+            "name": model, "checkpointing": settings.get("checkpointing", True), **settings.get("model_options", {}),
+        },
         "data": {"train": "none", "validation": "none", "image_size": settings["image_size"]},
         "batch": {"global_batch": settings["slot"] * ranks, "slot": settings["slot"]},
         "optimizer": {

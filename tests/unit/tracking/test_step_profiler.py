@@ -98,6 +98,7 @@ def test_an_object_store_is_read_beside_the_training(tmp_path):
     assert names == ["rank-00000.json", "rank-00000.trace.json.gz"]
 
 
+@pytest.mark.slow
 def test_training_hands_on_the_same_weights_with_and_without_profiles(tmp_path):
     changes = ["stages.intermediate=null", "stages.finetune=null", "stages.pretrain.schedule.epochs=1"]
     profiled = make_tiny_run(tmp_path, changes) / "pretrain"
