@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.distributed.sharded_tensors import local
 from pipeline.optim.groups import Group
 
 
@@ -42,3 +43,33 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.found_inf = (~accepted).float().to(next(iter(self.state)).device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Make the step that `prepare` has set.
+
+        As torch's, but on this rank's parts of the tensors: DTensor would cost the host 50 us for each parameter.
+        """
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] for parameter in parameters]
+            if not parameters:
+                continue
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [local(parameter) for parameter in parameters],
+                [local(parameter.grad) for parameter in parameters],
+                *([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")),
+                [],
+                steps,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                found_inf=self.found_inf,
+            )
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))

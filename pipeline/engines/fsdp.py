@@ -21,7 +21,7 @@ class FSDPEngine(NativeEngine):
     def _place(self, model: nn.Module) -> nn.Module:
         settings = self.recipe.engine
         mesh = self._mesh()
-        ranks = mesh.shape[-1]
+        ranks, self._shard_group = mesh.shape[-1], mesh.get_group(mesh.ndim - 1)
         low = torch.bfloat16 if settings.precision == "bf16_parameters" else None
         # Inputs stay uncast because the loss compares with them; autocast casts where it must.
         precision = MixedPrecisionPolicy(

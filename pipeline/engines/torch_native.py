@@ -4,8 +4,8 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pipeline.data.batch import Batch
 from pipeline.distributed.sharded_tensors import local
@@ -20,6 +20,8 @@ class NativeEngine(Engine):
     """Subclasses set `_callable`, the module that objectives call as the model."""
 
     _callable: nn.Module
+    _shard_group: dist.ProcessGroup | None = None
+    """The ranks that together hold all gradients; None if each rank does."""
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         super().__init__(model, recipe, world, guard)
@@ -41,10 +43,17 @@ class NativeEngine(Engine):
             (loss * share).backward()
         return loss.detach() * share
 
+    @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._names])
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.world.device)
+        # As torch's get_total_norm, which takes the shards of FSDP one by one.
+        norms = torch.stack(torch._foreach_norm([local(parameter.grad) for parameter in self._names]))
+        if self._shard_group is not None:
+            squares = norms**2
+            dist.all_reduce(squares, group=self._shard_group)
+            norms = squares**0.5
+        return torch.linalg.vector_norm(norms).to(self.world.device)
 
+    @torch.no_grad()
     def _update(self, lr: float, norm: Tensor) -> None:
         limit = self.recipe.optimizer.clip_norm
         if limit is not None:

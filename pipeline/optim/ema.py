@@ -41,13 +41,16 @@ class EMA(Component):
         self.decay, self._accepted = decay, accepted
         self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        # Looked up once, because of a sharded tensor that takes longer than to average it.
+        self._parts = [(local(self._average[name]), local(live.detach())) for name, live in self._live.items()]
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         # A weight of 0 skips the average without reading `accepted` on the host. The live weights are always finite.
-        weight = {d: (1 - self.decay) * self._accepted.to(d) for d in {t.dtype for t in self._live.values()}}
-        for name, live in self._live.items():
-            local(self._average[name]).lerp_(local(live.detach()), weight[live.dtype].to(live.device))
+        kinds = {(live.dtype, live.device) for _, live in self._parts}
+        weight = {(dtype, at): ((1 - self.decay) * self._accepted.to(dtype)).to(at) for dtype, at in kinds}
+        averages, lives = zip(*self._parts, strict=True)
+        torch._foreach_lerp_(averages, lives, [weight[live.dtype, live.device] for live in lives])
 
     def state(self) -> dict[str, Tensor]:
         return self._average

@@ -65,9 +65,8 @@ def random_weight_mask(shape: Shape, density: float, key: int, device: torch.dev
     return mark_smallest(hash_places(key, count, device), round(density * count)).view(shape)
 
 
-def prune_mask(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
-    """Return the mask without its ceil(rate * count) smallest weights."""
-    count = math.ceil(rate * int(mask.sum()))
+def prune_mask(weight: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Return the mask without its `count` smallest weights."""
     magnitudes = torch.where(mask, weight.abs(), torch.inf)
     return mask & ~mark_smallest(magnitudes.flatten(), count).view(mask.shape)
 

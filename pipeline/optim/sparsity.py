@@ -1,5 +1,6 @@
 """Dynamic sparsity: a component that keeps part of the weights at zero and moves the zeros every few steps."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -40,7 +41,8 @@ class DynamicSparsity(Component):
     Gradients stay dense: gradient growth uses them, and they count in the norm that is reported and clipped.
 
     All tensors are logical ones (see `sharded_tensors`). When zeros are moved, each layer in turn is gathered whole on
-    every rank, so all ranks decide alike. Other steps neither communicate nor wait for the device.
+    every rank, so all ranks decide alike. Other steps do not communicate. No step waits for the device but the first
+    that moves zeros in an attempt, which counts each layer's weights: moves keep their number.
 
     Args:
         weights: the live weights by name.
@@ -71,6 +73,7 @@ class DynamicSparsity(Component):
         self._averages = {name: averages[name] for name in self.weights if name in averages}
         self._moments = {name: list(moments[name]) if settings.moments == "zeroed" else [] for name in self.weights}
         self._gradient, self._gradients = gradient, {}
+        self._counts: dict[str, int] = {}  # of the weights that are trained, by name
         self._masks = {name: torch.ones_like(w.detach(), dtype=torch.bool) for name, w in self.weights.items()}
 
     def start(self, densities: Mapping[str, float]) -> None:
@@ -91,7 +94,7 @@ class DynamicSparsity(Component):
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        if self._is_due(step) and bool(self._accepted):
+        if self._is_due(step):
             for name in self.weights:
                 self._move(name, step)
         self._gradients = {}
@@ -112,18 +115,22 @@ class DynamicSparsity(Component):
 
     def _move(self, name: str, step: int) -> None:
         mask = whole(self._masks[name])
-        if mask.all():
+        if name not in self._counts:
+            self._counts[name] = int(mask.sum())
+        if self._counts[name] == mask.numel():
             return
         rate = prune_rate(step, self._total, self.settings.prune_rate, self.settings.final_prune_rate)
-        kept = prune_mask(whole(self.weights[name].detach()), mask, rate)
-        count = int(mask.sum()) - int(kept.sum())  # before `fill`, because `mask` may be the same memory
+        count = math.ceil(rate * self._counts[name])
+        # Where the step was skipped, nothing moves: decided on the device.
+        moves = self._accepted.to(mask.device)
+        kept = torch.where(moves, prune_mask(whole(self.weights[name].detach()), mask, count), mask)
         fill(self._masks[name], kept)
         self._apply(name)  # so that a weight that is pruned and grown at once starts at zero too
         if self._gradients:
             scores = -whole(self._gradients[name]).abs()
         else:
             scores = hash_places(self._key(name, step), mask.numel(), mask.device)
-        fill(self._masks[name], grow_mask(kept, count, scores))
+        fill(self._masks[name], torch.where(moves, grow_mask(kept, count, scores), kept))
 
     @torch.no_grad()
     def _apply(self, name: str) -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.engines import StepFilter, create_engine
+from pipeline.engines.adamw import AdamW
 from pipeline.objectives import create_objective
+from pipeline.optim.groups import Group
 from pipeline.recipe import load_recipe
 from tests.engines import batches
 from tests.support import write_tiny_recipe
@@ -90,6 +93,25 @@ def test_gradients_are_clipped_and_the_norm_before_is_reported(recipe_file, worl
         reports.append(engine.step(batches(recipe, 0), objective, step=0, lr=1e-3, should_stop=lambda: False))
     assert reports[0].gradient_norm.item() == pytest.approx(reports[1].gradient_norm.item())
     assert reports[0].gradient_norm.item() > 0.01
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_optimizer_has_the_bits_of_torchs(accepted):
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, n + 1) for n in range(6)]
+    made = [[nn.Parameter(tensor.clone()) for tensor in tensors] for _ in range(2)]
+    optimizers = [AdamW([Group((), p[:3], 0.5, 0.1), Group((), p[3:], 1.0, 0.0)], (0.9, 0.95)) for p in made]
+    for step in range(3):
+        for parameters, optimizer, torchs in zip(made, optimizers, (False, True), strict=True):
+            if step == 0:
+                optimizer.make_state(parameters)
+            for parameter in parameters:
+                parameter.grad = parameter.detach().sin() * (step + 1)
+            parameters[4].grad = None
+            optimizer.prepare(1e-2, torch.tensor(accepted or step == 0))
+            torch.optim.AdamW.step(optimizer) if torchs else optimizer.step()
+    states = [[value for entry in optimizer.state.values() for value in entry.values()] for optimizer in optimizers]
+    assert all(torch.equal(one, two) for one, two in zip(made[0] + states[0], made[1] + states[1], strict=True))
 
 
 class Refusing(StepFilter):

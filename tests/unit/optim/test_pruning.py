@@ -42,8 +42,8 @@ def test_smallest_marks_as_many_as_asked_for_and_prefers_the_first(values, data)
 def test_what_is_pruned_is_grown_to_the_last_weight(values, rate, key, data):
     weight = torch.tensor(values)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
-    kept = prune_mask(weight, mask, rate)
     removed = math.ceil(rate * int(mask.sum()))
+    kept = prune_mask(weight, mask, removed)
     assert int(kept.sum()) == int(mask.sum()) - removed
     assert not (kept & ~mask).any()
     if kept.any() and removed:
