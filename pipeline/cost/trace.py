@@ -7,6 +7,7 @@ exist on the meta device, so `DeviceCasts` casts as the site's device would.
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
@@ -21,9 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pipeline.cost.block_repeats import BlockMarks, repeat_segments, shorten
+from pipeline.cost.kernel_bytes import Kernels, OperationLog, count_eager, count_fused
 from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch
 from pipeline.engines.base import DTYPES
+from pipeline.kernels.triton_support import meta_stands_for_gpu
+from pipeline.models import UNITS, Downsample, Stem
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 
@@ -46,6 +51,10 @@ class Trace:
     """The same of the backward pass, with what activation checkpointing computes again."""
     norm_macs: int
     """`NORM_MACS_PER_ELEMENT` for each output element of a LayerNorm in the forward pass."""
+    eager: np.ndarray
+    """int64 (5, kernels): the fields of `Kernels`, with a kernel for each operator; none on CPUs and in evaluations."""
+    fused: np.ndarray
+    """The same with compiled blocks."""
 
     @property
     def published_macs(self) -> float:
@@ -71,18 +80,39 @@ def meta_model(recipe: StageRecipe) -> tuple[Objective, nn.Module]:
 
 def trace_step(recipe: StageRecipe, device: str) -> Trace:
     """Trace a micro-batch of the recipe's size as a device of type "cpu" or "cuda" would compute it."""
+    live, forward_macs, norm_macs = _follow_step(recipe, device, _kernels_of(device))
+    images = recipe.batch.slot * recipe.batch.micro_slots
+    operations = live.log.finish() if live.log else ()
+    return Trace(
+        images, live.levels(), forward_macs, live.macs - forward_macs, norm_macs, np.stack(count_eager(operations)),
+        np.stack(count_fused(operations)),
+    )  # fmt: skip
+
+
+def trace_first_kernels(recipe: StageRecipe) -> Kernels:
+    """Trace a micro-batch as a GPU ran it before blocks were compiled and most own kernels were written."""
+    live, *_ = _follow_step(recipe, "cuda", nullcontext())
+    return count_eager(live.log.finish(), first_kernels=True)
+
+
+def _follow_step(recipe: StageRecipe, device: str, kernels: AbstractContextManager) -> "tuple[_Live, int, int]":
+    """Follow a step; return also the multiply-adds of the forward pass and those of its norms."""
     objective, model = meta_model(recipe)
     batch = example_batch(recipe)
     batch = replace(batch, images=batch.images.to("meta"), labels=batch.labels.to("meta"))
-    live = _Live(model)
+    live = _Live(model, log=device == "cuda")
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(live.is_gradient)
-    with DeviceCasts(device, recipe.engine.precision), live:
+    with kernels, DeviceCasts(device, recipe.engine.precision), live:
         loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs
+        live.marks.backward = True
         run_backward(loss)
-    timeline = np.array(live.timeline, np.int64)
-    return Trace(len(batch.labels), timeline, forward_macs, live.macs - forward_macs, norm_macs)
+    return live, forward_macs, norm_macs
+
+
+def _kernels_of(device: str) -> AbstractContextManager:
+    return meta_stands_for_gpu() if device == "cuda" else nullcontext()
 
 
 def run_backward(loss: Tensor) -> None:
@@ -118,9 +148,9 @@ def _trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     batch = replace(batch, **repeated, ids=torch.arange(images))
     batch = replace(batch, images=torch.empty_like(batch.images, device="meta"), labels=batch.labels.to("meta"))
     live = _Live(model)
-    with DeviceCasts(device, recipe.engine.precision), live, torch.no_grad():
+    with _kernels_of(device), DeviceCasts(device, recipe.engine.precision), live, torch.no_grad():
         objective.evaluate(model.eval(), batch)
-    return Trace(images, np.array(live.timeline, np.int64), live.macs, 0, live.norm_macs)
+    return Trace(images, live.levels(), live.macs, 0, live.norm_macs, *[np.stack(count_eager(()))] * 2)
 
 
 class StepTraces:
@@ -138,7 +168,9 @@ class StepTraces:
         if micro_slots in self._traces:
             return self._traces[micro_slots]
         one, two = self._trace(1), self._trace(2)
-        if micro_slots > 2 and one.timeline.shape == two.timeline.shape:
+        arrays = ("timeline", "eager", "fused")
+        alike = all(getattr(one, name).shape == getattr(two, name).shape for name in arrays)
+        if micro_slots > 2 and alike:
 
             def extrapolate(first: Any, second: Any) -> Any:
                 return first + (micro_slots - 1) * (second - first)
@@ -155,17 +187,53 @@ class StepTraces:
 
 
 class _Live(TorchDispatchMode):
-    """Follow every storage that an operator makes until it is freed, and count multiply-adds."""
+    """Follow every storage that an operator makes until it is freed, and count multiply-adds.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: on the meta device. Long rows of equal blocks are shortened, and counted as if they were not.
+        log: whether to note every operator.
+    """
+
+    def __init__(self, model: nn.Module, log: bool = False) -> None:
         super().__init__()
         self.timeline: list[tuple[int, int]] = [(0, 0)]
         self.macs = self.norm_macs = 0
         self._bytes = [0, 0]
         self._watched: dict[int, weakref.ref] = {}
+        self._standing = shorten(model)  # first, because activations get the addresses of what is freed here
         # Of each storage: 0 activation, 1 gradient, 2 of the model, whose views are no new memory.
         own = [*model.parameters(), *model.buffers()]
         self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
+        self.log = OperationLog(set(self._kind)) if log else None
+        self._repeats, self._segments, self._open = 1, {}, None
+        blocks = [
+            module
+            for module in model.modules()
+            if isinstance(module, UNITS) and not isinstance(module, Stem | Downsample)
+        ]
+        self._numbers = {block: number for number, block in enumerate(blocks)}
+        self.marks = BlockMarks(blocks, self._begin, self._end)
+        if self.log:  # what comes before the model prepares its input
+            model.register_forward_pre_hook(lambda *_: setattr(self.log, "began", True))
+
+    def levels(self) -> np.ndarray:
+        """The timeline, with what stands for other blocks repeated."""
+        return repeat_segments(np.array(self.timeline, np.int64), self._segments)
+
+    def _begin(self, block: nn.Module, direction: str) -> None:
+        self._end()
+        self._repeats = self._standing.get(block, 1)
+        if self._repeats > 1:
+            self._open = len(self.timeline)
+        if self.log:
+            self.log.block, self.log.repeats = (self._numbers[block], direction), self._repeats
+
+    def _end(self) -> None:
+        if self._open is not None:
+            self._segments[self._open, len(self.timeline)] = self._repeats
+        self._repeats, self._open = 1, None
+        if self.log:
+            self.log.block, self.log.repeats = None, 1
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
         with (
@@ -176,13 +244,15 @@ class _Live(TorchDispatchMode):
     def _follow(self, function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         out = _run(function, args, kwargs)
         packet = function._overloadpacket
-        if packet in _MACS:
-            self.macs += _MACS[packet](*args, **kwargs, out_val=out)
-        elif packet is torch.ops.aten.native_layer_norm:
-            self.norm_macs += NORM_MACS_PER_ELEMENT * out[0].numel()
+        macs = _MACS[packet](*args, **kwargs, out_val=out) if packet in _MACS else 0
+        self.macs += macs * self._repeats
+        if packet is torch.ops.aten.native_layer_norm:
+            self.norm_macs += NORM_MACS_PER_ELEMENT * out[0].numel() * self._repeats
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._note(tensor.untyped_storage())
+        if self.log:
+            self.log.add(function, args, kwargs, out, 2 * macs)
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -196,6 +266,8 @@ class _Live(TorchDispatchMode):
     def _free(self, key: int, size: int, _: weakref.ref) -> None:
         del self._watched[key]
         self._bytes[self._kind.pop(key)] -= size
+        if self.log:
+            self.log.forget(key)
 
     def is_gradient(self, parameter: Tensor) -> None:
         storage = parameter.grad.untyped_storage()
@@ -203,6 +275,8 @@ class _Live(TorchDispatchMode):
             self._kind[storage._cdata] = 1
             self._bytes[0] -= storage.nbytes()
             self._bytes[1] += storage.nbytes()
+        if self.log:
+            self.log.gradients.add(self.log.number(storage._cdata))
 
 
 # By operator and arguments: the kind of sequence that it returned, None if a tensor, and (size, strides, type) of each.
