@@ -45,7 +45,7 @@ def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> lis
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if path.exists() and _difference(known := load_recipe(path).stages, recipe.stages):
-            _remove_stages(directory, list(known))
+            remove_stages(directory, list(known))
         write_recipe(recipe, path)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
@@ -129,8 +129,13 @@ def _is_run(directory: Path, recipe: ChainRecipe) -> bool:
     return (directory / RECIPE_FILE).read_text() == recipe_text(recipe)
 
 
-def _remove_stages(directory: Path, names: list[str]) -> None:
-    """Remove the stages of a run that never began, and no file that is not a run's."""
+def remove_stages(directory: Path, names: list[str]) -> None:
+    """Remove the stages of a run that never began, and no file that is not a run's. Of a stage that the run shares with
+    another one (`tools.study.shared_stages`) only the link is removed.
+
+    Raises:
+        StageError: if another command is just starting the run.
+    """
     run = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -140,6 +145,9 @@ def _remove_stages(directory: Path, names: list[str]) -> None:
         except OSError:  # a file system without locks, such as many of a cluster
             pass
         for stage in (directory / name for name in names if (directory / name / RECIPE_FILE).exists()):
+            if stage.is_symlink():
+                stage.unlink()
+                continue
             for entry in map(stage.joinpath, (SLURM_FOLDER, *IN_STAGES)):
                 shutil.rmtree(entry, ignore_errors=True)
                 with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
@@ -205,8 +213,11 @@ def run_chain(stages: list[Stage], launch: Callable[[Path], Outcome]) -> Outcome
     return Outcome(OutcomeKind.DONE)
 
 
-def check_before_start(recipe: ChainRecipe, directory: Path, processes: int) -> None:
+def check_before_start(recipe: ChainRecipe, directory: Path, processes: int, *, beside: bool = False) -> None:
     """Refuse what can be refused before anything is made: the directory, data files, classes, number of processes.
+
+    Args:
+        beside: whether another command may be training a stage, for which the caller waits.
 
     Raises:
         UserError: for the first defect.
@@ -218,7 +229,7 @@ def check_before_start(recipe: ChainRecipe, directory: Path, processes: int) -> 
     classes: dict[str, set[str]] = {}
     for name, stage in recipe.stages.items():
         if not read_done(directory / name):
-            if (directory / name / RECIPE_FILE).exists():
+            if (directory / name / RECIPE_FILE).exists() and not beside:
                 Stage(directory / name).attempts.check_free()
             check_weights(stage, directory / name)
             check_data(stage, classes)

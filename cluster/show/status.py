@@ -237,7 +237,7 @@ class RunFollower:
         self._view = RunView(str(directory)) if is_remote(directory) else None
         local = self._view.directory if self._view else Path(directory).resolve()
         self.name = self._view.url if self._view else str(local)
-        self._followers = [StageFollower(local / name) for name in stage_names(local)]
+        self._followers = [StageFollower((local / name).resolve()) for name in stage_names(local)]
         self.job_watcher = JobWatcher([follower.directory for follower in self._followers])
 
     def stage_directory(self, stage: str) -> Path:

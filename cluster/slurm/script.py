@@ -189,6 +189,8 @@ class JobScript:
     def _mounts(self) -> list[str]:
         run = self.stage_directory.parent
         own = [run] if self.code.is_relative_to(run) else [run, self.code]  # the runs of a study share their code
+        # and equal stages, of which the one before this stage may lie in another run.
+        own += sorted({path.resolve().parent for path in run.glob("*") if path.is_symlink()})
         return [*(f"{folder}:{folder}" for folder in own), *self.site.container.mounts]
 
 

@@ -61,6 +61,7 @@ def plan_jobs(
     chain: ChainRecipe, run: Path, site: Site, *, ask_slurm: bool = True, start: str | None = None
 ) -> list[PlannedStage]:
     """Find out which stages of a chain need a job. Wait for jobs that are just ending or being submitted, and say so.
+    A stage that the run shares with another one has its directory, and so its job, there.
 
     Args:
         start: the first stage to submit; stages before it that need a job are left out.
@@ -84,8 +85,9 @@ def plan_jobs(
         job, replaces = live[-1] if live else None, ()
         if job and (job.reason in client.NEVER_STARTS or _waits_for_another(job, before)):
             job, replaces = None, live
-        done = read_done(run / name) is not None
-        stage = PlannedStage(name, run / name, recipe, site.for_stage(name), done, job, replaces)
+        directory = (run / name).resolve()
+        done = read_done(directory) is not None
+        stage = PlannedStage(name, directory, recipe, site.for_stage(name), done, job, replaces)
         if stage.needs_job and not started:
             continue
         if stage.needs_job and recipe.previous and before is None:
@@ -104,7 +106,9 @@ def _waits_for_another(job: Job, before: PlannedStage | None) -> bool:
 def live_jobs(run: Path, stages: list[str]) -> list[Job]:
     """The jobs of a run that wait or run, the oldest first. Jobs are found by name and directory, because records of
     ours may be lost or stale."""
-    return [job for job in client.query_jobs([run / name for name in stages]) if job.live]
+    if not stages:
+        return []  # without names Slurm would list everybody's jobs
+    return [job for job in client.query_jobs([(run / name).resolve() for name in stages]) if job.live]
 
 
 def _settled_jobs(run: Path, stages: list[str]) -> dict[str, list[Job]]:
@@ -112,7 +116,7 @@ def _settled_jobs(run: Path, stages: list[str]) -> dict[str, list[Job]]:
     looks alive, but Slurm would cancel what depends on it; a job that is being requeued looks the same."""
     deadline, announced = time.monotonic() + ENDING_SECONDS, ""
     while True:
-        jobs = jobs_without_tickets([run / name for name in stages])
+        jobs = jobs_without_tickets([(run / name).resolve() for name in stages])
         ending = [
             f"job {job.id} of stage {job.directory.name}"
             for job in jobs
@@ -226,12 +230,14 @@ def submit_planned(
     planned: list[PlannedStage],
     report: Callable[[str], None],
     code: Path | None = None,
+    after: str | None = None,
 ) -> dict[str, str]:
     """Make or reopen the run directory and submit the stages that need a job.
 
     Args:
         report: gets a sentence per job.
         code: the code snapshot that the jobs run, if several runs share one; by default one is taken beside the run.
+        after: id of a job of another run that the first of these jobs waits for.
 
     Returns:
         The job id of each stage that has a job.
@@ -253,30 +259,32 @@ def submit_planned(
         store_site(site, run)  # for `fcmae resume`, should this command die
     folder = code or take_code_snapshot(run)  # before the ticket, whose script holds its hash
     first, replaced = needed[0], [job for stage in needed for job in stage.replaces]
-    script = JobScript(first.directory, first.site, folder, ids.get(first.recipe.previous or ""))
+    before = ids.get(first.recipe.previous or "", after)
+    script = JobScript(first.directory, first.site, folder, before)
     chain_of, own = [stage.directory for stage in planned], [stage.directory for stage in needed]
     with hold_run(run), ticket(script, chain_of, own, [job.id for job in replaced]) as submitted:
         ids[first.name] = submitted[first.directory]
         _refuse_another_recipe(chain, run)
         store_site(site, run)
         # Not before the ticket is in the queue, where `fcmae cancel` finds it: a cancel in between would be forgotten.
-        (run / CANCELLED_FILE).unlink(missing_ok=True)
+        for owner in {run, *(stage.directory.parent for stage in needed)}:
+            (owner / CANCELLED_FILE).unlink(missing_ok=True)
         for job in replaced:
             client.cancel_job(job.id)
             note_job_event(job.directory, "cancelled", job.id, reason="another takes its place")
-        _note_submitted(first, ids, folder, report)  # after that line, from which its attempts are counted
+        # After that line, from which its attempts are counted.
+        _note_submitted(first, ids[first.name], before, folder, report)
         for stage in needed:
             store_site(stage.site, slurm_directory(stage.directory))
             if stage is not first:
-                after = ids.get(stage.recipe.previous or "")
-                id = ids[stage.name] = JobScript(stage.directory, stage.site, folder, after).submit()
+                before = ids.get(stage.recipe.previous or "", after)
+                id = ids[stage.name] = JobScript(stage.directory, stage.site, folder, before).submit()
                 submitted[stage.directory] = id
-                _note_submitted(stage, ids, folder, report)
+                _note_submitted(stage, id, before, folder, report)
     return ids
 
 
-def _note_submitted(stage: PlannedStage, ids: dict[str, str], code: Path, report: Callable[[str], None]) -> None:
-    id, after = ids[stage.name], ids.get(stage.recipe.previous or "")
+def _note_submitted(stage: PlannedStage, id: str, after: str | None, code: Path, report: Callable[[str], None]) -> None:
     facts = {"nodes": stage.site.nodes, "ranks": stage.site.ranks, "after": after, "code": code.name}
     note_job_event(stage.directory, "submitted", id, committed=committed_step(stage.directory), **facts)
     report(f"{stage.name}: job {id}" + (f", after job {after}" if after else ""))
@@ -291,8 +299,9 @@ def _refuse_another_recipe(chain: ChainRecipe, run: Path) -> None:
 
 
 def cancel_jobs(run: Path, stages: list[str]) -> list[str]:
-    """Cancel the jobs of a run; a sentence per job. A file in the run directory also stops the jobs that Slurm cannot
-    be asked about now."""
+    """Cancel the jobs of a run, except those of stages that another run trains for it; a sentence per job. A file in
+    the run directory also stops the jobs that Slurm cannot be asked about now."""
+    stages = [name for name in stages if not (run / name).is_symlink()]
     (run / CANCELLED_FILE).write_text("by `fcmae cancel`; `fcmae resume` removes this file\n")
     try:
         live = live_jobs(run, stages)

@@ -24,11 +24,12 @@ CURVES_FILE = "curves.png"  # plot of the journal
 WEIGHTS_FILE = "weights.safetensors"  # the weights that are handed on
 MASKS_FILE = "masks.safetensors"  # the sparsity masks, if the recipe exports them
 RESULT_FILE = "result.json"  # metrics, hashes and verdict of a finished stage
+SHARED_FILE = "shared.json"  # what studies recognise an equal stage by (see tools.study.shared_stages)
 DONE_FILE = "DONE"  # written last: the stage is finished, and these are its weights
 
 # What a stage that has made no step may hold, the recipe last, as it marks the folder as a stage
 IN_STAGES = (
     JOURNAL_FILE, DATA_FILE, INIT_FILE, LARGE_KERNELS_FILE, CHECKPOINTS_FILE, ATTEMPTS_FILE, ATTEMPTS_FOLDER,
     CHECKPOINTS_FOLDER, HEALTH_FOLDER, LOGS_FOLDER, PICTURES_FOLDER, PROFILES_FOLDER, CURVES_FILE, RESULT_FILE,
-    RECIPE_FILE,
+    SHARED_FILE, RECIPE_FILE,
 )  # fmt: skip

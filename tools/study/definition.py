@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import ChainRecipe, load_recipe
+from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from pipeline.recipe.settings_base import Percent, Seed, Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from pipeline.storage.bounded_files import yaml_text
@@ -27,6 +27,9 @@ class Arm(Settings):
     """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
     published: Percent | None = None
     """Published top-1 in percent; the default for an arm without changes is the recipe's."""
+    expected: tuple[Percent, Percent] | None = None
+    """The band of the final top-1 in percent, outside of which the arm is off track; in a ladder the next rung then
+    does not start."""
     remark: str = ""
 
 
@@ -49,6 +52,8 @@ class Study(Settings):
     change: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipes of all arms; an arm's own changes come later and win."""
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    ladder: bool = False
+    """Whether the arms are rungs: each starts only when the one before it is done and on track."""
     arms: dict[str, Arm] = Field(min_length=1)
     references: tuple[Reference, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -70,7 +75,24 @@ class Study(Settings):
                 f"study {self.name}, arm {arm}: stages.{last.name}.data.validation is null, so there would be no result"
                 " to compare; give a file"
             )
-        return chain
+        return self._with_band(chain, arm, last)
+
+    def _with_band(self, chain: ChainRecipe, arm: str, last: StageRecipe) -> ChainRecipe:
+        """The chain with the expected band as the gate of its last stage; in a ladder this gate stops."""
+        band, update = self.arms[arm].expected, {"stop": True} if self.ladder else {}
+        if band:
+            if last.objective.kind == "fcmae":
+                raise RecipeError(
+                    f"study {self.name}, arm {arm}: expected is a band of top-1, but stage {last.name} is pre-training;"
+                    f" set stages.{last.name}.gate in the arm's change"
+                )
+            low, high = band
+            # The band replaces the fixed distance from the published value.
+            update |= {"metric": "top1", "at_least": low, "at_most": high, "published": None}
+        if not update:
+            return chain
+        last = last.model_copy(update={"gate": last.gate.model_copy(update=update)})
+        return chain.model_copy(update={"stages": {**chain.stages, last.name: last}})
 
     def origin(self, arm: str, seed: int) -> tuple[Path, list[str]]:
         """The recipe file of an arm, and all changes to it as `key=value`."""

@@ -1,66 +1,151 @@
 """Run a study: one run after the other on this machine, or all as Slurm jobs."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cluster.chain import check_before_start, open_chain, run_chain
+from cluster.chain import check_before_start, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
-from cluster.slurm.submit import refuse_beside_jobs
-from pipeline.errors import StageError
+from cluster.slurm import submit as jobs
+from cluster.slurm.ticket import SubmissionLostError
+from pipeline.errors import OffTrackError, StageError
+from pipeline.recipe import ChainRecipe
+from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tools.prepare.recipe_data import with_prepared_data
 from tools.study.definition import STUDY_FILE, Study, StudyRun, study_runs, write_study
+from tools.study.shared_stages import SharedStages, owner_of
 
 Print = Callable[[str], None]
+LOOK_AGAIN_SECONDS = 2.0
 
 
 def run_study(study: Study, directory: Path, processes: int, report: Print) -> Outcome:
-    """Run what is not done yet. After a failed run the others still run; a stop or a lost rank ends the study.
+    """Run what is not done yet. After a failed run the others still run, unless the study is a ladder; a stop or a lost
+    rank ends the study. A run whose next stage another command is training comes later, or is waited for.
 
     Raises:
         UserError: before anything starts, if a recipe, its data or its directory is refused.
+        OffTrackError: if a rung of a ladder is off track.
+    """
+    chains = checked_chains(study, directory, processes)
+    shared, opened = _prepare(study, directory), {}
+    for run, chain in chains.items():
+        opened[run] = _open_run(shared, study, run, chain, report)
+    with LocalLauncher(processes) as launcher:
+        return _train_all(opened, launcher, study.ladder, report)
+
+
+def checked_chains(study: Study, directory: Path, processes: int) -> dict[StudyRun, ChainRecipe]:
+    """The recipe of each run, once everything that can be refused without making anything has been checked.
+
+    Raises:
+        UserError: for the first defect.
     """
     chains = {}
     for run in study_runs(study, directory):
         chains[run] = with_prepared_data(study.chain(run.arm, run.seed), run.directory)
-        check_before_start(chains[run], run.directory, processes)
-        refuse_beside_jobs(run.directory.resolve(), chains[run].stages)
-    opened = {}
-    for run in _prepare(study, directory):
-        opened[run] = open_chain(chains[run], run.directory)
-        write_origin(run.directory, *study.origin(run.arm, run.seed))
-    failed: list[str] = []
-    with LocalLauncher(processes) as launcher:
-        for number, (run, stages) in enumerate(opened.items(), 1):
+        check_before_start(chains[run], run.directory, processes, beside=True)
+        jobs.refuse_beside_jobs(run.directory.resolve(), chains[run].stages)
+    return chains
+
+
+def _train_all(opened: Mapping[StudyRun, list[Stage]], launcher: LocalLauncher, ladder: bool, report: Print) -> Outcome:
+    launch, failed, later = _sharing(retrying(launcher, report)), [], set()
+    left = dict(enumerate(opened.items(), 1))
+    while left:
+        before = len(left)
+        for number, (run, stages) in list(left.items()):
             title = f"{number}/{len(opened)} {run.arm}, seed {run.seed}"
             if all(stage.done() for stage in stages):
                 report(f"{title}: done before")
+            try:
+                outcome = run_chain(stages, lambda stage, title=title: launch(stage, title, report))
+            except StageError as error:  # another command trains it
+                if number not in later:
+                    report(f"{title}: later, {error}")
+                    later.add(number)
+                if ladder:
+                    break
                 continue
-            report(f"{title}: {' > '.join(stage.recipe.name for stage in stages)}")
-            outcome = run_chain(stages, retrying(launcher, report))
+            except OffTrackError as error:
+                if ladder:
+                    raise
+                outcome = Outcome(OutcomeKind.PERMANENT, str(error))
             if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
                 return outcome
+            del left[number]
             if outcome.kind is not OutcomeKind.DONE:
                 failed.append(f"{run.arm} with seed {run.seed}: {outcome.reason}")
                 report(f"{title}: failed, {outcome.reason}")
+                if ladder:
+                    left.clear()
+                    break
+        if len(left) == before:  # other commands train all that is left
+            if launcher.stopped:
+                return Outcome(OutcomeKind.SAVED, "stopped while other commands train what is left")
+            time.sleep(LOOK_AGAIN_SECONDS)
     return Outcome(OutcomeKind.PERMANENT, "; ".join(failed)) if failed else Outcome(OutcomeKind.DONE)
+
+
+def _sharing(launch: Callable[[Path], Outcome]) -> Callable[[Path, str, Print], Outcome]:
+    """Return what runs a stage that other runs and other commands may share: a stage that has failed is not tried
+    again, and StageError is raised while another command trains it."""
+    failed: dict[Path, Outcome] = {}
+
+    def train(directory: Path, title: str, report: Print) -> Outcome:
+        stage = Stage(directory)
+        stage.attempts.check_free()
+        if directory not in failed:
+            report(f"{title}: {directory.name}")
+            outcome = launch(directory)
+            if outcome.kind is not OutcomeKind.PERMANENT:
+                return outcome
+            stage.attempts.check_free()  # another command may have been faster
+            if done := stage.done():
+                return Outcome(OutcomeKind.DONE, step=done.step)
+            failed[directory] = outcome
+        return failed[directory]
+
+    return train
+
+
+def _open_run(
+    shared: SharedStages, study: Study, run: StudyRun, chain: ChainRecipe, report: Print, *, bound: bool = False
+) -> list[Stage]:
+    """Make or reopen a run, and say which of its stages another run trains from now on."""
+    linked = {name for name in chain.stages if owner_of(run.directory / name)}
+    stages = shared.open_run(chain, run.directory, bound=bound)
+    for name in chain.stages:
+        if name not in linked and (owner := owner_of(run.directory / name)):
+            report(f"{run.arm} {run.seed} {name}: that of {_short(owner)}")
+    write_origin(run.directory, *study.origin(run.arm, run.seed))
+    return stages
+
+
+def _short(run: Path) -> str:
+    """ARM/seed-N of a run of the same study or another."""
+    return "/".join(run.parts[-2:])
 
 
 def submit_study(study: Study, directory: Path, site: Site, report: Print) -> None:
     """Submit what is neither done nor queued; everything is checked before the first job is queued.
 
+    A stage that several runs share has one job, and the next stages of all of them wait for it. In a ladder the first
+    job of a rung waits for the last one of the rung before.
+
     Raises:
         UserError: if a recipe, its data, the directory or Slurm refuses.
+        OffTrackError: if a finished rung of a ladder is off track.
     """
-    from cluster.slurm import submit as jobs
     from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
 
     check_path(directory)
+    cache = Path(site.data_cache) if site.data_cache else None
     planned, warnings = {}, {}
     for run in study_runs(study, directory):
-        cache = Path(site.data_cache) if site.data_cache else None
         chain = with_prepared_data(study.chain(run.arm, run.seed), run.directory, cache=cache)
         planned[run] = chain, jobs.plan_jobs(chain, run.directory, site)
         warnings |= {need.warning: run.arm for need in jobs.check_planned(planned[run][1]).values() if need.warning}
@@ -68,17 +153,40 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
         report(f"{arm} {warning}")
     first = next(iter(planned.values()))[1]  # one arm is enough, because Slurm refuses all or none
     jobs.check_with_slurm(first, code_snapshot_path(directory))
-    _prepare(study, directory)
-    code = take_code_snapshot(directory)  # one for all runs, so that numba compiles once
+    shared = _prepare(study, directory)
     for run, (chain, plan) in planned.items():
-        title = f"{run.arm} {run.seed}"
-        jobs.submit_planned(chain, run.directory, site, plan, lambda line, title=title: report(f"{title} {line}"), code)
-        write_origin(run.directory, *study.origin(run.arm, run.seed))
+        _open_run(shared, study, run, chain, report, bound=any(stage.job for stage in plan))
+    code = take_code_snapshot(directory)  # one for all runs, so that numba compiles once
+    before: dict[int, str | None] = {}  # of a ladder, the last job of the rung before, by seed
+    for run, (chain, _) in planned.items():
+        last = _submit_run(chain, run, site, code, before.get(run.seed), report)
+        if study.ladder:
+            before[run.seed] = last
 
 
-def _prepare(study: Study, directory: Path) -> list[StudyRun]:
+def _submit_run(
+    chain: ChainRecipe, run: StudyRun, site: Site, code: Path, after: str | None, report: Print
+) -> str | None:
+    """Submit what a run needs now that the runs before it have their jobs; the job of its last stage, if it has one."""
+    title = f"{run.arm} {run.seed}"
+    for last_try in (False, False, True):
+        planned = jobs.plan_jobs(chain, run.directory, site)
+        try:
+            ids = jobs.submit_planned(
+                chain, run.directory, site, planned, lambda line: report(f"{title} {line}"), code, after
+            )
+        except SubmissionLostError as lost:
+            if last_try or lost.cancelled:
+                raise
+            report(f"{title} {lost}")  # the next plan shows the jobs of the winner
+        else:
+            return ids.get(list(chain.stages)[-1])
+    raise AssertionError("unreachable")
+
+
+def _prepare(study: Study, directory: Path) -> SharedStages:
     try:
         write_study(study, directory / STUDY_FILE)
+        return SharedStages(directory)
     except OSError as error:
         raise StageError(f"--out {directory} cannot be written ({error.strerror}); choose another directory") from None
-    return list(study_runs(study, directory))
