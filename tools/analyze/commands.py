@@ -116,6 +116,28 @@ def draw_cam(
     _publish(draw_heat_maps(numbers, images, heats), "cam", numbers, out, dpi)
 
 
+@app.command("activations")
+def draw_activations(
+    models: Models,
+    data: Data,
+    out: Out = Path(),
+    count: Count = 2,
+    depth: Annotated[float, typer.Option(min=0, max=1, help="Which block: 0 is the first, 1 the last.")] = 1.0,
+    image_size: Size = 224,
+    crop_pct: Crop = 1.0,
+    dpi: Dpi = 200,
+    device: Device = "auto",
+) -> None:
+    """Draw 64 MLP channels of a block as pictures: dead ones are black, saturated ones bright all over."""
+    from tools.analyze.channel_maps import channel_maps, draw_channel_maps
+
+    opened, images = _open(models, data, count, image_size, crop_pct, device)
+    numbers, maps = channel_maps(opened, images, depth)
+    _publish(draw_channel_maps(numbers, images, maps), "activations", numbers, out, dpi)
+    for model in numbers["models"]:
+        print(f"{model['label']}: {model['layer']}: {model['dead']:.1%} dead, {model['saturated']:.1%} saturated")
+
+
 @app.command("kernels")
 def draw_kernels(
     sizes: Annotated[list[int] | None, typer.Argument(metavar="[K]...", help="Odd kernel sizes.")] = None,

@@ -31,7 +31,7 @@ def fcmae(*arguments: object) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", ["features", "erf", "spectrum", "cam"])
+@pytest.mark.parametrize("name", ["features", "erf", "spectrum", "cam", "activations"])
 def test_each_analysis_draws_several_models_and_writes_their_numbers(name, data, tmp_path):
     models = [f"{TINY} gain=1 label=wide", f"{TINY} label=plain"]
     size = ("--images", 3, "--image-size", 16)
