@@ -1,4 +1,4 @@
-"""Choose the implementation ("form") of each large depthwise convolution: the recipe's, or the fastest one.
+"""Choose the implementation ("form") of each depthwise convolution of maps: the recipe's, or the fastest one.
 
 Forms differ in rounding. So a stage measures each shape once, on rank 0, and records the choice in its directory, where
 all ranks and all resumes read it.
@@ -25,8 +25,12 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         RecipeError: if the recipe names a form that this machine does not have.
     """
     form, device = engine.recipe.engine.large_kernels, engine.world.device
+    if form == "auto":
+        form = "measured" if device.type == "cuda" else "native"
     convolutions = [module for module in engine.module.modules() if isinstance(module, DepthwiseConv2d)]
-    if not convolutions or form == "native" or takes_plain_kernels():
+    several = any(len(available_forms(device, conv.forms)) > 1 for conv in convolutions)
+    unmeasured = form == "measured" and not several
+    if not convolutions or form == "native" or unmeasured or takes_plain_kernels():
         return {}
     if form != "measured":
         if form not in available_forms(device):
@@ -35,7 +39,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
                 f" {', '.join(available_forms(device))}, or measured"
             )
         for conv in convolutions:
-            conv.form = form
+            conv.form = form if form in conv.forms else "native"
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
     with engine.evaluating() as model:
@@ -53,7 +57,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         choices = required_record(path, remedy, holds_texts) or {}
         for conv, key in keys.items():
             if key not in choices:
-                choices[key] = fastest_form(cases[conv])
+                choices[key] = fastest_form(cases[conv], forms=conv.forms)
         write_json(path, choices)
         return choices
 

@@ -1,14 +1,14 @@
-"""Find the fastest form of each large depthwise convolution of a model, by measuring it on this machine."""
+"""Find the fastest form of each depthwise convolution of a model, by measuring it on this machine."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms, convolve_depthwise
+from pipeline.kernels.large_kernel import FORMS, DepthwiseConv2d, available_forms, convolve_depthwise
 
 
 class Case(NamedTuple):
@@ -19,6 +19,8 @@ class Case(NamedTuple):
     kernel: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    channels_last: bool = False
+    """Whether the channels of the maps are last in memory; noted on a GPU alone, where kernels differ by it."""
 
 
 def record_cases(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseConv2d, Case]:
@@ -32,7 +34,8 @@ def record_cases(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseC
         (x,) = inputs
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        cases[conv] = Case(tuple(x.shape), conv.kernel_size, dtype, x.device)
+        last = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+        cases[conv] = Case(tuple(x.shape), conv.kernel_size, dtype, x.device, last)
 
     convolutions = [module for module in model.modules() if isinstance(module, DepthwiseConv2d)]
     handles = [conv.register_forward_pre_hook(note) for conv in convolutions]
@@ -44,11 +47,16 @@ def record_cases(model: nn.Module, run: Callable[[], object]) -> dict[DepthwiseC
     return cases
 
 
-def fastest_form(case: Case, rounds: int = 3, clock: Callable[[], float] = time.perf_counter) -> str:
-    """Return the form with the shortest forward and backward pass together."""
+def fastest_form(
+    case: Case,
+    rounds: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    forms: Collection[str] = FORMS,
+) -> str:
+    """Return the form, of `forms`, with the shortest forward and backward pass together."""
     best, best_seconds = "native", math.inf
     # The native form comes last, and a form that is hopeless runs once: native may take seconds.
-    for form in sorted(available_forms(case.device), key=lambda form: form == "native"):
+    for form in sorted(available_forms(case.device, forms), key=lambda form: form == "native"):
         seconds = sum(time_form(case, form, 1, clock))
         if seconds < 3 * best_seconds:
             seconds = sum(time_form(case, form, rounds, clock))
@@ -62,7 +70,10 @@ def time_form(
 ) -> tuple[float, float]:
     """Return the least seconds of `rounds` forward and of `rounds` backward passes: other load can only add to them."""
     options = {"dtype": case.dtype, "device": case.device, "requires_grad": True}
-    x, weight = torch.randn(case.shape, **options), torch.randn(case.shape[1], 1, *case.kernel, **options)
+    x = torch.randn(case.shape, **options)
+    if case.channels_last:
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(case.shape[1], 1, *case.kernel, **options)
 
     def now() -> float:
         if case.device.type == "cuda":

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.large_kernel import SMALL_FORMS, DepthwiseConv2d
+from pipeline.kernels.layer_norm import normalise_sites
 from pipeline.models.backbone import Backbone, drop_path, run_block
 from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.initialise import SCHEMES
@@ -42,7 +44,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, response: ResponseNorm, layer_scale: float | None = None):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim, (7, 7), forms=SMALL_FORMS)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.response_name = response.name
@@ -53,8 +55,11 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
         """Map features (N, sites..., C) to features; `keep` (N,) scales the branch of each image, see `drop_path`."""
-        y = self.norm(layout.depthwise(self.dwconv, x))
-        y = self.pwconv2(getattr(self, self.response_name)(F.gelu(self.pwconv1(y)), layout))
+        y = normalise_sites(self.norm, layout.depthwise(self.dwconv, x))
+        y, response = self.pwconv1(y), getattr(self, self.response_name)
+        # GRN takes GELU with it, because on a GPU one kernel computes both.
+        y = response(y, layout, gelu=True) if self.response_name == "grn" else response(F.gelu(y), layout)
+        y = self.pwconv2(y)
         if self.gamma is not None:
             y = y * self.gamma.to(y.dtype)
         y = drop_path(y, keep)

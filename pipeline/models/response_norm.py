@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.gelu_grn import gelu_grn
 from pipeline.kernels.grn import grn
 from pipeline.kernels.precision import widen
-from pipeline.kernels.triton_support import takes_plain_kernels
+from pipeline.kernels.triton_support import runs_triton, takes_plain_kernels
 from pipeline.models.batchnorm import RunningStatistics
 from pipeline.sparse import Layout
 
@@ -86,9 +87,14 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.across_images = False
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, gelu: bool = False) -> Tensor:
+        """Normalise features; with `gelu`, GELU of the features."""
         published = (self.aggregation, self.normaliser, self.residual) == ("l2", "mean", True)
         every_site_counts = layout.count_sites(x) * x.shape[0] * x.shape[-1] == x.numel()
+        if gelu and published and every_site_counts and runs_triton(x.device):
+            return gelu_grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
+        if gelu:
+            x = F.gelu(x)
         by_formula = torch.compiler.is_compiling() or takes_plain_kernels()
         if published and every_site_counts and not by_formula:
             return grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)

@@ -221,10 +221,11 @@ class EngineSettings(Settings):
     """torch.compile of every block. auto compiles on a GPU, unless kind is deepspeed with zero_stage 3. Nothing is
     compiled, and a warning says so, without a C compiler (on a CPU, C++) and Python.h, or if results differ by more
     than rounding from those of plain torch (docs/exactness.md)."""
-    large_kernels: Literal["native", "fft", "banded", "triton", "measured"] = operational("native")
-    """How SLaK's large depthwise convolutions are computed. native: by torch; fft: by spectra; banded: by products with
-    banded matrices; triton: by the same products in one CUDA kernel; measured: by the fastest for each shape, which
-    large_kernels.json of the stage keeps for every resume. Results differ by rounding alone."""
+    large_kernels: Literal["auto", "native", "fft", "banded", "triton", "measured"] = operational("auto")
+    """How depthwise convolutions of maps are computed: SLaK's, and ConvNeXt's 7x7 by native or triton alone. native: by
+    torch; fft: by spectra; banded: by products with banded matrices; triton: by one CUDA kernel; measured: by the
+    fastest for each shape, which large_kernels.json of the stage keeps for every resume; auto: measured on a GPU, else
+    native. Results differ by rounding alone."""
     deepspeed: dict[str, Any] = operational({})
     """Further settings in DeepSpeed's own notation. Settings that the recipe already decides are refused."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")

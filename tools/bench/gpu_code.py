@@ -50,7 +50,8 @@ class Code(NamedTuple):
     atomics: int
     loops: list[Loop]
     """Those that hold no other loop."""
-    warps: int
+    constants: dict[str, Any]
+    """The kernel's compile-time constants and `num_warps`."""
 
 
 @contextmanager
@@ -103,13 +104,14 @@ def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[st
         run()
     # Triton 3.9 warns while this is unset, and later versions no longer fuse multiplications and additions by default.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    return {launch.kernel.fn.__name__: count_code(compile_launch(launch, capability)) for launch in launches}
+    return {launch.kernel.fn.__name__: count_code(launch, capability) for launch in launches}
 
 
-def count_code(compiled: Any) -> Code:
-    """Count the instructions of a compiled kernel."""
+def count_code(launch: Launch, capability: int = 90) -> Code:
+    """Compile the kernel of a launch and count its instructions."""
     import triton
 
+    compiled = compile_launch(launch, capability)
     tools = Path(triton.__path__[0]) / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -137,7 +139,7 @@ def count_code(compiled: Any) -> Code:
             Loop(end - start, *(_count(code[start:end], kind) for kind in (r"\bBAR\b", r"\b(STL|LDL)\b", MULTIPLY)))
             for start, end in inner
         ],
-        warps=compiled.metadata.num_warps,
+        constants={**launch.arguments, "num_warps": compiled.metadata.num_warps},
     )
 
 

@@ -2,7 +2,7 @@
 
 `python -m tools.bench.kernel_code [--against COMMIT] [--target 80]` compiles the kernels of the working copy, and those
 of a commit, as a training step of ConvNeXt V2 Huge in bf16 would launch them. Of a depthwise convolution it counts the
-instructions of one tap of 32 sites x 64 channels, which 128 threads share; of other kernels, those of one element.
+instructions of one tap of 32 sites x 64 channels, which 128 threads share; of other kernels, those of one value.
 """
 
 import argparse
@@ -27,11 +27,19 @@ WIDTHS = {8: 352, 4: 704, 2: 1408, 1: 2816}  # channels of Huge by the side of a
 COLUMNS = ("instructions", "barriers", "spills", "registers")
 HEADER = ("kernels", "kernel", *(f"{column} before" for column in COLUMNS), *COLUMNS)
 DEPTHWISE = "pipeline/kernels/triton_depthwise.py"
+GELU_GRN = "pipeline/kernels/triton_gelu_grn.py"
+LAYER_NORM = "pipeline/kernels/triton_layer_norm.py"
 
 
 def instructions_per_tap(loop: Loop) -> float:
     """Instructions of a depthwise loop for a tap of 32 x 64: the multiplications of a tap are 16 for each thread."""
     return 16 * loop.instructions / loop.multiplications
+
+
+def instructions_per_value(code: Code) -> float:
+    """Instructions of a thread for each value of the features, of the loop or of a kernel without one."""
+    per_thread = code.constants["SITES"] * code.constants["CHANNELS"] / (32 * code.constants["num_warps"])
+    return (code.loops[0].instructions if code.loops else code.instructions) / per_thread
 
 
 def features(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -65,6 +73,24 @@ def dense_depthwise(size: int = 56, images: int = 64, channels: int = 352) -> No
     correlate_rows(x, x, 7, sites)
 
 
+def gelu_grn(sites: int, channels: int, images: int = 64) -> None:
+    """Launch the kernels of GELU and GRN on (N, sites, C)."""
+    from pipeline.kernels.triton_gelu_grn import backward_gelu_grn, forward_gelu_grn
+
+    x, gamma = features(images, sites, channels), features(channels, dtype=torch.float32)
+    _, norm = forward_gelu_grn(x, gamma, gamma, False, 1e-6)
+    backward_gelu_grn(x, x, norm, gamma, False, 1e-6)
+
+
+def layer_norm(sites: int, channels: int) -> None:
+    """Launch the kernels of LayerNorm on (sites, C)."""
+    from pipeline.kernels.triton_layer_norm import backward_layer_norm, forward_layer_norm
+
+    x, weight = features(sites, channels), features(channels, dtype=torch.float32)
+    _, mean, deviation = forward_layer_norm(x, weight, weight, 1e-6)
+    backward_layer_norm(x, x, weight, mean, deviation)
+
+
 class Subject(NamedTuple):
     """Kernels that one call launches."""
 
@@ -82,6 +108,11 @@ def subjects() -> Iterator[Subject]:
         launch = partial(packed_depthwise, side)
         yield Subject(f"depthwise, packed, side {side}", DEPTHWISE, launch, launch)
     yield Subject("depthwise, maps 56x56", DEPTHWISE, dense_depthwise)
+    yield Subject("GELU and GRN", GELU_GRN, partial(gelu_grn, 80, 4 * WIDTHS[2]))
+    for side in (8, 1):
+        yield Subject(
+            f"LayerNorm, {WIDTHS[side]} channels", LAYER_NORM, partial(layer_norm, 64 * 20 * side**2, WIDTHS[side])
+        )
 
 
 def load_module(commit: str, path: str, folder: Path) -> ModuleType | None:
@@ -98,9 +129,10 @@ def load_module(commit: str, path: str, folder: Path) -> ModuleType | None:
 
 
 def describe(code: Code) -> list[str]:
-    """The columns of a kernel: instructions of a tap or an element, barriers and spills in its loops, registers."""
-    (loop,) = code.loops
-    return [f"{instructions_per_tap(loop):.0f}", *map(str, (loop.barriers, code.spills, code.registers))]
+    """The columns of a kernel: instructions of a tap or a value, barriers in its loops, spills, registers."""
+    count = instructions_per_tap(code.loops[0]) if "WINDOW" in code.constants else instructions_per_value(code)
+    barriers = sum(loop.barriers for loop in code.loops)
+    return [f"{count:.0f}", *map(str, (barriers, code.spills, code.registers))]
 
 
 def rows(against: str, capability: int, folder: Path) -> Iterator[list[str]]:

@@ -17,9 +17,9 @@ SLAK = {
 }  # fmt: skip
 
 
-def build(world, large_kernels: str):
+def build(world, large_kernels: str, model: dict | None = SLAK):
     recipe = stage_recipe("finetune", {"kind": "ddp", "large_kernels": large_kernels}).model_dump(mode="json")
-    recipe = StageRecipe.model_validate_json(json.dumps({**recipe, "model": SLAK}))
+    recipe = StageRecipe.model_validate_json(json.dumps(recipe | ({"model": model} if model else {})))
     objective = create_objective(recipe, seed=4)
     return create_engine(objective.build_model, recipe, world), objective
 
@@ -48,4 +48,13 @@ def test_a_form_that_is_named_is_taken_everywhere_or_refused(world, tmp_path):
     assert set(forms(engine)) == {"banded"}
     with pytest.raises(RecipeError, match="triton, which needs a GPU and Triton; choose one of native"):
         set_large_kernels(tmp_path, *build(world, "triton"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["auto", "measured", "banded"])
+def test_on_a_cpu_convnexts_small_kernels_stay_native(form, world, tmp_path):
+    engine, objective = build(world, form, model=None)
+    assert forms(engine)
+    assert set_large_kernels(tmp_path, engine, objective) == {}
+    assert set(forms(engine)) == {"native"}
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.kernels.large_kernel import FORMS, DepthwiseConv2d, available_forms, convolve_depthwise
+from pipeline.kernels.large_kernel import FORMS, SMALL_FORMS, DepthwiseConv2d, available_forms, convolve_depthwise
 from pipeline.kernels.large_kernel_timing import Case, fastest_form, record_cases
 
 CPU = torch.device("cpu")
@@ -97,5 +97,20 @@ def test_choice_is_measured_for_the_shapes_that_are_used():
 
 def test_forms_that_are_not_there():
     assert set(available_forms(CPU)) == set(FORMS) - {"triton"}
+    assert available_forms(CPU, SMALL_FORMS) == ["native"]
     with pytest.raises(ValueError, match="form of large kernels is 'fastest'; choose one of native, fft, banded"):
         convolve_depthwise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), None, "fastest")
+
+
+@pytest.mark.parametrize("kernel", [(7, 7), (31, 5)])
+def test_the_triton_form_is_one_operator_that_keeps_the_memory_format(kernel):
+    """On meta tensors, which stand for those of a GPU."""
+    x = torch.empty(2, 6, 9, 9, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
+    conv = DepthwiseConv2d(6, kernel).to("meta")
+    conv.form = "triton"
+    y = conv(x)
+    y.sum().backward()
+    for result in (y, x.grad):
+        assert result.shape == x.shape
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    assert (conv.weight.grad.shape, conv.bias.grad.shape) == (conv.weight.shape, conv.bias.shape)

@@ -25,5 +25,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # Small blocks, so that lines and places on them need several programs, the last of them partly filled.
     triton_large_kernel.ROWS, triton_large_kernel.COLUMNS, triton_large_kernel.SPLIT = 16, 16, 16
-    cases = [((9, 20), (3, 13), 3), ((20, 6), (31, 3), 1), ((5, 5), (9, 9), 2)]
+    cases = [((9, 20), (3, 13), 3), ((20, 6), (31, 3), 1), ((5, 5), (9, 9), 2), ((3, 4), (3, 3), 2)]
+    x, weight = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(2, 1, 3, 3)
+    torch.library.opcheck(torch.ops.fcmae.depthwise_maps.default, (x, weight, torch.randn(2)))
     print(json.dumps({dtype: [errors(getattr(torch, dtype), *case) for case in cases] for dtype in sys.argv[1:]}))

@@ -1,0 +1,74 @@
+"""GELU with GRN, and LayerNorm, against plain torch in float64; run by triton_programs.interpret."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pipeline.kernels.layer_norm  # noqa: F401 - registers its operator
+from pipeline.kernels import triton_gelu_grn, triton_layer_norm
+from pipeline.kernels.gelu_grn import gelu_grn
+from tests.unit.kernels.triton_programs import largest_errors, surround_by_nan
+
+EPS = 1e-6
+
+
+def gelu_then_formula(x: Tensor, gamma: Tensor, beta: Tensor, across_images: bool) -> Tensor:
+    y = F.gelu(x)
+    norm = torch.linalg.vector_norm(y, dim=tuple(range(0 if across_images else 1, x.ndim - 1)), keepdim=True)
+    return y * (1 + gamma * norm / (norm.mean(-1, keepdim=True) + EPS)) + beta
+
+
+def errors(kernel: Callable, exact: Callable, dtype: torch.dtype, *shape: int) -> dict[str, float]:
+    """Compare two functions of (features, weight, bias)."""
+    x, grad_y = (surround_by_nan(t) for t in torch.randn(2, *shape).to(dtype))
+    x[0, ..., -1] = 0  # a channel of zeros has a gradient too
+    weights, results = [surround_by_nan(torch.randn(shape[-1])) for _ in range(2)], []
+    for run, kind in ((exact, torch.float64), (kernel, dtype), (kernel, dtype)):
+        wide = torch.promote_types(kind, torch.float32)
+        leaves = [t.to(to).requires_grad_() for t, to in zip((x, *weights), (kind, wide, wide), strict=True)]
+        y = run(*leaves)
+        assert y.dtype == kind
+        results.append([y, *torch.autograd.grad(y, leaves, grad_y.to(kind))])
+    assert all(torch.equal(*pair) for pair in zip(*results[1:], strict=True)), "other bits the second time"
+    return largest_errors(("output", "input", "weight", "bias"), *results[:2])
+
+
+def grn_errors(dtype: torch.dtype, across: bool, *shape: int) -> dict[str, float]:
+    def kernel(x, gamma, beta):
+        return gelu_grn(x, gamma, beta, across, EPS)
+
+    return errors(kernel, lambda *leaves: gelu_then_formula(*leaves, across), dtype, *shape)
+
+
+def norm_errors(dtype: torch.dtype, *shape: int) -> dict[str, float]:
+    def kernel(x, weight, bias):
+        return torch.ops.fcmae.layer_norm(x.flatten(0, -2), weight, bias, EPS)[0].view(x.shape)
+
+    return errors(kernel, lambda x, *leaves: F.layer_norm(x, x.shape[-1:], *leaves, EPS), dtype, *shape)
+
+
+def check_operators() -> None:
+    x, weight, bias = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5), torch.randn(5)
+    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (x, weight, bias, False, EPS))
+    torch.library.opcheck(torch.ops.fcmae.layer_norm.default, (x.flatten(0, 1), weight, bias, EPS))
+
+
+def check(dtype: torch.dtype) -> list[dict[str, float]]:
+    found = [grn_errors(dtype, *case) for case in ((False, 2, 11, 20), (True, 3, 9, 20), (True, 1, 1, 3))]
+    if dtype == torch.float64:
+        found += [grn_errors(dtype, False, 3, 2, 3, 5), norm_errors(dtype, 1, 1, 3)]
+    return [*found, norm_errors(dtype, 2, 11, 20)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # Small blocks, so that sites and channels need several programs, the last of them partly filled.
+    triton_gelu_grn.CHANNELS, triton_gelu_grn.SPLIT, triton_gelu_grn.SITES = 16, 8, 4
+    triton_layer_norm.VALUES, triton_layer_norm.PARTS = 64, 4
+    check_operators()
+    print(json.dumps({dtype: check(getattr(torch, dtype)) for dtype in sys.argv[1:]}))
