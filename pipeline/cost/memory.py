@@ -93,7 +93,7 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
     low = 2 if recipe.engine.precision == "bf16_parameters" else size
     name, offload = engine_name(recipe), recipe.engine.offload
     shared = ranks if name != "fsdp" else recipe.engine.shard_ranks or ranks
-    p, own = model.parameters, _own_parameters(model, name, shared)
+    p, own = model.parameters, own_parameters(model, name, shared)
     accumulated = p if micro_batches(recipe, ranks) > 1 else 0
     terms: list[Term] = []
 
@@ -133,7 +133,7 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
     return terms
 
 
-def _own_parameters(model: ModelSize, engine: EngineName, ranks: int) -> int:
+def own_parameters(model: ModelSize, engine: EngineName, ranks: int) -> int:
     """Return the number of parameters whose state a rank holds."""
     if engine == "ddp":
         return model.parameters

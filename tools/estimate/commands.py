@@ -25,6 +25,8 @@ def estimate_cost(
     ] = None,
     measure: Annotated[bool, typer.Option("--measure",
         help="Run a few real steps of each stage on this machine and correct the estimate.")] = False,
+    roofline: Annotated[bool, typer.Option("--roofline",
+        help="Show bytes, operations and predicted milliseconds of a step by kernel.")] = False,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formula behind each figure.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -32,6 +34,7 @@ def estimate_cost(
     from cluster.site import check_stage_names, load_site
     from pipeline.recipe import load_recipe
     from tools.estimate.estimate_table import estimate_json, render_estimate
+    from tools.estimate.roofline_table import render_roofline
     from tools.estimate.stage_estimate import estimate
     from tools.recipes.library import find_recipe
 
@@ -40,5 +43,6 @@ def estimate_cost(
     stages = estimate(chain, profile, nodes=nodes, images=images or (), measured_here=measure)
     if json:
         print(estimate_json(stages, price))
-    else:
-        wide_console(180).print(render_estimate(stages, price, formulas))
+        return
+    tables = [render_roofline(stage) for stage in stages] if roofline else []
+    wide_console(180).print(*tables, render_estimate(stages, price, formulas), sep="\n\n")

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cost.memory import ENGINES
-from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, Option, StageEstimate
+from tools.estimate.engine_options import Option, reason
+from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, StageEstimate
 from tools.tables import plain_table
 
 COLUMNS = ("stage", "parameters", "GMACs/image", "training", "steps", "nodes x ranks", "engine", "images/rank",
@@ -40,7 +40,7 @@ def _summary(stages: Sequence[StageEstimate], price: float | None) -> Table:
             f"{best.training_macs / 1e9:.1f}" if best else "-",
             _or_dash(stage.steps, "{:,}"),
             f"{stage.site.nodes} x {stage.site.ranks_per_node}",
-            _name(best) if best else "none fits",
+            best.name if best else "none fits",
             f"{best.images}" if best else "-",
             _or_dash(stage.hours, "{:,.1f}"),
             _or_dash(stage.gpu_hours, "{:,.0f}"),
@@ -64,11 +64,9 @@ def _memory(stage: StageEstimate) -> tuple[Text, Table]:
     sizes = sorted({option.images for option in stage.options})
     columns = list(map(str, sizes))
     table = plain_table("engine", *columns, right=columns)
-    for checkpointing in (False, True):
-        for name in ENGINES:
-            row = {o.images: o for o in stage.options if (o.engine, o.checkpointing) == (name, checkpointing)}
-            if row:
-                table.add_row(_name(next(iter(row.values()))), *(_cell(row.get(s), limit, stage.chosen) for s in sizes))
+    for name in dict.fromkeys(option.name for option in stage.options):
+        row = {o.images: o for o in stage.options if o.name == name}
+        table.add_row(name, *(_cell(row.get(size), limit, stage.chosen) for size in sizes))
     return title, table
 
 
@@ -82,7 +80,7 @@ def _cell(option: Option | None, limit: int | None, chosen: Option | None) -> Te
 
 
 def _terms(option: Option) -> tuple[Text, Table]:
-    title = Text(f"* {_name(option)}, {option.images} images in a micro-batch", style="italic")
+    title = Text(f"* {option.name}, {option.images} images in a micro-batch", style="italic")
     table = plain_table("part", "GiB", "from", right=("GiB",))
     for term in option.terms:
         table.add_row(term.name, f"{term.bytes / GIB:.3f}", term.formula)
@@ -130,6 +128,14 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
     """The assumptions behind the figures, and what is unknown."""
     lines = []
     for stage in stages:
+        if stage.chosen and stage.site.gpus_per_node:
+            why = reason(stage.chosen, stage.options, stage.memory_bytes)
+            lines.append(f"{stage.recipe.name}: recommended {stage.chosen.overrides}: {why}")
+            if stage.chosen.recipe.engine.precision != stage.recipe.engine.precision:
+                lines.append(
+                    f"{stage.recipe.name}: precision {stage.chosen.recipe.engine.precision} rounds otherwise than"
+                    f" {stage.recipe.engine.precision}, so it is another experiment"
+                )
         if stage.speed:
             lines.append(f"{stage.recipe.name}: hours from {stage.speed[1]}, and data that is never waited for")
         if stage.useful_share is not None:
@@ -193,15 +199,18 @@ def _stage_figures(stage: StageEstimate, price: float | None) -> dict[str, Any]:
 
 def _option_figures(option: Option) -> dict[str, Any]:
     figures = _fields(option, "engine", "checkpointing", "micro_slots", "images", "bytes", "training_macs")
-    return {**figures, "terms": {term.name: term.bytes for term in option.terms}}
+    settings, step = option.recipe.engine, option.step
+    return {
+        **figures,
+        **_fields(settings, "shard_ranks", "precision"),
+        "terms": {term.name: term.bytes for term in option.terms},
+        "predicted_step": step
+        and {**_fields(step, "seconds", "utilisation"), "parts": {part.name: part._asdict() for part in step.parts}},
+    }
 
 
 def _fields(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
-
-
-def _name(option: Option) -> str:
-    return option.engine + (" + checkpointing" if option.checkpointing else "")
 
 
 def _or_dash(value: float | None, form: str) -> str:

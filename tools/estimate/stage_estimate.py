@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.cost.memory import (
     micro_batches,
     with_engine,
 )
+from pipeline.cost.roofline import kernels_of, predict_step
 from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
 from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
@@ -29,6 +29,7 @@ from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.recipe.image_size import height_and_width
+from tools.estimate.engine_options import Option, at_precision, engine_variants, recommended, site_rates
 from tools.prepare.detect import open_source
 from tools.prepare.prepared_cache import is_source
 from tools.simulate.conditions import Conditions, site_conditions
@@ -41,24 +42,6 @@ RESERVE = 0.92
 """Usable fraction of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest."""
 IMAGE_BYTES = 110_000
 """Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """A way to run a stage, with the peak memory of one rank in parts."""
-
-    engine: EngineName
-    checkpointing: bool
-    micro_slots: int
-    images: int
-    """Images of a micro-batch."""
-    terms: tuple[Term, ...]
-    training_macs: float
-    """Multiply-adds for one image, forward and backward."""
-
-    @property
-    def bytes(self) -> int:
-        return sum(term.bytes for term in self.terms)
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,7 @@ class StageEstimate:
 
     recipe: StageRecipe
     site: Site
-    parameters: int
+    model: ModelSize
     published_macs: float
     """Multiply-adds of a forward pass of one image, counted as in published tables; for FCMAE those of the visible
     cells and the decoder."""
@@ -96,16 +79,12 @@ class StageEstimate:
 
     @cached_property
     def chosen(self) -> Option | None:
-        """The recommended option; None if none fits.
+        """The recommended option; None if none fits."""
+        return recommended(self.options, self.memory_bytes, self.recipe.engine.precision)
 
-        It is the simplest engine that fits, without activation checkpointing if possible, at its largest micro-batch.
-        """
-        for checkpointing, engine in product((False, True), ("ddp", "fsdp")):
-            candidates = [o for o in self.options if (o.engine, o.checkpointing) == (engine, checkpointing)]
-            fits = [o for o in candidates if self.memory_bytes is None or o.bytes <= self.memory_bytes]
-            if fits:
-                return max(fits, key=lambda option: option.micro_slots)
-        return None
+    @property
+    def parameters(self) -> int:
+        return self.model.parameters
 
     @property
     def ranks(self) -> int:
@@ -153,6 +132,12 @@ class StageEstimate:
             return self.measured.images_per_second * 2 * option.training_macs, f"measured on {self.measured.device}"
         if self.tflops is None:
             return None
+        if self.chosen and (step := self.chosen.step):
+            images = self.recipe.batch.global_batch / self.ranks
+            return 2 * self.chosen.training_macs * images / step.seconds, (
+                f"PREDICTED {step.utilisation:.0%} of the {self.tflops:g} TFLOP/s of {self.site.gpu.name} by its bytes"
+                " and operations (--roofline), without waits for the host"
+            )
         share = self.site.gpu.utilisation
         return self.tflops * 1e12 * share, f"ASSUMED {share:.0%} of the {self.tflops:g} TFLOP/s of {self.site.gpu.name}"
 
@@ -277,25 +262,31 @@ def _estimate_stage(
         kind = measured.device.partition(":")[0]
         traces_here = traces if kind == device else StepTraces(recipe, kind)
         correction = _memory_correction(recipe, model, traces_here(recipe.batch.micro_slots), measured)
-    options = []
+    options, rates = [], site_rates(site)
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
         changed_traces = traces if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
-        for name in ENGINES:
+        for name, variant in engine_variants(changed, site):
             if reason := _unsupported(recipe, name):
                 notes.append(f"{name} is left out: {reason}")
                 continue
             for slots in _micro_slots(recipe, site.ranks):
                 batch = recipe.batch.model_copy(update={"micro_slots": slots})
-                option, trace = with_engine(changed.model_copy(update={"batch": batch}), name), changed_traces(slots)
+                option, trace = variant.model_copy(update={"batch": batch}), changed_traces(slots)
                 terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation), correction)
-                options.append(Option(name, checkpointing, slots, trace.images, terms, trace.training_macs))
+                kernels, step = kernels_of(option, trace), None
+                if rates:
+                    its_rates = at_precision(rates, site.gpu, option.engine.precision)
+                    step = predict_step(option, model, kernels, site.ranks, its_rates)
+                options.append(
+                    Option(option, name, checkpointing, slots, trace.images, terms, trace.training_macs, kernels, step)
+                )
     trace = traces(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
     copies = 1 + 2 + (recipe.ema is not None)  # weights, two moments of AdamW, moving average
     width = 8 if recipe.engine.precision == "fp64" else 4
     train, validation = (_data_file(recipe, name, counts) for name in ("train", "validation"))
     return StageEstimate(
-        recipe, site, model.parameters, trace.published_macs, train, validation, tuple(options),
+        recipe, site, model, trace.published_macs, train, validation, tuple(options),
         trace.forward_macs / trace.images, measured, correction, copies * model.parameters * width,
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip

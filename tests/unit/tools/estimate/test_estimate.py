@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.site import GPU, Site
+from cluster.site import GPU, GPULimits, Site
 from pipeline.cost.loading import images_per_core_second
 from pipeline.cost.measure import measure_steps
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, load_recipe
 from tests.support import tiny_data, write_tiny_recipe
+from tools.estimate.engine_options import NEAR, reason
 from tools.estimate.estimate_table import assumptions, estimate_json, render_estimate
+from tools.estimate.roofline_table import render_roofline
 from tools.estimate.stage_estimate import RESERVE, StageEstimate, estimate
 
 CARD = GPU(name="small", memory_gib=0.01, bf16_tflops=10, fp32_tflops=1, utilisation=0.5)
@@ -171,3 +173,46 @@ def test_measure_alone(chain):
     assert found.images == 8
     assert found.images_per_second > 0
     assert 0 < found.allocated_bytes < found.resident_bytes
+
+
+LIMITS = GPULimits(bf16_tflops=8, memory_tb_per_second=1, node_gb_per_second=10, network_gb_per_second=10)
+
+
+def test_with_limits_the_fastest_that_fits_is_recommended(chain):
+    limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, "limits": LIMITS}))
+    for stage in estimate(chain, limited):
+        best = stage.chosen
+        fits = [option for option in stage.options if option.bytes <= stage.memory_bytes]
+        assert best.step.seconds <= NEAR * min(option.step.seconds for option in fits)
+        evaluated = 2 * stage.evaluations * stage.validation.images * stage.forward_macs / (4 * stage.speed[0])
+        assert stage.busy_hours * 3600 == pytest.approx(stage.steps * best.step.seconds + evaluated)
+        text = shown([stage])
+        assert "PREDICTED" in text
+        assert "ASSUMED" not in text
+        assert f"recommended {best.overrides}"[:60] in text
+    (small, *_) = estimate(chain, limited, nodes=1)
+    assert {option.name for option in small.options} >= {"ddp", "fsdp", "zero3"}
+
+
+def test_sharding_within_nodes_and_bf16_parameters_are_tried(chain):
+    limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, "limits": LIMITS}))
+    stage = chain.stages["finetune"]
+    low = stage.model_copy(update={"engine": stage.engine.model_copy(update={"precision": "bf16"})})
+    (found,) = estimate(chain.model_copy(update={"stages": {"f": low}}), limited)
+    names = {option.name for option in found.options if not option.checkpointing}
+    more = {"fsdp/2", "fsdp + bf16_parameters", "fsdp/2 + bf16_parameters"}
+    assert names == {"ddp", "fsdp", "zero1", "zero2", "zero3", *more}
+    slow = [o for o in found.options if o.name in ("ddp", "fsdp/2 + bf16_parameters")]
+    assert "engine.kind=fsdp engine.shard_ranks=2 engine.precision=bf16_parameters" in slow[-1].overrides
+    assert reason(slow[-1], slow, None).startswith("fsdp/2 + bf16_parameters")
+
+
+def test_the_roofline_shows_before_and_after(chain):
+    limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, "limits": LIMITS}))
+    one = chain.model_copy(update={"stages": {"p": chain.stages["pretrain"]}})
+    console = Console(width=200, record=True)
+    with console.capture() as text:
+        console.print(render_roofline(*estimate(one, limited)), render_roofline(*estimate(one, site())))
+    for words in ("PREDICTED", "ms small before", "ms H100 SXM", "ms H200 SXM", "matrix products", "largest sink"):
+        assert words in text.get(), text.get()
+    assert "set gpu.limits" in text.get()
