@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,9 @@ def check_compiler() -> Iterator[CheckResult]:
     path = shutil.which("g++")
     remedy = "FFCV's build, torch.compile and Triton's kernels need it: apt-get install g++"
     yield _judge("g++", path is not None, path or "not on PATH", remedy)
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    remedy = "torch.compile and Triton's kernels need it: apt-get install python3-dev"
+    yield _judge("Python.h", header.is_file(), str(header) if header.is_file() else f"no {header}", remedy)
 
 
 def check_deepspeed() -> Iterator[CheckResult]:

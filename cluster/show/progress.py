@@ -12,7 +12,7 @@ from rich.spinner import Spinner
 
 from cluster.show.status import StageFollower, StageStatus, stage_names
 from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
-from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, is_locked
+from pipeline.storage.machine_lock import COMPILATIONS, is_locked
 from pipeline.tracking.journal import Event
 
 COMPILING_SHOWN_AFTER_SECONDS = 2.0
@@ -79,10 +79,10 @@ class Progress:
             if s.state == "done" and s.stage not in self._announced:
                 self._announced.add(s.stage)
                 self._print(f"{s.stage}: done, {_result(s)}")
-        compiles = self._watch_compilation()
+        sentence = self._watch_compilation()
         if self._live:
             table = stage_table(self._statuses, bars=True)
-            shown = Group(table, Spinner("dots", COMPILING_SENTENCE)) if compiles else table
+            shown = Group(table, Spinner("dots", sentence)) if sentence else table
             self._live.update(shown, refresh=True)
         elif time.monotonic() >= self._line_due and any(event.get("kind") == "step" for _, event in events):
             self._line_due = time.monotonic() + LINE_SECONDS
@@ -90,18 +90,19 @@ class Progress:
                 if s.state == "running":
                     self._print(f"{s.stage}: {_progress_line(s)}")
 
-    def _watch_compilation(self) -> bool:
-        """Whether ranks wait for the image decoder to be compiled; says so once where there is no live display."""
-        if any(s.step for s in self._statuses) or not is_locked(COMPILING):
+    def _watch_compilation(self) -> str:
+        """What the ranks compile now, as a sentence, or ""; prints it once where there is no live display."""
+        lock = next(filter(is_locked, COMPILATIONS), None)
+        if any(s.step for s in self._statuses) or not lock:
             self._compiling_since = None
-            return False
+            return ""
         if self._compiling_since is None:
             self._compiling_since = time.monotonic()
         long = time.monotonic() - self._compiling_since >= COMPILING_SHOWN_AFTER_SECONDS
-        if long and not self._live and COMPILING not in self._announced:
-            self._announced.add(COMPILING)
-            self._print(COMPILING_SENTENCE)
-        return long
+        if long and not self._live and lock not in self._announced:
+            self._announced.add(lock)
+            self._print(COMPILATIONS[lock])
+        return COMPILATIONS[lock] if long else ""
 
     def _print(self, line: str) -> None:
         self.console.print(escape(line), highlight=False, soft_wrap=True)

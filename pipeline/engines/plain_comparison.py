@@ -29,7 +29,7 @@ from pipeline.randomness import text_key
 from pipeline.recipe import StageRecipe
 from pipeline.stage.device_errors import device_error
 from pipeline.storage.announcement import announced
-from pipeline.storage.machine_lock import COMPILING_BLOCKS, COMPILING_BLOCKS_SENTENCE, machine_lock
+from pipeline.storage.machine_lock import COMPILATIONS, COMPILING_BLOCKS, machine_lock
 
 TOLERANCE = 8.0
 # Added to plain torch's own error, as a share of the norm: it may be small by luck. By the recipe's precision.
@@ -134,7 +134,7 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
     try:
         with ExitStack() as stack:
             if world.local_rank == 0 and compiles_blocks(recipe.engine, world.device):
-                stack.enter_context(announced(COMPILING_BLOCKS_SENTENCE))
+                stack.enter_context(announced(COMPILATIONS[COMPILING_BLOCKS]))
                 stack.enter_context(machine_lock(COMPILING_BLOCKS))
             if world.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(world.device))  # which each thread has for itself

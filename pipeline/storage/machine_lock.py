@@ -11,7 +11,10 @@ from pipeline.storage.user_cache import private_folder
 COMPILING = "image-decoder"  # held while a process compiles the image decoder
 COMPILING_SENTENCE = "compiling the image decoder, once for this machine"
 COMPILING_BLOCKS = "blocks"  # held while a process compiles the blocks of a model
-COMPILING_BLOCKS_SENTENCE = "compiling the blocks of the model, once for this machine"
+COMPILATIONS = {
+    COMPILING: COMPILING_SENTENCE,
+    COMPILING_BLOCKS: "compiling the blocks of the model, once for this machine",
+}
 POLL_SECONDS = 0.1
 
 
