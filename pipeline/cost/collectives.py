@@ -7,6 +7,8 @@ all-reduce it. Scalars, such as the loss and the gradient norm, are left out.
 from typing import Literal, NamedTuple
 
 from pipeline.cost.memory import ModelSize, engine_name, micro_batches
+from pipeline.engines.deepspeed_settings import zero_overlaps
+from pipeline.engines.fsdp import keeps_gathered
 from pipeline.recipe import StageRecipe
 
 Moment = Literal["forward and backward", "last backward", "update"]
@@ -58,7 +60,7 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
     found: list[Collective] = []
 
     def add(operation: str, content: str, size: int, moment: Moment, group: int, stride: int = 1) -> None:
-        overlaps = moment != "update" and (not name.startswith("zero") or _zero_overlaps(recipe))
+        overlaps = moment != "update" and (not name.startswith("zero") or zero_overlaps(recipe, "cuda"))
         if group > 1:
             found.append(Collective(operation, content, size, group, stride, moment, overlaps))
 
@@ -68,6 +70,8 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         shard = recipe.engine.shard_ranks or ranks
         # Blocks are gathered for the forward and again for the backward pass; the rest stays gathered in between.
         gathered = low * micro * (2 * units + model.rest)
+        if keeps_gathered(recipe, ranks, p, "cuda"):
+            gathered = low * p
         add("all-gather", "parameters", gathered, "forward and backward", shard)
         add("reduce-scatter", "gradients", full * p, "last backward", shard)
         add("all-reduce", "gradients of a shard", full * p // shard, "last backward", ranks // shard, stride=shard)
@@ -82,7 +86,3 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         add("all-reduce", "gradients", full * reductions * p, moment, ranks)
         add("all-gather", "updated parameters", low * p, "update", ranks)
     return found
-
-
-def _zero_overlaps(recipe: StageRecipe) -> bool:
-    return bool(recipe.engine.deepspeed.get("zero_optimization", {}).get("overlap_comm", False))

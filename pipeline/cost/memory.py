@@ -13,7 +13,8 @@ import torch
 
 from pipeline.cost.trace import StepTraces, Trace, meta_model, trace_evaluation
 from pipeline.engines.base import DTYPES, sharding_units
-from pipeline.engines.fsdp import sharded_dim
+from pipeline.engines.deepspeed_settings import zero_overlaps
+from pipeline.engines.fsdp import keeps_gathered, sharded_dim
 from pipeline.recipe import StageRecipe
 
 EngineName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -83,11 +84,13 @@ def micro_batches(recipe: StageRecipe, ranks: int) -> int:
     return max(recipe.batch.slots // ranks // recipe.batch.micro_slots, 1)
 
 
-def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Term]:
+def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int, device: str = "cuda") -> list[Term]:
     """Estimate the memory of a rank beside activations: parameters, optimizer state, gradients and buffers.
 
-    Unsharded gradients are left out if a step is a single micro-batch: they grow while the activations shrink, so
-    `estimate_memory` takes both from the trace.
+    Unsharded gradients are left out if a step is a single micro-batch: under DDP they lie in its buckets then; under
+    ZeRO-1 they grow while the activations shrink, so `estimate_memory` takes both from the trace.
+
+    device: "cpu" or "cuda".
     """
     size = torch.empty(0, dtype=DTYPES[recipe.engine.precision]).element_size()
     low = 2 if recipe.engine.precision == "bf16_parameters" else size
@@ -111,8 +114,11 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
         add("moments", 0 if offload else 2 * own, size, "2 P / N * B")
         add("gradients", own, size, "P / N * B")
         largest = max(model.units, default=0)
-        # The unit that computes, the next one that is prefetched, and the flat copy that it arrives in.
-        add("gathered", model.rest + 3 * largest, low, "(rest + 3 * largest block) * B")
+        if keeps_gathered(recipe, ranks, p, device):
+            add("gathered", p + largest, low, "(P + largest block) * B, kept between micro-batches")
+        else:
+            # The unit that computes, the next one that is prefetched, and the flat copy that it arrives in.
+            add("gathered", model.rest + 3 * largest, low, "(rest + 3 * largest block) * B")
         add("gradients to be shared out", 2 * largest, size, "2 * largest block * B")
         add("gradients of earlier micro-batches", accumulated, low, "P * B, whole until the last micro-batch")
     else:
@@ -124,7 +130,10 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[Te
             add("gradients", accumulated, low, "P * B")
         add("gradients", own, size, "P / N * B")
         bucket = int(recipe.engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", _BUCKET))
-        add("ZeRO's bucket", bucket, size, "reduce_bucket_size * B")
+        if stage < 3 and zero_overlaps(recipe, device):
+            add("ZeRO's buckets", 2 * bucket, size, "2 reduce_bucket_size * B, because one fills while one is sent")
+        else:
+            add("ZeRO's bucket", bucket, size, "reduce_bucket_size * B")
         if stage == 3:
             # DeepSpeed keeps what is used again within 1e9 parameters: in models of up to that size, everything.
             add("gathered", min(p, _LIVE), low, "min(P, stage3_max_live_parameters) * B")
@@ -143,10 +152,12 @@ def own_parameters(model: ModelSize, engine: EngineName, ranks: int) -> int:
     return sum(prod(s) // s[d] * -(-s[d] // ranks) for s, d in zip(model.shapes, dims, strict=True))
 
 
-def estimate_memory(recipe: StageRecipe, model: ModelSize, ranks: int, step: Trace, evaluation: Trace) -> list[Term]:
+def estimate_memory(
+    recipe: StageRecipe, model: ModelSize, ranks: int, step: Trace, evaluation: Trace, device: str = "cuda"
+) -> list[Term]:
     """Estimate a rank's peak: its state, and beside it the traced step or evaluation, whichever needs more."""
-    state = estimate_state(recipe, model, ranks)
-    with_gradients = engine_name(recipe) in ("ddp", "zero1") and micro_batches(recipe, ranks) == 1
+    state = estimate_state(recipe, model, ranks, device)
+    with_gradients = engine_name(recipe) == "zero1" and micro_batches(recipe, ranks) == 1
     activations = Term(
         "activations and gradients" if with_gradients else "activations",
         step.peak_bytes(gradients=with_gradients),
@@ -173,4 +184,4 @@ def _estimate_peak(recipe_json: str, ranks: int, device: str) -> tuple[Term, ...
     recipe = StageRecipe.model_validate_json(recipe_json)
     recipe = recipe.model_copy(update={"batch": recipe.batch_on(ranks)})
     step, evaluation = StepTraces(recipe, device)(recipe.batch.micro_slots), trace_evaluation(recipe, device)
-    return tuple(estimate_memory(recipe, ModelSize.of(recipe), ranks, step, evaluation))
+    return tuple(estimate_memory(recipe, ModelSize.of(recipe), ranks, step, evaluation, device))

@@ -81,16 +81,20 @@ class World:
             own_device = torch.device("cuda", number)
             torch.cuda.set_device(own_device)
         timeout = timedelta(seconds=timeout_seconds)
+        # The group is bound to its GPU, so that no collective has to guess it, and no rank touches another's.
+        bound = {"device_id": own_device} if cuda else {}
         # Engines make their own groups. With torch's default these would time out before the watchdog finds the cause.
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         if "MASTER_ADDR" in os.environ and rank == 0 and os.environ["MASTER_ADDR"].startswith("127."):
             store = _store_of_this_machine(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, timeout)
-            dist.init_process_group(backends(own_device), store=store, rank=0, world_size=size, timeout=timeout)
+            place = {"store": store, "rank": 0, "world_size": size}
+            dist.init_process_group(backends(own_device), **place, timeout=timeout, **bound)
         elif "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backends(own_device), timeout=timeout)
+            dist.init_process_group(backends(own_device), timeout=timeout, **bound)
         else:
             store = dist.HashStore()
-            dist.init_process_group(backends(own_device), store=store, rank=0, world_size=1, timeout=timeout)
+            place = {"store": store, "rank": 0, "world_size": 1}
+            dist.init_process_group(backends(own_device), **place, timeout=timeout, **bound)
         group = dist.new_group(backend="gloo", timeout=timeout)
         if size > 1:
             places: list = [None] * size

@@ -27,7 +27,7 @@ class DeepSpeedEngine(Engine):
     """Shards the model with ZeRO of `engine.zero_stage`."""
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
-        config = deepspeed_config(recipe, world.size)
+        config = deepspeed_config(recipe, world.size, world.device.type)
         deepspeed = import_deepspeed(world.device, world.local_rank)
         super().__init__(model, recipe, world, guard)
         buffers = self._float_buffers()
@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         # One module at a time is allocated and sharded, so that no rank holds the whole model.
-        config = deepspeed_config(self.recipe, self.world.size)
+        config = deepspeed_config(self.recipe, self.world.size, self.world.device.type)
         deepspeed.init_distributed(dist_init_required=False)  # use the process group that exists
         sharder = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
         for module in model.modules():

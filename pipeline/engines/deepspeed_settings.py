@@ -50,8 +50,10 @@ _FORBIDDEN = {
 }  # fmt: skip
 
 
-def deepspeed_config(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: StageRecipe, world_size: int, device: str) -> dict[str, Any]:
     """DeepSpeed's configuration for a stage: the user's `engine.deepspeed`, and what follows from the recipe.
+
+    device: "cpu" or "cuda".
 
     Raises:
         RecipeError: naming a setting that `engine.deepspeed` must not have.
@@ -69,7 +71,7 @@ def deepspeed_config(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
                 " remove it"
             )
     micro_batch = batch.slot * batch.micro_slots
-    zero = {"overlap_comm": False, **user_zero, "stage": recipe.engine.zero_stage}
+    zero = {"overlap_comm": zero_overlaps(recipe, device), **user_zero, "stage": recipe.engine.zero_stage}
     if recipe.engine.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -86,6 +88,13 @@ def deepspeed_config(recipe: StageRecipe, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": recipe.engine.precision == "bf16_parameters"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def zero_overlaps(recipe: StageRecipe, device: str) -> bool:
+    """Whether ZeRO communicates while the ranks compute: by default on a GPU, because a CPU has no streams for it."""
+    user_zero = recipe.engine.deepspeed.get("zero_optimization")
+    user_zero = user_zero if isinstance(user_zero, Mapping) else {}
+    return bool(user_zero.get("overlap_comm", device == "cuda"))
 
 
 def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:

@@ -13,6 +13,9 @@ from torch.distributed.tensor import Shard
 from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
+from pipeline.recipe import StageRecipe
+
+MOST_KEPT_BYTES = 4 * 2**30  # of parameters that stay gathered by default, a twentieth of a GPU of 80 GB
 
 
 class FSDPEngine(NativeEngine):
@@ -43,6 +46,11 @@ class FSDPEngine(NativeEngine):
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer.to(self.world.device)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self._keeps_gathered = keeps_gathered(self.recipe, self.world.size, size, self.world.device.type)
+        if self._keeps_gathered:
+            model.set_reshard_after_forward(False)
+        self._last: bool | None = None  # of the micro-batch before, whose settings the modules have
         self._callable = model
         return model
 
@@ -66,11 +74,17 @@ class FSDPEngine(NativeEngine):
 
     @contextmanager
     def _synchronising(self, last: bool) -> Iterator[None]:
-        self.module.set_requires_gradient_sync(last)
+        if last != self._last:
+            self.module.set_requires_gradient_sync(last)
+            if self._keeps_gathered:
+                self.module.set_reshard_after_backward(last)
+            self._last = last
         yield
 
     def _discard_gradients(self) -> None:
         super()._discard_gradients()
+        if self._keeps_gathered:
+            self.refresh()
         # FSDP has no public API for accumulated, unreduced gradients, so clear its private fields.
         for module in self.module.modules():
             groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
@@ -78,6 +92,22 @@ class FSDPEngine(NativeEngine):
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+def keeps_gathered(recipe: StageRecipe, ranks: int, parameters: int, device: str) -> bool:
+    """Whether the parameters stay gathered between the micro-batches of a step, which then gathers them once.
+
+    Args:
+        parameters: their number.
+        device: "cpu" or "cuda".
+    """
+    batch, settings = recipe.batch_on(ranks), recipe.engine
+    if settings.offload or batch.slots // ranks <= batch.micro_slots:
+        return False
+    if settings.keep_gathered != "auto":
+        return settings.keep_gathered
+    dtype = torch.bfloat16 if settings.precision == "bf16_parameters" else DTYPES[settings.precision]
+    return device == "cuda" and parameters * dtype.itemsize <= MOST_KEPT_BYTES
 
 
 def sharded_dim(shape: torch.Size, ranks: int) -> int:

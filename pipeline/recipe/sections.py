@@ -215,6 +215,10 @@ class EngineSettings(Settings):
     """deepspeed: 1 shards the moments, 2 the gradients too, 3 the parameters too."""
     shard_ranks: int | None = operational(None, ge=1, le=2**24)
     """fsdp: ranks that share one copy of the state, for example those of one node; null is all."""
+    keep_gathered: Literal["auto"] | bool = operational("auto")
+    """fsdp: keep the parameters gathered between the micro-batches of a step, so that they travel once a step instead
+    of twice a micro-batch; takes the memory of one whole copy. auto does so on GPUs, unless that copy takes more than
+    4 GiB; never with offload. The computed bits are the same."""
     offload: bool = operational(False)
     """Keep state in the host's memory: of fsdp the parameters and the optimizer, of deepspeed the optimizer."""
     compile: Literal["auto"] | bool = operational("auto")

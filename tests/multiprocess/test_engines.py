@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.distributed.world import World
 from tests.engines import ENGINES, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
@@ -122,6 +123,33 @@ def test_hybrid_sharding_clips_by_the_norm_over_all_shards():
     for hybrid_losses, hybrid_norms in on_ranks(4, clipped, {"kind": "fsdp", "shard_ranks": 2}, 4):
         assert hybrid_norms == pytest.approx(norms, rel=1e-11)
         assert hybrid_losses == pytest.approx(losses, rel=1e-11)
+
+
+def gathered_once(world: World) -> list[tuple[dict[str, str], int]]:
+    """The state after steps, a stop between micro-batches and an evaluation; and the gathers of the last step."""
+    found = []
+    for kept in (False, True):
+        engine = {"kind": "fsdp", "precision": "bf16_parameters", "keep_gathered": kept}
+        run = train(world, stage_recipe("finetune", engine), range(2))
+        mine = batches(run.engine.recipe, 2, world.rank, world.size)
+        asked = iter([False, True])
+        assert not run.engine.step(mine, run.objective, step=2, lr=1e-2, should_stop=lambda asked=asked: next(asked))
+        with run.engine.evaluating() as model:
+            run.objective.evaluate(model, mine[0])
+        for step in (2, 3):
+            mine = batches(run.engine.recipe, step, world.rank, world.size)
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                run.engine.step(mine, run.objective, step=step, lr=1e-2, should_stop=lambda: False)
+        gathers = sum(event.name == "c10d::_allgather_base_" for event in seen.events())
+        found.append((bits(run.engine), gathers))
+    return found
+
+
+def test_parameters_that_stay_gathered_between_micro_batches_keep_the_bits():
+    for plain, kept in on_ranks(2, gathered_once):
+        assert kept[0] == plain[0]
+        # Five units and the rest. In each of two micro-batches units are gathered twice and the rest once.
+        assert (plain[1], kept[1]) == (2 * (2 * 5 + 1), 5 + 1)
 
 
 def resumed_losses(world: World, stage: str, steps: int, directory: Path) -> list[float]:

@@ -273,7 +273,7 @@ def _estimate_stage(
             for slots in _micro_slots(recipe, site.ranks):
                 batch = recipe.batch.model_copy(update={"micro_slots": slots})
                 option, trace = variant.model_copy(update={"batch": batch}), changed_traces(slots)
-                terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation), correction)
+                terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation, device), correction)
                 kernels, step = kernels_of(option, trace), None
                 if rates:
                     its_rates = at_precision(rates, site.gpu, option.engine.precision)

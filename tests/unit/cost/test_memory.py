@@ -23,7 +23,9 @@ PASSING = ("gathered", "gradients", "gradients to be shared out", "gradients of 
 def predicted_peak(recipe: StageRecipe) -> int:
     """The estimate for one process with one micro-batch per step, as `measure_steps` runs them."""
     alone = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"global_batch": recipe.batch.slot})})
-    terms = estimate_memory(alone, ModelSize.of(alone), 1, trace_step(alone, "cpu"), trace_evaluation(alone, "cpu"))
+    terms = estimate_memory(
+        alone, ModelSize.of(alone), 1, trace_step(alone, "cpu"), trace_evaluation(alone, "cpu"), "cpu"
+    )
     return sum(term.bytes for term in terms)
 
 
@@ -74,7 +76,7 @@ def test_engines_hold_the_state_that_the_formulas_say():
     recipes = {name: sized(name) for name in ENGINES}
     for sizes in on_ranks(2, held, recipes):
         for name, recipe in recipes.items():
-            terms = estimate_state(recipe, ModelSize.of(recipe), 2)
+            terms = estimate_state(recipe, ModelSize.of(recipe), 2, "cpu")
             # ZeRO 3 allocates its gradients and its bucket at the start, ZeRO 1 and 2 in the first step. Python does
             # not see DDP's buckets; the test of a real step counts them.
             later = () if name == "zero3" else (*PASSING, "ZeRO's bucket", "DDP's buckets")
@@ -90,6 +92,21 @@ def test_state_of_huge_as_it_is_known():
         terms = {t.name: t.bytes for t in estimate_state(with_engine(recipe, name), model, 8)}
         gib[name] = sum(terms.get(part, 0) for part in ("parameters", "moments")) / 2**30
     assert gib == pytest.approx({"ddp": 7.38, "zero1": 3.07, "zero2": 3.07, "zero3": 0.92}, abs=0.01)
+
+
+def test_parameters_stay_gathered_only_between_micro_batches_and_where_they_are_small():
+    def terms(device: str, slot: int = 2, parameters: int = 10**8, **engine: Any) -> dict[str, int]:
+        made = with_engine(stage(batch={"global_batch": 16, "slot": slot}), "fsdp")
+        made = made.model_copy(update={"engine": made.engine.model_copy(update=engine)})
+        model = ModelSize(((parameters,),), (parameters // 10,), 0)
+        return {term.name: term.bytes for term in estimate_state(made, model, 2, device)}
+
+    assert terms("cuda")["gathered"] == 4 * 110_000_000
+    once = 4 * (90_000_000 + 3 * 10_000_000)
+    assert terms("cpu")["gathered"] == terms("cuda", slot=8)["gathered"] == once
+    assert terms("cuda", keep_gathered=False)["gathered"] == terms("cuda", offload=True)["gathered"] == once
+    assert terms("cuda", parameters=2 * 10**9)["gathered"] == 20 * once
+    assert terms("cuda", parameters=2 * 10**9, keep_gathered=True)["gathered"] == 20 * 4 * 110_000_000
 
 
 def test_offload_and_accumulation():

@@ -11,8 +11,9 @@ from pipeline.errors import RecipeError
 from tests.engines import stage_recipe
 
 
-def config(**user):
-    return deepspeed_config(stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": user}), 2)
+def config(device="cpu", **user):
+    recipe = stage_recipe("finetune", {"kind": "deepspeed", "zero_stage": 3, "deepspeed": user})
+    return deepspeed_config(recipe, 2, device)
 
 
 def test_batch_clipping_and_stage_are_the_recipes():
@@ -27,6 +28,12 @@ def test_other_settings_are_passed_on():
     made = config(wall_clock_breakdown=True, zero_optimization={"overlap_comm": True, "sub_group_size": 1000})
     assert made["wall_clock_breakdown"]
     assert made["zero_optimization"] == {"overlap_comm": True, "sub_group_size": 1000, "stage": 3}
+
+
+def test_communication_overlaps_on_gpus_unless_the_user_says_otherwise():
+    assert not config()["zero_optimization"]["overlap_comm"]
+    assert config("cuda")["zero_optimization"]["overlap_comm"]
+    assert not config("cuda", zero_optimization={"overlap_comm": False})["zero_optimization"]["overlap_comm"]
 
 
 @pytest.mark.parametrize(
