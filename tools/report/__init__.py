@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import StageError
 from pipeline.storage.folder import is_remote
 from pipeline.storage.working_copy import working_copy
+
+if TYPE_CHECKING:
+    from tools.report.document import Document
 
 
 def write_report(runs: Sequence[str], out: Path | None, *, markdown: bool, compare: bool) -> Path:
@@ -29,6 +33,15 @@ def write_report(runs: Sequence[str], out: Path | None, *, markdown: bool, compa
     out = out or (Path(name) if is_remote(runs[0]) else directories[0] / name)
     facts = [gather(directory) for directory in directories]
     document = comparison_page(facts) if compare else run_page(facts[0])
+    return write_document(document, out, markdown=markdown)
+
+
+def write_document(document: "Document", out: Path, *, markdown: bool) -> Path:
+    """Write a page as one HTML file, or as Markdown with its pictures beside it; returns its path.
+
+    Raises:
+        StageError: if it cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if markdown:

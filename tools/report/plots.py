@@ -78,6 +78,58 @@ def curves_svg(
     return _svg(figure, salt)
 
 
+Band = tuple[str, Sequence[float], Sequence[float], Sequence[float]]  # name, steps, means, deviations over seeds
+
+
+def bands_svg(losses: Sequence[Band], metrics: Sequence[Band], metric: str, salt: str) -> str:
+    """Draw mean curves over seeds with bands of one deviation: training losses beside evaluations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.0 + 0.16 * len(losses)), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axis, title, bands in zip(panels, ("training loss", f"evaluation: {metric}"), (losses, metrics), strict=True):
+        for number, (name, steps, means, deviations) in enumerate(bands):
+            colour, style = SERIES[number % len(SERIES)], ("-", "--", ":")[number // len(SERIES) % 3]
+            if axis is panels[1]:  # few points, so each gets its own bar
+                axis.errorbar(steps, means, deviations, fmt=f"o{style}", color=colour, markersize=3.2, capsize=2,
+                              linewidth=1.2)  # fmt: skip
+                continue
+            mean, deviation = np.asarray(means), np.asarray(deviations)
+            axis.plot(steps, mean, style, color=colour, linewidth=1.4, label=name)
+            axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(title)
+        axis.set_xlabel("step", fontsize=8.5, color=INK)
+        _style(axis, [])
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=3)
+    return _svg(figure, salt)
+
+
+Bar = tuple[str, Sequence[float], float | None]  # name, result of each seed, published value
+
+
+def results_svg(bars: Sequence[Bar], metric: str, salt: str) -> str:
+    """Draw a line for each arm: a dot for each seed, the mean with one deviation to both sides, the published value."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 0.9 + 0.27 * len(bars)), layout="constrained")
+    axis = figure.subplots()
+    for place, (_, results, published) in enumerate(bars):
+        axis.plot(results, [place + 0.25] * len(results), "o", color=PALE, markersize=3.5, zorder=2)
+        if results:
+            deviation = np.std(results, ddof=1) if len(results) > 1 else None
+            axis.errorbar(np.mean(results), place, xerr=deviation, fmt="o", color=SERIES[0], markersize=5, capsize=3,
+                          linewidth=1.4, zorder=3)  # fmt: skip
+        if published is not None:
+            axis.plot(published, place, "D", color=SERIES[1], markersize=5, markerfacecolor="none", zorder=4)
+    axis.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axis.set_ylim(len(bars) - 0.5, -0.5)
+    axis.set_title(f"{metric}: mean and deviation over seeds, each seed; diamonds are published values")
+    _style(axis, [])
+    axis.grid(True, axis="x", color=LINE, linewidth=0.8)
+    return _svg(figure, salt)
+
+
 def _style(axis: "Axes", resumes: Sequence[int]) -> None:
     style_axis(axis, resumes)
     axis.grid(False, which="minor")

@@ -2,11 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tools.options import Json, Processes, SiteName
+from tools.tables import wide_console
+
+if TYPE_CHECKING:
+    from pipeline.recipe import ChainRecipe
+    from tools.study.definition import Study, StudyRun
 
 app = typer.Typer(
     no_args_is_help=True, help="Compare variants (arms) of a recipe over several seeds with published values."
@@ -22,6 +27,10 @@ Overrides = Annotated[
 ]
 
 
+StudyDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the study.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all, say what would be trained, and write nothing.")]
+
+
 @app.command("list")
 def list_studies() -> None:
     """List the included studies."""
@@ -34,6 +43,47 @@ def list_studies() -> None:
         print(f"{name}: {study.about} {len(study.arms)} arms, {seeds}, {study.recipe}")
 
 
+@app.command("show")
+def show_study(name: StudyName, overrides: Overrides = None, json: Json = False) -> None:
+    """Show what a study will train: its arms, what each changes, published values, runs, and shared stages."""
+    from tools.recipes.library import find_study
+    from tools.study.definition import load_study
+    from tools.study.plan import StudyPlan, plan_json, plan_table
+
+    plan = StudyPlan.of(load_study(find_study(name), overrides or []))
+    if json:
+        print(plan_json(plan))
+    else:
+        wide_console(180).print(plan_table(plan))
+
+
+@app.command("estimate")
+def estimate_whole_study(
+    name: StudyName,
+    site: SiteName,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Default: what the site says.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one hour of one GPU, to get the cost.")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(metavar="[FILE=]N", help="Number of images in a data file, as in estimate.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Predict hours and cost of a whole study on a cluster. Stages that several runs share are counted once."""
+    from cluster.site import load_site
+    from tools.recipes.library import find_study
+    from tools.study.definition import load_study
+    from tools.study.plan import StudyPlan
+    from tools.study.study_estimate import estimate_study, study_cost_json, study_cost_table
+
+    plan = StudyPlan.of(load_study(find_study(name), overrides or []))
+    cost = estimate_study(plan, load_site(site), nodes=nodes, images=images or ())
+    if json:
+        print(study_cost_json(cost, price))
+    else:
+        wide_console(180).print(study_cost_table(cost, price))
+
+
 @app.command("run")
 def run_study_here(
     name: StudyName,
@@ -42,15 +92,23 @@ def run_study_here(
     ],
     overrides: Overrides = None,
     nproc: Processes = 1,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train all arms with all seeds on this machine, except what is done already. Exit codes: see `fcmae run`."""
+    """Train all arms with all seeds on this machine, except what is done already. Exit codes: see `fcmae run`.
+
+    Equal stages are trained once, and the same command on several machines divides the runs among them.
+    """
     from pipeline.errors import UserError
     from pipeline.stage.outcome import OutcomeKind
     from tools.recipes.library import find_study
     from tools.study.definition import load_study
-    from tools.study.runs import run_study
+    from tools.study.runs import checked_chains, run_study
 
-    outcome = run_study(load_study(find_study(name), overrides or []), out, nproc, lambda line: print(line, flush=True))
+    study = load_study(find_study(name), overrides or [])
+    if dry_run:
+        print_plan(study, checked_chains(study, out, nproc, dry_run=True))
+        return
+    outcome = run_study(study, out, nproc, lambda line: print(line, flush=True))
     if outcome.kind in (OutcomeKind.SAVED, OutcomeKind.BAD_NODE):
         print(f"fcmae: {outcome.reason}; the same command resumes the study", file=sys.stderr)
         raise typer.Exit(outcome.kind.exit_code)
@@ -67,21 +125,34 @@ def submit_study_jobs(
         Path, typer.Option(metavar="DIR", help="The directory of the study, on a file system that all nodes share.")
     ],
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Queue all arms with all seeds as Slurm jobs, except what is done or queued already."""
+    """Queue all arms with all seeds as Slurm jobs, except what is done or queued already. Equal stages have one job."""
     from cluster.site import load_site
     from tools.recipes.library import find_study
     from tools.study.definition import load_study
-    from tools.study.runs import submit_study
+    from tools.study.runs import plan_submission, submit_study
 
-    profile = load_site(site)
+    profile, study = load_site(site), load_study(find_study(name), overrides or [])
     directory = (Path(profile.run_root or "") / out).resolve()
-    submit_study(load_study(find_study(name), overrides or []), directory, profile, print)
+    if dry_run:
+        planned = plan_submission(study, directory, profile, print, dry_run=True)
+        print_plan(study, {run: chain for run, (chain, _) in planned.items()})
+        return
+    submit_study(study, directory, profile, print)
+
+
+def print_plan(study: "Study", chains: "dict[StudyRun, ChainRecipe]") -> None:
+    """Print what a command would do with each run."""
+    from tools.study.plan import StudyPlan, dry_run_lines
+
+    for line in dry_run_lines(StudyPlan(study, chains)):
+        print(line)
 
 
 @app.command("table")
 def print_table(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the study.")],
+    directory: StudyDirectory,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: Json = False,
 ) -> None:
@@ -90,7 +161,6 @@ def print_table(
     Arms without a finished run have no result.
     """
     from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_table
-    from tools.tables import wide_console
 
     study = open_study(directory)
     results = arm_results(study, directory)
@@ -100,3 +170,21 @@ def print_table(
         print(study_markdown(study, results))
     else:
         wide_console(140).print(study_table(study, results))
+
+
+@app.command("report")
+def report_study(
+    directory: StudyDirectory,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file to write. Default: DIR/report.html, or report.md.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write Markdown, with the pictures in a folder beside it.")
+    ] = False,
+) -> None:
+    """Write a study as one page: results with deviations over seeds, published values, curves of the arms."""
+    from tools.report import write_document
+    from tools.study.study_page import study_page
+
+    out = out or directory / ("report.md" if markdown else "report.html")
+    print(f"{write_document(study_page(directory), out, markdown=markdown)} is written")

@@ -14,7 +14,7 @@ from pipeline.errors import OffTrackError, StageError
 from pipeline.recipe import ChainRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
-from tools.prepare.recipe_data import with_prepared_data
+from tools.prepare.recipe_data import refuse_sources, with_prepared_data
 from tools.study.definition import STUDY_FILE, Study, StudyRun, study_runs, write_study
 from tools.study.shared_stages import SharedStages, owner_of
 
@@ -38,15 +38,23 @@ def run_study(study: Study, directory: Path, processes: int, report: Print) -> O
         return _train_all(opened, launcher, study.ladder, report)
 
 
-def checked_chains(study: Study, directory: Path, processes: int) -> dict[StudyRun, ChainRecipe]:
+def checked_chains(
+    study: Study, directory: Path, processes: int, *, dry_run: bool = False
+) -> dict[StudyRun, ChainRecipe]:
     """The recipe of each run, once everything that can be refused without making anything has been checked.
+
+    Args:
+        dry_run: refuse data that would have to be prepared.
 
     Raises:
         UserError: for the first defect.
     """
     chains = {}
     for run in study_runs(study, directory):
-        chains[run] = with_prepared_data(study.chain(run.arm, run.seed), run.directory)
+        chain = study.chain(run.arm, run.seed)
+        if dry_run:
+            refuse_sources(chain, run.directory)
+        chains[run] = with_prepared_data(chain, run.directory)
         check_before_start(chains[run], run.directory, processes, beside=True)
         jobs.refuse_beside_jobs(run.directory.resolve(), chains[run].stages)
     return chains
@@ -130,6 +138,32 @@ def _short(run: Path) -> str:
     return "/".join(run.parts[-2:])
 
 
+def plan_submission(
+    study: Study, directory: Path, site: Site, report: Print, *, dry_run: bool = False
+) -> dict[StudyRun, tuple[ChainRecipe, list[jobs.PlannedStage]]]:
+    """The recipe and the planned stages of each run, once everything that can be refused has been checked.
+
+    Args:
+        dry_run: do not ask Slurm, and refuse data that would have to be prepared.
+
+    Raises:
+        UserError: for the first defect.
+    """
+    check_path(directory)
+    cache = Path(site.data_cache) if site.data_cache else None
+    planned, warnings = {}, {}
+    for run in study_runs(study, directory):
+        chain = study.chain(run.arm, run.seed)
+        if dry_run:
+            refuse_sources(chain, run.directory)
+        chain = with_prepared_data(chain, run.directory, cache=cache)
+        planned[run] = chain, jobs.plan_jobs(chain, run.directory, site, ask_slurm=not dry_run)
+        warnings |= {need.warning: run.arm for need in jobs.check_planned(planned[run][1]).values() if need.warning}
+    for warning, arm in warnings.items():
+        report(f"{arm} {warning}")
+    return planned
+
+
 def submit_study(study: Study, directory: Path, site: Site, report: Print) -> None:
     """Submit what is neither done nor queued; everything is checked before the first job is queued.
 
@@ -142,15 +176,7 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
     """
     from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
 
-    check_path(directory)
-    cache = Path(site.data_cache) if site.data_cache else None
-    planned, warnings = {}, {}
-    for run in study_runs(study, directory):
-        chain = with_prepared_data(study.chain(run.arm, run.seed), run.directory, cache=cache)
-        planned[run] = chain, jobs.plan_jobs(chain, run.directory, site)
-        warnings |= {need.warning: run.arm for need in jobs.check_planned(planned[run][1]).values() if need.warning}
-    for warning, arm in warnings.items():
-        report(f"{arm} {warning}")
+    planned = plan_submission(study, directory, site, report)
     first = next(iter(planned.values()))[1]  # one arm is enough, because Slurm refuses all or none
     jobs.check_with_slurm(first, code_snapshot_path(directory))
     shared = _prepare(study, directory)

@@ -84,14 +84,14 @@ def _run_result(run: Path) -> tuple[str, float, float] | None:
 def study_table(study: Study, results: list[ArmResult]) -> Table:
     """The results for a terminal."""
     table = plain_table(*HEADER, right=HEADER[1:-1], title=study.about, title_justify="left")
-    for row in _rows(study, results):
+    for row in study_rows(study, results):
         table.add_row(*row)
     return table
 
 
 def study_markdown(study: Study, results: list[ArmResult]) -> str:
     """The results in Markdown."""
-    return markdown_table(HEADER, _rows(study, results), right=HEADER[1:-1])
+    return markdown_table(HEADER, study_rows(study, results), right=HEADER[1:-1])
 
 
 def study_json(study: Study, results: list[ArmResult]) -> str:
@@ -101,7 +101,8 @@ def study_json(study: Study, results: list[ArmResult]) -> str:
     return json.dumps({"study": study.name, "arms": arms, "references": references}, indent=2)
 
 
-def _rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
+def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
+    """The rows under HEADER: the arms, then the published references."""
     rows = []
     for arm in results:
         digits = 2 if arm.metric == "top1" else 4
