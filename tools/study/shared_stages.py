@@ -42,7 +42,8 @@ def stage_key(recipe: StageRecipe, data: DataHashes, before: str | None) -> str:
         data: what identifies the data files: hashes or, to plan, their paths.
         before: the key of the stage before, or what identifies the weights that the stage starts from.
     """
-    settings = [section.model_dump(mode="json") for section in (recipe.engine, recipe.gate)]
+    # Without defaults, so that a later version with more of these fields finds the stages of this one.
+    settings = [section.model_dump(mode="json", exclude_defaults=True) for section in (recipe.engine, recipe.gate)]
     facts = [recipe.fingerprint(), *settings, dict(sorted(data.items())), before]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
