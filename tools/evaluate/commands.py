@@ -37,8 +37,9 @@ def evaluate_weights(
         "Training images, given like --data: let the 20 nearest vote, instead of the head.")] = None,
     all_outputs: Annotated[bool, typer.Option("--all-outputs",
         help="Also allow answers that are no class of the images.")] = False,
-    benchmark: Annotated[Literal["val", "v2", "a", "r", "sketch"] | None, typer.Option(
-        help="The ImageNet test set in --data, to compare results. Default: val if it has 50,000 images.")] = None,
+    benchmark: Annotated[Literal["val", "v2", "a", "r", "sketch", "c"] | None, typer.Option(
+        help="The ImageNet test set in --data, to compare results. Default: val if it has 50,000 images. c: a folder of"
+             " CORRUPTION/SEVERITY folders, and the mean corruption error.")] = None,
     chain: Annotated[Literal["in1k", "in22k_in1k"] | None, typer.Option(
         help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch of each process.")] = 64,
@@ -63,6 +64,12 @@ def evaluate_weights(
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 
+    if benchmark == "c":
+        # Its images have the size of the network's input, so nothing is cropped.
+        settings = {"image_size": image_size, "crop_pct": crop_pct or 1.0, "ema": ema, "channels": channels,
+            "classes": classes, "all_outputs": all_outputs, "batch": batch, "bf16": bf16}  # fmt: skip
+        _evaluate_corruptions(weights, data, settings, nproc, refresh, json)
+        return
     file, voters = evaluated_files(weights, data, knn, refresh)
     request = EvaluationRequest(
         weights, file, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
@@ -86,6 +93,36 @@ def evaluate_weights(
         if per_class and result.confusions:
             _print_tables(result.confusions)
     _print_differences(results)
+
+
+def _evaluate_corruptions(
+    weights: str, data: str, settings: dict[str, Any], nproc: int, refresh: bool, json: bool
+) -> None:
+    import json as json_library
+    from pathlib import Path
+
+    from tools.evaluate.corruptions import SEVERITIES, measure_corruptions
+    from tools.evaluate.evaluated_data import evaluated_files
+    from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
+    from tools.tables import plain_table, wide_console
+
+    def top1_of(place: Path) -> float:
+        file, _ = evaluated_files(weights, str(place), None, refresh)
+        return run_evaluation(EvaluationRequest(weights, file, **settings), nproc).metrics["top1"]
+
+    found = measure_corruptions(data, top1_of)
+    if json:
+        print(json_library.dumps({**found.summary(), "errors": found.errors}, indent=2))
+        return
+    headers = ("corruption", *SEVERITIES, "mean", "AlexNet's", "ratio")
+    table = plain_table(*headers, right=headers[1:])
+    for row in found.rows():
+        table.add_row(*row)
+    wide_console().print(table)
+    for name, value in found.summary().items():
+        print(f"{name.replace('_', ' ')}: {value:.2f} %")
+    if not found.is_whole:
+        print("The mean corruption error wants all fifteen corruptions at five severities.")
 
 
 def _print_tables(confusions: "Confusions") -> None:
