@@ -31,6 +31,7 @@ class ForwardClock:
     def __init__(self, units: Sequence[nn.Module], device: torch.device):
         self._cuda, self._on, self._steps, self._seconds = device.type == "cuda", False, 0, 0.0
         self._began: Any = None
+        self._last = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for unit in units:
             unit.register_forward_pre_hook(self._begin)
@@ -46,11 +47,14 @@ class ForwardClock:
         self._on = False
 
     def take(self) -> float:
-        """Seconds per step since the last call; on a GPU the steps must have been waited for."""
+        """Seconds per step since the last call; as before while a GPU still computes the step that was measured."""
+        if self._events and not self._events[-1][1].query():
+            return self._last
         seconds = self._seconds + sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
         steps, self._steps, self._seconds = max(self._steps, 1), 0, 0.0
         self._events.clear()
-        return seconds / steps
+        self._last = seconds / steps
+        return self._last
 
     def _now(self) -> Any:
         if not self._cuda:

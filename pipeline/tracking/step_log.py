@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,8 +12,36 @@ from pipeline.tracking.rank_times import RankTimes
 from pipeline.tracking.utilisation import Utilisation
 
 
+class _Values:
+    """Loss, gradient norm and fate of a step. On a GPU they are copied to pinned memory, and nobody waits."""
+
+    def __init__(self, report: StepReport):
+        self._values = torch.stack([each.double() for each in (report.loss, report.gradient_norm, report.accepted)])
+        self._arrived: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            device, pinned = self._values, torch.empty(3, dtype=torch.float64, pin_memory=True)
+            self._values, self._arrived = pinned.copy_(device, non_blocking=True), torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(device.device))
+
+    def read(self) -> list[float]:
+        """Wait for the step, not for later ones, and return its values."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+class _Kept(NamedTuple):
+    """A step that is not journalled yet."""
+
+    step: int
+    values: _Values
+    lr: float
+    wait_seconds: float
+    time: float
+
+
 class StepLog:
-    """Keeps step reports on the device and reads several together, so that no step waits for the device.
+    """Keeps step reports and reads several together, so that no step waits for the device.
 
     Args:
         journal: the journal on rank 0, None on other ranks.
@@ -22,6 +50,7 @@ class StepLog:
         global_batch: images per step.
         ranks: this rank's time among those of all ranks, which travel with the losses.
         utilisation: what a throughput means for the GPUs; None where that is not known, as on CPUs.
+        late: a flush may leave the newest step to the next one, as on a GPU, which is busy with it.
     """
 
     def __init__(
@@ -32,11 +61,13 @@ class StepLog:
         global_batch: int,
         ranks: RankTimes | None = None,
         utilisation: Utilisation | None = None,
+        late: bool = False,
     ):
         self._journal, self._world_sum, self._ranks = journal, world_sum, ranks
         self._utilisation = utilisation
         self._every, self._global_batch = every_steps, global_batch
-        self._pending: list[tuple[int, StepReport, float, float]] = []
+        self._late = late
+        self._pending: list[_Kept] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -45,35 +76,41 @@ class StepLog:
 
     def add(self, step: int, report: StepReport, lr: float, wait_seconds: float = 0.0) -> None:
         """Keep a step's report. `wait_seconds` for data is divided by the number of ranks already."""
-        self._pending.append((step, report, lr, wait_seconds))
+        self._pending.append(_Kept(step, _Values(report), lr, wait_seconds, time.perf_counter()))
 
     @property
     def is_full(self) -> bool:
-        """Whether `every_steps` reports are kept."""
-        return len(self._pending) >= self._every
+        """Whether a flush is due: `every_steps` reports are kept, and on a GPU the one of the step that it computes."""
+        return len(self._pending) >= self._every + self._late
 
-    def flush(self) -> None:
-        """Journal the kept steps, with a warning for each that was skipped. Collective."""
-        if not self._pending:
-            return
-        reports = [report for _, report, _, _ in self._pending]
-        losses = torch.stack([report.loss for report in reports]).cpu()
-        waits = torch.tensor([wait for *_, wait in self._pending], dtype=losses.dtype)
-        times = self._ranks.own(sum(wait for *_, wait in self._pending) / len(waits)) if self._ranks else waits[:0]
-        summed = self._world_sum(torch.cat([losses, waits, times.to(losses)]))
-        losses, waits, times = summed.split([len(losses), len(waits), len(times)])
-        norms = torch.stack([report.gradient_norm for report in reports]).cpu()
-        accepted = torch.stack([report.accepted for report in reports]).cpu()
-        seconds = time.perf_counter() - self._since
-        speed = len(self._pending) * self._global_batch / seconds
+    def flush(self, *, keep_newest: bool = False) -> bool:
+        """Journal the kept steps, with a warning for each that was skipped. Collective.
+
+        keep_newest: on a GPU, leave the newest step for the next flush, so that the GPU computes it meanwhile.
+
+        Returns:
+            Whether a step was skipped.
+        """
+        count = len(self._pending) - (self._late and keep_newest)
+        if count <= 0:
+            return False
+        flushed, self._pending = self._pending[:count], self._pending[count:]
+        losses, norms, accepted = torch.tensor([kept.values.read() for kept in flushed], dtype=torch.float64).unbind(1)
+        waits = torch.tensor([kept.wait_seconds for kept in flushed], dtype=torch.float64)
+        times = self._ranks.own(sum(waits.tolist()) / count) if self._ranks else waits[:0]
+        summed = self._world_sum(torch.cat([losses, waits, times]))
+        losses, waits, times = summed.split([count, count, len(times)])
+        now = flushed[-1].time if self._pending else time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        speed = count * self._global_batch / seconds
         used = self._utilisation.of(speed) if self._utilisation else None
-        figures = zip(self._pending, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
-        for (step, _, lr, _), loss, norm, wait, updated in figures:
+        figures = zip(flushed, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
+        for kept, loss, norm, wait, updated in figures:
             self.write(
                 "step",
-                step=step,
+                step=kept.step,
                 loss=loss,
-                lr=lr,
+                lr=kept.lr,
                 gradient_norm=norm,
                 images_per_second=round(speed, 1),
                 data_wait_seconds=round(wait, 4),
@@ -81,15 +118,15 @@ class StepLog:
                 **({} if updated else {"refused": True}),
             )
             if not updated:
-                message = f"step {step} was skipped: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
+                message = f"step {kept.step} was skipped: its loss is {loss:.4g}, its gradient norm {norm:.4g}"
                 self.write("event", level="warning", message=message)
-        if self._journal and self._ranks and (answer := self._ranks.judge(times, seconds / len(waits))):
+        if self._journal and self._ranks and (answer := self._ranks.judge(times, seconds / count)):
             fields, message = answer
-            self.write("ranks", step=self._pending[-1][0], **fields)
+            self.write("ranks", step=flushed[-1].step, **fields)
             if message:
-                self.write("event", level="warning", message=message, step=self._pending[-1][0])
-        self._pending.clear()
-        self.restart_clock()
+                self.write("event", level="warning", message=message, step=flushed[-1].step)
+        self._since = now if self._pending else time.perf_counter()
+        return not bool(accepted.all())
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write a line to the journal on rank 0; do nothing on other ranks."""

@@ -97,7 +97,8 @@ class Training:
         ranks = RankTimes(self.clock, world.rank, world.gather(own_node()))
         tracking = recipe.tracking
         used = stack.enter_context(counted_utilisation(stage, world, journal))
-        self.log = StepLog(journal, world.sum, tracking.log_every_steps, recipe.batch.global_batch, ranks, used)
+        late, every = world.device.type == "cuda", tracking.log_every_steps
+        self.log = StepLog(journal, world.sum, every, recipe.batch.global_batch, ranks, used, late)
         profiles = (stage.remote or Folder.at(stage.directory)) / PROFILES_FOLDER
         self.profiler = StepProfiler(profiles, stage.attempts.own, world)
         stack.callback(self.profiler.close)
@@ -168,9 +169,10 @@ class Training:
         self.stop.at_once()  # a stop may have come during the set-up; ask before waiting for the first batch
         while True:
             due = [] if self.stop.number else self._due(step)
-            if due or self.stop.number or step == self.last or self.log.is_full:
-                self.log.flush()
-                if self.guard.alarm():
+            complete = bool(due or self.stop.number or step == self.last)
+            if complete or self.log.is_full:
+                skipped = self.log.flush(keep_newest=not complete)
+                if (complete or skipped) and self.guard.alarm():
                     if self.stop.number:
                         return Outcome(OutcomeKind.SAVED, f"stopped by {self.stop.reason} before a rollback", step)
                     self.watchdog.phase("roll back", step)
