@@ -18,7 +18,7 @@ STORMS = sorted((Path(__file__).parent / "storms").glob("*.json"))
 
 def test_recorded_storms_replay():
     runs = [replay(path) for path in STORMS]
-    assert len(runs) == 3
+    assert len(runs) == 6
     for run in runs:
         assert run.different == ()
         assert run.decisions >= 1
