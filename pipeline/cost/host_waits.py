@@ -32,7 +32,7 @@ class HostWaitError(RuntimeError):
 class NoHostWaits:
     """A context in which the first operator that makes the host wait for the device raises `HostWaitError`.
 
-    With "meta" as the device no GPU is needed, and torch itself refuses to mix tensors of the host and the device.
+    With "meta" as the device no GPU is needed.
 
     Args:
         device: type of the device that must not be waited for.
@@ -114,8 +114,12 @@ class _Operators(TorchDispatchMode):
 
 
 def _error(sentence: str) -> HostWaitError:
-    frame = sys._getframe(2)
+    return HostWaitError(f"{project_line()}{sentence}")
+
+
+def project_line() -> str:
+    """The innermost line of the program outside of this room, as `path:line: `; empty if there is none."""
+    frame = sys._getframe(1)
     while frame and (not (path := frame.f_code.co_filename).startswith(_ROOMS) or path.startswith(_MODES)):
         frame = frame.f_back
-    place = f"{Path(frame.f_code.co_filename).relative_to(_PROJECT)}:{frame.f_lineno}: " if frame else ""
-    return HostWaitError(f"{place}{sentence}")
+    return f"{Path(frame.f_code.co_filename).relative_to(_PROJECT)}:{frame.f_lineno}: " if frame else ""

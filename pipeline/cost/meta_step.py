@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cost.host_waits import NoHostWaits
+from pipeline.cost.mixed_devices import NoMixedDevices
 from pipeline.cost.trace import DeviceCasts, run_backward
 from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.world import World
@@ -69,10 +70,10 @@ def run_meta_steps(engine: MetaEngine, objective: Objective, steps: int = 2, mic
 
     Raises:
         HostWaitError: naming the line that would wait for the device.
-        RuntimeError: torch's, for tensors of the host and the device in one operator.
+        MixedDevicesError: naming the line where an operator gets tensors of the host and the device.
     """
     batch = example_batch(engine.recipe)
-    with as_on_gpu(engine.recipe), NoHostWaits(META.type):
+    with as_on_gpu(engine.recipe), NoHostWaits(META.type), NoMixedDevices(META.type):
         for step in range(steps):
             batches = [batch] * micro_batches
             engine.step(batches, objective, step=step, lr=1e-3, should_stop=lambda: False)

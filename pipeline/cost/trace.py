@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from pipeline.cost.block_repeats import BlockMarks, repeat_segments, shorten
 from pipeline.cost.kernel_bytes import Kernels, OperationLog, count_eager, count_fused
 from pipeline.cost.trace_cache import kept
-from pipeline.data.batch import example_batch
+from pipeline.data.batch import example_batch, example_evaluation_batch
 from pipeline.engines.base import DTYPES
 from pipeline.kernels.triton_support import meta_stands_for_gpu
 from pipeline.models import UNITS, Downsample, Stem
@@ -141,16 +141,12 @@ def _kept(kind: str, trace: Callable[[StageRecipe, str], Trace], recipe: StageRe
 
 def _trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     objective, model = meta_model(recipe)
-    images = recipe.evaluation.batch
-    batch = example_batch(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 1})}))
-    per_image = {name: getattr(batch, name) for name in ("images", "labels", "valid")}
-    repeated = {name: tensor[:1].expand(images, *tensor.shape[1:]) for name, tensor in per_image.items()}
-    batch = replace(batch, **repeated, ids=torch.arange(images))
-    batch = replace(batch, images=torch.empty_like(batch.images, device="meta"), labels=batch.labels.to("meta"))
+    batch = example_evaluation_batch(recipe)
+    batch = replace(batch, images=batch.images.to("meta"), labels=batch.labels.to("meta"))
     live = _Live(model)
     with _kernels_of(device), DeviceCasts(device, recipe.engine.precision), live, torch.no_grad():
         objective.evaluate(model.eval(), batch)
-    return Trace(images, live.levels(), live.macs, 0, live.norm_macs, *[np.stack(count_eager(()))] * 2)
+    return Trace(len(batch.labels), live.levels(), live.macs, 0, live.norm_macs, *[np.stack(count_eager(()))] * 2)
 
 
 class StepTraces:

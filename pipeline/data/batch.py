@@ -55,12 +55,20 @@ class Batch:
 def example_batch(recipe: StageRecipe, world_size: int = 1) -> Batch:
     """Return a black micro-batch of the size that so many ranks have, for the engine's warm-up."""
     batch = recipe.batch_on(world_size)
-    n = batch.slot * batch.micro_slots
+    return _black_batch(recipe, batch.slot * batch.micro_slots, tuple(range(batch.micro_slots)))
+
+
+def example_evaluation_batch(recipe: StageRecipe) -> Batch:
+    """Return a black batch of the size that a rank evaluates."""
+    return _black_batch(recipe, recipe.evaluation.batch, ())
+
+
+def _black_batch(recipe: StageRecipe, images: int, slots: tuple[int, ...]) -> Batch:
     return Batch(
-        images=torch.zeros(n, 3, *height_and_width(recipe.data.image_size), dtype=torch.uint8),
-        labels=torch.zeros(n, dtype=torch.int64),
-        ids=torch.arange(n),
+        images=torch.zeros(images, 3, *height_and_width(recipe.data.image_size), dtype=torch.uint8),
+        labels=torch.zeros(images, dtype=torch.int64),
+        ids=torch.arange(images),
         epoch=0,
-        slots=tuple(range(batch.micro_slots)),
-        valid=torch.ones(n, dtype=torch.bool),
+        slots=slots,
+        valid=torch.ones(images, dtype=torch.bool),
     )

@@ -22,6 +22,16 @@ class FSDPEngine(NativeEngine):
     """Shards the model with `fully_shard`, over all ranks or within groups of `engine.shard_ranks`."""
 
     def _place(self, model: nn.Module) -> nn.Module:
+        self._shard(model)
+        model.to_empty(device="cpu" if self.recipe.engine.offload else self.world.device)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer.to(self.world.device)
+        self._callable = model
+        return model
+
+    def _shard(self, model: nn.Module) -> None:
+        """Shard the parameters, on the meta device."""
         settings = self.recipe.engine
         mesh = self._mesh()
         ranks, self._shard_group = mesh.shape[-1], mesh.get_group(mesh.ndim - 1)
@@ -31,7 +41,7 @@ class FSDPEngine(NativeEngine):
             param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if settings.offload else OffloadPolicy()
-        model = model.to(DTYPES[settings.precision])
+        model.to(DTYPES[settings.precision])
         # The warning is about writing into views of features, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in [*sharding_units(model), model]:
@@ -42,17 +52,11 @@ class FSDPEngine(NativeEngine):
                 offload_policy=offload,
                 shard_placement_fn=lambda parameter: Shard(sharded_dim(parameter.shape, ranks)),
             )
-        model.to_empty(device="cpu" if settings.offload else self.world.device)
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer.to(self.world.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         self._keeps_gathered = keeps_gathered(self.recipe, self.world.size, size, self.world.device.type)
         if self._keeps_gathered:
             model.set_reshard_after_forward(False)
         self._last: bool | None = None  # of the micro-batch before, whose settings the modules have
-        self._callable = model
-        return model
 
     def refresh(self) -> None:
         # After a forward without a backward the root's parameters stay gathered, with their old values.

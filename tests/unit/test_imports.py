@@ -18,11 +18,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # From the top floor to the ground. A room may import from the rooms after it.
 FLOORS = (
-    "fcmae", "tools", "cluster", "recipes", "pipeline.run", "pipeline.training", "pipeline.health", "pipeline.tracking",
-    "pipeline.cost", "pipeline.engines", "pipeline.objectives", "pipeline.checkpoint", "pipeline.weights",
-    "pipeline.models", "pipeline.sparse", "pipeline.kernels", "pipeline.data", "pipeline.optim", "pipeline.stage",
-    "pipeline.recipe", "pipeline.storage", "pipeline.distributed", "pipeline.errors", "pipeline.url_secrets",
-    "pipeline.randomness", "pipeline",
+    "fcmae", "tools", "cluster", "recipes", "pipeline.run", "pipeline.rehearsal", "pipeline.training",
+    "pipeline.health", "pipeline.tracking", "pipeline.cost", "pipeline.engines", "pipeline.objectives",
+    "pipeline.checkpoint", "pipeline.weights", "pipeline.models", "pipeline.sparse", "pipeline.kernels",
+    "pipeline.data", "pipeline.optim", "pipeline.stage", "pipeline.recipe", "pipeline.storage",
+    "pipeline.distributed", "pipeline.errors", "pipeline.url_secrets", "pipeline.randomness", "pipeline",
 )  # fmt: skip
 # These rooms work on a machine that has torch alone.
 TORCH_ALONE = ("pipeline.models", "pipeline.sparse", "pipeline.kernels")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pipeline.cost.host_waits import HostWaitError, NoHostWaits
 from pipeline.cost.meta_step import META, as_on_gpu, meta_engine, run_meta_steps
+from pipeline.cost.mixed_devices import MixedDevicesError, NoMixedDevices
 from pipeline.objectives import create_objective
 from pipeline.training.step_guard import StepGuard
 from tests.engines import batches, stage_recipe
@@ -70,7 +72,7 @@ def test_a_planted_mix_of_devices_fails(monkeypatch):
     engine, objective = engine_of(recipe_of("finetune"))
     honest = objective.loss
     monkeypatch.setattr(objective, "loss", lambda *arguments: honest(*arguments) * torch.ones(2))
-    with pytest.raises(RuntimeError, match="not on the expected device meta"):
+    with pytest.raises(MixedDevicesError, match=r"^tests/unit/cost/test_host_waits.py:.*one of shape \(2,\) of the h"):
         run_meta_steps(engine, objective)
 
 
@@ -116,3 +118,27 @@ def test_a_model_gets_no_tensor_of_the_host(name):
     with as_on_gpu(recipe):
         objective.loss(model, batches(recipe, 0)[0].to(META), 0)
     assert {value.device for value in inputs if isinstance(value, Tensor)} == {META}
+
+
+WEIGHT, INDEX = torch.ones(5, 2), torch.tensor([0, 2])
+MIXES = [
+    lambda: X + HOST, lambda: X @ WEIGHT.t(), lambda: F.linear(X, WEIGHT), lambda: F.linear(HOST, X),
+    lambda: X.index_select(0, INDEX), lambda: X.add_(HOST), lambda: HOST.add_(X), lambda: torch.cat([X, HOST]),
+    lambda: torch._foreach_add_([X], [HOST]), lambda: F.embedding(INDEX, X),
+]  # fmt: skip
+ONE_DEVICE = [
+    lambda: X + torch.tensor(1.0), lambda: HOST @ WEIGHT.t(), lambda: X @ X.t(), lambda: HOST.to(META),
+    lambda: X.copy_(HOST),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_operators_of_both_devices_are_refused(mix):
+    with pytest.raises(MixedDevicesError), NoMixedDevices("meta"):
+        mix()
+
+
+@pytest.mark.parametrize("operation", ONE_DEVICE)
+def test_copies_numbers_and_operators_of_one_device_pass(operation):
+    with NoMixedDevices("meta"):
+        operation()
