@@ -11,6 +11,7 @@ from pipeline.cost.meta_step import META, as_on_gpu, meta_engine, run_meta_steps
 from pipeline.cost.mixed_devices import MixedDevicesError, NoMixedDevices
 from pipeline.data.batch import example_evaluation_batch
 from pipeline.engines.deepspeed_settings import deepspeed_config
+from pipeline.engines.fsdp import keeps_gathered
 from pipeline.errors import RecipeError, UserError, first_line
 from pipeline.recipe import StageRecipe
 from pipeline.rehearsal.fake_rank import PlayedRank, play_rank
@@ -57,10 +58,9 @@ def rehearse_stage(recipe: StageRecipe, rank: int, ranks: int, ranks_per_node: i
     """
     began = time.perf_counter()
     result = StageRehearsal(recipe.name, engine_name(recipe), rank, ranks)
-    # Compiled code computes the same; compiling it takes minutes.
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"compile": False})})
     try:
         _check(recipe, rank, ranks)
+        recipe = _as_played(recipe, ranks, "cuda" if gpu else "cpu")
         if gpu:  # first, because only this names what would wait for a GPU
             play_on_meta(recipe.model_copy(update={"batch": recipe.batch_on(ranks)}))
         _fill(result, recipe, play_rank(recipe, rank, ranks, ranks_per_node), gpu)
@@ -79,7 +79,15 @@ def _check(recipe: StageRecipe, rank: int, ranks: int) -> None:
     if rank >= ranks:
         raise RecipeError(f"stage {recipe.name}: there is no rank {rank} of {ranks}; choose 0 to {ranks - 1}")
     if recipe.engine.kind == "deepspeed":
-        deepspeed_config(recipe, ranks)
+        deepspeed_config(recipe, ranks, "cuda")
+
+
+def _as_played(recipe: StageRecipe, ranks: int, device: str) -> StageRecipe:
+    """The recipe without compilation, which takes minutes and changes no shape, and with FSDP's choices of a device."""
+    settings: dict[str, Any] = {"compile": False}
+    if recipe.engine.kind == "fsdp":
+        settings["keep_gathered"] = keeps_gathered(recipe, ranks, ModelSize.of(recipe).parameters, device)
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=settings)})
 
 
 def _fill(result: StageRehearsal, recipe: StageRecipe, played: PlayedRank, gpu: bool) -> None:
