@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.kernels.triton_support import meta_stands_for_gpu, plain_kernels
@@ -72,6 +73,25 @@ def test_a_block_of_packed_tokens_runs_the_kernels_on_a_gpu(across_images):
     assert seen.names == OPERATORS + [f"{name}_backward" for name in reversed(OPERATORS)]
     assert y.shape == x.shape
     assert all(p.grad.shape == p.shape and p.grad.dtype == p.dtype for p in block.parameters())
+
+
+def test_a_block_with_the_kernels_compiles_as_one_graph_once_for_all_masks():
+    torch._dynamo.reset()
+    block, counter = build_block("meta"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    with meta_stands_for_gpu():
+        for seed in range(2):
+            cells = visible_cells((3, 4), visible=5, images=2, seed=seed)
+            layout = Packed(VisibleCells(cells.mask, cells.grid, torch.device("meta")))
+            layout._prepare(2)
+            compiled(torch.empty(2, 5 * 4, 8, device="meta", requires_grad=True), layout).sum().backward()
+        assert counter.frame_count == 1
+        block.dwconv.form = "triton"
+        compiled(torch.empty(2, 6, 6, 8, device="meta", requires_grad=True), DENSE).sum().backward()
+    own = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes if "fcmae" in str(node.target)]
+    names = [*OPERATORS, "depthwise_maps", *OPERATORS[1:]]
+    assert own == [f"fcmae.{name}.default" for name in names]
+    torch._dynamo.reset()
 
 
 def test_a_block_of_whole_images_runs_them_and_keeps_bf16_under_autocast():

@@ -4,6 +4,8 @@ import json
 import sys
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.kernels import triton_depthwise
@@ -11,7 +13,7 @@ from pipeline.kernels.triton_depthwise import Sites, convolve_rows, correlate_ro
 from pipeline.models.convnextv2 import VARIANTS
 from pipeline.sparse import VisibleCells
 from pipeline.sparse.depthwise import convolve_tokens, plan_depthwise
-from tests.unit.kernels.triton_programs import largest_errors, surround_by_nan
+from tests.unit.kernels.triton_programs import assert_close_in_double, largest_errors, surround_by_nan
 
 NAMES = ("output", "input", "weight", "bias")
 
@@ -66,11 +68,21 @@ def operator_errors(dtype: torch.dtype) -> dict[str, float]:
     return largest_errors(NAMES, *results)
 
 
+@settings(max_examples=4, deadline=None, database=None, derandomize=True)
+@given(st.tuples(st.integers(1, 2), st.integers(1, 3)), st.integers(1, 9), st.integers(1, 20), st.booleans())
+def check_any_shape(grid: tuple[int, int], side: int, channels: int, dense: bool) -> None:
+    if dense:
+        assert_close_in_double(dense_errors(torch.float64, 3, 2, *grid, channels))
+    else:
+        assert_close_in_double(packed_errors(torch.float64, 3, grid, 1, side, channels))
+
+
 def check(dtype: torch.dtype) -> list[dict[str, float]]:
     # Small blocks, so that sites and channels need several programs, the last of them partly filled.
     triton_depthwise.CHANNELS, triton_depthwise.SPLIT, triton_depthwise.LINES = 16, 32, 8
     if dtype != torch.float64:
         return [packed_errors(dtype, 3, (1, 2), 1, 3, 5)]
+    check_any_shape()
     found = [packed_errors(dtype, 3, (1, 2), 1, side, 3) for side in (8, 7, 4, 1)]
     return [*found, packed_errors(dtype, 3, (2, 3), 3, 3, 20), dense_errors(dtype, 3, 2, 3, 6, 5)]
 

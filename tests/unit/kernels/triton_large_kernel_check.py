@@ -27,5 +27,9 @@ if __name__ == "__main__":
     triton_large_kernel.ROWS, triton_large_kernel.COLUMNS, triton_large_kernel.SPLIT = 16, 16, 16
     cases = [((9, 20), (3, 13), 3), ((20, 6), (31, 3), 1), ((5, 5), (9, 9), 2), ((3, 4), (3, 3), 2)]
     x, weight = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(2, 1, 3, 3)
-    torch.library.opcheck(torch.ops.fcmae.depthwise_maps.default, (x, weight, torch.randn(2)))
+    torch.library.opcheck(
+        torch.ops.fcmae.depthwise_maps.default,
+        (x, weight, torch.randn(2)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     print(json.dumps({dtype: [errors(getattr(torch, dtype), *case) for case in cases] for dtype in sys.argv[1:]}))

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import pipeline.kernels.layer_norm  # noqa: F401 - registers its operator
 from pipeline.kernels import triton_gelu_grn, triton_layer_norm
 from pipeline.kernels.gelu_grn import gelu_grn
-from tests.unit.kernels.triton_programs import largest_errors, surround_by_nan
+from tests.unit.kernels.triton_programs import assert_close_in_double, largest_errors, surround_by_nan
 
 EPS = 1e-6
 
@@ -53,8 +55,17 @@ def norm_errors(dtype: torch.dtype, *shape: int) -> dict[str, float]:
 
 def check_operators() -> None:
     x, weight, bias = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5), torch.randn(5)
-    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (x, weight, bias, False, EPS))
-    torch.library.opcheck(torch.ops.fcmae.layer_norm.default, (x.flatten(0, 1), weight, bias, EPS))
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (x, weight, bias, False, EPS), test_utils=quick)
+    torch.library.opcheck(torch.ops.fcmae.layer_norm.default, (x.flatten(0, 1), weight, bias, EPS), test_utils=quick)
+
+
+@settings(max_examples=3, deadline=None, database=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 11), st.integers(3, 40), st.booleans())
+def check_any_shape(images: int, sites: int, channels: int, across: bool) -> None:
+    assert_close_in_double(grn_errors(torch.float64, across, images, sites, channels))
+    # Of one or two channels LayerNorm is constant, and a gradient of 0 has no relative error.
+    assert_close_in_double(norm_errors(torch.float64, images, sites, channels + 5))
 
 
 def check(dtype: torch.dtype) -> list[dict[str, float]]:
@@ -71,4 +82,5 @@ if __name__ == "__main__":
     triton_gelu_grn.CHANNELS, triton_gelu_grn.SPLIT, triton_gelu_grn.SITES = 16, 8, 4
     triton_layer_norm.VALUES, triton_layer_norm.PARTS = 64, 4
     check_operators()
+    check_any_shape()
     print(json.dumps({dtype: check(getattr(torch, dtype)) for dtype in sys.argv[1:]}))

@@ -51,6 +51,11 @@ def surround_by_nan(x: Tensor) -> Tensor:
     return memory[margin:-margin].view(x.shape)
 
 
+def assert_close_in_double(errors: dict[str, float]) -> None:
+    """Refuse errors beyond the rounding of float64, and NaN."""
+    assert all(error <= 1e-13 for error in errors.values()), errors
+
+
 def compile_to_ptx(kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int) -> str:
     """Compile a kernel for a CUDA capability; arguments in neither `constants` nor `types` are i32."""
     from triton import compile as build
