@@ -2,9 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -21,19 +20,18 @@ class Utilisation:
     """Has another process count the operations of an image, and says what a throughput means.
 
     Args:
-        stage: its directory.
+        command: prints the operations as JSON.
         peak: FLOP/s of all GPUs together.
         note: gets a sentence if the operations cannot be counted.
     """
 
-    def __init__(self, stage: Path, peak: float, note: Callable[[str], None]):
+    def __init__(self, command: Sequence[str], peak: float, note: Callable[[str], None]):
         self._peak, self._note = peak, note
         self._flops: float | None = None
         # It traces on the meta device; a GPU would take memory of the training's.
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._counting: subprocess.Popen[bytes] | None = subprocess.Popen(
-            ["nice", *module_command("pipeline.cost.step_flops", stage)],
-            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def of(self, images_per_second: float) -> float | None:
@@ -75,7 +73,8 @@ def counted_utilisation(stage: Stage, world: World, journal: Journal | None) -> 
         note(f"pipeline/cost/gpu_peaks.py has no peak of {gpu} in {precision}")
     else:
         try:
-            used = Utilisation(stage.directory, world.size * peak, note)
+            command = ["nice", *module_command("pipeline.cost.step_flops", stage.directory)]
+            used = Utilisation(command, world.size * peak, note)
         except OSError as error:
             note(f"no process could be started to count the step's operations ({first_line(error)})")
     try:

@@ -17,14 +17,12 @@ from functools import partial
 from importlib.util import find_spec
 from statistics import geometric_mean
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.models import create_model
 from pipeline.models.convnextv2 import VARIANTS as MODELS
 from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
-from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.sparse import DENSE, Layout, Masked, Packed, VisibleCells, find_layout
 from pipeline.sparse.depthwise import VARIANTS, convolve_tokens, plan_depthwise
 from tools.bench.timing import medians, synchronised_clock
@@ -39,7 +37,8 @@ Works = dict[str, Callable[[], None]]
 
 def mask_of(images: int) -> Tensor:
     """(images, CELLS) bool, True = hidden."""
-    return draw_mask(0, 0, np.arange(images), CELLS, HIDDEN / CELLS)
+    order = torch.rand(images, CELLS, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return order < HIDDEN
 
 
 def layouts_on(device: torch.device) -> dict[str, Callable[[VisibleCells], Layout]]:

@@ -56,14 +56,17 @@ def wait(used: Utilisation) -> None:
         time.sleep(0.05)
 
 
-def test_from_the_counted_step_to_journal_status_and_mlflow(stage):
+def test_operations_are_those_of_the_trace(stage):
     recipe = Stage(stage).recipe
-    flops = flops_per_image(recipe)
-    assert flops == pytest.approx(2 * trace_step(recipe, "cuda").training_macs)
+    assert flops_per_image(recipe) == pytest.approx(2 * trace_step(recipe, "cuda").training_macs)
+
+
+def test_from_the_counted_step_to_journal_status_and_mlflow(stage):
+    flops = 1234567.5
     Attempts(stage, None).claim(1)
     report = StepReport(*(torch.tensor(value) for value in (1.0, 2.0, True)))
     notes: list[str] = []
-    used = Utilisation(stage, PEAK, notes.append)
+    used = Utilisation(["echo", str(flops)], PEAK, notes.append)
     with open_journal(stage) as journal:
         log = StepLog(journal, World.alone().sum, 1, 32, utilisation=used)
         log.write("attempt", step=0, total_steps=9, global_batch=32)
@@ -86,12 +89,11 @@ def test_from_the_counted_step_to_journal_status_and_mlflow(stage):
 
 def test_a_count_that_fails_is_a_note(tmp_path):
     notes: list[str] = []
-    used = Utilisation(tmp_path / "no stage", PEAK, notes.append)
-    used._counting.kill()
+    used = Utilisation(["cat", str(tmp_path / "absent")], PEAK, notes.append)
     wait(used)
     assert used.of(100.0) is None is used.of(100.0)
     (note,) = notes
-    assert note.startswith("counting the step's operations failed (")
+    assert note.startswith(f"counting the step's operations failed (cat: {tmp_path}/absent: No such file")
     used.close()
 
 

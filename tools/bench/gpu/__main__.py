@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from tools.bench.gpu.check_process import CheckResult, run_check, send
-from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Bench, Check, CheckSkippedError
+from tools.bench.gpu.check_process import MeasuredCheck, run_check, send
+from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Bench, CheckSkippedError, TimedCheck
 from tools.bench.gpu.results_page import markdown, plan_lines, row_line, write_results
 
 LEAST_SECONDS = 10  # with less time left in its part a check is not begun
@@ -46,7 +46,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_check(check: Check, options: argparse.Namespace) -> None:
+def make_check(check: TimedCheck, options: argparse.Namespace) -> None:
     """Make one check in this process, and print its rows for the process that waits for them."""
     seconds = float(os.environ.get("FCMAE_CHECK_SECONDS", check.seconds))
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
@@ -60,16 +60,16 @@ def make_check(check: Check, options: argparse.Namespace) -> None:
         send(skipped=str(skipped))
 
 
-def measure_part(part: int, checks: list[Check], options: argparse.Namespace) -> list[CheckResult]:
+def measure_part(part: int, checks: list[TimedCheck], options: argparse.Namespace) -> list[MeasuredCheck]:
     """Make the checks of a part one after the other, within its time."""
-    results: list[CheckResult] = []
+    results: list[MeasuredCheck] = []
     began = time.monotonic()
     common = ["--device", options.device, "--out", str(options.out), *(["--tiny"] if options.tiny else [])]
     for check in checks:
         left = PART_SECONDS - (time.monotonic() - began)
         print(f"{check.name}: {check.measures}", flush=True)
         if left < LEAST_SECONDS:
-            result = CheckResult(check.name, part, check.is_correctness, trouble="no time was left in this part")
+            result = MeasuredCheck(check.name, part, check.is_correctness, trouble="no time was left in this part")
         else:
             command = [sys.executable, "-m", "tools.bench.gpu", "--check", check.name, *common]
             log = options.out / f"{check.name.replace(' ', '-')}.log"
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(plan_lines(parts)))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[CheckResult] = []
+    results: list[MeasuredCheck] = []
     with tempfile.TemporaryDirectory(prefix="fcmae-gpu-") as caches:
         prepare_environment(options, Path(caches))
         for part in parts:

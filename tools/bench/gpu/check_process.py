@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.bench.gpu.check_table import Check, Row
+from tools.bench.gpu.check_table import Row, TimedCheck
 
 MESSAGE = "a check says: "  # begins a line of the process's output
 
 
 @dataclass
-class CheckResult:
+class MeasuredCheck:
     """What a check gave."""
 
     name: str
@@ -42,14 +42,16 @@ def send(**content: Any) -> None:
     print(MESSAGE + json.dumps(content), flush=True)
 
 
-def run_check(check: Check, limit: float, command: list[str], log: Path, show: Callable[[Row], None]) -> CheckResult:
+def run_check(
+    check: TimedCheck, limit: float, command: list[str], log: Path, show: Callable[[Row], None]
+) -> MeasuredCheck:
     """Run the command that makes a check, for at most `limit` seconds.
 
     Args:
         log: gets the process's stderr; what else it prints goes to a file beside it that ends with .out.
         show: gets each row as it arrives.
     """
-    result = CheckResult(check.name, check.part, check.is_correctness)
+    result = MeasuredCheck(check.name, check.part, check.is_correctness)
     environment = {**os.environ, "FCMAE_CHECK_SECONDS": str(max(limit - 5, 0.8 * limit))}
     began = time.monotonic()
     with log.open("w") as errors:
@@ -84,7 +86,7 @@ def _read(process: subprocess.Popen[str], lines: "queue.Queue[str | None]") -> N
     lines.put(None)
 
 
-def _take(line: str, result: CheckResult, show: Callable[[Row], None]) -> bool:
+def _take(line: str, result: MeasuredCheck, show: Callable[[Row], None]) -> bool:
     """Take a message of the check; False if the line is none."""
     if not line.startswith(MESSAGE):
         return False

@@ -70,7 +70,7 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_gpu else 0.0
 
 
-class Check(NamedTuple):
+class TimedCheck(NamedTuple):
     """A check: a generator of rows in a module of this package, `check_NAME` with _ for blanks."""
 
     name: str
@@ -98,23 +98,23 @@ class Check(NamedTuple):
 
 RECIPES = ("pydantic", "omegaconf", "yaml", "fsspec")  # what recipes and engines import
 CHECKS = (
-    Check("kernels", "kernel_checks", 1, 60, True,
+    TimedCheck("kernels", "kernel_checks", 1, 60, True,
         "the Triton kernels against float64: sides 8 to 1, channels of Huge and Atto, NaN around inputs, bits twice",
         ("triton",)),
-    Check("peaks", "peak_checks", 1, 20, False, "a copy within memory; matrix products of Huge's sizes"),
-    Check("fcmae eager", "step_checks", 1, 60, False,
+    TimedCheck("peaks", "peak_checks", 1, 20, False, "a copy within memory; matrix products of Huge's sizes"),
+    TimedCheck("fcmae eager", "step_checks", 1, 60, False,
         "an FCMAE step of Huge, 64 images: ms, utilisation, peak memory, top kernels, host waits"),
-    Check("fcmae compiled", "step_checks", 1, 80, False, "the same with compiled blocks, from an empty cache"),
-    Check("fcmae compiled again", "step_checks", 1, 40, False, "the same in a new process, from the cache"),
-    Check("depthwise", "convolution_checks", 1, 40, False,
+    TimedCheck("fcmae compiled", "step_checks", 1, 80, False, "the same with compiled blocks, from an empty cache"),
+    TimedCheck("fcmae compiled again", "step_checks", 1, 40, False, "the same in a new process, from the cache"),
+    TimedCheck("depthwise", "convolution_checks", 1, 40, False,
         "7x7 depthwise convolutions: of packed tokens; of whole images by cuDNN (NHWC, NCHW, benchmark) and by Triton"),
-    Check("engines", "engine_checks", 2, 50, True,
+    TimedCheck("engines", "engine_checks", 2, 50, True,
         "a tiny model: ddp = fsdp = fsdp with offload; a background save, a restore, the next step", RECIPES),
-    Check("sanitizer", "sanitizer_check", 2, 50, True, "compute-sanitizer's memcheck on the check of the kernels"),
-    Check("dense steps", "step_checks", 2, 100, False,
+    TimedCheck("sanitizer", "sanitizer_check", 2, 50, True, "compute-sanitizer's memcheck on the check of the kernels"),
+    TimedCheck("dense steps", "step_checks", 2, 100, False,
         "fine-tuning steps of Huge, 224 px x 64 and 512 px x 8, eager and compiled"),
-    Check("timm step", "step_checks", 2, 30, False, "timm's model in a plain loop, 224 px x 64, eager", ("timm",)),
-    Check("huge save", "save_checks", 2, 40, False,
+    TimedCheck("timm step", "step_checks", 2, 30, False, "timm's model in a plain loop, 224 px x 64, eager", ("timm",)),
+    TimedCheck("huge save", "save_checks", 2, 40, False,
         "a background save of Huge's state: seconds that training is blocked, copy to the host", RECIPES),
-    Check("host time", "host_checks", 2, 30, False, "milliseconds of the host: index tables, launches, AdamW"),
+    TimedCheck("host time", "host_checks", 2, 30, False, "milliseconds of the host: index tables, launches, AdamW"),
 )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.kernels.large_kernel import convolve_depthwise
 from pipeline.kernels.triton_support import runs_triton
 from pipeline.models.convnextv2 import VARIANTS
 from pipeline.sparse import VisibleCells
@@ -25,12 +24,11 @@ def check_depthwise(bench: Bench) -> Iterator[Row]:
         for stage, dim in enumerate(dims[:1] if bench.tiny else dims):
             channels = 8 if bench.tiny else dim
             shape = images, channels, side // 2**stage, side // 2**stage
-            for way in ("NHWC", "NCHW", "NHWC, benchmark", "NCHW, benchmark"):
+            ways = ["NHWC", "NCHW", "NHWC, benchmark", "NCHW, benchmark"]
+            for way in ways + ["Triton"] * runs_triton(bench.device):
                 if not bench.has_time:
                     return
                 yield from _timed(bench, shape, way)
-            if runs_triton(bench.device) or (bench.tiny and find_spec("triton")):
-                yield from _triton(bench, shape)
 
 
 def _packed(bench: Bench, dims: Sequence[int]) -> Iterator[Row]:
@@ -45,27 +43,6 @@ def _packed(bench: Bench, dims: Sequence[int]) -> Iterator[Row]:
             yield from _passes(
                 bench, forward, torch.randn_like(x), f"packed, side {side}, {channels} channels, {variant}"
             )
-
-
-def _triton(bench: Bench, shape: tuple[int, int, int, int]) -> Iterator[Row]:
-    from pipeline.kernels.triton_depthwise import Sites, convolve_rows, correlate_rows
-
-    if not bench.on_gpu:
-        shape = (1, 1, 2, 2)  # the interpreter is slow
-    images, channels, height, width = shape
-    x, gradient = torch.randn(2, images, height, width, channels, device=bench.device, dtype=torch.bfloat16)
-    weight = torch.randn(channels, 1, 7, 7, device=bench.device, dtype=torch.bfloat16)
-    sites = Sites(None, height, width)
-
-    def both() -> None:
-        convolve_rows(x, weight, None, sites)
-        convolve_rows(gradient, weight, None, sites, flip=True)
-        correlate_rows(gradient, x, 7, sites)
-
-    alone = seconds_each(lambda: convolve_rows(x, weight, None, sites), bench, repeats=5, rounds=3)
-    whole = seconds_each(both, bench, repeats=5, rounds=3)
-    note = f"forward {1e3 * alone:.3g}"
-    yield Row(f"{'x'.join(map(str, shape))}, Triton: forward and backward", 1e3 * whole, "ms", note=note)
 
 
 def _passes(bench: Bench, forward: Callable[[], Tensor], gradient: Tensor, name: str) -> Iterator[Row]:
@@ -83,7 +60,7 @@ def _timed(bench: Bench, shape: tuple[int, int, int, int], way: str) -> Iterator
     gradient = torch.randn_like(x)
 
     def forward() -> Tensor:
-        return F.conv2d(x, weight, padding=3, groups=channels)
+        return convolve_depthwise(x, weight, None, "triton" if way == "Triton" else "native")
 
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, "benchmark" in way
     try:

@@ -8,9 +8,14 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pipeline.kernels.layer_norm  # noqa: F401 - registers its operator
+from pipeline.kernels.gelu_grn import gelu_grn
+from pipeline.kernels.large_kernel import convolve_depthwise
 from pipeline.models.convnextv2 import VARIANTS as MODELS
+from pipeline.models.response_norm import EPS
 from pipeline.sparse import VisibleCells
 from pipeline.sparse.depthwise import convolve_tokens, plan_depthwise
 from tools.bench.encoder_layouts import GRID, mask_of
@@ -39,7 +44,8 @@ def check_kernels(bench: Bench) -> Iterator[Row]:
     done, restless = 0, []
     with nan_in_new_memory():
         for case in _cases(bench, generator):
-            for dtype in TOLERANCES:
+            # The interpreter takes a second for a convolution.
+            for dtype in [torch.bfloat16] if bench.tiny else TOLERANCES:
                 if not bench.has_time:
                     break
                 # Of inputs rounded alike: the error is the kernel's own.
@@ -60,9 +66,14 @@ def _cases(bench: Bench, generator: torch.Generator) -> Iterator[KernelCase]:
     sizes = [(side, MODELS[model][1][stage]) for model in models for stage, side in enumerate((8, 4, 2, 1))]
     maps = [(2, 56 // 2**stage, dim) for stage, dim in enumerate(MODELS["convnextv2_huge"][1])]
     if bench.tiny:
-        sizes, maps = [(2, 8)], [(1, 3, 5)]
+        sizes, maps = [(1, 8)], [(1, 3, 5)]
     yield from (_packed_depthwise(side, channels, bench, generator) for side, channels in sizes)
     yield from (_dense_depthwise(images, side, channels, generator) for images, side, channels in maps)
+    # The 4C channels of GRN and the C of LayerNorm, in images of as many visible sites.
+    features = [(2, 19 * side**2, channels) for side, channels in sizes]
+    for images, sites, channels in [(2, 5, 12)] if bench.tiny else features:
+        yield from (_gelu_grn(images, sites, 4 * channels, across, generator) for across in (False, True))
+        yield _layer_norm(images * sites, channels, generator)
 
 
 def _packed_depthwise(side: int, channels: int, bench: Bench, generator: torch.Generator) -> KernelCase:
@@ -95,20 +106,59 @@ def _dense_depthwise(images: int, side: int, channels: int, generator: torch.Gen
         for size in (shape, (channels, 1, 7, 7), (channels,), shape)
     ]
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Sequence[Tensor]:
-        from pipeline.kernels.triton_depthwise import Sites, convolve_rows, correlate_rows
+    def convolve(form: str) -> Callable[..., Sequence[Tensor]]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Sequence[Tensor]:
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+            y = convolve_depthwise(leaves[0].permute(0, 3, 1, 2), *leaves[1:], form).permute(0, 2, 3, 1)
+            return [y, *torch.autograd.grad(y, leaves, gradient)]
 
-        sites = Sites(None, side, side)
-        y, grad_x = convolve_rows(x, weight, bias, sites), convolve_rows(gradient, weight, None, sites, flip=True)
-        return [y, grad_x, *correlate_rows(gradient, x, 7, sites)]
+        return run
+
+    name = f"dense depthwise, {images} x {side} x {side}, {channels} channels"
+    return KernelCase(name, inputs, convolve("triton"), convolve("native"))
+
+
+def _gelu_grn(images: int, sites: int, channels: int, across: bool, generator: torch.Generator) -> KernelCase:
+    inputs = _features((images, sites, channels), generator)
+
+    def kernel(x: Tensor, gamma: Tensor, beta: Tensor, gradient: Tensor) -> Sequence[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, gamma.float(), beta.float())]
+        y = gelu_grn(*leaves, across, EPS)
+        return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+    def reference(x: Tensor, gamma: Tensor, beta: Tensor, gradient: Tensor) -> Sequence[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, gamma, beta)]
+        y = F.gelu(leaves[0])
+        norm = torch.linalg.vector_norm(y, dim=(0, 1) if across else 1, keepdim=True)
+        y = y * (1 + leaves[1] * norm / (norm.mean(-1, keepdim=True) + EPS)) + leaves[2]
+        return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+    statistics = "batch" if across else "image"
+    return KernelCase(
+        f"GELU and GRN of each {statistics}, {sites} sites, {channels} channels", inputs, kernel, reference
+    )
+
+
+def _layer_norm(sites: int, channels: int, generator: torch.Generator) -> KernelCase:
+    inputs = _features((sites, channels), generator)
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Sequence[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight.float(), bias.float())]
+        y = torch.ops.fcmae.layer_norm(*leaves, EPS)[0]
+        return [y, *torch.autograd.grad(y, leaves, gradient)]
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Sequence[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        maps = leaves[0].permute(0, 3, 1, 2)
-        y = nn.functional.conv2d(maps, *leaves[1:], padding=3, groups=channels).permute(0, 2, 3, 1)
+        y = F.layer_norm(leaves[0], (channels,), *leaves[1:], EPS)
         return [y, *torch.autograd.grad(y, leaves, gradient)]
 
-    return KernelCase(f"dense depthwise, {images} x {side} x {side}, {channels} channels", inputs, kernel, reference)
+    return KernelCase(f"LayerNorm, {sites} sites, {channels} channels", inputs, kernel, reference)
+
+
+def _features(shape: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
+    """Features, a weight and a bias of their channels, and a gradient of the output."""
+    shapes = (shape, shape[-1:], shape[-1:], shape)
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in shapes]
 
 
 def _surrounded(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -130,5 +180,6 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
-    difference = (result.detach().cpu().double() - exact.detach()).abs().max() / exact.abs().max()
+    result, exact = result.detach().cpu().double(), exact.detach()
+    difference = (result - exact).abs().max() / exact.abs().max()
     return float(difference.nan_to_num(torch.inf, torch.inf, torch.inf))

@@ -2,37 +2,23 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from pipeline.models.convnextv2 import VARIANTS
 from tools.bench.encoder_layouts import CELLS, HIDDEN
 from tools.bench.gpu.check_table import Bench, Row
+from tools.bench.gpu.predictions import assumed_gpu
 from tools.bench.gpu.repeated import seconds_each
 
 IMAGES = 64
 
 
-def assumed_limits(bench: Bench) -> Any:
-    """The limits of this GPU that the included site assumes; None if there is no such site."""
-    if not bench.on_gpu:
-        return None
-    name = torch.cuda.get_device_name(bench.device)
-    site = next((site for site in ("h200", "h100") if site.upper() in name), None)
-    try:
-        from cluster.site import load_site
-
-        return site and load_site(site).gpu.limits
-    except ImportError:
-        return None
-
-
 def check_peaks(bench: Bench) -> Iterator[Row]:
     """Bytes a second of a copy, FLOP/s of products."""
-    limits = assumed_limits(bench)
-    yield _copy(bench, limits and limits.memory_tb_per_second)
-    rate = limits and limits.bf16_tflops
+    gpu = assumed_gpu(bench)
+    yield _copy(bench, gpu and gpu["limits"]["memory_tb_per_second"])
+    rate = gpu and gpu["limits"]["bf16_tflops"]
     tokens = IMAGES * (CELLS - HIDDEN) * 64
     for dim in VARIANTS["convnextv2_huge"][1]:
         rows, width = (64, 8) if bench.tiny else (tokens, dim)

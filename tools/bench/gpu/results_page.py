@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from tools.bench.gpu.check_process import CheckResult
+from tools.bench.gpu.check_process import MeasuredCheck
 from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Row
 
 
@@ -40,7 +40,7 @@ def plan_lines(parts: Iterable[int]) -> list[str]:
     return lines
 
 
-def write_results(folder: Path, part: int, results: Sequence[CheckResult]) -> None:
+def write_results(folder: Path, part: int, results: Sequence[MeasuredCheck]) -> None:
     """Replace the JSON file of a part."""
     content = {"part": part, "checks": [asdict(result) for result in results]}
     temporary = folder / f".part-{part}.json"
@@ -48,7 +48,7 @@ def write_results(folder: Path, part: int, results: Sequence[CheckResult]) -> No
     temporary.replace(folder / f"part-{part}.json")
 
 
-def read_results(folder: Path) -> list[CheckResult]:
+def read_results(folder: Path) -> list[MeasuredCheck]:
     """All results of the parts that a folder has.
 
     Raises:
@@ -60,7 +60,7 @@ def read_results(folder: Path) -> list[CheckResult]:
             content: dict[str, Any] = json.loads(path.read_text())
             for entry in content["checks"]:
                 rows = [Row(**row) for row in entry.pop("rows")]
-                results.append(CheckResult(**entry, rows=rows))
+                results.append(MeasuredCheck(**entry, rows=rows))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} holds no results of this program ({error}); remove it, or name another --out"

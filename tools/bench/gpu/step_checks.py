@@ -2,8 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from pipeline.cost.gpu_peaks import peak_flops
 from tools.analyze.timm_import import import_timm
 from tools.bench.gpu.check_table import Bench, Row
+from tools.bench.gpu.predictions import predicted_ms, predicted_peak_gib
 from tools.bench.gpu.repeated import seconds_each
-from tools.bench.gpu.roofline import predicted_ms, predicted_peak_gib
 from tools.bench.gpu.training_step import StageName, StepOfStage, bare_loop, make_step, without_host_waits
 
 TOP_KERNELS = 8
@@ -61,7 +60,9 @@ def check_timm_step(bench: Bench) -> Iterator[Row]:
     images, size = (2, 64) if bench.tiny else (64, 224)
     for count in (images, images // 2):
         try:
-            model = timm.create_model(bench.model, num_classes=1000).to(bench.device, memory_format=torch.channels_last)
+            with bench.device:  # where initial weights are drawn fast
+                model = timm.create_model(bench.model, num_classes=1000)
+            model.to(memory_format=torch.channels_last)
             batch = torch.randn(count, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
             labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
             run = bare_loop(model, lambda: F.cross_entropy(model(batch), labels), bench)  # noqa: B023 - runs at once
@@ -114,7 +115,7 @@ def _counted_rows(bench: Bench, step: StepOfStage, compiled: bool, name: str = "
     """What needs operations or bytes to be counted, which takes time: last."""
     name = name or ("compiled" if compiled else "eager")
     seconds = seconds_each(step.run, bench, repeats=2, rounds=1)
-    if ms := predicted_ms(bench, step, compiled):
+    if ms := predicted_ms(bench, step):
         yield Row(f"{name}: step, by the roofline", 1e3 * seconds, "ms", predicted=ms)
     flops = step.flops()
     yield Row(f"{name}: counted operations", flops / 1e12, "TFLOP")
@@ -134,16 +135,14 @@ def _top_kernels(bench: Bench, step: StepOfStage) -> Iterator[Row]:
     with torch.profiler.profile(activities=activities) as profile:
         step.run()
         bench.synchronise()
-    profile.export_chrome_trace(str(Path(bench.folder) / "fcmae.trace.json.gz"))
-    microseconds: Callable = _device_time if bench.on_gpu else lambda event: event.self_cpu_time_total
-    events = sorted(profile.key_averages(), key=microseconds, reverse=True)
-    for event in events[:TOP_KERNELS]:
-        yield Row(f"kernel {event.key[:70]}", microseconds(event) / 1e3, "ms", note=f"{event.count} times")
-
-
-def _device_time(event: torch.autograd.profiler_util.FunctionEventAvg) -> float:
-    # Operators have the time of the kernels that they start, which would be counted twice.
-    return event.self_device_time_total if event.device_type != torch.autograd.DeviceType.CPU else 0.0
+    profile.export_chrome_trace(str(bench.folder / "fcmae.trace.json.gz"))
+    # Marks of a program span kernels, and operators have the time of those that they start: both would count twice.
+    events = [event for event in profile.key_averages() if not getattr(event, "is_user_annotation", False)]
+    kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    clock = "self_device_time_total" if kernels else "self_cpu_time_total"
+    times = {event.key: (getattr(event, clock), event.count) for event in kernels or events}
+    for name, (microseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:TOP_KERNELS]:
+        yield Row(f"kernel {name[:70]}", microseconds / 1e3, "ms", note=f"{count} times")
 
 
 def _host_waits(bench: Bench, step: StepOfStage) -> Row:

@@ -49,10 +49,12 @@ def make_step(bench: Bench, stage: StageName, images: int, size: int, compiled: 
     """
     if reads_recipes():
         return _engine_step(bench, stage, images, size, compiled)
-    model = create_model(bench.model, num_classes=1000 if stage == "finetune" else 0)
-    if stage == "pretrain":
-        model = FCMAE(model)
-    model.to(bench.device)
+    with torch.device("meta"):
+        model = create_model(bench.model, num_classes=1000 if stage == "finetune" else 0)
+        model = FCMAE(model) if stage == "pretrain" else model
+    model.to_empty(device=bench.device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # one compilation for each stage of the model
         for block in [block for block in model.modules() if isinstance(block, ConvNeXtBlock)]:
@@ -88,7 +90,7 @@ def _engine_step(bench: Bench, stage: StageName, images: int, size: int, compile
     from pipeline.cost.step_flops import flops_per_image
     from pipeline.data.batch import Batch
     from pipeline.distributed.world import World
-    from pipeline.engines import create_engine
+    from pipeline.engines.ddp import DDPEngine
     from pipeline.objectives import create_objective
     from tools.bench.workload import stage_recipe
 
@@ -103,7 +105,11 @@ def _engine_step(bench: Bench, stage: StageName, images: int, size: int, compile
         torch.distributed.destroy_process_group()
     world = World.join(bench.device.type)
     objective = create_objective(recipe, seed=0)
-    engine = create_engine(objective.build_model, recipe, world)
+    with torch.device("meta"):
+        model = objective.build_model()
+    engine = DDPEngine(model, recipe, world)
+    # Not the recipe's initial weights, which are drawn on the host and would take most of a check's time.
+    engine.fill((name, 0.02 * torch.randn(value.shape, device=bench.device)) for name, value in engine.items().items())
     engine.attach_components()
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (images, 3, size, size), np.uint8))
     batch = Batch(

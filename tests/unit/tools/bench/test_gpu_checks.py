@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tools.bench.gpu.__main__ import main
 from tools.bench.gpu.check_process import MESSAGE, run_check
-from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Check, Row
+from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Row, TimedCheck
 from tools.bench.gpu.results_page import markdown, plan_lines, read_results, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -21,6 +23,8 @@ from dataclasses import asdict
 from tools.bench.gpu.check_table import CHECKS, Bench, CheckSkippedError
 torch.set_num_threads(1)
 for check in CHECKS:
+    if check.name not in sys.argv[2:]:
+        continue
     rows, folder = [], pathlib.Path(sys.argv[1]) / check.module
     folder.mkdir(exist_ok=True)
     try:
@@ -31,16 +35,33 @@ for check in CHECKS:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 """
+# Before the program, on a machine that has torch alone: recipes and timm cannot be imported.
+BARE = """
+import importlib.util, sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pydantic", "omegaconf", "yaml", "ffcv", "deepspeed", "timm", "numba", "fsspec"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+def find_spec(name, package=None, find=importlib.util.find_spec):
+    try:
+        return find(name, package)
+    except ModuleNotFoundError:
+        return None
+
+sys.meta_path.insert(0, Absent())
+importlib.util.find_spec = find_spec
+"""
 # Stands in for a tool that is not here, and finds nothing.
 SANITIZER = """#!/bin/sh
 echo "========= COMPUTE-SANITIZER"
 """
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[dict] | str]:
-    """The rows of each check."""
-    folder = tmp_path_factory.mktemp("checks")
+def rows_of(checks: list[str], folder: Path, before: str = "") -> dict[str, list[dict] | str]:
+    """The rows of each check, or why it was skipped."""
     tool = folder / "compute-sanitizer"
     tool.write_text(SANITIZER)
     tool.chmod(0o755)
@@ -49,11 +70,26 @@ def found(tmp_path_factory) -> dict[str, list[dict] | str]:
         "PATH": f"{folder}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder / "cache"),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", ALL, str(folder)], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
-        check=False, timeout=500,
+        [sys.executable, "-c", before + ALL, str(folder), *checks], cwd=REPOSITORY, env=environment,
+        capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[dict] | str]:
+    return rows_of([check.name for check in CHECKS], tmp_path_factory.mktemp("checks"))
+
+
+@pytest.mark.slow
+def test_with_torch_alone_steps_are_bare_loops_and_the_rest_says_what_is_missing(tmp_path):
+    rows = rows_of(["fcmae eager", "engines", "timm step"], tmp_path, BARE)
+    assert rows["engines"] == "pydantic is not installed"
+    assert rows["timm step"] == "timm is not installed"
+    building, *others = rows["fcmae eager"]
+    assert building["note"].startswith("a bare torch loop")
+    assert {"eager: step", "eager: counted operations", "host waits within a step"} <= {row["what"] for row in others}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
@@ -75,7 +111,7 @@ def test_halves_end_within_their_time_and_begin_with_correctness():
         assert len(plan_lines([part])) == len(checks) + 1
 
 
-def run(code: str, tmp_path: Path, limit: float = 30.0, check: Check = CHECKS[0]):
+def run(code: str, tmp_path: Path, limit: float = 30.0, check: TimedCheck = CHECKS[0]):
     """The result of a check that is this program, and the rows as they came."""
     shown: list[Row] = []
     code = f"import sys, time\ndef send(text): print({MESSAGE!r} + text, flush=True)\n{code}"
@@ -123,24 +159,22 @@ def test_the_section_has_both_parts(tmp_path):
     assert "| error | 7  |  | WRONG: at most 0.5 |" in text
 
 
-def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.bench.gpu", *map(str, arguments)], cwd=REPOSITORY, capture_output=True,
-        text=True, env={**os.environ, **environment}, check=False,
-    )  # fmt: skip
-
-
-def test_without_a_gpu_it_says_what_it_would_do(tmp_path):
-    done = program("--out", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("there is no GPU here; on one, this would run:\n--part 1: at most 300 s of 300\n")
-    assert all(check.measures in done.stdout for check in CHECKS)
+@pytest.mark.parametrize("options", [[], ["--dry-run", "--device", "cpu"]])
+def test_without_a_gpu_or_on_request_it_says_what_it_would_do(options, tmp_path, capsys):
+    if not options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--out", str(tmp_path / "out"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "this would run:\n--part 1: at most 300 s of 300\n" in printed
+    assert all(check.measures in printed for check in CHECKS)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_the_whole_program_on_a_cpu(tmp_path):
-    done = program("--out", tmp_path, "--device", "cpu", "--tiny", "--only", "kernels", "peaks", "engines")
+    options = ["--out", tmp_path, "--device", "cpu", "--tiny", "--only", "kernels", "peaks", "engines"]
+    command = [sys.executable, "-m", "tools.bench.gpu", *map(str, options)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_results(tmp_path)
     assert [(result.name, result.trouble) for result in results] == [("kernels", ""), ("peaks", ""), ("engines", "")]
