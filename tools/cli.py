@@ -23,6 +23,7 @@ from tools.own_images.commands import finetune_images, pretrain_images
 from tools.predict.commands import embed_images, predict_classes
 from tools.prepare.commands import prepare_images
 from tools.recipes import commands as recipes
+from tools.rehearse.commands import rehearse_recipe
 from tools.report.commands import report_runs
 from tools.run import commands as runs
 from tools.simulate.commands import simulate_chain
@@ -88,6 +89,7 @@ COMMANDS = {
     "prepare": (prepare_images, PREPARE),
     "estimate": (estimate_cost, PREPARE),
     "simulate": (simulate_chain, PREPARE),
+    "rehearse": (rehearse_recipe, PREPARE),
     "pretrain": (pretrain_images, TRAIN),
     "finetune": (finetune_images, TRAIN),
     "run": (runs.run_here, TRAIN),

@@ -59,6 +59,8 @@ def submit_run(
         help="Print the job scripts; submit nothing and write nothing.")] = False,
     start: Annotated[str | None, typer.Option("--from", metavar="STAGE",
         help="Do not submit the stages before this one.")] = None,
+    rehearsal: Annotated[bool, typer.Option("--rehearsal/--no-rehearsal",
+        help="On a site with GPUs, first play a rank of each stage here; submit nothing that would fail.")] = True,
     refresh: Refresh = False,
 ) -> None:  # fmt: skip
     """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done.
@@ -90,7 +92,7 @@ def submit_run(
         cache = Path(profile.data_cache) if profile.data_cache else None
         chain = with_prepared_data(chain, run, cache=cache, refresh=refresh)
     note_unshared_data(chain, run)
-    _submit(chain, run, profile, start)
+    _submit(chain, run, profile, start, rehearsal)
     write_origin(run, find_recipe(recipe), overrides or [])
 
 
@@ -106,7 +108,7 @@ def resume_run(
 
     run = check_path(directory.resolve())
     stage_names(run)
-    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None)
+    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None, rehearsal=False)
 
 
 def cancel_run(directory: RunDirectory) -> None:
@@ -194,15 +196,18 @@ def profile_run(
         raise StageError(f"rank {failed[0].get('rank')} recorded nothing: {failed[0]['error']}")
 
 
-def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None) -> None:
+def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None, rehearsal: bool) -> None:
     from cluster.slurm import submit as jobs
     from cluster.slurm.code_snapshot import code_snapshot_path
     from cluster.slurm.ticket import SubmissionLostError
+    from tools.rehearse.chain_rehearsal import refuse_failing_stages
 
     for last in (False, False, True):
         planned = jobs.plan_jobs(chain, run, profile, start=start)
         needed = jobs.check_planned(planned)
         jobs.check_with_slurm(planned, code_snapshot_path(run))
+        if rehearsal:  # last, because it takes longest
+            refuse_failing_stages([stage.recipe for stage in planned if stage.needs_job], profile)
         wide_console().print(_plan_table(planned, needed))
         for estimate in needed.values():
             if estimate.warning:

@@ -1,0 +1,67 @@
+"""`fcmae rehearse`, and what `fcmae submit` makes of a rehearsal."""
+
+import pytest
+
+from cluster.site import Site
+from pipeline.errors import LaunchError
+from tests.engines import stage_recipe
+from tools.rehearse import chain_rehearsal
+from tools.rehearse.chain_rehearsal import refuse_failing_stages, rehearse_chain
+from tools.rehearse.rehearsal_table import rehearsal_json, rehearsal_table
+from tools.tables import wide_console
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def recipe(global_batch: int = 1024):
+    return stage_recipe("finetune", "fsdp", batch={"global_batch": global_batch, "slot": 2})
+
+
+def site(memory_gib: float, gpus_per_node: int = 8) -> Site:
+    gpu = {"name": "a card", "memory_gib": memory_gib, "bf16_tflops": 1.0, "fp32_tflops": 1.0}
+    return Site(nodes=64, gpus_per_node=gpus_per_node, tasks_per_node=8, gpu=gpu)
+
+
+def test_the_last_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch, capsys):
+    (result,) = rehearse_chain([recipe()], site(80))
+    assert (result["rank"], result["ranks"], result["problem"], result["unknown"]) == (511, 512, "", "")
+    assert "passes" in rendered(result)
+    assert rehearsal_json([result]).startswith("[")
+
+    def no_process(*arguments, **options):
+        raise AssertionError("the result is kept, so no process starts")
+
+    monkeypatch.setattr(chain_rehearsal.subprocess, "run", no_process)
+    refuse_failing_stages([recipe()], site(80))
+    with pytest.raises(LaunchError, match=r"a rank is estimated to need .* and the site's gpu, a card, has 0\.0"):
+        refuse_failing_stages([recipe()], site(1e-6))
+
+
+def rendered(result) -> str:
+    console = wide_console()
+    with console.capture() as capture:
+        console.print(rehearsal_table([result], site(80)))
+    return capture.get()
+
+
+def test_ranks_that_do_not_divide_are_refused_with_the_sentence():
+    with pytest.raises(LaunchError, match=r"512 processes do not divide the 384 slots.*--no-rehearsal"):
+        refuse_failing_stages([recipe(768)], site(80))
+
+
+def test_a_rehearsal_that_breaks_off_is_a_note_and_is_not_kept(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        chain_rehearsal, "module_command", lambda module: ["sh", "-c", "echo no fake group here >&2; exit 1"]
+    )
+    refuse_failing_stages([recipe()], site(80))
+    assert "note: stage finetune could not be rehearsed: no fake group here" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+    assert "broke off: no fake group here" in rendered(rehearse_chain([recipe()], site(80))[0])
+
+
+def test_nothing_is_rehearsed_for_ranks_on_cpus(monkeypatch):
+    monkeypatch.setattr(chain_rehearsal, "rehearse_chain", None)
+    refuse_failing_stages([recipe()], Site(nodes=2))
