@@ -6,6 +6,7 @@ All such differences are handled here. pyproject.toml has the oldest version.
 import inspect
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,3 +20,13 @@ def without_buffer_sync() -> dict[str, Any]:
         ("forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"): False,
         "init_sync": False,
     }
+
+
+def fsdp_parameters(module: FSDPModule) -> list[Any]:
+    """Return FSDP's private records of the parameters that a module gathers, not those of modules inside of it.
+
+    Newer versions have several groups of them, older ones at most one.
+    """
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from pipeline.distributed.torch_versions import fsdp_parameters
 from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
@@ -91,8 +92,7 @@ class FSDPEngine(NativeEngine):
             self.refresh()
         # FSDP has no public API for accumulated, unreduced gradients, so clear its private fields.
         for module in self.module.modules():
-            groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
-            for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+            for parameter in fsdp_parameters(module) if isinstance(module, FSDPModule) else []:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
