@@ -6,6 +6,8 @@ all ranks and all resumes read it.
 
 from pathlib import Path
 
+import torch
+
 from pipeline.data.batch import example_batch
 from pipeline.engines import Engine
 from pipeline.errors import RecipeError
@@ -42,7 +44,8 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
             conv.form = form if form in conv.forms else "native"
         return {}
     batch = engine.to_device(example_batch(engine.recipe))
-    with engine.evaluating() as model:
+    # Uncompiled, because compiled blocks do not notice that somebody listens at the layers inside of them.
+    with engine.evaluating() as model, torch.compiler.set_stance("force_eager"):
         cases = record_cases(model, lambda: objective.evaluate(model, batch))
     keys = {
         conv: f"{device.type} {str(case.dtype).removeprefix('torch.')} {'x'.join(map(str, case.shape))}, kernel"

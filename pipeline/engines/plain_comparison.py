@@ -21,7 +21,7 @@ from pipeline.distributed.world import World
 from pipeline.engines.base import DTYPES
 from pipeline.engines.compiled_blocks import compile_blocks, compiles_blocks, eager_blocks, wants_compilation
 from pipeline.errors import first_line
-from pipeline.kernels.large_kernel import DepthwiseConv2d
+from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
 from pipeline.kernels.triton_support import missing_compiler, plain_kernels, runs_triton
 from pipeline.models import initial_values
 from pipeline.objectives import Objective, create_objective
@@ -166,7 +166,7 @@ def difference_from_plain(
                 plain = _loss_and_gradients(model, objective, batch, low=precision.startswith("bf16"))
         for module in model.modules():
             if isinstance(module, DepthwiseConv2d):
-                module.form = _chosen_form(recipe.engine.large_kernels, device)
+                module.form = _chosen_form(recipe.engine.large_kernels, module, device)
         if compiles_blocks(recipe.engine, device):
             compile_blocks(model)
         chosen = _loss_and_gradients(model, objective, batch, low=precision.startswith("bf16"))
@@ -218,11 +218,10 @@ def _checkpointing(model: nn.Module) -> Iterator[None]:
             module.checkpointing = value
 
 
-def _chosen_form(setting: str, device: torch.device) -> str:
-    """The form of large kernels to compare: of measured ones, Triton's, as the others are torch's operators."""
-    if setting == "measured":
-        return "triton" if runs_triton(device) else "native"
-    return setting
+def _chosen_form(setting: str, conv: DepthwiseConv2d, device: torch.device) -> str:
+    """The form to compare: of measured ones Triton's, if it may be chosen, as the others are torch's operators."""
+    form = "triton" if setting in ("auto", "measured") else setting
+    return form if form in available_forms(device, conv.forms) else "native"
 
 
 def _loss_and_gradients(model: nn.Module, objective: Objective, batch: Batch, low: bool = False) -> Outcome:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.distributed.world import World
 from pipeline.engines.plain_comparison import TOLERANCE
-from tests.engines import bits, largest_difference, stage_recipe, train
+from tests.engines import ENGINES, bits, largest_difference, stage_recipe, train
 from tests.ranks import on_ranks
 
 STEPS = 4
@@ -45,9 +45,9 @@ def compare(world: World, engine: dict, directory: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
 def test_compiled_blocks_have_the_losses_of_plain_ones(tmp_path, engine):
-    for found in on_ranks(2, compare, {"kind": engine}, tmp_path):
+    for found in on_ranks(2, compare, ENGINES[engine], tmp_path):
         assert found["compiled_by_check"] == 3, "one for each stage, and the decoder's"
         # FSDP's modules are of other classes, so their blocks are traced anew; the machine code is in the cache.
         assert found["graphs"] == (6 if engine == "fsdp" else 3)
