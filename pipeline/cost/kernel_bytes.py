@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 GROUPS = ("matrix products", "depthwise", "GELU and GRN", "LayerNorm", "other pointwise", "casts of weights", "input")
 MATRIX, DEPTHWISE, RESPONSE, NORM, POINTWISE, WEIGHTS, INPUT = range(len(GROUPS))
@@ -104,15 +103,15 @@ class OperationLog:
     def add(self, function: Any, args: tuple, kwargs: Mapping[str, Any], out: Any, flops: int) -> None:
         """Note what an operator reads and writes on the device."""
         name, written = _traits(function)
-        inputs = [t for t in tree_leaves((args, kwargs)) if _on_device(t)]
+        inputs = _tensors((args, tuple(kwargs.values())))
         keys = {t.untyped_storage()._cdata for t in inputs}
         if written:
-            changed = [t for place in written for t in tree_leaves(_argument(place, args, kwargs)) if _on_device(t)]
+            changed = _tensors(tuple(_argument(place, args, kwargs) for place in written))
             made = changed
             if name in _OVERWRITTEN or any(isinstance(place, str) for place in written):
                 inputs = [t for t in inputs if not any(t is c for c in changed)]
         else:
-            made = [t for t in tree_leaves(out) if _on_device(t) and t.untyped_storage()._cdata not in keys]
+            made = [t for t in _tensors((out,)) if t.untyped_storage()._cdata not in keys]
         if not made or name.startswith(("empty", "new_empty")):
             return  # a view, or memory without values
         depthwise = _is_depthwise(name, args)
@@ -163,8 +162,15 @@ def _argument(place: int | str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
 
 
-def _on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "meta"
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors on the device in nested sequences."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found += [value] if value.is_meta else []
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:

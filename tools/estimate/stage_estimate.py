@@ -30,8 +30,6 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.recipe.image_size import height_and_width
 from tools.estimate.engine_options import Option, at_precision, engine_variants, recommended, site_rates
-from tools.prepare.detect import open_source
-from tools.prepare.prepared_cache import is_source
 from tools.simulate.conditions import Conditions, site_conditions
 from tools.simulate.planned_stage import planned_stage
 from tools.simulate.simulated_run import simulated_share
@@ -371,12 +369,16 @@ def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFi
         return None
     path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
     fraction = data.fraction if name == "train" else 1.0
-    if not is_url(path) and Path(path).is_file() and not is_source(path):
+    here = not is_url(path) and Path(path).exists()
+    if here:
+        from tools.prepare.detect import open_source  # both load numba
+        from tools.prepare.prepared_cache import is_source
+    if here and Path(path).is_file() and not is_source(path):
         beton = read_sidecar(Path(path))
         classes = data.classes if name == "train" else present_classes(beton, data.classes)
         return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
-    if count is None and not is_url(path) and Path(path).exists():
+    if count is None and here:
         count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
     if count is None:
         return DataFile(path, None, None, False)
