@@ -12,6 +12,7 @@ from pipeline.cost.collectives import step_collectives
 from pipeline.cost.kernel_bytes import GROUPS, MATRIX, WEIGHTS, Kernels
 from pipeline.cost.memory import ModelSize, engine_name, micro_batches, own_parameters
 from pipeline.cost.trace import Trace
+from pipeline.engines.fsdp import keeps_gathered
 from pipeline.recipe import StageRecipe
 
 BACKWARD_SHARE = 2 / 3  # of the time of a micro-batch
@@ -115,9 +116,8 @@ def _update_bytes(recipe: StageRecipe, model: ModelSize, ranks: int) -> dict[str
     if name == "ddp":
         copied = 2 * full * p  # into the buckets
     elif name == "fsdp" and shared > 1:
-        copied = (
-            2 * low * micro * (2 * units + model.rest) + (low + full) * p
-        )  # out of gathered tensors, into scattered
+        gathered = p if keeps_gathered(recipe, ranks, p, "cuda") else micro * (2 * units + model.rest)
+        copied = 2 * low * gathered + (low + full) * p  # out of gathered tensors, into those to be scattered
     elif name.startswith("zero") and ranks > 1:
         reductions = 1 if name == "zero1" else micro
         copied = (low + full) * reductions * p + (4 * low * micro * p if name == "zero3" else 0)

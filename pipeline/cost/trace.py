@@ -242,7 +242,7 @@ class _Live(TorchDispatchMode):
         packet = function._overloadpacket
         macs = _MACS[packet](*args, **kwargs, out_val=out) if packet in _MACS else 0
         self.macs += macs * self._repeats
-        if packet is torch.ops.aten.native_layer_norm:
+        if packet in _NORMS:
             self.norm_macs += NORM_MACS_PER_ELEMENT * out[0].numel() * self._repeats
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
@@ -346,7 +346,7 @@ class DeviceCasts(TorchFunctionMode):
         if function == torch.Tensor.is_cuda.__get__:  # a new object at each access: never identical
             return self._device == "cuda"
         if self._low:
-            if function in _LOW_PRECISION or function is torch.ops.fcmae.depthwise.default:
+            if function in _LOW_PRECISION or function in (_OWN.depthwise.default, _OWN.depthwise_maps.default):
                 args, kwargs = _cast((args, kwargs), torch.bfloat16)
             elif function in _FULL_PRECISION[self._device]:
                 args, kwargs = _cast((args, kwargs), torch.float32)
@@ -378,10 +378,17 @@ def _token_macs(x: Tensor, weight: Tensor, *_: Any, out_val: Any, **__: Any) -> 
     return x.shape[0] * weight.numel()
 
 
+def _map_macs(x: Tensor, weight: Tensor) -> int:
+    return x.shape[0] * x.shape[2:].numel() * weight.numel()
+
+
 _ATEN, _OWN = torch.ops.aten, torch.ops.fcmae
+_NORMS = {_ATEN.native_layer_norm, _OWN.layer_norm}
 _MACS: dict[Any, Callable[..., int]] = {
     **{operator: _halves(flops) for operator, flops in flop_registry.items()},
     _ATEN.convolution_backward: _convolution_backward,
     _OWN.depthwise: _token_macs,
-    _OWN.depthwise_backward: lambda gradient, x, weight, *_, out_val, **__: 2 * x.shape[0] * weight.numel(),
+    _OWN.depthwise_backward: lambda gradient, x, weight, *_, out_val, **__: 2 * _token_macs(x, weight, out_val=None),
+    _OWN.depthwise_maps: lambda x, weight, *_, out_val, **__: _map_macs(x, weight),
+    _OWN.depthwise_maps_backward: lambda gradient, x, weight, *_, out_val, **__: 2 * _map_macs(x, weight),
 }
