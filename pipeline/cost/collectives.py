@@ -11,6 +11,7 @@ from pipeline.engines.deepspeed_settings import zero_overlaps
 from pipeline.engines.fsdp import keeps_gathered
 from pipeline.recipe import StageRecipe
 
+_REUSE = 1_000_000_000  # DeepSpeed's default, in elements
 Moment = Literal["forward and backward", "last backward", "update"]
 
 
@@ -76,7 +77,11 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         add("reduce-scatter", "gradients", full * p, "last backward", shard)
         add("all-reduce", "gradients of a shard", full * p // shard, "last backward", ranks // shard, stride=shard)
     elif name == "zero3":
-        add("all-gather", "parameters", 2 * low * micro * p, "forward and backward", ranks)
+        # What is used again within the reuse distance stays gathered: at the turn from forward to backward pass, the
+        # last half of that many parameters.
+        zero = recipe.engine.deepspeed.get("zero_optimization", {})
+        again = max(p - int(zero.get("stage3_max_reuse_distance", _REUSE)) // 2, 0)
+        add("all-gather", "parameters", low * micro * (p + again), "forward and backward", ranks)
         add("reduce-scatter", "gradients", full * micro * p, "forward and backward", ranks)
     else:
         # ZeRO 1 and 2 all-reduce buckets that belong to several ranks whole (use_multi_rank_bucket_allreduce); ZeRO 2
