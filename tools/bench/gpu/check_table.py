@@ -109,7 +109,7 @@ CHECKS = (
     TimedCheck("depthwise", "convolution_checks", 1, 40, False,
         "7x7 depthwise convolutions: of packed tokens; of whole images by cuDNN (NHWC, NCHW, benchmark) and by Triton"),
     TimedCheck("engines", "engine_checks", 2, 50, True,
-        "a tiny model: ddp = fsdp = fsdp with offload; a background save, a restore, the next step", RECIPES),
+        "a tiny model: ddp = fsdp = offload; a save, a restore, the next step; gradients against plain torch", RECIPES),
     TimedCheck("sanitizer", "sanitizer_check", 2, 50, True, "compute-sanitizer's memcheck on the check of the kernels"),
     TimedCheck("dense steps", "step_checks", 2, 100, False,
         "fine-tuning steps of Huge, 224 px x 64 and 512 px x 8, eager and compiled"),

@@ -9,9 +9,11 @@ from pipeline.checkpoint.store import CheckpointStore, flatten
 from pipeline.data.batch import Batch
 from pipeline.distributed.world import World
 from pipeline.engines import Engine, create_engine
+from pipeline.engines.plain_comparison import TOLERANCE, check_code
 from pipeline.objectives import create_objective
+from pipeline.recipe import StageRecipe
 from tools.bench.gpu.check_table import Bench, Row
-from tools.bench.gpu.training_step import tiny_stage
+from tools.bench.gpu.training_step import StageName, tiny_stage
 from tools.bench.workload import random_batch, stage_recipe
 
 STEPS = 4
@@ -33,17 +35,36 @@ def check_engines(bench: Bench) -> Iterator[Row]:
         yield Row(f"{name} and ddp: largest difference of a loss", worst, "relative", limit=LOSS_TOLERANCE)
     for name in ("ddp", "fsdp"):
         yield from _save_and_restore(bench, world, name)
+    # On a CPU nothing but compiled blocks differs from plain torch.
+    cases = [("pretrain", not bench.on_gpu), ("finetune", False), ("pretrain", True)]
+    for stage, compiled in cases if bench.on_gpu else cases[:1]:
+        if bench.has_time:
+            yield from _against_plain_torch(bench, world, stage, compiled)
+
+
+def _against_plain_torch(bench: Bench, world: World, stage: StageName, compiled: bool) -> Iterator[Row]:
+    """The comparison that a stage makes before it trains, of loss and gradients in bf16."""
+    recipe = _recipe(bench, stage, "ddp", {"precision": "bf16", "compile": compiled})
+    check = check_code(recipe, world, lambda: False)
+    event = (check and check.event) or {}
+    if event:
+        name = f"{stage}, {'compiled blocks' if compiled else 'own kernels'}: error in units of plain torch's"
+        yield Row(name, event["largest_error"], "", limit=TOLERANCE, note=event["error"] or event["parameter"])
+
+
+def _recipe(bench: Bench, stage: StageName, kind: str, settings: dict[str, Any]) -> StageRecipe:
+    changes = {"image_size": 64, "slot": 4, "checkpointing": False}
+    if bench.tiny:
+        recipe = stage_recipe(stage, kind, "convnextv2", **changes, **tiny_stage(stage))
+    else:
+        recipe = stage_recipe(stage, kind, "convnextv2_atto", **changes)
+    settings = settings | {"device": bench.device.type}
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=settings)})
 
 
 def _make(bench: Bench, world: World, kind: str, settings: dict[str, Any]) -> tuple[Engine, Any]:
     """An engine with the initial weights, and a function that makes a step and returns its loss."""
-    changes = {"image_size": 64, "slot": 4, "checkpointing": False}
-    if bench.tiny:
-        recipe = stage_recipe("pretrain", kind, "convnextv2", **changes, **tiny_stage("pretrain"))
-    else:
-        recipe = stage_recipe("pretrain", kind, "convnextv2_atto", **changes)
-    settings = settings | {"device": bench.device.type, "compile": False}
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=settings)})
+    recipe = _recipe(bench, "pretrain", kind, settings | {"compile": False})
     objective = create_objective(recipe, seed=0)
     engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()

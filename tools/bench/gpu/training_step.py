@@ -90,7 +90,9 @@ def _engine_step(bench: Bench, stage: StageName, images: int, size: int, compile
     from pipeline.cost.step_flops import flops_per_image
     from pipeline.data.batch import Batch
     from pipeline.distributed.world import World
+    from pipeline.engines.compiled_blocks import compile_blocks
     from pipeline.engines.ddp import DDPEngine
+    from pipeline.engines.large_kernel_choice import set_large_kernels
     from pipeline.objectives import create_objective
     from tools.bench.workload import stage_recipe
 
@@ -99,7 +101,7 @@ def _engine_step(bench: Bench, stage: StageName, images: int, size: int, compile
         recipe = stage_recipe(stage, "ddp", "convnextv2", **changes, **tiny_stage(stage))
     else:
         recipe = stage_recipe(stage, "ddp", bench.model, **changes)
-    settings = {"precision": "bf16", "compile": compiled, "device": bench.device.type}
+    settings = {"precision": "bf16", "compile": False, "device": bench.device.type}
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=settings)})
     if torch.distributed.is_initialized():  # by an earlier step of this process
         torch.distributed.destroy_process_group()
@@ -111,6 +113,10 @@ def _engine_step(bench: Bench, stage: StageName, images: int, size: int, compile
     # Not the recipe's initial weights, which are drawn on the host and would take most of a check's time.
     engine.fill((name, 0.02 * torch.randn(value.shape, device=bench.device)) for name, value in engine.items().items())
     engine.attach_components()
+    set_large_kernels(bench.folder, engine, objective)  # before blocks are compiled, for they depend on the choice
+    if compiled:
+        compile_blocks(engine.module)
+        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"compile": True})})
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (images, 3, size, size), np.uint8))
     batch = Batch(
         images=noise.contiguous(memory_format=torch.channels_last),
