@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp, bf16_parameters, shard_ranks 8": ("fsdp", {"precision": "bf16_parameters", "shard_ranks": 8}),
     "zero1": ("zero1", {"precision": "bf16"}),
     "zero2": ("zero2", {"precision": "bf16"}),
-    "zero3": ("zero3", {"precision": "bf16"}),
+    "zero3": ("zero3", {"precision": "bf16", "deepspeed": {}}),  # DeepSpeed's own sizes of buckets and distances
 }
 _OPERATIONS = {
     "allreduce_": "all-reduce", "allgather_": "all-gather", "_allgather_base_": "all-gather",
