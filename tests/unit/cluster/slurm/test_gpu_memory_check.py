@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_one_sentence_with_the_figures_and_the_remedy():
     with pytest.raises(LaunchError) as refused:
         check_gpu_memory(recipe, site(0.4, nodes=32))
     assert re.sub(r"alone \d\.\d", "alone X", str(refused.value)) == (
-        f"stage pretrain: a rank is estimated to need {gib:.1f} GiB (activations and gradients alone X), and the site's"
+        f"stage pretrain: a rank is estimated to need {gib:.1f} GiB (activations alone X), and the site's"
         " gpu, B7 PCIe, has 0.4; set stages.pretrain.batch.micro_slots below 2 or"
         " stages.pretrain.model.checkpointing=true or stages.pretrain.engine.kind=fsdp (`fcmae estimate` tells what"
         " fits), or leave gpu out of the site if you know better"
