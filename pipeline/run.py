@@ -3,10 +3,11 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import torch
 
@@ -73,7 +74,11 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
     startup.lap("compile")
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.
-        world = World.join(recipe.engine.device, recipe.engine.threads, 1.5 * PATIENCE * stall_seconds)
+        group_seconds = 1.5 * PATIENCE * stall_seconds
+        with _bounded(
+            group_seconds + stall_seconds, on_stall
+        ):  # no watchdog yet, and NCCL has no time-out at its start
+            world = World.join(recipe.engine.device, recipe.engine.threads, group_seconds)
         stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
         recipe.check_world_size(world.size)
         threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.attempts.last_threads(world.size)))
@@ -95,6 +100,24 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
         outcome = training.run()
         training.finish(outcome)
         return outcome
+
+
+@contextmanager
+def _bounded(seconds: float, end: Callable[[Outcome], None]) -> Iterator[None]:
+    """End this process if the block takes longer."""
+
+    def give_up() -> None:
+        sentence = f"the ranks have not met after {seconds / 60:.0f} minutes; look at the network between the nodes"
+        print(sentence, file=sys.stderr)
+        end(Outcome(OutcomeKind.BAD_NODE, sentence))
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _watchdog(stage: Stage, world: World, on_stall: Callable[[Outcome], None]) -> Watchdog:

@@ -35,7 +35,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
     if not convolutions or form == "native" or unmeasured or takes_plain_kernels():
         return {}
     if form != "measured":
-        if form not in available_forms(device):
+        if any(form in conv.forms for conv in convolutions) and form not in available_forms(device):
             raise RecipeError(
                 f"engine.large_kernels is {form}, which needs a GPU and Triton; choose one of"
                 f" {', '.join(available_forms(device))}, or measured"
@@ -43,7 +43,7 @@ def set_large_kernels(directory: Path, engine: Engine, objective: Objective) -> 
         for conv in convolutions:
             conv.form = form if form in conv.forms else "native"
         return {}
-    batch = engine.to_device(example_batch(engine.recipe))
+    batch = engine.to_device(example_batch(engine.recipe, engine.world.size))
     # Uncompiled, because compiled blocks do not notice that somebody listens at the layers inside of them.
     with engine.evaluating() as model, torch.compiler.set_stance("force_eager"):
         cases = record_cases(model, lambda: objective.evaluate(model, batch))

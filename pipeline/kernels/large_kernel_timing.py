@@ -55,6 +55,9 @@ def fastest_form(
 ) -> str:
     """Return the form, of `forms`, with the shortest forward and backward pass together."""
     best, best_seconds = "native", math.inf
+    if case.device.type == "cuda":  # the first call loads or compiles the code of each form
+        for form in available_forms(case.device, forms):
+            time_form(case, form, 1, clock)
     # The native form comes last, and a form that is hopeless runs once: native may take seconds.
     for form in sorted(available_forms(case.device, forms), key=lambda form: form == "native"):
         seconds = sum(time_form(case, form, 1, clock))

@@ -5,6 +5,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def _switched(name: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _compiles_triton() -> bool:
+    return _finds_compiler()
+
+
+@cache  # it is asked for at every block, and searching PATH takes a tenth of a millisecond
+def _finds_compiler() -> bool:
     return not missing_compiler(torch.device("cuda"))
 
 

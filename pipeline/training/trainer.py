@@ -18,7 +18,7 @@ from pipeline.engines import create_engine
 from pipeline.engines.base import sharding_units
 from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.engines.plain_comparison import check_code
-from pipeline.health.watchdog import Watchdog
+from pipeline.health.watchdog import PATIENCE, Watchdog
 from pipeline.objectives import create_objective
 from pipeline.optim.schedule import learning_rate
 from pipeline.randomness import text_key
@@ -65,7 +65,10 @@ class Training:
                 return
             world.on_main(lambda: stage.pin_data(_hashes(data)))
             startup.lap("data")
-            check = check_code(stage.recipe, world, stop.at_once)
+            stack.enter_context(explain_lost_peers(stage, watchdog))
+            # Longer than a machine compiles, so that a kernel that never ends is found.
+            limit = 2 * PATIENCE * stage.recipe.health.stall_seconds
+            check = check_code(stage.recipe, world, stop.at_once, limit)
             if check is None:
                 yield None
                 return
@@ -74,7 +77,6 @@ class Training:
                 startup.lap("compare")
             journal = stack.enter_context(records.open_journal(stage, world, stop))
             records.write_code_check(journal, check)
-            stack.enter_context(explain_lost_peers(stage, watchdog))
             yield cls(stage, world, watchdog, stop, data, journal, stack)
 
     def __init__(

@@ -77,8 +77,8 @@ class SlowStage(RunStage):
         super().__call__()
 
     def _slow(self, create: Callable[..., Any]) -> Callable[..., Any]:
-        def slow(recipe: Any, data: Any, seed: int, world: Any, workers: int) -> Any:
-            feed, taken = create(recipe, data, seed, world, workers), 0
+        def slow(recipe: Any, data: Any, seed: int, world: Any, *rest: Any) -> Any:
+            feed, taken = create(recipe, data, seed, world, *rest), 0
             record_batches(feed, recipe, seed, world, batches_folder(Path(self.stage_directory)))
             honest = feed.slots
 

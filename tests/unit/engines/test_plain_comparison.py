@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain
+from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain, noise_batch
 from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.objectives import create_objective
 from tests.engines import stage_recipe
@@ -44,7 +44,7 @@ def compare(stage: str, model: dict, precision: str = "fp32", slip: tuple[float,
         return built
 
     objective.build_model = build_model
-    return difference_from_plain(recipe, objective, CPU)
+    return difference_from_plain(recipe, objective, CPU, noise_batch(recipe, 1))
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.kernels import triton_support
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
 from pipeline.kernels.triton_support import meta_stands_for_gpu, missing_compiler, plain_kernels, runs_triton
 from pipeline.models.response_norm import GRN
@@ -21,18 +22,23 @@ def test_triton_is_not_chosen_where_nothing_compiles_its_kernels(monkeypatch, tm
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    triton_support._finds_compiler.cache_clear()
     assert "no C compiler" in missing_compiler(GPU)
     assert not runs_triton(GPU)
     assert fastest_variant(GPU, 7) == "scatter"
     assert "triton" not in available_forms(GPU)
     (tmp_path / "gcc").touch(mode=0o755)
+    triton_support._finds_compiler.cache_clear()
     assert missing_compiler(GPU) == f"{tmp_path}/Python.h is missing (Debian: python3-dev)"
     assert not runs_triton(GPU)
     (tmp_path / "Python.h").touch()
+    assert not runs_triton(GPU), "asked for once"
+    triton_support._finds_compiler.cache_clear()
     assert runs_triton(GPU)
     assert not runs_triton(torch.device("cpu"))
     assert fastest_variant(GPU, 7) == "triton"
     assert "triton" in available_forms(GPU)
+    triton_support._finds_compiler.cache_clear()
 
 
 def test_meta_tensors_stand_for_a_gpu():
