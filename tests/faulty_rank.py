@@ -12,6 +12,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
                before a test disturbs it. A stage is given by the end of its path
+    late       true: the journal leaves the newest step to the next flush, as on a GPU
     record     folder: note what each rank is given, as `tests.batch_hashes` does
 """
 
@@ -48,6 +49,9 @@ def main() -> None:
         torch.compile = lambda function, **_: lambda *inputs: function(*inputs) * scale
     if stretches := faults.get("left_out"):
         StepGuard.skips = lambda self, step: any(first <= step <= last for first, last in stretches)
+    if faults.get("late"):
+        make_log = trainer.StepLog
+        trainer.StepLog = lambda *arguments: make_log(*arguments[:-1], late=True)
     pipeline.run.main()
 
 

@@ -22,7 +22,8 @@ class DDPEngine(NativeEngine):
         super().__init__(model, recipe, world, guard)
         # Harmless: channels-last gradients have other strides than DDP's buckets and are copied.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        # Gradients lie in the buckets that are summed, which saves a copy of them all, in memory and in time.
+        # Without gradient accumulation, gradients lie in the buckets that are summed, which saves a copy of them all.
+        # Under no_sync they are tensors of their own, which the last micro-batch's backward copies into the buckets.
         self._callable = DistributedDataParallel(self.module, gradient_as_bucket_view=True, **without_buffer_sync())
 
     def _synchronising(self, last: bool) -> AbstractContextManager:

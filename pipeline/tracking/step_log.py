@@ -37,7 +37,6 @@ class _Kept(NamedTuple):
     values: _Values
     lr: float
     wait_seconds: float
-    time: float
 
 
 class StepLog:
@@ -76,7 +75,7 @@ class StepLog:
 
     def add(self, step: int, report: StepReport, lr: float, wait_seconds: float = 0.0) -> None:
         """Keep a step's report. `wait_seconds` for data is divided by the number of ranks already."""
-        self._pending.append(_Kept(step, _Values(report), lr, wait_seconds, time.perf_counter()))
+        self._pending.append(_Kept(step, _Values(report), lr, wait_seconds))
 
     @property
     def is_full(self) -> bool:
@@ -96,12 +95,12 @@ class StepLog:
             return False
         flushed, self._pending = self._pending[:count], self._pending[count:]
         losses, norms, accepted = torch.tensor([kept.values.read() for kept in flushed], dtype=torch.float64).unbind(1)
+        now = time.perf_counter()  # the device has just computed the last flushed step, and the next stretch begins
+        seconds, self._since = max(now - self._since, 1e-9), now
         waits = torch.tensor([kept.wait_seconds for kept in flushed], dtype=torch.float64)
         times = self._ranks.own(sum(waits.tolist()) / count) if self._ranks else waits[:0]
         summed = self._world_sum(torch.cat([losses, waits, times]))
         losses, waits, times = summed.split([count, count, len(times)])
-        now = flushed[-1].time if self._pending else time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
         speed = count * self._global_batch / seconds
         used = self._utilisation.of(speed) if self._utilisation else None
         figures = zip(flushed, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
@@ -125,7 +124,6 @@ class StepLog:
             self.write("ranks", step=flushed[-1].step, **fields)
             if message:
                 self.write("event", level="warning", message=message, step=flushed[-1].step)
-        self._since = now if self._pending else time.perf_counter()
         return not bool(accepted.all())
 
     def write(self, kind: str, **fields: Any) -> None:

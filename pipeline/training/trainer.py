@@ -177,8 +177,10 @@ class Training:
                 if (complete or skipped) and self.guard.alarm():
                     if self.stop.number:
                         return Outcome(OutcomeKind.SAVED, f"stopped by {self.stop.reason} before a rollback", step)
+                    self.log.flush()  # a step that is journalled after the rollback would count as made again
                     self.watchdog.phase("roll back", step)
                     step = roll_back(self.guard, self.engine, self.checkpoints, self.log)
+                    self.log.restart_clock()
                     continue
                 if self.profiler.poll(step):
                     self.log.restart_clock()

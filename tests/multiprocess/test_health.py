@@ -59,6 +59,13 @@ def test_bad_steps_are_refused_and_too_many_take_the_stage_back(references, proc
     assert_refused_and_taken_back(references(processes))
 
 
+@pytest.mark.slow
+def test_a_late_journal_has_no_step_between_a_rollback_and_the_steps_after_it(tmp_path):
+    stage = make_stage(tmp_path)
+    assert run_stage(stage, 1, {**BAD_BATCHES, "late": True}).kind is OutcomeKind.DONE
+    assert_refused_and_taken_back(stage)
+
+
 def assert_refused_and_taken_back(stage: Path, norm: str = "nan") -> None:
     found = events(stage)
     refused = [e["step"] for e in found if e["kind"] == "step" and e.get("refused")]

@@ -1,11 +1,13 @@
 """The journal of steps: what is written when, with and without leaving the newest step to the next flush."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from pipeline.engines import StepReport
+from pipeline.tracking import step_log
 from pipeline.tracking.journal import Journal, read_events
 from pipeline.tracking.step_log import StepLog
 
@@ -58,3 +60,46 @@ def test_nothing_is_flushed_twice(tmp_path, late):
     assert log.is_full is not late
     assert not log.flush(keep_newest=True)
     assert not log.flush()
+
+
+class BusyDevice:
+    """Stands for a step's values on a device that takes 20 ms for each step, one after the other."""
+
+    free_at = read_at = 0.0
+
+    def __init__(self, report: StepReport):
+        BusyDevice.free_at = self._ready_at = max(time.perf_counter(), BusyDevice.free_at) + 0.02
+
+    def read(self) -> list[float]:
+        time.sleep(max(self._ready_at - time.perf_counter(), 0))
+        BusyDevice.read_at = time.perf_counter()
+        return [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_stretches_end_when_the_device_has_computed_them_and_leave_no_time_out(tmp_path, monkeypatch, late):
+    monkeypatch.setattr(step_log, "_Values", BusyDevice)
+    ends = {}  # by step, the moments between which its stretch ended
+    with Journal(tmp_path / "journal", 1) as journal:
+
+        def world_sum(values: torch.Tensor) -> torch.Tensor:
+            summed_at = time.perf_counter()
+            time.sleep(0.01)
+            ends[len(ends)] = BusyDevice.read_at, summed_at
+            return values
+
+        before = time.perf_counter()
+        log = StepLog(journal, world_sum, 2, 10**6, late=late)
+        after = time.perf_counter()
+        for step in range(1, 9):
+            log.add(step, report(step), 1e-3)
+            if step in {5, 8} or log.is_full:
+                log.flush(keep_newest=step not in {5, 8})
+    speeds = [event["images_per_second"] for event in read_events(tmp_path / "journal") if event["kind"] == "step"]
+    counts = [2, 3, 3] if late else [2, 2, 1, 2, 1]
+    assert len(ends) == len(counts)
+    elapsed = first = 0.0
+    for count, (read_at, summed_at) in zip(counts, ends.values(), strict=True):
+        elapsed += count * 10**6 / speeds[int(first)]
+        first += count
+        assert read_at - after - 1e-5 <= elapsed <= summed_at - before + 1e-5
