@@ -120,7 +120,8 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int, device: st
             # The unit that computes, the next one that is prefetched, and the flat copy that it arrives in.
             add("gathered", model.rest + 3 * largest, low, "(rest + 3 * largest block) * B")
         add("gradients to be shared out", 2 * largest, size, "2 * largest block * B")
-        add("gradients of earlier micro-batches", accumulated, low, "P * B, whole until the last micro-batch")
+        # FSDP keeps them in the dtype that it reduces in, fp32 also for parameters in bf16.
+        add("gradients of earlier micro-batches", accumulated, size, "P * B, whole until the last micro-batch")
     else:
         stage = recipe.engine.zero_stage
         add("parameters", p if stage < 3 else own, low, "P * B" if stage < 3 else "P / N * B")

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from pipeline.cost.measure import measure_steps
 from pipeline.cost.memory import ENGINES, EngineName, ModelSize, estimate_memory, estimate_state, with_engine
 from pipeline.cost.trace import trace_evaluation, trace_step
+from pipeline.data.batch import example_batch
+from pipeline.distributed.torch_versions import fsdp_parameters
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
@@ -117,3 +120,24 @@ def test_offload_and_accumulation():
     assert accumulating - at_once == {"gradients of earlier micro-batches"}
     offloaded = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"offload": True})})
     assert {"parameters", "moments"} == at_once - {term.name for term in estimate_state(offloaded, model, 8)}
+
+
+def accumulated_bytes(world: World, recipe: StageRecipe) -> int:
+    """Bytes of the whole gradients that FSDP keeps after a micro-batch that is not the step's last."""
+    objective = create_objective(recipe, seed=0)
+    engine = create_engine(objective.build_model, recipe, world)
+    engine.attach_components()
+    engine._backward(example_batch(recipe, world.size), objective, 0, 0.5, last=False)
+    kept = [
+        p.unsharded_accumulated_grad if p.unsharded_accumulated_grad is not None else p._unsharded_param.grad
+        for module in engine.module.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)
+    ]  # fmt: skip
+    return sum(gradient.numel() * gradient.element_size() for gradient in kept)
+
+
+def test_fsdp_accumulates_in_the_dtype_that_it_reduces_in():
+    recipe = stage(batch={"global_batch": 16, "slot": 2}, engine={**ENGINES["fsdp"], "precision": "bf16_parameters"})
+    model = ModelSize.of(recipe)
+    terms = {term.name: term.bytes for term in estimate_state(recipe, model, 2)}
+    assert terms["gradients of earlier micro-batches"] == 4 * model.parameters
+    assert on_ranks(2, accumulated_bytes, recipe) == [4 * model.parameters] * 2
