@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pipeline.storage.run_records import count_of, decode_record, text_of
 
 MOST_STEPS = 1000
 STORE_SECONDS = 10.0  # between two looks at an object store
-SNAPSHOT_ENTRIES = 200_000  # allocations and frees that a memory snapshot has at most, the last ones
+SNAPSHOT_ENTRIES = 20_000  # allocations and frees that a memory snapshot has at most, the last ones
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,15 @@ class StepProfiler:
         """The step with this number is finished."""
         if not self._left or self._profile is None:
             return
-        self._left -= 1
-        self._step_mark.__exit__(None, None, None)
-        if self._left:
-            self._mark(step + 1)
-            return
         try:
-            if self._world.device.type == "cuda":
-                torch.cuda.synchronize(self._world.device)
-            self._profile.stop()
+            self._end_mark()
+            if self._left > 1:
+                self._mark(step + 1)
+            else:
+                if self._world.device.type == "cuda":
+                    torch.cuda.synchronize(self._world.device)
+                self._profile.stop()
+            self._left -= 1
         except Exception as error:
             self._fail(error)
 
@@ -149,7 +150,8 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._world.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            # Without frames of C++, whose names are looked up when the snapshot is taken while other ranks wait.
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
         self._profile = torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True)
         self._profile.start()
         self._mark(self._first)
@@ -157,6 +159,11 @@ class StepProfiler:
     def _mark(self, step: int) -> None:
         self._step_mark = torch.profiler.record_function(f"step {step}")
         self._step_mark.__enter__()
+
+    def _end_mark(self) -> None:
+        mark, self._step_mark = self._step_mark, None
+        if mark:
+            mark.__exit__(None, None, None)
 
     def _answer(self) -> None:
         request, place = self._request, self._place()
@@ -174,20 +181,22 @@ class StepProfiler:
             trace = Path(folder) / "trace.json.gz"
             self._profile.export_chrome_trace(str(trace))
             place.publish(f"{name}.trace.json.gz", trace.read_bytes())
-        if self._world.device.type != "cuda":
-            return [f"{name}.trace.json.gz"]  # which has the allocations, too
-        snapshot = json.dumps(torch.cuda.memory._snapshot(self._world.device), default=str)
-        place.publish(f"{name}.memory.json.gz", gzip.compress(snapshot.encode(), 4))
+            if self._world.device.type != "cuda":
+                return [f"{name}.trace.json.gz"]  # which has the allocations, too
+            memory = Path(folder) / "memory.json.gz"
+            write_gzipped_json(memory, torch.cuda.memory._snapshot(self._world.device))
+            place.publish(f"{name}.memory.json.gz", memory.read_bytes())
         return [f"{name}.trace.json.gz", f"{name}.memory.json.gz"]
 
     def _fail(self, error: Exception) -> None:
         """Answer with the reason why there is no profile."""
-        if self._profile and self._left:
-            try:
-                self._step_mark.__exit__(None, None, None)
-                self._profile.stop()
-            except Exception as second:
-                print(f"the profiler did not stop: {first_line(second)}", file=sys.stderr)
+        if self._left:
+            stop = [self._end_mark, *([self._profile.stop] if self._profile else [])]
+            for end in stop:
+                try:
+                    end()
+                except Exception as second:
+                    print(f"the profiler did not stop: {first_line(second)}", file=sys.stderr)
         self._finish(self._place(), {"error": first_line(error)})
 
     def _place(self) -> Folder:
@@ -200,6 +209,28 @@ class StepProfiler:
         except Exception as error:
             print(f"a profile was not written to {place}: {first_line(error)}", file=sys.stderr)
         if self._world.device.type == "cuda":
-            torch.cuda.memory._record_memory_history(enabled=None)
+            try:
+                torch.cuda.memory._record_memory_history(enabled=None)
+            except Exception as error:
+                print(f"the memory history did not stop: {first_line(error)}", file=sys.stderr)
         self._request = self._profile = self._step_mark = None
         self._left = 0
+
+
+def write_gzipped_json(path: Path, value: Any) -> None:
+    """Write a memory snapshot piece by piece, because its text repeats the frames of each entry and may be large."""
+    with gzip.open(path, "wt", compresslevel=4, encoding="utf-8") as file:
+        file.writelines(_json_pieces(value, 3))  # the snapshot, its lists, one list of entries for each device
+
+
+def _json_pieces(value: Any, levels: int) -> Iterator[str]:
+    """The JSON of a value, whose outer levels of dictionaries and lists are divided into pieces."""
+    if not levels or not isinstance(value, dict | list):
+        yield json.dumps(value, default=str)
+        return
+    named = isinstance(value, dict)
+    yield "{" if named else "["
+    for index, each in enumerate(value):
+        yield ", " * (index > 0) + (f"{json.dumps(str(each))}: " if named else "")
+        yield from _json_pieces(value[each] if named else each, levels - 1)
+    yield "}" if named else "]"

@@ -11,7 +11,7 @@ import torch
 from pipeline.distributed.world import World
 from pipeline.storage.file_names import PROFILE_REQUEST_FILE, PROFILES_FOLDER
 from pipeline.storage.folder import Folder, write_json
-from pipeline.tracking.step_profiler import ProfileRequest, StepProfiler
+from pipeline.tracking.step_profiler import ProfileRequest, StepProfiler, write_gzipped_json
 from tests.support import fcmae, make_tiny_run, weights_sha256, write_tiny_recipe
 
 REQUEST = ProfileRequest(id="one", attempt=3, steps=2)
@@ -75,6 +75,29 @@ def test_a_profile_that_cannot_be_written_is_a_note(tmp_path, capsys):
     (tmp_path / "one").write_text("in the way of the folder")
     train(profiler_of(tmp_path), range(6))
     assert f"a profile was not written to {tmp_path}/one" in capsys.readouterr().err
+
+
+def test_a_profiler_that_fails_between_its_start_and_its_first_mark_is_stopped(tmp_path, monkeypatch):
+    write_json(tmp_path / PROFILE_REQUEST_FILE, asdict(REQUEST))
+    profiler = profiler_of(tmp_path)
+
+    def refuse(name: str) -> None:
+        raise RuntimeError(f"no mark {name}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.profiler, "record_function", refuse)
+        train(profiler, range(6))
+    (answer,) = answers(tmp_path).values()
+    assert answer["error"] == "no mark step 1"
+    assert not torch.autograd._profiler_enabled()
+
+
+def test_a_snapshot_is_the_same_json_in_pieces(tmp_path):
+    frames = [{"filename": 'a "quoted".py', "line": 3, "name": "é"}]
+    entries = [{"action": "alloc", "addr": 2**47, "frames": frames, "pool_id": (0, 1)}] * 3
+    snapshot = {"segments": [], "device_traces": [[], entries], "allocator_settings": {"a": None, "b": torch.float32}}
+    write_gzipped_json(tmp_path / "snapshot", snapshot)
+    assert gzip.decompress((tmp_path / "snapshot").read_bytes()).decode() == json.dumps(snapshot, default=str)
 
 
 ODD = [b"", b"[]", b"{", b'{"id":"../x","attempt":3,"steps":2}', b'{"id":"a","attempt":3,"steps":0}']
