@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -53,7 +54,12 @@ class AskedProfile:
             StageError: if the attempt ends before, or another request takes the place of this one.
         """
         content = json_bytes(asdict(self._request))
-        self._folder.publish(PROFILE_REQUEST_FILE, content)
+        try:
+            self._folder.publish(PROFILE_REQUEST_FILE, content)
+        except OSError as error:
+            raise StageError(
+                f"{self._folder} cannot be written ({error.strerror or error}); ask the owner of the run"
+            ) from error
         try:
             while not self._ranks <= self._answers.keys():
                 show(
@@ -76,7 +82,8 @@ class AskedProfile:
                     )
         finally:
             if self._current() == content:
-                self._folder.fs.rm_file((self._folder / PROFILE_REQUEST_FILE).path)
+                with suppress(FileNotFoundError):  # another command was faster
+                    self._folder.fs.rm_file((self._folder / PROFILE_REQUEST_FILE).path)
         return [self._answers[rank] for rank in sorted(self._answers)]
 
     def _running_stage(self) -> str:
@@ -93,7 +100,7 @@ class AskedProfile:
     def _current(self) -> bytes | None:
         try:
             return self._folder.read(PROFILE_REQUEST_FILE)
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def _read_answers(self) -> None:

@@ -33,8 +33,10 @@ PEAKS = {
 
 
 def peak_rates(gpu: str) -> PeakRates | None:
-    """The rates of a GPU by its name; None if it is not known."""
+    """The rates of a GPU by its name; None if it is not known, or a part of a GPU."""
     words = f" {gpu.replace('-', ' ')} "
+    if " MIG " in words:
+        return None
     return next((rates for name, rates in PEAKS.items() if f" {name} " in words), None)
 
 

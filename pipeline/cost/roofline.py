@@ -35,7 +35,7 @@ class Rates(NamedTuple):
     ranks_per_node: int
 
 
-class Part(NamedTuple):
+class PredictedPart(NamedTuple):
     """Kernels of one kind in a step."""
 
     name: str
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 class StepPrediction(NamedTuple):
     """A step of one rank."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PredictedPart, ...]
     utilisation: float
     """Its operations divided by those of the data sheet's peak in the same time."""
 
@@ -56,7 +56,7 @@ class StepPrediction(NamedTuple):
         return sum(part.seconds for part in self.parts)
 
     @property
-    def largest_sink(self) -> Part:
+    def largest_sink(self) -> PredictedPart:
         """What takes the most time beside matrix products."""
         return max((part for part in self.parts if part.name != GROUPS[MATRIX]), key=lambda part: part.seconds)
 
@@ -81,24 +81,26 @@ def predict_step(recipe: StageRecipe, model: ModelSize, kernels: Kernels, ranks:
     micro = micro_batches(recipe, ranks)
     parts = [_part(group, kernels, micro, rates) for group in range(len(GROUPS))]
     if recipe.engine.precision == "bf16_parameters":  # weights arrive as bf16
-        parts[WEIGHTS] = Part(GROUPS[WEIGHTS], 0, 0, 0)
+        parts[WEIGHTS] = PredictedPart(GROUPS[WEIGHTS], 0, 0, 0)
     busy = sum(part.seconds for part in parts)
     beside = _update_bytes(recipe, model, ranks)
-    parts += [Part(name, size, 0, size / rates.memory_bandwidth) for name, size in beside.items()]
+    parts += [PredictedPart(name, size, 0, size / rates.memory_bandwidth) for name, size in beside.items()]
     sent = sum(collective.sent_bytes for collective in step_collectives(recipe, model, ranks))
-    parts.append(Part("collectives, exposed", sent, 0, _exposed_seconds(recipe, model, ranks, rates, busy)))
+    parts.append(PredictedPart("collectives, exposed", sent, 0, _exposed_seconds(recipe, model, ranks, rates, busy)))
     found = tuple(part for part in parts if part.bytes)
     flops, seconds = sum(part.flops for part in found), sum(part.seconds for part in found)
     return StepPrediction(found, flops / seconds / rates.peak_flops)
 
 
-def _part(group: int, kernels: Kernels, micro: int, rates: Rates) -> Part:
+def _part(group: int, kernels: Kernels, micro: int, rates: Rates) -> PredictedPart:
     these = kernels.group == group
     repeats = kernels.repeats[these] * micro
     size, flops = kernels.bytes[these], kernels.flops[these]
     speed = rates.matrix_flops if group == MATRIX else rates.vector_flops
     seconds = np.maximum(size / rates.memory_bandwidth, kernels.slots[these] / speed)
-    return Part(GROUPS[group], float((repeats * size).sum()), float((repeats * flops).sum()), (repeats * seconds).sum())
+    return PredictedPart(
+        GROUPS[group], float((repeats * size).sum()), float((repeats * flops).sum()), (repeats * seconds).sum()
+    )
 
 
 def _update_bytes(recipe: StageRecipe, model: ModelSize, ranks: int) -> dict[str, float]:

@@ -41,6 +41,8 @@ class StageRehearsal:
     seconds: float = 0.0
     problem: str = ""
     """What would fail, in one sentence."""
+    slow: str = ""
+    """What would make the host wait for the GPU in each step, in one sentence: it costs speed, and fails nothing."""
     unknown: str = ""
     """Why the rehearsal broke off, for a reason that need not keep the stage from training."""
 
@@ -62,11 +64,14 @@ def rehearse_stage(recipe: StageRecipe, rank: int, ranks: int, ranks_per_node: i
         _check(recipe, rank, ranks)
         recipe = _as_played(recipe, ranks, "cuda" if gpu else "cpu")
         if gpu:  # first, because only this names what would wait for a GPU
-            play_on_meta(recipe.model_copy(update={"batch": recipe.batch_on(ranks)}))
+            try:
+                play_on_meta(recipe.model_copy(update={"batch": recipe.batch_on(ranks)}))
+            except HostWaitError as error:
+                result.slow = f"stage {recipe.name}: {error}; that is a mistake of the program, so report it"
         _fill(result, recipe, play_rank(recipe, rank, ranks, ranks_per_node), gpu)
     except UserError as error:
         result.problem = str(error)
-    except (HostWaitError, MixedDevicesError) as error:
+    except MixedDevicesError as error:
         result.problem = f"stage {recipe.name}: {error}; that is a mistake of the program, so report it"
     except Exception as error:
         result.unknown = f"{type(error).__name__}: {first_line(error)}"

@@ -41,7 +41,7 @@ class Loop(NamedTuple):
     multiplications: int
 
 
-class Code(NamedTuple):
+class CompiledKernel(NamedTuple):
     """The machine code of a kernel."""
 
     instructions: int
@@ -98,7 +98,7 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
     return build(source, target=GPUTarget("cuda", capability, WARP), options=launch.options)
 
 
-def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[str, Code]:
+def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[str, CompiledKernel]:
     """Call `run` with kernels recorded instead of launched, compile each and count; by the kernels' names."""
     with record_launches() as launches:
         run()
@@ -107,7 +107,7 @@ def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[st
     return {launch.kernel.fn.__name__: count_code(launch, capability) for launch in launches}
 
 
-def count_code(launch: Launch, capability: int = 90) -> Code:
+def count_code(launch: Launch, capability: int = 90) -> CompiledKernel:
     """Compile the kernel of a launch and count its instructions."""
     import triton
 
@@ -130,7 +130,7 @@ def count_code(launch: Launch, capability: int = 90) -> Code:
     ends = ((labels.get(jump[1], len(code)), i + 1) for i, line in enumerate(code) if (jump := _jump(line)))
     bodies = [(start, end) for start, end in ends if start < end - 1]  # a program ends with a jump to itself
     inner = [b for b in bodies if not any(b != other and b[0] <= other[0] and other[1] <= b[1] for other in bodies)]
-    return Code(
+    return CompiledKernel(
         instructions=len(code),
         registers=int(re.search(r"REG:(\d+)", resources)[1]),
         spills=_count(code, r"\b(STL|LDL)\b"),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools.bench.gpu_code import Code, Loop, compile_launches
+from tools.bench.gpu_code import CompiledKernel, Loop, compile_launches
 from tools.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def instructions_per_tap(loop: Loop) -> float:
     return 16 * loop.instructions / loop.multiplications
 
 
-def instructions_per_value(code: Code) -> float:
+def instructions_per_value(code: CompiledKernel) -> float:
     """Instructions of a thread for each value of the features, of the loop or of a kernel without one."""
     per_thread = code.constants["SITES"] * code.constants["CHANNELS"] / (32 * code.constants["num_warps"])
     return (code.loops[0].instructions if code.loops else code.instructions) / per_thread
@@ -128,7 +128,7 @@ def load_module(commit: str, path: str, folder: Path) -> ModuleType | None:
     return module
 
 
-def describe(code: Code) -> list[str]:
+def describe(code: CompiledKernel) -> list[str]:
     """The columns of a kernel: instructions of a tap or a value, barriers in its loops, spills, registers."""
     count = instructions_per_tap(code.loops[0]) if "WINDOW" in code.constants else instructions_per_value(code)
     barriers = sum(loop.barriers for loop in code.loops)

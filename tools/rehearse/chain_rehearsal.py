@@ -26,14 +26,15 @@ from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
 
 LIMIT_SECONDS = 900
-UNKNOWN = {"parameters": 0, "held": 0, "peak_bytes": 0, "collectives": {}, "save_bytes": 0, "seconds": 0.0}
+UNKNOWN = {"parameters": 0, "held": 0, "peak_bytes": 0, "collectives": {}, "save_bytes": 0, "seconds": 0.0,
+    "slow": ""}  # fmt: skip
 
 
 def rehearse_chain(stages: Sequence[StageRecipe], site: Site, rank: int | None = None) -> list[dict[str, Any]]:
     """Rehearse stages on a site; returns the fields of each stage's `StageRehearsal`.
 
     Args:
-        rank: which rank to play; None for the last one, whose shards are the smallest.
+        rank: which rank to play; None for the first one, whose shards are the largest.
     """
     requests = [_request(stage, site.for_stage(stage.name), rank) for stage in stages]
     with (
@@ -61,6 +62,8 @@ def refuse_failing_stages(stages: Sequence[StageRecipe], site: Site) -> None:
     for result in results:
         if result["problem"]:
             raise LaunchError(f"{result['problem']} (--no-rehearsal submits all the same)")
+        if result["slow"]:
+            print(f"note: {result['slow']}", file=sys.stderr)
         if result["unknown"]:
             print(f"note: stage {result['stage']} could not be rehearsed: {result['unknown']}", file=sys.stderr)
 
@@ -74,7 +77,7 @@ def _request(stage: StageRecipe, site: Site, rank: int | None) -> dict[str, Any]
     data = stage.data.model_copy(update={"train": "train.beton", "validation": "validation.beton"})
     return {
         "recipe": stage.model_copy(update={"data": data}).model_dump_json(),
-        "rank": site.ranks - 1 if rank is None else rank,
+        "rank": rank or 0,
         "ranks": site.ranks,
         "ranks_per_node": site.ranks_per_node,
         "gpu": _has_gpus(stage, site),
@@ -86,7 +89,9 @@ def _kept(request: dict[str, Any]) -> dict[str, Any]:
     words = json.dumps([request, _program()], sort_keys=True)
     path = user_cache() / "rehearsals" / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
-        return read_json(path)
+        kept = read_json(path)
+        if isinstance(kept, dict) and UNKNOWN.keys() | {"problem", "unknown", "stage"} <= kept.keys():
+            return kept
     result = _rehearsed(request)
     if not result["unknown"]:
         with suppress(OSError):
@@ -106,6 +111,8 @@ def _rehearsed(request: dict[str, Any]) -> dict[str, Any]:
         return json.loads(process.stdout)
     except subprocess.TimeoutExpired:
         reason = f"it took more than {LIMIT_SECONDS} s"
+    except OSError as error:
+        reason = f"no process could be started ({error.strerror})"
     except ValueError:
         reason = first_line(RuntimeError((process.stderr.strip().splitlines() or ["it said nothing"])[-1]))
     stage = json.loads(request["recipe"])
@@ -114,8 +121,12 @@ def _rehearsed(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program() -> list[str]:
-    """What a result depends on beside the request: our code and torch's version."""
+    """What a result depends on beside the request: our code and the versions of what it wraps the model in."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return [digest.hexdigest(), importlib.metadata.version("torch")]
+    versions = []
+    for package in ("torch", "deepspeed"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(importlib.metadata.version(package))
+    return [digest.hexdigest(), *versions]

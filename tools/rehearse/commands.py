@@ -13,7 +13,7 @@ def rehearse_recipe(
     site: SiteName,
     overrides: Overrides = None,
     rank: Annotated[int | None, typer.Option(min=0,
-        help="The rank to play. Default: the last one, whose shards are the smallest.")] = None,
+        help="The rank to play. Default: 0, whose shards are the largest; the last one may hold none.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Play one rank of each stage through two steps, a save and an evaluation, without a GPU and without other ranks.
@@ -36,8 +36,8 @@ def rehearse_recipe(
     else:
         wide_console().print(rehearsal_table(results, profile))
     for result in results:
-        if result["problem"]:
-            raise LaunchError(result["problem"])
+        if result["problem"] or result["slow"]:
+            raise LaunchError(result["problem"] or result["slow"])
     for result in results:
         if result["unknown"]:
             raise LaunchError(f"stage {result['stage']} could not be rehearsed: {result['unknown']}")

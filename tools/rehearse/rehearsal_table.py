@@ -21,7 +21,8 @@ def rehearsal_table(results: Sequence[Mapping[str, Any]], site: Site) -> Table:
         gpu = site.for_stage(result["stage"]).gpu
         limit = f" of {gpu.memory_gib:.1f}" if gpu else ""
         sent = ", ".join(f"{name} {about}{size / GIB:.3f}" for name, size in sorted(result["collectives"].items()))
-        verdict = result["problem"] or (f"broke off: {result['unknown']}" if result["unknown"] else "passes")
+        broken = f"broke off: {result['unknown']}" if result["unknown"] else ""
+        verdict = result["problem"] or broken or result["slow"] or "passes"
         figures = [
             f"{result['held']:,} of {result['parameters']:,}",
             f"~{result['peak_bytes'] / GIB:.1f}{limit}",

@@ -39,7 +39,10 @@ def test_peaks_by_the_names_that_torch_gives(gpu, precision, tflops):
     assert peak_flops(gpu, precision) == tflops * 1e12
 
 
-@pytest.mark.parametrize(("gpu", "precision"), [("NVIDIA L400", "bf16"), ("NVIDIA H100", "fp64"), ("", "bf16")])
+@pytest.mark.parametrize(
+    ("gpu", "precision"),
+    [("NVIDIA L400", "bf16"), ("NVIDIA H100", "fp64"), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"), ("", "bf16")],
+)
 def test_an_unknown_peak_is_none(gpu, precision):
     assert peak_flops(gpu, precision) is None
 

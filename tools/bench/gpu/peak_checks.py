@@ -8,8 +8,8 @@ import torch
 from pipeline.models.convnextv2 import VARIANTS
 from tools.bench.encoder_layouts import CELLS, HIDDEN
 from tools.bench.gpu.check_table import Bench, Row
-from tools.bench.gpu.predictions import assumed_gpu
 from tools.bench.gpu.repeated import seconds_each
+from tools.bench.gpu.roofline_rows import assumed_gpu
 
 IMAGES = 64
 

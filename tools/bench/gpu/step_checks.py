@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pipeline.cost.gpu_peaks import peak_flops
 from tools.analyze.timm_import import import_timm
 from tools.bench.gpu.check_table import Bench, Row
-from tools.bench.gpu.predictions import predicted_ms, predicted_peak_gib
 from tools.bench.gpu.repeated import seconds_each
+from tools.bench.gpu.roofline_rows import predicted_ms, predicted_peak_gib
 from tools.bench.gpu.training_step import StageName, StepOfStage, bare_loop, make_step, without_host_waits
 
 TOP_KERNELS = 8

@@ -25,9 +25,9 @@ def site(memory_gib: float, gpus_per_node: int = 8) -> Site:
     return Site(nodes=64, gpus_per_node=gpus_per_node, tasks_per_node=8, gpu=gpu)
 
 
-def test_the_last_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch, capsys):
+def test_the_first_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch, capsys):
     (result,) = rehearse_chain([recipe()], site(80))
-    assert (result["rank"], result["ranks"], result["problem"], result["unknown"]) == (511, 512, "", "")
+    assert (result["rank"], result["ranks"], result["problem"], result["unknown"]) == (0, 512, "", "")
     assert "passes" in rendered(result)
     assert rehearsal_json([result]).startswith("[")
 
@@ -38,6 +38,18 @@ def test_the_last_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeyp
     refuse_failing_stages([recipe()], site(80))
     with pytest.raises(LaunchError, match=r"a rank is estimated to need .* and the site's gpu, a card, has 0\.0"):
         refuse_failing_stages([recipe()], site(1e-6))
+
+
+def test_a_host_wait_is_a_note_and_an_odd_file_in_the_cache_is_made_anew(monkeypatch, capsys, tmp_path):
+    result = {**chain_rehearsal.UNKNOWN, "stage": "finetune", "engine": "fsdp", "rank": 0, "ranks": 512, "problem": "",
+        "unknown": "", "by_formula": False, "slow": "stage finetune: x.py:1 reads a value of the device"}  # fmt: skip
+    monkeypatch.setattr(chain_rehearsal, "_rehearsed", lambda request: result)
+    refuse_failing_stages([recipe()], site(80))
+    assert "note: stage finetune: x.py:1 reads a value of the device" in capsys.readouterr().err
+    assert "reads a value of the device" in rendered(result)
+    (kept,) = tmp_path.rglob("rehearsals/*.json")
+    kept.write_text("{}")
+    assert rehearse_chain([recipe()], site(80)) == [result]
 
 
 def rendered(result) -> str:

@@ -168,7 +168,7 @@ def test_the_included_ladder_is_judged_by_published_values():
         assert (low + high) / 2 == pytest.approx(ladder.published(arm))
     chains = {arm: ladder.chain(arm, 0) for arm in ladder.arms}
     assert all([*chain.stages.values()][-1].gate.stop for chain in chains.values())
-    tenth, huge = chains["huge-first-tenth"].stages["pretrain"], load_recipe(find_recipe("convnextv2/huge"))
+    tenth, huge = chains["huge-160-epochs"].stages["pretrain"], load_recipe(find_recipe("convnextv2/huge"))
     whole = huge.stages["pretrain"].schedule
     assert (10 * tenth.schedule.epochs, 10 * tenth.schedule.warmup_epochs) == (whole.epochs, whole.warmup_epochs)
 
