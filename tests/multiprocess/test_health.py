@@ -61,7 +61,7 @@ def test_bad_steps_are_refused_and_too_many_take_the_stage_back(references, proc
 
 @pytest.mark.slow
 def test_a_late_journal_has_no_step_between_a_rollback_and_the_steps_after_it(tmp_path):
-    stage = make_stage(tmp_path)
+    stage = make_stage(tmp_path, "defaults.tracking.log_every_steps=1")
     assert run_stage(stage, 1, {**BAD_BATCHES, "late": True}).kind is OutcomeKind.DONE
     assert_refused_and_taken_back(stage)
 
