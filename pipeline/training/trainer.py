@@ -65,10 +65,10 @@ class Training:
                 return
             world.on_main(lambda: stage.pin_data(_hashes(data)))
             startup.lap("data")
-            stack.enter_context(explain_lost_peers(stage, watchdog))
             # Longer than a machine compiles, so that a kernel that never ends is found.
             limit = 2 * PATIENCE * stage.recipe.health.stall_seconds
-            check = check_code(stage.recipe, world, stop.at_once, limit)
+            with explain_lost_peers(stage, watchdog):
+                check = check_code(stage.recipe, world, stop.at_once, limit)
             if check is None:
                 yield None
                 return
@@ -77,6 +77,7 @@ class Training:
                 startup.lap("compare")
             journal = stack.enter_context(records.open_journal(stage, world, stop))
             records.write_code_check(journal, check)
+            stack.enter_context(explain_lost_peers(stage, watchdog))
             yield cls(stage, world, watchdog, stop, data, journal, stack)
 
     def __init__(
