@@ -82,7 +82,10 @@ class Container(Settings):
 
 
 class GPULimits(Settings):
-    """What programs reach of a GPU and its links at best: `fcmae estimate` predicts the time of a step from it."""
+    """The most that real programs get out of a GPU and its links, which is less than its data sheet promises.
+
+    `fcmae estimate` predicts the time of a step from it.
+    """
 
     bf16_tflops: float = Field(gt=0, le=1e9)
     """Of dense matrix products of the model's sizes, 10^12 floating-point operations a second."""

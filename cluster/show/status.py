@@ -241,7 +241,7 @@ class RunFollower:
         self.job_watcher = JobWatcher([follower.directory for follower in self._followers])
 
     def stage_directory(self, stage: str) -> Path:
-        """The directory of a stage; of a run on a store, in a temporary copy."""
+        """Return the local directory of a stage; of a run on an object store, one in a temporary copy of the run."""
         return next(follower.directory for follower in self._followers if follower.directory.name == stage)
 
     def statuses(self) -> list[StageStatus]:

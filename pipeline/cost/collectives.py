@@ -69,7 +69,8 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         add("all-reduce", "gradients", full * p, "last backward", ranks)
     elif name == "fsdp":
         shard = recipe.engine.shard_ranks or ranks
-        # Blocks are gathered for the forward and again for the backward pass; the rest stays gathered in between.
+        # The parameters of a block are gathered for its forward pass, freed, and gathered again for its backward pass.
+        # All others stay gathered in between.
         gathered = low * micro * (2 * units + model.rest)
         if keeps_gathered(recipe, ranks, p, "cuda"):
             gathered = low * p

@@ -9,26 +9,25 @@ from typing import NamedTuple
 
 
 class PeakRates(NamedTuple):
-    """TFLOP/s of dense matrix products by precision."""
+    """The peak of a GPU in dense matrix products, 10^12 floating-point operations a second, by the numbers' type."""
 
     bf16: float
-    tf32: float
     fp32: float
 
 
 # By a part of the name that torch.cuda.get_device_name gives. The first that fits counts.
 PEAKS = {
-    "B200": PeakRates(2250, 1125, 75),
-    "H200 NVL": PeakRates(835, 417, 60),
-    "GH200": PeakRates(989, 494, 67),
-    "H200": PeakRates(989, 494, 67),
-    "H100 PCIe": PeakRates(756, 378, 51),
-    "H100 NVL": PeakRates(835, 417, 60),
-    "H100": PeakRates(989, 494, 67),
-    "A100": PeakRates(312, 156, 19.5),
-    "L40S": PeakRates(362, 183, 91.6),
-    "A40": PeakRates(149.7, 74.8, 37.4),
-    "L4": PeakRates(121, 60, 30.3),
+    "B200": PeakRates(2250, 75),
+    "H200 NVL": PeakRates(835, 60),
+    "GH200": PeakRates(989, 67),
+    "H200": PeakRates(989, 67),
+    "H100 PCIe": PeakRates(756, 51),
+    "H100 NVL": PeakRates(835, 60),
+    "H100": PeakRates(989, 67),
+    "A100": PeakRates(312, 19.5),
+    "L40S": PeakRates(362, 91.6),
+    "A40": PeakRates(149.7, 37.4),
+    "L4": PeakRates(121, 30.3),
 }
 
 

@@ -163,7 +163,7 @@ def _argument(place: int | str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors on the device in nested sequences."""
+    """Find the tensors on the device among the arguments of an operator, also inside lists and tuples."""
     found = []
     for value in values:
         if isinstance(value, Tensor):

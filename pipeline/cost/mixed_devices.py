@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.cost.host_waits import project_line
 
-# A GPU copies these itself; `NoHostWaits` says whether it waits.
+# These are meant to copy between host and GPU. Whether the host waits for the copy is what `NoHostWaits` checks.
 _COPYING = {"copy_", "_to_copy", "_foreach_copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
 
 

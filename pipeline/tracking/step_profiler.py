@@ -38,7 +38,7 @@ class ProfileRequest:
     """What `fcmae profile` asks for."""
 
     id: str
-    """The name of the folder of the answers."""
+    """Also the name of the folder, in the stage's `profiles/`, that the ranks write their traces to."""
     attempt: int
     """The attempt whose ranks are asked."""
     steps: int

@@ -74,7 +74,7 @@ def _stages(study: Study, directory: Path) -> list[str]:
 
 
 def _curves(study: Study, directory: Path, stage: str) -> Iterator[Block]:
-    """The mean curves of the arms that trained a stage themselves."""
+    """Draw a stage's curves: for each arm the mean over its runs, without runs that took the stage from another run."""
     losses: dict[str, list[Points]] = defaultdict(list)
     metrics: dict[str, list[Points]] = defaultdict(list)
     metric = "loss"

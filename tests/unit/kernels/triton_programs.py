@@ -40,9 +40,9 @@ def largest_errors(names: tuple[str, ...], exact: list, results: list) -> dict[s
 
 
 def surround_by_nan(x: Tensor) -> Tensor:
-    """Copy `x` into the middle of memory that holds NaN (the largest number of a type without NaN).
+    """Return a copy of `x` with 64 rows of NaN before and behind it in memory.
 
-    An address out of bounds then spoils the result.
+    A kernel that reads out of bounds then gives NaN. A type without NaN gets its largest number instead.
     """
     margin = 64 * x.shape[-1]
     spoiled = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
