@@ -1,5 +1,6 @@
-"""Draw PNG pictures of a stage: reconstructions of pre-training, and the curves of the journal."""
+"""Draw PNG pictures of a stage: reconstructions, label maps over images, and the curves of the journal."""
 
+import colorsys
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,13 @@ from pipeline.tracking.journal import Event, effective_events, is_number, read_e
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 CELL_PIXELS = 128  # least width of an image in the grid; smaller images are enlarged by a whole factor
 GAP, CAPTION = 6, 22  # pixels
 PAPER, INK, HIDDEN = (255, 255, 255), (60, 60, 60), (58, 62, 70)
+OVERLAY_PIXELS = 256  # width of an image beside its label maps
+MIXED = 0.55  # share of the class's colour in an overlay
 RAW, SMOOTH, RATE, METRIC = "#b8cbe0", "#1f5a96", "#8a6d3b", "#2a7f4f"
 
 
@@ -32,7 +36,7 @@ def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: Mapping[str
         painted: reconstructions by caption, each like `images`.
         path: the PNG file, replaced at once.
     """
-    from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+    from PIL import Image, ImageDraw, ImageFont
 
     inputs, hidden = np.asarray(images), np.asarray(mask, dtype=bool)
     outputs = {caption: np.asarray(drawn) for caption, drawn in painted.items()}
@@ -56,12 +60,110 @@ def draw_reconstruction(images: ArrayLike, mask: ArrayLike, painted: Mapping[str
         for y, picture in enumerate(pictures):
             large = picture.transpose(1, 2, 0).repeat(zoom, axis=0).repeat(zoom, axis=1).astype(np.uint8)
             sheet.paste(Image.fromarray(large), (left, CAPTION + y * (high + GAP)))
-    text = PngImagePlugin.PngInfo()
-    text.add_text("columns", str(len(columns)))
-    text.add_text("rows", str(n))
-    png = io.BytesIO()
-    sheet.save(png, format="PNG", pnginfo=text)
-    _write_png(path, png)
+    _write_grid(path, sheet, columns=len(columns), rows=n)
+
+
+def draw_label_maps(
+    images: Sequence[ArrayLike],
+    truths: Sequence[ArrayLike],
+    predictions: Sequence[ArrayLike],
+    names: Sequence[str],
+    path: str | Path,
+) -> None:
+    """Draw a row per image: the image, its true label map over it, and the predicted one; a legend is above.
+
+    The PNG's text says how many `columns` and `rows` the grid has, and how many pixels are above it (`head`).
+
+    Args:
+        images: each (3, H, W) uint8, an array or CPU tensor; sizes may differ.
+        truths: the classes of the pixels, each (h, w) in proportion to its image. Labels from len(names) on are
+            ignored pixels, which are shown in grey.
+        predictions: each as its truth.
+        names: of the classes. The legend has those that a truth or prediction shows, the most frequent first.
+        path: the PNG file, replaced at once.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    colours, font = palette(len(names)), ImageFont.load_default(size=13)
+    rows = []
+    for image, truth, prediction in zip(images, truths, predictions, strict=True):
+        pixels = np.asarray(image).transpose(1, 2, 0)
+        size = OVERLAY_PIXELS, max(1, round(OVERLAY_PIXELS * pixels.shape[0] / pixels.shape[1]))
+        shown = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BILINEAR))
+        maps = [_nearest(np.asarray(labels), size[::-1]) for labels in (truth, prediction)]
+        rows.append([shown, *(overlay(shown, labels, colours) for labels in maps)])
+    high = max(len(row[0]) for row in rows)
+    width = 3 * (OVERLAY_PIXELS + GAP) + GAP
+    legend = _legend(_frequent(names, [*truths, *predictions]), colours, width)
+    head = legend.height + CAPTION
+    sheet = Image.new("RGB", (width, head + len(rows) * (high + GAP)), PAPER)
+    sheet.paste(legend, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    for x, caption in enumerate(("image", "truth", "prediction")):
+        left = GAP + x * (OVERLAY_PIXELS + GAP)
+        pen.text((left + OVERLAY_PIXELS // 2, head - CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
+        for y, row in enumerate(rows):
+            sheet.paste(Image.fromarray(row[x]), (left, head + y * (high + GAP)))
+    _write_grid(path, sheet, columns=3, rows=len(rows), head=head)
+
+
+def palette(classes: int) -> NDArray[np.uint8]:
+    """Return a colour for each class, (classes, 3) uint8 RGB; the first hundreds are all different.
+
+    The hue turns by the golden ratio, so that classes with neighbouring numbers differ most.
+    """
+    colours = [
+        colorsys.hsv_to_rgb(0.58 + number * 0.6180339887498949, (0.80, 0.55, 0.95)[number // 8 % 3], value)
+        for number, value in ((n, (0.95, 0.70, 0.85)[n // 24 % 3]) for n in range(classes))
+    ]
+    return np.rint(255 * np.array(colours).reshape(-1, 3)).astype(np.uint8)
+
+
+def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Mix an image (H, W, 3) with the colours of its pixels' classes (H, W); ignored pixels become grey.
+
+    Labels from len(colours) on are ignored. The borders of regions have the pure colour.
+    """
+    known = labels < len(colours)
+    plain = colours[np.where(known, labels, 0)].astype(np.float64)
+    border = np.zeros(labels.shape, dtype=bool)
+    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    border[1:] |= labels[1:] != labels[:-1]
+    mixed = np.where(border[..., None], plain, MIXED * plain + (1 - MIXED) * image)
+    grey = image.mean(axis=2, keepdims=True)
+    return np.rint(np.where(known[..., None], mixed, grey)).astype(np.uint8)
+
+
+def _nearest(labels: NDArray[np.integer], size: tuple[int, int]) -> NDArray[np.integer]:
+    """Resize a label map to (height, width) by its nearest pixels."""
+    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(size, labels.shape, strict=True))
+    return labels[rows.astype(np.intp)[:, None], columns.astype(np.intp)]
+
+
+def _frequent(names: Sequence[str], maps: Sequence[ArrayLike]) -> dict[int, str]:
+    """The classes that have pixels, the most frequent first, with their names."""
+    counts = sum(np.bincount(np.asarray(m).ravel(), minlength=len(names))[: len(names)] for m in maps)
+    return {int(n): names[n] for n in np.argsort(-counts, kind="stable") if counts[n]}
+
+
+def _legend(named: Mapping[int, str], colours: NDArray[np.uint8], width: int) -> "Image":
+    """Draw the classes' colours and names, line by line."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=13)
+    places, x, y = {}, GAP, 0
+    for number, name in named.items():
+        wide = CAPTION + math.ceil(font.getlength(name)) + 2 * GAP
+        if x > GAP and x + wide > width:
+            x, y = GAP, y + CAPTION
+        places[number] = x, y
+        x += wide
+    picture = Image.new("RGB", (width, y + CAPTION), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for number, (left, top) in places.items():
+        pen.rectangle((left, top + 5, left + 12, top + CAPTION - 5), fill=tuple(map(int, colours[number])))
+        pen.text((left + 18, top + CAPTION // 2), named[number], fill=INK, font=font, anchor="lm")
+    return picture
 
 
 def draw_curves(journal_path: str | Path, path: str | Path) -> None:
@@ -101,6 +203,18 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
         style_axis(axis, resumed)
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(png, format="png", dpi=130)
+    _write_png(path, png)
+
+
+def _write_grid(path: str | Path, sheet: "Image", **numbers: int) -> None:
+    """Write a PNG file whose text says how its parts lie."""
+    from PIL import PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    for name, number in numbers.items():
+        text.add_text(name, str(number))
+    png = io.BytesIO()
+    sheet.save(png, format="PNG", pnginfo=text)
     _write_png(path, png)
 
 

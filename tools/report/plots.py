@@ -153,25 +153,26 @@ def _svg(figure: "Figure", salt: str) -> str:
 
 
 def sheet(path: Path) -> tuple[bytes, int]:
-    """A reconstruction picture as PNG or JPEG, and its number of columns.
+    """A picture of a grid of images as PNG or JPEG, and its number of columns.
 
     The lower half of a tall one is put beside the upper half.
     """
     from PIL import Image
 
     with Image.open(path) as picture:
-        text = {name: int(value) for name, value in picture.text.items() if name in ("columns", "rows")}
+        text = {name: int(value) for name, value in picture.text.items() if name in ("columns", "rows", "head")}
         whole = picture.convert("RGB")
     columns = text.get("columns", 3)  # of pictures by earlier versions, whose images were square
-    rows = text.get("rows") or round((whole.height - CAPTION) / ((whole.width - GAP) // columns))
-    row = (whole.height - CAPTION) // rows
+    head = text.get("head", CAPTION)
+    rows = text.get("rows") or round((whole.height - head) / ((whole.width - GAP) // columns))
+    row = (whole.height - head) // rows
     if rows > 3:
         upper = (rows + 1) // 2
-        cut = CAPTION + upper * row
+        cut = head + upper * row
         wide = Image.new("RGB", (2 * whole.width + 2 * GAP, cut), "white")
         wide.paste(whole.crop((0, 0, whole.width, cut)), (0, 0))
-        wide.paste(whole.crop((0, 0, whole.width, CAPTION)), (whole.width + 2 * GAP, 0))
-        wide.paste(whole.crop((0, cut, whole.width, whole.height)), (whole.width + 2 * GAP, CAPTION))
+        wide.paste(whole.crop((0, head - CAPTION, whole.width, head)), (whole.width + 2 * GAP, head - CAPTION))
+        wide.paste(whole.crop((0, cut, whole.width, whole.height)), (whole.width + 2 * GAP, head))
         whole = wide
     png = io.BytesIO()
     whole.save(png, "PNG", optimize=True)

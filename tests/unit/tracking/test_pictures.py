@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.pictures import HIDDEN, draw_curves, draw_reconstruction
+from pipeline.tracking.pictures import HIDDEN, draw_curves, draw_label_maps, draw_reconstruction, overlay, palette
 
 
 def test_the_grid_shows_input_masked_and_painted(tmp_path: Path) -> None:
@@ -38,6 +38,38 @@ def test_large_images_keep_their_size(tmp_path: Path) -> None:
     images = np.zeros((1, 3, 224, 224), dtype=np.uint8)
     draw_reconstruction(images, np.ones((1, 49), dtype=bool), {"a": images}, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width == 3 * 230 + 6
+
+
+def test_label_maps_lie_over_their_images(tmp_path: Path) -> None:
+    """The truth of image 0 is its left half; the prediction is all class 2; a strip is ignored; sizes differ."""
+    image = np.full((3, 128, 256), 100, dtype=np.uint8)
+    image[0] = 160
+    truth = np.zeros((64, 128), dtype=np.uint8)  # half the image's size
+    truth[:, :64] = 1
+    truth[:8] = 255
+    predicted, small = np.full((64, 128), 2, np.uint8), np.zeros((3, 10, 20), np.uint8)
+    maps = [np.zeros((10, 20), np.uint8)] * 2
+    draw_label_maps([image, small], [truth, maps[0]], [predicted, maps[1]], ["a", "b", "c", "d"], tmp_path / "grid.png")
+    picture = Image.open(tmp_path / "grid.png")
+    assert (picture.text["columns"], picture.text["rows"]) == ("3", "2")
+    head, sheet, colours = int(picture.text["head"]), np.asarray(picture), palette(4)
+    assert len(sheet) == head + 2 * (128 + 6)
+    shown = [sheet[head : head + 128, 6 + x * 262 :][:, :256] for x in range(3)]
+    np.testing.assert_array_equal(shown[0], image.transpose(1, 2, 0))
+    expected = {(100, 50): 1, (100, 200): 0}
+    for (y, x), label in expected.items():
+        np.testing.assert_array_equal(shown[1][y, x], np.rint(0.55 * colours[label] + 0.45 * image[:, y, x]))
+    assert shown[1][5, 5].tolist() == [120, 120, 120]  # ignored: the mean of 160, 100, 100
+    np.testing.assert_array_equal(shown[2], overlay(shown[0], np.full((128, 256), 2), colours))
+    legend = sheet[: head - 22].reshape(-1, 3)
+    named = [(legend == colour).all(axis=1).any() for colour in colours]
+    assert named == [True, True, True, False]  # no pixel is of class d
+
+
+def test_classes_have_colours_of_their_own() -> None:
+    assert palette(0).shape == (0, 3)
+    assert len(np.unique(palette(1000), axis=0)) == 1000
+    np.testing.assert_array_equal(palette(150), palette(1000)[:150])
 
 
 @pytest.mark.parametrize("loss", [1.0, 0.0, -1.0, math.nan, math.inf])
