@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.beton import open_beton
@@ -103,13 +104,19 @@ def _is_ready(path: Path, split: str) -> bool:
 
 
 def _write(archive: Path, path: Path, split: str) -> None:
+    images, labels = read_photographs(archive, split)
+    with BetonWriter(path, CLASSES, len(labels), settings=_settings(split), overwrite=True) as writer:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            writer.add(image, label)
+
+
+def read_photographs(archive: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read all photographs of "train" or "test", (N, 32, 32, 3), and their classes, (N,)."""
     pictures, labels_name = SPLITS[split]
+    images = []
     with tarfile.open(archive) as package:
-        labels = json.load(package.extractfile(f"package/{labels_name}"))
-        with BetonWriter(path, CLASSES, len(labels), settings=_settings(split), overwrite=True) as writer:
-            remaining = iter(labels)
-            for name in pictures:  # one image of 32 x 32 x 3 bytes per row
-                with Image.open(io.BytesIO(package.extractfile(f"package/{name}").read())) as picture:
-                    images = np.asarray(picture.convert("RGB")).reshape(-1, 32, 32, 3)
-                for image in images:
-                    writer.add(image, next(remaining))
+        labels = np.array(json.load(package.extractfile(f"package/{labels_name}")), np.int64)
+        for name in pictures:  # one image of 32 x 32 x 3 bytes per row
+            with Image.open(io.BytesIO(package.extractfile(f"package/{name}").read())) as picture:
+                images.append(np.asarray(picture.convert("RGB")).reshape(-1, 32, 32, 3))
+    return np.concatenate(images), labels

