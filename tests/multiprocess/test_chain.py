@@ -74,7 +74,7 @@ def test_every_start_is_timed(chain):
         laps = ["imports", "compile", "group", "data", "model", "weights", "warm-up", "first step"]
         assert list(start["laps"]) == laps
         assert sum(start["laps"].values()) == pytest.approx(start["seconds"], abs=0.01)
-        assert start["cpu_seconds"] > 0.5
+        assert start["cpu_seconds"] > 0
         # The process is older than its journal, but not older than its stage.
         event = next(
             e for e in journal.read_events(chain[1] / start["stage"] / "journal.jsonl") if e["kind"] == "started"

@@ -1,7 +1,6 @@
 """The network check between real gloo processes, each one a node."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,9 @@ def on_one_gpu() -> list[Any]:
 
 def check_on(stage: Path, environment: dict[str, str], needed: float) -> None:
     os.environ.update(environment)
-    settings = PreflightSettings(disk_gib=0, host_memory_gib=0, stray_seconds=0, matrix_floor_tflops=needed)
+    settings = PreflightSettings(
+        disk_gib=0, host_memory_gib=0, stray_seconds=0, matrix_floor_tflops=needed, join_timeout_seconds=10_000
+    )  # a rank that waited for the bad one would be alive when the test stops waiting for it
     outcome = check_rank(Expectations(stage, settings=settings))
     os._exit((outcome.kind if outcome else OutcomeKind.DONE).srun_code)
 
@@ -68,7 +69,7 @@ def check_on(stage: Path, environment: dict[str, str], needed: float) -> None:
 @pytest.mark.parametrize("sick", [0, 1])
 def test_all_ranks_leave_with_the_one_that_finds_its_node_bad(tmp_path, sick):
     with reserve_port() as meeting:
-        port, began = meeting.getsockname()[1] - 1, time.monotonic()
+        port = meeting.getsockname()[1] - 1
         ranks = [
             PROCESSES.Process(target=check_on, args=(tmp_path, {**rank_environment(rank, 2, port), "SLURM_JOB_ID": "7",
                               "SLURM_RESTART_COUNT": "0"}, 1e6 * (rank == sick)))
@@ -77,6 +78,5 @@ def test_all_ranks_leave_with_the_one_that_finds_its_node_bad(tmp_path, sick):
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(100)
+            rank.join(400)
         assert [rank.exitcode for rank in ranks] == [SrunCode.BAD_NODE] * 2
-    assert time.monotonic() - began < 60, "not the 120 s of join_timeout_seconds"

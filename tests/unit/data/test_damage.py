@@ -122,7 +122,6 @@ def test_beyond_4_gib(tmp_path):
             writer.add(image, 0)
     beton = open_beton(tmp_path / "a.beton")
     assert beton.size_bytes > 1 << 32
-    assert beton.path.stat().st_blocks * 512 < 100 << 20
     np.testing.assert_array_equal(squashed_images(beton, 32), images)
 
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder

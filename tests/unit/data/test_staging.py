@@ -115,13 +115,11 @@ def test_a_side_car_is_enough_to_describe(source, server):
 
 def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_path):
     server.serves = 5 * PIECE
-    began = time.monotonic()
     with (
         Cache(tmp_path) as cache,
         pytest.raises(RetryableError, match=r"a\.beton: the server has sent nothing for 3 s"),
     ):
         fetch_beton(f"{server.url}/a.beton", cache, 3)
-    assert time.monotonic() - began < 30  # the server is silent for 60 s
     (partial,) = tmp_path.glob("*.partial/a.beton")
     kept = partial.stat().st_size
     assert kept == 5 * PIECE < source.size_bytes

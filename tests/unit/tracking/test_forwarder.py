@@ -245,9 +245,7 @@ def test_no_mlflow_is_a_sentence_and_not_a_hang(tmp_path: Path, options: list[st
 def test_a_finish_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     (stage,) = make_run(tmp_path / "run", "pretrain")
     handle = start(stage, "--uri", "http://127.0.0.1:9")
-    began = time.monotonic()
     assert handle.finish(1.0) is False
-    assert time.monotonic() - began < 30  # without the cut-off it would retry for 60 s
     assert handle.process.returncode == -signal.SIGKILL
 
 

@@ -74,14 +74,14 @@ def train(world, folder: Path, late: int, seconds: float) -> None:
 def test_a_rank_of_four_that_computes_slowly_is_named_in_journal_and_status(tmp_path):
     stage = tmp_path / "pretrain"
     stage.mkdir()
-    on_ranks(4, train, stage, 3, 0.05)
+    on_ranks(4, train, stage, 3, 0.2)
     events = read_events(stage / "journal.jsonl")
     (warning,) = [event for event in events if event["kind"] == "event"]
     assert warning["message"].startswith("rank 3 on n3 computes ")
     assert warning["step"] >= WINDOW
     line = [event for event in events if event["kind"] == "ranks"][-1]
     assert line["slow_ranks"] == [3]
-    assert line["share_of_waiting"] > 0.8
+    assert line["share_of_waiting"] > 0.5  # most of the waiting is for it, also where the ranks share a core
     assert line["rank_computing_data"][0][0] == 3
     Attempts(stage, None).claim(world_size=4)
     follower = StageFollower(stage)

@@ -81,7 +81,7 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
         ("finetune", "waiting", 0),
     ]
 
-    stage = run / "pretrain"
+    stage, began = run / "pretrain", time.time()
     take(stage, 1, process.pid)
     train(stage, 1, 0, 40)
     (stage / "checkpoints" / "step-000000030.1").mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
     assert first.images_per_second == pytest.approx(32)
     assert first.eta_seconds == pytest.approx(120, rel=0.01)
     assert first.last_checkpoint_step == 30
-    assert 0 <= first.last_checkpoint_age_seconds < 60
+    assert 0 <= first.last_checkpoint_age_seconds <= time.time() - began + 1
 
     process.kill()
     process.wait()

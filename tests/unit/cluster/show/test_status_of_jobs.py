@@ -129,17 +129,15 @@ def test_accounting_knows_what_squeue_has_forgotten(run, fake_slurm: FakeSlurm, 
 
 def test_a_silent_slurmctld_holds_nobody_up(run, fake_slurm: FakeSlurm, monkeypatch):
     submit(run, "pretrain", "41")
-    fake_slurm.install("squeue", "exec sleep 30")
+    fake_slurm.install("squeue", "exec sleep 300")
     monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 0.3)
-    follower, began = RunFollower(run), time.monotonic()
+    follower = RunFollower(run)
     first = follower.statuses()[0]
-    assert time.monotonic() - began < 15
     assert (first.state, first.job, first.job_state) == ("waiting", "41", "UNKNOWN")
     assert "did not answer" in follower.job_watcher.trouble
-    monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 60)
-    began = time.monotonic()
+    monkeypatch.setattr(job_watcher, "PATIENCE_SECONDS", 600)
     follower.statuses()
-    assert time.monotonic() - began < 10, "only the first question is waited for"
+    assert follower.job_watcher._query.is_alive(), "only the first question is waited for"
 
 
 def test_many_looks_are_one_question(run, fake_slurm: FakeSlurm, monkeypatch):

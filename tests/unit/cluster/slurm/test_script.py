@@ -112,7 +112,7 @@ def test_no_field_reaches_a_shell_unquoted(raw):
             sys.executable = before
         found = {p.name for p in here.rglob("*")}
         run = subprocess.run(
-            ["/bin/bash", "-c", STUBS + text], cwd=stage, env={"RECORD": folder}, capture_output=True, timeout=30
+            ["/bin/bash", "-c", STUBS + text], cwd=stage, env={"RECORD": folder}, capture_output=True, timeout=300
         )
         assert run.returncode == 0, run.stderr
         created = {p.name for p in here.rglob("*")} - found
