@@ -160,7 +160,7 @@ def _check_stage(planned: PlannedStage, classes: dict[str, set[str]]) -> None:
         stage = Stage(planned.directory)
         stage.attempts.check_free()
         if (planned.directory / DATA_FILE).exists():
-            stage.pin_data({name: beton.sha256 for name, beton in data.items()})
+            stage.pin_data({name: beton.identity for name, beton in data.items()})
     stop_time, limit = StopTime(), planned.site.time_limit_minutes
     for event in read_events(planned.directory / JOURNAL_FILE):
         stop_time.add(event)

@@ -18,6 +18,7 @@ from typing import Annotated, BinaryIO, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.data.maps_file import MapsFile, MapStreams, maps_path
 from pipeline.errors import DataError, shortened
 from pipeline.storage.bounded_files import read_json
 
@@ -67,6 +68,19 @@ class Beton(BaseModel):
     block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
     settings: dict[str, str | int | float | None]  # of the program that wrote it
     class_descriptions: dict[str, str] = {}  # readable names of classes, where the source has them
+    maps: MapsFile | None = None  # the side file of label maps; then `classes` are those of the maps' pixels
+
+    @property
+    def identity(self) -> str:
+        """The hash that names the data: of the file, and of its label maps if it has them."""
+        if self.maps is None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.maps.sha256}".encode()).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of the file and its label maps."""
+        return self.size_bytes + (self.maps.bytes if self.maps else 0)
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -75,6 +89,8 @@ class Beton(BaseModel):
                 f"samples_per_class counts {sum(self.samples_per_class):,} samples of {len(self.samples_per_class):,}"
                 f" classes, and there are {self.samples:,} of {len(self.classes):,}"
             )
+        if self.maps and not len(self.maps.frequencies) == len(self.maps.images) == len(self.classes):
+            raise ValueError(f"maps: frequencies count {len(self.maps.frequencies):,} classes of {len(self.classes):,}")
         return self
 
 
@@ -116,6 +132,8 @@ def _compare_with_sidecar(path: Path) -> Beton:
             raise DataError(f"the header of {path} is damaged: {header.item()} instead of {expected}; copy it again")
         if index_sha256(file, header) != beton.index_sha256:
             raise DataError(f"the index of {path} is damaged (its hash differs from the side-car's); copy it again")
+    if beton.maps:
+        MapStreams(maps_path(path), beton.maps, beton.samples, len(beton.classes))
     return beton
 
 

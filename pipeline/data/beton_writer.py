@@ -29,6 +29,7 @@ from pipeline.data.beton import (
     sidecar_path,
 )
 from pipeline.data.image_checksum import checksum
+from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, compress_maps, maps_path
 from pipeline.errors import DataError
 
 LONGEST_SIDE = (1 << 16) - 1
@@ -40,7 +41,7 @@ STORED = np.dtype(
 
 
 class BetonWriter:
-    """Write a .beton file and its side-car; the same calls write the same bytes.
+    """Write a .beton file, its side-car and its label maps if there are any; the same calls write the same bytes.
 
     A context manager: images go to `PATH.partial`, which is renamed to `PATH` when the block ends without an error; the
     side-car is written before. A crash leaves nothing that `open_beton` accepts, and the next writer of that path
@@ -89,6 +90,7 @@ class BetonWriter:
             raise DataError(f"{self.path} cannot be written: {error.strerror}; name another place") from None
         self._written: int | None = None  # end of this writer's last image; None before its first
         self._kept = 0  # end of the images that the partial file must hold already
+        self._maps: MapsFileWriter | None = None  # of the label maps, once one is added
 
     def __enter__(self) -> Self:
         return self
@@ -103,11 +105,23 @@ class BetonWriter:
             ) from None
         finally:
             self._file.close()
+            if self._maps:
+                self._maps.close()
             if not self._keep_partial:
                 self._partial.unlink(missing_ok=True)
 
-    def add(self, image: np.ndarray | bytes, label: int, *, size: tuple[int, int] | None = None) -> None:
+    def add(
+        self,
+        image: np.ndarray | bytes,
+        label: int,
+        *,
+        size: tuple[int, int] | None = None,
+        label_map: np.ndarray | None = None,
+    ) -> None:
         """Add an image: pixels, uint8 (H, W, 3), or the bytes of an RGB or grey JPEG of `size` (height, width).
+
+        Args:
+            label_map: the class of each pixel, (H, W) of `label_type`; of all images or of none. `label` is 0 then.
 
         Raises:
             DataError: if the format cannot hold the image.
@@ -121,11 +135,19 @@ class BetonWriter:
             mode, content = JPEG, image
         if max(size) > LONGEST_SIDE or len(content) > PAGE_BYTES:
             raise DataError(f"an image of {size} pixels and {len(content)} bytes does not fit; limit it by --max-side")
+        assert label_map is None or label_map.shape == tuple(size), "a label map has its image's size"
         check = checksum(np.frombuffer(content, np.uint8))
-        self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content)
+        maps = None if label_map is None else compress_maps([label_map], len(self.classes))
+        self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content, maps)
 
-    def add_run(self, images: np.ndarray, content: bytes | memoryview | None) -> None:
-        """Add images, STORED (N,), whose bytes follow each other in `content`; None if the partial file holds them."""
+    def add_run(
+        self, images: np.ndarray, content: bytes | memoryview | None, maps: CompressedMaps | None = None
+    ) -> None:
+        """Add images, STORED (N,), whose bytes follow each other in `content`; None if the partial file holds them.
+
+        Args:
+            maps: the label maps of these images; of all images or of none.
+        """
         assert (images["label"] >= 0).all()
         assert (images["label"] < len(self.classes)).all()
         sizes = images["size"].tolist()
@@ -153,6 +175,17 @@ class BetonWriter:
                 self._write(places, sizes, memoryview(content))
             except OSError as error:
                 raise DataError(f"{self.path} cannot be written: {error.strerror}") from None
+        if maps is not None:
+            self._add_maps(maps)
+
+    def _add_maps(self, maps: CompressedMaps) -> None:
+        try:
+            if self._maps is None:
+                self._maps = MapsFileWriter(maps_path(self._partial), len(self.classes))
+            self._maps.add(maps)
+        except OSError as error:
+            raise DataError(f"{maps_path(self.path)} cannot be written: {error.strerror}") from None
+        assert self._maps.count == self._count, "some images have no label map"
 
     def _write(self, places: list[int], sizes: list[int], content: memoryview) -> None:
         if self._written is None:  # drop everything behind the known images of an interrupted writer
@@ -180,6 +213,7 @@ class BetonWriter:
     def _finish(self) -> None:
         if self._count == 0:
             raise DataError(f"{self.path} would hold no images; check the source")
+        assert self._maps is None or self._maps.count == self._count, "some images have no label map"
         self._check_kept()
         samples, file = self._samples[: self._count], self._file
         images = samples["f0"]
@@ -215,12 +249,18 @@ class BetonWriter:
             block_sha256=block_sha256,
             settings=self.settings,
             class_descriptions=self.class_descriptions,
+            maps=self._maps.finish() if self._maps else None,
         )
         self.path.unlink(missing_ok=True)  # so that an older file never stands beside the new side-car
+        if self._maps:
+            self._maps.publish(maps_path(self.path))
+        else:
+            maps_path(self.path).unlink(missing_ok=True)
         sidecar = sidecar_path(self.path)
         draft = sidecar.with_name(sidecar.name + ".partial")
         with draft.open("w") as text:
-            text.write(beton.model_dump_json(indent=1) + "\n")
+            # Without label maps the side-car is as before there were any.
+            text.write(beton.model_dump_json(indent=1, exclude=None if beton.maps else {"maps"}) + "\n")
             text.flush()
             os.fsync(text.fileno())
         draft.replace(sidecar)

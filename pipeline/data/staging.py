@@ -21,6 +21,7 @@ import fsspec
 
 from pipeline.data.beton import Beton, open_beton, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
+from pipeline.data.maps_file import maps_path
 from pipeline.errors import DataError, RetryableError, UserError
 from pipeline.storage.user_cache import user_cache
 
@@ -69,16 +70,16 @@ def fetch_beton(location: str, cache: Cache, timeout_seconds: float) -> Beton:
     remote = _Remote(location, timeout_seconds)
     with tempfile.TemporaryDirectory() as directory:
         beton = remote.sidecar(Path(directory))
-    name = f"{beton.path.stem}-{beton.sha256[:16]}"
+    name = f"{beton.path.stem}-{beton.identity[:16]}"
     entry = cache.obtain(
-        name, beton.size_bytes, partial(remote.copy, beton, cache.cancelled), partial(_is_sound, beton)
+        name, beton.total_bytes, partial(remote.copy, beton, cache.cancelled), partial(_is_sound, beton)
     )
     return open_beton(entry / beton.path.name)
 
 
 def _is_sound(beton: Beton, directory: Path) -> bool:
     try:
-        return open_beton(directory / beton.path.name).sha256 == beton.sha256
+        return open_beton(directory / beton.path.name).identity == beton.identity
     except DataError as error:
         print(f"{error}: it is copied again now", file=sys.stderr)
         return False
@@ -106,29 +107,38 @@ class _Remote:
             raise DataError(f"{self.url}: {error}") from None
 
     def copy(self, beton: Beton, cancelled: Callable[[], bool], directory: Path) -> None:
-        """Copy the data file and its side-car into `directory`, continuing an interrupted copy."""
-        path = directory / beton.path.name
-        continued = path.exists()
-        if self._append(beton, path, cancelled) != beton.sha256:
-            path.unlink()
-            # The part that was there may be damaged, for example by a power cut, so try once from the beginning.
-            if not continued or self._append(beton, path, cancelled) != beton.sha256:
-                path.unlink(missing_ok=True)
-                raise DataError(f"the bytes of {self.url} differ from its side-car; upload both again")
+        """Copy the data file, its label maps and its side-car into `directory`, continuing an interrupted copy."""
+        self._copy(directory / beton.path.name, beton.size_bytes, beton.sha256, cancelled)
+        if beton.maps:
+            self._copy(maps_path(directory / beton.path.name), beton.maps.bytes, beton.maps.sha256, cancelled)
         self.sidecar(directory)
 
-    def _append(self, beton: Beton, path: Path, cancelled: Callable[[], bool]) -> str:
-        """Copy the missing part of the file and return the hash of the whole."""
+    def _copy(self, path: Path, size_bytes: int, sha256: str, cancelled: Callable[[], bool]) -> None:
+        continued = path.exists()
+        if self._append(path, size_bytes, cancelled) != sha256:
+            path.unlink()
+            # The part that was there may be damaged, for example by a power cut, so try once from the beginning.
+            if not continued or self._append(path, size_bytes, cancelled) != sha256:
+                path.unlink(missing_ok=True)
+                raise DataError(f"the bytes of {self._beside(path)} differ from its side-car; upload both again")
+
+    def _beside(self, path: Path) -> str:
+        """The URL of the file of this name."""
+        return self.url + path.name.removeprefix(self._path.rsplit("/", 1)[-1])
+
+    def _append(self, path: Path, size_bytes: int, cancelled: Callable[[], bool]) -> str:
+        """Copy the missing part of the file of this name and return the hash of the whole."""
+        url, remote = self._beside(path), self._path.rsplit("/", 1)[0] + "/" + path.name
         digest, reported = hashlib.sha256(), time.monotonic()
         with path.open("a+b") as file:
-            file.truncate(min(file.tell(), beton.size_bytes))
+            file.truncate(min(file.tell(), size_bytes))
             file.seek(0)
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 if cancelled():
                     raise CancelledError
             done = file.tell()
-            for chunk in self._chunks(done, beton.size_bytes):
+            for chunk in self._chunks(remote, done, size_bytes):
                 if cancelled():
                     raise CancelledError
                 file.write(chunk)
@@ -136,17 +146,17 @@ class _Remote:
                 done += len(chunk)
                 if time.monotonic() - reported > REPORT_SECONDS:
                     reported = time.monotonic()
-                    print(f"{self.url}: copied {done / 1e9:.1f} of {beton.size_bytes / 1e9:.1f} GB", file=sys.stderr)
+                    print(f"{url}: copied {done / 1e9:.1f} of {size_bytes / 1e9:.1f} GB", file=sys.stderr)
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `end` in order, with several requests under way at a time."""
+    def _chunks(self, remote: str, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes of a path there from `start` to `end` in order, with several requests under way at a time."""
         requests: deque[queue.Queue] = deque()
         for place in range(start, end, CHUNK_BYTES):
             piece = {"start": place, "end": min(place + CHUNK_BYTES, end)}
-            requests.append(self._request(self._files.cat_file, self._path, **piece))
+            requests.append(self._request(self._files.cat_file, remote, **piece))
             if len(requests) == CHUNKS_AT_ONCE:
                 yield self._answer(requests.popleft())
         while requests:

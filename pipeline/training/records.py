@@ -148,11 +148,11 @@ def _data_facts(recipe: StageRecipe, name: str, part: Subset) -> dict[str, Any]:
     beton = part.beton
     return {
         "path": getattr(recipe.data, name),
-        "sha256": beton.sha256,
+        "sha256": beton.identity,
         "samples": beton.samples,
         "images": part.samples,
         "classes": len(part.classes),
         "classes_with_images": part.classes_with_images,
-        "bytes": beton.size_bytes,
+        "bytes": beton.total_bytes,
         "settings": beton.settings,
     }

@@ -197,7 +197,7 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
     missing = tuple(name for name, output in zip(beton.classes, outputs, strict=True) if output is None)
     return EvaluationResult(
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
-        len(beton.classes), missing, str(Path(request.data)), beton.sha256, loaded.network.in_channels, request.knn,
+        len(beton.classes), missing, str(Path(request.data)), beton.identity, loaded.network.in_channels, request.knn,
         str(loaded.stage) if loaded.stage else None, confusions, part.classes_with_images,
         _compared_outputs(request, loaded, outputs),
     )  # fmt: skip

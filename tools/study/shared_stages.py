@@ -148,7 +148,7 @@ class SharedStages:
 
     def _hash(self, path: str, recipe: StageRecipe) -> str:
         if path not in self._hashes:
-            self._hashes[path] = describe_beton(path, recipe.data.timeout_seconds).sha256
+            self._hashes[path] = describe_beton(path, recipe.data.timeout_seconds).identity
         return self._hashes[path]
 
 

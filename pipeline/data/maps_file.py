@@ -1,0 +1,178 @@
+"""The side file of label maps, `NAME.beton.maps`: the class of each pixel of each image of NAME.beton.
+
+The layout, all little-endian: HEADER | one zlib stream per image, in the file's order | offsets, uint64 (N + 1,).
+A stream holds the labels of one image row by row, uint8 or uint16 (H, W), where H and W stand in NAME.beton. Its own
+checksum (Adler-32) finds damage. The side-car NAME.beton.json holds the hash of the whole file, see `MapsFile`.
+"""
+
+import hashlib
+import os
+import zlib
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import DataError
+
+MAGIC, VERSION = b"fcmae label maps", 1
+HEADER = np.dtype([("magic", "S16"), ("version", "<u4"), ("label_bytes", "<u4")])
+_OFFSET = np.dtype("<u8")
+_LEVEL = 6  # zlib's; a lower one saves little time, because maps are mostly long runs
+MOST_CLASSES = (1 << 16) - 1
+
+
+class MapsFile(BaseModel):
+    """What a side-car says of the side file of label maps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str  # of the whole file
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    index_sha256: str  # of header and offsets
+    ignored: int  # the label of pixels without a class
+    frequencies: tuple[Annotated[int, Field(ge=0)], ...]  # pixels of each class
+    images: tuple[Annotated[int, Field(ge=0)], ...]  # images in which each class occurs
+
+
+class CompressedMaps(NamedTuple):
+    """The label maps of some images as they are stored."""
+
+    content: bytes  # one zlib stream after the other
+    sizes: np.ndarray  # int64 (n,): bytes of each stream
+    counts: np.ndarray  # int64 (2, classes): pixels of each class, and images in which it occurs
+
+
+def maps_path(path: Path) -> Path:
+    """Return the path of a .beton file's label maps: `NAME.beton.maps`."""
+    return path.with_name(path.name + ".maps")
+
+
+def label_type(classes: int) -> tuple[np.dtype, int]:
+    """Return the type of labels for so many classes, and the label of pixels without a class: its largest number."""
+    assert 0 < classes <= MOST_CLASSES, classes
+    dtype = np.dtype("<u1" if classes <= 255 else "<u2")
+    return dtype, int(np.iinfo(dtype).max)
+
+
+def compress_maps(label_maps: list[np.ndarray], classes: int) -> CompressedMaps:
+    """Compress label maps, (H, W) of `label_type(classes)` each, and count their classes."""
+    dtype, ignored = label_type(classes)
+    streams, counts = [], np.zeros((2, classes), np.int64)
+    for label_map in label_maps:
+        assert label_map.dtype == dtype, label_map.dtype
+        assert label_map.ndim == 2, label_map.shape
+        pixels = np.bincount(label_map.ravel(), minlength=ignored + 1)
+        assert not pixels[classes:ignored].any(), "a label without a class"
+        counts += pixels[:classes], pixels[:classes] > 0
+        streams.append(zlib.compress(np.ascontiguousarray(label_map), _LEVEL))
+    return CompressedMaps(b"".join(streams), np.array(list(map(len, streams)), np.int64), counts)
+
+
+class MapsFileWriter:
+    """Write a side file of label maps: `add` in the order of the images, `finish`, then `publish` it under its name."""
+
+    def __init__(self, partial: Path, classes: int) -> None:
+        self._partial, self._classes = partial, classes
+        self._file = partial.open("wb")
+        self._digest, self._end = hashlib.sha256(), 0
+        self._offsets: list[np.ndarray] = []
+        self._counts = np.zeros((2, classes), np.int64)
+        header = np.array((MAGIC, VERSION, label_type(classes)[0].itemsize), HEADER)
+        self._index_digest = hashlib.sha256(header.tobytes())
+        self._write(header.tobytes())
+
+    @property
+    def count(self) -> int:
+        """The number of maps added."""
+        return sum(map(len, self._offsets))
+
+    def add(self, maps: CompressedMaps) -> None:
+        ends = self._end + np.cumsum(maps.sizes)
+        self._offsets.append(ends - maps.sizes)
+        self._write(maps.content)
+        assert self._end == (ends[-1] if len(ends) else self._end)
+        self._counts += maps.counts
+
+    def finish(self) -> MapsFile:
+        """Write the offsets, sync the file to disk, and return what the side-car says of it."""
+        offsets = np.concatenate([*self._offsets, [self._end]]).astype(_OFFSET).tobytes()
+        self._index_digest.update(offsets)
+        self._write(offsets)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        pixels, images = self._counts.tolist()
+        return MapsFile(
+            sha256=self._digest.hexdigest(),
+            bytes=self._end,
+            index_sha256=self._index_digest.hexdigest(),
+            ignored=label_type(self._classes)[1],
+            frequencies=tuple(pixels),
+            images=tuple(images),
+        )
+
+    def publish(self, path: Path) -> None:
+        """Give the finished file its name."""
+        self._partial.replace(path)
+
+    def close(self) -> None:
+        """Close the file, and remove it unless it was published."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._end += len(content)
+
+
+class MapStreams:
+    """The streams of a side file, memory-mapped: processes of a machine share one copy of the bytes.
+
+    Raises:
+        DataError: if the file is missing, or its size, header or offsets differ from the side-car.
+    """
+
+    def __init__(self, path: Path, stated: MapsFile, samples: int, classes: int) -> None:
+        self.path, (self.dtype, self.ignored) = path, label_type(classes)
+        try:
+            if not path.is_file():
+                raise DataError(f"label maps {path} do not exist; copy them too, or prepare again")
+            if (size := path.stat().st_size) != stated.bytes:
+                raise DataError(f"{path} has {size} bytes instead of {stated.bytes}; copy or prepare it again")
+            index = (samples + 1) * _OFFSET.itemsize
+            if size < HEADER.itemsize + index:
+                raise DataError(f"the side-car of {path} names more maps than it can hold; prepare again")
+            self._file = np.memmap(path, np.uint8, "r")
+        except OSError as error:
+            raise DataError(f"label maps {path} cannot be read: {error.strerror}; make them readable") from None
+        header, offsets = self._file[: HEADER.itemsize].tobytes(), self._file[size - index :].tobytes()
+        if hashlib.sha256(header + offsets).hexdigest() != stated.index_sha256:
+            raise DataError(f"the index of {path} is damaged (its hash differs from the side-car's); copy it again")
+        expected = np.array((MAGIC, VERSION, self.dtype.itemsize), HEADER)
+        if header != expected.tobytes():
+            raise DataError(f"the header of {path} is not that of {classes} classes; prepare again")
+        self._offsets = np.frombuffer(offsets, _OFFSET).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, sample: int, height: int, width: int) -> np.ndarray:
+        """Decompress the map of one sample, (H, W). Releases the GIL.
+
+        Raises:
+            DataError: if the stream is damaged.
+        """
+        stream = self._file[self._offsets[sample] : self._offsets[sample + 1]]
+        size = height * width * self.dtype.itemsize
+        try:
+            content = zlib.decompress(stream, bufsize=size)
+            if len(content) != size:
+                raise zlib.error(f"{len(content)} bytes instead of {size}")
+        except zlib.error as error:
+            raise DataError(
+                f"the label map of sample {sample} in {self.path} is damaged ({error}); copy or prepare it again"
+            ) from None
+        return np.frombuffer(content, self.dtype).reshape(height, width)
