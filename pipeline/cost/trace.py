@@ -8,7 +8,7 @@ exist on the meta device, so `DeviceCasts` casts as the site's device would.
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Any
 
@@ -98,8 +98,7 @@ def trace_first_kernels(recipe: StageRecipe) -> Kernels:
 def _follow_step(recipe: StageRecipe, device: str, kernels: AbstractContextManager) -> "tuple[_Live, int, int]":
     """Follow a step; return also the multiply-adds of the forward pass and those of its norms."""
     objective, model = meta_model(recipe)
-    batch = example_batch(recipe)
-    batch = replace(batch, images=batch.images.to("meta"), labels=batch.labels.to("meta"))
+    batch = example_batch(recipe).to(torch.device("meta"))
     live = _Live(model, log=device == "cuda")
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(live.is_gradient)
@@ -141,8 +140,7 @@ def _kept(kind: str, trace: Callable[[StageRecipe, str], Trace], recipe: StageRe
 
 def _trace_evaluation(recipe: StageRecipe, device: str) -> Trace:
     objective, model = meta_model(recipe)
-    batch = example_evaluation_batch(recipe)
-    batch = replace(batch, images=batch.images.to("meta"), labels=batch.labels.to("meta"))
+    batch = example_evaluation_batch(recipe).to(torch.device("meta"))
     live = _Live(model)
     with _kernels_of(device), DeviceCasts(device, recipe.engine.precision), live, torch.no_grad():
         objective.evaluate(model.eval(), batch)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.data.windows import resized_to_fit, window_places
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
 
@@ -33,11 +34,20 @@ class Batch:
     slots: tuple[int, ...]  # global numbers of the whole slots in this batch, in order; empty in evaluation
     valid: Tensor  # (N,) bool: False for an image that only fills up an evaluation batch
     prepared: Prepared | None = None  # by the objective, for these ids; without it the objective makes it when asked
+    label_maps: Tensor | None = None
+    """(N, H, W) uint8, or int32 for more than 255 classes: the class of each pixel, in segmentation. In training of the
+    images' size, in evaluation of the original image's."""
+    windows_at_most: int = 0
+    """In evaluation of segmentation: the largest number of windows that any rank's image of this round is cut into."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with each tensor that belongs on the device replaced by what `move` makes of it."""
+        label_maps = None if self.label_maps is None else move(self.label_maps)
+        return replace(self, images=move(self.images), labels=move(self.labels), label_maps=label_maps)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with images and labels on the device."""
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
-        return replace(self, images=images, labels=labels)
+        """Return the batch with images, labels and label maps on the device."""
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def part(self, images: slice, slots: tuple[int, ...] = ()) -> "Batch":
         """Some of the images, and the slots that they make up."""
@@ -49,26 +59,38 @@ class Batch:
             valid=self.valid[images],
             slots=slots,
             prepared=None,
+            label_maps=None if self.label_maps is None else self.label_maps[images],
         )
 
 
 def example_batch(recipe: StageRecipe, world_size: int = 1) -> Batch:
     """Return a black micro-batch of the size that so many ranks have, for the engine's warm-up."""
     batch = recipe.batch_on(world_size)
-    return _black_batch(recipe, batch.slot * batch.micro_slots, tuple(range(batch.micro_slots)))
+    size = height_and_width(recipe.data.image_size)
+    return _black_batch(recipe, batch.slot * batch.micro_slots, size, tuple(range(batch.micro_slots)))
 
 
 def example_evaluation_batch(recipe: StageRecipe) -> Batch:
-    """Return a black batch of the size that a rank evaluates."""
-    return _black_batch(recipe, recipe.evaluation.batch, ())
+    """Return a black batch of the size that a rank evaluates: in segmentation one image of the usual shape 4:3."""
+    if recipe.objective.kind != "segmentation":
+        return _black_batch(recipe, recipe.evaluation.batch, height_and_width(recipe.data.image_size), ())
+    scenes, crop = recipe.data.scenes, height_and_width(recipe.data.image_size)
+    size = resized_to_fit(3, 4, scenes.base_size)
+    windows = len(window_places(size, crop, scenes.window_step)) if scenes.test == "window" else 1
+    return replace(_black_batch(recipe, 1, size, ()), windows_at_most=windows)
 
 
-def _black_batch(recipe: StageRecipe, images: int, slots: tuple[int, ...]) -> Batch:
+def _black_batch(recipe: StageRecipe, images: int, size: tuple[int, int], slots: tuple[int, ...]) -> Batch:
+    label_maps = None
+    if recipe.objective.kind == "segmentation":
+        dtype = torch.uint8 if recipe.objective.classes <= 255 else torch.int32
+        label_maps = torch.zeros(images, *size, dtype=dtype)
     return Batch(
-        images=torch.zeros(images, 3, *height_and_width(recipe.data.image_size), dtype=torch.uint8),
+        images=torch.zeros(images, 3, *size, dtype=torch.uint8),
         labels=torch.zeros(images, dtype=torch.int64),
         ids=torch.arange(images),
         epoch=0,
         slots=slots,
         valid=torch.ones(images, dtype=torch.bool),
+        label_maps=label_maps,
     )

@@ -70,10 +70,7 @@ def play_rank(recipe: StageRecipe, rank: int, ranks: int, ranks_per_node: int) -
     batch = _prepared(example_batch(recipe, ranks), objective)
     evaluated = _prepared(example_evaluation_batch(recipe), objective)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    batch, evaluated = (
-        replace(each, images=fakes.from_tensor(each.images), labels=fakes.from_tensor(each.labels))
-        for each in (batch, evaluated)
-    )
+    batch, evaluated = (each.moved(fakes.from_tensor) for each in (batch, evaluated))
     with fake_world(rank, ranks, ranks_per_node) as world, fakes, _Shortcuts():
         kind, guard = _ENGINES.get(recipe.engine.kind, _Unwrapped), StepGuard(recipe.health, world.device)
         engine = kind(model, _shortened(recipe, ranks), world, guard)
