@@ -9,6 +9,7 @@ from pipeline.models.convnextv2 import VARIANTS, ConvNeXtBlock, ConvNeXtV2, Down
 from pipeline.models.decoder import TransformerBlock
 from pipeline.models.initialise import initial_values, initialise
 from pipeline.models.nextvit import NCB, NTB, NextViT
+from pipeline.models.rival_blocks import RivalBlock
 from pipeline.models.slak import SLaK, SLaKBlock
 
 # The class of each family, and depths and dims of its published sizes.
@@ -18,7 +19,7 @@ FAMILIES: dict[str, tuple[type[Backbone], dict[str, tuple]]] = {
     "nextvit": (NextViT, nextvit.VARIANTS),
 }
 # Modules that an engine gathers, or compiles, one at a time.
-UNITS = (ConvNeXtBlock, Downsample, Stem, TransformerBlock, SLaKBlock, NCB, NTB)
+UNITS = (ConvNeXtBlock, Downsample, Stem, TransformerBlock, SLaKBlock, NCB, NTB, RivalBlock)
 
 
 def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2 | SLaK | NextViT:

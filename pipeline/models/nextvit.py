@@ -4,7 +4,7 @@ Stages consist of convolution blocks (NCB) and transformer blocks (NTB). Feature
 bytedance/Next-ViT, classification/nextvit.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.models.backbone import Backbone, drop_path, run_block
 from pipeline.models.batchnorm import BatchNorm, affine, fold_after, fold_before, update_running_statistics
+from pipeline.models.rival_blocks import RIVALS, RivalBlock
 
 DIMS = (96, 192, 384, 768)
 # name: (depths, channels of the convolution blocks)
@@ -24,6 +25,7 @@ VARIANTS = {
 NORMS = ("batch", "layer")
 ACTIVATIONS = ("relu", "gelu")
 POOLINGS = ("1d", "2d")
+BLOCKS = ("ncb", *RIVALS)
 LETTERS = "CHT"  # of a pattern: convolution blocks, hybrid, transformer blocks
 
 
@@ -232,6 +234,7 @@ class NextViT(Backbone):
         norm, activation: "batch" and "relu", which are fast after folding; or "layer", "gelu".
         pooling: "1d" or "2d", see `Attention`.
         head_dim: channels of an attention head, and of a group of the 3x3 convolutions.
+        block: the convolution block: "ncb", or another network's in its place, see `rival_blocks`.
         head_init_scale: factor on the head's initial weights.
         seed: of the initial weights.
     """
@@ -253,12 +256,13 @@ class NextViT(Backbone):
         activation: str = "relu",
         pooling: str = "1d",
         head_dim: int = 32,
+        block: str = "ncb",
         checkpointing: bool = False,
         head_init_scale: float = 1.0,
         seed: int = 0,
     ):
         choices = (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("pooling", pooling, POOLINGS))
-        for name, value, known in choices:
+        for name, value, known in (*choices, ("block", block, BLOCKS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         if stem_stride not in (1, 2, 4):
@@ -281,7 +285,8 @@ class NextViT(Backbone):
                 stride = 2 if stage > 0 and number == 0 else 1
                 inputs = widths[index - 1] if index else stem_dim
                 reduction = 2 ** (len(depths) - 1 - stage)
-                self.features.append(kinds[index](inputs, widths[index], stride, reduction, options))
+                kind = _rival(RIVALS[block]) if kinds[index] is NCB and block != "ncb" else kinds[index]
+                self.features.append(kind(inputs, widths[index], stride, reduction, options))
         self.norm = options.create_norm(widths[-1]) if num_classes else nn.Identity()
         if num_classes:
             self.proj_head = nn.Sequential(nn.Linear(widths[-1], num_classes))
@@ -330,6 +335,8 @@ class NextViT(Backbone):
                 part.norm = part.mlp.fold(part.norm)
             elif isinstance(part, NTB):
                 part.norm1, part.norm2 = part.e_mhsa.fold(part.norm1), part.mlp.fold(part.norm2)
+            elif isinstance(part, RivalBlock):
+                part.fold()
         if isinstance(self.norm, BatchNorm):
             self.proj_head[0] = fold_before(self.proj_head[0], *affine(self.norm))
             self.norm = nn.Identity()
@@ -368,6 +375,13 @@ def _plan_blocks(
         kinds += [NTB if transformer else NCB for transformer in transformers]
         widths += [dim * 4 // 3 if transformer else dim for transformer in transformers]
     return kinds, widths
+
+
+def _rival(kind: type[RivalBlock]) -> Callable[..., RivalBlock]:
+    """A constructor of another network's blocks, with the arguments of NCB's."""
+    return lambda inputs, dim, stride, reduction, options: kind(
+        PatchEmbed(inputs, dim, stride, options), dim, options.head_dim
+    )
 
 
 def _round_to_multiple(channels: int, divisor: int) -> int:

@@ -51,8 +51,12 @@ class ModelSettings(Settings):
     @property
     def weights_facts(self) -> dict[str, Any]:
         """The model's entry in the facts of a weights file."""
-        left_out = {"checkpointing"} if self.in_channels != 3 else {"checkpointing", "in_channels"}
-        return self.model_dump(mode="json", exclude=left_out)
+        absent = {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) in (field.json_schema_extra or {}).get("same_as_absent", ())
+        }
+        return self.model_dump(mode="json", exclude={"checkpointing", *absent})
 
     @field_validator("in_channels")
     @classmethod
@@ -146,7 +150,10 @@ class NextViTSettings(ModelSettings):
     """How keys and values are averaged: 1d along rows, as the released weights need it, or 2d over squares."""
     head_dim: int = Field(32, ge=1, le=MOST_CHANNELS)
     """Channels of an attention head and of a group of the 3x3 convolutions."""
+    block: Literal["ncb", "bottleneck", "convnext", "local_attention", "pooling"] = added("ncb")
+    """The convolution block: ncb as published, or that of ResNet, ConvNeXt, Twins or PoolFormer in its place, with its
+    own norm and activation."""
 
     @property
     def counts_batches(self) -> bool:
-        return self.norm == "batch"
+        return self.norm == "batch" or self.block == "bottleneck"

@@ -132,7 +132,7 @@ def _nextvit_stages(model: Any) -> list[list[nn.Module]]:
 OURS = {
     "ConvNeXtV2": Adapter(_stages, ("pwconv2",), _channels_last),
     "SLaK": Adapter(_stages, ("pwconv2",), _channels_last),
-    "NextViT": Adapter(_nextvit_stages, ("mlp.conv2",), _channels_first),
+    "NextViT": Adapter(_nextvit_stages, ("mlp.conv2", "pwconv2", "conv3"), _channels_first),
 }
 TIMM = {
     "ConvNeXt": Adapter(_timm_stages, ("mlp.fc2",), _channels_first),

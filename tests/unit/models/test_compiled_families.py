@@ -3,6 +3,7 @@ batch, mask or draw of dropped paths."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.kernels.triton_support import meta_stands_for_gpu
 from pipeline.models import UNITS, Downsample, Stem, create_model
+from pipeline.models.rival_blocks import RIVALS
 from pipeline.sparse import VisibleCells
 from tests.unit.models.tiny_models import tiny_fcmae, visible_cells
 
@@ -44,6 +46,7 @@ def autoencoder(backend: str, decoder: str = "convnext", device: str = "cpu") ->
     return model, forward
 
 
+NEXTVIT = {"depths": (1, 2), "dims": (12, 24), "stem_dim": 8, "stem_stride": 2, "head_dim": 4, "pattern": "CC"}
 # The model, and the number of its blocks that differ in class or shape.
 FAMILIES = {
     "convnextv2": (lambda: classifier("convnextv2", depths=(2, 2), dims=(8, 12)), 2),
@@ -62,6 +65,7 @@ FAMILIES = {
         ),
         6,
     ),
+    **{f"nextvit-{block}": (partial(classifier, "nextvit", block=block, **NEXTVIT), 3) for block in RIVALS},
     "convnextv2-gpu": (lambda: classifier("convnextv2", device="meta", depths=(2, 2), dims=(8, 12)), 2),
     "fcmae-packed-gpu": (lambda: autoencoder("packed", device="meta"), 4),
 }  # fmt: skip
@@ -88,7 +92,8 @@ def test_every_block_is_one_graph_for_all_batches_and_masks(family):
     with meta_stands_for_gpu() if family.endswith("-gpu") else nullcontext():
         model, forward = make()
         # Of BatchNorm undivided, torch expects other strides than its CPU kernel returns; Inductor divides it too.
-        counter = CompileCounterWithBackend("aot_eager_decomp_partition" if family == "nextvit" else "aot_eager")
+        divided = "aot_eager_decomp_partition" if family.startswith("nextvit") else "aot_eager"
+        counter = CompileCounterWithBackend(divided)
         for number in range(3):
             forward(number).backward()
             expected = {name: p.grad for name, p in model.named_parameters()}

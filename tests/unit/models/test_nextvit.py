@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pipeline.models import create_model
 from pipeline.models.batchnorm import BatchNorm
 from pipeline.models.nextvit import NCB, NTB, Attention, BlockOptions
+from pipeline.models.rival_blocks import RIVALS
 from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
 from tests.unit.models.tiny_models import multiply_adds, scatter_norms, scatter_weights
 
@@ -79,6 +80,7 @@ OPTIONS = {
     "half": {"shrink": 0.5},
     "2d": {"pooling": "2d"},
     "layer": {"norm": "layer", "activation": "gelu"},
+    **{block: {"block": block} for block in RIVALS},
 }
 
 
@@ -130,8 +132,9 @@ def test_rates_of_drop_path_are_the_official_ones():
     assert model.drop_path_rates(0.5) == pytest.approx(expected, abs=1e-15)
 
 
-def test_every_row_of_keep_drops_a_branch_of_its_own():
-    model = trained()
+@pytest.mark.parametrize("block", ["ncb", *RIVALS])
+def test_every_row_of_keep_drops_a_branch_of_its_own(block):
+    model = trained(block=block)
     rows = len(model.drop_path_rates(0.1))
     full = torch.ones(rows, 2, dtype=torch.float64)
     with torch.no_grad():
@@ -173,6 +176,7 @@ def test_the_encoder_alone_has_neither_norm_nor_head():
         ({"depths": (1, 2, 7)}, "a hybrid stage of 7 blocks is no whole number of groups of 4"),
         ({"dims": (12, 24, 50)}, "a block has 50 channels, no multiple of head_dim 4"),
         ({"stem_stride": 3}, "stem_stride is 3; choose 1, 2 or 4"),
+        ({"block": "mbconv"}, "block is 'mbconv'; choose one of ncb, bottleneck"),
         ({"norm": "group"}, "norm is 'group'; choose one of batch, layer"),
     ],
 )
