@@ -8,6 +8,7 @@ values that all stages share. A stage set to null is left out. `init:` names wei
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.schema import ChainRecipe, StageRecipe, changed_fields
 from pipeline.recipe.sections import ClassificationSettings, FCMAESettings
+from pipeline.recipe.segmentation_settings import SegmentationSettings
 from pipeline.recipe.yaml_files import load_recipe, load_stage_recipe, write_recipe
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "FCMAESettings",
     "NextViTSettings",
     "SLaKSettings",
+    "SegmentationSettings",
     "StageRecipe",
     "changed_fields",
     "load_recipe",

@@ -14,6 +14,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
+from pipeline.recipe.optimizer_settings import OptimizerSettings, ScheduleSettings
 from pipeline.recipe.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -25,16 +26,18 @@ from pipeline.recipe.sections import (
     GateSettings,
     HealthSettings,
     InitSettings,
-    OptimizerSettings,
-    ScheduleSettings,
     Settings,
     SparsitySettings,
     TrackingSettings,
 )
+from pipeline.recipe.segmentation_settings import NormGroup, SegmentationSettings, divide_norm_group
 from pipeline.recipe.settings_base import Percent, Seed
 
-# The sizes with depths 3, 3, 27, 3, which layer decay in groups needs.
-GROUPED = ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")
+# The depths that a numbering of layers is made for, and the sizes that have them.
+GROUPED = {
+    "group": ((3, 3, 27, 3), ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")),
+    "layer_wise_6": ((3, 3, 9, 3), ("convnextv2_tiny", "slak_tiny")),
+}
 
 
 class StageRecipe(Settings):
@@ -43,7 +46,7 @@ class StageRecipe(Settings):
     name: str = ""
     seed: Seed = 0
     previous: str | None = None
-    objective: FCMAESettings | ClassificationSettings = Field(discriminator="kind")
+    objective: FCMAESettings | ClassificationSettings | SegmentationSettings = Field(discriminator="kind")
     model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
     data: DataSettings
     batch: BatchSettings
@@ -67,7 +70,7 @@ class StageRecipe(Settings):
     def _check_sections(self) -> "StageRecipe":
         if self.handoff == "ema" and self.ema is None:
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
-        if self.model.counts_batches and self.batch.micro_slots != 1:
+        if self.norm_group_images is None and self.model.counts_batches and self.batch.micro_slots != 1:
             raise ValueError(
                 f"batch.micro_slots is {self.batch.micro_slots} but the model's BatchNorm counts one slot; set it to 1"
             )
@@ -78,19 +81,36 @@ class StageRecipe(Settings):
                 " choose a larger one, or a smaller model.stem_stride"
             )
         self._check_channels()
-        groupable = (None, (3, 3, 27, 3)) if self.model.name in GROUPED else ((3, 3, 27, 3),)
-        if self.model.family == "nextvit" and self.optimizer.layer_decay_groups == "group":
-            raise ValueError("optimizer.layer_decay_groups is group, which only ConvNeXt has; set it to single")
-        if self.optimizer.layer_decay_groups == "group" and self.model.depths not in groupable:
-            raise ValueError(
-                "optimizer.layer_decay_groups is group, made for the depths 3, 3, 27, 3 of ConvNeXt's Base, Large and"
-                f" Huge; this model is {self.model.name}: set it to single"
-            )
+        self._check_layer_decay()
         if self.sparsity:
             self._check_sparsity(self.sparsity)
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
+        if isinstance(self.objective, SegmentationSettings):
+            self._check_segmentation(self.objective)
+        elif self.data.scenes:
+            raise ValueError(
+                f"data.scenes is for the objective segmentation and objective.kind is {self.objective.kind}; remove it"
+            )
+        elif self.gate.metric == "miou":
+            raise ValueError(f"gate.metric is miou; {self.objective.kind} has none, choose another one")
         return self
+
+    def _check_layer_decay(self) -> None:
+        groups = self.optimizer.layer_decay_groups
+        if groups == "single":
+            return
+        if self.model.family == "nextvit":
+            raise ValueError(
+                f"optimizer.layer_decay_groups is {groups}, which only ConvNeXt has, and SLaK as one; set it to single"
+            )
+        if groups in GROUPED:
+            depths, sizes = GROUPED[groups]
+            if self.model.depths not in ((None, depths) if self.model.name in sizes else (depths,)):
+                raise ValueError(
+                    f"optimizer.layer_decay_groups is {groups}, made for the depths {str(depths)[1:-1]} of"
+                    f" {', '.join(sizes)}; this model is {self.model.name}: set it to single"
+                )
 
     def _check_channels(self) -> None:
         channels, normalize, adapted = self.model.in_channels, self.data.normalize, self.init.channels
@@ -159,10 +179,52 @@ class StageRecipe(Settings):
                 f" {objective.decoder} decoder needs; change one of them"
             )
 
+    def _check_segmentation(self, objective: SegmentationSettings) -> None:
+        data, batch = self.data, self.batch
+        if data.scenes is None:
+            raise ValueError("data.scenes is missing, which the objective segmentation needs; set data.scenes: {}")
+        unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
+        for name, off in unused.items():
+            if getattr(data, name) != off:
+                value = getattr(data, name)
+                raise ValueError(f"data.{name} is {value}, which segmentation has not; remove it, or set it to {off}")
+        if len(self.model.depths or (1, 1, 1, 1)) != 4:
+            raise ValueError(
+                f"model.depths {list(self.model.depths)} has {len(self.model.depths)} stages but the head"
+                f" {objective.head} needs the maps of 4; give four numbers"
+            )
+        if data.scenes.test == "window" and data.scenes.window_step > min(height_and_width(data.image_size)):
+            raise ValueError(
+                f"data.scenes.window_step {data.scenes.window_step} is more than a side of data.image_size"
+                f" {describe_size(data.image_size)}, so pixels between windows would not be seen; lower it"
+            )
+        if self.gate.metric not in (None, "loss", "miou"):
+            raise ValueError(f"gate.metric is {self.gate.metric}; segmentation is judged by miou or loss")
+        if self.init.head == "map":
+            raise ValueError("init.head is map, which is for classification; set it to keep or new")
+        group = self.norm_group_images
+        if group is not None and (batch.global_batch % group or group % batch.slot):
+            raise ValueError(
+                f"objective.norm_group {group} must divide batch.global_batch {batch.global_batch} and be a multiple of"
+                f" batch.slot {batch.slot}; change one of them, or set objective.norm to group"
+            )
+        if not self.world_sizes():
+            raise ValueError(
+                f"batch.micro_slots {batch.micro_slots} fits no number of ranks, because objective.norm_group {group}"
+                f" must lie within one micro-batch of the ranks that share it; set it to {group // batch.slot} for 1"
+                " rank, or to 1"
+            )
+
     @property
     def learning_rate(self) -> float:
-        """The learning rate after the warm-up, scaled to the global batch."""
+        """The learning rate after the warm-up: base_lr is scaled to the global batch."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
         return self.optimizer.base_lr * self.batch.global_batch / 256
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The optimizer steps of the stage, for so many steps in an epoch."""
+        return self.schedule.total_steps(steps_per_epoch)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the semantic fields: equal fingerprints mean the same experiment."""
@@ -180,29 +242,48 @@ class StageRecipe(Settings):
     def slots_are_whole(self) -> bool:
         """Whether the images of a slot are computed together: mixed, counted by BatchNorm or GRN, or drawn for SNIP."""
         objective = self.objective
+        if isinstance(objective, SegmentationSettings):
+            return self.sparsity is not None  # a BatchNorm counts a norm group there
         if isinstance(objective, FCMAESettings):
             together = objective.grn_statistics == "batch"
         else:
             together = bool(objective.mixup or objective.cutmix)
         return together or self.model.counts_batches or self.sparsity is not None
 
+    @property
+    def norm_group_images(self) -> int | None:
+        """The images over which BatchNorms of a segmentation model count; None without such, and in other stages."""
+        objective = self.objective
+        if isinstance(objective, SegmentationSettings) and (objective.norm == "batch" or self.model.counts_batches):
+            return objective.norm_group
+        return None
+
+    def norm_group_on(self, world_size: int) -> NormGroup | None:
+        """How a norm group lies on so many ranks; None without one, or if that number of ranks does not fit."""
+        group = self.norm_group_images
+        if group is None or world_size > self.batch.global_batch:
+            return None
+        batch = self._divided(world_size)
+        return divide_norm_group(group, batch.slot, batch.slot * batch.micro_slots, world_size)
+
     def batch_on(self, world_size: int) -> BatchSettings:
         """The batch as so many ranks run it: where slots need not be whole, more ranks than slots share each slot.
 
         The parts of slot n are numbered from n * parts on. What is drawn for a slot is drawn for the whole slot.
         """
+        return self._divided(world_size) if world_size in self.world_sizes() else self.batch
+
+    def _divided(self, world_size: int) -> BatchSettings:
         parts = world_size // self.batch.slots
-        if parts < 2 or world_size not in self.world_sizes():
-            return self.batch
-        return self.batch.model_copy(update={"slot": self.batch.slot // parts})
+        return self.batch if parts < 2 else self.batch.model_copy(update={"slot": self.batch.slot // parts})
 
     def world_sizes(self) -> list[int]:
         """The numbers of ranks that can run the stage, in ascending order."""
         batch = self.batch
         sizes = [ranks for ranks in range(1, batch.slots + 1) if batch.slots % (ranks * batch.micro_slots) == 0]
-        if self.slots_are_whole or batch.micro_slots > 1:
-            return sizes
-        return sizes + [batch.slots * parts for parts in range(2, batch.slot + 1) if batch.slot % parts == 0]
+        if not (self.slots_are_whole or batch.micro_slots > 1):
+            sizes += [batch.slots * parts for parts in range(2, batch.slot + 1) if batch.slot % parts == 0]
+        return [size for size in sizes if self.norm_group_images is None or self.norm_group_on(size)]
 
     def check_world_size(self, world_size: int) -> None:
         """Check that the slots divide evenly into micro-batches over `world_size` ranks.
@@ -236,11 +317,15 @@ class StageRecipe(Settings):
 
 
 class PublishedResult(Settings):
-    """A published result of this recipe: ImageNet-1K, single crop, in percent."""
+    """A published result of this recipe in percent: ImageNet-1K with a single crop, or a segmentation's mIoU."""
 
     top1: Percent | None = None
+    miou: Percent | None = None
+    """Of segmentation, at a single scale."""
+    miou_multi_scale: Percent | None = None
+    """Of segmentation, at several scales and with flips."""
     source: str
-    """Where top1 is printed."""
+    """Where top1 or miou is printed."""
     timm_top1: Percent | None = None
     """timm's own evaluation of the released weights, at the recipe's last image size."""
     timm_top5: Percent | None = None

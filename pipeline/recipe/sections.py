@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, read_image_size
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
+from pipeline.recipe.segmentation_settings import SceneSettings
 from pipeline.recipe.settings_base import (
     MOST_CHANNELS,
     MOST_EPOCHS,
@@ -23,7 +24,6 @@ from pipeline.recipe.settings_base import (
     operational,
 )
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 StepNumber = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 
@@ -86,6 +86,9 @@ class DataSettings(Settings):
     """Random operations on training images, in timm's notation: rand-m9-mstd0.5-inc1 in all published recipes."""
     erase_probability: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing of a training image, in classification."""
+    scenes: SceneSettings | None = added(None)
+    """How images with label maps are cut, for the objective segmentation alone: crop_scale, crop_ratio, crop_pct and
+    rand_augment are unused there."""
     on_damaged: Literal["refuse", "skip"] = operational("refuse")
     """refuse: a damaged image fails the stage; skip: the next image of the file replaces it (evaluation omits it)."""
     workers: int = operational(0, ge=0, le=4096)
@@ -157,30 +160,6 @@ class BatchSettings(Settings):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of slot {self.slot}; choose a slot that divides it"
             )
-        return self
-
-
-class OptimizerSettings(Settings):
-    base_lr: float = Field(gt=0, le=1e4)
-    """Learning rate per 256 images: lr = base_lr * global_batch / 256."""
-    weight_decay: float = Field(0.05, ge=0, le=1e4)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    layer_decay_groups: Literal["single", "group"] = "single"
-    decay_grn: bool = False
-    """Weight decay on GRN's gamma and beta and on the mask token, as in the official pre-training."""
-    clip_norm: float | None = Field(None, gt=0, le=1e9)
-
-
-class ScheduleSettings(Settings):
-    epochs: float = Field(gt=0, le=MOST_EPOCHS)
-    warmup_epochs: float = Field(0.0, ge=0, le=MOST_EPOCHS)
-    min_lr: float = Field(0.0, ge=0, le=1e4)
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> "ScheduleSettings":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         return self
 
 
@@ -262,7 +241,8 @@ class InitSettings(Settings):
     """Path or URL of weights in any layout that `fcmae convert` reads, for start file. Their hash is fixed at the first
     start."""
     head: Literal["new", "keep", "map"] = "new"
-    """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name."""
+    """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name. Of a
+    segmentation stage, new or that of the segmentation stage before."""
     channels: Literal["keep", "sum", "repeat"] = added("keep")
     """Where the weights have another number of input channels than the model: sum makes one channel of the stem's
     three; repeat makes three of one, each with a third of it."""
@@ -279,7 +259,13 @@ class InitSettings(Settings):
 
 class EvaluationSettings(Settings):
     every_epochs: float = operational(1.0, gt=0, le=MOST_EPOCHS)
+    every_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
+    """Steps between evaluations, instead of every_epochs."""
     batch: int = operational(256, ge=1, le=2**20)
+    """Images, in segmentation windows, that a rank evaluates at once."""
+
+    def steps_between(self, steps_per_epoch: int) -> int:
+        return self.every_steps or max(round(self.every_epochs * steps_per_epoch), 1)
 
 
 class CheckpointSettings(Settings):
@@ -291,6 +277,8 @@ class CheckpointSettings(Settings):
     keep_last: int = operational(2, ge=1, le=1_000_000)
     keep_every_epochs: float | None = operational(None, gt=0, le=MOST_EPOCHS)
     """Save a checkpoint every so many epochs and keep it for ever; null keeps none."""
+    keep_every_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
+    """The same in steps, instead of keep_every_epochs."""
     keep_best: bool = operational(True)
     """Save and keep the checkpoint with the best evaluation."""
     asynchronous: bool = operational(True)
@@ -306,6 +294,11 @@ class CheckpointSettings(Settings):
     def steps(self) -> int | None:
         """Steps between checkpoints; None if only the clock decides."""
         return self.every_steps or (None if self.every_minutes else 500)
+
+    def kept_every(self, steps_per_epoch: int) -> int | None:
+        """Steps between the checkpoints that are kept for ever; None if none are."""
+        every = self.keep_every_epochs
+        return self.keep_every_steps or (max(1, round(every * steps_per_epoch)) if every else None)
 
     def steps_between(self, step_seconds: float | None) -> int:
         """About how many steps there are between checkpoints, if a step takes so long."""
@@ -349,7 +342,7 @@ class HealthSettings(Settings):
 class GateSettings(Settings):
     """What a finished stage must reach to be on track, in addition to the checks of every stage."""
 
-    metric: Literal["top1", "top5", "loss"] | None = operational(None)
+    metric: Literal["top1", "top5", "miou", "loss"] | None = operational(None)
     """The metric of the evaluation that at_least and at_most limit."""
     at_least: Limit | None = operational(None)
     at_most: Limit | None = operational(None)
@@ -360,9 +353,10 @@ class GateSettings(Settings):
     of_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
     """Length of the run on which loss_at was measured; runs of another length are not compared with it."""
     published: Percent | None = operational(None)
-    """The published final top-1 of this stage; the last stage of a chain has it from the chain's `published`."""
+    """The published final top-1 or mIoU of this stage; the last stage of a chain has it from the chain's
+    `published`."""
     published_within: float = operational(0.5, ge=0, le=100)
-    """How many points below the published top-1 the result may be."""
+    """How many points below the published value the result may be."""
     stop: bool = operational(False)
     """Stop the chain if this stage is off track; otherwise the verdict is only reported."""
 

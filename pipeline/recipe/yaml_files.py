@@ -175,7 +175,7 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """Expand a chain's mapping, so that every stage has all its keys.
 
     Every stage gets the shared defaults, its name, the seed and the name of the stage before it. The first stage gets
-    the chain's `init`, its initial weights; the last stage's gate gets the chain's published top-1.
+    the chain's `init`, its initial weights; the last stage's gate gets the chain's published top-1 or mIoU.
     """
     raw = dict(raw)
     defaults, stages, weights = raw.pop("defaults", None) or {}, raw.get("stages"), raw.pop("init", None)
@@ -205,8 +205,10 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         expanded[name] = {"name": name, "seed": seed, "previous": before, **stage, **({"init": init} if init else {})}
         previous = name
     published, gate = raw.get("published"), expanded[previous].get("gate") or {}
-    if isinstance(published, dict) and published.get("top1") is not None and isinstance(gate, dict):
-        expanded[previous]["gate"] = {"published": published["top1"], **gate}
+    if isinstance(published, dict) and isinstance(gate, dict):
+        value = next((published[name] for name in ("top1", "miou") if published.get(name) is not None), None)
+        if value is not None:
+            expanded[previous]["gate"] = {"published": value, **gate}
     return {**raw, "stages": expanded}
 
 

@@ -76,7 +76,7 @@ def test_sources_tell_file_line_and_conflict(recipe):
         ("stages.pretrain.schedule.epochs=-1", "stages.pretrain.schedule.epochs is -1: input should be greater than 0"),
         (
             "stages.finetune.optimizer.layer_decay_groups=blocks",
-            "stages.finetune.optimizer.layer_decay_groups is 'blocks': input should be 'single' or 'group'",
+            "stages.finetune.optimizer.layer_decay_groups is 'blocks': input should be 'single', 'group',",
         ),
         (
             "defaults.model.name=convnextv2_tiny stages.finetune.optimizer.layer_decay_groups=group",
