@@ -336,6 +336,11 @@ class PublishedResult(Settings):
     """Per image; this and parameters are as printed."""
     remark: str | None = None
 
+    @property
+    def result(self) -> float | None:
+        """The first of top1, miou and miou_multi_scale that is given."""
+        return next((value for value in (self.top1, self.miou, self.miou_multi_scale) if value is not None), None)
+
 
 class ChainRecipe(Settings):
     """A named chain of stages, in order."""

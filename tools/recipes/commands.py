@@ -28,20 +28,28 @@ ALWAYS_SHOWN = ("data.train", "data.validation", "init.weights")  # operational 
 def list_recipes() -> None:
     """List the included recipes and their published results."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.docs import published_cells
+    from tools.recipes.docs import mean_iou_cells, published_cells
     from tools.recipes.library import included_recipes
 
     columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
     table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
+    columns = ("recipe", "segmentation", "mIoU", "several scales", "source")
+    segmentation = plain_table(*columns, right=("mIoU", "several scales"))
     for name, path in included_recipes().items():
         chain = load_recipe(path)
         stages = " > ".join(_summary(stage) for stage in chain.stages.values())
-        table.add_row(name, stages, *published_cells(chain.published))
-    console = wide_console()
-    console.print(table)
-    console.print(
-        "top-1 is the paper's on ImageNet-1K, timm's was measured by timm with the released weights; this program has"
-        " reached none of these numbers."
+        if [*chain.stages.values()][-1].objective.kind == "segmentation":
+            segmentation.add_row(name, stages, *mean_iou_cells(chain.published))
+        else:
+            table.add_row(name, stages, *published_cells(chain.published))
+    wide_console().print(
+        table,
+        "",
+        segmentation,
+        "",
+        "top-1 is the paper's on ImageNet-1K, timm's was measured by timm with the released weights; mIoU is that of"
+        " ADE20K's validation images. This program has reached none of these numbers.",
+        sep="\n",
     )
 
 
@@ -55,15 +63,13 @@ def show_recipe(
 ) -> None:  # fmt: skip
     """Show all values of a recipe, inherited ones included."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.docs import published_cells
+    from tools.recipes.docs import published_text
     from tools.recipes.library import find_recipe
 
     path, console = find_recipe(name), wide_console()
     chain = load_recipe(path, overrides or [])
     if chain.published:
-        top1, source, timm, top5 = published_cells(chain.published)
-        measured = f"; timm measured {timm} (top-5 {top5 or 'not given'})" if timm else ""
-        console.print(f"{chain.name}: published top-1 {top1 or 'none'} ({source}){measured}")
+        console.print(f"{chain.name}: published {published_text(chain.published)}")
     if sources:
         _show_sources(console, chain, path, overrides or [], everything)
         return
@@ -191,7 +197,11 @@ def _summary(stage: "StageRecipe") -> str:
     from pipeline.recipe.image_size import describe_size
 
     task = "FCMAE"
-    if stage.objective.kind != "fcmae":
+    if stage.objective.kind == "segmentation":
+        task = {"upernet": "UperNet", "semantic_fpn": "Semantic FPN"}[stage.objective.head]
+        task = f"{task}, {stage.objective.classes} classes,"
+    elif stage.objective.kind != "fcmae":
         task = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
     pixels = "" if stage.data.image_size == 224 else f", {describe_size(stage.data.image_size)}"
-    return f"{task} {stage.schedule.epochs:g}{pixels}"
+    length = f"{stage.schedule.steps:,} steps" if stage.schedule.steps else f"{stage.schedule.epochs:g}"
+    return f"{task} {length}{pixels}"

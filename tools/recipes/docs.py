@@ -36,14 +36,14 @@ class Conflict:
 
 
 def read_conflicts(path: Path) -> dict[str, Conflict]:
-    """Read a conflicts.yaml: C1, C2, ... -> conflict."""
+    """Read a conflicts.yaml: C1, C2, ... (of segmentation S1, S2, ...) -> conflict."""
     entries = yaml.safe_load(path.read_text())
     return {key: Conflict(**{name: str(value) for name, value in entry.items()}) for key, entry in entries.items()}
 
 
 def mentioned(comments: Iterable[str]) -> list[str]:
     """The keys of the conflicts that comments refer to, each once, in order."""
-    keys = {key for comment in comments for key in re.findall(r"\bC\d+\b", comment)}
+    keys = {key for comment in comments for key in re.findall(r"\b[CS]\d+\b", comment)}
     return sorted(keys, key=lambda key: int(key[1:]))
 
 
@@ -67,7 +67,35 @@ def recipes_page() -> str:
         parts += [f"## {title}", _chapter(stage, recipes, shared)]
     conflicts = read_conflicts(find_recipe("convnextv2/huge").parent / "conflicts.yaml")
     parts += ["## Conflicts and gaps", _conflicts(conflicts)]
+    parts += _segmentation()
     return "\n\n".join(parts) + "\n"
+
+
+SEGMENTATION = (  # title, recipes
+    ("ConvNeXt V1 on ADE20K", ("v1-tiny", "v1-small", "v1-base", "v1-large-22k-640", "v1-xlarge-22k-640")),
+    ("ConvNeXt V2 on ADE20K", ("v2-base", "v2-large", "v2-huge", "v2-huge-22k-640")),
+    ("SLaK on ADE20K", ("slak-tiny", "slak-small", "slak-base")),
+    ("Next-ViT on ADE20K", ("nextvit-small-upernet", "nextvit-small-fpn")),
+)
+
+
+def _segmentation() -> list[str]:
+    """The chapters on ADE20K: results, values of each family, and what the sources leave open."""
+    results, shared = [], set()
+    for name, path in included_recipes().items():
+        chain = load_recipe(path)
+        if name.startswith("segmentation/") and chain.published:
+            published, weights = chain.published, chain.published.weights
+            sizes = [published.parameters or "", published.multiply_adds or ""]
+            results.append([name, *mean_iou_cells(published), *sizes, f"[file]({weights})" if weights else ""])
+    columns = ["recipe", "mIoU", "several scales", "source", "parameters", "multiply-adds", "released"]
+    parts = ["## Results on ADE20K", (Path(__file__).parent / "segmentation.md").read_text().rstrip()]
+    parts += [markdown_table(columns, results)]
+    for title, names in SEGMENTATION:
+        recipes = {name: find_recipe(f"segmentation/{name}") for name in names}
+        parts += [f"## {title}", _chapter("segment", recipes, shared)]
+    file = find_recipe("segmentation/v1-tiny").parent / "conflicts.yaml"
+    return [*parts, "## Conflicts and gaps of segmentation", _conflicts(read_conflicts(file))]
 
 
 def _results() -> str:
@@ -85,10 +113,11 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
 
     Adds the sources of this chapter to `shared`, so that later chapters leave them out.
     """
-    values = {size: dict(_trained_values(load_recipe(path).stages[stage])) for size, path in recipes.items()}
+    stages = {size: load_recipe(path).stages[stage] for size, path in recipes.items()}
+    values = {size: {field: value_text(value) for field, value, _ in leaf_fields(s)} for size, s in stages.items()}
     sources = {size: value_sources(path) for size, path in recipes.items()}
     common, different, seen = [], [], set()
-    for field in values[next(iter(values))]:
+    for field in dict.fromkeys(field for each in stages.values() for field in _trained_fields(each)):
         origins = [sources[size].get(f"stages.{stage}.{field}") for size in recipes]
         if set(origins) <= shared:
             continue
@@ -105,11 +134,11 @@ def _chapter(stage: str, recipes: dict[str, Path], shared: set[ValueSource | Non
     return "\n\n".join(tables)
 
 
-def _trained_values(stage: StageRecipe) -> Iterator[tuple[str, str]]:
-    """The fields of a stage that affect the result, as text."""
-    for field, value, is_operational in leaf_fields(stage, without_absent=True):
+def _trained_fields(stage: StageRecipe) -> Iterator[str]:
+    """The fields of a stage that affect the result."""
+    for field, _, is_operational in leaf_fields(stage, without_absent=True):
         if field not in LEFT_OUT and not is_operational:
-            yield field, value_text(value)
+            yield field
 
 
 def value_text(value: Any) -> str:
@@ -126,6 +155,25 @@ def published_cells(published: PublishedResult | None) -> list[str]:
     numbers = ((published.top1, 1), (published.timm_top1, 3), (published.timm_top5, 3))
     top1, timm_top1, timm_top5 = ("" if value is None else f"{value:.{digits}f}" for value, digits in numbers)
     return [top1, published.source, timm_top1, timm_top5]
+
+
+def mean_iou_cells(published: PublishedResult | None) -> list[str]:
+    """Mean IoU at a single scale, that of several scales, and their source; "" where unknown."""
+    if published is None:
+        return [""] * 3
+    values = ("" if value is None else f"{value:.1f}" for value in (published.miou, published.miou_multi_scale))
+    return [*values, published.source]
+
+
+def published_text(published: PublishedResult) -> str:
+    """A published result in a sentence."""
+    single, several, _ = mean_iou_cells(published)
+    if single or several:
+        values = [f"mIoU {single}"] if single else []
+        return f"{', '.join([*values, *([f'with several scales {several}'] if several else [])])} ({published.source})"
+    top1, source, timm, top5 = published_cells(published)
+    measured = f"; timm measured {timm} (top-5 {top5 or 'not given'})" if timm else ""
+    return f"top-1 {top1 or 'none'} ({source}){measured}"
 
 
 def _conflicts(conflicts: dict[str, Conflict]) -> str:

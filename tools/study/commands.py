@@ -156,12 +156,11 @@ def print_table(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: Json = False,
 ) -> None:
-    """Print the mean and deviation of each arm over the seeds, beside the published value, and the differences between
-    arms within each seed, with their interval.
+    """Print the mean and deviation of each arm over the seeds, beside the published value.
 
     Arms without a finished run have no result.
     """
-    from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_tables
+    from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_table
 
     study = open_study(directory)
     results = arm_results(study, directory)
@@ -170,7 +169,7 @@ def print_table(
     elif markdown:
         print(study_markdown(study, results))
     else:
-        wide_console(140).print(*study_tables(study, results), sep="\n")
+        wide_console(140).print(study_table(study, results))
 
 
 @app.command("report")

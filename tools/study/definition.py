@@ -26,10 +26,10 @@ class Arm(Settings):
     change: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
     published: Percent | None = None
-    """Published top-1 in percent; the default for an arm without changes is the recipe's."""
+    """Published top-1 or mean IoU in percent; the default for an arm without changes is the recipe's."""
     expected: tuple[Percent, Percent] | None = None
-    """The band of the final top-1 in percent, outside of which the arm is off track; in a ladder the next rung then
-    does not start."""
+    """The band of the final top-1 or mean IoU in percent, outside of which the arm is off track; in a ladder the next
+    rung then does not start."""
     remark: str = ""
 
 
@@ -38,6 +38,7 @@ class Reference(Settings):
 
     name: str
     top1: Percent
+    """Or mean IoU, in a study of segmentation."""
     source: str
 
 
@@ -55,8 +56,6 @@ class Study(Settings):
     ladder: bool = False
     """Whether the arms are rungs: each starts only when the one before it is done and on track."""
     arms: dict[str, Arm] = Field(min_length=1)
-    pairs: tuple[tuple[str, str], ...] = ()
-    """The arms to compare seed by seed, as [arm, minus]. Default: all arms with the first one."""
     references: tuple[Reference, ...] = ()
     overrides: tuple[str, ...] = ()
     """`key=value` of the command line, which win over the arms' changes."""
@@ -90,7 +89,8 @@ class Study(Settings):
                 )
             low, high = band
             # The band replaces the fixed distance from the published value.
-            update |= {"metric": "top1", "at_least": low, "at_most": high, "published": None}
+            metric = "miou" if last.objective.kind == "segmentation" else "top1"
+            update |= {"metric": metric, "at_least": low, "at_most": high, "published": None}
         if not update:
             return chain
         last = last.model_copy(update={"gate": last.gate.model_copy(update=update)})
@@ -103,12 +103,12 @@ class Study(Settings):
         return find_recipe(self.arms[arm].recipe or self.recipe), [*texts, *self.overrides]
 
     def published(self, arm: str) -> float | None:
-        """Published top-1 of the arm, or of its recipe if the arm changes nothing."""
+        """Published top-1 or mean IoU of the arm, or of its recipe if the arm changes nothing."""
         own = self.arms[arm]
         if own.published is not None or own.change or self.change:
             return own.published
         published = load_recipe(find_recipe(own.recipe or self.recipe)).published
-        return published.top1 if published else None
+        return published.result if published else None
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in ("seeds", "arms")]
     raw = read_mapping(path, own)
     others = [text for text in overrides if text not in own]
-    left_out = set()
     if isinstance(arms := raw.get("arms"), dict):
-        left_out = {name for name, arm in arms.items() if arm is None}
         raw["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
     if isinstance(earlier := raw.get("overrides", []), list):
         raw["overrides"] = [*earlier, *others]
@@ -146,10 +144,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     for arm in study.arms:
         if not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise RecipeError(f"{path}: arm {arm!r} may have letters, digits, -, _ and dots; rename it")
-    for arm in {arm for pair in study.pairs for arm in pair} - study.arms.keys() - left_out:
-        raise RecipeError(f"{path}: pairs names the arm {arm!r}, but the arms are {', '.join(study.arms)}")
-    pairs = tuple(pair for pair in study.pairs if not left_out & set(pair))
-    return study.model_copy(update={"pairs": pairs})
+    return study
 
 
 def write_study(study: Study, path: Path) -> None:

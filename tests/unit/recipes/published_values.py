@@ -19,6 +19,7 @@ from tools.recipes.library import SIZES, find_recipe
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
 TABLES = yaml.safe_load((Path(__file__).parent / "paper_tables.yaml").read_text())
 FAMILY_TABLES = yaml.safe_load((Path(__file__).parent / "family_tables.yaml").read_text())
+SEGMENTATION = yaml.safe_load((Path(__file__).parent / "segmentation_tables.yaml").read_text())
 # Not in the tables: what follows from the chain, and what nobody publishes.
 OURS = {"objective.kind", "model.depths", "model.dims", "seed", "batch.slot"}
 # The others are this program's own, and off unless a recipe turns them on.
@@ -40,7 +41,21 @@ def expected(table: dict, place: int) -> dict:
 def expected_stages(name: str) -> dict[str, dict]:
     """The values of each stage of a recipe, by their names in the recipe; none for an option."""
     family, _, which = name.partition("/")
+    if family == "segmentation":
+        segment = {field: value for field, (value, _) in segmentation_entries(which).items()}
+        before = _of_convnext(which.removeprefix("v2-")) if which.endswith("-supervised") else {}
+        return {**before, "segment": segment}
     return _of_convnext(which) if family == "convnextv2" else _of_family(FAMILY_TABLES[family], which)
+
+
+def segmentation_entries(which: str) -> dict[str, list]:
+    """(value, place) of each field of a recipe for segmentation."""
+    row = SEGMENTATION["recipes"][which]
+    own = {field: entry for field, entry in row.items() if field not in ("groups", "published")}
+    entries: dict[str, list] = {}
+    for group in row["groups"]:
+        entries |= SEGMENTATION["groups"][group]
+    return {**entries, **own}
 
 
 def _of_convnext(which: str) -> dict[str, dict]:
@@ -75,9 +90,15 @@ def _of_family(table: dict, which: str) -> dict[str, dict]:
     }
 
 
-def published_top1(name: str) -> float | None:
-    """The accuracy printed for a recipe."""
+def published_result(name: str) -> list:
+    """What is printed for a recipe: its accuracy; of segmentation mIoU, mIoU with several scales, parameters, MACs."""
     family, _, which = name.partition("/")
+    if family == "segmentation":
+        return SEGMENTATION["recipes"][which]["published"][:4]
+    return [_published_top1(family, which)]
+
+
+def _published_top1(family: str, which: str) -> float | None:
     if family == "convnextv2":
         return TABLES["results"].get(which, [None])[0]
     return FAMILY_TABLES[family]["recipes"][which]["published"][0]
@@ -90,7 +111,8 @@ def assert_stage(stage: StageRecipe, values: dict) -> None:
 
 def _claimed(stage: StageRecipe) -> set[str]:
     makes_it = {name for name, _, operational in leaf_fields(stage, without_absent=True) if not operational}
-    return {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS} - OURS
+    ours = {"objective.kind"} if stage.objective.kind == "segmentation" else OURS
+    return {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS} - ours
 
 
 def _assert_values(fields: list, claimed: set[str], values: dict) -> None:
@@ -136,7 +158,7 @@ def main() -> None:
 
     caught = total = 0
     for name in included_recipes():
-        if name.startswith(("convnextv2/", "slak/", "nextvit/")) and "/options/" not in name:
+        if name.startswith(("convnextv2/", "slak/", "nextvit/", "segmentation/")) and "/options/" not in name:
             for field, is_caught in changed_values(name):
                 total, caught = total + 1, caught + is_caught
                 if not is_caught:

@@ -13,25 +13,28 @@ from pipeline.recipe.value_sources import value_sources
 from tests.unit.recipes.published_values import (
     FAMILY_TABLES,
     PUBLISHED_SECTIONS,
+    SEGMENTATION,
     TABLES,
     assert_stage,
     chain,
     changed_values,
     expected_stages,
-    published_top1,
+    published_result,
+    segmentation_entries,
 )
 from tools.recipes.docs import mentioned, read_conflicts, recipes_page
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-PUBLISHED = [name for name in included_recipes() if name.startswith(("convnextv2/", "slak/", "nextvit/"))]
+FAMILIES = ("convnextv2/", "slak/", "nextvit/", "segmentation/")
+PUBLISHED = [name for name in included_recipes() if name.startswith(FAMILIES)]
 CHAINS = [name for name in PUBLISHED if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
 NEEDS_NO_SOURCE = {"name", "previous", "objective.kind", "model.depths", "model.dims", "init.start"}
 SOURCES = ("paper", "TRAINING", "code", "V1", "JAX", "ours", "data", "all", "unused", "names of", "name of", "derived",
-           "mmpretrain", "as Base", "C1", "README", "log", "unverified")  # fmt: skip
+           "mmpretrain", "as Base", "C1", "README", "log", "unverified", "mmseg")  # fmt: skip
 # The truth of a family's table names a file and its line, or says that there is none.
-PLACE = re.compile(r"[\w/]+\.(py|md|log)\b|ours$|unused$|all of |it has none$")
+PLACE = re.compile(r"[\w/]+\.(py|md|log)\b|ours$|unused$|all of |it has none$|paper ")
 
 
 def learning_rates(name):
@@ -45,7 +48,8 @@ def test_values_and_results_are_the_published_ones(name):
     for stage, values in expected.items():
         assert_stage(chain(name).stages[stage], values)
     result = chain(name).published
-    assert (result.top1 if result else None) == published_top1(name)
+    fields = ("miou", "miou_multi_scale", "parameters", "multiply_adds") if "segmentation/" in name else ("top1",)
+    assert [result and getattr(result, field) for field in fields] == published_result(name)
     assert all(is_caught for _, is_caught in changed_values(name))
 
 
@@ -75,6 +79,9 @@ def test_a_place_stands_behind_every_value_of_the_families():
                 if field != "finetune":
                     assert len(entry) == 2, field
                     assert PLACE.match(entry[1]), (field, entry[1])
+    for which in SEGMENTATION["recipes"]:
+        for field, (_, place) in segmentation_entries(which).items():
+            assert PLACE.match(place), (which, field, place)
 
 
 def test_half_the_epochs_change_pre_training_alone():
@@ -84,9 +91,18 @@ def test_half_the_epochs_change_pre_training_alone():
 
 
 def test_options_change_what_they_say_and_no_more():
-    assert {name.rpartition("/")[2] for name in CHAINS if "/options/" in name} == TABLES["options"].keys()
-    for name, (base, changes) in TABLES["options"].items():
-        option, plain = chain(f"convnextv2/options/{name}"), chain(f"convnextv2/{base}")
+    swept = {
+        f"segmentation/options/{name}": ("segmentation/v2-base", {f"segment.{field}": value})
+        for name, change in SEGMENTATION["options"].items()
+        for field, value in change.items()
+    }
+    others = {
+        f"convnextv2/options/{name}": (f"convnextv2/{base}", changes)
+        for name, (base, changes) in TABLES["options"].items()
+    }
+    assert {name for name in PUBLISHED if "/options/" in name} == swept.keys() | others.keys()
+    for name, (base, changes) in {**others, **swept}.items():
+        option, plain = chain(name), chain(base)
         found = {
             f"{stage}.{field}": value
             for stage, section in option.stages.items()
@@ -124,23 +140,26 @@ def test_every_value_has_a_source_and_every_conflict_is_listed(name):
             assert source is not None, f"{field} of {stage_name} is not given in {path}"
             assert source.comment.startswith(SOURCES), f"{source.file}:{source.line}: {source.comment!r}"
             comments.append(source.comment)
-    known = read_conflicts(REPOSITORY / "recipes" / "convnextv2" / "conflicts.yaml")
-    assert set(mentioned(comments)) <= known.keys()
+    folders = ("convnextv2", "segmentation") if name.startswith("segmentation/") else ("convnextv2",)
+    known = {key for folder in folders for key in read_conflicts(REPOSITORY / "recipes" / folder / "conflicts.yaml")}
+    assert set(mentioned(comments)) <= known
 
 
-def test_conflicts_name_options_that_exist():
-    for conflict in read_conflicts(REPOSITORY / "recipes" / "convnextv2" / "conflicts.yaml").values():
+@pytest.mark.parametrize("folder", ["convnextv2", "segmentation"])
+def test_conflicts_name_options_that_exist(folder):
+    for conflict in read_conflicts(REPOSITORY / "recipes" / folder / "conflicts.yaml").values():
         for option in conflict.options.replace(",", " ").split():
             if option.startswith("options/"):
-                changed = chain(f"convnextv2/{option}")
-                base = yaml.safe_load(find_recipe(f"convnextv2/{option}").read_text())["extends"]
-                plain = load_recipe(find_recipe(f"convnextv2/{option}").parent / base)
+                changed = chain(f"{folder}/{option}")
+                base = yaml.safe_load(find_recipe(f"{folder}/{option}").read_text())["extends"]
+                plain = load_recipe(find_recipe(f"{folder}/{option}").parent / base)
                 assert any(changed.stages[n].fingerprint() != plain.stages[n].fingerprint() for n in plain.stages), (
                     option
                 )
             elif "=" in option:
-                stage = "huge-22k-512" if "intermediate" in option or "pretrain" in option else "base"
-                load_recipe(find_recipe(f"convnextv2/{stage}"), [option])
+                last = "segmentation/v2-base" if folder == "segmentation" else "convnextv2/base"
+                stage = "huge-22k-512" if "intermediate." in option or "pretrain" in option else last
+                load_recipe(find_recipe(stage), [option])
 
 
 def test_variants_are_those_of_the_paper():
