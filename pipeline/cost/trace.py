@@ -28,7 +28,7 @@ from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch, example_evaluation_batch
 from pipeline.engines.base import DTYPES
 from pipeline.kernels.triton_support import meta_stands_for_gpu
-from pipeline.models import UNITS, Downsample, Stem
+from pipeline.models import BLOCKS
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 
@@ -200,11 +200,7 @@ class _Live(TorchDispatchMode):
         self._kind = {tensor.untyped_storage()._cdata: 2 for tensor in own}
         self.log = OperationLog(set(self._kind)) if log else None
         self._repeats, self._segments, self._open = 1, {}, None
-        blocks = [
-            module
-            for module in model.modules()
-            if isinstance(module, UNITS) and not isinstance(module, Stem | Downsample)
-        ]
+        blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
         self._numbers = {block: number for number, block in enumerate(blocks)}
         self.marks = BlockMarks(blocks, self._begin, self._end)
         if self.log:  # what comes before the model prepares its input

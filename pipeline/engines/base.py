@@ -260,6 +260,6 @@ class Engine(ABC):
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters are gathered together: blocks, stems and downsampling layers. The rest of the
-    parameters belongs to the model."""
+    """The modules whose parameters are gathered together: blocks, stems, downsampling layers, heads for segmentation.
+    The rest of the parameters belongs to the model."""
     return [module for module in model.modules() if isinstance(module, UNITS)]

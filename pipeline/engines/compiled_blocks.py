@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.kernels.triton_support import missing_compiler, takes_plain_kernels
-from pipeline.models import UNITS, Downsample, Stem
+from pipeline.models import BLOCKS
 from pipeline.recipe.sections import EngineSettings
 
 _EAGER = [False]  # of the whole process, like the switches of `triton_support`
@@ -51,5 +51,5 @@ def compile_blocks(model: nn.Module) -> None:
     # DDP's optimizer would cut each block where a bucket of gradients is full; torch overlaps them without it.
     torch._dynamo.config.optimize_ddp = False
     for block in model.modules():
-        if isinstance(block, UNITS) and not isinstance(block, Stem | Downsample):
+        if isinstance(block, BLOCKS):
             block.forward = torch.compile(block.forward, dynamic=False)

@@ -10,6 +10,8 @@ from pipeline.models.decoder import TransformerBlock
 from pipeline.models.initialise import initial_values, initialise
 from pipeline.models.nextvit import NCB, NTB, NextViT
 from pipeline.models.rival_blocks import RivalBlock
+from pipeline.models.segmentation_head import SegmentationHead
+from pipeline.models.semantic_fpn import FeaturePyramid
 from pipeline.models.slak import SLaK, SLaKBlock
 
 # The class of each family, and depths and dims of its published sizes.
@@ -18,8 +20,10 @@ FAMILIES: dict[str, tuple[type[Backbone], dict[str, tuple]]] = {
     "slak": (SLaK, slak.VARIANTS),
     "nextvit": (NextViT, nextvit.VARIANTS),
 }
-# Modules that an engine gathers, or compiles, one at a time.
-UNITS = (ConvNeXtBlock, Downsample, Stem, TransformerBlock, SLaKBlock, NCB, NTB, RivalBlock)
+# Modules that an engine compiles one at a time.
+BLOCKS = (ConvNeXtBlock, TransformerBlock, SLaKBlock, NCB, NTB, RivalBlock)
+# Modules that an engine gathers one at a time.
+UNITS = (*BLOCKS, Downsample, Stem, SegmentationHead, FeaturePyramid)
 
 
 def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2 | SLaK | NextViT:
@@ -52,6 +56,7 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXt
 
 
 __all__ = [
+    "BLOCKS",
     "FAMILIES",
     "UNITS",
     "VARIANTS",

@@ -41,6 +41,8 @@ class Backbone(nn.Module):
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.num_classes, self.in_channels, self.stem_stride = num_classes, in_channels, stem_stride
         self.checkpointing = checkpointing
+        self.map_channels = self.dims
+        """Channels of each map of `forward_features`."""
 
     def finish(self, head_init_scale: float, seed: int) -> None:
         """Set the initial weights, those of the head times `head_init_scale`."""

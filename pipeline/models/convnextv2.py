@@ -89,6 +89,7 @@ class ConvNeXt(Backbone):
         num_classes, in_channels, checkpointing: see `Backbone`.
         stem_stride: pixels on a side of a stem patch; 4 for ImageNet, less for small images.
         head_init_scale: factor on the head's initial weights; 0.001 for fine-tuning.
+        map_norms: whether a LayerNorm of its own, norm0, norm1, ..., follows each map of `forward_features`.
         init: scheme of the initial weights, "plain" or "official", see initialise.py; they differ in FCMAE only.
         seed: of the initial weights.
     """
@@ -105,6 +106,7 @@ class ConvNeXt(Backbone):
         stem_stride: int = 4,
         checkpointing: bool = False,
         head_init_scale: float = 1.0,
+        map_norms: bool = False,
         init: str = "plain",
         seed: int = 0,
     ):
@@ -125,6 +127,8 @@ class ConvNeXt(Backbone):
         if num_classes:
             self.norm = nn.LayerNorm(dims[-1], eps=EPS)
             self.head = nn.Linear(dims[-1], num_classes)
+        for stage, dim in enumerate(dims if map_norms else ()):
+            self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=EPS))
         self.finish(head_init_scale, seed)
 
     def stage_outputs(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> list[Tensor]:
@@ -145,9 +149,13 @@ class ConvNeXt(Backbone):
         """Map images (N, 3, H, W) to the map of the last stage (N, h, w, C)."""
         return layout.to_map(self.stage_outputs(images, layout, keep)[-1])
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        """Map images (N, 3, H, W) to the map (N, C, h, w) after each stage; published strides are 4, 8, 16 and 32."""
-        return [x.permute(0, 3, 1, 2) for x in self.stage_outputs(images)]
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+        """Map images (N, 3, H, W) to the map (N, C, h, w) after each stage; published strides are 4, 8, 16 and 32.
+
+        `keep` (blocks, N) has the drop-path factors, see `drop_path`. The caller updates running statistics.
+        """
+        maps = enumerate(self.stage_outputs(images, keep=keep))
+        return [getattr(self, f"norm{stage}", nn.Identity())(x).permute(0, 3, 1, 2) for stage, x in maps]
 
     def pooled_features(self, images: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to the mean of the last map (N, C), after the final norm if there is a head."""

@@ -236,6 +236,8 @@ class NextViT(Backbone):
         head_dim: channels of an attention head, and of a group of the 3x3 convolutions.
         block: the convolution block: "ncb", or another network's in its place, see `rival_blocks`.
         head_init_scale: factor on the head's initial weights.
+        map_norms: whether a norm follows each map of `forward_features`, as in the official code for detection and
+            segmentation: `extra_norm_list`, whose outputs the next stage reads, and `norm` at the end.
         seed: of the initial weights.
     """
 
@@ -259,6 +261,7 @@ class NextViT(Backbone):
         block: str = "ncb",
         checkpointing: bool = False,
         head_init_scale: float = 1.0,
+        map_norms: bool = False,
         seed: int = 0,
     ):
         choices = (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("pooling", pooling, POOLINGS))
@@ -287,7 +290,12 @@ class NextViT(Backbone):
                 reduction = 2 ** (len(depths) - 1 - stage)
                 kind = _rival(RIVALS[block]) if kinds[index] is NCB and block != "ncb" else kinds[index]
                 self.features.append(kind(inputs, widths[index], stride, reduction, options))
-        self.norm = options.create_norm(widths[-1]) if num_classes else nn.Identity()
+        self._ends = [sum(depths[: stage + 1]) - 1 for stage in range(len(depths))]
+        self.map_channels = tuple(widths[end] for end in self._ends)
+        self.extra_norm_list = None
+        if map_norms:
+            self.extra_norm_list = nn.Sequential(*[options.create_norm(width) for width in self.map_channels[:-1]])
+        self.norm = options.create_norm(widths[-1]) if num_classes or map_norms else nn.Identity()
         if num_classes:
             self.proj_head = nn.Sequential(nn.Linear(widths[-1], num_classes))
         self.finish(head_init_scale, seed)
@@ -304,11 +312,13 @@ class NextViT(Backbone):
         """
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         rows = None if keep is None else iter(keep.split([len(block.shares) for block in self.features]))
-        outputs = []
-        for block in self.features:
+        outputs, norms = [], [] if self.extra_norm_list is None else [*self.extra_norm_list, self.norm]
+        for index, block in enumerate(self.features):
             x = run_block(block, x, None if rows is None else next(rows), checkpointing=self.checkpointing)
+            if norms and index in self._ends:
+                x = norms[self._ends.index(index)](x)
             outputs.append(x)
-        return [outputs[sum(self.depths[: stage + 1]) - 1] for stage in range(len(self.depths))]
+        return [outputs[end] for end in self._ends]
 
     def pooled_features(self, images: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to the mean of the last map (N, C), after the final norm if there is a head."""
@@ -337,7 +347,7 @@ class NextViT(Backbone):
                 part.norm1, part.norm2 = part.e_mhsa.fold(part.norm1), part.mlp.fold(part.norm2)
             elif isinstance(part, RivalBlock):
                 part.fold()
-        if isinstance(self.norm, BatchNorm):
+        if isinstance(self.norm, BatchNorm) and self.num_classes:
             self.proj_head[0] = fold_before(self.proj_head[0], *affine(self.norm))
             self.norm = nn.Identity()
         return self.eval()

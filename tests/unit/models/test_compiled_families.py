@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.kernels.large_kernel import DepthwiseConv2d
 from pipeline.kernels.triton_support import meta_stands_for_gpu
-from pipeline.models import UNITS, Downsample, Stem, create_model
+from pipeline.models import BLOCKS, create_model
 from pipeline.models.rival_blocks import RIVALS
 from pipeline.sparse import VisibleCells
 from tests.unit.models.tiny_models import tiny_fcmae, visible_cells
@@ -72,7 +72,7 @@ FAMILIES = {
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, UNITS) and not isinstance(m, Stem | Downsample)]
+    return [m for m in model.modules() if isinstance(m, BLOCKS)]
 
 
 @pytest.fixture

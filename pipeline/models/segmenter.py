@@ -1,0 +1,133 @@
+"""Semantic segmentation: a backbone of any family, a head on its maps, and in training an auxiliary head.
+
+Names of parameters are those of mmsegmentation: `backbone.`, `neck.`, `decode_head.` and `auxiliary_head.`
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.models import create_model
+from pipeline.models.backbone import Backbone
+from pipeline.models.batchnorm import counts_batches, update_running_statistics
+from pipeline.models.initialise import STD, initialise
+from pipeline.models.response_norm import ResponseBatchNorm
+from pipeline.models.segmentation_head import NORMS, FCNHead
+from pipeline.models.semantic_fpn import FeaturePyramid, SemanticFPN
+from pipeline.models.upernet import UperNet
+
+HEADS = ("upernet", "semantic_fpn")
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What stands behind the backbone.
+
+    Args:
+        classes: outputs.
+        kind: "upernet" or "semantic_fpn".
+        channels: inside the head: 512 in published UperNets, 128 in Semantic FPN, whose neck has twice as many.
+        norm: "batch" or "group".
+        auxiliary_channels: of the auxiliary head; 0 for no such head. Semantic FPN has none.
+        map_norms: whether a norm of its own follows each map of the backbone, as in all published models.
+        init_scale: factor on the initial weights of the layers from features to classes.
+    """
+
+    classes: int
+    kind: str = "upernet"
+    channels: int = 512
+    norm: str = "batch"
+    auxiliary_channels: int = 256
+    map_norms: bool = True
+    init_scale: float = 1.0
+
+
+class Segmenter(nn.Module):
+    """Maps images to logits of each class for sites of the stem, 4 x 4 pixels in published models.
+
+    Args:
+        backbone: an encoder without head, of at least two stages.
+        options: of the heads.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, backbone: Backbone, options: HeadOptions, seed: int = 0):
+        super().__init__()
+        for name, value, known in (("head", options.kind, HEADS), ("norm", options.norm, NORMS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        maps, channels, classes, norm = backbone.map_channels, options.channels, options.classes, options.norm
+        if len(maps) < 2:
+            raise ValueError(f"depths {backbone.depths} name one stage; a model for segmentation needs two or more")
+        if any(isinstance(module, ResponseBatchNorm) for module in backbone.modules()):
+            raise ValueError("response is bn, whose statistics no norm group can share; choose another, such as grn")
+        self.backbone, self.depths = backbone, backbone.depths
+        self.neck = self.auxiliary_head = None
+        if options.kind == "upernet":
+            self.decode_head = UperNet(maps, channels, classes, norm)
+        else:
+            self.neck = FeaturePyramid(maps, 2 * channels)
+            self.decode_head = SemanticFPN(len(maps), 2 * channels, channels, classes, norm)
+        if options.kind == "upernet" and options.auxiliary_channels:
+            self.auxiliary_head = FCNHead(maps[-2], options.auxiliary_channels, classes, norm)
+        heads = [head for head in (self.decode_head, self.auxiliary_head) if head is not None]
+        self.dropout_channels = tuple(head.channels for head in heads)
+        """Channels that dropout can drop, of the head and of the auxiliary head."""
+        self.counts_batches = counts_batches(self)
+        self.init_scales = dict(self._init_scales(options.init_scale))
+        initialise(self, seed)
+
+    def _init_scales(self, scale: float) -> Iterator[tuple[str, float]]:
+        """Yield name and factor on the standard deviation, as mmsegmentation initialises: Kaiming's for convolutions
+        before a ReLU, Xavier's for the neck, 0.01 for the layers to classes."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Conv2d) or name.startswith("backbone."):
+                continue
+            inputs, outputs = (channels * module.kernel_size[0] ** 2 for channels in module.weight.shape[1::-1])
+            deviation = (2 / outputs) ** 0.5
+            if name.startswith("neck."):
+                deviation = (2 / (inputs + outputs)) ** 0.5
+            elif name.endswith("conv_seg"):
+                deviation = 0.01 * scale
+            yield f"{name}.weight", deviation / STD
+
+    def drop_path_rates(self, rate: float) -> list[float]:
+        """The drop-path rate of each row of `keep`, see `Backbone`."""
+        return self.backbone.drop_path_rates(rate)
+
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, dropout_keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map images (N, 3, H, W) to logits (N, classes, h, w), and those of the auxiliary head in training, else None.
+
+        Args:
+            images: normalised.
+            keep: drop-path factors (branches, N), see `drop_path`.
+            dropout_keep: (N, sum of `dropout_channels`), a factor for each channel of each image: 0, or 1 / keep share.
+        """
+        maps = self.backbone.forward_features(images, keep)
+        dropouts = [None] * 2 if dropout_keep is None else [*dropout_keep.split(self.dropout_channels, 1), None]
+        logits = self.decode_head(maps if self.neck is None else self.neck(maps), dropouts[0])
+        auxiliary = None
+        if self.training and self.auxiliary_head is not None:
+            auxiliary = self.auxiliary_head(maps[-2], dropouts[1])
+        if self.counts_batches:
+            update_running_statistics(self)
+        return logits, auxiliary
+
+
+def create_segmenter(name: str, head: HeadOptions, seed: int = 0, **options: Any) -> Segmenter:
+    """Create a model for segmentation on the backbone of this name.
+
+    Args:
+        name: of the backbone, see `create_model`.
+        head: what stands behind it.
+        seed: of the initial weights.
+        options: further arguments of the family's class.
+
+    Raises:
+        ValueError: if an option is unknown, or does not go with the others.
+    """
+    return Segmenter(create_model(name, num_classes=0, map_norms=head.map_norms, seed=seed, **options), head, seed)
