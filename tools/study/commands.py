@@ -156,11 +156,12 @@ def print_table(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: Json = False,
 ) -> None:
-    """Print the mean and deviation of each arm over the seeds, beside the published value.
+    """Print the mean and deviation of each arm over the seeds, beside the published value, and the differences between
+    arms within each seed, with their interval.
 
     Arms without a finished run have no result.
     """
-    from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_table
+    from tools.study.study_table import arm_results, open_study, study_json, study_markdown, study_tables
 
     study = open_study(directory)
     results = arm_results(study, directory)
@@ -169,7 +170,7 @@ def print_table(
     elif markdown:
         print(study_markdown(study, results))
     else:
-        wide_console(140).print(study_table(study, results))
+        wide_console(140).print(*study_tables(study, results), sep="\n")
 
 
 @app.command("report")

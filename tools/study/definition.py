@@ -56,6 +56,8 @@ class Study(Settings):
     ladder: bool = False
     """Whether the arms are rungs: each starts only when the one before it is done and on track."""
     arms: dict[str, Arm] = Field(min_length=1)
+    pairs: tuple[tuple[str, str], ...] = ()
+    """The arms to compare seed by seed, as [arm, minus]. Default: all arms with the first one."""
     references: tuple[Reference, ...] = ()
     overrides: tuple[str, ...] = ()
     """`key=value` of the command line, which win over the arms' changes."""
@@ -136,7 +138,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in ("seeds", "arms")]
     raw = read_mapping(path, own)
     others = [text for text in overrides if text not in own]
+    left_out = set()
     if isinstance(arms := raw.get("arms"), dict):
+        left_out = {name for name, arm in arms.items() if arm is None}
         raw["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
     if isinstance(earlier := raw.get("overrides", []), list):
         raw["overrides"] = [*earlier, *others]
@@ -144,7 +148,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     for arm in study.arms:
         if not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise RecipeError(f"{path}: arm {arm!r} may have letters, digits, -, _ and dots; rename it")
-    return study
+    for arm in {arm for pair in study.pairs for arm in pair} - study.arms.keys() - left_out:
+        raise RecipeError(f"{path}: pairs names the arm {arm!r}, but the arms are {', '.join(study.arms)}")
+    pairs = tuple(pair for pair in study.pairs if not left_out & set(pair))
+    return study.model_copy(update={"pairs": pairs})
 
 
 def write_study(study: Study, path: Path) -> None:

@@ -14,7 +14,17 @@ from tools.report.document import Block, Chapter, Document, Fold, Grid, Picture,
 from tools.report.plots import Band, bands_svg, results_svg
 from tools.study.definition import Study, study_runs
 from tools.study.shared_stages import owner_of
-from tools.study.study_table import HEADER, ArmResult, arm_results, open_study, study_rows
+from tools.study.study_table import (
+    HEADER,
+    PAIRS_HEADER,
+    PAIRS_TITLE,
+    ArmResult,
+    arm_results,
+    open_study,
+    pair_rows,
+    paired_differences,
+    study_rows,
+)
 
 Points = Sequence[tuple[float, float]]  # (step, value)
 
@@ -58,6 +68,9 @@ def _results(study: Study, results: Sequence[ArmResult]) -> Iterator[Block]:
         bars += [(reference.name, (), reference.top1) for reference in study.references]
         yield Picture("results", "Results of the arms", results_svg(bars, metric, "results"))
     yield Grid(HEADER, study_rows(study, list(results)), HEADER[1:-1])
+    if pairs := pair_rows(paired_differences(study, results)):
+        yield Text(PAIRS_TITLE, quiet=True)
+        yield Grid(PAIRS_HEADER, pairs, PAIRS_HEADER[2:])
     if study.source:
         yield Text(f"Published values: {study.source}.", quiet=True)
 

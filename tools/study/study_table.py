@@ -1,6 +1,7 @@
 """The results of a study beside published values, as a table, Markdown or JSON."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,9 +15,15 @@ from pipeline.storage.file_names import RECIPE_FILE, RESULT_FILE
 from pipeline.storage.run_records import read_record
 from pipeline.tracking.journal import is_number
 from tools.study.definition import STUDY_FILE, Study, load_study, study_runs
+from tools.study.paired_differences import LEVEL, PairedDifference
 from tools.tables import markdown_table, plain_table
 
 HEADER = ("arm", "result", "seeds", "published", "difference", "minutes", "remark")
+PAIRS_HEADER = ("arm", "minus", "difference", f"{LEVEL:.0%} interval", "seeds", "larger")
+PAIRS_TITLE = (
+    "Differences within each seed, with Student's t interval; * marks those without zero, of which chance alone gives"
+    f" {1 - LEVEL:.0%}."
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class ArmResult:
     arm: str
     metric: str
     results: tuple[float, ...]
+    finished: tuple[int, ...]
+    """The seeds of the results."""
     seeds: int
     seconds: float | None
     published: float | None
@@ -59,11 +68,13 @@ def arm_results(study: Study, directory: Path) -> list[ArmResult]:
     """The results of the arms, in the order of the study."""
     arms = []
     for name, arm in study.arms.items():
-        runs = [run.directory for run in study_runs(study, directory) if run.arm == name]
-        done = [result for run in runs if (result := _run_result(run))]
-        metrics, values, seconds = zip(*done, strict=True) if done else ((), (), ())
+        runs = [run for run in study_runs(study, directory) if run.arm == name]
+        done = [(run.seed, *result) for run in runs if (result := _run_result(run.directory))]
+        finished, metrics, values, seconds = zip(*done, strict=True) if done else ((), (), (), ())
         metric, mean_seconds = (metrics[0], fmean(seconds)) if done else ("", None)
-        arms.append(ArmResult(name, metric, values, len(study.seeds), mean_seconds, arm.published, arm.remark))
+        arms.append(
+            ArmResult(name, metric, values, finished, len(study.seeds), mean_seconds, arm.published, arm.remark)
+        )
     return arms
 
 
@@ -81,31 +92,48 @@ def _run_result(run: Path) -> tuple[str, float, float] | None:
     return metric, value, sum(seconds for result in results if is_number(seconds := result.get("seconds")))
 
 
-def study_table(study: Study, results: list[ArmResult]) -> Table:
-    """The results for a terminal."""
-    table = plain_table(*HEADER, right=HEADER[1:-1], title=study.about, title_justify="left")
+def paired_differences(study: Study, results: Sequence[ArmResult]) -> list[PairedDifference]:
+    """The differences that a study names, or of all arms to its first one; none for a study of a single seed."""
+    if len(study.seeds) == 1:
+        return []
+    by_seed = {arm.arm: dict(zip(arm.finished, arm.results, strict=True)) for arm in results}
+    metric = next((arm.metric for arm in results if arm.metric), "")
+    first, *others = study.arms
+    pairs = study.pairs or [(other, first) for other in others]
+    return [PairedDifference.of(arm, minus, metric, by_seed[arm], by_seed[minus]) for arm, minus in pairs]
+
+
+def study_tables(study: Study, results: list[ArmResult]) -> list[Table]:
+    """The results for a terminal: the arms, then the differences between them."""
+    arms = plain_table(*HEADER, right=HEADER[1:-1], title=study.about, title_justify="left")
     for row in study_rows(study, results):
-        table.add_row(*row)
-    return table
+        arms.add_row(*row)
+    pairs = plain_table(*PAIRS_HEADER, right=PAIRS_HEADER[2:], title=f"\n{PAIRS_TITLE}", title_justify="left")
+    for row in pair_rows(paired_differences(study, results)):
+        pairs.add_row(*row)
+    return [arms, pairs] if pairs.rows else [arms]
 
 
 def study_markdown(study: Study, results: list[ArmResult]) -> str:
     """The results in Markdown."""
-    return markdown_table(HEADER, study_rows(study, results), right=HEADER[1:-1])
+    arms = markdown_table(HEADER, study_rows(study, results), right=HEADER[1:-1])
+    pairs = pair_rows(paired_differences(study, results))
+    return f"{arms}\n\n{PAIRS_TITLE}\n\n{markdown_table(PAIRS_HEADER, pairs, PAIRS_HEADER[2:])}" if pairs else arms
 
 
 def study_json(study: Study, results: list[ArmResult]) -> str:
     """The results and the published references in JSON."""
     arms = [{**asdict(result), "mean": result.mean, "deviation": result.deviation} for result in results]
+    pairs = [{**asdict(p), "mean": p.mean, "interval": p.interval} for p in paired_differences(study, results)]
     references = [reference.model_dump() for reference in study.references]
-    return json.dumps({"study": study.name, "arms": arms, "references": references}, indent=2)
+    return json.dumps({"study": study.name, "arms": arms, "pairs": pairs, "references": references}, indent=2)
 
 
 def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
     """The rows under HEADER: the arms, then the published references."""
     rows = []
     for arm in results:
-        digits = 2 if arm.metric in ("top1", "miou") else 4
+        digits = _digits(arm.metric)
         result = "" if arm.mean is None else f"{arm.mean:.{digits}f}"
         result += f" ± {arm.deviation:.{digits}f}" if arm.deviation is not None else ""
         difference = "" if arm.mean is None or arm.published is None else f"{arm.mean - arm.published:+.2f}"
@@ -113,3 +141,21 @@ def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
         minutes = "" if arm.seconds is None else f"{arm.seconds / 60:.1f}"
         rows.append((arm.arm, result, f"{len(arm.results)}/{arm.seeds}", published, difference, minutes, arm.remark))
     return rows + [(r.name, "", "", f"{r.top1:.1f}", "", "", r.source) for r in study.references]
+
+
+def pair_rows(pairs: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
+    """The rows under PAIRS_HEADER. An interval without zero has a star."""
+    rows = []
+    for pair in pairs:
+        digits = _digits(pair.metric)
+        mean = "" if pair.mean is None else f"{pair.mean:+.{digits}f}"
+        interval = "" if pair.interval is None else f"{pair.interval[0]:+.{digits}f} to {pair.interval[1]:+.{digits}f}"
+        count, larger = len(pair.values), sum(value > 0 for value in pair.values)
+        star = " *" if pair.excludes_zero else ""
+        rows.append((pair.arm, pair.minus, mean, interval + star, str(count), f"{larger} of {count}" if count else ""))
+    return rows
+
+
+def _digits(metric: str) -> int:
+    """Decimal places: two of a percentage, four of a loss."""
+    return 2 if metric in ("top1", "miou") else 4

@@ -101,4 +101,6 @@ def test_the_table_is_made_of_the_results(study_file, tmp_path):
     assert lines[2] == "| plain | 41.50 ± 2.12 | 2/2 | 50.0 | -8.50 | 6.0 |  |"
     assert lines[3] == "| mixed | 51.50 | 1/2 |  |  | 6.0 | more mixing |"
     assert lines[4] == "| somebody |  |  | 49.0 |  |  | a paper |"
+    assert lines[-1] == "| mixed | plain | +11.50 |  | 1 | 1 of 1 |"
     assert json.loads(study_json(again, [plain, mixed]))["arms"][0]["mean"] == 41.5
+    assert json.loads(study_json(again, [plain, mixed]))["pairs"][0]["values"] == [11.5]

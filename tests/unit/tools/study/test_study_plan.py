@@ -210,6 +210,7 @@ def test_the_page_has_the_numbers_of_the_runs(study, tmp_path):
     ]  # fmt: skip
     text = page.markdown("files")
     assert "| plain | 41.50 ± 2.12 | 2/2 | 50.0 | -8.50 |" in text
+    assert "| mixed | plain | +11.50 |  | 1 | 1 of 1 |" in text
     assert "3 of 8 runs are done" in text
     assert "| mixed | 0 | intermediate | plain/seed-0 |" in text
     assert page.chapters == study_page(out).chapters, "the same runs give the same page"
