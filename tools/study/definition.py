@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,7 +15,33 @@ from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from pipeline.storage.bounded_files import yaml_text
 from tools.recipes.library import find_recipe
 
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
 STUDY_FILE = "study.yaml"  # in the directory of a study
+
+
+class Figures(Settings):
+    """Published figures beside the accuracy on ImageNet-1K. None is one that is not known."""
+
+    parameters: Positive | None = None
+    """Millions."""
+    multiply_adds: Positive | None = None
+    """Billions for an image."""
+    tensorrt: Positive | None = None
+    """Milliseconds of a batch of 8 images on TensorRT in fp16."""
+    coreml: Positive | None = None
+    """Milliseconds of an image on CoreML on a phone."""
+    box_ap: Percent | None = None
+    """COCO detection, average precision of boxes."""
+    mask_ap: Percent | None = None
+    """COCO, average precision of masks."""
+    miou: Percent | None = None
+    """ADE20K segmentation, mean intersection over union."""
+
+    TITLES: ClassVar[dict[str, str]] = {
+        "parameters": "M parameters", "multiply_adds": "GMACs", "tensorrt": "TensorRT ms", "coreml": "CoreML ms",
+        "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU",
+    }  # fmt: skip
 
 
 class Arm(Settings):
@@ -30,6 +56,8 @@ class Arm(Settings):
     expected: tuple[Percent, Percent] | None = None
     """The band of the final top-1 or mean IoU in percent, outside of which the arm is off track; in a ladder the next
     rung then does not start."""
+    figures: Figures = Figures()
+    """Other published figures."""
     remark: str = ""
 
 
@@ -39,6 +67,7 @@ class Reference(Settings):
     name: str
     top1: Percent
     """Or mean IoU, in a study of segmentation."""
+    figures: Figures = Figures()
     source: str
 
 
@@ -59,8 +88,22 @@ class Study(Settings):
     pairs: tuple[tuple[str, str], ...] = ()
     """The arms to compare seed by seed, as [arm, minus]. Default: all arms with the first one."""
     references: tuple[Reference, ...] = ()
+    figures_source: str = ""
+    """Where the other published figures come from, and which are not known."""
     overrides: tuple[str, ...] = ()
     """`key=value` of the command line, which win over the arms' changes."""
+
+    @property
+    def known_figures(self) -> dict[str, str]:
+        """Field and column title of each kind of published figure that some arm or reference has."""
+        all_figures = [each.figures for each in (*self.arms.values(), *self.references)]
+        known = {name for figures in all_figures for name in figures.model_dump(exclude_none=True)}
+        return {name: title for name, title in Figures.TITLES.items() if name in known}
+
+    def figure_texts(self, figures: Figures) -> tuple[str, ...]:
+        """The figures as texts, one for each of `known_figures`; empty where one is not known."""
+        values = [getattr(figures, name) for name in self.known_figures]
+        return tuple("" if v is None else f"{v:.1f}" if v >= 1 else f"{v:g}" for v in values)
 
     def chain(self, arm: str, seed: int) -> ChainRecipe:
         """The recipe of one arm with one seed.

@@ -94,7 +94,9 @@ def _label(owner: StudyRun, run: StudyRun) -> str:
 def plan_table(plan: StudyPlan) -> Group:
     """What each arm changes, its published value, and who trains its stages."""
     study, first = plan.study, plan.study.seeds[0]
-    table = plain_table("arm", "changes", "published", "expected", "stages", right=("published", "expected"),
+    titles = tuple(study.known_figures.values())
+    numbers = ("published", *titles, "expected")
+    table = plain_table("arm", "changes", *numbers, "stages", right=numbers,
                         title=f"{study.about} {study.source}".strip(), title_justify="left")  # fmt: skip
     for run in plan.chains:
         if run.seed == first:
@@ -103,14 +105,17 @@ def plan_table(plan: StudyPlan) -> Group:
                 run.arm,
                 _changes(study, run.arm) or study.arms[run.arm].remark or "nothing",
                 "" if published is None else f"{published:.1f}",
+                *study.figure_texts(study.arms[run.arm].figures),
                 "" if band is None else f"{band[0]:g} to {band[1]:g}",
                 plan.describe(run),
             )
     for reference in study.references:
-        table.add_row(reference.name, reference.source, f"{reference.top1:.1f}", "", "")
+        figures = study.figure_texts(reference.figures)
+        table.add_row(reference.name, reference.source, f"{reference.top1:.1f}", *figures, "", "")
     common = f"Every arm: {_listed(study.recipe, study.change)}."
     ladder = ["Each arm starts only when the one before it is done and on track."] if study.ladder else []
-    return Group(table, "", common, f"{plan.total}.", *ladder)
+    source = [f"Other published figures: {study.figures_source}."] if study.figures_source else []
+    return Group(table, "", common, f"{plan.total}.", *ladder, *source)
 
 
 def _changes(study: Study, arm: str) -> str:
@@ -133,6 +138,7 @@ def plan_json(plan: StudyPlan) -> str:
             "recipe": study.arms[run.arm].recipe or study.recipe,
             "change": {**study.change, **study.arms[run.arm].change},
             "published": study.published(run.arm),
+            "figures": study.arms[run.arm].figures.model_dump(exclude_none=True),
             "expected": study.arms[run.arm].expected,
             "stages": [
                 {"stage": s.recipe.name, "trained_by": {"arm": s.owner.arm, "seed": s.owner.seed}} for s in stages

@@ -15,7 +15,6 @@ from tools.report.plots import Band, bands_svg, results_svg
 from tools.study.definition import Study, study_runs
 from tools.study.shared_stages import owner_of
 from tools.study.study_table import (
-    HEADER,
     PAIRS_HEADER,
     PAIRS_TITLE,
     ArmResult,
@@ -23,6 +22,7 @@ from tools.study.study_table import (
     open_study,
     pair_rows,
     paired_differences,
+    study_header,
     study_rows,
 )
 
@@ -67,12 +67,15 @@ def _results(study: Study, results: Sequence[ArmResult]) -> Iterator[Block]:
         bars = [(arm.arm, arm.results, arm.published) for arm in results]
         bars += [(reference.name, (), reference.top1) for reference in study.references]
         yield Picture("results", "Results of the arms", results_svg(bars, metric, "results"))
-    yield Grid(HEADER, study_rows(study, list(results)), HEADER[1:-1])
+    header = study_header(study)
+    yield Grid(header, study_rows(study, list(results)), header[1:-1])
     if pairs := pair_rows(paired_differences(study, results)):
         yield Text(PAIRS_TITLE, quiet=True)
         yield Grid(PAIRS_HEADER, pairs, PAIRS_HEADER[2:])
     if study.source:
         yield Text(f"Published values: {study.source}.", quiet=True)
+    if study.figures_source:
+        yield Text(f"Other published figures: {study.figures_source}.", quiet=True)
 
 
 def _stage_names(run: Path) -> list[str]:

@@ -18,7 +18,7 @@ from tools.study.definition import STUDY_FILE, Study, load_study, study_runs
 from tools.study.paired_differences import LEVEL, PairedDifference
 from tools.tables import markdown_table, plain_table
 
-HEADER = ("arm", "result", "seeds", "published", "difference", "minutes", "remark")
+RESULTS = ("result", "seeds", "published", "difference", "minutes")
 PAIRS_HEADER = ("arm", "minus", "difference", f"{LEVEL:.0%} interval", "seeds", "larger")
 PAIRS_TITLE = (
     "Differences within each seed, with Student's t interval; * marks those without zero, of which chance alone gives"
@@ -105,7 +105,8 @@ def paired_differences(study: Study, results: Sequence[ArmResult]) -> list[Paire
 
 def study_tables(study: Study, results: list[ArmResult]) -> list[Table]:
     """The results for a terminal: the arms, then the differences between them."""
-    arms = plain_table(*HEADER, right=HEADER[1:-1], title=study.about, title_justify="left")
+    header = study_header(study)
+    arms = plain_table(*header, right=header[1:-1], title=study.about, title_justify="left")
     for row in study_rows(study, results):
         arms.add_row(*row)
     pairs = plain_table(*PAIRS_HEADER, right=PAIRS_HEADER[2:], title=f"\n{PAIRS_TITLE}", title_justify="left")
@@ -116,7 +117,8 @@ def study_tables(study: Study, results: list[ArmResult]) -> list[Table]:
 
 def study_markdown(study: Study, results: list[ArmResult]) -> str:
     """The results in Markdown."""
-    arms = markdown_table(HEADER, study_rows(study, results), right=HEADER[1:-1])
+    header = study_header(study)
+    arms = markdown_table(header, study_rows(study, results), right=header[1:-1])
     pairs = pair_rows(paired_differences(study, results))
     return f"{arms}\n\n{PAIRS_TITLE}\n\n{markdown_table(PAIRS_HEADER, pairs, PAIRS_HEADER[2:])}" if pairs else arms
 
@@ -129,8 +131,13 @@ def study_json(study: Study, results: list[ArmResult]) -> str:
     return json.dumps({"study": study.name, "arms": arms, "pairs": pairs, "references": references}, indent=2)
 
 
+def study_header(study: Study) -> tuple[str, ...]:
+    """The titles of the columns; those of other published figures are there if any is known."""
+    return ("arm", *RESULTS, *study.known_figures.values(), "remark")
+
+
 def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
-    """The rows under HEADER: the arms, then the published references."""
+    """The rows under `study_header`: the arms, then the published references."""
     rows = []
     for arm in results:
         digits = _digits(arm.metric)
@@ -139,8 +146,12 @@ def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
         difference = "" if arm.mean is None or arm.published is None else f"{arm.mean - arm.published:+.2f}"
         published = "" if arm.published is None else f"{arm.published:.1f}"
         minutes = "" if arm.seconds is None else f"{arm.seconds / 60:.1f}"
-        rows.append((arm.arm, result, f"{len(arm.results)}/{arm.seeds}", published, difference, minutes, arm.remark))
-    return rows + [(r.name, "", "", f"{r.top1:.1f}", "", "", r.source) for r in study.references]
+        seeds, figures = f"{len(arm.results)}/{arm.seeds}", study.figure_texts(study.arms[arm.arm].figures)
+        rows.append((arm.arm, result, seeds, published, difference, minutes, *figures, arm.remark))
+    references = study.references
+    return rows + [
+        (r.name, "", "", f"{r.top1:.1f}", "", "", *study.figure_texts(r.figures), r.source) for r in references
+    ]
 
 
 def pair_rows(pairs: Sequence[PairedDifference]) -> list[tuple[str, ...]]:

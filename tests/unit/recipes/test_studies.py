@@ -4,14 +4,17 @@ import json
 import statistics
 
 import pytest
+import torch
 import yaml
 
 from cluster.chain import open_chain
 from pipeline.errors import RecipeError
+from pipeline.models import create_model
 from tests.support import write_tiny_recipe
+from tests.unit.models.tiny_models import multiply_adds
 from tools.recipes.library import find_study, included_studies
 from tools.study.definition import STUDY_FILE, load_study, study_runs, write_study
-from tools.study.study_table import arm_results, open_study, study_json, study_markdown
+from tools.study.study_table import arm_results, open_study, study_header, study_json, study_markdown, study_rows
 
 
 @pytest.mark.parametrize("name", included_studies())
@@ -24,6 +27,37 @@ def test_every_arm_is_a_recipe_of_its_own(name):
         if not study.change and not study.arms[arm].change:
             assert study.arms[arm].published is None, f"{arm}: the recipe says it"
             assert study.published(arm) == (chain.published and chain.published.result)
+
+
+def _with_parameters():
+    for name in included_studies():
+        study = load_study(find_study(name))
+        yield from (
+            pytest.param(study, arm, id=f"{name}, {arm}") for arm in study.arms if study.arms[arm].figures.parameters
+        )
+
+
+@pytest.mark.parametrize(("study", "arm"), _with_parameters())
+def test_parameters_and_multiply_adds_are_those_of_the_arm(study, arm):
+    """Within a digit of what a study prints, because README cuts digits off instead of rounding."""
+    *_, stage = study.chain(arm, 0).stages.values()
+    with torch.device("meta"):
+        model = create_model(stage.model.name, stage.objective.classes, **stage.model.options)
+    figures = study.arms[arm].figures
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(figures.parameters, abs=0.1)
+    assert multiply_adds(model, stage.data.image_size) == pytest.approx(figures.multiply_adds, abs=0.051)
+
+
+def test_columns_of_other_figures_are_there_if_some_arm_or_reference_has_one(study_file):
+    content = yaml.safe_load(study_file.read_text())
+    content["arms"]["mixed"]["figures"] = {"tensorrt": 7.7, "miou": 46.5}
+    content["references"][0]["figures"] = {"coreml": 0.55}
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = load_study(study_file)
+    header, plain, mixed, rival = study_header(study), *study_rows(study, arm_results(study, study_file.parent))
+    assert header[-4:] == ("TensorRT ms", "CoreML ms", "mIoU", "remark")
+    assert [row[6:9] for row in (plain, mixed, rival)] == [("", "", ""), ("7.7", "", "46.5"), ("", "0.55", "")]
+    assert {len(header), len(plain), len(mixed), len(rival)} == {10}
 
 
 @pytest.fixture
