@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     AUGMENT = 7
     ERASE = 8
     ERASE_NOISE = 9
+    SCENE_SIZE = 10
+    PHOTOMETRIC = 11
     SUBSET = 20
     MEASURE = 21
     SPARSITY = 30

@@ -62,8 +62,10 @@ def warm_up() -> None:
     import torch
 
     from pipeline.data.decode import compile_decoder
+    from pipeline.data.scenes import compile_scenes
 
     compile_decoder()
+    compile_scenes(classes=2)
     if torch.cuda.is_available():
         _compile_kernels()
 

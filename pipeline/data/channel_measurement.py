@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.data.beton import ALLOCATION, samples_of
 from pipeline.data.crops import EvaluationPlan
-from pipeline.data.decode import ImageDecoder, compile_decoder, describe_status
+from pipeline.data.decode import ImageDecoder, StoredImages, compile_decoder, describe_status
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError
 from pipeline.randomness import Purpose, key
@@ -60,7 +60,7 @@ def _decoded(data: Subset, ids: np.ndarray, decoder: ImageDecoder) -> np.ndarray
     places, sizes = (table[name].astype(np.int64) for name in ("ptr", "size"))
     plan = EvaluationPlan(_SIDE, 1.0)(0, ids, heights, widths)
     out = np.empty((len(ids), _SIDE, _SIDE, 3), np.uint8)
-    status = decoder(file, places, sizes, modes, plan, heights, widths, out)
+    status = decoder(file, StoredImages(places, sizes, modes, heights, widths), plan, out)
     if damaged := np.flatnonzero(status).tolist():
         place = damaged[0]
         raise DataError(

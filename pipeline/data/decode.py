@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import binding
@@ -26,12 +27,13 @@ from pipeline.data.resample import resized_crop
 from pipeline.errors import DataError
 
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096
-OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED = range(5)
+OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED, BAD_MAP = range(6)
 _REASONS = {
     BAD_PLACE: "lies outside of the file",
     BAD_JPEG: "is a damaged JPEG",
     OTHER_SIZE: "is a JPEG whose size differs from the sample table",
     CHANGED: "is damaged: its checksum differs from the sample table",
+    BAD_MAP: "has a damaged label map",
 }
 
 
@@ -83,8 +85,21 @@ def decode_jpeg(handle, content, height, width, out):
 
 
 @compiled()
+def _place_top_left(image, fill, out):
+    height, width = image.shape[0], image.shape[1]
+    for y in range(out.shape[0]):
+        start = width if y < height else 0
+        if y < height:
+            out[y, :width] = image[y]
+        for x in range(start, out.shape[1]):
+            out[y, x, 0], out[y, x, 1], out[y, x, 2] = fill[0], fill[1], fill[2]
+
+
+@compiled()
 def _decode_some(first, step, file, places, sizes, modes, checks, plan, heights, widths, handle, scratch, out, status):
     for i in range(first, len(out), step):
+        if status[i] != OK:
+            continue
         place, size, height, width = np.int64(places[i]), np.int64(sizes[i]), heights[i], widths[i]
         bytes_needed = 3 * height * width
         known = size == bytes_needed if modes[i] != JPEG else bytes_needed <= len(scratch)
@@ -102,12 +117,29 @@ def _decode_some(first, step, file, places, sizes, modes, checks, plan, heights,
         if modes[i] == JPEG:
             pixels = scratch[:bytes_needed]
         image = pixels.reshape(height, width, 3)
-        p = plan[i]
+        p, view = plan[i], out[i]
+        rows, columns = min(view.shape[0], p.full_height - p.y0), min(view.shape[1], p.full_width - p.x0)
+        padded = rows < view.shape[0] or columns < view.shape[1]
+        if padded:
+            view = np.empty((rows, columns, 3), np.uint8)
         resized_crop(
-            image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, out[i], p.flip != 0
+            image, p.top, p.left, p.height, p.width, p.full_height, p.full_width, p.y0, p.x0, view, p.flip != 0
         )
         for layer in range(LAYERS):
-            apply_operation(out[i], p.operations[layer], p.numbers[layer], p.fill)
+            apply_operation(view, p.operations[layer], p.numbers[layer], p.fill)
+        if padded:
+            _place_top_left(view, p.fill, out[i])
+
+
+class StoredImages(NamedTuple):
+    """Where images lie in a file, and what they are, int64 (N,) each."""
+
+    places: np.ndarray
+    sizes: np.ndarray  # in bytes
+    modes: np.ndarray  # JPEG or RAW
+    heights: np.ndarray
+    widths: np.ndarray
+    checks: np.ndarray | None = None  # checksums; None to compare none
 
 
 class ImageDecoder:
@@ -125,28 +157,40 @@ class ImageDecoder:
             self._tools.put((self._library.tjInitDecompress(), np.empty(largest_image_bytes, np.uint8)))
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
 
-    def __call__(self, *arguments: np.ndarray) -> np.ndarray:
+    def __call__(self, file: np.ndarray, stored: StoredImages, plan: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Decode a batch; arguments as of `start`, the result as of the function that it returns."""
-        return self.start(*arguments)()
+        return self.start(file, stored, plan, out)()
 
-    def start(self, file, places, sizes, modes, plan, heights, widths, out, checks=None) -> Callable[[], np.ndarray]:
-        """Begin to decode the images at `file[places : places + sizes]` by `plan` into `out`, uint8 (N, H, W, 3).
+    def start(
+        self,
+        file: np.ndarray,
+        stored: StoredImages,
+        plan: np.ndarray,
+        out: np.ndarray,
+        before: Callable[[int], int] | None = None,
+    ) -> Callable[[], np.ndarray]:
+        """Begin to decode images of `file`, its bytes, by `plan` into `out`, uint8 (N, H, W, 3).
 
         Several batches may be under way, and the threads pass from one to the next without waiting for each other.
+        Where an image's window reaches beyond the resized image, the plan's colour fills the rest.
 
         Args:
-            checks: the images' checksums, int64 (N,); None to compare none.
+            before: called with the place of each image before it is decoded, in the thread that decodes it. It may
+                complete the image's row of the plan, and returns a status: an image is decoded only if that is OK.
 
         Returns:
             A function that waits for the batch and returns a status per image, int32 (N,), for `describe_status`; OK is
             0.
         """
         status = np.zeros(len(out), np.int32)
+        places, sizes, modes, heights, widths, checks = stored
         checks = np.full(len(out), -1) if checks is None else checks
 
         def run(worker: int) -> None:
             own = self._tools.get()
             try:
+                for place in range(worker, len(out), self.workers) if before else ():
+                    status[place] = before(place)
                 _decode_some(
                     worker, self.workers, file, places, sizes, modes, checks, plan, heights, widths, *own, out, status
                 )
@@ -187,7 +231,8 @@ def compile_decoder() -> None:
     pixels, outside = np.zeros((1, 1, 1, 3), np.uint8), zero - 1  # such a place is refused before the plan is read
     with compiling(Path(_decode_some.stats.cache_path)):
         decoder = ImageDecoder(1, 3)
-        status = decoder(file, outside, one, zero + RAW, np.zeros(1, PLAN), one, one, pixels)
+        stored = StoredImages(outside, one, zero + RAW, one, one)
+        status = decoder(file, stored, np.zeros(1, PLAN), pixels)
         decoder.close()
         mark_changed(file, zero, one, zero, status, CHANGED)
 

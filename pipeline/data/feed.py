@@ -10,8 +10,10 @@ import torch
 
 from pipeline.data.batch import Batch, Prepare
 from pipeline.data.crops import EvaluationPlan, TrainingPlan
-from pipeline.data.ffcv_loader import ImageLoader, Producer
+from pipeline.data.ffcv_loader import ImageLoader, Producer, Views
+from pipeline.data.label_maps import LabelMaps
 from pipeline.data.order import evaluation_order, ids_of, rank_slots, steps_per_epoch, train_order
+from pipeline.data.scenes import SceneTestPlan, SceneTrainingPlan
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.recipe.channel_statistics import IMAGENET
@@ -27,7 +29,7 @@ class TrainFeed:
     device ahead of their use.
 
     Args:
-        fill: the colour that RandAugment's operations fill empty places with.
+        fill: the colour of what is outside of an image, in RandAugment's operations and where scenes are padded.
         prepare: makes what the objective needs of a micro-batch beside the images, in the loader's thread.
 
     Attributes:
@@ -36,8 +38,8 @@ class TrainFeed:
 
     Raises:
         RecipeError: if the numbers do not fit each other.
-        DataError: while iterating, for a damaged image, or for a batch that takes longer than
-            `settings.timeout_seconds`.
+        DataError: if `settings.scenes` are set and the data has no label maps. While iterating, for a damaged image, or
+            for a batch that takes longer than `settings.timeout_seconds`.
     """
 
     def __init__(
@@ -62,12 +64,9 @@ class TrainFeed:
         own_slots = rank_slots(np.empty((0, batch.global_batch)), batch.slots, world.rank, world.size).shape[1]
         self._slots_per_batch = min(batch.micro_slots, own_slots)
         self._batches_per_step = -(-own_slots // self._slots_per_batch)
-        augment = settings.rand_augment and RandAugmentSettings.parse(settings.rand_augment)
         self._loader = ImageLoader(
             data,
-            TrainingPlan(
-                seed, settings.image_size, settings.crop_scale, settings.crop_ratio, settings.flip, augment, fill
-            ),
+            _training_plan(data, settings, seed, fill),
             batch_size=self._slots_per_batch * batch.slot,
             workers=workers,
             skip_damaged=settings.on_damaged == "skip",
@@ -109,8 +108,8 @@ class TrainFeed:
             self._producer.close()
             self._producer = None
 
-    def _finish(self, images, labels, ids, epoch, slots, replaced) -> tuple:
-        return self._delivery.send(images, labels, ids, epoch, slots, np.ones(len(ids), bool)), len(replaced)
+    def _finish(self, views, labels, ids, epoch, slots, replaced) -> tuple:
+        return self._delivery.send(views, labels, ids, epoch, slots, np.ones(len(ids), bool)), len(replaced)
 
     def _work(self, first_step: int) -> Iterator[tuple[int, np.ndarray, tuple[int, ...]]]:
         batch, world, order_epoch = self._batch, self._world, -1
@@ -126,6 +125,18 @@ class TrainFeed:
                 part = slice(first, first + self._slots_per_batch)
                 ids = ids_of(order[place, part].reshape(-1), self._seed, epoch)
                 yield epoch, ids, tuple(numbers[part])
+
+
+def _training_plan(
+    data: Subset, settings: DataSettings, seed: int, fill: tuple[int, int, int]
+) -> TrainingPlan | SceneTrainingPlan:
+    if settings.scenes is not None:
+        maps = LabelMaps.open(data.beton)
+        return SceneTrainingPlan(seed, settings.image_size, settings.scenes, settings.flip, fill, maps)
+    augment = settings.rand_augment and RandAugmentSettings.parse(settings.rand_augment)
+    return TrainingPlan(
+        seed, settings.image_size, settings.crop_scale, settings.crop_ratio, settings.flip, augment, fill
+    )
 
 
 class EvaluationFeed:
@@ -156,11 +167,14 @@ class EvaluationFeed:
         self._timeout_seconds = settings.timeout_seconds
         self._loader = ImageLoader(
             data,
-            EvaluationPlan(settings.image_size, settings.crop_pct),
+            self._plan(data, settings),
             batch_size=batch_size,
             workers=workers,
             skip_damaged=settings.on_damaged == "skip",
         )
+
+    def _plan(self, data: Subset, settings: DataSettings) -> EvaluationPlan | SceneTestPlan:
+        return EvaluationPlan(settings.image_size, settings.crop_pct)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -174,10 +188,10 @@ class EvaluationFeed:
         finally:
             producer.close()
 
-    def _finish(self, images, labels, ids, epoch, valid, replaced) -> tuple:
+    def _finish(self, views, labels, ids, epoch, valid, replaced) -> tuple:
         valid = valid.copy()
         valid[replaced] = False
-        return self._delivery.send(images, labels, ids, epoch, (), valid)
+        return self._delivery.send(views, labels, ids, epoch, (), valid)
 
 
 class _Delivery:
@@ -195,7 +209,7 @@ class _Delivery:
 
     def send(
         self,
-        images: torch.Tensor,
+        views: Views,
         labels: np.ndarray,
         ids: np.ndarray,
         epoch: int,
@@ -204,19 +218,20 @@ class _Delivery:
     ) -> tuple[Batch, torch.cuda.Event | None]:
         """Start the copy of a batch to a GPU, on a stream of its own.
 
-        images: uint8 (N, H, W, 3), in pinned memory for a GPU.
+        views: in pinned memory for a GPU.
 
         Returns the batch and, on a GPU, the event of its arrival.
         """
         own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=self.pinned)
         np.copyto(own_labels.numpy(), labels[:, 0] if self._labels is None else self._labels[labels[:, 0]])
         batch = Batch(
-            images=images.permute(0, 3, 1, 2),
+            images=views.images.permute(0, 3, 1, 2),
             labels=own_labels,
             ids=torch.from_numpy(ids.copy()),
             epoch=epoch,
             slots=slots,
             valid=torch.from_numpy(valid.copy()),
+            label_maps=views.label_maps,
         )
         if self._stream is None:
             return self._with_tables(batch), None

@@ -27,7 +27,8 @@ import torch
 
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
-from pipeline.data.decode import ImageDecoder, compile_decoder, describe_status
+from pipeline.data.decode import ImageDecoder, StoredImages, compile_decoder, describe_status
+from pipeline.data.scenes import ScenePlan, SceneTestPlan, compile_scenes
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
 from pipeline.recipe.image_size import height_and_width
@@ -104,14 +105,26 @@ class _MappedFile:
     def __exit__(self, *error: object) -> None: ...
 
 
-class _Images(Operation):
-    """Turn sample ids into uint8 (N, H, W, 3).
+@dataclass(frozen=True)
+class Views:
+    """The parts of images that the network sees."""
 
-    The producer sets `epoch` and `target`, the array of the batch, and takes `wait` afterwards: a function that waits
+    images: torch.Tensor  # uint8 (N, H, W, 3)
+    label_maps: torch.Tensor | None  # (N, H, W), of segmentation alone; see Batch
+
+    def one(self, place: int) -> "Views":
+        part = slice(place, place + 1)
+        return Views(self.images[part], None if self.label_maps is None else self.label_maps[part])
+
+
+class _Images(Operation):
+    """Turn sample ids into views.
+
+    The producer sets `epoch` and `target`, the views of the batch, and takes `wait` afterwards: a function that waits
     until the batch is decoded, and returns the status of each image. So the next batch is planned meanwhile.
     """
 
-    def __init__(self, beton: Beton, plan: Plan, workers: int) -> None:
+    def __init__(self, beton: Beton, plan: Plan | ScenePlan, workers: int) -> None:
         super().__init__()
         self.beton, self.plan, self.epoch = beton, plan, 0
         self.samples = samples_of(beton)
@@ -119,7 +132,7 @@ class _Images(Operation):
         self.decoder = ImageDecoder(workers, largest)
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        shape, dtype = (*height_and_width(self.plan.image_size), 3), np.dtype("u1")
+        shape, dtype = (1, 1, 3), np.dtype("u1")  # not FFCV's memory is used, but that of `target`
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self):
@@ -127,20 +140,35 @@ class _Images(Operation):
 
     def _decode(self, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple) -> np.ndarray:
         self.wait = self.start(self.epoch, ids, self.target, metadata, storage)
-        return self.target
+        return out
+
+    def empty_views(self, ids: np.ndarray, pinned: bool) -> Views:
+        """Return memory for the views of these samples, pinned for copies to a GPU that are asynchronous."""
+        plan, label_maps = self.plan, None
+        if isinstance(plan, ScenePlan):
+            first = self.samples["f0"][ids[0]]
+            size, map_size = plan.sizes(int(first["height"]), int(first["width"]))
+            dtype = torch.uint8 if plan.maps.dtype.itemsize == 1 else torch.int32
+            label_maps = torch.empty(len(ids), *map_size, dtype=dtype, pin_memory=pinned)
+        else:
+            size = height_and_width(plan.image_size)
+        return Views(torch.empty(len(ids), *size, 3, dtype=torch.uint8, pin_memory=pinned), label_maps)
 
     def start(
-        self, epoch: int, ids: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple
+        self, epoch: int, ids: np.ndarray, views: Views, metadata: np.ndarray, storage: tuple
     ) -> Callable[[], np.ndarray]:
-        """Begin to decode the images into `out`; returns `wait`."""
+        """Begin to decode the images into `views`; returns `wait`."""
         file, table = storage
         images, table = metadata[ids], table[ids]
         heights, widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         plan = self.plan(epoch, ids, heights, widths)
         places, sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         modes = images["mode"].astype(np.int64)
-        checks = checksums_of(self.samples, ids)
-        return self.decoder.start(file, places, sizes, modes, plan, heights, widths, out, checks)
+        stored = StoredImages(places, sizes, modes, heights, widths, checksums_of(self.samples, ids))
+        before = None
+        if isinstance(self.plan, ScenePlan):
+            before = self.plan.cut_maps(epoch, ids, plan, views.label_maps.numpy())
+        return self.decoder.start(file, stored, plan, views.images.numpy(), before)
 
 
 class _Labels(Operation):
@@ -162,9 +190,11 @@ class ImageLoader(Loader):
     """FFCV's Loader over the images of a subset, for any number of producers one after another."""
 
     def __init__(
-        self, subset: Subset, plan: Plan, *, batch_size: int, workers: int, skip_damaged: bool = False
+        self, subset: Subset, plan: Plan | ScenePlan, *, batch_size: int, workers: int, skip_damaged: bool = False
     ) -> None:
         compile_decoder()  # before the consumer's time-out counts
+        if isinstance(plan, ScenePlan):
+            compile_scenes(len(subset.beton.classes))
         self.subset, self.skip_damaged = subset, skip_damaged
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, BATCHES_AHEAD
         self.reader = _MappedReader(subset.beton.path)
@@ -179,9 +209,11 @@ class ImageLoader(Loader):
             Compiler.set_enabled(True)
 
     def replace_damaged(
-        self, status: np.ndarray, epoch: int, ids: np.ndarray, images: np.ndarray, labels: np.ndarray
+        self, status: np.ndarray, epoch: int, ids: np.ndarray, views: Views, labels: np.ndarray
     ) -> tuple[np.ndarray, list[int]]:
         """Put the next undamaged image of the subset in the place of each damaged one of the batch, by its status.
+
+        A scene that is tested has no replacement of its size, so it becomes black.
 
         Returns the ids that the batch now holds, and the places that were replaced.
 
@@ -197,10 +229,14 @@ class ImageLoader(Loader):
             damage = f"sample {ids[place]} of {path} {describe_status(status[place])}"
             if not self.skip_damaged:
                 raise DataError(f"{damage}; copy or prepare the file again, or set data.on_damaged to skip")
-            one = slice(place, place + 1)
+            if isinstance(self.images.plan, SceneTestPlan):
+                views.images[place] = views.label_maps[place] = 0
+                _log.warning("%s; it is left out", damage)
+                continue
+            one, view = slice(place, place + 1), views.one(place)
             for sample in self._following(ids[place]):
                 new_ids[place] = sample
-                if not self.images.start(epoch, new_ids[one], images[one], self.reader.metadata["f0"], storage)().any():
+                if not self.images.start(epoch, new_ids[one], view, self.reader.metadata["f0"], storage)().any():
                     break
             else:
                 raise DataError(f"every image of {path} that takes part is damaged; copy or prepare the file again")
@@ -224,7 +260,7 @@ class ImageLoader(Loader):
 class _StartedBatch:
     """A batch that is being decoded."""
 
-    images: torch.Tensor
+    views: Views
     labels: np.ndarray
     ids: np.ndarray
     epoch: int
@@ -239,10 +275,9 @@ class Producer(epoch_iterator.EpochIterator):
 
     Args:
         work: (epoch, ids, tag) of each batch; at most the loader's batch size of int64 ids.
-        finish: called in the thread with (images uint8 (N, H, W, 3), labels int64 (N, 1), ids, epoch, tag, replaced);
-            the iterator yields its results. `replaced` lists the places of damaged images that others replaced. The
-            images are a tensor of the batch's own. The labels are overwritten by later batches, so `finish` must copy
-            them.
+        finish: called in the thread with (views, labels int64 (N, 1), ids, epoch, tag, replaced); the iterator yields
+            its results. `replaced` lists the places of damaged images that others replaced. The views are tensors of
+            the batch's own. The labels are overwritten by later batches, so `finish` must copy them.
         timeout_seconds: how long the consumer waits for a batch.
         pinned: decode into pinned memory, from which a copy to a GPU is asynchronous.
 
@@ -283,13 +318,11 @@ class Producer(epoch_iterator.EpochIterator):
     def _begin_batches(self) -> Iterator["_StartedBatch | Exception"]:
         """Begin to decode each batch of the work; an error comes last, after the batches before it."""
         images = self.loader.images
-        shape = *height_and_width(images.plan.image_size), 3
         try:
             for number, (epoch, ids, tag) in enumerate(self.work):
-                tensor = torch.empty(len(ids), *shape, dtype=torch.uint8, pin_memory=self.pinned)
-                images.epoch, images.target = epoch, tensor.numpy()
+                images.epoch, images.target = epoch, images.empty_views(ids, self.pinned)
                 _, labels = self.run_pipeline(number, ids, number % (self.loader.batches_ahead + 2), None)
-                yield _StartedBatch(tensor, labels, ids, epoch, tag, images.wait)
+                yield _StartedBatch(images.target, labels, ids, epoch, tag, images.wait)
         except Exception as error:
             yield error
 
@@ -297,9 +330,8 @@ class Producer(epoch_iterator.EpochIterator):
         """Wait for a batch and queue it; False if the consumer has left. Raises the error that came in its place."""
         if isinstance(batch, Exception):
             raise batch
-        status, pixels = batch.wait(), batch.images.numpy()
-        ids, replaced = self.loader.replace_damaged(status, batch.epoch, batch.ids, pixels, batch.labels)
-        return self._put(self.finish(batch.images, batch.labels, ids, batch.epoch, batch.tag, replaced))
+        ids, replaced = self.loader.replace_damaged(batch.wait(), batch.epoch, batch.ids, batch.views, batch.labels)
+        return self._put(self.finish(batch.views, batch.labels, ids, batch.epoch, batch.tag, replaced))
 
     def _put(self, item: Any) -> bool:
         while not self.terminate_event.is_set():

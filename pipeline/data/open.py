@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pipeline.data.batch import Prepare
 from pipeline.data.cache import Cache
 from pipeline.data.feed import EvaluationFeed, TrainFeed
+from pipeline.data.scene_feed import SceneEvaluationFeed
 from pipeline.data.stage_data import fetch_stage_data
 from pipeline.data.staging import cache_directory
 from pipeline.data.subset import Subset
@@ -40,4 +41,6 @@ def evaluation_feed(
     recipe: StageRecipe, data: Subset, world: World, workers: int, prepare: Prepare | None = None
 ) -> EvaluationFeed:
     """Make the feed of this rank's part of the validation images."""
+    if recipe.data.scenes is not None:
+        return SceneEvaluationFeed(data, recipe.data, world, workers=workers, prepare=prepare)
     return EvaluationFeed(data, recipe.data, recipe.evaluation.batch, world, workers=workers, prepare=prepare)

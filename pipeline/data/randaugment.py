@@ -20,6 +20,7 @@ OPERATIONS = (
     "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
 NOTHING = -1
+PHOTOMETRIC = len(OPERATIONS)  # of scenes, drawn by `photometric`; RandAugment has none
 LAYERS = 2  # operations per image
 NUMBERS = 6  # per operation: bits, threshold, addend or factor in the first place; or an affine map's coefficients
 _DRAWS = 5  # per operation: its code, whether it is applied, two for the magnitude, its sign

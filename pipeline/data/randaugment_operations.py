@@ -8,7 +8,8 @@ of resizing): in double precision and in Pillow's order, because the results are
 import numpy as np
 
 from pipeline.data.compiled_code import compiled
-from pipeline.data.randaugment import NOTHING
+from pipeline.data.photometric import distort
+from pipeline.data.randaugment import NOTHING, PHOTOMETRIC
 
 _AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(7)
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _SHEAR_X, _SHEAR_Y, _TRANSLATE_X, _TRANSLATE_Y = range(7, 15)
@@ -29,6 +30,8 @@ def apply_operation(image, operation, numbers, fill):
         _slide_columns(image, numbers[3], numbers[5], fill)
     elif operation == _COLOR:
         _color(image, np.float32(numbers[0]))
+    elif operation == PHOTOMETRIC:
+        distort(image, numbers)
     elif operation == _SHARPNESS:
         _sharpness(image, np.float32(numbers[0]))
     elif operation != NOTHING:

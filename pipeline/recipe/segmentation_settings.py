@@ -44,9 +44,9 @@ class SceneSettings(Settings):
     ratio: tuple[Factor, Factor] = (0.5, 2.0)
     """Training: base_size is multiplied by a random number between these two."""
     class_limit: float = Field(0.75, gt=0, le=1)
-    """Training: a crop in which one class has a larger share of the labelled pixels is drawn again."""
+    """Training: a crop is drawn again if one class has this share of its labelled pixels, or more, or is alone."""
     crop_tries: int = Field(10, ge=1, le=100)
-    """Training: so many crops are drawn at most; the last one is taken as it is."""
+    """Training: so many crops are tried by class_limit; if none fits, one more is taken as it is."""
     photometric: bool = True
     """Training: random brightness, contrast, saturation and hue, as in mmsegmentation."""
     test: Literal["window", "whole"] = "window"

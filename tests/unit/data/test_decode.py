@@ -11,7 +11,16 @@ from PIL import Image
 
 from pipeline.data.beton import JPEG
 from pipeline.data.crops import CROP_TRIES, EvaluationPlan, TrainingPlan
-from pipeline.data.decode import BAD_JPEG, BAD_PLACE, OK, OTHER_SIZE, ImageDecoder, describe_status, jpeg_status
+from pipeline.data.decode import (
+    BAD_JPEG,
+    BAD_PLACE,
+    OK,
+    OTHER_SIZE,
+    ImageDecoder,
+    StoredImages,
+    describe_status,
+    jpeg_status,
+)
 from pipeline.randomness import Purpose, key, uniform
 from pipeline.recipe.image_size import height_and_width
 from tools.bench.loader_throughput import pillow_crop
@@ -148,7 +157,7 @@ def decode(images, plan, size, workers=1, heights=None, sizes=None):
     out = np.zeros((len(images), *height_and_width(size), 3), np.uint8)
     decoder = ImageDecoder(workers, PHOTO.nbytes)
     file = np.frombuffer(b"".join(contents), np.uint8)
-    status = decoder(file, places, sizes, modes, rows, heights.copy(), shapes[:, 1].copy(), out)
+    status = decoder(file, StoredImages(places, sizes, modes, heights.copy(), shapes[:, 1].copy()), rows, out)
     decoder.close()
     decoder.close()
     return out, status
@@ -171,8 +180,8 @@ def test_crops_of_500_jpegs_equal_pillows():
         heights, widths = np.array([height]), np.array([width])
         row = plan(3, np.array([i]), heights, widths)
         out = np.empty((1, 96, 96, 3), np.uint8)
-        one = np.array([0]), np.array([len(content)]), np.array([JPEG])
-        assert decoder(content, *one, row, heights, widths, out).tolist() == [OK]
+        one = StoredImages(np.array([0]), np.array([len(content)]), np.array([JPEG]), heights, widths)
+        assert decoder(content, one, row, out).tolist() == [OK]
         expected = np.asarray(pillow_crop(Image.open(file).convert("RGB"), row[0]))
         worst = max(worst, int(np.abs(out[0].astype(int) - expected).max()))
         scaled_up += int(row["height"][0] < 96)
