@@ -99,7 +99,7 @@ def gelu_products_kernel(
 
 @triton.jit
 def gelu_grn_gradient_kernel(
-    x, gradient, norm, mean, product, inner, gamma, grad_x, sites, channels,
+    x, gradient, norm, mean, product, inner, gamma, grad_x, parts, sites, channels,
     ACROSS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SITES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     part, image = tl.program_id(0), tl.program_id(1)
@@ -114,6 +114,7 @@ def gelu_grn_gradient_kernel(
     # The gradient of the norm; that of a channel of zeros counts as 0.
     along = (factor * tl.load(product + vector, inside, 0) - tl.load(inner + row)) / middle
     along = tl.where(length > 0, along / tl.where(length > 0, length, 1), 0)
+    totals = tl.zeros((SITES, CHANNELS), WIDE)
     for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, sites), SITES):
         site = begin + tl.arange(0, SITES)
         place, exists, value = _load_sites(x, site, image, sites, channel, channels, WIDE)
@@ -121,7 +122,10 @@ def gelu_grn_gradient_kernel(
         below, bell = _normal(value, WIDE)
         slope = below + value * bell * 0.3989422804014327
         change = slope * (grad_y * scale[None, :] + value * below * along[None, :])
+        totals += change  # 0 beyond the image, where x and gradient are 0
         tl.store(grad_x + place, change.to(grad_x.dtype.element_ty), exists)
+    place = parts + (image * tl.num_programs(0) + part).to(tl.int64) * channels + channel
+    tl.store(place, tl.sum(totals, 0), inside)
 
 
 def forward_gelu_grn(x: Tensor, gamma: Tensor, beta: Tensor, across_images: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -139,8 +143,9 @@ def forward_gelu_grn(x: Tensor, gamma: Tensor, beta: Tensor, across_images: bool
 
 def backward_gelu_grn(
     grad_y: Tensor, x: Tensor, norm: Tensor, gamma: Tensor, across_images: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x and, in at least fp32, of gamma and beta; `grad_y` and `x` must be contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x and, in at least fp32, of a bias added to x, of gamma and beta; `grad_y` and `x` must
+    be contiguous."""
     grid, constants = _arrange(x)
     parts = x.new_empty(*grid[1::-1], 2, x.shape[2], dtype=norm.dtype)
     gelu_products_kernel[grid](x, grad_y, parts, *x.shape[1:], **constants)
@@ -148,11 +153,11 @@ def backward_gelu_grn(
     product, mean = sums[:, 0].contiguous(), norm.mean(1) + eps
     by_share = product * norm / mean[:, None]
     inner = (by_share * gamma).mean(1)
-    grad_x = torch.empty_like(x)
+    grad_x, parts = torch.empty_like(x), parts.new_empty(*parts.shape[:2], x.shape[2])
     gelu_grn_gradient_kernel[grid](
-        x, grad_y, norm, mean, product, inner, gamma, grad_x, *x.shape[1:], ACROSS=across_images, **constants
+        x, grad_y, norm, mean, product, inner, gamma, grad_x, parts, *x.shape[1:], ACROSS=across_images, **constants
     )
-    return grad_x, by_share.sum(0), sums[:, 1].sum(0)
+    return grad_x, parts.sum((0, 1)), by_share.sum(0), sums[:, 1].sum(0)
 
 
 def _arrange(x: Tensor) -> tuple[tuple[int, int, int], dict]:

@@ -56,9 +56,12 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
         """Map features (N, sites..., C) to features; `keep` (N,) scales the branch of each image, see `drop_path`."""
         y = normalise_sites(self.norm, layout.depthwise(self.dwconv, x))
-        y, response = self.pwconv1(y), getattr(self, self.response_name)
-        # GRN takes GELU with it, because on a GPU one kernel computes both.
-        y = response(y, layout, gelu=True) if self.response_name == "grn" else response(F.gelu(y), layout)
+        if (
+            self.response_name == "grn"
+        ):  # takes linear layer and GELU along, because on a GPU kernels compute them together
+            y = self.grn.after_linear(self.pwconv1, y, layout)
+        else:
+            y = self.response(F.gelu(self.pwconv1(y)), layout)
         y = self.pwconv2(y)
         if self.gamma is not None:
             y = y * self.gamma.to(y.dtype)

@@ -87,16 +87,22 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.across_images = False
 
-    def forward(self, x: Tensor, layout: Layout, gelu: bool = False) -> Tensor:
-        """Normalise features; with `gelu`, GELU of the features."""
+    def after_linear(self, linear: nn.Linear, x: Tensor, layout: Layout) -> Tensor:
+        """Normalise GELU of a linear layer. On a GPU one operator computes GELU, this layer, and the gradient of the
+        linear layer's bias."""
+        if not (self._has_kernels(x, layout) and runs_triton(x.device)):
+            return self(F.gelu(linear(x)), layout)
+        y = F.linear(x, linear.weight, linear.bias.detach())
+        return gelu_grn(y, linear.bias, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
+
+    def _has_kernels(self, x: Tensor, layout: Layout) -> bool:
         published = (self.aggregation, self.normaliser, self.residual) == ("l2", "mean", True)
-        every_site_counts = layout.count_sites(x) * x.shape[0] * x.shape[-1] == x.numel()
-        if gelu and published and every_site_counts and runs_triton(x.device):
-            return gelu_grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
-        if gelu:
-            x = F.gelu(x)
+        return published and layout.count_sites(x) * x.shape[0] * x.shape[-1] == x.numel()
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Normalise features."""
         by_formula = torch.compiler.is_compiling() or takes_plain_kernels()
-        if published and every_site_counts and not by_formula:
+        if self._has_kernels(x, layout) and not by_formula:
             return grn(x, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)
         scale = self.gamma.flatten() * self._share(self._aggregate(x, layout))
         if self.residual:

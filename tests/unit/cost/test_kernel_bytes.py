@@ -145,6 +145,16 @@ def test_the_first_kernels_swept_the_features_for_each_tap():
     assert swept - once == pytest.approx((FIRST_SWEEPS - 1) * gradient_and_features, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["classification", "fcmae"])
+def test_no_kernel_reads_a_gradient_of_4c_channels_for_a_bias_alone(kind):
+    recipe = stage(kind, slot=8, engine={"precision": "bf16"})
+    live, *_ = trace_module._follow_step(recipe, "cuda", trace_module._kernels_of("cuda"))
+    operations = [o for o in live.log.finish() if o.block is not None]
+    hidden = {o.writes[0] for o in operations if o.name == "fcmae.gelu_grn_backward"}
+    assert hidden
+    assert {o.name for o in operations if hidden & set(o.reads)} == {"mm"}
+
+
 def test_two_traces_tell_the_kernels_of_all_others():
     recipe = stage("fcmae", engine={"precision": "bf16"})
     five = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 5})})

@@ -105,7 +105,7 @@ def test_a_block_of_whole_images_runs_them_and_keeps_bf16_under_autocast():
             OwnOperators() as seen,
             torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
         ):
-            y = block.grn(block.pwconv1(x).bfloat16(), DENSE, gelu=True)
+            y = block.grn.after_linear(block.pwconv1, x, DENSE)
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert seen.names == ["gelu_grn"]

@@ -24,39 +24,49 @@ def gelu_then_formula(x: Tensor, gamma: Tensor, beta: Tensor, across_images: boo
     return y * (1 + gamma * norm / (norm.mean(-1, keepdim=True) + EPS)) + beta
 
 
-def errors(kernel: Callable, exact: Callable, dtype: torch.dtype, *shape: int) -> dict[str, float]:
-    """Compare two functions of (features, weight, bias)."""
+def errors(
+    kernel: Callable, exact: Callable, names: tuple[str, ...], dtype: torch.dtype, *shape: int
+) -> dict[str, float]:
+    """Compare two functions of (features, vectors of channels...) with these names."""
     x, grad_y = (surround_by_nan(t) for t in torch.randn(2, *shape).to(dtype))
     x[0, ..., -1] = 0  # a channel of zeros has a gradient too
-    weights, results = [surround_by_nan(torch.randn(shape[-1])) for _ in range(2)], []
+    weights, results = [surround_by_nan(torch.randn(shape[-1])) for _ in names], []
     for run, kind in ((exact, torch.float64), (kernel, dtype), (kernel, dtype)):
         wide = torch.promote_types(kind, torch.float32)
-        leaves = [t.to(to).requires_grad_() for t, to in zip((x, *weights), (kind, wide, wide), strict=True)]
+        leaves = [x.to(kind).requires_grad_(), *(w.to(wide).requires_grad_() for w in weights)]
         y = run(*leaves)
         assert y.dtype == kind
         results.append([y, *torch.autograd.grad(y, leaves, grad_y.to(kind))])
     assert all(torch.equal(*pair) for pair in zip(*results[1:], strict=True)), "other bits the second time"
-    return largest_errors(("output", "input", "weight", "bias"), *results[:2])
+    return largest_errors(("output", "input", *names), *results[:2])
 
 
 def grn_errors(dtype: torch.dtype, across: bool, *shape: int) -> dict[str, float]:
-    def kernel(x, gamma, beta):
-        return gelu_grn(x, gamma, beta, across, EPS)
+    """The bias is added to the features beforehand; a sum over sites shows what autograd would make of it."""
 
-    return errors(kernel, lambda *leaves: gelu_then_formula(*leaves, across), dtype, *shape)
+    def kernel(x, bias, gamma, beta):
+        return gelu_grn(x, bias, gamma, beta, across, EPS)
+
+    def exact(x, bias, gamma, beta):
+        return gelu_then_formula(x + (bias - bias.detach()), gamma, beta, across)
+
+    return errors(kernel, exact, ("linear bias", "weight", "bias"), dtype, *shape)
 
 
 def norm_errors(dtype: torch.dtype, *shape: int) -> dict[str, float]:
     def kernel(x, weight, bias):
         return torch.ops.fcmae.layer_norm(x.flatten(0, -2), weight, bias, EPS)[0].view(x.shape)
 
-    return errors(kernel, lambda x, *leaves: F.layer_norm(x, x.shape[-1:], *leaves, EPS), dtype, *shape)
+    def exact(x, weight, bias):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+    return errors(kernel, exact, ("weight", "bias"), dtype, *shape)
 
 
 def check_operators() -> None:
     x, weight, bias = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5), torch.randn(5)
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (x, weight, bias, False, EPS), test_utils=quick)
+    torch.library.opcheck(torch.ops.fcmae.gelu_grn.default, (x, bias, weight, bias, False, EPS), test_utils=quick)
     torch.library.opcheck(torch.ops.fcmae.layer_norm.default, (x.flatten(0, 1), weight, bias, EPS), test_utils=quick)
 
 

@@ -122,15 +122,16 @@ def _gelu_grn(images: int, sites: int, channels: int, across: bool, generator: t
     inputs = _features((images, sites, channels), generator)
 
     def kernel(x: Tensor, gamma: Tensor, beta: Tensor, gradient: Tensor) -> Sequence[Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, gamma.float(), beta.float())]
+        wide = (gamma.float(), gamma.float(), beta.float())  # of the first, the bias of x, only the gradient is taken
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *wide)]
         y = gelu_grn(*leaves, across, EPS)
         return [y, *torch.autograd.grad(y, leaves, gradient)]
 
     def reference(x: Tensor, gamma: Tensor, beta: Tensor, gradient: Tensor) -> Sequence[Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, gamma, beta)]
-        y = F.gelu(leaves[0])
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, torch.zeros_like(gamma), gamma, beta)]
+        y = F.gelu(leaves[0] + leaves[1])
         norm = torch.linalg.vector_norm(y, dim=(0, 1) if across else 1, keepdim=True)
-        y = y * (1 + leaves[1] * norm / (norm.mean(-1, keepdim=True) + EPS)) + leaves[2]
+        y = y * (1 + leaves[2] * norm / (norm.mean(-1, keepdim=True) + EPS)) + leaves[3]
         return [y, *torch.autograd.grad(y, leaves, gradient)]
 
     statistics = "batch" if across else "image"
