@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     ERASE_NOISE = 9
     SCENE_SIZE = 10
     PHOTOMETRIC = 11
+    DROPOUT = 12
     SUBSET = 20
     MEASURE = 21
     SPARSITY = 30

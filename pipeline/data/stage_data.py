@@ -1,6 +1,5 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
-import math
 from collections.abc import Sequence
 
 from pipeline.data.beton import Beton
@@ -88,7 +87,12 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
             f" {sum(train.values())} images that take part; make the batch smaller"
         )
-    steps = math.ceil(recipe.schedule.epochs * (sum(train.values()) // recipe.batch.global_batch))
+    steps = recipe.total_steps(sum(train.values()) // recipe.batch.global_batch)
+    if steps <= recipe.schedule.warmup_steps:
+        raise RecipeError(
+            f"stage {recipe.name}: schedule.warmup_steps is {recipe.schedule.warmup_steps:,} and the stage has"
+            f" {steps:,} steps; lower it"
+        )
     if steps > MOST_STEPS:
         raise RecipeError(
             f"stage {recipe.name}: schedule.epochs is {recipe.schedule.epochs:g}, which is {steps:,} steps, and"

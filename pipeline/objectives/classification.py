@@ -1,28 +1,27 @@
 """Classification: cross entropy with random erasing, mixup or cutmix, label smoothing and drop path."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
+from pipeline.objectives.dropping import keep_of_batch
 from pipeline.objectives.mixing import draw_mix
 from pipeline.objectives.objective import AdaptedWeights, recipe_errors
 from pipeline.objectives.pixels import normalise
-from pipeline.recipe import StageRecipe
+from pipeline.recipe import ClassificationSettings, StageRecipe
 from pipeline.weights.transfer import encoder_to_classifier
 
 
 class ClassificationObjective:
     """Fine-tuning, or supervised training from scratch. See `Objective` for the methods."""
 
-    metric = "top1"
+    metric = ClassificationSettings.metric
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
@@ -59,21 +58,15 @@ class ClassificationObjective:
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
         share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size)
         share = share.to(images.device, non_blocking=True)
-        logits = model(images, self._keep(step, batch.slots, images)).to(dtype)
+        logits = model(images, self._keep(step, batch, images)).to(dtype)
         # Cross entropy is linear in the target, so mixing two losses equals mixing two smoothed targets.
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=smoothing)
         return (share * own + (1 - share) * other).mean()
 
-    def _keep(self, step: int, slots: Sequence[int], images: Tensor) -> Tensor | None:
-        size = len(images) // len(slots)
-        parts = max(self.recipe.batch.slot // size, 1)  # of each slot, if there are more ranks than slots
-        keep = draw_keep(self.seed, step, [slot // parts for slot in slots], parts * size, self._drop_path_rates)
-        if keep is None:
-            return None
-        own = [index * parts + slot % parts for index, slot in enumerate(slots)]
-        keep = keep.view(len(keep), -1, size)[:, own].flatten(1)
-        return keep.to(images.dtype).to(images.device, non_blocking=True)
+    def _keep(self, step: int, batch: Batch, images: Tensor) -> Tensor | None:
+        keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates)
+        return None if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
 
     def without_mixing(self) -> "ClassificationObjective":
         plain = copy.copy(self)
@@ -101,26 +94,6 @@ class ClassificationObjective:
             return AdaptedWeights(weights, dropped=head, fresh=head)
         # An encoder alone: released FCMAE weights have neither norm nor head.
         return AdaptedWeights(weights, dropped=(), fresh=(*head, "norm."))
-
-
-def draw_keep(seed: int, step: int, slots: Sequence[int], size: int, rates: Sequence[float]) -> Tensor | None:
-    """Draw drop-path factors by hash of (seed, step, slot): 0 where a branch is dropped, else 1 / keep probability.
-
-    Args:
-        slots: numbers of the slots.
-        size: images of a slot.
-        rates: drop-path rate of each residual branch.
-
-    Returns:
-        (branches, slots * size) float64 on the CPU; None if no branch is ever dropped.
-    """
-    if not any(rates):
-        return None
-    keys = randomness.key(seed, step, np.array(slots), randomness.Purpose.DROP_PATH)
-    draws = randomness.uniform(keys, len(rates) * size).reshape(len(slots), len(rates), size)
-    rate = np.array(rates)[None, :, None]
-    keep = ((draws >= rate) / (1 - rate)).transpose(1, 0, 2).reshape(len(rates), -1)
-    return torch.from_numpy(keep)
 
 
 def count_correct(logits: Tensor, right: Tensor, valid: Tensor) -> dict[str, Tensor]:

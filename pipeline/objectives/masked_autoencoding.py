@@ -10,9 +10,9 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.objective import AdaptedWeights, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Reconstructions, recipe_errors
 from pipeline.objectives.pixels import denormalise, normalise
-from pipeline.recipe import StageRecipe
+from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.recipe.image_size import height_and_width
 from pipeline.sparse import VisibleCells, find_layout
 
@@ -23,7 +23,7 @@ AS_PREDICTED, RESCALED = "as predicted", "as papers draw it"
 class FCMAEObjective:
     """Masked autoencoding. See `Objective` for the methods."""
 
-    metric = "loss"
+    metric = FCMAESettings.metric
 
     def __init__(self, recipe: StageRecipe, seed: int):
         self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
@@ -94,12 +94,14 @@ class FCMAEObjective:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["count"]}
 
-    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def paint(self, model: nn.Module, batch: Batch) -> Reconstructions:
         images, mask = self._normalised(model, batch), self.mask(batch)
         prediction = model(images, VisibleCells(mask, self._grid, images.device)).prediction
         drawn = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
         painted = {n: model.paint(images, mask, prediction, rescaled=rescaled) for n, rescaled in drawn.items()}
-        return mask, {n: denormalise(images, self.recipe.channel_statistics) for n, images in painted.items()}
+        shown = {n: denormalise(images, self.recipe.channel_statistics) for n, images in painted.items()}
+        drawn = {caption: images.cpu().numpy() for caption, images in shown.items()}
+        return Reconstructions(batch.images.cpu().numpy(), mask.cpu().numpy(), drawn)
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         if any(name.startswith("encoder.") for name in weights):

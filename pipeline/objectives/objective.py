@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +22,32 @@ class AdaptedWeights(NamedTuple):
     """Prefixes of the parameters that keep their initial values."""
 
 
+class Reconstructions(NamedTuple):
+    """Images whose hidden cells a model has painted."""
+
+    images: np.ndarray
+    """(n, 3, H, W) uint8."""
+    mask: np.ndarray
+    """(n, L) bool, True where a cell is hidden."""
+    drawn: dict[str, np.ndarray]
+    """By caption, each like `images`."""
+
+
+class Overlays(NamedTuple):
+    """Images with their label maps and the predicted ones; sizes may differ."""
+
+    images: list[np.ndarray]
+    """Each (3, h, w) uint8."""
+    truths: list[np.ndarray]
+    """Each (H, W)."""
+    predictions: list[np.ndarray]
+
+
 class Objective(Protocol):
     """One class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
 
     metric: str
-    """The result by which checkpoints are compared: "loss" or "top1"."""
+    """The result by which checkpoints are compared: "loss", "top1" or "miou"."""
 
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights."""
@@ -43,11 +65,11 @@ class Objective(Protocol):
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums over the valid images of the batch, and their `count`."""
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Turn the sums over all images and ranks into metrics."""
+    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
+        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
 
-    def paint(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Return the mask (n, L) bool and by caption reconstructions (n, 3, H, W) uint8; None if nothing is hidden."""
+    def paint(self, model: nn.Module, batch: Batch) -> Reconstructions | Overlays | None:
+        """Return what the model makes of images; None if that is no picture. All ranks call it alike."""
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         """Bring weights of another stage, or released ones, under the names of this stage's model."""

@@ -2,17 +2,28 @@
 
 import math
 
+from pipeline.recipe.optimizer_settings import ScheduleSettings
 
-def learning_rate(
-    step: int, *, steps_per_epoch: int, epochs: float, warmup_epochs: float, lr: float, min_lr: float
-) -> float:
-    """Return the learning rate of the next update: linear warm-up from 0, then half a cosine down to `min_lr`.
 
-    `step` counts finished optimizer steps, so the first update of a run with warm-up has learning rate 0. The official
-    code also sets the rate once per optimizer update.
+def learning_rate(step: int, schedule: ScheduleSettings, *, steps_per_epoch: int, lr: float) -> float:
+    """Return the learning rate of the next update: a linear warm-up, then the decay down to `min_lr`.
+
+    `step` counts finished optimizer steps, so the first update of a run with warm-up has `warmup_start` times the rate.
+    The official code also sets the rate once per optimizer update.
+
+    The cosine begins when the warm-up ends. poly is mmcv's: (1 - step / steps) ** power begins at step 0, and the
+    warm-up multiplies it.
     """
-    epoch = step / steps_per_epoch
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    epoch, epochs = step / steps_per_epoch, schedule.epochs_of(steps_per_epoch)
+    warmup = schedule.warmup_epochs or schedule.warmup_steps / steps_per_epoch
+    low, warms_up = schedule.min_lr, epoch < warmup
+    if schedule.decay == "poly":
+        full = low + (lr - low) * max(1 - epoch / epochs, 0.0) ** schedule.power
+    elif warms_up:
+        full = lr
+    else:
+        progress = (epoch - warmup) / (epochs - warmup)
+        full = low + (lr - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if not warms_up:
+        return full
+    return schedule.warmup_start * full + (1 - schedule.warmup_start) * (full * epoch / warmup)

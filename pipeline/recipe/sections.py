@@ -4,7 +4,7 @@ A field marked operational decides only how fast or where a stage runs; it may c
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -28,6 +28,7 @@ StepNumber = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 
 class FCMAESettings(Settings):
+    metric: ClassVar = "loss"
     kind: Literal["fcmae"] = "fcmae"
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     decoder: Literal["convnext", "transformer", "unet", "unet_no_skips"] = "convnext"
@@ -44,6 +45,7 @@ class FCMAESettings(Settings):
 
 
 class ClassificationSettings(Settings):
+    metric: ClassVar = "top1"
     kind: Literal["classification"] = "classification"
     classes: int = Field(ge=2, le=10_000_000)
     label_smoothing: float = Field(0.1, ge=0, lt=1)

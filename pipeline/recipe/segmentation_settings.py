@@ -1,6 +1,6 @@
 """The sections of a segmentation stage: the head that is trained, and how scenes become crops and tests."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -11,6 +11,7 @@ Factor = Annotated[float, Field(gt=0, le=100)]
 
 
 class SegmentationSettings(Settings):
+    metric: ClassVar = "miou"
     kind: Literal["segmentation"] = "segmentation"
     classes: int = Field(ge=2, le=65_535)
     head: Literal["upernet", "semantic_fpn"] = "upernet"

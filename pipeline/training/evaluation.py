@@ -17,10 +17,10 @@ class Scorer(Protocol):
     """Computes metrics: an objective is one."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sum scores over the valid images of a batch; `count` is their number."""
+        """Sum scores over the valid images of a batch: numbers, and vectors of them. `count` is their number."""
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Turn the sums over all images and ranks into metrics."""
+    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
+        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
 
 
 @dataclass
@@ -48,25 +48,27 @@ def evaluate(
     scorer: Scorer,
     feed: Iterable[Batch],
     should_stop: Callable[[], bool] = lambda: False,
-    on_first_batch: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
+    on_batch: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
 ) -> dict[str, float] | None:
     """Compute the metrics of the weights that are handed on; None if the ranks agreed to stop. Collective.
 
     Args:
         owner: holds the model.
         should_stop: the same answer on all ranks; asked before each batch.
-        on_first_batch: gets the model and this rank's first batch, as for pictures.
+        on_batch: gets the model and each batch of this rank, as for pictures.
     """
     sums: dict[str, Tensor] = {}
     with owner.evaluating() as model:
-        for index, batch in enumerate(feed):
+        for batch in feed:
             if should_stop():
                 return None
             batch = owner.to_device(batch)
             for name, value in scorer.evaluate(model, batch).items():
                 value = value.double()
                 sums[name] = sums[name] + value if name in sums else value
-            if index == 0:
-                on_first_batch(model, batch)
-    total = owner.world.sum(torch.stack([value.cpu() for value in sums.values()]))
-    return scorer.metrics(dict(zip(sums, total.tolist(), strict=True)))
+            on_batch(model, batch)
+    total = owner.world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
+    parts = total.split([value.numel() for value in sums.values()])
+    return scorer.metrics(
+        {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
+    )

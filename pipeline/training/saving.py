@@ -142,8 +142,7 @@ class Checkpoints:
         self.store = store
         self._engine, self._log, self._agreement = engine, log, agreement
         self._settings, self._reach_steps = recipe.checkpoint, recipe.health.reach_steps
-        every = self._settings.keep_every_epochs
-        self.keep_every = max(1, round(every * steps_per_epoch)) if every else None
+        self.keep_every = self._settings.kept_every(steps_per_epoch)
         self._saved, self._best = restored, best
         self._open: BackgroundSave | None = None
         self._why, self._blocked_seconds = "", 0.0  # of the open save

@@ -1,15 +1,12 @@
 """Train one stage: assemble its parts, then loop over its steps."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
-from torch import nn
 
 from pipeline.checkpoint.store import CheckpointStore
-from pipeline.data.batch import Batch, example_batch
+from pipeline.data.batch import example_batch
 from pipeline.data.open import evaluation_feed, open_stage_data, train_feed
 from pipeline.data.subset import Subset
 from pipeline.distributed.agreement import AgreedStop
@@ -38,6 +35,7 @@ from pipeline.training import handoff, records
 from pipeline.training.evaluation import evaluate
 from pipeline.training.failures import explain_lost_peers
 from pipeline.training.initial_sparsity import start_sparsity
+from pipeline.training.painting import Painter
 from pipeline.training.rollback import roll_back
 from pipeline.training.saving import Checkpoints, best_evaluation, has_checkpoint, open_store
 from pipeline.training.step_guard import StepGuard
@@ -115,7 +113,7 @@ class Training:
         if "validation" in data:
             self.validation = evaluation_feed(recipe, data["validation"], world, workers, prepare)
         startup.lap("model")
-        self.last = math.ceil(recipe.schedule.epochs * self.feed.steps_per_epoch)
+        self.last = recipe.total_steps(self.feed.steps_per_epoch)
         self.classes = data["train"].classes
         store, restored = self._load_weights(_hashes(data))
         self.start = restored or 0
@@ -212,15 +210,8 @@ class Training:
         return True
 
     def _learning_rate(self, step: int) -> float:
-        recipe = self.stage.recipe
-        return learning_rate(
-            step,
-            steps_per_epoch=self.feed.steps_per_epoch,
-            epochs=recipe.schedule.epochs,
-            warmup_epochs=recipe.schedule.warmup_epochs,
-            lr=recipe.learning_rate,
-            min_lr=recipe.schedule.min_lr,
-        )
+        recipe, steps_per_epoch = self.stage.recipe, self.feed.steps_per_epoch
+        return learning_rate(step, recipe.schedule, steps_per_epoch=steps_per_epoch, lr=recipe.learning_rate)
 
     def _due(self, step: int) -> list[Callable[[int], None]]:
         """What is to be done after `step` and was not done by an earlier attempt, in order. A stop may cut it short."""
@@ -245,28 +236,22 @@ class Training:
     def _evaluation_due(self, step: int) -> bool:
         if self.validation is None:
             return False
-        every_steps = max(round(self.stage.recipe.evaluation.every_epochs * self.feed.steps_per_epoch), 1)
+        every_steps = self.stage.recipe.evaluation.steps_between(self.feed.steps_per_epoch)
         due = step == self.last or (step > 0 and step % every_steps == 0)
         return due and not self.world.on_main(lambda: self.log.has("evaluate", step))
 
     def _evaluate(self, step: int) -> None:
         self.watchdog.phase("evaluate", step)
-        metrics = evaluate(self.engine, self.objective, self.validation, self.stop, partial(self._paint, step))
+        painter = Painter(self.objective, self.stage.recipe.tracking.pictures)
+        metrics = evaluate(self.engine, self.objective, self.validation, self.stop, painter)
         if metrics is not None:
+            self._draw(step, painter)
             self.log.write("evaluate", step=step, metrics=metrics)
             self.checkpoints.evaluated(step, metrics[self.objective.metric], self.objective.metric)
 
-    def _paint(self, step: int, model: nn.Module, batch: Batch) -> None:
-        """Draw the reconstructions of the first validation images, for objectives that reconstruct."""
-        count = self.stage.recipe.tracking.pictures
-        batch = batch.part(slice(count))
-        painted = self.objective.paint(model, batch) if count else None
-        if painted is not None and self.log.is_main:
-            path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
-            path.parent.mkdir(exist_ok=True)
-            mask, drawn = painted
-            drawn = {caption: images.cpu().numpy() for caption, images in drawn.items()}
-            pictures.draw_reconstruction(batch.images.cpu().numpy(), mask.cpu().numpy(), drawn, path)
+    def _draw(self, step: int, painter: Painter) -> None:
+        path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
+        if self.log.is_main and painter.draw(path, self.classes):
             self.log.write("picture", step=step, path=str(path.relative_to(self.stage.directory)))
 
     def _save_last(self, step: int) -> Outcome:

@@ -92,7 +92,8 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
     """The formulas behind a stage's figures, with the numbers filled in."""
     recipe, best, settings = stage.recipe, stage.chosen, stage.recipe.checkpoint
     kept = [f"keep_last {settings.keep_last}", *(["best"] if settings.keep_best else []), "one being written"]
-    kept += [f"one every {settings.keep_every_epochs:g} epochs"] if settings.keep_every_epochs else []
+    every = settings.kept_every(stage.steps_per_epoch) if stage.steps_per_epoch else None
+    kept += [f"one every {every:,} steps"] if every else []
     lines = [
         f"P = {stage.parameters:,}; N = {stage.ranks} ranks",
         f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) +"
@@ -104,9 +105,11 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
     if stage.steps is None:
         return lines
     batch = recipe.batch.global_batch
+    epochs = recipe.schedule.epochs
     lines.append(
-        f"steps = ceil(epochs {recipe.schedule.epochs:g} x floor({stage.train.images:,} images / {batch:,})) ="
-        f" {stage.steps:,}"
+        f"steps = {stage.steps:,} of the recipe"
+        if epochs is None
+        else f"steps = ceil(epochs {epochs:g} x floor({stage.train.images:,} images / {batch:,})) = {stage.steps:,}"
     )
     if best and stage.hours is not None:
         images = stage.validation and stage.validation.images

@@ -99,13 +99,19 @@ class StageEstimate:
 
     @property
     def steps(self) -> int | None:
-        if self.train.images is None:
-            return None
-        return math.ceil(self.recipe.schedule.epochs * (self.train.images // self.recipe.batch.global_batch))
+        return None if self.steps_per_epoch is None else self.recipe.total_steps(self.steps_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return None if self.train.images is None else self.train.images // self.recipe.batch.global_batch
 
     @property
     def evaluations(self) -> int:
-        return max(math.ceil(self.recipe.schedule.epochs / self.recipe.evaluation.every_epochs), 1)
+        schedule, evaluation = self.recipe.schedule, self.recipe.evaluation
+        if schedule.epochs is not None and evaluation.every_steps is None:
+            return max(math.ceil(schedule.epochs / evaluation.every_epochs), 1)
+        per_epoch = self.steps_per_epoch
+        return math.ceil(self.steps / evaluation.steps_between(per_epoch)) if per_epoch else 1
 
     @property
     def work(self) -> float | None:
@@ -204,8 +210,9 @@ class StageEstimate:
         """Largest disk space of the stage's checkpoints, which is reached while a new one is being written."""
         settings = self.recipe.checkpoint
         count = 1 + settings.keep_last + settings.keep_best
-        if settings.keep_every_epochs:
-            count += math.ceil(self.recipe.schedule.epochs / settings.keep_every_epochs)
+        every = settings.kept_every(self.steps_per_epoch) if self.steps_per_epoch else None
+        if every:
+            count += math.ceil(self.steps / every)
         return count * self.checkpoint_bytes
 
     @property

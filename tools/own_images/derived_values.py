@@ -60,11 +60,11 @@ def derive(kind: str, recipe: StageRecipe, facts: ImageFacts, given: Mapping[str
     batch = _batch(kind, facts.images, given)
     values |= batch
     size = int(given.get("batch.global_batch", batch["batch.global_batch"].value))
-    values["optimizer.base_lr"] = _learning_rate(kind, recipe, size)
+    values["optimizer.base_lr"] = _learning_rate(kind, recipe, size, given)
     values |= _schedule(kind, facts, size, given)
     values["data.image_size"] = _image_size(recipe, facts)
     if kind == "finetune":
-        values["ema"] = _average(facts, size, float(given.get("schedule.epochs", values["schedule.epochs"].value)))
+        values["ema"] = _average(facts, size, _given_epochs(facts, size, given) or values["schedule.epochs"].value)
     return {field: value for field, value in values.items() if field not in given}
 
 
@@ -85,7 +85,9 @@ def _power_of_two(most: float) -> int:
     return 2 ** int(math.log2(most))
 
 
-def _learning_rate(kind: str, recipe: StageRecipe, batch: int) -> Value:
+def _learning_rate(kind: str, recipe: StageRecipe, batch: int, given: Mapping[str, Any]) -> Value:
+    if given.get("optimizer.lr") is not None:
+        return Value(None, "optimizer.lr is given")
     most = MOST_BATCH[kind]
     rate = recipe.optimizer.base_lr * math.sqrt(max(most / batch, 1))
     why = f"{recipe.optimizer.base_lr:g} for {most} images in a step"
@@ -96,13 +98,23 @@ def _schedule(kind: str, facts: ImageFacts, batch: int, given: Mapping[str, Any]
     aim, fewest, most = EPOCHS["small" if kind == "pretrain" and facts.given_weights else kind]
     per_epoch = max(facts.images // batch, 1)
     epochs = min(max(math.ceil(aim / per_epoch), fewest), most)
-    chosen = float(given.get("schedule.epochs", epochs))
+    chosen = _given_epochs(facts, batch, given) or float(epochs)
     evaluations = max(chosen / EVALUATIONS, min(1.0, chosen))
+    length = Value(epochs, f"{aim:,} steps, but {fewest} to {most} epochs")
+    if "schedule.steps" in given:
+        length = Value(None, "schedule.steps is given")
     return {
-        "schedule.epochs": Value(epochs, f"{aim:,} steps, but {fewest} to {most} epochs"),
+        "schedule.epochs": length,
         "schedule.warmup_epochs": Value(float(f"{WARMUP[kind] * chosen:.3g}"), f"{WARMUP[kind]:.0%} of the epochs"),
         "evaluation.every_epochs": Value(float(f"{evaluations:.3g}"), f"at most {EVALUATIONS} evaluations"),
     }
+
+
+def _given_epochs(facts: ImageFacts, batch: int, given: Mapping[str, Any]) -> float | None:
+    """The epochs that the command line asks for, as such or in steps; None if it leaves them to the rules."""
+    if "schedule.steps" in given:
+        return given["schedule.steps"] / max(facts.images // batch, 1)
+    return float(given["schedule.epochs"]) if "schedule.epochs" in given else None
 
 
 def _image_size(recipe: StageRecipe, facts: ImageFacts) -> Value:

@@ -37,7 +37,7 @@ DERIVED = (
     "schedule.warmup_epochs", "data.image_size", "ema", "engine.precision", "evaluation.batch",
     "evaluation.every_epochs",
 )  # fmt: skip
-CALCULATED = {"batch.global_batch", "schedule.epochs"}  # fields from which others are derived
+CALCULATED = {"batch.global_batch", "schedule.epochs", "schedule.steps"}  # fields from which others are derived
 OF_CHAIN = ("stages", "defaults", "seed", "name", "init", "published", "extends")  # first parts of a recipe's keys
 
 

@@ -129,13 +129,12 @@ class Study(Settings):
         if band:
             if last.objective.kind == "fcmae":
                 raise RecipeError(
-                    f"study {self.name}, arm {arm}: expected is a band of top-1, but stage {last.name} is pre-training;"
-                    f" set stages.{last.name}.gate in the arm's change"
+                    f"study {self.name}, arm {arm}: expected is a band of top-1, but stage {last.name} is"
+                    f" pre-training; set stages.{last.name}.gate in the arm's change"
                 )
             low, high = band
             # The band replaces the fixed distance from the published value.
-            metric = "miou" if last.objective.kind == "segmentation" else "top1"
-            update |= {"metric": metric, "at_least": low, "at_most": high, "published": None}
+            update |= {"metric": last.objective.metric, "at_least": low, "at_most": high, "published": None}
         if not update:
             return chain
         last = last.model_copy(update={"gate": last.gate.model_copy(update=update)})

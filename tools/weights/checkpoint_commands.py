@@ -78,8 +78,7 @@ def prune_checkpoints(
 
     opened, folder = Stage(stage), _checkpoints_of(stage)
     opened.attempts.check_free()
-    metric = "loss" if opened.recipe.objective.kind == "fcmae" else "top1"
-    best = best_evaluation(read_events(opened.directory / JOURNAL_FILE), metric)
+    best = best_evaluation(read_events(opened.directory / JOURNAL_FILE), opened.recipe.objective.metric)
     done = opened.done()
     if yes:
         _refuse_unknown_best(opened.directory, known=done is not None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.batch import Batch
 from pipeline.objectives import create_objective
-from pipeline.objectives.classification import draw_keep
+from pipeline.objectives.dropping import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.objectives.mixing import draw_mix
 from pipeline.objectives.pixels import normalise
@@ -71,10 +71,16 @@ def test_all_backends_pre_train_on_rectangles_alike(stages):
         assert int((~objective.mask(images)).sum()) == 16 * 9
         objective.loss(model, images, 1).backward()
         results[backend] = {name: parameter.grad for name, parameter in model.named_parameters()}
-        mask, painted = objective.paint(model, images)
-        hidden = mask.view(-1, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(images.images)
+        _, mask, painted = objective.paint(model, images)
+        hidden = (
+            torch.from_numpy(mask)
+            .view(-1, 1, 4, 6)
+            .repeat_interleave(4, 2)
+            .repeat_interleave(4, 3)
+            .expand_as(images.images)
+        )
         for drawn in painted.values():
-            assert torch.equal(drawn[~hidden], images.images[~hidden])
+            assert torch.equal(torch.from_numpy(drawn)[~hidden], images.images[~hidden])
     for backend in BACKENDS[1:]:
         for name, gradient in results["packed"].items():
             assert (results[backend][name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), (backend, name)

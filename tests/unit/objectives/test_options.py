@@ -74,7 +74,7 @@ def test_options_reach_the_model_and_it_learns(recipe_file, name, overrides):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     if name == "pretrain":
         assert isinstance(model.decoder, DECODER_CLASSES[stage.objective.decoder])
-        mask, painted = objective.paint(model.eval(), batch())
+        _, mask, painted = objective.paint(model.eval(), batch())
         assert set(painted) == ({"as predicted", "as papers draw it"} if model.normalize_target else {"as predicted"})
         assert all(images.shape == (16, 3, 16, 16) for images in painted.values())
         assert mask.shape == (16, 16)

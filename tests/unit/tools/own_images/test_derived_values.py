@@ -68,3 +68,12 @@ def test_the_average_forgets_the_initial_weights_in_short_runs():
 def test_the_devices_differ_in_precision_and_not_in_what_is_learnt():
     cpu, gpu = (derived("pretrain", 1000, device=device) for device in ("cpu", "cuda"))
     assert {field for field in cpu if cpu[field] != gpu.get(field)} == {"engine.precision", "evaluation.batch"}
+
+
+def test_steps_and_a_plain_rate_replace_epochs_and_the_rate_per_256_images():
+    facts = ImageFacts(1600, 256, given_weights=False, weights_size=None, device="cuda")
+    values = derive("finetune", stage_of("finetune"), facts, {"schedule.steps": 1000, "optimizer.lr": 1e-4})
+    assert values["schedule.epochs"].value is None
+    assert values["optimizer.base_lr"].value is None
+    epochs = 1000 / (1600 // values["batch.global_batch"].value)
+    assert values["schedule.warmup_epochs"].value == pytest.approx(0.1 * epochs, rel=1e-2)
