@@ -16,6 +16,7 @@ from pipeline.distributed.sharded_tensors import fill, whole
 from pipeline.distributed.world import World
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.compiled_blocks import compile_blocks, compiles_blocks
+from pipeline.engines.norm_groups import share_norm_groups
 from pipeline.models import UNITS
 from pipeline.objectives import Objective
 from pipeline.optim.ema import EMA, Component
@@ -70,6 +71,7 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
+        share_norm_groups(self.module, recipe.norm_group_on(world.size), world)
         if compiles_blocks(recipe.engine, world.device):
             compile_blocks(self.module)
         settings = recipe.optimizer

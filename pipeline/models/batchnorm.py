@@ -1,10 +1,13 @@
-"""BatchNorm whose running statistics move once per step, and how to fold it into the layer before or after it."""
+"""BatchNorm whose running statistics move once per step, over norm groups that may span ranks, and how to fold it into
+the layer before or after it."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.kernels.precision import sum_dtype
+from pipeline.models.shared_norm import normalise_over_ranks
 
 
 class RunningStatistics:
@@ -29,7 +32,13 @@ class RunningStatistics:
 
 
 class BatchNorm(RunningStatistics, nn.BatchNorm2d):
-    """nn.BatchNorm2d of (N, C, ...) with statistics in at least fp32; names, eps and momentum are torch's."""
+    """nn.BatchNorm2d of (N, C, ...) with statistics in at least fp32; names, eps and momentum are torch's.
+
+    In training the images of a forward count together, or those of each norm group, see `set_norm_group`.
+    """
+
+    group_images: int | None = None
+    group_ranks: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = sum_dtype(x.dtype)
@@ -37,9 +46,37 @@ class BatchNorm(RunningStatistics, nn.BatchNorm2d):
         if not self.training:
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+        if self.group_images in (None, len(x)):
+            y, mean, variance = self._normalise(x, weight, bias)
+            self.seen = (mean, variance)
+            return y
+        if len(x) % self.group_images:
+            raise ValueError(f"{len(x)} images are no whole number of norm groups of {self.group_images} on this rank")
+        groups = [self._normalise(group, weight, bias) for group in x.split(self.group_images)]
+        y, mean, variance = zip(*groups, strict=True)
+        self.seen = (torch.stack(mean).mean(0), torch.stack(variance).mean(0))
+        return torch.cat(y)
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the result for one norm group, and its mean and unbiased variance (C,)."""
+        if self.group_ranks is not None:
+            return normalise_over_ranks(x, weight, bias, self.eps, self.group_ranks)
         # With a momentum of 1 these buffers become the statistics of this batch, at no cost.
-        self.seen = (torch.zeros_like(weight.detach()), torch.ones_like(weight.detach()))
-        return F.batch_norm(x, *self.seen, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        mean, variance = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
+        y = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        return y, mean, variance
+
+
+def set_norm_group(model: nn.Module, images: int | None, ranks: dist.ProcessGroup | None) -> None:
+    """Set over which images every BatchNorm of the model takes its statistics in training.
+
+    Args:
+        images: of this rank in each norm group; a forward sees whole groups. None counts the images of a forward.
+        ranks: those that share a group, with equally many images of equal size each; None if each has its own groups.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.group_images, module.group_ranks = images, ranks
 
 
 def counts_batches(model: nn.Module) -> bool:

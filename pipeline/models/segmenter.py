@@ -28,7 +28,8 @@ class HeadOptions:
     Args:
         classes: outputs.
         kind: "upernet" or "semantic_fpn".
-        channels: inside the head: 512 in published UperNets, 128 in Semantic FPN, whose neck has twice as many.
+        channels: inside the head, 512 in published UperNets; of Semantic FPN, whose head has half as many, those of its
+            pyramid, published as 256.
         norm: "batch" or "group".
         auxiliary_channels: of the auxiliary head; 0 for no such head. Semantic FPN has none.
         map_norms: whether a norm of its own follows each map of the backbone, as in all published models.
@@ -68,8 +69,8 @@ class Segmenter(nn.Module):
         if options.kind == "upernet":
             self.decode_head = UperNet(maps, channels, classes, norm)
         else:
-            self.neck = FeaturePyramid(maps, 2 * channels)
-            self.decode_head = SemanticFPN(len(maps), 2 * channels, channels, classes, norm)
+            self.neck = FeaturePyramid(maps, channels)
+            self.decode_head = SemanticFPN(len(maps), channels, channels // 2, classes, norm)
         if options.kind == "upernet" and options.auxiliary_channels:
             self.auxiliary_head = FCNHead(maps[-2], options.auxiliary_channels, classes, norm)
         heads = [head for head in (self.decode_head, self.auxiliary_head) if head is not None]

@@ -42,7 +42,7 @@ def test_upernet_on_convnext_v1_has_the_published_counts(depth, width, millions)
 )
 def test_heads_on_nextvit_have_the_published_counts(size, pyramid, upernet):
     classifier = 1024 * 1000 + 1000  # the published counts keep the head of ImageNet
-    assert round((count(f"nextvit_{size}", "semantic_fpn", 128) + classifier) / 1e6, 1) == pyramid
+    assert round((count(f"nextvit_{size}", "semantic_fpn", 256) + classifier) / 1e6, 1) == pyramid
     assert round((count(f"nextvit_{size}") + classifier) / 1e6, 1) == upernet
 
 
@@ -50,7 +50,7 @@ def test_heads_on_nextvit_have_the_published_counts(size, pyramid, upernet):
 @pytest.mark.parametrize("kind", ["upernet", "semantic_fpn"])
 @pytest.mark.parametrize("family", SMALL)
 def test_logits_have_the_size_of_the_first_map_and_every_parameter_a_gradient(family, kind, norm):
-    model = create_segmenter(family, HeadOptions(5, kind, 32, norm, 32), **SMALL[family])
+    model = create_segmenter(family, HeadOptions(5, kind, 64, norm, 32), **SMALL[family])
     images = torch.randn(2, 3, 70, 65)
     logits, auxiliary = model(images, dropout_keep=torch.ones(2, sum(model.dropout_channels)))
     first = model.backbone.forward_features(images)[0]
