@@ -1,4 +1,4 @@
-"""Hashes of what the ranks of a run were given: of each slot's images, labels and masks, in files beside the run."""
+"""Hashes of what the ranks of a run were given, of each slot: images, labels, masks, maps; in files beside the run."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ def record_batches(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) 
     def slots(step: int) -> Iterator[Any]:
         for batch in honest(step):
             parts = [batch.images, batch.labels, *([objective.mask(batch)] if hasattr(objective, "mask") else [])]
+            parts += [] if batch.label_maps is None else [batch.label_maps]
             found = {}
             for slot, *content in zip(batch.slots, *(part.split(recipe.batch.slot) for part in parts), strict=True):
                 text = b"".join(part.contiguous().numpy().tobytes() for part in content)

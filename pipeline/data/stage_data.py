@@ -7,7 +7,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import ClassificationSettings, StageRecipe
+from pipeline.recipe import ClassificationSettings, SegmentationSettings, StageRecipe
 from pipeline.recipe.settings_base import MOST_STEPS
 
 
@@ -82,6 +82,14 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                 f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
                 " data.train lacks; prepare both with the same class names, or list common ones in data.classes"
             )
+    if isinstance(recipe.objective, SegmentationSettings):
+        for name, beton in betons.items():
+            _check_label_maps(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
+        if "validation" in betons and betons["validation"].classes != betons["train"].classes:
+            raise DataError(
+                f"stage {recipe.name}: the label maps of data.validation {recipe.data.validation} have other classes"
+                " than those of data.train, or in another order; prepare both with the same class names"
+            )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
@@ -97,4 +105,17 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         raise RecipeError(
             f"stage {recipe.name}: schedule.epochs is {recipe.schedule.epochs:g}, which is {steps:,} steps, and"
             f" checkpoints can number {MOST_STEPS:,}; lower it, or make the batch larger"
+        )
+
+
+def _check_label_maps(recipe: StageRecipe, data: str, beton: Beton) -> None:
+    if beton.maps is None:
+        raise DataError(
+            f"stage {recipe.name}: {data} has no label maps, which the objective segmentation needs; make a file with"
+            " them by `fcmae prepare maps IMAGES MASKS OUT.beton`"
+        )
+    if len(beton.classes) != recipe.objective.classes:
+        raise DataError(
+            f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the label maps of {data} have"
+            f" {len(beton.classes)}; correct one of them"
         )
