@@ -1,12 +1,12 @@
 """What the ranks send each other in a step, by engine: bytes by formula, and the time over a site's links.
 
 A ring moves (n - 1) / n of a tensor through each rank to gather or to scatter it among n ranks, and twice that to
-all-reduce it. Scalars, such as the loss and the gradient norm, are left out.
+all-reduce it. FSDP's padding counts. Scalars, such as the loss and the gradient norm, are left out.
 """
 
 from typing import Literal, NamedTuple
 
-from pipeline.cost.memory import ModelSize, engine_name, micro_batches
+from pipeline.cost.memory import ModelSize, engine_name, micro_batches, padded_parameters
 from pipeline.engines.deepspeed_settings import zero_overlaps
 from pipeline.engines.fsdp import keeps_gathered
 from pipeline.recipe import StageRecipe
@@ -57,7 +57,7 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
     full = 8 if precision == "fp64" else 4
     low = 2 if precision == "bf16_parameters" else full
     micro = micro_batches(recipe, ranks)
-    p, units = model.parameters, sum(model.units)
+    p = model.parameters
     found: list[Collective] = []
 
     def add(operation: str, content: str, size: int, moment: Moment, group: int, stride: int = 1) -> None:
@@ -71,12 +71,13 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         shard = recipe.engine.shard_ranks or ranks
         # The parameters of a block are gathered for its forward pass, freed, and gathered again for its backward pass.
         # All others stay gathered in between.
-        gathered = low * micro * (2 * units + model.rest)
+        padded = padded_parameters(model.shapes, shard)
+        gathered = low * micro * (2 * padded - padded_parameters(model.outside, shard))
         if keeps_gathered(recipe, ranks, p, "cuda"):
-            gathered = low * p
+            gathered = low * padded
         add("all-gather", "parameters", gathered, "forward and backward", shard)
-        add("reduce-scatter", "gradients", full * p, "last backward", shard)
-        add("all-reduce", "gradients of a shard", full * p // shard, "last backward", ranks // shard, stride=shard)
+        add("reduce-scatter", "gradients", full * padded, "last backward", shard)
+        add("all-reduce", "gradients of a shard", full * padded // shard, "last backward", ranks // shard, stride=shard)
     elif name == "zero3":
         # What is used again within the reuse distance stays gathered: at the turn from forward to backward pass, the
         # last half of that many parameters.

@@ -4,6 +4,7 @@ No formula of activations exists. The formulas of the state follow what the engi
 them P is the number of parameters, N the number of ranks that share one copy of the state, B the bytes of an element.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -48,14 +49,19 @@ class ModelSize:
     """Parameters of each module that FSDP gathers by itself, a block or a downsampling layer."""
     buffers: int
     """Elements of floating buffers, such as the statistics of BatchNorm."""
+    outside: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the parameters outside of all units."""
 
     @classmethod
     def of(cls, recipe: StageRecipe) -> "ModelSize":
         _, model = meta_model(recipe)
+        units = sharding_units(model)
+        inside = {parameter for unit in units for parameter in unit.parameters()}
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
-            tuple(sum(parameter.numel() for parameter in unit.parameters()) for unit in sharding_units(model)),
+            tuple(sum(parameter.numel() for parameter in unit.parameters()) for unit in units),
             sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
+            tuple(tuple(parameter.shape) for parameter in model.parameters() if parameter not in inside),
         )
 
     @property
@@ -149,8 +155,14 @@ def own_parameters(model: ModelSize, engine: EngineName, ranks: int) -> int:
         return model.parameters
     if engine != "fsdp":
         return -(-model.parameters // ranks)
-    dims = [sharded_dim(torch.Size(shape), ranks) for shape in model.shapes]
-    return sum(prod(s) // s[d] * -(-s[d] // ranks) for s, d in zip(model.shapes, dims, strict=True))
+    return padded_parameters(model.shapes, ranks) // ranks
+
+
+def padded_parameters(shapes: Collection[tuple[int, ...]], ranks: int) -> int:
+    """Return the number of parameters that FSDP's collectives move: it fills each tensor up so that `ranks` divides the
+    dimension that it cuts."""
+    dims = {shape: sharded_dim(torch.Size(shape), ranks) for shape in shapes}
+    return sum(prod(s) // s[dims[s]] * -(-s[dims[s]] // ranks) * ranks for s in shapes)
 
 
 def estimate_memory(

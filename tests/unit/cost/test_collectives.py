@@ -37,6 +37,13 @@ def test_huge_on_64_ranks():
     assert sent(recipe("zero1"), 64)["all-gather updated parameters"] == pytest.approx(4 * p)
 
 
+def test_fsdp_fills_up_what_the_ranks_do_not_divide():
+    """Of (10, 3) 4 ranks hold 3 rows each; of (1, 1, 1, 8) 2 channels; (3,) lies outside of the units."""
+    model = ModelSize(((10, 3), (1, 1, 1, 8), (3,)), (38,), 0, ((3,),))
+    sizes = {c.operation: c.tensor_bytes for c in step_collectives(recipe("fsdp", ranks=4), model, 4)}
+    assert sizes == {"all-gather": 4 * (2 * (36 + 8) + 4), "reduce-scatter": 4 * (36 + 8 + 4)}
+
+
 def test_accumulation_gathers_again_and_reduces_once_but_under_zero():
     for name, gathers, reductions in (
         ("ddp", 1, 1),
