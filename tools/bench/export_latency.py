@@ -1,38 +1,84 @@
 """Milliseconds of a forward pass of exported models: `python -m tools.bench.export_latency [MODEL...]`.
 
-BatchNorm is folded into the convolutions. Weights are random, of the sizes that training gives; `difference` is the
-largest difference of onnxruntime's output from torch's as a share of the largest output, `largest`. The defaults are
-those of Next-ViT's published latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), 224 and 384 pixels. onnxruntime and
-torch run on this machine's CPU in fp32. TensorRT is measured by its own `trtexec`; CoreML is measured on a Mac, and on
-Linux its model is only converted. Each figure is the median of its rounds; with one thread it is CPU time, which other
-work on the machine hardly changes.
+A MODEL is one of ours or `timm:NAME`, with options as for `fcmae analyze` ('nextvit_small norm=layer label=LayerNorm'),
+or `study:NAME` for all arms of a study. All models of a run take turns, so their ratios hold on a busy machine.
+
+BatchNorm of our models is folded into the convolutions; onnxruntime folds timm's. Weights are random, of the sizes that
+training gives; `difference` is the largest difference of onnxruntime's output from torch's as a share of the largest
+output. The defaults are those of Next-ViT's published latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), 224 and 384
+pixels. onnxruntime and torch run on this machine's CPU in fp32. TensorRT is measured by its own `trtexec`; CoreML is
+measured on a Mac, and on Linux its model is only converted. Each figure is the median of its rounds; with one thread it
+is CPU time, which other work on the machine hardly changes. Published figures: recipes/nextvit/latencies.yaml.
 """
 
 import argparse
+import copy
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.errors import first_line
 from pipeline.models import create_model
+from pipeline.storage.bounded_files import read_yaml
+from tools.analyze.analyzed_model import open_model
 from tools.bench.timing import Clock, medians, print_header, print_row
+from tools.recipes.library import find_study, included_recipes
+from tools.study.definition import load_study
 from tools.weights.export import ONNX_TOLERANCE, folded, relative_difference, write_onnx
 
 MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]
+RIVALS = ("resnet50", "resnet101", "convnext_tiny", "swin_tiny_patch4_window7_224", "efficientformer_l3")
+RIVALS += ("efficientformer_l7", "twins_svt_small", "poolformer_s36")
+MODELS += [f"timm:{name}" for name in RIVALS]
 
 
-def milliseconds(work: Callable[[], object], rounds: int, clock: Clock) -> float:
-    return 1e3 * medians({"work": work}, rounds, clock)["work"]
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure: its name, and how to make it for images of a number of pixels."""
+
+    name: str
+    create: Callable[[int], nn.Module]
+
+
+def candidates(words: str) -> Iterator[Candidate]:
+    """The models that an argument names."""
+    kind, _, name = words.partition(":")
+    if kind != "study":
+        yield Candidate(words, lambda size: _unfused(open_model(words, size).network))
+        return
+    study = load_study(find_study(name))
+    for arm in study.arms:
+        *_, stage = study.chain(arm, 0).stages.values()
+        model = stage.model
+        yield Candidate(arm, lambda size, model=model: create_model(model.name, **model.options))
+
+
+def _unfused(model: nn.Module) -> nn.Module:
+    """Let timm's attention be matrix products: its fused form in windows has five dimensions, ONNX's has four."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def published_latencies() -> dict[tuple[str, int], dict[str, Any]]:
+    """The published figures of a model and a number of pixels."""
+    path = included_recipes()["nextvit/small"].with_name("latencies.yaml")
+    return {(entry["model"], entry["image_size"]): entry for entry in read_yaml(path)["latencies"]}
 
 
 def onnx_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -64,16 +110,16 @@ def on_coreml(model: nn.Module, images: Tensor, rounds: int) -> str:
     if sys.platform != "darwin":
         return "made"
     (name,) = made.input_description
-    return f"{milliseconds(lambda: made.predict({name: images.numpy()}), rounds, time.perf_counter):.2f}"
+    predict = {"work": lambda: made.predict({name: images.numpy()})}
+    return f"{1e3 * medians(predict, rounds, time.perf_counter)['work']:.2f}"
 
 
 @torch.no_grad()
-def scattered(name: str, size: int) -> nn.Module:
+def scattered(model: nn.Module, size: int) -> nn.Module:
     """The model in evaluation mode, with weights that make every block count and outputs of order 1.
 
     With initial weights a comparison shows nothing: Next-ViT's outputs are 1e-6, and SLaK scales its blocks by 1e-6.
     """
-    model = create_model(name)
     generator = torch.Generator().manual_seed(0)
     for path, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -91,27 +137,58 @@ def scattered(name: str, size: int) -> nn.Module:
     return model.eval()
 
 
+class ExportedModel:
+    """A model on disk, in onnxruntime and in torch, checked against each other, with what its row says of it."""
+
+    @torch.no_grad()
+    def __init__(self, candidate: Candidate, size: int, threads: int, folder: Path):
+        self.name, self.size, self.path = candidate.name, size, folder / "model.onnx"
+        original = scattered(candidate.create(size), size)
+        self.model = folded(original)
+        write_onnx(self.model, self.path, (size, size), external=True)
+        self.session = onnx_session(self.path, threads)
+        images = torch.randn(1, 3, size, size)
+        expected = original(images)
+        with FlopCounterMode(display=False) as counter:  # on meta, because it does not know the CPU's attention
+            copy.deepcopy(original).to("meta")(images.to("meta"))
+        self.difference = relative_difference(expected, self.run_onnx(images))
+        assert self.difference <= ONNX_TOLERANCE, (self.name, self.difference)
+        self.multiply_adds = counter.get_total_flops() / 2e9
+        self.parameters = sum(parameter.numel() for parameter in original.parameters()) / 1e6
+
+    def run_onnx(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+
+    def row(self, batch: int, times: dict[str, float], first: dict[str, float], rounds: int) -> list[object]:
+        """The row of a batch size: times in seconds by `onnxruntime` and `torch`, and those of the first model."""
+        images = torch.randn(batch, 3, self.size, self.size)
+        known = published_latencies().get((self.name, self.size), {})
+        return [
+            self.name, f"{self.parameters:.1f}", f"{self.multiply_adds:.2f}", batch, self.size,
+            *(f"{1e3 * times[way]:.0f}" for way in ("onnxruntime", "torch")),
+            f"{times['onnxruntime'] / first['onnxruntime']:.2f}",
+            on_tensorrt(self.path, batch, self.size) if shutil.which("trtexec") else "-",
+            on_coreml(self.model, images, rounds) if find_spec("coremltools") else "-",
+            *(known.get(name) or "" for name in ("top1", "tensorrt", "coreml")), f"{self.difference:.1e}",
+        ]  # fmt: skip
+
+
+COLUMNS = ["model", "M parameters", "GMACs", "batch", "pixels", "onnxruntime", "torch", "x the first", "TensorRT fp16"]
+COLUMNS += ["CoreML", "published top-1", "TensorRT, batch 8", "CoreML, batch 1", "difference"]
+
+
 @torch.no_grad()
-def measure_model(name: str, batch: int, size: int, rounds: int, threads: int) -> list[object]:
-    """A row of the table."""
-    original = scattered(name, size)
-    model = folded(original)
-    images = torch.randn(batch, 3, size, size)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        write_onnx(model, path, (size, size), external=True)
-        session = onnx_session(path, threads)
-        inputs, expected = {"images": images.numpy()}, original(images)
-        clock = time.process_time if threads == 1 else time.perf_counter
-        difference = relative_difference(expected, torch.from_numpy(session.run(None, inputs)[0]))
-        assert difference <= ONNX_TOLERANCE, difference
-        figures = [
-            f"{milliseconds(lambda: session.run(None, inputs), rounds, clock):.0f}",
-            f"{milliseconds(lambda: model(images), rounds, clock):.0f}",
-            on_tensorrt(path, batch, size) if shutil.which("trtexec") else "-",
-            on_coreml(model, images, rounds) if find_spec("coremltools") else "-",
-        ]
-    return [name, batch, size, *figures, f"{difference:.1e}", f"{expected.abs().max():.2g}"]
+def measure(models: list[ExportedModel], batch: int, rounds: int, clock: Clock) -> None:
+    """Let the models take turns, then print their rows."""
+    works: dict[str, Callable[[], object]] = {}
+    for model in models:
+        images = torch.randn(batch, 3, model.size, model.size)
+        works[f"{model.name}, onnxruntime"] = lambda model=model, images=images: model.run_onnx(images)
+        works[f"{model.name}, torch"] = lambda model=model, images=images: model.model(images)
+    seconds = medians(works, rounds, clock)
+    times = [{way: seconds[f"{model.name}, {way}"] for way in ("onnxruntime", "torch")} for model in models]
+    for model, own in zip(models, times, strict=True):
+        print_row(model.row(batch, own, times[0], rounds))
 
 
 def main() -> None:
@@ -129,12 +206,21 @@ def main() -> None:
     if not find_spec("coremltools"):
         print("CoreML is left out: coremltools is not installed; run pip install coremltools, on a Mac to measure.")
     print(f"milliseconds, median of {options.rounds}, {options.threads} thread{'s' * (options.threads > 1)}")
-    columns = ["onnxruntime", "torch", "TensorRT fp16", "CoreML", "difference", "largest"]
-    print_header(["model", "batch", "pixels", *columns])
-    for name in options.models:
-        for size in options.sizes:
+    print_header(COLUMNS)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    chosen = [candidate for words in options.models for candidate in candidates(words)]
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            models = []
+            for number, candidate in enumerate(chosen):
+                place = Path(folder, str(number))
+                place.mkdir()
+                try:
+                    models.append(ExportedModel(candidate, size, options.threads, place))
+                except Exception as error:  # one model that cannot be exported must not cost the others
+                    print(f"{candidate.name} is left out: {first_line(error)}", file=sys.stderr)
             for batch in options.batches:
-                print_row(measure_model(name, batch, size, options.rounds, options.threads))
+                measure(models, batch, options.rounds, clock)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,29 @@ def print_table(
         wide_console(140).print(*study_tables(study, results), sep="\n")
 
 
+@app.command("curves")
+def draw_curves(
+    name: Annotated[str, typer.Argument(metavar="STUDY|DIR", help="An included study or a file; or a study's runs.")],
+    out: Annotated[Path, typer.Option(metavar="PLACE", help="A .png file or a folder.")] = Path(),
+    dpi: Annotated[int, typer.Option(min=50, help="Pixels per inch of the PNG.")] = 200,
+) -> None:
+    """Draw accuracy over parameters, multiply-adds or epochs of pre-training: published curves, and own results."""
+    from tools.analyze.paper_figure import publish_figure
+    from tools.recipes.library import find_study
+    from tools.study.definition import load_study
+    from tools.study.study_curves import draw_study_curves, study_curves
+    from tools.study.study_table import arm_results, open_study
+
+    directory = Path(name)
+    if directory.is_dir():
+        study = open_study(directory)
+        numbers = study_curves(study, arm_results(study, directory))
+    else:
+        numbers = study_curves(load_study(find_study(name)))
+    for path in publish_figure(draw_study_curves(numbers), "curves", numbers, out, dpi):
+        print(f"{path} is ready")
+
+
 @app.command("report")
 def report_study(
     directory: StudyDirectory,

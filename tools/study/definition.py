@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -58,6 +58,8 @@ class Arm(Settings):
     rung then does not start."""
     figures: Figures = Figures()
     """Other published figures."""
+    curve: str = ""
+    """The curve of `fcmae study curves` that the arm is a point of."""
     remark: str = ""
 
 
@@ -68,6 +70,8 @@ class Reference(Settings):
     top1: Percent
     """Or mean IoU, in a study of segmentation."""
     figures: Figures = Figures()
+    curve: str = ""
+    """As an arm's."""
     source: str
 
 
@@ -88,6 +92,8 @@ class Study(Settings):
     pairs: tuple[tuple[str, str], ...] = ()
     """The arms to compare seed by seed, as [arm, minus]. Default: all arms with the first one."""
     references: tuple[Reference, ...] = ()
+    axes: tuple[Literal["parameters", "multiply_adds", "epochs"], ...] = ()
+    """The axes of `fcmae study curves`, a panel for each: of `figures`, or the epochs of pre-training."""
     figures_source: str = ""
     """Where the other published figures come from, and which are not known."""
     overrides: tuple[str, ...] = ()

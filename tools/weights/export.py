@@ -135,7 +135,7 @@ def write_onnx(model: nn.Module, path: Path, size: tuple[int, int], *, external:
 
     external: write the weights to a second file.
     """
-    images = torch.zeros(2, model.in_channels, *size)
+    images = torch.zeros(2, getattr(model, "in_channels", 3), *size)  # the latency bench also exports timm's models
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         output = "logits" if model.num_classes else "features"
