@@ -2,8 +2,8 @@
 
 Nobody has published loss curves of FCMAE or of fine-tuning on ImageNet-22K. A stage is therefore compared with
 published accuracies, with curves measured here (`gate.loss_at` of a recipe), and with bounds that every sound training
-keeps: the loss falls, a reconstruction beats grey cells, a classifier beats guessing. A check without anything to
-compare with says so and neither passes nor fails.
+keeps: the loss falls, a reconstruction beats grey cells, a classifier or segmenter beats guessing. A check without
+anything to compare with says so and neither passes nor fails.
 """
 
 import math
@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from pipeline.errors import OffTrackError
-from pipeline.recipe import FCMAESettings, StageRecipe
+from pipeline.recipe import FCMAESettings, SegmentationSettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
@@ -31,7 +31,8 @@ MOST_SKIPPED = 0.01  # most of the steps that may be skipped
 MOST_ROLLBACKS = 1
 DEVIATIONS = 3.0  # least margin of accuracy over guessing, in standard deviations of guessing
 WORSE = 1.3  # most that a reconstruction's validation loss may be over its training loss, whose crops are easier
-FALL_POINTS = 1.0  # most points of top-1 below its best evaluation
+FALL_POINTS = {"top1": 1.0, "miou": 5.0}  # most points below the best evaluation; mIoU varies with rare classes
+NAMES = {"top1": "top-1", "miou": "mIoU"}
 
 Metrics = list[dict[str, float]]  # of each evaluation, in order
 
@@ -84,8 +85,10 @@ def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     if isinstance(recipe.objective, FCMAESettings):
         checks += [_reconstruction(recipe, evaluations), _reconstruction_gap(losses, evaluations)]
     else:
-        checks += [_guessing(recipe.objective.classes, evaluations, _images(data))]
-        checks += [_validation_gap(recipe.objective.classes, losses, evaluations)]
+        segments = isinstance(recipe.objective, SegmentationSettings)
+        guessing = _guessing(recipe.objective.classes, evaluations, _images(data))
+        checks += [_one_class(evaluations) if segments else guessing]
+        checks += [_validation_gap(recipe, losses, evaluations)]
     checks += [_curve(recipe, losses, attempt.get("total_steps")), _gate(recipe, evaluations)]
     checks += [_published(recipe, evaluations)]
     return Verdict(tuple(checks))
@@ -182,7 +185,16 @@ def _guessing(classes: int, evaluations: Metrics, images: int | None) -> Check:
     return Check("better than guessing", top1 > bound, f"top-1 is {top1:.2f} %; guessing reaches {bound:.2f} %")
 
 
-def _validation_gap(classes: int, losses: Mapping[int, float], evaluations: Metrics) -> Check:
+def _one_class(evaluations: Metrics) -> Check:
+    miou, constant = _last(evaluations, "miou"), _last(evaluations, "constant_miou")
+    if miou is None or constant is None:
+        return Check("better than guessing", None, "no evaluation yet")
+    detail = f"mIoU is {miou:.2f} %; naming all pixels by the most frequent class reaches {constant:.2f} %"
+    return Check("better than guessing", miou > constant, detail)
+
+
+def _validation_gap(recipe: StageRecipe, losses: Mapping[int, float], evaluations: Metrics) -> Check:
+    classes, metric = recipe.objective.classes, recipe.objective.metric
     name, loss = "validation near training", _last(evaluations, "loss")
     if loss is None or len(losses) < FEWEST_STEPS:
         return Check(name, None, "too few steps or evaluations to compare")
@@ -191,10 +203,10 @@ def _validation_gap(classes: int, losses: Mapping[int, float], evaluations: Metr
     if loss > uniform > training:
         hint = f"equal probabilities have {uniform:.4g}; check that both data files have the same classes"
         return Check(name, False, f"{detail}; {hint}")
-    top1 = [metrics["top1"] for metrics in evaluations if is_number(metrics.get("top1"))]
-    best, last = max(top1, default=0.0), top1[-1] if top1 else 0.0
-    if best - last > FALL_POINTS:
-        return Check(name, False, f"top-1 has fallen from {best:.2f} to {last:.2f} %")
+    values = [metrics[metric] for metrics in evaluations if is_number(metrics.get(metric))]
+    best, last = max(values, default=0.0), values[-1] if values else 0.0
+    if best - last > FALL_POINTS[metric]:
+        return Check(name, False, f"{NAMES[metric]} has fallen from {best:.2f} to {last:.2f} %")
     return Check(name, True, detail)
 
 
@@ -233,14 +245,16 @@ def _gate(recipe: StageRecipe, evaluations: Metrics) -> Check:
 
 
 def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
-    gate, top1 = recipe.gate, _last(evaluations, "top1")
+    gate, metric = recipe.gate, recipe.objective.metric
+    value = _last(evaluations, metric)
     if gate.published is None:
         fcmae = isinstance(recipe.objective, FCMAESettings)
         return Check("published value", None, UNPUBLISHED if fcmae else "the recipe names none for this stage")
-    if top1 is None:
+    if value is None or metric not in NAMES:
         return Check("published value", None, "no evaluation yet")
-    detail = f"top-1 is {top1:.2f} %, published {gate.published:.2f} %, allowed {gate.published_within:g} points below"
-    return Check("published value", top1 >= gate.published - gate.published_within, detail)
+    within = gate.published_within
+    detail = f"{NAMES[metric]} is {value:.2f} %, published {gate.published:.2f} %, allowed {within:g} points below"
+    return Check("published value", value >= gate.published - within, detail)
 
 
 def _last(evaluations: Metrics, metric: str) -> float | None:

@@ -3,9 +3,10 @@
 from pipeline.objectives.classification import ClassificationObjective
 from pipeline.objectives.masked_autoencoding import FCMAEObjective
 from pipeline.objectives.objective import Objective
+from pipeline.objectives.segmentation import SegmentationObjective
 from pipeline.recipe import StageRecipe
 
-_KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective}
+_KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective, "segmentation": SegmentationObjective}
 
 
 def create_objective(recipe: StageRecipe, seed: int) -> Objective:

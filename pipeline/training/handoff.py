@@ -12,6 +12,7 @@ from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.objectives import Objective
+from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.stage.directory import Stage
@@ -161,8 +162,10 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
         "step": step,
         "recipe": recipe.fingerprint(),
     }
-    if recipe.objective.kind == "classification":
+    if recipe.objective.kind != "fcmae":
         facts["classes"] = list(classes)
+    if recipe.objective.kind == "segmentation":
+        facts["segmentation"] = segmentation_facts(recipe)
     with engine.evaluating():
         weights = engine.gather()
     digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS_FILE, weights, facts))

@@ -14,6 +14,9 @@ from pipeline.weights.architecture import Shape
 _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
 _ENCODER_PARTS = (["downsample_layers"], ["stages"])
+_SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.", "neck.")
+_EXTRA_NORMS = (*(f"backbone.norm{stage}." for stage in range(4)), "backbone.extra_norm_list.")
+_NO_BACKBONE = ("mask_token", "proj.", "decoder.", "pred.", "head.", "proj_head.")
 T = TypeVar("T")
 
 
@@ -84,3 +87,28 @@ def encoder_to_classifier(source: Mapping[str, T]) -> dict[str, T]:
                 "hand over a file that a stage of this program has written"
             )
     return {name.removeprefix("encoder."): value for name, value in source.items()}
+
+
+def segmenter_weights(
+    source: Mapping[str, T], final_norm: bool, keep_head: bool
+) -> tuple[dict[str, T], tuple[str, ...], tuple[str, ...]]:
+    """Bring the weights of an encoder, a classifier or a segmenter under a segmenter's names, `backbone.X`.
+
+    Args:
+        final_norm: whether the segmenter has the classifier's norm behind the last map, as Next-ViT's have.
+        keep_head: keep the head of a segmenter.
+
+    Returns:
+        The weights, and `drop` and `fresh` of `plan_transfer`.
+
+    Raises:
+        CheckpointError: as `encoder_to_classifier`.
+    """
+    if any(name.startswith("backbone.") for name in source):
+        return dict(source), *(((), ()) if keep_head else (_SEGMENTER_HEADS, _SEGMENTER_HEADS))
+    if any(name.startswith("encoder.") for name in source):
+        source = encoder_to_classifier(source)
+    has_norm = any(name.startswith("norm.") for name in source)
+    drop = (*_NO_BACKBONE, *(() if final_norm else ("norm.",)))
+    fresh = (*_SEGMENTER_HEADS, *_EXTRA_NORMS, *(("backbone.norm.",) if final_norm and not has_norm else ()))
+    return {name if _matches(name, drop) else f"backbone.{name}": value for name, value in source.items()}, drop, fresh

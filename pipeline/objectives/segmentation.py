@@ -1,0 +1,160 @@
+"""Semantic segmentation: cross entropy of every pixel, with an auxiliary head, dropout and drop path."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.data.batch import Batch
+from pipeline.data.maps_file import label_type
+from pipeline.models.map_sizes import enlarge
+from pipeline.models.segmenter import HeadOptions, create_segmenter
+from pipeline.objectives.dropping import keep_of_batch
+from pipeline.objectives.objective import AdaptedWeights, Overlays, recipe_errors
+from pipeline.objectives.pixels import normalise
+from pipeline.objectives.sliding_windows import window_logits
+from pipeline.randomness import Purpose
+from pipeline.recipe import SegmentationSettings, StageRecipe
+from pipeline.recipe.image_size import height_and_width
+from pipeline.weights.transfer import segmenter_weights
+
+
+class SegmentationObjective:
+    """Training a head, and the backbone with it, on label maps. See `Objective` for the methods."""
+
+    metric = SegmentationSettings.metric
+
+    def __init__(self, recipe: StageRecipe, seed: int):
+        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        self.ignored = int(label_type(self.settings.classes)[1])
+
+    def build_model(self) -> nn.Module:
+        with recipe_errors(self.recipe.name):
+            model = create_segmenter(
+                self.recipe.model.name, head_options(self.settings), seed=self.seed, **self.recipe.model.options
+            )
+        self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
+        self._dropout_rates = [self.settings.dropout] * sum(model.dropout_channels)
+        return model
+
+    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
+        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
+
+    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
+        return None
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        images, slot = self._normalised(model, batch), self.recipe.batch.slot
+        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates)
+        dropout = keep_of_batch(self.seed, step, batch, slot, self._dropout_rates, Purpose.DROPOUT)
+        if keep is not None:
+            keep = keep.to(images.dtype).to(images.device, non_blocking=True)
+        if dropout is not None:
+            dropout = dropout.T.to(images.dtype).to(images.device, non_blocking=True)
+        logits, auxiliary = model(images, keep, dropout)
+        truth = batch.label_maps.long()
+        loss = self._pixel_losses(logits, truth, images.dtype).mean()
+        if auxiliary is not None:
+            loss = loss + self.settings.auxiliary_weight * self._pixel_losses(auxiliary, truth, images.dtype).mean()
+        return loss
+
+    def _pixel_losses(self, logits: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+        """The cross entropy of each pixel, (N, H, W); 0 where it is ignored.
+
+        mmsegmentation averages over all pixels of a GPU's images, ignored ones too, so each image counts alike here.
+        """
+        logits = enlarge(logits.to(dtype), (truth.shape[1], truth.shape[2]))
+        return F.cross_entropy(logits, truth, ignore_index=self.ignored, reduction="none")
+
+    def without_mixing(self) -> "SegmentationObjective":
+        return self
+
+    def _image_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The logits of each pixel of the one image of a batch, in its original size: (1, classes, H, W)."""
+        scenes, truth = self.recipe.data.scenes, batch.label_maps
+        crop = height_and_width(self.recipe.data.image_size) if scenes.test == "window" else None
+        images, windows = self._normalised(model, batch), self.recipe.evaluation.batch
+        logits = window_logits(model, images, crop, scenes.window_step, windows, batch.windows_at_most)
+        return enlarge(logits, (truth.shape[1], truth.shape[2]))
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits, truth = self._image_logits(model, batch), batch.label_maps.long()
+        losses = self._pixel_losses(logits, truth, logits.dtype)
+        counted = int(batch.valid.sum())  # 1, or 0 for an image that only fills up
+        sums = {**count_confusions(logits.argmax(1), truth, self.settings.classes), "loss": losses.sum()}
+        return {**{name: value * counted for name, value in sums.items()}, "count": torch.tensor(float(counted))}
+
+    def metrics(self, sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
+        scores = region_metrics(sums["right"], sums["predicted"], sums["present"])
+        return {**scores, "loss": sums["loss"] / max(sum(sums["present"]), 1)}
+
+    def paint(self, model: nn.Module, batch: Batch) -> Overlays:
+        shown = batch.valid.nonzero().flatten().tolist()
+        predicted = self._image_logits(model, batch).argmax(1)
+        parts = batch.images, batch.label_maps, predicted
+        return Overlays(*([part[n].cpu().numpy() for n in shown] for part in parts))
+
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
+        final_norm = self.recipe.model.family == "nextvit" and self.settings.extra_norms is not False
+        keep_head = self.recipe.init.head == "keep"
+        return AdaptedWeights(*segmenter_weights(weights, final_norm, keep_head))
+
+
+def head_options(settings: SegmentationSettings) -> HeadOptions:
+    """The options of `create_segmenter` that a recipe asks for."""
+    return HeadOptions(
+        classes=settings.classes,
+        kind=settings.head,
+        channels=settings.channels,
+        norm=settings.norm,
+        auxiliary_channels=settings.auxiliary_channels if settings.has_auxiliary_head else 0,
+        map_norms=settings.extra_norms is not False,
+    )
+
+
+def segmentation_facts(recipe: StageRecipe) -> dict[str, Any]:
+    """The entry `segmentation` in the facts of a weights file: what builds the model again, and how it is tested."""
+    scenes = recipe.data.scenes
+    return {
+        "head": asdict(head_options(recipe.objective)),
+        "base_size": list(scenes.base_size),
+        "test": scenes.test,
+        "window_step": scenes.window_step,
+    }
+
+
+def count_confusions(predicted: Tensor, truth: Tensor, classes: int) -> dict[str, Tensor]:
+    """Count the labelled pixels of each class: int64 (classes,) by name.
+
+    `right` are those whose class was predicted, `predicted` those that were taken for it, and `present` those that are
+    of it. Pixels whose truth is no class are left out. The sums over images are exact on any number of ranks.
+
+    Args:
+        predicted, truth: int64 of equal shapes.
+    """
+    known = truth < classes
+    named = {"right": known & (predicted == truth), "predicted": known, "present": known}
+    labels = {"right": truth, "predicted": predicted, "present": truth}
+    # A place behind the classes takes the other pixels, because the shape must not depend on the data.
+    counts = {name: torch.where(named[name], labels[name], classes).flatten() for name in named}
+    ones = torch.ones_like(truth).flatten()
+    return {n: ones.new_zeros(classes + 1).scatter_add_(0, at, ones)[:classes] for n, at in counts.items()}
+
+
+def region_metrics(right: Sequence[float], predicted: Sequence[float], present: Sequence[float]) -> dict[str, float]:
+    """Turn the counts of `count_confusions` into percentages.
+
+    Intersection over union and accuracy are means over the classes that have pixels in truth or prediction, or in the
+    truth alone. `constant_miou` is what naming all pixels by the most frequent class would reach.
+    """
+    r, p, t = (torch.tensor(counts, dtype=torch.float64) for counts in (right, predicted, present))
+    pixels = t.sum()
+    return {
+        "miou": float((100 * r / (p + t - r)).nanmean()),
+        "mean_accuracy": float((100 * r / t).nanmean()),
+        "pixel_accuracy": float(100 * r.sum() / pixels),
+        "constant_miou": float(100 * t.max() / pixels / (t > 0).sum()),
+    }
