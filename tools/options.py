@@ -33,6 +33,13 @@ GroupBy = Annotated[
         " as a patient's name.",
     ),
 ]
+Rehearsal = Annotated[
+    bool,
+    typer.Option(
+        "--rehearsal/--no-rehearsal",
+        help="On a site with GPUs, first play a rank of each stage here; submit nothing that would fail.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -37,11 +37,14 @@ def rehearse_chain(stages: Sequence[StageRecipe], site: Site, rank: int | None =
         rank: which rank to play; None for the first one, whose shards are the largest.
     """
     requests = [_request(stage, site.for_stage(stage.name), rank) for stage in stages]
+    keys = [json.dumps(request, sort_keys=True) for request in requests]
     with (
         announced("rehearsing a rank of each stage without a GPU, once for this recipe, site and program"),
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
     ):
-        results = list(threads.map(_kept, requests))
+        different = dict(zip(keys, requests, strict=True))
+        by_key = dict(zip(different, threads.map(_kept, different.values()), strict=True))
+    results = [dict(by_key[key]) for key in keys]
     for stage, result in zip(stages, results, strict=True):
         if not result["problem"] and not result["unknown"]:
             try:
@@ -51,21 +54,29 @@ def rehearse_chain(stages: Sequence[StageRecipe], site: Site, rank: int | None =
     return results
 
 
-def refuse_failing_stages(stages: Sequence[StageRecipe], site: Site) -> None:
+def refuse_failing_stages(stages: Mapping[str, Sequence[StageRecipe]], site: Site) -> None:
     """Rehearse the stages that get GPUs on a site. A rehearsal that breaks off is noted on stderr and refuses nothing.
+
+    Args:
+        stages: by what stands before their sentences: the arm of a study, or nothing.
 
     Raises:
         LaunchError: with the sentence of the first stage that would fail.
     """
-    with_gpus = [stage for stage in stages if _has_gpus(stage, site.for_stage(stage.name))]
-    results = rehearse_chain(with_gpus, site) if with_gpus else []
-    for result in results:
+    with_gpus = [
+        (place, stage) for place, own in stages.items() for stage in own if _has_gpus(stage, site.for_stage(stage.name))
+    ]
+    results = rehearse_chain([stage for _, stage in with_gpus], site) if with_gpus else []
+    notes = {}  # the same one once, with the first arm
+    for (place, _), result in zip(with_gpus, results, strict=True):
         if result["problem"]:
-            raise LaunchError(f"{result['problem']} (--no-rehearsal submits all the same)")
+            raise LaunchError(f"{place}{result['problem']} (--no-rehearsal submits all the same)")
         if result["slow"]:
-            print(f"note: {result['slow']}", file=sys.stderr)
+            notes.setdefault(result["slow"], place)
         if result["unknown"]:
-            print(f"note: stage {result['stage']} could not be rehearsed: {result['unknown']}", file=sys.stderr)
+            notes.setdefault(f"stage {result['stage']} could not be rehearsed: {result['unknown']}", place)
+    for note, place in notes.items():
+        print(f"note: {place}{note}", file=sys.stderr)
 
 
 def _has_gpus(stage: StageRecipe, site: Site) -> bool:
@@ -73,10 +84,10 @@ def _has_gpus(stage: StageRecipe, site: Site) -> bool:
 
 
 def _request(stage: StageRecipe, site: Site, rank: int | None) -> dict[str, Any]:
-    # Nothing of a rehearsal depends on where the data is.
+    # Nothing of a rehearsal depends on where the data is, nor on the seed.
     data = stage.data.model_copy(update={"train": "train.beton", "validation": "validation.beton"})
     return {
-        "recipe": stage.model_copy(update={"data": data}).model_dump_json(),
+        "recipe": stage.model_copy(update={"data": data, "seed": 0}).model_dump_json(),
         "rank": rank or 0,
         "ranks": site.ranks,
         "ranks_per_node": site.ranks_per_node,

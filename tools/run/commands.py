@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pipeline.errors import StageError
 from pipeline.storage.file_names import RECIPE_FILE
-from tools.options import Json, Overrides, Processes, RecipeName, Refresh, RunDirectory, SiteName
+from tools.options import Json, Overrides, Processes, RecipeName, Refresh, Rehearsal, RunDirectory, SiteName
 from tools.tables import plain_table, wide_console
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def submit_run(
         help="Print the job scripts; submit nothing and write nothing.")] = False,
     start: Annotated[str | None, typer.Option("--from", metavar="STAGE",
         help="Do not submit the stages before this one.")] = None,
-    rehearsal: Annotated[bool, typer.Option("--rehearsal/--no-rehearsal",
-        help="On a site with GPUs, first play a rank of each stage here; submit nothing that would fail.")] = True,
+    rehearsal: Rehearsal = True,
     refresh: Refresh = False,
 ) -> None:  # fmt: skip
     """Queue the stages of a recipe as Slurm jobs. They resume by themselves until all is done.
@@ -100,6 +99,7 @@ def resume_run(
     directory: RunDirectory,
     site: Annotated[str | None, typer.Option(metavar="SITE",
         help="Continue on another site or number of nodes. Default: the site used last.")] = None,
+    rehearsal: Rehearsal = True,
 ) -> None:  # fmt: skip
     """Submit the stages that are neither done nor queued nor running. Safe to call at any time."""
     from cluster.show.status import stage_names
@@ -108,7 +108,7 @@ def resume_run(
 
     run = check_path(directory.resolve())
     stage_names(run)
-    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None, rehearsal=False)
+    _submit(load_recipe(run / RECIPE_FILE), run, load_site(site) if site else stored_site(run), None, rehearsal)
 
 
 def cancel_run(directory: RunDirectory) -> None:
@@ -207,7 +207,7 @@ def _submit(chain: "ChainRecipe", run: Path, profile: "Site", start: str | None,
         needed = jobs.check_planned(planned)
         jobs.check_with_slurm(planned, code_snapshot_path(run))
         if rehearsal:  # last, because it takes longest
-            refuse_failing_stages([stage.recipe for stage in planned if stage.needs_job], profile)
+            refuse_failing_stages({"": [stage.recipe for stage in planned if stage.needs_job]}, profile)
         wide_console().print(_plan_table(planned, needed))
         for estimate in needed.values():
             if estimate.warning:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.options import Json, Processes, SiteName
+from tools.options import Json, Processes, Rehearsal, SiteName
 from tools.tables import wide_console
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def submit_study_jobs(
     ],
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    rehearsal: Rehearsal = True,
 ) -> None:
     """Queue all arms with all seeds as Slurm jobs, except what is done or queued already. Equal stages have one job."""
     from cluster.site import load_site
@@ -139,7 +140,7 @@ def submit_study_jobs(
         planned = plan_submission(study, directory, profile, print, dry_run=True)
         print_plan(study, {run: chain for run, (chain, _) in planned.items()})
         return
-    submit_study(study, directory, profile, print)
+    submit_study(study, directory, profile, print, rehearsal=rehearsal)
 
 
 def print_plan(study: "Study", chains: "dict[StudyRun, ChainRecipe]") -> None:

@@ -15,6 +15,7 @@ from pipeline.recipe import ChainRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tools.prepare.recipe_data import refuse_sources, with_prepared_data
+from tools.rehearse.chain_rehearsal import refuse_failing_stages
 from tools.study.definition import STUDY_FILE, Study, StudyRun, study_runs, write_study
 from tools.study.shared_stages import SharedStages, owner_of
 
@@ -164,14 +165,17 @@ def plan_submission(
     return planned
 
 
-def submit_study(study: Study, directory: Path, site: Site, report: Print) -> None:
+def submit_study(study: Study, directory: Path, site: Site, report: Print, *, rehearsal: bool = True) -> None:
     """Submit what is neither done nor queued; everything is checked before the first job is queued.
 
     A stage that several runs share has one job, and the next stages of all of them wait for it. In a ladder the first
     job of a rung waits for the last one of the rung before.
 
+    Args:
+        rehearsal: first play a rank of each stage that gets GPUs; equal stages of arms and seeds once.
+
     Raises:
-        UserError: if a recipe, its data, the directory or Slurm refuses.
+        UserError: if a recipe, its data, the directory, Slurm or a rehearsal refuses.
         OffTrackError: if a finished rung of a ladder is off track.
     """
     from cluster.slurm.code_snapshot import code_snapshot_path, take_code_snapshot
@@ -179,6 +183,12 @@ def submit_study(study: Study, directory: Path, site: Site, report: Print) -> No
     planned = plan_submission(study, directory, site, report)
     first = next(iter(planned.values()))[1]  # one arm is enough, because Slurm refuses all or none
     jobs.check_with_slurm(first, code_snapshot_path(directory))
+    if rehearsal:
+        arms = {
+            f"study {study.name}, {run.arm} with seed {run.seed}: ": [item.recipe for item in plan if item.needs_job]
+            for run, (_, plan) in planned.items()
+        }
+        refuse_failing_stages(arms, site)
     shared = _prepare(study, directory)
     for run, (chain, plan) in planned.items():
         _open_run(shared, study, run, chain, report, bound=any(stage.job for stage in plan))
