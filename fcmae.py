@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 def _import_own_packages() -> None:
@@ -43,12 +43,20 @@ from pipeline.errors import UserError  # noqa: E402
 from pipeline.weights.input_channels import Adaptation  # noqa: E402
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike  # noqa: E402
 from tools.predict.image_model import ImageModel, Prediction, load_image_model  # noqa: E402
+from tools.predict.segmentation_model import (  # noqa: E402
+    SegmentationModel,
+    is_segmenter,
+    load_segmentation_model,
+    refuse_options,
+)
 from tools.prepare.image_pixels import ReadingSettings  # noqa: E402
 
 __all__ = [
     "EvaluationTransform", "ImageLike", "ImageModel", "Prediction", "ReadingSettings",
-    "UserError", "finetune", "load", "prepare", "pretrain", "run",
+    "SegmentationModel", "UserError", "finetune", "load", "prepare", "pretrain", "run",
 ]  # fmt: skip
+
+Model = TypeVar("Model", ImageModel, SegmentationModel)
 
 
 def load(
@@ -61,8 +69,8 @@ def load(
     channels: Adaptation | None = None,
     reading: ReadingSettings | None = None,
     device: str | torch.device = "auto",
-) -> ImageModel:
-    """Load a trained model: a classifier, or a pre-trained encoder without classes.
+) -> ImageModel | SegmentationModel:
+    """Load a trained model: a classifier, a pre-trained encoder without classes, or a segmenter.
 
         >>> model = fcmae.load("runs/classifier")
         >>> model.classes
@@ -91,11 +99,22 @@ def load(
     """
     from pipeline.weights.heads import read_class_names
 
+    if is_segmenter(source):
+        refuse_options(
+            source,
+            {"image_size": image_size, "crop_pct": crop_pct, "classes": classes, "channels": channels},
+            segmenter=True,
+        )
+        return _on_device(load_segmentation_model(source, ema=ema, reading=reading), device)
     names = read_class_names(classes) if isinstance(classes, str | PathLike) else classes
     model = load_image_model(
         source, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=tuple(names) if names else None,
         channels=channels, reading=reading,
     )  # fmt: skip
+    return _on_device(model, device)
+
+
+def _on_device(model: Model, device: str | torch.device) -> Model:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

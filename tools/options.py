@@ -73,3 +73,17 @@ ChannelAdaptation = Annotated[
 EntryKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="The entry of a checkpoint file to read, such as model_ema.")
 ]
+TestOption = Annotated[
+    Literal["window", "whole", "canvas", "native"] | None,
+    typer.Option(
+        help="Of a segmenter: test crop-sized windows, whole images, whole images on one square, or images in their own"
+        " size. Default: as the recipe tests."
+    ),
+]
+ScaleOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=0.1, max=10, help="Of a segmenter: a factor of the test size. Repeat it to average several scales."
+    ),
+]
+FlipOption = Annotated[bool, typer.Option("--flip", help="Of a segmenter: average with the mirrored image.")]

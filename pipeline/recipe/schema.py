@@ -188,10 +188,10 @@ class StageRecipe(Settings):
             if getattr(data, name) != off:
                 value = getattr(data, name)
                 raise ValueError(f"data.{name} is {value}, which segmentation has not; remove it, or set it to {off}")
-        if len(self.model.depths or (1, 1, 1, 1)) != 4:
+        if len(self.model.depths or (1, 1)) < 2:
             raise ValueError(
-                f"model.depths {list(self.model.depths)} has {len(self.model.depths)} stages but the head"
-                f" {objective.head} needs the maps of 4; give four numbers"
+                f"model.depths {list(self.model.depths)} has one stage but the head {objective.head} needs the maps of"
+                " two or more; give more numbers"
             )
         if data.scenes.test == "window" and data.scenes.window_step > min(height_and_width(data.image_size)):
             raise ValueError(

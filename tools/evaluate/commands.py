@@ -5,13 +5,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from tools.options import ChannelAdaptation, Json, Processes, Refresh, file_option, image_size_option
+from tools.options import (
+    ChannelAdaptation,
+    FlipOption,
+    Json,
+    Processes,
+    Refresh,
+    ScaleOption,
+    TestOption,
+    file_option,
+    image_size_option,
+)
 
 if TYPE_CHECKING:
-    from tools.evaluate.confusions import Confusions
+    from collections.abc import Sequence
+
     from tools.evaluate.run_evaluation import EvaluationResult
 
-NUMBERS = ("images", "accuracy", "of the class", "other")  # columns that are flush right
+# Columns that are flush right.
+NUMBERS = ("images", "accuracy", "of the class", "other", "of all pixels", "IoU", "pixels")
 
 
 def evaluate_weights(
@@ -42,16 +54,22 @@ def evaluate_weights(
              " CORRUPTION/SEVERITY folders, and the mean corruption error.")] = None,
     chain: Annotated[Literal["in1k", "in22k_in1k"] | None, typer.Option(
         help="Compare only with published weights trained on ImageNet-1K, or on 22K and then 1K.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch of each process.")] = 64,
+    batch: Annotated[int | None, typer.Option(min=1,
+        help="Images in a batch of each process. Default: 64; windows of a segmenter as the recipe evaluates.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class",
         help="Also print the confusion matrix; of more than 20 classes the worst ones.")] = False,
     beside: Annotated[list[str] | None, typer.Option("--beside", metavar="WEIGHTS",
         help="Measure these weights on the same images too, and say the difference. May be repeated.")] = None,
+    test: TestOption = None,
+    scale: ScaleOption = None,
+    flip: FlipOption = False,
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights.
+
+    Of a segmenter: mIoU on images with label maps, a .beton file of `fcmae prepare maps`.
 
     Results with weights of a run or a stage are kept in its directory for `fcmae report`.
     """
@@ -62,8 +80,18 @@ def evaluate_weights(
     from tools.evaluate.evaluated_data import evaluated_files
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
-    from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
+    from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
+    from tools.predict.segmentation_model import is_segmenter, refuse_options
 
+    if is_segmenter(weights):
+        others = {"--image-size": image_size, "--crop-pct": crop_pct, "--channels": channels, "--classes": classes,
+            "--real": real, "--knn": knn, "--all-outputs": all_outputs, "--benchmark": benchmark}  # fmt: skip
+        refuse_options(weights, others, segmenter=True)
+        settings = {"ema": ema, "test": test, "scales": scale, "flip": flip, "batch": batch, "bf16": bf16}
+        _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, per_class, json)
+        return
+    refuse_options(weights, {"--test": test, "--scale": scale, "--flip": flip}, segmenter=False)
+    batch = batch or BATCH
     if benchmark == "c":
         # Its images have the size of the network's input, so nothing is cropped.
         settings = {"image_size": image_size, "crop_pct": crop_pct or 1.0, "ema": ema, "channels": channels,
@@ -91,8 +119,35 @@ def evaluate_weights(
     for result, compared in zip(results, comparisons, strict=True):
         print(result, *compared, sep="\n")
         if per_class and result.confusions:
-            _print_tables(result.confusions)
+            _print_tables(result.confusions.tables())
     _print_differences(results)
+
+
+def _evaluate_segmenter(
+    weights: list[str], data: str, settings: dict[str, Any], nproc: int, per_class: bool, json: bool
+) -> None:
+    import json as json_library
+    import sys
+
+    from tools.evaluate.kept_segmentations import keep_segmentations, segmentation_facts
+    from tools.evaluate.published import published_miou
+    from tools.evaluate.region_scores import difference_of_scores
+    from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
+
+    results = [evaluate_segmenter(SegmentationRequest(name, data, **settings), nproc) for name in weights]
+    kept = keep_segmentations(results)
+    if kept is not None:
+        print(f"kept for the report: {kept}", file=sys.stderr)
+    if json:
+        facts = [segmentation_facts(result) for result in results]
+        print(json_library.dumps(facts if len(facts) > 1 else facts[0], indent=2))
+        return
+    for result in results:
+        print(result, *published_miou(result), sep="\n")
+        if per_class:
+            _print_tables(result.scores.tables())
+    for other in results[1:]:
+        print(difference_of_scores(results[0].subject, results[0].scores, other.subject, other.scores))
 
 
 def _evaluate_corruptions(
@@ -125,11 +180,11 @@ def _evaluate_corruptions(
         print("The mean corruption error wants all fifteen corruptions at five severities.")
 
 
-def _print_tables(confusions: "Confusions") -> None:
+def _print_tables(tables: "Sequence[tuple[str, list[str], list[list[str]]]]") -> None:
     from tools.tables import plain_table, wide_console
 
     console = wide_console()
-    for title, headers, rows in confusions.tables():
+    for title, headers, rows in tables:
         table = plain_table(*headers, right=[header for header in headers if header[0].isdigit() or header in NUMBERS])
         for row in rows:
             table.add_row(*map(escape, row))

@@ -74,7 +74,7 @@ def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
 def kept_results(stage: Path) -> list[list[KeptResult]]:
     """Read the kept evaluations of a stage, its own result first, then those beside it. Damaged files are left out."""
     found = []
-    for path in sorted((stage / EVALUATIONS_FOLDER).glob("*.json")):
+    for path in sorted((stage / EVALUATIONS_FOLDER).glob("[hn]e*.json")):  # head and neighbours
         try:
             found.append([KeptResult.of_facts(facts) for facts in read_json(path)])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:

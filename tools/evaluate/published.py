@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,13 +14,17 @@ from pipeline.recipe import load_recipe
 from pipeline.recipe.image_size import ImageSize, Side
 from pipeline.recipe.settings_base import Settings
 from pipeline.recipe.yaml_files import parse_settings
-from pipeline.storage.bounded_files import parse_yaml
+from pipeline.storage.bounded_files import parse_yaml, read_yaml
+from pipeline.storage.file_names import RECIPE_FILE
 from tools.evaluate.run_evaluation import EvaluationResult
+from tools.evaluate.segmentation_evaluation import SegmentationResult
 from tools.recipes.library import included_recipes
 
 TOLERANCE = 0.1
 """Percentage points on top of the statistical error, because other JPEG decoders and resizers (Pillow, OpenCV) move
 the accuracy by about as much."""
+ADE20K = 2000, 150
+"""Its validation images, and its classes."""
 Z = 1.96  # standard errors: a sample of the same accuracy falls outside once in twenty times
 
 Benchmark = Literal["val", "real", "v2", "a", "r", "sketch"]
@@ -142,6 +147,21 @@ def compare_with_published(
         data = "val"
     rows = find_published(result.variant, result.image_size, data, chain) if data else []
     return [compare_accuracy(row, result.metrics["top1"], count) for row in rows]
+
+
+def published_miou(result: SegmentationResult) -> list[str]:
+    """Compare a segmenter's mIoU with the one that its run's recipe names, if it was tested on that many images."""
+    if result.stage is None or (result.images, len(result.scores.names)) != ADE20K:
+        return []
+    try:
+        published = read_yaml(Path(result.stage).parent / RECIPE_FILE)["published"]
+        name = "miou" if result.how.views == 1 else "miou_multi_scale"
+        value, source = float(published[name]), published["source"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    several = " with several scales and flips" if result.how.views > 1 else ""
+    gain = result.scores.metrics["miou"] - value
+    return [f"the published mIoU{several} is {value:g} % ({source}): this is {gain:+.2f} from it"]
 
 
 def result_facts(result: EvaluationResult, comparisons: Sequence[AccuracyComparison] = ()) -> dict[str, Any]:

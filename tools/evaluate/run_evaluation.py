@@ -1,10 +1,11 @@
 """Evaluate weights with one process or several processes of this machine."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.multiprocessing as mp
 
@@ -22,8 +23,9 @@ from tools.evaluate.answers import Answers, outputs_of, real_answers
 from tools.evaluate.confusions import Confusions
 from tools.evaluate.knn import Neighbours, collect_features
 from tools.evaluate.stored_images import evaluation_batches
-from tools.predict.image_model import ImageModel, load_image_model
+from tools.predict.image_model import BATCH, ImageModel, load_image_model
 
+R = TypeVar("R")
 POLL_SECONDS = 0.1
 
 
@@ -45,7 +47,7 @@ class EvaluationRequest:
     """Compare all outputs, not only those of the data's classes."""
     knn: str | None = None
     """A .beton file of training images: classify by nearest neighbours instead of the head."""
-    batch: int = 64
+    batch: int = BATCH
     bf16: bool = False
     device: str = "auto"
     timeout_seconds: float = 600.0
@@ -112,17 +114,26 @@ def run_evaluation(request: EvaluationRequest, processes: int = 1) -> Evaluation
     Raises:
         UserError: if the weights and the data do not match, or one cannot be read.
     """
+    return run_on_processes(partial(_evaluate, request), processes)
+
+
+def run_on_processes(work: Callable[[], R], processes: int) -> R:
+    """Call `work` on so many ranks of this machine, each a process of its own unless it is one; return rank 0's result.
+
+    Raises:
+        UserError: if a rank raises one, or is killed.
+    """
     if processes == 1:
-        return _evaluate(request)
+        return work()
     with reserve_port() as port:
-        return _run_processes(request, processes, port.getsockname()[1])
+        return _run_processes(work, processes, port.getsockname()[1])
 
 
-def _run_processes(request: EvaluationRequest, processes: int, port: int) -> EvaluationResult:
+def _run_processes(work: Callable[[], R], processes: int, port: int) -> R:
     answers = mp.get_context("spawn").SimpleQueue()
-    answer: EvaluationResult | str | None = None
+    answer: R | str | None = None
     try:
-        context = mp.spawn(_run_spawned, (processes, port, request, answers), nprocs=processes, join=False)
+        context = mp.spawn(_run_spawned, (processes, port, work, answers), nprocs=processes, join=False)
         # Read the queue meanwhile, because a process cannot exit before a long answer is read from its pipe.
         while not context.join(POLL_SECONDS):
             answer = answer or _received(answers)
@@ -138,16 +149,16 @@ def _run_processes(request: EvaluationRequest, processes: int, port: int) -> Eva
     return answer
 
 
-def _received(answers: Any) -> EvaluationResult | str | None:
+def _received(answers: Any) -> Any:
     return None if answers.empty() else answers.get()
 
 
-def _run_spawned(rank: int, processes: int, port: int, request: EvaluationRequest, answers: Any) -> None:
+def _run_spawned(rank: int, processes: int, port: int, work: Callable[[], Any], answers: Any) -> None:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     try:
-        result = _evaluate(request)
+        result = work()
     except UserError as error:
         answers.put(str(error))
         raise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.data.beton import ALLOCATION, JPEG, checksums_of, samples_of
+from pipeline.data.beton import ALLOCATION, JPEG, Beton, checksums_of, samples_of
 from pipeline.data.decode import CHANGED, describe_status
 from pipeline.data.image_checksum import mark_changed
 from pipeline.data.order import evaluation_order
@@ -57,11 +57,7 @@ class StoredImages:
         if part.ids is not None:
             self._ids = part.ids[self._ids]
         self._part, self._transform, self._workers = part, transform, workers
-        beton = part.beton
-        self._samples = samples_of(beton)
-        self._file = np.asarray(np.memmap(beton.path, np.uint8, "r"))
-        table = beton.size_bytes - beton.samples * ALLOCATION.itemsize
-        self._places = np.asarray(np.memmap(beton.path, ALLOCATION, "r", table))
+        self._stored = StoredPixels(part.beton)
         transform.resized(np.zeros((1, 1, 3), np.uint8))  # compile before there are threads
 
     def __len__(self) -> int:
@@ -70,9 +66,9 @@ class StoredImages:
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(self._workers, "decode") as pool:
             for ids, valid in zip(self._ids, self._valid, strict=True):
-                self._refuse_changed(ids)
+                self._stored.refuse_changed(ids)
                 images = torch.stack(list(pool.map(self._pixels, ids.tolist())))
-                labels = self._samples["f1"][ids].astype(np.int64)
+                labels = self._stored.labels(ids)
                 if self._part.labels is not None:
                     labels = self._part.labels[labels]
                 yield Batch(
@@ -84,22 +80,43 @@ class StoredImages:
                     valid=torch.from_numpy(valid.copy()),
                 )
 
-    def _refuse_changed(self, ids: np.ndarray) -> None:
+    def _pixels(self, sample: int) -> Tensor:
+        """Decode, resize and crop the image of a sample: uint8 (H, W, 3)."""
+        return self._transform.resized(self._stored.rgb(sample)).permute(1, 2, 0)
+
+
+class StoredPixels:
+    """The images of a data file in their own size, decoded by Pillow: the pixels that the loader has."""
+
+    def __init__(self, beton: Beton) -> None:
+        self._beton, self._samples = beton, samples_of(beton)
+        self._file = np.asarray(np.memmap(beton.path, np.uint8, "r"))
+        table = beton.size_bytes - beton.samples * ALLOCATION.itemsize
+        self._places = np.asarray(np.memmap(beton.path, ALLOCATION, "r", table))
+
+    def refuse_changed(self, ids: np.ndarray) -> None:
+        """Compare the bytes of some images, int64 (N,), with their checksums.
+
+        Raises:
+            DataError: if an image differs.
+        """
         status = np.zeros(len(ids), np.int32)
         starts, sizes = (self._places[name][ids].astype(np.int64) for name in ("ptr", "size"))
         mark_changed(self._file, starts, sizes, checksums_of(self._samples, ids), status, CHANGED)
         if status.any():
             raise DataError(
-                f"sample {ids[status.argmax()]} of {self._part.beton.path} {describe_status(CHANGED)}; copy or prepare"
+                f"sample {ids[status.argmax()]} of {self._beton.path} {describe_status(CHANGED)}; copy or prepare"
                 " the file again"
             )
 
-    def _pixels(self, sample: int) -> Tensor:
-        """Decode, resize and crop the image of a sample: uint8 (H, W, 3)."""
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """The classes of some images, int64 (N,)."""
+        return self._samples["f1"][ids].astype(np.int64)
+
+    def rgb(self, sample: int) -> np.ndarray:
+        """Decode the image of a sample: uint8 (H, W, 3)."""
         start, size = (int(self._places[name][sample]) for name in ("ptr", "size"))
         content, image = self._file[start : start + size], self._samples["f0"][sample]
         if image["mode"] == JPEG:
-            rgb = rgb_pixels(content.tobytes(), AS_LOADER)
-        else:
-            rgb = content.copy().reshape(int(image["height"]), int(image["width"]), 3)
-        return self._transform.resized(rgb).permute(1, 2, 0)
+            return rgb_pixels(content.tobytes(), AS_LOADER)
+        return content.copy().reshape(int(image["height"]), int(image["width"]), 3)

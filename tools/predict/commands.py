@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.options import Json, Overwrite, file_option, image_size_option
+from tools.options import FlipOption, Json, Overwrite, ScaleOption, TestOption, file_option, image_size_option
 
 if TYPE_CHECKING:
     from tools.predict.image_inputs import Photographs
@@ -45,16 +45,28 @@ def predict_classes(
     ema: Average = None,
     window: Window = None,
     batch: BatchSize = 64,
+    out: Annotated[Path | None, typer.Option(metavar="DIR",
+        help="For a segmenter: the folder for label maps and for overlays, PNG files.")] = None,
+    test: TestOption = None,
+    scale: ScaleOption = None,
+    flip: FlipOption = False,
 ) -> None:  # fmt: skip
-    """Name the likeliest classes of photographs.
+    """Name the likeliest classes of photographs, or with a segmenter the class of each pixel.
 
     Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
     """
     from pipeline.errors import UserError
     from tools.predict.predictions import PredictedImages
+    from tools.predict.segmentation_model import is_segmenter, refuse_options
 
     if csv and json:
         raise UserError("--csv and --json exclude each other; give one of them")
+    if is_segmenter(weights):
+        others = {"csv": csv, "sheet": sheet, "classes": classes, "image-size": image_size, "crop-pct": crop_pct}
+        refuse_options(weights, others, segmenter=True)
+        _segment(weights, photos, out, ema, window, json, {"test": test, "multi_scale": scale, "flip": flip})
+        return
+    refuse_options(weights, {"out": out, "test": test, "scale": scale, "flip": flip}, segmenter=False)
     model = _load(weights, ema, image_size, crop_pct, classes, window)
     images = _photographs(photos, thumbnails=sheet is not None)
     with _progress() as progress:
@@ -66,6 +78,35 @@ def predict_classes(
         print(f"{sheet} is written", file=sys.stderr)
     if csv or json or sheet is None:
         print(predicted.csv() if csv else predicted.json() if json else predicted.text())
+
+
+def _segment(
+    weights: str,
+    photos: Sequence[str],
+    out: Path | None,
+    ema: bool | None,
+    window: tuple[float, float] | None,
+    json: bool,
+    how: dict[str, Any],
+) -> None:
+    from dataclasses import replace
+
+    from pipeline.errors import UserError
+    from tools.predict.label_map_files import as_json, write_label_maps
+    from tools.predict.segmentation_model import load_segmentation_model
+
+    if out is None:
+        raise UserError(f"{weights} is a segmenter, which answers with label maps; give --out DIR for them")
+    model = load_segmentation_model(weights, ema=ema)
+    model.network.to(_device())
+    if window is not None:
+        model = replace(model, reading=replace(model.reading, window=window, as_loader=False))
+    images = _photographs(photos)
+    with _progress() as progress:
+        segmented = write_label_maps(model, images, out, model.test_of(**how), progress)
+    _check_read(images)
+    print(as_json(segmented, images.unreadable) if json else "\n".join(map(str, segmented)))
+    print(f"{out} holds maps, overlays and classes.txt", file=sys.stderr)
 
 
 def embed_images(
@@ -122,18 +163,22 @@ def _load(
 ) -> "ImageModel":
     from dataclasses import replace
 
-    import torch
-
     from pipeline.weights.heads import read_class_names
     from tools.predict.image_model import load_image_model
 
     names = tuple(read_class_names(classes)) if classes else None
     model = load_image_model(weights, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=names)
-    model.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.network.to(_device())
     if window is None:
         return model
     reading = replace(model.transform.reading, window=window, as_loader=False)
     return replace(model, transform=replace(model.transform, reading=reading))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _photographs(paths: Sequence[str], thumbnails: bool = False) -> "Photographs":

@@ -57,14 +57,22 @@ class EvaluationTransform:
 
     def resized(self, rgb: np.ndarray) -> Tensor:
         """Resize and crop RGB pixels, uint8 (H, W, 3), as `pixels` does; returns uint8 (3, H, W)."""
-        resized_crop = _compiled_resize()
         height, width = rgb.shape[:2]
         plan = EvaluationPlan(self.image_size, self.crop_pct)
         row = plan(0, np.zeros(1, np.int64), np.array([height]), np.array([width]))[0]
         box = [int(row[name]) for name in ("top", "left", "height", "width", "full_height", "full_width", "y0", "x0")]
-        out = np.empty((*height_and_width(self.image_size), 3), np.uint8)
-        resized_crop(rgb, *box, out, False)
-        return torch.from_numpy(out).permute(2, 0, 1)
+        return _resized_box(rgb, box, height_and_width(self.image_size))
+
+
+def whole_resized(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resize all of an image, uint8 (H, W, 3), to `size` (h, w), with the bits of the loader: uint8 (3, h, w)."""
+    return _resized_box(rgb, [0, 0, *rgb.shape[:2], *size, 0, 0], size)
+
+
+def _resized_box(rgb: np.ndarray, box: list[int], size: tuple[int, int]) -> Tensor:
+    out = np.empty((*size, 3), np.uint8)
+    _compiled_resize()(rgb, *box, out, False)
+    return torch.from_numpy(out).permute(2, 0, 1)
 
 
 @cache

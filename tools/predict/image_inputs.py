@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
 from tools.prepare.detect import open_source
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import ByteRanges, Item, Reader, is_image, locate
 
 THUMBNAIL_PIXELS = 192  # longest side: twice what the page shows, for fine displays
@@ -39,24 +41,38 @@ class Photographs:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def all_names(self) -> list[str]:
+        """The names of all images, read or not."""
+        return [item.name for item, _ in self._items]
+
     def batches(
         self, transform: EvaluationTransform, size: int, progress: Callable[[int, int], Any] = lambda done, total: None
     ) -> Iterator[Tensor]:
         """Yield the pixels of the readable images for a model, uint8 (N, 3, H, W), `size` at a time."""
         some: list[Tensor] = []
+        for _, rgb in self.pixels(transform.reading, progress):
+            some.append(transform.resized(rgb).permute(1, 2, 0))
+            if len(some) == size:
+                yield torch.stack(some).permute(0, 3, 1, 2)
+                some = []
+        if some:
+            yield torch.stack(some).permute(0, 3, 1, 2)
+
+    def pixels(
+        self, reading: ReadingSettings, progress: Callable[[int, int], Any] = lambda done, total: None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield name and pixels, uint8 (H, W, 3), of each readable image in its own size."""
         for number, (item, reader) in enumerate(self._items, 1):
             try:
-                rgb = rgb_pixels(_content(item, reader), transform.reading)
+                rgb = rgb_pixels(_content(item, reader), reading)
             except DataError as error:
                 self.unreadable.append((item.name, str(error).removeprefix("image cannot be read: ")))
             else:
-                some.append(transform.resized(rgb).permute(1, 2, 0))
                 self.names.append(item.name)
                 if self._with_thumbnails:
                     self.thumbnails.append(_thumbnail(Image.fromarray(rgb)))
-            if some and (len(some) == size or number == len(self._items)):
-                yield torch.stack(some).permute(0, 3, 1, 2)
-                some = []
+                yield item.name, rgb
             progress(number, len(self._items))
 
 

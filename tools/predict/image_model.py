@@ -210,7 +210,7 @@ def load_image_model(
         crop_pct = data.crop_pct if size == data.image_size else None
     network = build_model(opened.tensors, facts.get("model"), opened.source)
     refuse_other_channels(network.in_channels, str(path))
-    names = class_names or _names_of(facts, network.num_classes)
+    names = class_names or names_of(facts, network.num_classes)
     if class_names and len(class_names) != network.num_classes:
         raise CheckpointError(
             f"{len(class_names)} class names are given and the head of {path} has {network.num_classes} outputs; give"
@@ -225,7 +225,7 @@ def load_image_model(
     )
 
 
-def _names_of(facts: Mapping[str, Any], outputs: int) -> tuple[str, ...] | None:
+def names_of(facts: Mapping[str, Any], outputs: int) -> tuple[str, ...] | None:
     """The class names that a weights file gives, if it gives one for each output."""
     names = facts.get("classes")
     fit = isinstance(names, list | tuple) and len(names) == outputs and all(isinstance(name, str) for name in names)

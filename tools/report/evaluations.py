@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from tools.evaluate.confusions import MATRIX_CLASSES, Confusions
 from tools.evaluate.kept_results import KeptResult, difference_of, kept_results
+from tools.evaluate.kept_segmentations import KeptSegmentation, kept_segmentations
+from tools.evaluate.region_scores import difference_of_scores
 from tools.report.document import Block, Fold, Grid, Text, Toned
 from tools.report.facts import StageFacts
 
@@ -19,6 +21,15 @@ def evaluation_blocks(stage: StageFacts) -> Iterator[Block]:
         )
     for results in kept:
         yield from _one_evaluation(results)
+    segmentations = kept_segmentations(stage.directory)
+    if not segmentations and stage.done and "miou" in stage.metrics:
+        yield Text(
+            "After `fcmae evaluate RUN --data IMAGES.beton` the IoU by class and the classes' confusions are shown"
+            " here.",
+            quiet=True,
+        )
+    for results in segmentations:
+        yield from _one_segmentation(results)
 
 
 def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
@@ -32,6 +43,19 @@ def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
     yield from (Text(f"{difference_of(own, other)}.") for other in others)
     if own.confusions is not None:
         yield from _confusion_blocks(own.confusions)
+
+
+def _one_segmentation(results: Sequence[KeptSegmentation]) -> Iterator[Block]:
+    own, *others = results
+    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
+    rows = [[r.subject, r.weights, *(f"{value:.2f} %" for value in r.scores.metrics.values())] for r in results]
+    headers = ["weights", "of the file", "mIoU", "mean accuracy", "pixel accuracy"]
+    yield Grid(headers, rows, headers[2:])
+    for other in others:
+        yield Text(f"{difference_of_scores(own.subject, own.scores, other.subject, other.scores)}.")
+    for title, headers, rows in own.scores.tables():
+        yield Text(f"{title}:")
+        yield Grid(headers, rows, [header for header in headers[1:] if header != "taken for"])
 
 
 def _gain(own: KeptResult, other: KeptResult) -> str:

@@ -23,6 +23,7 @@ PICTURE_COLUMNS = {
     " cells, because the network does not predict a hidden cell's own brightness and contrast; and as papers draw it,"
     " rescaled with the true mean and deviation of each hidden cell",
 }
+MAIN_METRICS = {"top1": "top-1", "miou": "mIoU"}
 NAMED_PACKAGES = ("fcmae", "torch", "ffcv", "numpy", "numba", "deepspeed", "triton", "spconv", "mlflow-skinny")
 
 
@@ -80,14 +81,16 @@ def summary(run: RunFacts) -> str:
 
 def headline(run: RunFacts) -> Iterator[tuple[str, str]]:
     """The few numbers to read first."""
-    finals = [stage for stage in run.stages if "top1" in stage.metrics]
+    finals = [(s, name) for s in run.stages for name in MAIN_METRICS if name in s.metrics]
     if finals:
-        yield f"{finals[-1].metrics['top1']:.2f} %", f"top-1, {finals[-1].name}"
+        stage, name = finals[-1]
+        yield _metric(name, stage.metrics[name]), f"{MAIN_METRICS[name]}, {stage.name}"
     elif run.stages and run.stages[0].metrics:
         name, value = next(iter(run.stages[0].metrics.items()))
         yield f"{value:.4f}", f"{name}, {run.stages[0].name}"
-    if (paper := run.published.get("top1")) is not None:
-        yield f"{paper:.1f} %", "published"
+    papers = [paper for name in MAIN_METRICS if (paper := run.published.get(name)) is not None]
+    if papers:
+        yield f"{papers[0]:.1f} %", "published"
     yield duration(run.seconds) or "0s", "of running"
     for unit in UNITS:
         if hours := run.device_hours[unit]:
@@ -114,14 +117,15 @@ def result_blocks(run: RunFacts) -> Iterator[Block]:
 def final_grid(run: RunFacts) -> Grid:
     """A row for each metric of each stage; the last stage's beside the published values."""
     published = run.published
-    references = {"published": {"top1": published.get("top1")}}
+    references = {"published": {name: published.get(name) for name in MAIN_METRICS}}
     references["timm"] = {"top1": published.get("timm_top1"), "top5": published.get("timm_top5")}
     references = {title: values for title, values in references.items() if any(v is not None for v in values.values())}
     numbers = ["here", *references, *(["difference"] if "published" in references else [])]
     headers = ["stage", "metric", *numbers, "verdict"]
     rows = []
     for stage in run.stages:
-        metrics = {name: v for name, v in stage.metrics.items() if name != "loss" or "top1" not in stage.metrics}
+        judged = any(name in stage.metrics for name in MAIN_METRICS)
+        metrics = {name: v for name, v in stage.metrics.items() if name != "loss" or not judged}
         lines: list[dict[str, str | Toned]] = []
         for name, value in metrics.items():
             lines.append({"metric": name, "here": _metric(name, value)})
@@ -145,7 +149,8 @@ def verdict_cell(stage: StageFacts) -> Toned:
 def _metric(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.2f} %" if name.startswith("top") else f"{value:.4f}"
+    percent = name.startswith("top") or name in ("miou", "constant_miou", "mean_accuracy", "pixel_accuracy")
+    return f"{value:.2f} %" if percent else f"{value:.4f}"
 
 
 def stage_blocks(stage: StageFacts) -> Iterator[Block]:
@@ -166,7 +171,10 @@ def stage_blocks(stage: StageFacts) -> Iterator[Block]:
     if stage.pictures:
         shown = stage.pictures[-1]
         picture, columns = sheet(shown)
-        caption = f"Validation images ({shown.stem}): {PICTURE_COLUMNS.get(columns, PICTURE_COLUMNS[3])}"
+        seen = PICTURE_COLUMNS.get(columns, PICTURE_COLUMNS[3])
+        if stage.recipe.objective.kind == "segmentation":
+            seen = "the image, the true classes of its pixels, and the predicted ones; ignored pixels are grey"
+        caption = f"Validation images ({shown.stem}): {seen}"
         yield Picture(f"{stage.name}-pictures", caption, picture)
     yield from evaluation_blocks(stage)
 

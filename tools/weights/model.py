@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint.store import committed_checkpoints
 from pipeline.errors import CheckpointError, first_line, shortened
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
+from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.stage.directory import Stage, read_done
 from pipeline.storage.bounded_files import read_yaml
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DONE_FILE, RECIPE_FILE, WEIGHTS_FILE
@@ -117,6 +118,8 @@ def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
         "image_size": recipe.data.image_size,
         **recipe.channel_statistics.facts,
     }
+    if recipe.objective.kind == "segmentation":
+        facts["segmentation"] = segmentation_facts(recipe)
     which = f"{'ema' if average else 'model'} of {committed[-1]}"
     return OpenedWeights(read_checkpoint_weights(url, average)[0], facts, which, url, stage.directory)
 
@@ -166,6 +169,16 @@ def build_model(
         raise CheckpointError(
             f"{source} is of a model that cannot be built ({first_line(error)}); export it again"
         ) from error
+    load_tensors(model, tensors, source)
+    return model
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load all of a model's tensors as fp32 and turn evaluation mode on; counters of batches become 0.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape.
+    """
     counters = {name: torch.zeros((), dtype=torch.long) for name in model.state_dict() if name.endswith(COUNTER)}
     state = {name: tensor.float() for name, tensor in tensors.items()} | counters
     given, needed = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, model.state_dict()))
@@ -176,7 +189,7 @@ def build_model(
                 f"{source}: {name} is {actual} and {expected} in the model that the file names; export it again"
             )
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    model.eval()
 
 
 def _is_buildable(depths: Any) -> bool:

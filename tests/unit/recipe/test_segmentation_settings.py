@@ -62,7 +62,7 @@ def test_ranks_that_cannot_share_a_norm_group_are_left_out():
         ),
         ({"data": {"scenes": None}}, "data.scenes is missing"),
         ({"data": {"erase_probability": 0.25}}, "data.erase_probability is 0.25"),
-        ({"model": {"depths": [1, 1], "dims": [8, 16]}}, "needs the maps of 4"),
+        ({"model": {"depths": [1], "dims": [8]}}, "needs the maps of two or more"),
         ({"data": {"image_size": [64, 32]}}, "window_step 42 is more than a side of data.image_size 64x32"),
         ({"gate": {"metric": "top1", "at_least": 1.0}}, "segmentation is judged by miou"),
         ({"objective": {"kind": "classification", "classes": 3, "norm_group": None}}, "norm_group"),

@@ -1,0 +1,124 @@
+"""Evaluate a segmenter on images with label maps, with one process or several: mIoU from summed integers."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.beton import open_beton
+from pipeline.data.label_maps import LabelMaps
+from pipeline.data.order import evaluation_order
+from pipeline.distributed.world import World
+from pipeline.errors import DataError
+from tools.evaluate.region_scores import RegionScores, count_pixels
+from tools.evaluate.run_evaluation import run_on_processes
+from tools.evaluate.stored_images import StoredPixels
+from tools.predict.segmentation_model import SegmentationModel, SegmentationTest, Test, load_segmentation_model
+
+DECODED_AHEAD = 8  # images
+
+
+@dataclass(frozen=True)
+class SegmentationRequest:
+    """The arguments of `fcmae evaluate` for a segmenter."""
+
+    weights: str
+    data: str
+    ema: bool | None = None
+    test: Test | None = None
+    """None as the recipe tests."""
+    scales: tuple[float, ...] | None = None
+    """Of the test size; None for that size alone."""
+    flip: bool = False
+    batch: int | None = None
+    """Windows that go through the network at once; None as the recipe evaluates."""
+    bf16: bool = False
+    device: str = "auto"
+    timeout_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """The scores of a segmenter, and what was evaluated, how, and on which data."""
+
+    scores: RegionScores
+    images: int
+    subject: str
+    weights: str
+    how: SegmentationTest
+    input: str
+    """What goes through the network, in words."""
+    data: str
+    data_sha256: str
+    stage: str | None
+
+    def __str__(self) -> str:
+        metrics = self.scores.metrics
+        return (
+            f"{self.subject} ({self.weights}) on {self.data}\n{self.images:,} images of {len(self.scores.names):,}"
+            f" classes, {self.input}: mIoU {metrics['miou']:.3f} %, mean accuracy {metrics['mean_accuracy']:.3f} %,"
+            f" pixel accuracy {metrics['pixel_accuracy']:.3f} %"
+        )
+
+
+def evaluate_segmenter(request: SegmentationRequest, processes: int = 1) -> SegmentationResult:
+    """Measure mIoU. Every image counts once, and the counts are the same for any number of processes.
+
+    Raises:
+        UserError: if the weights and the data do not match, or one cannot be read.
+    """
+    return run_on_processes(partial(_evaluate, request), processes)
+
+
+def _evaluate(request: SegmentationRequest) -> SegmentationResult:
+    if not request.data.endswith(".beton"):
+        raise DataError(
+            f"{request.data} is no .beton file, and a segmenter is evaluated on images with label maps; make one by"
+            " `fcmae prepare maps IMAGES MASKS OUT.beton`"
+        )
+    model = load_segmentation_model(request.weights, ema=request.ema, batch=request.batch)
+    beton = open_beton(request.data)
+    maps = LabelMaps.open(beton)
+    _check_classes(model, request, beton.classes)
+    how = model.test_of(request.test, request.scales, request.flip)
+    world = World.join(request.device, timeout_seconds=request.timeout_seconds)
+    try:
+        model.network.to(world.device)
+        places, valid = evaluation_order(beton.samples, 1, world.size)
+        own = places[:, world.rank, 0][valid[:, world.rank, 0]]
+        matrix = np.zeros((len(beton.classes),) * 2, np.int64)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=request.bf16):
+            for sample, rgb in _decoded(StoredPixels(beton), own, max(world.cores() - 1, 1)):
+                matrix += count_pixels(maps.map(sample), model.labels(rgb, how), len(beton.classes))
+        matrix = world.sum(torch.from_numpy(matrix)).numpy()
+    finally:
+        world.leave()
+    return SegmentationResult(
+        RegionScores(beton.classes, matrix), beton.samples, str(request.weights), model.weights, how,
+        model.described(how), str(Path(request.data)), beton.sha256, str(model.stage) if model.stage else None,
+    )  # fmt: skip
+
+
+def _check_classes(model: SegmentationModel, request: SegmentationRequest, classes: tuple[str, ...]) -> None:
+    if model.classes == classes:
+        return
+    pairs = zip(model.classes, classes, strict=False)
+    first = next((f"{mine!r} and {theirs!r}" for mine, theirs in pairs if mine != theirs), "all others are equal")
+    raise DataError(
+        f"{request.weights} names {len(model.classes)} classes and {request.data} {len(classes)} ({first}); prepare the"
+        " data with the model's classes, in its order"
+    )
+
+
+def _decoded(stored: StoredPixels, ids: NDArray[np.int64], workers: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yield each sample and its pixels, a few decoded ahead."""
+    with ThreadPoolExecutor(workers, "decode") as pool:
+        for first in range(0, len(ids), DECODED_AHEAD):
+            some = ids[first : first + DECODED_AHEAD]
+            stored.refuse_changed(some)
+            yield from zip(some.tolist(), pool.map(stored.rgb, some.tolist()), strict=True)
