@@ -45,12 +45,15 @@ def batches(recipe: StageRecipe, step: int, rank: int = 0, world_size: int = 1) 
     slot, micro, size = recipe.batch.slot, recipe.batch.micro_slots, recipe.data.image_size
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (recipe.batch.global_batch, 3, size, size), generator=generator, dtype=torch.uint8)
-    ids = torch.arange(recipe.batch.global_batch)
+    ids, maps = torch.arange(recipe.batch.global_batch), None
+    if recipe.objective.kind == "segmentation":
+        maps = torch.randint(0, recipe.objective.classes, images[:, 0].shape, generator=generator).byte()
     found = []
     for first in range(0, recipe.batch.slots, micro):
         part = slice(first * slot, (first + micro) * slot)
         valid = torch.ones(micro * slot, dtype=torch.bool)
-        found.append(Batch(images[part], ids[part] % 4, ids[part], 0, tuple(range(first, first + micro)), valid))
+        numbers, own = tuple(range(first, first + micro)), None if maps is None else maps[part]
+        found.append(Batch(images[part], ids[part] % 4, ids[part], 0, numbers, valid, label_maps=own))
     return found[rank::world_size]
 
 
