@@ -22,13 +22,10 @@ from pipeline.objectives.sliding_windows import window_logits
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.recipe.image_size import describe_size, height_and_width, read_image_size
 from pipeline.recipe.segmentation_settings import SceneSettings
-from pipeline.stage.directory import Stage
 from pipeline.weights.input_channels import refuse_other_channels
 from tools.predict.evaluation_transform import ImageLike, rgb_pixels, split_images, whole_resized
 from tools.predict.image_model import names_of, reading_of_stage
 from tools.prepare.image_pixels import ReadingSettings
-from tools.weights.convert import known_facts
-from tools.weights.model import load_tensors, open_weights, stage_of
 
 WINDOWS = 8  # that go through the network at once
 Test = Literal["window", "whole", "canvas", "native"]
@@ -164,6 +161,10 @@ class SegmentationModel:
 
 def is_segmenter(source: str | PathLike[str]) -> bool:
     """Whether weights are those of a segmenter: a run, a stage, or a file that says so."""
+    from pipeline.stage.directory import Stage  # not above, because these take longer to import than the rest
+    from tools.weights.convert import known_facts
+    from tools.weights.model import stage_of
+
     if os.path.isdir(source):
         return Stage(stage_of(Path(source))).recipe.objective.kind == "segmentation"
     return "segmentation" in known_facts(str(source))
@@ -198,6 +199,9 @@ def load_segmentation_model(
     Raises:
         CheckpointError: if the file holds no segmenter.
     """
+    from pipeline.stage.directory import Stage
+    from tools.weights.model import load_tensors, open_weights
+
     opened = open_weights(str(path), ema=ema)
     facts, about = opened.facts, opened.facts.get("segmentation")
     try:
