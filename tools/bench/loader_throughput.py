@@ -1,10 +1,12 @@
 """Throughput of our feed, of Pillow in torch's DataLoader and of webdataset: `python -m tools.bench.loader_throughput`.
 
     python -m tools.bench.loader_throughput [ROUNDS]
+    python -m tools.bench.loader_throughput scenes [ROUNDS]
 
 All read the same JPEGs of quality 90 and apply the pre-training transforms (crop of 0.2-1, flip) and the fine-tuning
 ones (crop of 0.08-1, flip, RandAugment), at 224 and 384 pixels. Figures are images per second of CPU time of all
-threads and worker processes. Two workers each.
+threads and worker processes. Two workers each. `scenes` measures our feed's views for segmentation: crops of 512 pixels
+of JPEGs of 683 x 512, with label maps of 150 classes.
 """
 
 import importlib.util
@@ -12,7 +14,7 @@ import io
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from pipeline.recipe.channel_statistics import IMAGENET
 from pipeline.recipe.sections import BatchSettings, DataSettings
+from pipeline.recipe.segmentation_settings import SceneSettings
 from tools.bench.photographs import HEIGHT, WIDTH, photographs
 from tools.bench.timing import cpu_seconds
 
@@ -36,6 +39,7 @@ IMAGES, BATCH, WORKERS = 192, 32, 2
 RATIO, OPERATIONS = (3 / 4, 4 / 3), "rand-m9-mstd0.5-inc1"
 TRANSFORMS = {"pre-training": ((0.2, 1.0), None), "fine-tuning": ((0.08, 1.0), OPERATIONS)}
 SIZES = (224, 384)
+SCENE_SIZE, SCENE_CLASSES = (512, 683), 150  # height and width: the usual photograph of ADE20K
 
 
 def write_data(images: list[Image.Image], directory: Path) -> list[Beton]:
@@ -143,6 +147,45 @@ def images_per_second(batches: Iterable[torch.Tensor], skip_first: bool = False)
     return images / (cpu_seconds() - began)
 
 
+def write_scenes(images: list[Image.Image], path: Path) -> Beton:
+    """Write the images as JPEGs with label maps of 12 x 16 fields, whose classes neighbours often share."""
+    numbers, (height, width) = np.random.default_rng(1), SCENE_SIZE
+    with BetonWriter(path, [str(number) for number in range(SCENE_CLASSES)], len(images)) as writer:
+        for image in images:
+            file = io.BytesIO()
+            image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            fields = numbers.choice(numbers.integers(0, SCENE_CLASSES, 8), (12, 16)).astype(np.uint8)
+            label_map = fields[np.arange(height) * 12 // height][:, np.arange(width) * 16 // width]
+            writer.add(file.getvalue(), 0, size=SCENE_SIZE, label_map=label_map)
+    return open_beton(path)
+
+
+def scene_batches(beton: Beton, rounds: int, **changes: bool | float) -> Iterator[torch.Tensor]:
+    """Batches of scenes, with changes of `data.scenes`."""
+    settings = DataSettings(train=str(beton.path), image_size=512, scenes=SceneSettings(**changes))
+    batch = BatchSettings(global_batch=BATCH, slot=BATCH)
+    feed = TrainFeed(Subset(beton), settings, batch, World.alone(), seed=7, workers=WORKERS)
+    for step in range(4 * rounds * feed.steps_per_epoch + 1):
+        yield from (batch.images for batch in feed.slots(step))
+    feed.close()
+
+
+def measure_scenes(rounds: int = 1) -> None:
+    torch.set_num_threads(1)
+    variants: dict[str, dict[str, bool | float]] = {
+        "resize, crop and flip": {"photometric": False, "class_limit": 1.0},
+        "with the class limit": {"photometric": False},
+        "with photometric distortion": {"class_limit": 1.0},
+        "all": {},
+    }
+    print("images per CPU-second")
+    with tempfile.TemporaryDirectory() as folder:
+        beton = write_scenes(photographs(IMAGES), Path(folder) / "scenes.beton")
+        for name, changes in variants.items():
+            rate = images_per_second(scene_batches(beton, rounds, **changes), skip_first=True)
+            print(f"{name:30}{rate:8.0f}", flush=True)
+
+
 def main(rounds: int = 2) -> None:
     torch.set_num_threads(1)
     print(f"{'images per CPU-second':26}{'Pillow':>8}{'webdataset':>18}{'ours, JPEG':>18}{'ours, raw':>18}")
@@ -167,6 +210,7 @@ def main(rounds: int = 2) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*map(int, sys.argv[1:]))
+        measure, numbers = (measure_scenes, sys.argv[2:]) if sys.argv[1:2] == ["scenes"] else (main, sys.argv[1:])
+        measure(*map(int, numbers))
     except DataError as error:
         sys.exit(str(error))
