@@ -5,9 +5,10 @@ import io
 import re
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from pipeline.distributed.processes import keep_imports_safe
 from pipeline.errors import UserError
@@ -21,7 +22,7 @@ from tools.evaluate.commands import evaluate_weights
 from tools.options import Json
 from tools.own_images.commands import finetune_images, pretrain_images
 from tools.predict.commands import embed_images, predict_classes
-from tools.prepare.commands import prepare_images
+from tools.prepare.commands import prepare_images, prepare_masks
 from tools.recipes import commands as recipes
 from tools.rehearse.commands import rehearse_recipe
 from tools.report.commands import report_runs
@@ -45,7 +46,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Commands(typer.core.TyperGroup):
+    """Commands of which one has a name of two words."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -87,6 +97,7 @@ PREPARE, TRAIN, RESULTS = "Before training", "Train and watch", "Results and wei
 COMMANDS = {
     "doctor": (examine_machine, PREPARE),
     "prepare": (prepare_images, PREPARE),
+    "prepare maps": (prepare_masks, PREPARE),
     "estimate": (estimate_cost, PREPARE),
     "simulate": (simulate_chain, PREPARE),
     "rehearse": (rehearse_recipe, PREPARE),

@@ -29,7 +29,7 @@ from pipeline.data.beton import (
     sidecar_path,
 )
 from pipeline.data.image_checksum import checksum
-from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, compress_maps, maps_path
+from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, compress_map, maps_path
 from pipeline.errors import DataError
 
 LONGEST_SIDE = (1 << 16) - 1
@@ -137,7 +137,7 @@ class BetonWriter:
             raise DataError(f"an image of {size} pixels and {len(content)} bytes does not fit; limit it by --max-side")
         assert label_map is None or label_map.shape == tuple(size), "a label map has its image's size"
         check = checksum(np.frombuffer(content, np.uint8))
-        maps = None if label_map is None else compress_maps([label_map], len(self.classes))
+        maps = None if label_map is None else compress_map(label_map, len(self.classes))
         self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content, maps)
 
     def add_run(

@@ -8,6 +8,7 @@ checksum (Adler-32) finds damage. The side-car NAME.beton.json holds the hash of
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -56,18 +57,23 @@ def label_type(classes: int) -> tuple[np.dtype, int]:
     return dtype, int(np.iinfo(dtype).max)
 
 
-def compress_maps(label_maps: list[np.ndarray], classes: int) -> CompressedMaps:
-    """Compress label maps, (H, W) of `label_type(classes)` each, and count their classes."""
+def compress_map(label_map: np.ndarray, classes: int) -> CompressedMaps:
+    """Compress a label map, (H, W) of `label_type(classes)`, and count its classes."""
     dtype, ignored = label_type(classes)
-    streams, counts = [], np.zeros((2, classes), np.int64)
-    for label_map in label_maps:
-        assert label_map.dtype == dtype, label_map.dtype
-        assert label_map.ndim == 2, label_map.shape
-        pixels = np.bincount(label_map.ravel(), minlength=ignored + 1)
-        assert not pixels[classes:ignored].any(), "a label without a class"
-        counts += pixels[:classes], pixels[:classes] > 0
-        streams.append(zlib.compress(np.ascontiguousarray(label_map), _LEVEL))
-    return CompressedMaps(b"".join(streams), np.array(list(map(len, streams)), np.int64), counts)
+    assert label_map.dtype == dtype, label_map.dtype
+    assert label_map.ndim == 2, label_map.shape
+    pixels = np.bincount(label_map.ravel(), minlength=ignored + 1)
+    assert not pixels[classes:ignored].any(), "a label without a class"
+    counts = np.stack([pixels[:classes], pixels[:classes] > 0])
+    stream = zlib.compress(np.ascontiguousarray(label_map), _LEVEL)
+    return CompressedMaps(stream, np.array([len(stream)]), counts)
+
+
+def join_maps(maps: Sequence[CompressedMaps], classes: int) -> CompressedMaps:
+    """Put maps one after the other."""
+    sizes = np.concatenate([np.zeros(0, np.int64), *(one.sizes for one in maps)])
+    counts = sum((one.counts for one in maps), np.zeros((2, classes), np.int64))
+    return CompressedMaps(b"".join(one.content for one in maps), sizes, counts)
 
 
 class MapsFileWriter:

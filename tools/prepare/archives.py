@@ -111,7 +111,7 @@ def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) 
     for path in paths:
         stamp.add_file(fs.info(path))
     for item in items:
-        stamp.add(*item)
+        stamp.add(*item[:3])
     return stamp.hex()
 
 

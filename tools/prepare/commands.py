@@ -45,6 +45,19 @@ _Split = Annotated[
     ),
 ]
 
+_MaxSide = Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")]
+_MaxPixels = Annotated[int | None, pixels_option("Admit images of so many pixels in all.")]
+_ExcludeNames = Annotated[str | None, file_option("Leave out the images that this file lists by name, one a line.")]
+_Quality = Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")]
+_RawFraction = Annotated[
+    float, typer.Option(min=0, max=1, help="Fraction stored as raw pixels: faster to read, five times as large.")
+]
+_OnBad = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option(help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out."),
+]
+_Workers = Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")]
+
 
 def prepare_images(
     source: Annotated[
@@ -67,10 +80,9 @@ def prepare_images(
         "Readable names of the classes: lines of CLASS DESCRIPTION.")] = None,
     exclude_images: Annotated[str | None, file_option(
         "Leave out images whose bytes are also in this .beton file or source.")] = None,
-    exclude_names: Annotated[str | None, file_option(
-        "Leave out the images that this file lists by name, one a line.")] = None,
-    max_side: Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")] = None,
-    max_pixels: Annotated[int | None, pixels_option("Admit images of so many pixels in all.")] = None,
+    exclude_names: _ExcludeNames = None,
+    max_side: _MaxSide = None,
+    max_pixels: _MaxPixels = None,
     pages: _Pages = None,
     ground: _Ground = None,
     orientation: _Orientation = None,
@@ -78,13 +90,11 @@ def prepare_images(
     window: _Window = None,
     split: _Split = None,
     group_by: GroupBy = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90,
-    raw_fraction: Annotated[float, typer.Option(min=0, max=1,
-        help="Fraction stored as raw pixels: faster to read, five times as large.")] = 0.0,
-    on_bad: Annotated[Literal["refuse", "skip"], typer.Option(
-        help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out.")] = "refuse",
+    quality: _Quality = 90,
+    raw_fraction: _RawFraction = 0.0,
+    on_bad: _OnBad = "refuse",
     overwrite: Overwrite = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")] = 1,
+    workers: _Workers = 1,
 ) -> None:  # fmt: skip
     """Pack images into a .beton file, which training reads, with a JSON file of classes and hashes beside it.
 
@@ -117,6 +127,54 @@ def _prepare_demo(source: str, archive: Path | None, destination: Path) -> None:
         print(f"{path} is ready")
 
 
+def prepare_masks(
+    images: Annotated[str, typer.Argument(metavar="IMAGES",
+        help="The folder of images; or a folder or .zip that holds images/ and masks/, such as"
+        " ADEChallengeData2016.zip. Then leave out MASKS.")],
+    masks: Annotated[str, typer.Argument(metavar="MASKS",
+        help="The folder of masks: PNG files with the names of the images, whose pixels are class numbers.")],
+    destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
+        help="The .beton file to write; its label maps are written to OUT.maps.")] = None,
+    classes: Annotated[str | None, file_option(
+        "Names of the classes, one a line from value 0 on; or lines of VALUE NAME, or #rrggbb NAME for colour masks."
+        " Default: classes.txt beside images/, else numbers.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(metavar="VALUE",
+        help="Value of pixels without a class, beside 255 (of 16 bits 65535). May be repeated.")] = None,
+    mask_name: Annotated[str, typer.Option(metavar="PATTERN",
+        help="A mask's name without suffix, such as '{name}_mask'.")] = "{name}",
+    exclude_names: _ExcludeNames = None,
+    max_side: _MaxSide = None,
+    max_pixels: _MaxPixels = None,
+    ground: _Ground = None,
+    orientation: _Orientation = None,
+    colour_space: _ColourSpace = None,
+    window: _Window = None,
+    split: _Split = None,
+    group_by: GroupBy = None,
+    quality: _Quality = 90,
+    raw_fraction: _RawFraction = 0.0,
+    on_bad: _OnBad = "refuse",
+    overwrite: Overwrite = False,
+    workers: _Workers = 1,
+) -> None:  # fmt: skip
+    """Pack images and their masks into a .beton file for segmentation, with the label maps in OUT.maps beside it.
+
+    A source with parts for training and validation, as ADE20K, also gives OUT-val.beton. After an interruption, the
+    same command continues. OUT.report.jsonl counts each class and lists what was left out, each with the reason.
+    """
+    from tools.prepare.encoding import Encoding
+    from tools.prepare.mask_pairs import MapOptions
+
+    both = destination is None  # IMAGES is a source of both, and MASKS was left out
+    maps = MapOptions(None if both else masks, classes, tuple(ignore or ()), mask_name, orientation == "upright")
+    options = {
+        "exclude_names": exclude_names, "encoding": Encoding(max_side, quality, raw_fraction), "on_bad": on_bad,
+        "overwrite": overwrite, "workers": workers, "maps": maps,
+        "reading": _reading(None, ground, orientation, colour_space, window, max_pixels),
+    }  # fmt: skip
+    _prepare(images, Path(masks) if destination is None else destination, split, group_by, options)
+
+
 def _reading(
     pages: str | None, ground: str | None, orientation: str | None, colour_space: str | None,
     window: tuple[float, float] | None, max_pixels: int | None,
@@ -137,7 +195,7 @@ def _reading(
 def _prepare(
     source: str, destination: Path, split: float | None, group_by: str | None, options: dict[str, Any]
 ) -> None:
-    from tools.prepare.preparation import prepare_beton, prepare_split
+    from tools.prepare.preparation import prepare_beton, prepare_maps, prepare_split
     from tools.prepare.preparation_report import missing_classes, summary_lines
     from tools.prepare.progress_bar import ProgressBar
 
@@ -146,7 +204,9 @@ def _prepare(
     try:
         with ProgressBar(Console(stderr=True)) as progress:
             options |= {"progress": progress, "looking": progress.looking}
-            if split is None:
+            if options.get("maps"):
+                summaries = list(prepare_maps(source, destination, split, group_by, **options))
+            elif split is None:
                 summaries = [prepare_beton(source, destination, **options)]
             else:
                 summaries = list(prepare_split(source, destination, split, group_by, **options))
@@ -156,6 +216,6 @@ def _prepare(
     for summary in summaries:
         for line in summary_lines(summary):
             print(line)
-    if split is not None:
+    if len(summaries) > 1:
         for sentence in missing_classes([summary.beton for summary in summaries]):
             print(f"fcmae: {sentence}", file=sys.stderr)

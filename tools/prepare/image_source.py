@@ -44,6 +44,8 @@ class Item(NamedTuple):
     name: str
     label: int
     place: tuple | str
+    mask: tuple[str, tuple] | None = None
+    """For segmentation: the name and place of the mask, a file with the class of each pixel."""
 
 
 class Reader(Protocol):

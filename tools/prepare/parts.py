@@ -1,8 +1,9 @@
 """Encode a source in parts of 256 images, which processes finish in any order and which survive an interruption.
 
 A part is two files. NUMBER.data holds the images' bytes one after the other; NUMBER.npz, written second, holds their
-sizes, classes and notes. A part without NUMBER.npz is not finished and is made again. NUMBER.data is deleted once its
-bytes are appended to the growing .beton file, so the images are never stored twice for long.
+sizes, classes and notes, and their label maps if there are any. A part without NUMBER.npz is not finished and is made
+again. NUMBER.data is deleted once its bytes are appended to the growing .beton file, so the images are never stored
+twice for long.
 """
 
 import json
@@ -22,11 +23,13 @@ import numpy as np
 
 from pipeline.data.beton_writer import STORED
 from pipeline.data.image_checksum import checksum
+from pipeline.data.maps_file import CompressedMaps, compress_map, join_maps
 from pipeline.distributed.processes import LibraryContext, die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.encoding import Encoding, Stored, encode
 from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import Item, Reader, base
+from tools.prepare.masks import MaskReading
 
 PART_SAMPLES = 256
 
@@ -46,6 +49,7 @@ class Part(NamedTuple):
     images: np.ndarray  # (n,) of dtype STORED
     notes: list[Note]
     content: bytes | None  # the images' bytes; None if they are already in the growing file
+    maps: CompressedMaps | None  # their label maps
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class PartFolder:
     encoding: Encoding
     reading: ReadingSettings
     exclusion: Exclusion = field(repr=False)
+    masks: MaskReading | None = None
 
     def make(self, number: int, items: Sequence[Item]) -> None:
         """Make one part, unless it exists.
@@ -89,13 +94,16 @@ class PartFolder:
             ) from None
 
     def _make(self, number: int, items: Sequence[Item]) -> None:
-        images, notes = [], []
+        images, notes, maps = [], [], []
         with _written_whole(self.data_file(number)) as data:
             for item in items:
-                pages = self._store(item)
-                if isinstance(pages, Note):
-                    notes.append(pages)
+                stored = self._store(item)
+                if isinstance(stored, Note):
+                    notes.append(stored)
                     continue
+                pages, label_map = stored
+                if self.masks:
+                    maps.append(compress_map(label_map, len(self.masks.values.names)))
                 for page in pages:
                     check = checksum(np.frombuffer(page.content, np.uint8))
                     images.append((page.mode, page.width, page.height, item.label, len(page.content), check))
@@ -105,19 +113,27 @@ class PartFolder:
                         notes.append(Note(item.name, "stored", "; ".join(map(str, page.changes)), kinds))
         text = np.frombuffer(json.dumps(notes).encode(), np.uint8)
         with _written_whole(self._description(number)) as file:
-            np.savez(file, images=np.array(images, STORED), notes=text)
+            np.savez(file, images=np.array(images, STORED), notes=text, **(self._arrays(maps) if self.masks else {}))
+
+    def _arrays(self, maps: Sequence[CompressedMaps]) -> dict[str, np.ndarray]:
+        content, sizes, counts = join_maps(maps, len(self.masks.values.names))
+        return {"maps": np.frombuffer(content, np.uint8), "map_sizes": sizes, "map_counts": counts}
 
     def read(self, number: int) -> Part:
         """Read a finished part, with its bytes unless they are already in the growing file."""
         with np.load(self._description(number)) as content:
             images, notes = content["images"], [Note(*note) for note in json.loads(content["notes"].tobytes())]
+            maps = None
+            if self.masks:
+                maps = CompressedMaps(content["maps"].tobytes(), content["map_sizes"], content["map_counts"])
         data = self.data_file(number)
-        return Part(images, notes, data.read_bytes() if data.exists() else None)
+        return Part(images, notes, data.read_bytes() if data.exists() else None, maps)
 
     def is_made(self, number: int) -> bool:
         return self._description(number).exists()
 
-    def _store(self, item: Item) -> list[Stored] | Note:
+    def _store(self, item: Item) -> tuple[list[Stored], np.ndarray | None] | Note:
+        """The pages of an image with the label map of the first, or why it is not stored."""
         if isinstance(item.place, str):
             return Note(item.name, "left out", item.place)
         try:
@@ -126,8 +142,13 @@ class PartFolder:
             return Note(item.name, "left out", error.strerror or str(error) or type(error).__name__)
         if why := self.exclusion.reason(item.name, content):
             return Note(item.name, "excluded", why)
-        stored = encode(content, item.name, self.encoding, self.reading)
-        return Note(item.name, "left out", stored) if isinstance(stored, str) else stored
+        pages = encode(content, item.name, self.encoding, self.reading)
+        if isinstance(pages, str):
+            return Note(item.name, "left out", pages)
+        if self.masks is None:
+            return pages, None
+        label_map = self.masks.label_map(item, content, self.reading, (pages[0].height, pages[0].width))
+        return Note(item.name, "left out", label_map) if isinstance(label_map, str) else (pages, label_map)
 
     def data_file(self, number: int) -> Path:
         return self.directory / f"{number:06d}.data"

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import PIL
 
 from pipeline.data.beton import JPEG, contents_of, open_beton
@@ -20,9 +22,12 @@ from tools.prepare.encoding import Encoding
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.image_source import ImageSource, Item, read_lines
 from tools.prepare.labels import read_descriptions
+from tools.prepare.mask_pairs import MapOptions
+from tools.prepare.masked_source import MaskedSource, has_parts, open_masked_source
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
 from tools.prepare.preparation_report import (
     Summary,
+    class_notes,
     count_outcomes,
     parts_folder,
     report_path,
@@ -56,6 +61,8 @@ class Options:
     """"refuse" raises one error for all unreadable images, after all were tried; "skip" leaves them out."""
     workers: int = 1
     overwrite: bool = False
+    maps: MapOptions | None = None
+    """For segmentation: where the images' masks are; see `open_masked_source`."""
     part_samples: int = PART_SAMPLES
     """Images in a part."""
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -84,8 +91,24 @@ def prepare_beton(source: str | Path, destination: str | Path, **options: Any) -
     return _write(images, str(source), destination, chosen, reading, sum(pages), {})
 
 
+def prepare_maps(
+    source: str | Path, destination: str | Path, fraction: float | None, group_by: str | None = None, **options: Any
+) -> tuple[Summary, ...]:
+    """Prepare images with masks: as one file, or as two if `fraction` is given or the source itself has two parts.
+
+    Args:
+        options: those of `Options`, among them `maps`.
+
+    Raises:
+        DataError: as `prepare_split`.
+    """
+    if fraction is None and not has_parts(str(source), options["maps"]):
+        return (prepare_beton(source, destination, **options),)
+    return prepare_split(source, destination, fraction, group_by, **options)
+
+
 def prepare_split(
-    source: str | Path, destination: str | Path, fraction: float, group_by: str | None = None, **options: Any
+    source: str | Path, destination: str | Path, fraction: float | None, group_by: str | None = None, **options: Any
 ) -> tuple[Summary, Summary]:
     """Prepare a source as two files: DESTINATION for training, and DESTINATION-val.beton for validation.
 
@@ -93,7 +116,7 @@ def prepare_split(
     all classes of the source.
 
     Args:
-        fraction: of the images for validation.
+        fraction: of the images for validation; None if the source itself says which they are.
         group_by: a regular expression; images in whose paths its groups match the same text stay together.
         options: those of `Options`.
 
@@ -109,12 +132,12 @@ def prepare_split(
     if not began:
         _refuse_existing(validation, chosen.overwrite)
     images = _open(str(source), chosen)
-    held_out = validation_part([item.name for item in images.items], fraction, group_by)
+    held_out = _validation_part(images, str(source), fraction, group_by)
     reading, pages = _reading_of(images, chosen)  # one window for both parts
     written = []
     for name, held in (("validation", True), ("training", False)):
         if held not in held_out:
-            raise DataError(f"no image of {source} is for {name} with --split {fraction:g}; give another fraction")
+            raise DataError(f"no image of {source} is for {name} with --split {fraction}; give another fraction")
     for name, path, held in (("validation", validation, True), ("training", destination, False)):
         numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
         part = replace(images, items=[images.items[n] for n in numbers], ignored=() if held else images.ignored)
@@ -125,6 +148,16 @@ def prepare_split(
         if held:
             mark.mkdir(exist_ok=True)
     return written[1], written[0]
+
+
+def _validation_part(images: ImageSource, source: str, fraction: float | None, group_by: str | None) -> Sequence[bool]:
+    own = images.held_out if isinstance(images, MaskedSource) else None
+    if own is None:
+        assert fraction is not None
+        return validation_part([item.name for item in images.items], fraction, group_by)
+    if fraction is not None:
+        raise DataError(f"source {source} has a part for validation already; leave out --split")
+    return own
 
 
 def _settings_in(path: Path) -> dict[str, Any]:
@@ -140,7 +173,10 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
 
 
 def _open(source: str, options: Options) -> ImageSource:
-    images = open_source(source, options.labels, options.unlabelled)
+    if options.maps:
+        images = open_masked_source(source, options.maps, options.workers, options.looking)
+    else:
+        images = open_source(source, options.labels, options.unlabelled)
     for name in images.classes:
         if why := _unusable(name):
             raise DataError(f"class {name!r} of {source} has a name that {why}; rename it")
@@ -162,7 +198,10 @@ def _unusable(name: str) -> str:
 def _reading_of(images: ImageSource, options: Options) -> tuple[ReadingSettings, list[int]]:
     """The settings with a window if one is needed, and the images that each item gives at the most."""
     is_imagenet = all(map(_WORDNET_ID.fullmatch, images.classes)) or images.items[0].name.startswith("ILSVRC2012_")
-    reading = options.reading or (AS_LOADER if is_imagenet else ReadingSettings())
+    is_published = is_imagenet or (isinstance(images, MaskedSource) and images.is_ade20k)
+    reading = options.reading or (AS_LOADER if is_published else ReadingSettings())
+    if options.maps and reading.pages == "all":
+        raise DataError("--pages all stores several images of a file, and a mask belongs to one; leave it out")
     if reading.as_loader:
         return reading, [1] * len(images.items)
     survey = survey_images(images.items, images.reader, reading, options.workers, options.looking)
@@ -186,7 +225,10 @@ def _write(
     parts = [images.items[start : start + size] for start in range(0, len(images.items), size)]
     encoding = asdict(options.encoding)
     settings = {"source": images.kind, **encoding, "pillow": PIL.__version__, **reading.side_car(), **facts}
-    folder = PartFolder(parts_folder(destination), images.reader, options.encoding, reading, exclusion)
+    masks = images.masks if isinstance(images, MaskedSource) else None
+    if masks:
+        settings |= {**masks.side_car(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    folder = PartFolder(parts_folder(destination), images.reader, options.encoding, reading, exclusion, masks)
     plan = _hash_plan(images, exclusion, {**settings, "max_pixels": reading.max_pixels}, size)
     with _locked_folder(folder.directory, destination, plan) as data:
         if data.exists():
@@ -205,17 +247,19 @@ def _append_parts(
     writer: BetonWriter, folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int, progress: Callable
 ) -> list[Note]:
     notes: list[Note] = []
+    counts = np.zeros((2, len(writer.classes)), np.int64)
     done, total = 0, sum(map(len, parts))
     for number in make_parts(folder, parts, workers):
         part = folder.read(number)
-        writer.add_run(part.images, part.content)
+        writer.add_run(part.images, part.content, part.maps)
         if part.content is not None:
             writer.sync()
             folder.data_file(number).unlink(missing_ok=True)
         notes += part.notes
+        counts += part.maps.counts if part.maps else 0
         done += len(parts[number])
         progress(done, total)
-    return notes
+    return [*notes, *class_notes(writer.classes, counts)] if folder.masks else notes
 
 
 def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) -> None:
@@ -234,7 +278,8 @@ def _hash_plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_s
     facts = [source.stamp, source.classes, source.descriptions, settings, part_samples]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for item in source.items:
-        digest.update(f"{item.name}\0{item.label}\n".encode(errors="surrogateescape"))
+        mask = f"\0{item.mask[0]}" if item.mask else ""
+        digest.update(f"{item.name}\0{item.label}{mask}\n".encode(errors="surrogateescape"))
     for excluded in sorted(exclusion.digests):
         digest.update(excluded)
     digest.update("\n".join(sorted(exclusion.names)).encode())

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.beton import Beton
+import numpy as np
+
+from pipeline.data.beton import Beton, samples_of
 from tools.prepare.image_source import ImageSource
 from tools.prepare.parts import Note
 
-NAMED = 3  # images left out that the summary names
+NAMED = 3  # images left out, and classes, that the summary names
+CLASS = "class"  # the outcome in lines that count a class of label maps
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ def report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
+def class_notes(classes: Sequence[str], counts: np.ndarray) -> Iterator[Note]:
+    """A line for each class of label maps. `counts` (2, classes): its pixels, and the images in which it occurs."""
+    total = max(int(counts[0].sum()), 1)
+    for name, pixels, images in zip(classes, *counts.tolist(), strict=True):
+        share = f"{pixels:,} pixels, {100 * pixels / total:.4g} % of those with a class, in {images:,} images"
+        yield Note(name, CLASS, share)
+
+
 def write_preparation_report(destination: Path, source: ImageSource, notes: Sequence[Note]) -> None:
     """Write the report of a file, whole or not at all."""
     ignored = [Note(name, "ignored", why) for name, why in source.ignored]
@@ -52,12 +63,14 @@ def count_outcomes(report: Path) -> dict[tuple[str, str], int]:
     counts: Counter[tuple[str, str]] = Counter()
     with report.open() as lines:
         for note in map(json.loads, lines):
+            if note["outcome"] == CLASS:
+                continue
             counts.update((note["outcome"], kind) for kind in note.get("kinds") or [note["why"]])
     return dict(counts)
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
-    """What was done, in at most three lines."""
+    """What was done, in at most four lines."""
     beton, left_out = summary.beton, []
     with summary.report.open() as lines:
         for note in map(json.loads, lines):
@@ -74,8 +87,30 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         names = f": {', '.join(left_out)}{more}" if left_out else ""
         yield f"{_counted(beton.samples, 'image', 's')}; {', '.join(said)}{names}"
         yield f"each by name: {summary.report}"
+    if beton.maps:
+        yield _pixels(beton)
     images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
     yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.sha256}"
+
+
+def _pixels(beton: Beton) -> str:
+    """The most frequent classes of label maps, and those in no image."""
+    assert beton.maps
+    images = samples_of(beton)["f0"]
+    every = int((images["height"].astype(np.int64) * images["width"]).sum())
+    most = sorted(zip(beton.maps.frequencies, beton.classes, strict=True), key=lambda pair: -pair[0])
+    said = [f"{name} {100 * pixels / every:.3g} %" for pixels, name in most[:NAMED] if pixels]
+    if rest := sum(pixels for pixels, _ in most[NAMED:]):
+        said.append(f"others {100 * rest / every:.3g} %")
+    said.append(f"ignored {100 * (1 - sum(beton.maps.frequencies) / every):.3g} %")
+    missing = ""
+    if absent := [name for name, images in zip(beton.classes, beton.maps.images, strict=True) if not images]:
+        missing = f"; in no image: {_named(absent)}"
+    return f"pixels: {', '.join(said)}{missing}"
+
+
+def _named(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
 
 
 def _counted(count: int, noun: str, plural: str) -> str:
@@ -85,7 +120,7 @@ def _counted(count: int, noun: str, plural: str) -> str:
 def missing_classes(parts: Sequence[Beton]) -> Iterator[str]:
     """A sentence for each part of a split that lacks classes."""
     for beton in parts:
-        missing = [n for n, count in zip(beton.classes, beton.samples_per_class, strict=True) if not count]
-        if missing:
-            named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-            yield f"{beton.path} has no images of {named}; give another --split, or more images"
+        counts = zip(beton.classes, beton.samples_per_class, strict=True)
+        # Of label maps the summary names the missing classes.
+        if missing := [name for name, count in counts if not count and not beton.maps]:
+            yield f"{beton.path} has no images of {_named(missing)}; give another --split, or more images"

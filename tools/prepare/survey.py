@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -74,18 +75,24 @@ def with_window(reading: ReadingSettings, survey: Survey) -> ReadingSettings:
     return reading if reading.window or survey.window is None else replace(reading, window=survey.window)
 
 
+T = TypeVar("T")
 Counted = tuple[list[int], np.ndarray, np.ndarray]
 
 
 def _look(chunks: Sequence, reader: Reader, reading: ReadingSettings, workers: int) -> Iterator[Counted]:
+    yield from mapped(partial(_count, reader=reader, reading=reading), chunks, workers)
+
+
+def mapped(function: Callable[[Sequence[Item]], T], chunks: Sequence[Sequence[Item]], workers: int) -> Iterator[T]:
+    """Call a function for chunks of items in some processes, and yield what it returns in their order."""
     if workers == 1 or len(chunks) < 2:
-        yield from map(_count, chunks, repeat(reader), repeat(reading))
+        yield from map(function, chunks)
         return
     context = LibraryContext()
     with ProcessPoolExecutor(
         min(workers, len(chunks)), context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:
-        yield from pool.map(_count, chunks, repeat(reader), repeat(reading))
+        yield from pool.map(function, chunks)
 
 
 def _start_worker(parent: int) -> None:

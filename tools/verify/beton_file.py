@@ -1,6 +1,7 @@
 """Check a .beton file: its bytes against the hashes in the side-car; with `full` every row of its sample table, and
 every image in the decoder."""
 
+import hashlib
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +23,8 @@ from pipeline.data.beton import (
 )
 from pipeline.data.decode import CHANGED, describe_status, jpeg_status
 from pipeline.data.image_checksum import checksum
+from pipeline.data.label_maps import LabelMaps
+from pipeline.data.maps_file import maps_path
 from pipeline.errors import DataError
 
 _CHUNK = 64  # images of each thread that are in memory at once
@@ -42,6 +45,8 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         verify_hashes(path)
     except DataError as error:
         damage.append(str(error))
+    if beton.maps:
+        damage += _damaged_maps(beton, full)
     if full:
         samples = samples_of(beton)
         odd = dict(odd_rows(beton, samples))
@@ -52,6 +57,30 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
             name = beton.classes[samples["f1"][number]]
             damage.append(f"sample {number} (class {name}, block {block}) {describe_status(status)}")
     return beton, damage
+
+
+def _damaged_maps(beton: Beton, full: bool) -> Iterator[str]:
+    """A sentence for each damaged label map, and one for the file of maps if its hash differs."""
+    assert beton.maps
+    path = maps_path(beton.path)
+    with path.open("rb") as file:
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == beton.maps.sha256
+    if not intact:
+        yield f"{path} is damaged (SHA-256); copy it again"
+    if intact and not full:
+        return
+    maps, counts = LabelMaps.open(beton), np.zeros((2, len(beton.classes)), np.int64)
+    for number in range(len(maps)):
+        try:
+            pixels = np.bincount(maps.map(number).ravel(), minlength=maps.ignored + 1)
+        except DataError as error:
+            yield str(error)
+            continue
+        if pixels[len(beton.classes) : maps.ignored].any():
+            yield f"the label map of sample {number} has a label without a class"
+        counts += pixels[: len(beton.classes)], pixels[: len(beton.classes)] > 0
+    if intact and counts.tolist() != [list(beton.maps.frequencies), list(beton.maps.images)]:
+        yield f"the label maps in {path} hold other classes than the side-car says"
 
 
 def odd_rows(beton: Beton, samples: np.ndarray) -> Iterator[tuple[int, str]]:

@@ -34,6 +34,6 @@ def verify_path(
     if damage:
         raise UserError(f"{path} is damaged, see above; copy or prepare it again")
     decoded = ", every image decoded" if full else ""
-    print(
-        f"{path} is whole: {beton.samples:,} images, {len(beton.block_sha256):,} blocks, sha256 {beton.sha256}{decoded}"
-    )
+    maps = f", label maps of {len(beton.classes):,} classes" if beton.maps else ""
+    blocks = f"{len(beton.block_sha256):,} blocks, sha256 {beton.sha256}"
+    print(f"{path} is whole: {beton.samples:,} images, {blocks}{maps}{decoded}")
