@@ -16,12 +16,15 @@ class Group:
     weight_decay: float
 
 
+BACKBONE = "backbone."  # of the names in a segmentation model, whose other layers count as the head
+
+
 def layer_number(name: str, depths: Sequence[int]) -> int:
     """Return the "single" layer id of the official fine-tuning code: 1 for the stem, one per block, last for the head.
 
     Next-ViT has no published layer ids, so its blocks are counted through in `features` likewise.
     """
-    part = name.split(".")
+    part = name.removeprefix(BACKBONE).split(".")
     if part[0] == "stem":
         return 1
     if part[0] == "features":
@@ -34,13 +37,38 @@ def layer_number(name: str, depths: Sequence[int]) -> int:
 
 
 def layer_group(name: str, depths: Sequence[int]) -> int:
-    """Return the "group" layer id (12 groups), defined for the depths 3, 3, 27, 3 of Base, Large and Huge."""
-    part = name.split(".")
+    """Return the "group" or "layer_wise" id: 12 groups for the depths 3, 3, 27, 3 and 6 for 3, 3, 9, 3 (Tiny)."""
+    part, last = name.removeprefix(BACKBONE).split("."), groups_of_layers(depths)
     if part[0] == "downsample_layers":
-        return (0, 2, 3, 12)[int(part[1])]
+        return (0, 2, 3, last)[int(part[1])]
     if part[0] == "stages":
-        return 3 + int(part[2]) // 3 if part[1] == "2" else {"0": 1, "1": 2, "3": 12}[part[1]]
-    return 13
+        return 3 + int(part[2]) // 3 if part[1] == "2" else {"0": 1, "1": 2, "3": last}[part[1]]
+    return last + 1
+
+
+def stage_number(name: str, depths: Sequence[int]) -> int:
+    """Return the "stage_wise" id of ConvNeXt's segmentation code: 0 for stem and downsampling, 1 to 4 for the stages.
+
+    All else comes behind as many groups as `layer_group` has, so that the stages of a deep model train slower.
+    """
+    part = name.removeprefix(BACKBONE).split(".")
+    if part[0] == "downsample_layers":
+        return 0
+    return int(part[1]) + 1 if part[0] == "stages" else groups_of_layers(depths) + 1
+
+
+def groups_of_layers(depths: Sequence[int]) -> int:
+    """Return the number of groups of a model of four stages: every three blocks of the third stage are one."""
+    return 3 + -(-depths[2] // 3)
+
+
+# Of the numberings made for certain depths: the function, and the depths if there is but one choice.
+NUMBERINGS = {
+    "single": (layer_number, None),
+    "group": (layer_group, (3, 3, 27, 3)),
+    "layer_wise_6": (layer_group, (3, 3, 9, 3)),
+    "stage_wise": (stage_number, None),
+}
 
 
 def parameter_groups(
@@ -58,13 +86,14 @@ def parameter_groups(
     mask token have it only with `decay_grn`, as in the official pre-training but not in its fine-tuning.
 
     Raises:
-        ValueError: if `layer_decay_groups` is "group" and the depths are not 3, 3, 27, 3.
+        ValueError: if `layer_decay_groups` is made for other depths than `depths`.
     """
-    if layer_decay_groups == "group" and tuple(depths) != (3, 3, 27, 3):
+    number, needed = NUMBERINGS[layer_decay_groups]
+    if needed not in (None, tuple(depths)):
         raise ValueError(
-            f"layer_decay_groups is group, which needs depths 3, 3, 27, 3; this model has {tuple(depths)}: use single"
+            f"layer_decay_groups is {layer_decay_groups}, which needs depths {str(needed)[1:-1]}; this model has"
+            f" {tuple(depths)}: use single"
         )
-    number = layer_number if layer_decay_groups == "single" else layer_group
     last = number("norm", depths)
     grouped: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
