@@ -98,9 +98,9 @@ class SegmentationObjective:
         return Overlays(*([part[n].cpu().numpy() for n in shown] for part in parts))
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
-        final_norm = self.recipe.model.family == "nextvit" and self.settings.extra_norms is not False
-        keep_head = self.recipe.init.head == "keep"
-        return AdaptedWeights(*segmenter_weights(weights, final_norm, keep_head))
+        with torch.device("meta"):
+            target = self.build_model().state_dict()
+        return AdaptedWeights(*segmenter_weights(weights, target, self.recipe.init.head == "keep"))
 
 
 def head_options(settings: SegmentationSettings) -> HeadOptions:

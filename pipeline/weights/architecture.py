@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from pipeline.errors import CheckpointError
 from pipeline.models import FAMILIES, create_model
 from pipeline.models.fcmae import FCMAE
+from pipeline.models.segmenter import HeadOptions, create_segmenter
 
 COUNTER = ".num_batches_tracked"
 Shape = tuple[int, ...]
@@ -160,3 +162,54 @@ class NextViTArchitecture(Architecture):
             if {**published.model_options, "num_classes": self.classes} == self.model_options:
                 return name
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterArchitecture(Architecture):
+    """The architecture of a model for segmentation: a backbone without head, and what stands behind it."""
+
+    title = "segmentation model"
+
+    backbone: Architecture
+    head: HeadOptions
+
+    @classmethod
+    def of(cls, backbone: Architecture, head: HeadOptions) -> "SegmenterArchitecture":
+        return cls(
+            depths=backbone.depths,
+            dims=backbone.dims,
+            in_channels=backbone.in_channels,
+            classes=head.classes,
+            backbone=backbone,
+            head=head,
+        )
+
+    @property
+    def family(self) -> str:
+        return self.backbone.family
+
+    @property
+    def unrecorded_options(self) -> Mapping[str, Any]:
+        return self.backbone.unrecorded_options
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of `create_segmenter(family, head, ...)`."""
+        return {name: value for name, value in self.backbone.model_options.items() if name != "num_classes"}
+
+    @property
+    def variant(self) -> None:
+        return None
+
+    def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
+        try:
+            with torch.device("meta"):
+                model = create_segmenter(self.family, self.head, **self.model_options)
+        except ValueError as error:
+            raise CheckpointError(f"no model has tensors of these sizes: {error}") from error
+        tensors = model.state_dict().items()
+        return {name: tuple(tensor.shape) for name, tensor in tensors if counters or not name.endswith(COUNTER)}
+
+    def __str__(self) -> str:
+        backbone = self.backbone.variant or str(self.backbone).removesuffix(" without head")
+        return f"{self.head.kind} with {self.classes} classes on {backbone}"

@@ -5,6 +5,7 @@
 - official sparse: MinkowskiEngine's `kernel` (sites, in, out) counts sites down the columns,
   W[o, i, h, w] = kernel[h + size * w, i, o]; biases are (1, C).
 - timm: GRN is (4C,), and the linear layers of atto to nano are 1x1 convolutions.
+- mmsegmentation: the same shapes; mmpretrain's linear layers may be 1x1 convolutions.
 - transformers: the same shapes; `layer_norm_eps` of its config must be 1e-6.
 
 GRN's tensors occur as (4C,), (1, 4C) and (1, 1, 1, 4C). The official conversion, applied twice, makes them
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture
-from pipeline.weights.inference import infer_architecture, is_nextvit
+from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture, SegmenterArchitecture
+from pipeline.weights.inference import infer_architecture, is_nextvit, is_segmenter
 from pipeline.weights.tensor_names import (
     LAYOUTS,
     belongs_to_pretraining,
@@ -27,6 +28,7 @@ from pipeline.weights.tensor_names import (
     internal_name,
     nextvit_internal_names,
     nextvit_timm_name,
+    segmenter_internal_names,
 )
 
 _CONV_MLP = tuple(
@@ -80,8 +82,11 @@ def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conve
             or has another shape.
     """
     counters = tuple(name for name in tensors if name.endswith(COUNTER))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
-    if is_nextvit(tensors):
+    tensors, unused = {name: tensor for name, tensor in tensors.items() if name not in counters}, ()
+    if is_segmenter(tensors):
+        layout, names = "mmsegmentation", segmenter_internal_names(tensors)
+        unused = tuple(tensors.keys() - names.keys())
+    elif is_nextvit(tensors):
         layout, names = nextvit_internal_names(tensors)
     else:
         layout = _recognise(tensors)
@@ -108,7 +113,7 @@ def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conve
         architecture,
         names,
         tuple(name for name in converted if converted[name] is not tensors[sources[name]]),
-        counters,
+        (*counters, *sorted(unused)),
         missing=tuple(_absent(architecture)),
     )
     return {name: converted[name] for name in architecture.shapes()}, report
@@ -156,7 +161,7 @@ def _to_internal_shape(name: str, internal: str, tensor: Tensor, layout: str) ->
         return tensor.reshape(1, 1, 1, -1)
     if layout == "official sparse" and internal.endswith(".bias") and tensor.ndim == 2 and shape[0] == 1:
         return tensor.reshape(-1)
-    if layout == "timm" and ".pwconv" in internal and tensor.ndim == 4 and shape[2:] == (1, 1):
+    if layout in ("timm", "mmsegmentation") and ".pwconv" in internal and tensor.ndim == 4 and shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
@@ -182,7 +187,7 @@ def _require_shapes(
 
 def _absent(architecture: Architecture) -> list[str]:
     """Internal names of the tensors that a classifier of this architecture would have in addition."""
-    if architecture.decoder:
+    if architecture.decoder or isinstance(architecture, SegmenterArchitecture):
         return []
     classifier = replace(architecture, norm=True, classes=architecture.classes or 1)
     shapes = architecture.shapes()
@@ -227,6 +232,8 @@ def _to_timm_shape(name: str, tensor: Tensor, architecture: ConvNeXtArchitecture
 
 
 def _family_from_internal(tensors: Mapping[str, Tensor], architecture: Architecture, layout: str) -> dict[str, Tensor]:
+    if layout != "official" and isinstance(architecture, SegmenterArchitecture):
+        raise CheckpointError(f"{layout} has other models for segmentation; convert it to official, mmsegmentation's")
     if layout != "official" and not (architecture.family == "nextvit" and layout == "timm"):
         raise CheckpointError(f"{layout} has no {architecture.family}; convert it to official")
     if layout == "timm" and architecture.variant is None:

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.models.segmenter import HeadOptions
 from pipeline.weights.architecture import (
     Architecture,
     ConvNeXtArchitecture,
     NextViTArchitecture,
+    SegmenterArchitecture,
     Shape,
     SLaKArchitecture,
 )
 
+_MAP_NORM = re.compile(r"backbone\.(norm\d*|extra_norm_list\.\d+)\..+")
 _LAYER_SCALE = re.compile(r"\.\d+\.gamma$")
 _DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
 _ATTENTION = re.compile(r"\.(mhca|e_mhsa)\.")
@@ -25,6 +28,8 @@ def infer_architecture(shapes: Mapping[str, Shape], layout: str) -> Architecture
         CheckpointError: if a stage or block number is left out, or a tensor that holds a size is absent.
     """
     reader = _Shapes(shapes, layout)
+    if is_segmenter(shapes):
+        return _infer_segmenter(reader, layout)
     if is_nextvit(shapes):
         return _infer_nextvit(reader)
     if any(".large_kernel." in name for name in shapes):
@@ -35,6 +40,11 @@ def infer_architecture(shapes: Mapping[str, Shape], layout: str) -> Architecture
 def is_nextvit(names: Iterable[str]) -> bool:
     """Whether the names of a model's tensors are those of a Next-ViT, in any layout."""
     return any(map(_ATTENTION.search, names))
+
+
+def is_segmenter(names: Iterable[str]) -> bool:
+    """Whether the names of a model's tensors are those of a model for segmentation."""
+    return any(name.startswith("decode_head.") for name in names)
 
 
 class _Shapes:
@@ -156,3 +166,24 @@ def _infer_nextvit(shapes: _Shapes) -> NextViTArchitecture:
         norm=shapes.has("proj_head.") or shapes.has("norm."),
         classes=shapes.size("proj_head.0.weight", 2, 0) if shapes.has("proj_head.") else 0,
     )
+
+
+def _infer_segmenter(shapes: _Shapes, layout: str) -> SegmenterArchitecture:
+    named = shapes.named.items()
+    backbone = {
+        name.removeprefix("backbone."): shape
+        for name, shape in named
+        if name.startswith("backbone.") and not _MAP_NORM.fullmatch(name)
+    }
+    pyramid, classifier = shapes.has("neck."), "decode_head.conv_seg.weight"
+    inner = "neck.lateral_convs.0.conv.weight" if pyramid else classifier
+    auxiliary = "auxiliary_head.conv_seg.weight"
+    head = HeadOptions(
+        classes=shapes.size(classifier, 4, 0),
+        kind="semantic_fpn" if pyramid else "upernet",
+        channels=shapes.size(inner, 4, 0 if pyramid else 1),
+        norm="group" if any(name.startswith("decode_head.") and ".gn." in name for name, _ in named) else "batch",
+        auxiliary_channels=shapes.size(auxiliary, 4, 1) if shapes.has("auxiliary_head.") else 0,
+        map_norms=any(map(_MAP_NORM.fullmatch, shapes.named)),
+    )
+    return SegmenterArchitecture.of(infer_architecture(backbone, layout), head)

@@ -8,13 +8,15 @@ The internal layout has the names of the official fine-tuning code; FCMAE has th
 - official sparse: the output of the official pre-training with MinkowskiEngine; norms are below `ln`, linear layers
   below `linear`, and a convolution has a `kernel`.
 - timm and transformers: other names.
+- mmsegmentation: models for segmentation, whose names are also the internal ones: the backbone's official names below
+  `backbone.`, or those of mmpretrain, and `neck`, `decode_head` and `auxiliary_head`.
 
 For SLaK only the official layout is in use, for Next-ViT also timm's. One early SLaK has the names Decom1 and Decom2
 for LoRA1 and LoRA2.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 
 LAYOUTS = ("official dense", "fcmae", "official sparse", "timm", "transformers")
@@ -58,6 +60,7 @@ _HF = re.compile(r"^convnext(v2)?\.")  # transformers' prefix of all names but t
 _BLOCK = r"(?:(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias)|grn\.(?:gamma|beta)|gamma)"
 _PRETRAINING = re.compile(rf"mask_token|(?:proj|pred)\.(?:weight|bias)|decoder\.(?:0|[1-9]\d{{0,2}})\.{_BLOCK}")
 _TIMM_BLOCK = re.compile(r"stages\.(\d{1,3})\.blocks\.(\d{1,3})\.(.+)")  # of Next-ViT
+_MMPRETRAIN = (("depthwise_conv", "dwconv"), ("pointwise_conv", "pwconv"))
 _SPARSE_PART = re.compile(r"\.(?:ln|linear)(?=\.(?:weight|bias)$)")
 
 
@@ -137,3 +140,21 @@ def nextvit_timm_name(name: str, depths: tuple[int, ...]) -> str:
     starts = list(accumulate(depths, initial=0))
     stage = next(s for s in range(len(depths)) if int(index) < starts[s + 1])
     return f"stages.{stage}.blocks.{int(index) - starts[stage]}.{rest.replace('mlp.conv', 'mlp.fc')}"
+
+
+def segmenter_internal_names(names: Collection[str]) -> dict[str, str]:
+    """Convert the names of mmsegmentation to internal ones; those of tensors without use are left out.
+
+    Next-ViT's official code makes a norm for the last map, `extra_norm_list.3`, and reads `norm` in its place.
+    """
+    unused = re.compile(r"backbone\.extra_norm_list\.3\.(.+)")
+    internal = {}
+    for name in names:
+        if match := unused.fullmatch(name):
+            if f"backbone.norm.{match[1]}" not in names:
+                internal[name] = f"backbone.norm.{match[1]}"
+            continue
+        internal[name] = name
+        for theirs, official in _MMPRETRAIN:
+            internal[name] = re.sub(rf"(?<=\.){theirs}(?=[12]?\.)", official, internal[name])
+    return internal

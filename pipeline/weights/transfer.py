@@ -4,7 +4,7 @@ The released code renames tensors in a way that, applied twice, loses every GRN 
 twice changes nothing, and a tensor that is neither loaded, nor initialised, nor dropped by name is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
 _ENCODER_PARTS = (["downsample_layers"], ["stages"])
 _SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.", "neck.")
-_EXTRA_NORMS = (*(f"backbone.norm{stage}." for stage in range(4)), "backbone.extra_norm_list.")
+_MAP_NORMS = (*(f"backbone.norm{stage}." for stage in range(4)), "backbone.extra_norm_list.", "backbone.norm.")
 _NO_BACKBONE = ("mask_token", "proj.", "decoder.", "pred.", "head.", "proj_head.")
 T = TypeVar("T")
 
@@ -90,25 +90,39 @@ def encoder_to_classifier(source: Mapping[str, T]) -> dict[str, T]:
 
 
 def segmenter_weights(
-    source: Mapping[str, T], final_norm: bool, keep_head: bool
+    source: Mapping[str, T], target: Collection[str], keep_head: bool
 ) -> tuple[dict[str, T], tuple[str, ...], tuple[str, ...]]:
     """Bring the weights of an encoder, a classifier or a segmenter under a segmenter's names, `backbone.X`.
 
+    Norms of the maps and an auxiliary head may be on one side alone.
+
     Args:
-        final_norm: whether the segmenter has the classifier's norm behind the last map, as Next-ViT's have.
-        keep_head: keep the head of a segmenter.
+        target: the names of the segmenter's tensors.
+        keep_head: keep the head, which the weights must have; otherwise a new one is made.
 
     Returns:
         The weights, and `drop` and `fresh` of `plan_transfer`.
 
     Raises:
-        CheckpointError: as `encoder_to_classifier`.
+        CheckpointError: as `encoder_to_classifier`; or if there is no head to keep.
     """
-    if any(name.startswith("backbone.") for name in source):
-        return dict(source), *(((), ()) if keep_head else (_SEGMENTER_HEADS, _SEGMENTER_HEADS))
+    segmenter = any(name.startswith("backbone.") for name in source)
+    if keep_head and not segmenter:
+        raise CheckpointError("init.head is keep but the weights have no head for segmentation; set it to new")
     if any(name.startswith("encoder.") for name in source):
         source = encoder_to_classifier(source)
-    has_norm = any(name.startswith("norm.") for name in source)
-    drop = (*_NO_BACKBONE, *(() if final_norm else ("norm.",)))
-    fresh = (*_SEGMENTER_HEADS, *_EXTRA_NORMS, *(("backbone.norm.",) if final_norm and not has_norm else ()))
-    return {name if _matches(name, drop) else f"backbone.{name}": value for name, value in source.items()}, drop, fresh
+    has_norm = any(name.startswith("backbone.norm.") for name in target)  # Next-ViT's, behind the last map
+    drop, fresh = [] if segmenter else [*_NO_BACKBONE, *([] if has_norm else ["norm."])], []
+    weights = {
+        name if segmenter or _matches(name, tuple(drop)) else f"backbone.{name}": value
+        for name, value in source.items()
+    }
+    for part in (*_SEGMENTER_HEADS, *_MAP_NORMS):
+        ours, theirs = (any(name.startswith(part) for name in names) for names in (target, weights))
+        is_new = part in _SEGMENTER_HEADS and not keep_head
+        required = part in _SEGMENTER_HEADS and keep_head and part != "auxiliary_head."
+        if theirs and (is_new or not (ours or required)):
+            drop.append(part)
+        if ours and (is_new or not (theirs or required)):
+            fresh.append(part)
+    return weights, tuple(drop), tuple(fresh)

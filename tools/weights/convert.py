@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.recipe.channel_statistics import ChannelStatistics
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import Architecture, SegmenterArchitecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head, read_class_names
@@ -59,7 +59,7 @@ def convert(
     Args:
         destination: ends in .safetensors, or in .pt, .pth or .bin for a pickle of tensors (in the official layout
             under the key `model`, which the official code reads).
-        head: "keep", "drop" or "map". Drop removes a classifier's head or FCMAE's decoder; the encoder then has the
+        head: "keep", "drop" or "map". Drop removes a head or FCMAE's decoder; the encoder then has the
             names of the released ones. Map moves the head's rows to other classes by name.
         classes: for "map", the files of class names of the source and of the destination.
         channels: "sum" or "repeat" change the number of input channels, see `adapt_channels`.
@@ -117,7 +117,11 @@ def change_head(
         return mapped, (), match
     if head == "keep":
         return tensors, (), None
-    if architecture_of(tensors).decoder:
+    architecture = architecture_of(tensors)
+    if isinstance(architecture, SegmenterArchitecture):
+        encoder = {f"backbone.{name}": name for name in architecture.backbone.shapes()}
+        kept = {name: encoder[name] for name in tensors if name in encoder}
+    elif architecture.decoder:
         kept = {name: name.removeprefix("encoder.") for name in tensors if name.startswith("encoder.")}
     else:
         kept = {name: name for name in tensors if name not in head_names(tensors)}
