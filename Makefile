@@ -10,7 +10,7 @@ WORKERS ?= $(shell expr $$(nproc) + 2)
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS)
 
 help:  ## these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## Debian packages, .venv, pinned Python packages
 	@./tools/setup/setup.sh
@@ -20,6 +20,15 @@ demo: demo-data  ## the whole chain on 60,000 real photographs, to its accuracy 
 
 demo-scratch: demo-data  ## the same fine-tuning without the pre-training, to compare
 	$(FCMAE) run recipes/demo-scratch.yaml --out runs/demo-scratch --nproc $(NPROC)
+
+demo-segmentation: demo-data  ## FCMAE, then the classes of pixels in composed scenes; the same from scratch; both mIoU
+	$(FCMAE) prepare cifar10-scenes runs/data/scenes $(if $(ARCHIVE),--archive $(ARCHIVE))
+	for part in train test; do [ -e runs/data/scenes-$$part.beton ] || \
+	  $(FCMAE) prepare maps runs/data/scenes/$$part runs/data/scenes-$$part.beton || exit 1; done
+	$(FCMAE) run recipes/demo-segmentation.yaml --out runs/demo-segmentation --nproc $(NPROC)
+	$(FCMAE) run recipes/demo-segmentation-scratch.yaml --out runs/demo-segmentation-scratch --nproc $(NPROC)
+	$(FCMAE) evaluate runs/demo-segmentation --data runs/data/scenes-test.beton --nproc $(NPROC) \
+	  --beside runs/demo-segmentation-scratch
 
 demo-slurm: demo-data  ## run the demo on a private Slurm, preempt it, kill a node, compare the bits (SHORT=1: fewer steps)
 	.venv/bin/python -m tests.chaos.slurm_demo recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
@@ -45,4 +54,4 @@ clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find pipeline cluster recipes tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo demo-scratch demo-slurm demo-data test test-ci test-slow lint clean
+.PHONY: help setup demo demo-scratch demo-segmentation demo-slurm demo-data test test-ci test-slow lint clean

@@ -1,7 +1,9 @@
 """Segmenters offline: `evaluate`, `segment` and `predict` see what an evaluation during training sees."""
 
 import json
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +26,12 @@ from tests.oracles import randomise
 from tests.support import fcmae
 from tests.unit.data.test_scene_feed import SAMPLES, write_scenes
 from tests.unit.recipe.test_segmentation_settings import stage
-from tools.evaluate.region_scores import count_pixels
+from tools.evaluate.kept_segmentations import keep_segmentations, kept_segmentations
+from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
 from tools.evaluate.stored_images import StoredPixels
+from tools.report.document import Grid
+from tools.report.evaluations import evaluation_blocks
 
 CLASSES = 5
 SCENES = {"base_size": [64, 32], "window_step": 16}
@@ -135,6 +140,21 @@ def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:
             np.testing.assert_array_equal(np.asarray(label_map), expected)
             assert overlay.size == label_map.size
         assert sum(entry["shares"].values()) == pytest.approx(1)
+
+
+def test_kept_evaluations_are_in_the_report(place, tmp_path) -> None:
+    place, beton, *_ = place
+    request = SegmentationRequest(str(place / "weights.safetensors"), str(beton.path), device="cpu")
+    result = replace(evaluate_segmenter(request), stage=str(tmp_path))
+    shifted = RegionScores(result.scores.names, np.roll(result.scores.matrix, 1, axis=1))
+    keep_segmentations([result, replace(result, subject="others", scores=shifted)])
+    ((own, other),) = kept_segmentations(tmp_path)
+    assert own.scores.metrics == result.scores.metrics
+    assert (other.subject, other.scores.metrics) == ("others", shifted.metrics)
+    blocks = list(evaluation_blocks(SimpleNamespace(directory=tmp_path, done=True, metrics={"miou": 1.0})))
+    first, *tables = [block for block in blocks if isinstance(block, Grid)]
+    assert first.rows[1][2] == f"{shifted.metrics['miou']:.2f} %"
+    assert {row[0] for row in tables[0].rows} == set(beton.classes)
 
 
 def test_what_does_not_fit_a_segmenter_is_one_sentence(place) -> None:
