@@ -5,13 +5,13 @@ Fields marked operational may change on resume; a change of any other field make
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.fields import written_fields
 from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.optimizer_settings import OptimizerSettings, ScheduleSettings
@@ -228,7 +228,7 @@ class StageRecipe(Settings):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the semantic fields: equal fingerprints mean the same experiment."""
-        facts = {path: value for path, value, is_operational in _written_fields(self) if not is_operational}
+        facts = {path: value for path, value, is_operational in written_fields(self) if not is_operational}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -298,14 +298,23 @@ class StageRecipe(Settings):
         above = min((w for w in fits if w > world_size), default=None)
         near = " or ".join(str(w) for w in (below, above) if w) or f"batch.micro_slots=1 (now {batch.micro_slots})"
         remedy = self.remedy_for_ranks(world_size)
+        group = self.norm_group_images
+        groups = f" that hold whole norm groups of {group} images" if group else ""
         raise RecipeError(
             f"stage {self.name}: {world_size} processes do not divide the {batch.slots} slots of a global batch"
-            f" into micro-batches of {batch.micro_slots}; use {near} processes{remedy and f', or {remedy}'}"
+            f" into micro-batches of {batch.micro_slots}{groups}; use {near} processes{remedy and f', or {remedy}'}"
         )
 
+    def micro_slots_on(self, world_size: int) -> list[int]:
+        """The values of batch.micro_slots with which so many ranks can run the stage."""
+        batches = (self.batch.model_copy(update={"micro_slots": n}) for n in range(1, self.batch.slots + 1))
+        return [b.micro_slots for b in batches if world_size in self.model_copy(update={"batch": b}).world_sizes()]
+
     def remedy_for_ranks(self, world_size: int) -> str:
-        """What to change for more ranks than slots; "" if nothing helps, or if there are fewer."""
+        """What to change for more ranks than slots, or for a norm group; "" if nothing helps."""
         batch = self.batch
+        if self.norm_group_images and (fitting := self.micro_slots_on(world_size)):
+            return f"set batch.micro_slots (now {batch.micro_slots}) to {fitting[0]}"
         if world_size <= batch.slots or batch.global_batch % world_size:
             return ""
         if not self.slots_are_whole:
@@ -376,36 +385,3 @@ class ChainRecipe(Settings):
                     f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
                 )
         return self
-
-
-def changed_fields(old: StageRecipe, new: StageRecipe) -> tuple[list[str], list[str]]:
-    """Return the fields that differ, as "path: old -> new": first the semantic ones, then the operational ones."""
-    before = {path: value for path, value, _ in _written_fields(old)}
-    after = {path: (value, is_operational) for path, value, is_operational in _written_fields(new)}
-    semantic, other = [], []
-    for path in [*after, *(before.keys() - after.keys())]:
-        value, is_operational = after.get(path, (None, False))
-        if before.get(path) != value:
-            (other if is_operational else semantic).append(f"{path}: {before.get(path)} -> {value}")
-    return semantic, other
-
-
-def _written_fields(section: Settings) -> Iterator[tuple[str, Any, bool]]:
-    """`leaf_fields` without the fields whose value computes what a recipe without them does."""
-    return leaf_fields(section, without_absent=True)
-
-
-def leaf_fields(section: Settings, prefix: str = "", without_absent: bool = False) -> Iterator[tuple[str, Any, bool]]:
-    """Yield (path, value, is_operational) of every field, those of nested sections too.
-
-    without_absent: leave out the fields that compute the same as their absence, see `added`.
-    """
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if without_absent and value in (field.json_schema_extra or {}).get("same_as_absent", ()):
-            continue
-        if isinstance(value, Settings):
-            yield from leaf_fields(value, f"{prefix}{name}.", without_absent)
-        else:
-            extra = field.json_schema_extra or {}
-            yield prefix + name, list(value) if isinstance(value, tuple) else value, bool(extra.get("operational"))

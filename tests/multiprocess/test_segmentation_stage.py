@@ -100,6 +100,27 @@ def test_any_number_of_ranks_trains_and_scores_the_same(directory, head):
         assert found[ranks][1]["loss"] == pytest.approx(found[1][1]["loss"], rel=1e-9)
 
 
+FAMILIES = {
+    "slak": {
+        "name": "slak", "depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12], "width": 1.0, "stem_stride": 2,
+        "kernel_sizes": [9, 7, 5, 5], "small_kernel": 3,
+    },
+    "nextvit": {
+        "name": "nextvit", "depths": [1, 2, 2, 1], "dims": [12, 24, 48, 48], "stem_stride": 2, "stem_dim": 8,
+        "head_dim": 4, "pattern": "CHHC",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batchnorms_of_a_backbone_count_norm_groups_too(directory, family):
+    changes = [f"defaults.model={json.dumps(FAMILIES[family])}", "stages.segment.optimizer.layer_decay_groups=single"]
+    one, four = (on_ranks(n, trained, segment_stage(directory, n, *changes), 3)[0] for n in (1, 4))
+    assert largest_difference(four[0], one[0]) <= 1e-9
+    assert four[1]["miou"] == one[1]["miou"]
+
+
 def by_batches(world: World, recipes: list[StageRecipe]) -> list[dict[str, float]]:
     run = train(world, recipes[0], range(2))
     results = []
@@ -118,6 +139,24 @@ def test_scores_do_not_depend_on_the_batch_of_windows_and_fsdp_makes_equally_man
     one, three, many = on_ranks(2, by_batches, recipes)[0]
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
         assert one[name] == three[name] == many[name]
+
+
+@pytest.mark.slow
+def test_four_scenes_are_overfit(directory, tmp_path):
+    """Crops of four scenes, jittered and distorted; tested by windows on the same four."""
+    write_scenes(tmp_path / "four.beton", range(4))
+    values = {
+        "data.train": tmp_path / "four.beton", "data.validation": tmp_path / "four.beton",
+        "batch.global_batch": 4, "batch.slot": 4, "batch.micro_slots": 1, "objective.norm_group": 4,
+        "model.dims": [16, 32, 48, 64], "objective.channels": 64, "objective.drop_path": 0.0, "objective.dropout": 0.0,
+        "optimizer.lr": 2e-3, "optimizer.layer_decay": 1.0, "optimizer.layer_decay_groups": "single", "ema": "null",
+        "schedule.steps": 160, "schedule.warmup_steps": 10, "evaluation.every_steps": 1000,
+        "checkpoint.every_steps": 1000, "tracking.pictures": 0,
+    }  # fmt: skip
+    changes = [f"stages.segment.{name}={value}" for name, value in values.items()]
+    done = fcmae("run", directory / "scenes.yaml", "--out", tmp_path / "run", "stages.pretrain=null", *changes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "segment" / "result.json").read_text())["metrics"]["miou"] > 95
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from pipeline.data.beton import Beton, open_beton, samples_of
 from pipeline.errors import DataError, RecipeError, UserError, shortened
 from pipeline.models import VARIANTS
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
+from pipeline.recipe.fields import leaf_fields
 from pipeline.recipe.image_size import ImageSize, describe_size
-from pipeline.recipe.schema import leaf_fields
 from pipeline.storage.bounded_files import parse_yaml
 from pipeline.storage.file_names import RECIPE_FILE
 from pipeline.storage.working_copy import working_copy

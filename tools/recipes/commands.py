@@ -157,8 +157,16 @@ def validate_recipes(
             if not missing:
                 check_data(resolve_paths(stage), classes)
         unchecked = f"; not here, so checked when the run starts: {', '.join(dict.fromkeys(absent))}" if absent else ""
-        ranks = ", ".join(f"{name} {stage.world_sizes()[-1]:,}" for name, stage in chain.stages.items())
+        ranks = ", ".join(f"{name} {_fitting_ranks(stage)}" for name, stage in chain.stages.items())
         print(f"{chain.name} is valid: {', '.join(chain.stages)}{unchecked}; most ranks: {ranks}")
+
+
+def _fitting_ranks(stage: "StageRecipe") -> str:
+    """The largest number of ranks; of a stage with norm groups all numbers, with the micro-batch that each needs."""
+    if not stage.norm_group_images:
+        return f"{stage.world_sizes()[-1]:,}"
+    fitting = {ranks: stage.micro_slots_on(ranks) for ranks in range(1, stage.batch.global_batch + 1)}
+    return " or ".join(f"{n:,} (micro_slots {', '.join(map(str, m))})" for n, m in fitting.items() if m)
 
 
 def _is_on_disk(file: str) -> bool:
@@ -184,7 +192,7 @@ def print_docs() -> None:
 
 
 def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, str]]:
-    from pipeline.recipe.schema import leaf_fields
+    from pipeline.recipe.fields import leaf_fields
     from tools.recipes.docs import value_text
 
     for field, value, is_operational in leaf_fields(stage):

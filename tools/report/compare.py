@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.show.status_table import duration
-from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.fields import leaf_fields
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Document, Grid, Picture, Text
 from tools.report.facts import UNITS, RunFacts

@@ -48,8 +48,9 @@ def test_ranks_that_cannot_share_a_norm_group_are_left_out():
     assert stage(batch={"micro_slots": 2}).world_sizes() == [2, 4]
     assert stage(batch={"micro_slots": 4}).world_sizes() == [1, 2]
     assert stage(objective={"norm": "group"}).world_sizes() == [1, 2, 4, 8, 16]
-    with pytest.raises(RecipeError, match=r"1 processes do not divide .* use 2 processes"):
+    with pytest.raises(RecipeError, match=r"1 processes .* groups of 8 images; use 2 .*, or set .* \(now 2\) to 4"):
         stage(batch={"micro_slots": 2}).check_world_size(1)
+    assert [stage().micro_slots_on(ranks) for ranks in (1, 2, 3, 4, 8, 16)] == [[4, 8], [2, 4], [], [1, 2], [1], [1]]
 
 
 @pytest.mark.parametrize(

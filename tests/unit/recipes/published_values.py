@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
-from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.fields import leaf_fields
 from tools.recipes.library import SIZES, find_recipe
 
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.

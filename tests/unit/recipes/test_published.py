@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.models import VARIANTS
 from pipeline.recipe import load_recipe
-from pipeline.recipe.schema import leaf_fields
+from pipeline.recipe.fields import leaf_fields
 from pipeline.recipe.value_sources import value_sources
 from tests.unit.recipes.published_values import (
     FAMILY_TABLES,
