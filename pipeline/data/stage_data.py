@@ -71,6 +71,11 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     }
     train, validation = counts["train"], counts.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
+        if betons["train"].maps:
+            raise DataError(
+                f"stage {recipe.name}: data.train {recipe.data.train} has label maps, and its images have no classes;"
+                " name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
+            )
         if len(train) != recipe.objective.classes:
             verb = "leaves" if recipe.data.classes else "holds"
             raise DataError(

@@ -21,7 +21,7 @@ from tools.prepare.image_source import ByteRanges, ImageSource, Item, Reader, ba
 
 NO_MASK, NO_IMAGE = "it has no mask", "a mask without an image"
 _IMAGES, _MASKS = "images", ("masks", "annotations", "labels")
-_CLASSES = ("classes.txt", ADE20K_TABLE)
+CLASS_FILES = ("classes.txt", ADE20K_TABLE)
 _TRAINING, _VALIDATION, _TEST = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
 _MOST_FILE_BYTES = 1 << 30
 
@@ -116,7 +116,7 @@ def masked_folder(source: str) -> MaskedFolder | None:
     if len(masks) > 1:
         raise DataError(f"source {source} holds {' and '.join(masks)}; name one after the folder of images")
     names = {base(entry["name"]): entry["name"] for entry in list_folder(fs, path)}
-    found = [name for name in _CLASSES if name in names]
+    found = [name for name in CLASS_FILES if name in names]
     classes = (found[0], _content(fs, names[found[0]])) if found else None
     return MaskedFolder(Place(fs, folders[_IMAGES]), Place(fs, folders[masks[0]]), classes, stamp)
 

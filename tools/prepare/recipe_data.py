@@ -8,12 +8,22 @@ from pathlib import Path
 from cluster.chain import resolve_chain_paths
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import ChainRecipe, ClassificationSettings, StageRecipe, load_recipe
+from pipeline.recipe import ChainRecipe, ClassificationSettings, SegmentationSettings, StageRecipe, load_recipe
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
-from tools.prepare.prepared_cache import SourceSettings, is_made_from, is_source, prepared, read_entry, say, window_of
+from tools.prepare.prepared_cache import (
+    SourceSettings,
+    held_out,
+    is_made_from,
+    is_source,
+    prepared,
+    read_entry,
+    say,
+    window_of,
+)
 
 NAMES = ("train", "validation")  # of a recipe's data
+HELD_OUT = 0.1  # share of the images and masks that are named for training and for validation
 OWN_DISKS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 
 
@@ -28,6 +38,7 @@ def with_prepared_data(
     """Prepare what the stages of a chain name as data, unless that is done, and name the prepared files instead.
 
     A run keeps the files that it was started with. Finished stages read no data, so nothing is prepared for them.
+    Where a segmentation stage names the same images and masks for training and for validation, they are divided.
 
     Args:
         run: the run directory, which need not exist.
@@ -48,30 +59,36 @@ def with_prepared_data(
                 kept = None if refresh else bound_file(run, source, settings)
                 files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
     return chain.model_copy(
-        update={"stages": {name: _with_files(stage, files) for name, stage in chain.stages.items()}}
+        update={"stages": {name: _with_files(stage, sources, files) for name, stage in chain.stages.items()}}
     )
 
 
 def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
     """The sources that the unfinished stages of a resolved chain name as data, and how each is to be prepared.
 
-    Images that only pre-training reads need no classes.
+    Images that only pre-training reads need no classes, and those of segmentation need masks.
     """
-    needs_classes: dict[str, bool] = {}
+    settings: dict[str, SourceSettings] = {}
     for name, stage in chain.stages.items():
         if not read_done(run / name):
-            for source in filter(None, (getattr(stage.data, name) for name in NAMES)):
-                classifies = isinstance(stage.objective, ClassificationSettings)
-                needs_classes[source] = needs_classes.get(source, False) or classifies
-    return {source: SourceSettings(needed) for source, needed in needs_classes.items() if is_source(source)}
+            named = [source for source in (getattr(stage.data, name) for name in NAMES) if source]
+            for source in named:
+                known = settings.get(source, SourceSettings(needs_classes=False))
+                if isinstance(stage.objective, SegmentationSettings):
+                    twice = named.count(source) > 1
+                    known = replace(known, maps=True, split=HELD_OUT if twice else known.split)
+                elif isinstance(stage.objective, ClassificationSettings):
+                    known = replace(known, needs_classes=True)
+                settings[source] = known
+    return {source: known for source, known in settings.items() if is_source(source)}
 
 
 def refuse_sources(chain: ChainRecipe, run: Path) -> None:
     """Raise DataError if a chain names data that would have to be prepared."""
-    for source in sources_of(resolve_chain_paths(chain), run):
+    for source, settings in sources_of(resolve_chain_paths(chain), run).items():
         raise DataError(
             f"data {source} must be prepared first, and --dry-run writes nothing; name the file that"
-            f" `fcmae prepare {source} OUT.beton` makes, or leave --dry-run out"
+            f" `fcmae prepare {'maps ' * settings.maps}{source} OUT.beton` makes, or leave --dry-run out"
         )
 
 
@@ -113,7 +130,10 @@ def bound_file(run: Path, source: str, settings: SourceSettings) -> Path | None:
     return next((Path(path) for path in paths if is_made_from(path, source, settings)), None)
 
 
-def _with_files(stage: StageRecipe, files: dict[str, str]) -> StageRecipe:
+def _with_files(stage: StageRecipe, sources: dict[str, SourceSettings], files: dict[str, str]) -> StageRecipe:
     named = {name: getattr(stage.data, name) for name in NAMES}
     changed = {name: files[path] for name, path in named.items() if path in files}
+    validation = named["validation"]
+    if "validation" in changed and validation == named["train"] and sources[validation].split:
+        changed["validation"] = str(held_out(Path(files[validation])))
     return stage.model_copy(update={"data": stage.data.model_copy(update=changed)}) if changed else stage
