@@ -49,7 +49,8 @@ class StepPrediction(NamedTuple):
 
     parts: tuple[PredictedPart, ...]
     utilisation: float
-    """Its operations divided by those of the data sheet's peak in the same time."""
+    """Its operations divided by those of the data sheet's peak in the same time; what activation checkpointing computes
+    again does not count."""
 
     @property
     def seconds(self) -> float:
@@ -72,11 +73,14 @@ def kernels_of(recipe: StageRecipe, trace: Trace) -> Kernels:
     return Kernels(*(trace.fused if is_compiled(recipe) else trace.eager))
 
 
-def predict_step(recipe: StageRecipe, model: ModelSize, kernels: Kernels, ranks: int, rates: Rates) -> StepPrediction:
+def predict_step(
+    recipe: StageRecipe, model: ModelSize, kernels: Kernels, ranks: int, rates: Rates, flops: float | None = None
+) -> StepPrediction:
     """Predict a step of one rank.
 
     Args:
         kernels: of one micro-batch.
+        flops: of one micro-batch without activation checkpointing; None: those of the kernels.
     """
     micro = micro_batches(recipe, ranks)
     parts = [_part(group, kernels, micro, rates) for group in range(len(GROUPS))]
@@ -88,8 +92,8 @@ def predict_step(recipe: StageRecipe, model: ModelSize, kernels: Kernels, ranks:
     sent = sum(collective.sent_bytes for collective in step_collectives(recipe, model, ranks))
     parts.append(PredictedPart("collectives, exposed", sent, 0, _exposed_seconds(recipe, model, ranks, rates, busy)))
     found = tuple(part for part in parts if part.bytes)
-    flops, seconds = sum(part.flops for part in found), sum(part.seconds for part in found)
-    return StepPrediction(found, flops / seconds / rates.peak_flops)
+    useful = sum(part.flops for part in found) if flops is None else micro * flops
+    return StepPrediction(found, useful / sum(part.seconds for part in found) / rates.peak_flops)
 
 
 def _part(group: int, kernels: Kernels, micro: int, rates: Rates) -> PredictedPart:

@@ -16,9 +16,10 @@ from pipeline.storage.file_names import RECIPE_FILE
 def flops_per_image(recipe: StageRecipe) -> float:
     """Floating-point operations of convolutions, linear layers and attention for one image, forward and backward.
 
-    A multiply-add is two. What activation checkpointing computes again is included.
+    A multiply-add is two. What activation checkpointing computes again does not count: it trains nothing.
     """
-    return 2 * StepTraces(recipe, "cuda")(1).training_macs
+    plain = recipe.model.model_copy(update={"checkpointing": False})
+    return 2 * StepTraces(recipe.model_copy(update={"model": plain}), "cuda")(1).training_macs
 
 
 if __name__ == "__main__":

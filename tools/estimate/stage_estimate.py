@@ -268,9 +268,11 @@ def _estimate_stage(
         traces_here = traces if kind == device else StepTraces(recipe, kind)
         correction = _memory_correction(recipe, model, traces_here(recipe.batch.micro_slots), measured)
     options, rates = [], site_rates(site)
+    plain_traces = None
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
         changed_traces = traces if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
+        plain_traces = plain_traces or changed_traces
         for name, variant in engine_variants(changed, site):
             if reason := _unsupported(recipe, name):
                 notes.append(f"{name} is left out: {reason}")
@@ -282,7 +284,8 @@ def _estimate_stage(
                 kernels, step = kernels_of(option, trace), None
                 if rates:
                     its_rates = at_precision(rates, site.gpu, option.engine.precision)
-                    step = predict_step(option, model, kernels, site.ranks, its_rates)
+                    flops = 2.0 * (plain_traces(slots).forward_macs + plain_traces(slots).backward_macs)
+                    step = predict_step(option, model, kernels, site.ranks, its_rates, flops)
                 options.append(
                     Option(option, name, checkpointing, slots, trace.images, terms, trace.training_macs, kernels, step)
                 )

@@ -39,6 +39,8 @@ def test_each_kernel_takes_its_bytes_or_its_arithmetic():
     }
     assert alone.seconds == pytest.approx(sum(found.values()))
     assert alone.utilisation == pytest.approx(1e12 / alone.seconds / 2e12)
+    with_repeats = predict_step(recipe("ddp", 1), MODEL, KERNELS, 1, RATES, flops=0.75e12)
+    assert with_repeats.utilisation == pytest.approx(0.75 * alone.utilisation)
     assert alone.largest_sink.name == "other pointwise"
 
 

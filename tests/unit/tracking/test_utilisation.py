@@ -62,6 +62,9 @@ def wait(used: Utilisation) -> None:
 def test_operations_are_those_of_the_trace(stage):
     recipe = Stage(stage).recipe
     assert flops_per_image(recipe) == pytest.approx(2 * trace_step(recipe, "cuda").training_macs)
+    again = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": True})})
+    assert trace_step(again, "cuda").training_macs > trace_step(recipe, "cuda").training_macs
+    assert flops_per_image(again) == flops_per_image(recipe)
 
 
 def test_from_the_counted_step_to_journal_status_and_mlflow(stage):
