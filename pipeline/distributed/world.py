@@ -36,6 +36,13 @@ def backends(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def match_timeout(group: dist.ProcessGroup) -> None:
+    """Let a group wait as long as the default group, on GPUs and on the CPU: the CPU half of a group that was split off
+    NCCL's may have torch's default, which ends before the watchdog finds the cause."""
+    if dist.get_backend(group) != "fake":
+        c10d._set_pg_timeout(c10d.default_pg_timeout, group)
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks of a stage.

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from pipeline.distributed.torch_versions import fsdp_parameters
+from pipeline.distributed.world import match_timeout
 from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
@@ -75,7 +76,10 @@ class FSDPEngine(NativeEngine):
             )
         if ranks == world.size:
             return init_device_mesh(world.device.type, (ranks,), mesh_dim_names=("shard",))
-        return init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            match_timeout(group)
+        return mesh
 
     @contextmanager
     def _synchronising(self, last: bool) -> Iterator[None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.world import World, backends
+from pipeline.distributed.world import World, backends, match_timeout
 from pipeline.errors import RecipeError
 from tests.ranks import on_ranks
 
@@ -38,6 +38,18 @@ def test_groups_that_engines_make_wait_as_long_as_the_world():
     world = World.join("cpu", threads=1, timeout_seconds=4321)
     try:
         group = dist.new_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
+    finally:
+        world.leave()
+        torch.set_num_threads(threads)
+
+
+def test_a_group_with_a_timeout_of_its_own_gets_the_worlds():
+    threads = torch.get_num_threads()
+    world = World.join("cpu", threads=1, timeout_seconds=4321)
+    try:
+        group = dist.new_group(timeout=timedelta(seconds=5))  # as a half that was split off with torch's default
+        match_timeout(group)
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
     finally:
         world.leave()
