@@ -28,7 +28,6 @@ from pipeline.data.staging import is_url
 from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
-from pipeline.recipe.image_size import height_and_width
 from tools.estimate.engine_options import Option, at_precision, engine_variants, recommended, site_rates
 from tools.simulate.conditions import Conditions, site_conditions
 from tools.simulate.planned_stage import planned_stage
@@ -155,8 +154,7 @@ class StageEstimate:
         """Cores that a rank's loader needs, so that training waits for no image."""
         if self.images_per_second is None:
             return None
-        height, width = height_and_width(self.recipe.data.image_size)
-        return self.images_per_second / images_per_core_second(height * width, bool(self.recipe.data.rand_augment))
+        return self.images_per_second / images_per_core_second(self.recipe.data)
 
     @property
     def busy_hours(self) -> float | None:

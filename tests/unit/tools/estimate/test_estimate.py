@@ -12,6 +12,8 @@ from pipeline.cost.loading import images_per_core_second
 from pipeline.cost.measure import measure_steps
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, load_recipe
+from pipeline.recipe.sections import DataSettings
+from pipeline.recipe.segmentation_settings import SceneSettings
 from tests.support import tiny_data, write_tiny_recipe
 from tools.estimate.engine_options import NEAR, reason
 from tools.estimate.estimate_table import assumptions, estimate_json, render_estimate
@@ -70,8 +72,7 @@ def test_a_time_limit_that_is_shorter_than_a_start_is_said(chain):
 def test_cores_are_those_that_keep_a_rank_busy(chain):
     for card, waits in ((CARD, True), (CARD.model_copy(update={"utilisation": 1e-4}), False)):
         for stage in estimate(chain, site(gpu=card, cpus_per_task=1)):
-            pixels = stage.recipe.data.image_size**2
-            of_a_core = images_per_core_second(pixels, bool(stage.recipe.data.rand_augment))
+            of_a_core = images_per_core_second(stage.recipe.data)
             assert stage.cores_per_rank * of_a_core == pytest.approx(stage.speed[0] / 2 / stage.chosen.training_macs)
             assert ("so training will wait for images" in " ".join(assumptions([stage]))) is waits
     assert all(stage.cores_per_rank is None for stage in estimate(chain, site(gpu=None)))
@@ -82,7 +83,16 @@ def test_cores_are_those_that_keep_a_rank_busy(chain):
 )
 def test_cores_follow_the_measured_rates(size, augment, measured):
     """docs/benchmarks.md: the means of three runs with JPEGs of 51 kB; 108 kB take 0.47 ms more."""
-    assert 1 / images_per_core_second(size * size, augment) == pytest.approx(1 / measured + 0.47e-3, rel=0.05)
+    data = DataSettings(train="-", image_size=size, rand_augment="rand-m9-mstd0.5-inc1" if augment else None)
+    assert 1 / images_per_core_second(data) == pytest.approx(1 / measured + 0.47e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(("photometric", "measured"), [(False, 247), (True, 139)])
+def test_cores_of_scenes_follow_the_measured_rates(photometric, measured):
+    """docs/benchmarks.md: crops of 512 px of JPEGs of 683 x 512."""
+    scenes = SceneSettings(photometric=photometric)
+    data = DataSettings(train="-", image_size=512, scenes=scenes)
+    assert images_per_core_second(data) == pytest.approx(measured, rel=0.01)
 
 
 def test_everything_is_said(found):
