@@ -175,7 +175,7 @@ def print_table(
 
 
 @app.command("curves")
-def draw_curves(
+def draw_curves_of_study(
     name: Annotated[str, typer.Argument(metavar="STUDY|DIR", help="An included study or a file; or a study's runs.")],
     out: Annotated[Path, typer.Option(metavar="PLACE", help="A .png file or a folder.")] = Path(),
     dpi: Annotated[int, typer.Option(min=50, help="Pixels per inch of the PNG.")] = 200,

@@ -20,7 +20,7 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 STUDY_FILE = "study.yaml"  # in the directory of a study
 
 
-class Figures(Settings):
+class PublishedFigures(Settings):
     """Published figures beside the accuracy on ImageNet-1K. None is one that is not known."""
 
     parameters: Positive | None = None
@@ -56,7 +56,7 @@ class Arm(Settings):
     expected: tuple[Percent, Percent] | None = None
     """The band of the final top-1 or mean IoU in percent, outside of which the arm is off track; in a ladder the next
     rung then does not start."""
-    figures: Figures = Figures()
+    figures: PublishedFigures = PublishedFigures()
     """Other published figures."""
     curve: str = ""
     """The curve of `fcmae study curves` that the arm is a point of."""
@@ -69,7 +69,7 @@ class Reference(Settings):
     name: str
     top1: Percent
     """Or mean IoU, in a study of segmentation."""
-    figures: Figures = Figures()
+    figures: PublishedFigures = PublishedFigures()
     curve: str = ""
     """As an arm's."""
     source: str
@@ -104,9 +104,9 @@ class Study(Settings):
         """Field and column title of each kind of published figure that some arm or reference has."""
         all_figures = [each.figures for each in (*self.arms.values(), *self.references)]
         known = {name for figures in all_figures for name in figures.model_dump(exclude_none=True)}
-        return {name: title for name, title in Figures.TITLES.items() if name in known}
+        return {name: title for name, title in PublishedFigures.TITLES.items() if name in known}
 
-    def figure_texts(self, figures: Figures) -> tuple[str, ...]:
+    def figure_texts(self, figures: PublishedFigures) -> tuple[str, ...]:
         """The figures as texts, one for each of `known_figures`; empty where one is not known."""
         values = [getattr(figures, name) for name in self.known_figures]
         return tuple("" if v is None else f"{v:.1f}" if v >= 1 else f"{v:g}" for v in values)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from tests.oracles import oracle
-from tools.bench.export_latency import COLUMNS, MODELS, ExportedModel, candidates, published_latencies
+from tools.bench.export_latency import COLUMNS, MODELS, ExportedModel, named_models, published_latencies
 from tools.recipes.library import find_recipe, find_study
 from tools.study.definition import load_study
 
 
 def test_a_study_gives_a_model_for_each_arm():
     study = load_study(find_study("nextvit-blocks"))
-    arms = list(candidates("study:nextvit-blocks"))
+    arms = list(named_models("study:nextvit-blocks"))
     assert [arm.name for arm in arms] == list(study.arms)
     for arm in arms:
         with torch.device("meta"):
@@ -37,7 +37,7 @@ def test_published_latencies_are_of_models_that_can_be_measured():
 @pytest.mark.parametrize("words", ["nextvit_small block=local_attention", "timm:twins_svt_small", "timm:resnet10t"])
 def test_onnxruntime_computes_what_torch_does(words, tmp_path):
     oracle("timm", always_in_ci=True)
-    (candidate,) = candidates(words)
+    (candidate,) = named_models(words)
     model = ExportedModel(candidate, 64, 1, tmp_path)  # refuses a difference
     row = model.row(1, {"onnxruntime": 0.002, "torch": 0.003}, {"onnxruntime": 0.001}, 1)
     assert len(row) == len(COLUMNS)
