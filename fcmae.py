@@ -124,8 +124,14 @@ def _on_device(model: Model, device: str | torch.device) -> Model:
     return model
 
 
-def prepare(source: str | PathLike[str], out: str | PathLike[str], **options: Any) -> Path:
-    """Pack images into a .beton file for training, as `fcmae prepare` does.
+def prepare(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    masks: str | PathLike[str] | bool | None = None,
+    **options: Any,
+) -> Path:
+    """Pack images into a .beton file for training, as `fcmae prepare` does, or with masks, as `fcmae prepare maps`.
 
         >>> fcmae.prepare("labelled", "labelled.beton")  # doctest: +ELLIPSIS
         labelled.beton is ready: 4 images of 2 classes, sha256 ...
@@ -134,14 +140,20 @@ def prepare(source: str | PathLike[str], out: str | PathLike[str], **options: An
     Args:
         source: a folder, an archive or Parquet files of images.
         out: the .beton file to write.
+        masks: the folder of masks, for segmentation; True if `source` holds images and masks.
         options: those of the command, with underscores: `unlabelled=True`, `max_side=512`, `workers=8`.
 
     Raises:
         UserError: if images cannot be read, or `out` exists and `overwrite` is not given.
     """
-    from tools.prepare.commands import prepare_images
+    from tools.prepare.commands import prepare_images, prepare_masks
 
-    prepare_images(str(source), Path(out), **options)
+    if masks is True:
+        prepare_masks(str(source), str(out), **options)
+    elif masks:
+        prepare_masks(str(source), str(masks), Path(out), **options)
+    else:
+        prepare_images(str(source), Path(out), **options)
     return Path(out)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+import fcmae
 from pipeline.data.beton import open_beton
 from pipeline.data.stage_data import check_stage_data
 from pipeline.errors import DataError
@@ -14,7 +15,7 @@ from tools.recipes.library import find_recipe
 def chain_naming(train, validation, classes=4):
     return load_recipe(
         find_recipe("segment-own"),
-        [f"stages.segment.data.train={train}", f"stages.segment.data.validation={validation}", "init=scratch",
+        [f"defaults.data.train={train}", f"defaults.data.validation={validation}", "init=scratch",
          f"stages.segment.objective.classes={classes}", "stages.segment.batch.global_batch=2"],
     )  # fmt: skip
 
@@ -61,3 +62,12 @@ def test_a_classifier_refuses_a_file_with_label_maps(tmp_path):
     chain = load_recipe(find_recipe("cifar10"), [f"defaults.data.train={data.train}", "defaults.data.validation=null"])
     with pytest.raises(DataError, match="has label maps, and its images have no classes"):
         check_stage_data(list(chain.stages.values())[-1])
+
+
+def test_python_prepares_what_the_command_does(tmp_path):
+    folder = write_masked_folder(tmp_path / "scans", 3)
+    both = fcmae.prepare(folder, tmp_path / "a.beton", masks=True)
+    apart = fcmae.prepare(
+        folder / "images", tmp_path / "b.beton", masks=folder / "masks", classes=str(folder / "classes.txt")
+    )
+    assert open_beton(both).identity == open_beton(apart).identity
