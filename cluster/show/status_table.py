@@ -110,9 +110,9 @@ def figure(value: float | None, form: str = "{:.4g}") -> str:
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """`top1 61.20 %` or `loss 0.6123`: the metric that the stage is judged by."""
-    first = [name for name in ("top1", "loss") if name in metrics][:1] or list(metrics)[:1]
-    return "".join(f"{n} {metrics[n]:.2f} %" if n == "top1" else f"{n} {metrics[n]:.4f}" for n in first)
+    """`top1 61.20 %`, `miou 45.93 %` or `loss 0.6123`: the metric that the stage is judged by."""
+    first = [name for name in ("top1", "miou", "loss") if name in metrics][:1] or list(metrics)[:1]
+    return "".join(f"{n} {metrics[n]:.2f} %" if n in ("top1", "miou") else f"{n} {metrics[n]:.4f}" for n in first)
 
 
 def duration(seconds: float | None) -> str:

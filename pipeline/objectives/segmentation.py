@@ -73,7 +73,7 @@ class SegmentationObjective:
         return self
 
     def _image_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The logits of each pixel of the one image of a batch, in its original size: (1, classes, H, W)."""
+        """The logits of each pixel of the images of a batch, in their original size: (N, classes, H, W)."""
         scenes, truth = self.recipe.data.scenes, batch.label_maps
         crop = height_and_width(self.recipe.data.image_size) if scenes.test == "window" else None
         images, windows = self._normalised(model, batch), self.recipe.evaluation.batch
@@ -82,10 +82,10 @@ class SegmentationObjective:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, truth = self._image_logits(model, batch), batch.label_maps.long()
-        losses = self._pixel_losses(logits, truth, logits.dtype)
-        counted = int(batch.valid.sum())  # 1, or 0 for an image that only fills up
-        sums = {**count_confusions(logits.argmax(1), truth, self.settings.classes), "loss": losses.sum()}
-        return {**{name: value * counted for name, value in sums.items()}, "count": torch.tensor(float(counted))}
+        valid = batch.valid.to(truth.device, non_blocking=True)
+        truth = torch.where(valid[:, None, None], truth, self.ignored)  # an image that only fills up counts as nothing
+        counts = count_confusions(logits.argmax(1), truth, self.settings.classes)
+        return {**counts, "loss": self._pixel_losses(logits, truth, logits.dtype).sum(), "count": valid.sum()}
 
     def metrics(self, sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
         scores = region_metrics(sums["right"], sums["predicted"], sums["present"])

@@ -10,7 +10,7 @@ from pipeline.models.map_sizes import enlarge
 def window_logits(
     model: nn.Module, images: Tensor, crop: tuple[int, int] | None, step: int, batch: int, at_most: int = 0
 ) -> Tensor:
-    """Return the logits (1, classes, h, w) of an image (1, C, h, w), in float32 at least.
+    """Return the logits (N, classes, h, w) of images (N, C, h, w), in float32 at least.
 
     The logits of windows are enlarged to the windows' size, added, and divided by the number of windows at each pixel.
 
@@ -19,11 +19,11 @@ def window_logits(
         images: normalised.
         crop: height and width of a window; None runs the whole image.
         step: pixels between windows.
-        batch: windows that go through the model at once.
+        batch: windows of each image that go through the model at once.
         at_most: the most windows that any rank's image has. All ranks then make equally many forward passes, as sharded
             parameters need it.
     """
-    size = (images.shape[2], images.shape[3])
+    count, size = len(images), (images.shape[2], images.shape[3])
     if crop is None:
         return _pixel_logits(model, images)
     places = window_places(size, crop, step)
@@ -33,8 +33,8 @@ def window_logits(
         windows = [images[:, :, y : y + high, x : x + wide] for y, x, high, wide in part or places[:1]]
         logits = _pixel_logits(model, torch.cat(windows))
         if total is None:
-            total = logits.new_zeros(1, logits.shape[1], *size)
-        for (y, x, high, wide), own in zip(part, logits, strict=False):
+            total = logits.new_zeros(count, logits.shape[1], *size)
+        for (y, x, high, wide), own in zip(part, logits.split(count), strict=False):
             total[:, :, y : y + high, x : x + wide] += own
             seen[y : y + high, x : x + wide] += 1
     return total / seen

@@ -74,7 +74,11 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, directory, tmp_path)
 
 def segment_stage(directory: Path, ranks: int, *overrides: str) -> StageRecipe:
     """The stage from scratch, in double precision, with the micro-batch that so many ranks need."""
-    fixed = (f"defaults.batch.micro_slots={max(4 // ranks, 1)}", "defaults.engine.precision=fp64")
+    fixed = (
+        "stages.pretrain=null",
+        f"defaults.batch.micro_slots={max(4 // ranks, 1)}",
+        "defaults.engine.precision=fp64",
+    )
     return load_recipe(directory / "scenes.yaml", [*fixed, *overrides]).stages["segment"]
 
 

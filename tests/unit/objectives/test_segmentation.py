@@ -117,6 +117,10 @@ def test_an_evaluation_is_the_same_with_any_batch_of_windows(test):
         batch = scene_batch(range(1), slot=1, pixels=80)
         sums.append({name: value.tolist() for name, value in objective.evaluate(model, batch).items()})
         assert sum(sums[-1]["present"]) == int((batch.label_maps != 255).sum())
+    several = scene_batch(range(2), slot=1, pixels=80)
+    both = objective.evaluate(model, several)
+    apart = [objective.evaluate(model, several.part(slice(n, n + 1))) for n in range(2)]
+    assert all(torch.equal(both[name], apart[0][name] + apart[1][name]) for name in ("right", "predicted", "present"))
     for name in ("right", "predicted", "present", "count"):
         assert sums[0][name] == sums[1][name] == sums[2][name]
     filler = Batch(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cluster.show.status import RunFollower, StageFollower, status_json
-from cluster.show.status_table import duration, run_table
+from cluster.show.status_table import duration, metrics_text, run_table
 from cluster.site import Site, store_site
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.errors import StageError
@@ -193,3 +193,9 @@ def test_durations() -> None:
     assert [duration(s) for s in seconds] == [
         "0s", "59s", "1m 00s", "3m 05s", "1h 00m", "2h 07m", "1d 00h", "3d 04h", "", "",
     ]  # fmt: skip
+
+
+def test_the_metric_that_a_stage_is_judged_by():
+    assert metrics_text({"loss": 0.5, "pixel_accuracy": 90.0, "miou": 45.926}) == "miou 45.93 %"
+    assert metrics_text({"loss": 0.5, "top1": 61.2}) == "top1 61.20 %"
+    assert metrics_text({"loss": 0.61234}) == "loss 0.6123"
