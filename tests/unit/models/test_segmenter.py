@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from pipeline.models.map_sizes import enlarge, pool
 from pipeline.models.segmenter import HeadOptions, create_segmenter
+from tests.unit.models.tiny_models import scatter_norms, scatter_weights
 
 V1 = {"response": "none", "layer_scale": 1e-6}
 SMALL = {
@@ -46,6 +47,17 @@ def test_heads_on_nextvit_have_the_published_counts(size, pyramid, upernet):
     assert round((count(f"nextvit_{size}") + classifier) / 1e6, 1) == upernet
 
 
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 65), ("small", 91), ("base", 135)])
+def test_upernet_on_slak_has_the_published_counts(size, millions):
+    """They leave out the 40 % of masked weights. Which layers are masked is not printed; with the linear and the
+    downsampling ones all three counts agree, cut to whole millions."""
+    with torch.device("meta"):
+        model = create_segmenter(f"slak_{size}", HeadOptions(150))
+    masked = [p for name, p in model.named_parameters() if "pwconv" in name or "downsample_layers" in name]
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    assert int((dense - 0.4 * sum(p.numel() for p in masked if p.ndim > 1)) / 1e6) == millions
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("kind", ["upernet", "semantic_fpn"])
 @pytest.mark.parametrize("family", SMALL)
@@ -60,6 +72,27 @@ def test_logits_have_the_size_of_the_first_map_and_every_parameter_a_gradient(fa
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     model.eval()
     assert model(images)[1] is None
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_an_image_has_the_same_logits_alone_and_batched(family):
+    model = scatter_norms(create_segmenter(family, HeadOptions(5, channels=32), **SMALL[family])).double().eval()
+    images = torch.randn(3, 3, 64, 48, dtype=torch.float64)
+    batched = model(images)[0]
+    alone = torch.cat([model(image[None])[0] for image in images])
+    torch.testing.assert_close(batched, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("response", ["grn", "none"])
+def test_grn_sees_padding_far_away_and_convnext_v1_does_not(response):
+    """So an image must have one canvas, or go alone at its own size."""
+    options = {"depths": (1, 1), "dims": (6, 8), "response": response, "layer_scale": 1.0}
+    backbone = scatter_weights(create_segmenter("convnextv2", HeadOptions(3, channels=32), **options)).backbone
+    image = torch.randn(1, 3, 32, 96, dtype=torch.float64)
+    apart = backbone.forward_features(F.pad(image, (0, 64)))[0] - F.pad(backbone.forward_features(image)[0], (0, 16))
+    assert (apart[..., :12].abs().max() > 1e-3) == (response == "grn")
+    if response == "none":
+        assert apart[..., :12].abs().max() <= 1e-12
 
 
 def test_running_statistics_move_once_under_checkpointing():
