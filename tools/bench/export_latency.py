@@ -5,10 +5,11 @@ or `study:NAME` for all arms of a study. All models of a run take turns, so thei
 
 BatchNorm of our models is folded into the convolutions; onnxruntime folds timm's. Weights are random, of the sizes that
 training gives; `difference` is the largest difference of onnxruntime's output from torch's as a share of the largest
-output. The defaults are those of Next-ViT's published latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), 224 and 384
-pixels. onnxruntime and torch run on this machine's CPU in fp32. TensorRT is measured by its own `trtexec`; CoreML is
-measured on a Mac, and on Linux its model is only converted. Each figure is the median of its rounds; with one thread it
-is CPU time, which other work on the machine hardly changes. Published figures: recipes/nextvit/latencies.yaml.
+output, `rounding` that of torch's in fp32 from float64, which some random networks enlarge. The defaults are those of
+Next-ViT's published latencies: batch 8 (TensorRT, fp16) and 1 (CoreML), 224 and 384 pixels. onnxruntime and torch run
+on this machine's CPU in fp32. TensorRT is measured by its own `trtexec`; CoreML is measured on a Mac, and on Linux its
+model is only converted. Each figure is the median of its rounds; with one thread it is CPU time, which other work on
+the machine hardly changes. Published figures: recipes/nextvit/latencies.yaml.
 """
 
 import argparse
@@ -153,7 +154,10 @@ class ExportedModel:
         with FlopCounterMode(display=False) as counter:  # on meta, because it does not know the CPU's attention
             copy.deepcopy(original).to("meta")(images[:1].to("meta"))
         self.difference = relative_difference(expected, self.run_onnx(images))
-        assert self.difference <= ONNX_TOLERANCE, f"onnxruntime differs from torch by {self.difference:.1e}"
+        # Some random networks enlarge rounding: torch in fp32 is then as far from float64 as onnxruntime is.
+        self.rounding = relative_difference(copy.deepcopy(original).double()(images.double()).float(), expected)
+        allowed = max(ONNX_TOLERANCE, 100 * self.rounding)
+        assert self.difference <= allowed, f"onnxruntime differs from torch by {self.difference:.1e}"
         self.multiply_adds = counter.get_total_flops() / 2e9
         self.parameters = sum(parameter.numel() for parameter in original.parameters()) / 1e6
 
@@ -171,11 +175,12 @@ class ExportedModel:
             on_tensorrt(self.path, batch, self.size) if shutil.which("trtexec") else "-",
             on_coreml(self.model, images, rounds) if find_spec("coremltools") else "-",
             *(known.get(name) or "" for name in ("top1", "tensorrt", "coreml")), f"{self.difference:.1e}",
+            f"{self.rounding:.1e}",
         ]  # fmt: skip
 
 
 COLUMNS = ["model", "M parameters", "GMACs", "batch", "pixels", "onnxruntime", "torch", "x the first", "TensorRT fp16"]
-COLUMNS += ["CoreML", "published top-1", "TensorRT, batch 8", "CoreML, batch 1", "difference"]
+COLUMNS += ["CoreML", "published top-1", "TensorRT, batch 8", "CoreML, batch 1", "difference", "rounding"]
 
 
 @torch.no_grad()

@@ -69,10 +69,13 @@ def draw_study_curves(numbers: dict[str, Any]) -> Figure:
                 panel.set_xscale("log")
         panels[0].set_ylabel(f"{metric} (%)" if metric in ("top1", "miou") else metric)
         add_legend(figure, panels[0], columns=2 * len(axes))
-        text = "open points: published" + (f" ({numbers['source']})" if numbers["source"] else "")
-        if any(point["results"] for curve in numbers["curves"] for point in curve["points"]):
-            text += "; full points: results here, with one deviation over the seeds"
-        add_caption(figure, text)
+        points = [point for curve in numbers["curves"] for point in curve["points"]]
+        texts = []
+        if any(point["published"] is not None for point in points):
+            texts.append("open points: published" + (f" ({numbers['source']})" if numbers["source"] else ""))
+        if most := max(len(point["results"]) for point in points):
+            texts.append(f"full points: results here, {'one seed' if most == 1 else 'one deviation over the seeds'}")
+        add_caption(figure, "; ".join(texts))
         return figure
 
 
