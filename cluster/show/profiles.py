@@ -13,7 +13,7 @@ from pipeline.stage.attempts import Attempts
 from pipeline.storage.file_names import PROFILE_REQUEST_FILE, PROFILES_FOLDER
 from pipeline.storage.folder import Folder, is_remote, json_bytes
 from pipeline.storage.run_records import decode_record
-from pipeline.tracking.step_profiler import ProfileRequest
+from pipeline.tracking.step_profiler import MOST_REQUEST_BYTES, ProfileRequest
 
 POLL_SECONDS = 1.0
 
@@ -99,8 +99,8 @@ class AskedProfile:
 
     def _current(self) -> bytes | None:
         try:
-            return self._folder.read(PROFILE_REQUEST_FILE)
-        except OSError:
+            return self._folder.read(PROFILE_REQUEST_FILE, MOST_REQUEST_BYTES)
+        except (OSError, ValueError):
             return None
 
     def _read_answers(self) -> None:

@@ -80,10 +80,18 @@ class Folder:
             return {}
         return {info["name"].rstrip("/").rpartition("/")[2]: info for info in listing if info["name"] != self.path}
 
-    def read(self, name: str) -> bytes:
-        """Read a whole file; on a local disk a regular one, see `read_file`."""
+    def read(self, name: str, most_bytes: int | None = None) -> bytes:
+        """Read a whole file; on a local disk a regular one, see `read_file`.
+
+        Raises:
+            ValueError: if it holds more than `most_bytes`.
+        """
         path = (self / name).path
-        return read_file(path, None) if self.local else self.fs.cat_file(path)
+        if self.local or most_bytes is None:
+            return read_file(path, most_bytes) if self.local else self.fs.cat_file(path)
+        if len(content := self.fs.cat_file(path, end=most_bytes + 1)) > most_bytes:
+            raise ValueError(f"it holds more than {most_bytes} bytes, the most that is read")
+        return content
 
     def publish(self, name: str, data: bytes) -> None:
         """Write or replace a file."""

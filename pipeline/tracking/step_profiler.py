@@ -30,6 +30,7 @@ from pipeline.storage.run_records import count_of, decode_record, text_of
 
 MOST_STEPS = 1000
 STORE_SECONDS = 10.0  # between two looks at an object store
+MOST_REQUEST_BYTES = 1 << 16
 SNAPSHOT_ENTRIES = 20_000  # allocations and frees that a memory snapshot has at most, the last ones
 
 
@@ -52,7 +53,10 @@ class ProfileRequest:
         id, attempt, steps = text_of(record, "id") or "", count_of(record, "attempt"), count_of(record, "steps")
         if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", id) or attempt is None or not steps or steps > MOST_STEPS:
             return None
-        return cls(id, attempt, steps, count_of(record, "rank"))
+        rank = count_of(record, "rank")
+        if rank is None and record.get("rank") is not None:  # an odd rank means nobody, not everybody
+            return None
+        return cls(id, attempt, steps, rank)
 
 
 class StepProfiler:
@@ -142,7 +146,7 @@ class StepProfiler:
 
     def _read(self) -> bytes | None:
         try:
-            return self._folder.read(PROFILE_REQUEST_FILE)
+            return self._folder.read(PROFILE_REQUEST_FILE, MOST_REQUEST_BYTES)
         except Exception:  # not there, or the storage fails: clients of object stores have errors of their own
             return None
 

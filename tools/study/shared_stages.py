@@ -22,7 +22,8 @@ from cluster.chain import has_begun, open_chain, remove_stages
 from pipeline.data.staging import describe_beton, is_url
 from pipeline.errors import StageError
 from pipeline.recipe import ChainRecipe, StageRecipe
-from pipeline.stage.directory import Stage
+from pipeline.recipe.fields import written_fields
+from pipeline.stage.directory import Stage, read_done
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, INIT_FILE, RECIPE_FILE, SHARED_FILE
 from pipeline.storage.folder import write_json
 from pipeline.storage.run_records import read_record, text_of
@@ -42,8 +43,8 @@ def stage_key(recipe: StageRecipe, data: DataHashes, before: str | None) -> str:
         data: what identifies the data files: hashes or, to plan, their paths.
         before: the key of the stage before, or what identifies the weights that the stage starts from.
     """
-    # Without defaults, so that a later version with more of these fields finds the stages of this one.
-    settings = [section.model_dump(mode="json", exclude_defaults=True) for section in (recipe.engine, recipe.gate)]
+    # Defaults too, because a later version may change them; without the fields that it adds, see `added`.
+    settings = [{path: value for path, value, _ in written_fields(section)} for section in (recipe.engine, recipe.gate)]
     facts = [recipe.fingerprint(), *settings, dict(sorted(data.items())), before]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -107,7 +108,7 @@ class SharedStages:
         """Claim the stage; if another run has, and this one has not begun, link to that run's."""
         write_json(own / SHARED_FILE, {"key": key})  # before the claim, which counts only beside it
         owner = self._claim(own, key)
-        if owner != own and not begun:
+        if owner != own and not begun and (read_done(owner) or may_write(owner)):
             remove_stages(own.parent, [own.name])
             with suppress(FileExistsError):  # a file of a person lies in it, or another command has just linked it
                 own.symlink_to(os.path.relpath(owner, own.parent))
@@ -150,6 +151,12 @@ class SharedStages:
         if path not in self._hashes:
             self._hashes[path] = describe_beton(path, recipe.data.timeout_seconds).identity
         return self._hashes[path]
+
+
+def may_write(stage_directory: Path) -> bool:
+    """Whether this user may train in a stage, which may be another user's. One that is done needs no writing; any other
+    is trained once more, in the own run, instead of failing hours later."""
+    return os.access(stage_directory, os.W_OK | os.X_OK)
 
 
 def owner_of(stage_directory: Path) -> Path | None:

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.distributed.world import World
 from pipeline.storage.file_names import PROFILE_REQUEST_FILE, PROFILES_FOLDER
-from pipeline.storage.folder import Folder, write_json
-from pipeline.tracking.step_profiler import ProfileRequest, StepProfiler, write_gzipped_json
+from pipeline.storage.folder import Folder, json_bytes, write_json
+from pipeline.tracking.step_profiler import MOST_REQUEST_BYTES, ProfileRequest, StepProfiler, write_gzipped_json
 from tests.support import fcmae, make_tiny_run, weights_sha256, write_tiny_recipe
 
 REQUEST = ProfileRequest(id="one", attempt=3, steps=2)
@@ -51,6 +51,22 @@ def test_a_request_is_answered_once_with_a_trace_of_its_steps(tmp_path):
     train(profiler, range(10, 20))
     train(profiler_of(tmp_path, attempt=4), range(20, 30))  # the attempt after a restart
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("rank", [-1, 1.0, "0", True, [0]])
+def test_an_odd_rank_asks_nobody(rank):
+    assert ProfileRequest.parse(json_bytes({**asdict(REQUEST), "rank": rank}), "a request") is None
+    assert ProfileRequest.parse(json_bytes(asdict(REQUEST)), "a request") == REQUEST
+
+
+@pytest.mark.parametrize("place", ["{tmp}", "memory://profiles"])
+def test_a_file_that_is_too_long_for_a_request_is_not_read(place, tmp_path):
+    folder = Folder.at(place.format(tmp=tmp_path))
+    folder.publish(PROFILE_REQUEST_FILE, json_bytes(asdict(REQUEST)).ljust(MOST_REQUEST_BYTES))
+    assert ProfileRequest.parse(folder.read(PROFILE_REQUEST_FILE, MOST_REQUEST_BYTES), "a request") == REQUEST
+    folder.publish(PROFILE_REQUEST_FILE, json_bytes(asdict(REQUEST)).ljust(MOST_REQUEST_BYTES + 1))
+    with pytest.raises(ValueError, match="it holds more than"):
+        folder.read(PROFILE_REQUEST_FILE, MOST_REQUEST_BYTES)
 
 
 def test_only_the_rank_that_is_asked_answers(tmp_path):

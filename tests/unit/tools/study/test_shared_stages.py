@@ -14,10 +14,13 @@ from cluster.slurm.submit import cancel_jobs, live_jobs, plan_jobs
 from pipeline.data.beton import open_beton
 from pipeline.errors import RecipeError
 from pipeline.recipe import load_recipe
+from pipeline.recipe.sections import GateSettings
+from pipeline.recipe.settings_base import operational
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, SHARED_FILE
 from tests.support import tiny_data, write_tiny_recipe
-from tools.study.shared_stages import CLAIMS_FOLDER, SharedStages, owner_of
+from tools.study import shared_stages
+from tools.study.shared_stages import CLAIMS_FOLDER, SharedStages, owner_of, stage_key
 
 STAGES = ("pretrain", "intermediate", "finetune")
 
@@ -68,6 +71,24 @@ def test_what_is_equal_is_shared_and_what_follows_another_stage_is_not(study, re
     more = opened(study, "same", recipe, "stages.pretrain.checkpoint.every_steps=3")
     assert owners(more) == ["first"] * 3
     assert Stage(first / "pretrain").recipe.checkpoint.every_steps == 3, "operational changes reach the owner's stage"
+
+
+def test_a_default_that_a_later_version_changes_makes_another_stage(recipe):
+    class LaterGate(GateSettings):
+        published_within: float = operational(0.7)
+
+    stage = load_recipe(recipe).stages["pretrain"]
+    later = stage.model_copy(update={"gate": LaterGate()})
+    assert stage_key(stage, {}, None) != stage_key(later, {}, None)
+    assert stage_key(stage, {}, None) == stage_key(stage.model_copy(update={"gate": GateSettings()}), {}, None)
+
+
+def test_a_stage_that_this_user_may_not_write_is_shared_once_it_is_done(study, recipe, monkeypatch):
+    first = opened(study, "first", recipe)
+    monkeypatch.setattr(shared_stages, "may_write", lambda stage: stage.parent != first)  # root may write everywhere
+    assert owners(opened(study, "early", recipe)) == [None] * 3
+    Stage(first / "pretrain").finish({"metrics": {"loss": 1.0}, "weights": "w", "weights_sha256": "0"}, 1)
+    assert owners(opened(study, "late", recipe)) == ["first", None, None]
 
 
 def test_data_count_by_content_and_not_by_path(study, recipe, tmp_path):
@@ -202,7 +223,7 @@ def test_a_container_sees_the_owner_of_the_stage_before(study, recipe):
 
 
 def test_a_folder_that_may_not_be_written_is_no_obstacle(study, recipe, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).parent == study)
+    monkeypatch.setattr("os.access", lambda path, mode: study in Path(path).parents)
     opened(study, "first", recipe)
     assert owners(opened(study, "same", recipe)) == ["first"] * 3
     assert (study / CLAIMS_FOLDER).is_dir()
