@@ -47,6 +47,15 @@ def is_segmenter(names: Iterable[str]) -> bool:
     return any(name.startswith("decode_head.") for name in names)
 
 
+def refuse_segmenter(names: Iterable[str], source: str) -> None:
+    """Raise CheckpointError if the tensors are those of a model for segmentation, where another model is needed."""
+    if is_segmenter(names):
+        raise CheckpointError(
+            f"{source} holds a model for segmentation; `fcmae convert {source} BACKBONE.safetensors --to official"
+            " --head drop` writes its backbone alone"
+        )
+
+
 class _Shapes:
     """Reads sizes of a model from the shapes of its tensors."""
 

@@ -89,4 +89,4 @@ def _count(channels: int | None) -> str:
 
 
 def _stem(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name in tensors if name.removeprefix("encoder.") in _STEMS), None)
+    return next((name for name in tensors if name.removeprefix("encoder.").removeprefix("backbone.") in _STEMS), None)

@@ -19,6 +19,7 @@ from pipeline.training.saving import checkpoint_home
 from pipeline.weights.architecture import COUNTER
 from pipeline.weights.foreign import MissingEntryError, load_weights
 from pipeline.weights.heads import head_names
+from pipeline.weights.inference import refuse_segmenter
 from pipeline.weights.input_channels import Adaptation, adapt_channels, input_channels
 from pipeline.weights.safetensors_file import read_weights
 from tools.weights.checkpoint_weights import read_checkpoint_weights
@@ -152,6 +153,7 @@ def build_model(
     Raises:
         CheckpointError: if there is no such model, or the tensors do not fit it.
     """
+    refuse_segmenter(tensors, source)
     tensors, _ = model_tensors(tensors)
     if isinstance(options, Mapping) and "name" in options:
         shape = {name: value for name, value in options.items() if name not in ("depths", "dims") or value is not None}

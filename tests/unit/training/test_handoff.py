@@ -7,12 +7,14 @@ import torch
 
 from pipeline.engines import create_engine
 from pipeline.errors import CheckpointError, RecipeError
+from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.training import handoff
 from tests.support import write_tiny_recipe
 from tools.weights.convert import convert
+from tools.weights.model import build_model
 
 CLASSES = ("a", "b", "c", "d")
 FOUR_STAGES = [  # timm builds no others
@@ -143,3 +145,20 @@ def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkey
     stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
     with pytest.raises(RecipeError, match=r"\$NOWHERE is not set; export it, or give stages.finetune.data.train=PATH"):
         resolve_paths(stage)
+
+
+def test_a_classifier_starts_from_a_segmenters_backbone_alone(begin, tmp_path):
+    head = HeadOptions(3, channels=8, auxiliary_channels=0)
+    segmenter = create_segmenter("convnextv2", head, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), seed=9).state_dict()
+    whole, backbone = tmp_path / "segmenter.pth", tmp_path / "backbone.safetensors"
+    torch.save({"state_dict": segmenter}, whole)
+    stage, engine, objective = begin("intermediate", "stages.pretrain=null", f"init={whole}")
+    with pytest.raises(CheckpointError, match=r"holds a model for segmentation; `fcmae convert .* --head drop` writes"):
+        handoff.receive(stage, engine, objective, CLASSES)
+    convert(whole, backbone, "official", head="drop")
+    stage, engine, objective = begin("intermediate", "stages.pretrain=null", f"init={backbone}")
+    received = handoff.receive(stage, engine, objective, CLASSES)
+    for name in received.transfer.loaded:
+        assert torch.equal(engine.items()[name], segmenter[f"backbone.{name}"])
+    with pytest.raises(CheckpointError, match="holds a model for segmentation"):
+        build_model(segmenter)

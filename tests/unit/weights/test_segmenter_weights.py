@@ -10,6 +10,7 @@ from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.weights.architecture import SegmenterArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
+from pipeline.weights.input_channels import adapt_channels, input_channels
 from pipeline.weights.transfer import plan_transfer, segmenter_weights
 from tests.oracles import randomise
 from tools.weights.convert import convert
@@ -170,3 +171,11 @@ def test_a_segmenter_becomes_another():
     bare = {name: tensor for name, tensor in upernet.items() if not name.startswith("backbone.norm")}
     assert planned(bare, upernet, keep_head=True)[1] == {"backbone.norm0", "backbone.norm1"}
     assert planned(upernet, bare, keep_head=True)[2] == {"backbone.norm0", "backbone.norm1"}
+
+
+@pytest.mark.parametrize("family", ["convnext", "nextvit"])
+def test_input_channels_adapt_behind_the_prefix(family):
+    state = state_of(family, "upernet")
+    grey = adapt_channels(state, "sum")
+    assert (input_channels(state), input_channels(grey)) == (3, 1)
+    assert to_internal(grey)[1].architecture.in_channels == 1
