@@ -196,5 +196,5 @@ def estimate_peak(recipe: StageRecipe, ranks: int, device: str) -> tuple[Term, .
 def _estimate_peak(recipe_json: str, ranks: int, device: str) -> tuple[Term, ...]:
     recipe = StageRecipe.model_validate_json(recipe_json)
     recipe = recipe.model_copy(update={"batch": recipe.batch_on(ranks)})
-    step, evaluation = StepTraces(recipe, device)(recipe.batch.micro_slots), trace_evaluation(recipe, device)
+    step, evaluation = StepTraces(recipe, device, ranks)(recipe.batch.micro_slots), trace_evaluation(recipe, device)
     return tuple(estimate_memory(recipe, ModelSize.of(recipe), ranks, step, evaluation, device))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.cost.host_waits import NoHostWaits
 from pipeline.cost.mixed_devices import NoMixedDevices
+from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace import DeviceCasts, run_backward
 from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.world import World
@@ -50,17 +51,20 @@ def as_on_gpu(recipe: StageRecipe) -> Iterator[None]:
 
 
 def meta_engine(
-    recipe: StageRecipe, guard: Callable[[torch.device], StepFilter] | None = None
+    recipe: StageRecipe, guard: Callable[[torch.device], StepFilter] | None = None, ranks: int = 1
 ) -> tuple[MetaEngine, Objective]:
     """Make the engine of a stage for one rank, with its components, and the stage's objective.
 
-    guard: makes the filter of steps for a device.
+    Args:
+        guard: makes the filter of steps for a device.
+        ranks: over which norm groups may span.
     """
     objective = create_objective(recipe, seed=0)
     with META:
         model = objective.build_model()
     # A rank alone runs as many micro-batches as the recipe has, which are alike.
     engine = MetaEngine(model, recipe, guard(META) if guard else None)
+    play_norm_groups(engine.module, recipe, ranks)
     engine.attach_components(total_steps=100)
     return engine, objective
 

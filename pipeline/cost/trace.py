@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.cost.block_repeats import BlockMarks, repeat_segments, shorten
 from pipeline.cost.kernel_bytes import Kernels, OperationLog, count_eager, count_fused
+from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch, example_evaluation_batch
 from pipeline.engines.base import DTYPES
@@ -40,7 +41,7 @@ _FULL_PRECISION = {"cpu": (), "cuda": (torch.layer_norm, F.layer_norm, F.cross_e
 
 @dataclass(frozen=True)
 class Trace:
-    """Forward and backward pass of one micro-batch; nothing in it depends on the number of ranks."""
+    """Forward and backward pass of one micro-batch. The number of ranks matters to norm groups that span some alone."""
 
     images: int
     timeline: np.ndarray
@@ -78,9 +79,9 @@ def meta_model(recipe: StageRecipe) -> tuple[Objective, nn.Module]:
         return objective, objective.build_model().to(DTYPES[recipe.engine.precision])
 
 
-def trace_step(recipe: StageRecipe, device: str) -> Trace:
+def trace_step(recipe: StageRecipe, device: str, ranks: int = 1) -> Trace:
     """Trace a micro-batch of the recipe's size as a device of type "cpu" or "cuda" would compute it."""
-    live, forward_macs, norm_macs = _follow_step(recipe, device, _kernels_of(device))
+    live, forward_macs, norm_macs = _follow_step(recipe, device, _kernels_of(device), ranks)
     images = recipe.batch.slot * recipe.batch.micro_slots
     operations = live.log.finish() if live.log else ()
     return Trace(
@@ -95,9 +96,12 @@ def trace_first_kernels(recipe: StageRecipe) -> Kernels:
     return count_eager(live.log.finish(), first_kernels=True)
 
 
-def _follow_step(recipe: StageRecipe, device: str, kernels: AbstractContextManager) -> "tuple[_Live, int, int]":
+def _follow_step(
+    recipe: StageRecipe, device: str, kernels: AbstractContextManager, ranks: int = 1
+) -> "tuple[_Live, int, int]":
     """Follow a step; return also the multiply-adds of the forward pass and those of its norms."""
     objective, model = meta_model(recipe)
+    play_norm_groups(model, recipe, ranks)
     batch = example_batch(recipe).to(torch.device("meta"))
     live = _Live(model, log=device == "cuda")
     for parameter in model.parameters():
@@ -151,15 +155,16 @@ class StepTraces:
     """Traces of a step with any number of slots in a micro-batch, called with that number.
 
     Every allocation is a constant plus a part for each image, so two traces give all others. On a CPU some operators
-    work in pieces of the cache's size, so the number of allocations depends on the batch; then each size is traced.
+    work in pieces of the cache's size, so the number of allocations depends on the batch; then each size is traced, as
+    it is with norm groups, because they count any number of slots.
     """
 
-    def __init__(self, recipe: StageRecipe, device: str):
-        self._recipe, self._device = recipe, device
+    def __init__(self, recipe: StageRecipe, device: str, ranks: int = 1):
+        self._recipe, self._device, self._ranks = recipe, device, ranks
         self._traces: dict[int, Trace] = {}
 
     def __call__(self, micro_slots: int) -> Trace:
-        if micro_slots in self._traces or micro_slots <= 2:
+        if micro_slots in self._traces or micro_slots <= 2 or self._recipe.norm_group_images is not None:
             return self._trace(micro_slots)
         one, two = self._trace(1), self._trace(2)
         arrays = ("timeline", "eager", "fused")
@@ -176,7 +181,9 @@ class StepTraces:
         if micro_slots not in self._traces:
             batch = self._recipe.batch.model_copy(update={"micro_slots": micro_slots})
             recipe = self._recipe.model_copy(update={"batch": batch})
-            self._traces[micro_slots] = _kept("step", trace_step, recipe, self._device)
+            group = recipe.norm_group_on(self._ranks)
+            kind = f"step with {group}" if group else "step"
+            self._traces[micro_slots] = _kept(kind, lambda *of: trace_step(*of, self._ranks), recipe, self._device)
         return self._traces[micro_slots]
 
 

@@ -243,7 +243,8 @@ class StageRecipe(Settings):
         """Whether the images of a slot are computed together: mixed, counted by BatchNorm or GRN, or drawn for SNIP."""
         objective = self.objective
         if isinstance(objective, SegmentationSettings):
-            return self.sparsity is not None  # a BatchNorm counts a norm group there
+            # A BatchNorm counts a norm group there.
+            return self.sparsity is not None and self.sparsity.distribution == "snip"
         if isinstance(objective, FCMAESettings):
             together = objective.grn_statistics == "batch"
         else:

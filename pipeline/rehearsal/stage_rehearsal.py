@@ -65,7 +65,7 @@ def rehearse_stage(recipe: StageRecipe, rank: int, ranks: int, ranks_per_node: i
         recipe = _as_played(recipe, ranks, "cuda" if gpu else "cpu")
         if gpu:  # first, because only this names what would wait for a GPU
             try:
-                play_on_meta(recipe.model_copy(update={"batch": recipe.batch_on(ranks)}))
+                play_on_meta(recipe.model_copy(update={"batch": recipe.batch_on(ranks)}), ranks)
             except HostWaitError as error:
                 result.slow = f"stage {recipe.name}: {error}; that is a mistake of the program, so report it"
         _fill(result, recipe, play_rank(recipe, rank, ranks, ranks_per_node), gpu)
@@ -109,14 +109,16 @@ def _fill(result: StageRehearsal, recipe: StageRecipe, played: PlayedRank, gpu: 
     result.peak_bytes = sum(term.bytes for term in estimate_peak(recipe, ranks, "cuda" if gpu else "cpu"))
 
 
-def play_on_meta(recipe: StageRecipe) -> None:
+def play_on_meta(recipe: StageRecipe, ranks: int = 1) -> None:
     """Make two steps and evaluate a batch as one rank whose device is meta, with a GPU's kernels and casts.
+
+    ranks: over which norm groups may span.
 
     Raises:
         HostWaitError: if a step would wait for the device.
         MixedDevicesError: if an operator gets tensors of the host and of the device.
     """
-    engine, objective = meta_engine(recipe, lambda device: StepGuard(recipe.health, device))
+    engine, objective = meta_engine(recipe, lambda device: StepGuard(recipe.health, device), ranks)
     run_meta_steps(engine, objective, micro_batches=min(micro_batches(recipe, 1), 2))
     batch = engine.to_device(example_evaluation_batch(recipe))
     batch = replace(batch, prepared=objective.prepare(batch.ids, batch.epoch, META))

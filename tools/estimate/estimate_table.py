@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tools.estimate.data_files import IMAGE_BYTES
 from tools.estimate.engine_options import Option, reason
-from tools.estimate.stage_estimate import GIB, IMAGE_BYTES, RESERVE, StageEstimate
+from tools.estimate.stage_estimate import GIB, RESERVE, StageEstimate
 from tools.tables import plain_table
 
 COLUMNS = ("stage", "parameters", "GMACs/image", "training", "steps", "nodes x ranks", "engine", "images/rank",
@@ -115,7 +116,7 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
         images = stage.validation and stage.validation.images
         lines += [
             f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {stage.evaluations} x"
-            f" {images or 0:,} x {stage.forward_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
+            f" {images or 0:,} x {stage.evaluation_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
             f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]}) /"
             f" useful share {stage.useful_share or 1:.3f} = {stage.hours:,.2f}",
             f"cores/rank = {stage.images_per_second:,.0f} images/s of a rank /"
@@ -167,6 +168,8 @@ def assumptions(stages: Sequence[StageEstimate]) -> list[str]:
             )
         for file in filter(None, (stage.train, stage.validation)):
             if file.images is None:
+                if file is stage.train and stage.steps is not None:
+                    continue
                 unknown = "steps and hours are unknown" if file is stage.train else "evaluation is not in the hours"
                 lines.append(f"{stage.recipe.name}: {file.path} is not here, so {unknown}; give --images {file.path}=N")
             elif not file.on_disk:
@@ -188,7 +191,9 @@ def _stage_figures(stage: StageEstimate, price: float | None) -> dict[str, Any]:
         "nodes": stage.site.nodes,
         **_fields(stage, "ranks", "parameters"),
         "macs": stage.published_macs,
-        **_fields(stage, "forward_macs", "steps", "busy_hours", "useful_share", "hours", "gpu_hours"),
+        **_fields(
+            stage, "forward_macs", "evaluation_macs", "steps", "busy_hours", "useful_share", "hours", "gpu_hours"
+        ),
         "money": stage.money(price),
         "cores_per_rank": stage.cores_per_rank,
         **_fields(stage, "checkpoint_bytes", "kept_bytes", "data_bytes", "memory_bytes"),

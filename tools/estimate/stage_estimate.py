@@ -1,11 +1,9 @@
 """Predict memory, time, cost and disk space of each stage of a recipe on a cluster."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from cluster.site import Site
@@ -23,11 +21,9 @@ from pipeline.cost.memory import (
 )
 from pipeline.cost.roofline import kernels_of, predict_step
 from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
-from pipeline.data.beton import read_sidecar
-from pipeline.data.staging import is_url
-from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
+from tools.estimate.data_files import DataFile, find_data_file, parse_counts
 from tools.estimate.engine_options import Option, at_precision, engine_variants, recommended, site_rates
 from tools.simulate.conditions import Conditions, site_conditions
 from tools.simulate.planned_stage import planned_stage
@@ -37,20 +33,6 @@ from tools.simulate.stage_work import StageWork
 GIB = 2**30
 RESERVE = 0.92
 """Usable fraction of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest."""
-IMAGE_BYTES = 110_000
-"""Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A data file, on this machine or not."""
-
-    path: str
-    images: int | None
-    """None if neither the side-car nor --images tells."""
-    bytes: int | None
-    on_disk: bool
-    """The figures are those of the side-car, not of --images."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +50,8 @@ class StageEstimate:
     """None for a stage without evaluation."""
     options: tuple[Option, ...]
     forward_macs: float
+    evaluation_macs: float
+    """Multiply-adds of the evaluation of one image: of segmentation, those of all its windows."""
     measured: Measured | None
     memory_correction: float
     """Factor between measured and traced activation memory; 1 without --measure."""
@@ -98,7 +82,9 @@ class StageEstimate:
 
     @property
     def steps(self) -> int | None:
-        return None if self.steps_per_epoch is None else self.recipe.total_steps(self.steps_per_epoch)
+        """None if the recipe counts epochs of an unknown number of images."""
+        per_epoch = self.steps_per_epoch
+        return self.recipe.schedule.steps if per_epoch is None else self.recipe.total_steps(per_epoch)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -109,8 +95,9 @@ class StageEstimate:
         schedule, evaluation = self.recipe.schedule, self.recipe.evaluation
         if schedule.epochs is not None and evaluation.every_steps is None:
             return max(math.ceil(schedule.epochs / evaluation.every_epochs), 1)
-        per_epoch = self.steps_per_epoch
-        return math.ceil(self.steps / evaluation.steps_between(per_epoch)) if per_epoch else 1
+        if self.steps_per_epoch is None and evaluation.every_steps is None:
+            return 1
+        return math.ceil(self.steps / evaluation.steps_between(self.steps_per_epoch or 1)) if self.steps else 1
 
     @property
     def work(self) -> float | None:
@@ -119,7 +106,7 @@ class StageEstimate:
             return None
         trained = self.steps * self.recipe.batch.global_batch * self.chosen.training_macs
         evaluated = self.validation.images if self.validation else 0
-        return 2 * (trained + self.evaluations * (evaluated or 0) * self.forward_macs)
+        return 2 * (trained + self.evaluations * (evaluated or 0) * self.evaluation_macs)
 
     @property
     def tflops(self) -> float | None:
@@ -186,7 +173,7 @@ class StageEstimate:
         hours = self.busy_hours
         if self.steps is None or (hours is None and not (measured or {}).get("step_seconds")):
             return None
-        evaluated = 2 * self.evaluations * ((self.validation and self.validation.images) or 0) * self.forward_macs
+        evaluated = 2 * self.evaluations * ((self.validation and self.validation.images) or 0) * self.evaluation_macs
         evaluation_seconds = evaluated / (self.ranks * self.speed[0]) if hours else 0.0
         return planned_stage(
             self.recipe,
@@ -238,7 +225,7 @@ def estimate(
         RecipeError: if no number of the site's nodes divides a stage's slots.
         UserError: if an element of `images` has another form, or this machine has too little memory to measure.
     """
-    counts = _parse_counts(images)
+    counts = parse_counts(images)
     return [
         _estimate_stage(recipe, site.for_stage(name), nodes, counts, measured_here)
         for name, recipe in chain.stages.items()
@@ -258,26 +245,26 @@ def _estimate_stage(
     recipe = recipe.model_copy(update={"batch": recipe.batch_on(site.ranks)})
     device = "cuda" if site.gpus_per_node else "cpu"
     model, evaluation = ModelSize.of(recipe), trace_evaluation(recipe, device)
-    traces = StepTraces(recipe, device)
+    traces = StepTraces(recipe, device, site.ranks)
     measured = _measure(recipe, model) if measured_here else None
     correction = 1.0
     if measured:
         kind = measured.device.partition(":")[0]
-        traces_here = traces if kind == device else StepTraces(recipe, kind)
+        same = kind == device and recipe.norm_group_images is None
+        traces_here = traces if same else StepTraces(recipe, kind)
         correction = _memory_correction(recipe, model, traces_here(recipe.batch.micro_slots), measured)
     options, rates = [], site_rates(site)
     plain_traces = None
     for checkpointing in (False, True):
         changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": checkpointing})})
-        changed_traces = traces if checkpointing == recipe.model.checkpointing else StepTraces(changed, device)
+        changed_traces = traces if changed == recipe else StepTraces(changed, device, site.ranks)
         plain_traces = plain_traces or changed_traces
         for name, variant in engine_variants(changed, site):
             if reason := _unsupported(recipe, name):
                 notes.append(f"{name} is left out: {reason}")
                 continue
             for slots in _micro_slots(recipe, site.ranks):
-                batch = recipe.batch.model_copy(update={"micro_slots": slots})
-                option, trace = variant.model_copy(update={"batch": batch}), changed_traces(slots)
+                option, trace = _with_micro_slots(variant, slots), changed_traces(slots)
                 terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation, device), correction)
                 kernels, step = kernels_of(option, trace), None
                 if rates:
@@ -290,17 +277,19 @@ def _estimate_stage(
     trace = traces(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
     copies = 1 + 2 + (recipe.ema is not None)  # weights, two moments of AdamW, moving average
     width = 8 if recipe.engine.precision == "fp64" else 4
-    train, validation = (_data_file(recipe, name, counts) for name in ("train", "validation"))
+    train, validation = (find_data_file(recipe, name, counts) for name in ("train", "validation"))
     return StageEstimate(
         recipe, site, model, trace.published_macs, train, validation, tuple(options),
-        trace.forward_macs / trace.images, measured, correction, copies * model.parameters * width,
-        tuple(dict.fromkeys(notes)),
+        trace.forward_macs / trace.images, evaluation.forward_macs / evaluation.images, measured, correction,
+        copies * model.parameters * width, tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 
 
 def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
     """The site with the largest number of nodes, up to `nodes`, that divides the recipe's slots."""
-    sizes = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 1})}).world_sizes()
+    # A norm group may want larger micro-batches on fewer ranks.
+    most = 1 if recipe.norm_group_images is None else recipe.batch.slots
+    sizes = {ranks for slots in range(1, most + 1) for ranks in _with_micro_slots(recipe, slots).world_sizes()}
     for count in range(nodes, 0, -1):
         if count * site.ranks_per_node in sizes:
             return site.model_copy(update={"nodes": count})
@@ -313,11 +302,17 @@ def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
 
 def _micro_slots(recipe: StageRecipe, ranks: int) -> list[int]:
     """Micro-batches to try, in slots: powers of two, the recipe's and a rank's share, if they divide the share."""
-    share = recipe.batch.slots // ranks
-    if recipe.model.response == "bn" or getattr(recipe.objective, "grn_statistics", "") == "batch":
+    share, groups = recipe.batch.slots // ranks, recipe.norm_group_images is not None
+    if (recipe.model.counts_batches and not groups) or getattr(recipe.objective, "grn_statistics", "") == "batch":
         return [1]
     sizes = {recipe.batch.micro_slots, share, *(2**power for power in range(8))}
-    return sorted(k for k in sizes if k <= share and share % k == 0)
+    return sorted(
+        k for k in sizes if k <= share and share % k == 0 and ranks in _with_micro_slots(recipe, k).world_sizes()
+    )
+
+
+def _with_micro_slots(recipe: StageRecipe, micro_slots: int) -> StageRecipe:
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": micro_slots})})
 
 
 def _unsupported(recipe: StageRecipe, name: EngineName) -> str:
@@ -358,36 +353,3 @@ def _measure(recipe: StageRecipe, model: ModelSize) -> Measured:
             f" parameters and {available_bytes() / GIB:.1f} GiB are free; measure on a larger machine"
         )
     return measure_steps(recipe)
-
-
-def _parse_counts(images: Sequence[str]) -> dict[str, int]:
-    counts = {}
-    for text in images:
-        name, _, number = text.rpartition("=")
-        number = number.replace("_", "").replace(",", "")
-        if not number.isdigit():
-            raise UserError(f"--images {text!r} is no number of images; write N, or FILE=N for one data file")
-        counts[name] = int(number)
-    return counts
-
-
-def _data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile | None:
-    data = recipe.data
-    if not getattr(data, name):
-        return None
-    path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
-    fraction = data.fraction if name == "train" else 1.0
-    here = not is_url(path) and Path(path).exists()
-    if here:
-        from tools.prepare.detect import open_source  # both load numba
-        from tools.prepare.prepared_cache import is_source
-    if here and Path(path).is_file() and not is_source(path):
-        beton = read_sidecar(Path(path))
-        classes = data.classes if name == "train" else present_classes(beton, data.classes)
-        return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
-    count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
-    if count is None and here:
-        count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
-    if count is None:
-        return DataFile(path, None, None, False)
-    return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)

@@ -1,0 +1,60 @@
+"""The data files of a stage and the numbers of their images, as far as an estimate can know them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.beton import read_sidecar
+from pipeline.data.staging import is_url
+from pipeline.data.subset import count_per_class, present_classes
+from pipeline.errors import UserError
+from pipeline.recipe import StageRecipe
+
+IMAGE_BYTES = 110_000
+"""Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file, on this machine or not."""
+
+    path: str
+    images: int | None
+    """None if neither the side-car nor --images tells."""
+    bytes: int | None
+    on_disk: bool
+    """The figures are those of the side-car, not of --images."""
+
+
+def parse_counts(images: Sequence[str]) -> dict[str, int]:
+    counts = {}
+    for text in images:
+        name, _, number = text.rpartition("=")
+        number = number.replace("_", "").replace(",", "")
+        if not number.isdigit():
+            raise UserError(f"--images {text!r} is no number of images; write N, or FILE=N for one data file")
+        counts[name] = int(number)
+    return counts
+
+
+def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile | None:
+    data = recipe.data
+    if not getattr(data, name):
+        return None
+    path = os.path.expanduser(os.path.expandvars(getattr(data, name)))
+    fraction = data.fraction if name == "train" else 1.0
+    here = not is_url(path) and Path(path).exists()
+    if here:
+        from tools.prepare.detect import open_source  # both load numba
+        from tools.prepare.prepared_cache import is_source
+    if here and Path(path).is_file() and not is_source(path):
+        beton = read_sidecar(Path(path))
+        classes = data.classes if name == "train" else present_classes(beton, data.classes)
+        return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
+    count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
+    if count is None and here:
+        count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
+    if count is None:
+        return DataFile(path, None, None, False)
+    return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)
