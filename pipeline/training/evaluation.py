@@ -1,7 +1,7 @@
 """Evaluate a model over all ranks: every image counts once, on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,7 @@ def evaluate(
     feed: Iterable[Batch],
     should_stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[nn.Module, Batch], None] = lambda model, batch: None,
+    around_first: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float] | None:
     """Compute the metrics of the weights that are handed on; None if the ranks agreed to stop. Collective.
 
@@ -56,6 +57,7 @@ def evaluate(
         owner: holds the model.
         should_stop: the same answer on all ranks; asked before each batch.
         on_batch: gets the model and each batch of this rank, as for pictures.
+        around_first: what the first batch is computed in, whose shapes may have to be compiled.
     """
     sums: dict[str, Tensor] = {}
     with owner.evaluating() as model:
@@ -63,7 +65,9 @@ def evaluate(
             if should_stop():
                 return None
             batch = owner.to_device(batch)
-            for name, value in scorer.evaluate(model, batch).items():
+            with nullcontext() if sums else around_first():
+                scores = scorer.evaluate(model, batch)
+            for name, value in scores.items():
                 value = value.double()
                 sums[name] = sums[name] + value if name in sums else value
             on_batch(model, batch)

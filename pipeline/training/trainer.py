@@ -1,7 +1,7 @@
 """Train one stage: assemble its parts, then loop over its steps."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -13,6 +13,7 @@ from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.engines.base import sharding_units
+from pipeline.engines.compiled_blocks import compiles_blocks
 from pipeline.engines.large_kernel_choice import set_large_kernels
 from pipeline.engines.plain_comparison import check_code
 from pipeline.health.watchdog import PATIENCE, Watchdog
@@ -22,6 +23,7 @@ from pipeline.randomness import text_key
 from pipeline.stage.device_errors import own_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.storage.announcement import announced
 from pipeline.storage.file_names import CURVES_FILE, JOURNAL_FILE, PICTURES_FOLDER, PROFILES_FOLDER
 from pipeline.storage.folder import Folder
 from pipeline.tracking import pictures
@@ -107,6 +109,7 @@ class Training:
             self.log.write("large_kernels", forms=forms)
         workers = recipe.data.workers or max(world.cores() - 1, 1)
         prepare = self.objective.prepare
+        self._has_evaluated = False
         self.feed = train_feed(recipe, data["train"], seed, world, workers, prepare)
         stack.callback(self.feed.close)
         self.validation = None
@@ -243,11 +246,20 @@ class Training:
     def _evaluate(self, step: int) -> None:
         self.watchdog.phase("evaluate", step)
         painter = Painter(self.objective, self.stage.recipe.tracking.pictures)
-        metrics = evaluate(self.engine, self.objective, self.validation, self.stop, painter)
+        metrics = evaluate(self.engine, self.objective, self.validation, self.stop, painter, self._announced_once)
         if metrics is not None:
             self._draw(step, painter)
             self.log.write("evaluate", step=step, metrics=metrics)
             self.checkpoints.evaluated(step, metrics[self.objective.metric], self.objective.metric)
+
+    def _announced_once(self) -> AbstractContextManager:
+        """Says that blocks are compiled, at the first evaluation of an attempt if it takes long."""
+        compiles = compiles_blocks(self.stage.recipe.engine, self.world.device) and not self._has_evaluated
+        self._has_evaluated = True
+        quiet = not compiles or not self.world.is_main
+        return (
+            nullcontext() if quiet else announced("compiling the blocks of the model for the shapes of the evaluation")
+        )
 
     def _draw(self, step: int, painter: Painter) -> None:
         path = self.stage.directory / PICTURES_FOLDER / f"step-{step:09d}.png"
