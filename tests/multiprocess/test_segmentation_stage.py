@@ -92,7 +92,7 @@ def evaluated(world: World, engine, objective, recipe: StageRecipe) -> dict[str,
     return evaluate(engine, objective, evaluation_feed(recipe, validation, world, 1))
 
 
-@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
+@pytest.mark.parametrize("head", ["upernet", pytest.param("semantic_fpn", marks=pytest.mark.slow)])
 def test_any_number_of_ranks_trains_and_scores_the_same(directory, head):
     """The norm group of eight images lies on one rank, on two, or on four; 16 ranks would share slots."""
     changes = (f"stages.segment.objective.head={head}", "stages.segment.objective.channels=16")
