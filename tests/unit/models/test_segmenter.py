@@ -111,6 +111,7 @@ def test_what_does_not_fit_is_refused():
         (HeadOptions(3, "fpn"), {}, "head is 'fpn'"),
         (HeadOptions(3, norm="layer"), {}, "norm is 'layer'"),
         (HeadOptions(3, channels=48, norm="group"), {}, "48 channels"),
+        (HeadOptions(3, channels=32, norm="group"), {}, "channels is 32, .* take 64"),
         (HeadOptions(3), {"depths": (1,), "dims": (8,)}, "one stage"),
         (HeadOptions(3), {"response": "bn"}, "response is bn"),
     ):

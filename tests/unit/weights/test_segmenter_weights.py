@@ -26,7 +26,7 @@ BACKBONES = {
 }
 HEADS = {
     "upernet": HeadOptions(5, channels=16, auxiliary_channels=8),
-    "group": HeadOptions(5, channels=32, norm="group", auxiliary_channels=0, map_norms=False),
+    "group": HeadOptions(5, channels=64, norm="group", auxiliary_channels=0, map_norms=False),
     "pyramid": HeadOptions(5, "semantic_fpn", channels=16, auxiliary_channels=0),
 }
 
