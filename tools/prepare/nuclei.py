@@ -19,7 +19,7 @@ _WHEEL_OF = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11") 
 ARCHIVE = PackageArchive(
     "stardist-0.9.2-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "2316c0feb7bd5621e7a277cb3868df475c338943c591925c420ee3622c42f023",
-    (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *_WHEEL_OF, "stardist==0.9.2"),
+    (sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *_WHEEL_OF, "stardist==0.9.2"),
 )
 SIDE = 128  # pixels of a crop
 TRAIN_ROWS = 384  # the rows below are for validation

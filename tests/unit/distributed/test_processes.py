@@ -26,6 +26,7 @@ STARTS = {
     "cluster/slurm/verified_start.py": "os.execv(sys.executable",  # in a job, where PYTHONSAFEPATH is set
     "cluster/slurm/script.py": "'-IS -c",
     "tools/doctor.py": '[sys.executable, "-P"',
+    "tools/prepare/nuclei.py": '(sys.executable, "-P"',
 }
 
 
