@@ -98,7 +98,7 @@ def class_values(path: str, content: bytes) -> ClassValues:
     """Read a file of classes.
 
     It may be ADE20K's `objectInfo150.txt`; or have one name on each line, where the first line is the class of value 0;
-    or lines of a value and a name, or of a colour #rrggbb and a name. Values of one name are one class, and those of
+    or lines of a value and a name, or of a colour #rrggbb and a name, where values of one name are one class. Values of
     the name `ignored` have no class.
 
     Raises:
@@ -124,12 +124,18 @@ def class_values(path: str, content: bytes) -> ClassValues:
 
 
 def _by_order(path: str, lines: list[tuple[int, str]]) -> ClassValues:
-    seen: dict[str, int] = {}
-    for line, name in lines:
-        if name in seen:
-            raise DataError(f"line {line} of classes {path} repeats {name!r}; give each class a name of its own")
-        seen[name] = len(seen)
-    return _checked(path, ClassValues(tuple(seen), {number: number for number in seen.values()}))
+    values: dict[str, int] = {}
+    for value, (line, name) in enumerate(lines):
+        if name in values and name != IGNORED:
+            raise DataError(
+                f"line {line} of classes {path} repeats {name!r}; give each class a name of its own, or write lines of"
+                " VALUE NAME, where values of one name are one class"
+            )
+        values[name] = value
+    ignored = frozenset(value for value, (_, name) in enumerate(lines) if name == IGNORED)
+    values.pop(IGNORED, None)
+    numbers = {value: number for number, value in enumerate(values.values())}
+    return _checked(path, ClassValues(tuple(values), numbers, ignored))
 
 
 def _by_value(path: str, rows: list[tuple[int, str, str]]) -> ClassValues:

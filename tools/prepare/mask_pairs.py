@@ -62,7 +62,7 @@ class MaskedFolder(NamedTuple):
 
     images: Place
     masks: Place
-    classes: tuple[str, bytes] | None  # the name and content of the file of classes beside them
+    classes: tuple[str, bytes] | None  # the path and content of the file of classes beside the folder of images
     stamp: str = ""  # of an archive, whose members have no dates
 
 
@@ -117,7 +117,7 @@ def masked_folder(source: str) -> MaskedFolder | None:
         raise DataError(f"source {source} holds {' and '.join(masks)}; name one after the folder of images")
     names = {base(entry["name"]): entry["name"] for entry in list_folder(fs, path)}
     found = [name for name in CLASS_FILES if name in names]
-    classes = (found[0], _content(fs, names[found[0]])) if found else None
+    classes = (f"{source}/{found[0]}", _content(fs, names[found[0]])) if found else None
     return MaskedFolder(Place(fs, folders[_IMAGES]), Place(fs, folders[masks[0]]), classes, stamp)
 
 
@@ -140,7 +140,12 @@ def find_folders(source: str, options: MapOptions) -> MaskedFolder:
         DataError: if there are none.
     """
     if options.masks is not None:
-        return MaskedFolder(Place(*locate(source)), Place(*locate(options.masks)), None)
+        images = Place(*locate(source))
+        parent = images.path.rstrip("/").rpartition("/")[0]
+        paths = [f"{parent}/{name}" for name in CLASS_FILES] if options.classes is None else []
+        found = next(filter(images.fs.isfile, paths), None)
+        classes = (found, read_whole_file(images.fs, found)) if found else None
+        return MaskedFolder(images, Place(*locate(options.masks)), classes)
     folder = masked_folder(source)
     if folder is None:
         raise DataError(

@@ -41,7 +41,7 @@ def open_masked_source(
     """
     folder = find_folders(source, options)
     pairs = find_pairs(folder, options.mask_name)
-    name, values = _classes(source, folder, pairs, options, workers, looking)
+    name, values = _classes(folder, pairs, options, workers, looking)
     kind = "ADE20K" if name == ADE20K_TABLE else "images and masks"
     reading = MaskReading(folder.masks.reader, values, options.upright)
     return MaskedSource(
@@ -51,20 +51,20 @@ def open_masked_source(
 
 
 def _classes(
-    source: str, folder: MaskedFolder, pairs: Pairs, options: MapOptions, workers: int, looking: Callable
+    folder: MaskedFolder, pairs: Pairs, options: MapOptions, workers: int, looking: Callable
 ) -> tuple[str, ClassValues]:
     """The name of the file of classes, "" without one, and what it says."""
     if options.classes is not None:
         fs, path = locate(options.classes)
         if not fs.isfile(path):
             raise DataError(f"--classes {options.classes} does not exist; name a file of class names")
-        name, content = path.rpartition("/")[2], read_whole_file(fs, path)
+        shown, content = options.classes, read_whole_file(fs, path)
     elif folder.classes:
-        name, content = folder.classes
+        shown, content = folder.classes
     else:
         found = values_in_masks(pairs.items, folder.masks.reader, workers, looking)
         return "", values_found(found, options.ignore, folder.masks.path)
-    return name, class_values(options.classes or f"{source}/{name}", content).with_ignored(options.ignore)
+    return shown.rpartition("/")[2], class_values(shown, content).with_ignored(options.ignore)
 
 
 def has_parts(source: str, options: MapOptions) -> bool:

@@ -67,7 +67,5 @@ def test_a_classifier_refuses_a_file_with_label_maps(tmp_path):
 def test_python_prepares_what_the_command_does(tmp_path):
     folder = write_masked_folder(tmp_path / "scans", 3)
     both = fcmae.prepare(folder, tmp_path / "a.beton", masks=True)
-    apart = fcmae.prepare(
-        folder / "images", tmp_path / "b.beton", masks=folder / "masks", classes=str(folder / "classes.txt")
-    )
+    apart = fcmae.prepare(folder / "images", tmp_path / "b.beton", masks=folder / "masks")
     assert open_beton(both).identity == open_beton(apart).identity

@@ -28,6 +28,7 @@ from tests.label_map_folders import (
     write_masked_folder,
 )
 from tools.cli import app
+from tools.prepare.class_values import class_values
 from tools.prepare.encoding import Encoding
 from tools.prepare.mask_pairs import MapOptions
 from tools.prepare.masks import mask_pixels, turned_array
@@ -185,6 +186,13 @@ def test_black_and_white_are_0_and_1():
     assert np.array_equal(
         mask_pixels(encoded(GREY.point(lambda value: 255 * (value > 0)).convert("1"), "PNG"))[0], LABELS > 0
     )
+
+
+def test_ignored_values_have_no_class_in_any_form():
+    ordered = class_values("classes.txt", b"sky\nignored\nroad\nignored\n")
+    assert ordered.names == ("sky", "road")
+    assert ordered == class_values("classes.txt", b"0 sky\n1 ignored\n2 road\n3 ignored\n")
+    assert ordered.labels(np.array([[0, 1, 2, 3, 255]])).tolist() == [[0, 255, 1, 255, 255]]
 
 
 def prepared(folder, **options):
