@@ -63,7 +63,7 @@ class Beton(BaseModel):
     max_height: Pixels
     max_width: Pixels
     size_bytes: Annotated[int, Field(ge=0, lt=2**63)]
-    sha256: str  # of the whole file: its identity
+    sha256: str  # of the whole file, without its label maps; `identity` names both
     index_sha256: str  # of all but the images: header, descriptors, samples and allocation table
     block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
     settings: dict[str, str | int | float | None]  # of the program that wrote it
@@ -139,6 +139,8 @@ def _compare_with_sidecar(path: Path) -> Beton:
 
 def verify_hashes(path: str | Path) -> Beton:
     """Open a data file and compare the SHA-256 of every byte with its side-car.
+
+    Of label maps only size and index are compared; `fcmae verify` reads their every byte, too.
 
     Raises:
         DataError: as `open_beton`; or naming the first damaged blocks and their samples.

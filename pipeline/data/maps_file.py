@@ -174,9 +174,10 @@ class MapStreams:
         stream = self._file[self._offsets[sample] : self._offsets[sample + 1]]
         size = height * width * self.dtype.itemsize
         try:
-            content = zlib.decompress(stream, bufsize=size)
-            if len(content) != size:
-                raise zlib.error(f"{len(content)} bytes instead of {size}")
+            inflater = zlib.decompressobj()
+            content = inflater.decompress(stream, size + 1)  # no more, because damaged streams could fill the memory
+            if not inflater.eof or len(content) != size:
+                raise zlib.error(f"not {size} bytes")
         except zlib.error as error:
             raise DataError(
                 f"the label map of sample {sample} in {self.path} is damaged ({error}); copy or prepare it again"

@@ -71,10 +71,10 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     }
     train, validation = counts["train"], counts.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
-        if betons["train"].maps:
+        for name in (name for name, beton in betons.items() if beton.maps):
             raise DataError(
-                f"stage {recipe.name}: data.train {recipe.data.train} has label maps, and its images have no classes;"
-                " name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
+                f"stage {recipe.name}: data.{name} {_locations(recipe)[name]} has label maps, and its images have no"
+                " classes; name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
             )
         if len(train) != recipe.objective.classes:
             verb = "leaves" if recipe.data.classes else "holds"
@@ -123,4 +123,8 @@ def _check_label_maps(recipe: StageRecipe, data: str, beton: Beton) -> None:
         raise DataError(
             f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the label maps of {data} have"
             f" {len(beton.classes)}; correct one of them"
+        )
+    if not sum(beton.maps.frequencies):
+        raise DataError(
+            f"stage {recipe.name}: every pixel in the label maps of {data} is ignored; name a file with labelled pixels"
         )

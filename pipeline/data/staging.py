@@ -99,7 +99,7 @@ class _Remote:
     def sidecar(self, directory: Path) -> Beton:
         """Copy the side-car into `directory` and return its contents."""
         path = directory / self._path.rsplit("/", 1)[-1]
-        content = self._answer(self._request(self._files.cat_file, f"{self._path}.json"))
+        content = self._answer(self._request(self._files.cat_file, f"{self._path}.json"), f"{self.url}.json")
         sidecar_path(path).write_bytes(content)
         try:
             return read_sidecar(path)
@@ -154,13 +154,14 @@ class _Remote:
     def _chunks(self, remote: str, start: int, end: int) -> Iterator[bytes]:
         """Yield the bytes of a path there from `start` to `end` in order, with several requests under way at a time."""
         requests: deque[queue.Queue] = deque()
+        url = self._beside(Path(remote))
         for place in range(start, end, CHUNK_BYTES):
             piece = {"start": place, "end": min(place + CHUNK_BYTES, end)}
             requests.append(self._request(self._files.cat_file, remote, **piece))
             if len(requests) == CHUNKS_AT_ONCE:
-                yield self._answer(requests.popleft())
+                yield self._answer(requests.popleft(), url)
         while requests:
-            yield self._answer(requests.popleft())
+            yield self._answer(requests.popleft(), url)
 
     def _request(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> queue.Queue:
         """Call in a daemon thread, because a server that never answers must not keep this process from ending."""
@@ -175,26 +176,26 @@ class _Remote:
         threading.Thread(target=call, daemon=True).start()
         return box
 
-    def _answer(self, box: queue.Queue) -> Any:
+    def _answer(self, box: queue.Queue, url: str) -> Any:
+        """Wait for the answer of a request for the file at `url`."""
         try:
             answer = box.get(timeout=self.timeout_seconds)
         except queue.Empty:
             raise RetryableError(
-                f"{self.url}: the server has sent nothing for {self.timeout_seconds:g} s; try again later, or raise"
+                f"{url}: the server has sent nothing for {self.timeout_seconds:g} s; try again later, or raise"
                 " data.timeout_seconds"
             ) from None
         if isinstance(answer, BaseException):
-            raise self._explained(answer) from answer
+            raise _explained(answer, url) from answer
         return answer
 
-    def _explained(self, error: BaseException) -> UserError:
-        if isinstance(error, FileNotFoundError):
-            return DataError(
-                f"{self.url} or its side-car {self.url}.json does not exist; correct the path, or upload both"
-            )
-        if isinstance(error, (PermissionError, ImportError)) or "Credentials" in type(error).__name__:
-            return DataError(f"{self.url} cannot be read: {_one_line(error)}; correct the credentials or the path")
-        return RetryableError(f"the connection to {self.url} was lost ({_one_line(error)}); try again")
+
+def _explained(error: BaseException, url: str) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{url} does not exist; correct the path, or upload the data file with all files beside it")
+    if isinstance(error, (PermissionError, ImportError)) or "Credentials" in type(error).__name__:
+        return DataError(f"{url} cannot be read: {_one_line(error)}; correct the credentials or the path")
+    return RetryableError(f"the connection to {url} was lost ({_one_line(error)}); try again")
 
 
 def _one_line(error: BaseException) -> str:

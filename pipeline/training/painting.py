@@ -36,14 +36,16 @@ class Painter:
         Args:
             classes: the names of the labels in label maps.
         """
-        if not self._painted or not len(self._painted[0].images):
+        # A batch that only fills up the number of a rank's batches holds no image.
+        painted = [one for one in self._painted if len(one.images)]
+        if not painted:
             return False
         path.parent.mkdir(exist_ok=True)
-        if isinstance(self._painted[0], Overlays):
-            images, truths, predictions = (list(chain(*parts)) for parts in zip(*self._painted, strict=True))
+        if isinstance(painted[0], Overlays):
+            images, truths, predictions = (list(chain(*parts)) for parts in zip(*painted, strict=True))
             pictures.draw_label_maps(images, truths, predictions, classes, path)
             return True
-        images, masks, drawn = zip(*self._painted, strict=True)
+        images, masks, drawn = zip(*painted, strict=True)
         by_caption = {caption: np.concatenate([d[caption] for d in drawn]) for caption in drawn[0]}
         pictures.draw_reconstruction(np.concatenate(images), np.concatenate(masks), by_caption, path)
         return True

@@ -52,7 +52,7 @@ def load_images(path: Path, count: int, image_size: int, crop_pct: float = 1.0) 
     pixels, labels = (
         torch.cat([getattr(batch, name)[batch.valid] for batch in batches]) for name in ("images", "labels")
     )
-    return Images(pixels, labels, beton.classes, path.name, beton.sha256)
+    return Images(pixels, labels, beton.classes, path.name, beton.identity)
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:

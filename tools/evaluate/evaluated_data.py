@@ -23,7 +23,7 @@ def evaluated_files(weights: str, data: str, knn: str | None, refresh: bool = Fa
     voters = knn and data_file(knn, SourceSettings(reading=reading), refresh=refresh)
     reading = reading or (window_of(voters) if voters else None)
     file = data_file(data, SourceSettings(reading=reading), refresh=refresh)
-    if voters and open_beton(voters).sha256 == open_beton(file).sha256:
+    if voters and open_beton(voters).identity == open_beton(file).identity:
         say(
             "--data and --knn are the same images, so each of them votes for itself; divide them, as"
             " `fcmae prepare --split 0.3` does"

@@ -90,7 +90,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     if beton.maps:
         yield _pixels(beton)
     images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
-    yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.sha256}"
+    yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.identity}"
 
 
 def _pixels(beton: Beton) -> str:

@@ -35,5 +35,5 @@ def verify_path(
         raise UserError(f"{path} is damaged, see above; copy or prepare it again")
     decoded = ", every image decoded" if full else ""
     maps = f", label maps of {len(beton.classes):,} classes" if beton.maps else ""
-    blocks = f"{len(beton.block_sha256):,} blocks, sha256 {beton.sha256}"
+    blocks = f"{len(beton.block_sha256):,} blocks, sha256 {beton.identity}"
     print(f"{path} is whole: {beton.samples:,} images, {blocks}{maps}{decoded}")

@@ -1,5 +1,8 @@
 """Label maps beside a data file: what was written is read, damage is named, and they belong to the file's identity."""
 
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +12,7 @@ from pipeline.data.beton import open_beton, samples_of, sidecar_path
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.cache import Cache
 from pipeline.data.label_maps import LabelMaps
-from pipeline.data.maps_file import label_type, maps_path
+from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, MapStreams, label_type, maps_path
 from pipeline.data.staging import fetch_beton
 from pipeline.errors import DataError
 
@@ -105,6 +108,45 @@ def test_a_damaged_map_names_its_sample(tmp_path):
     with pytest.raises(DataError, match=r"label map of sample 0 in .* is damaged"):
         maps.map(0)
     assert maps.map(1).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "sound"),
+    [
+        (zlib.compress(bytes(35)), True),
+        (zlib.compress(bytes(36)), False),
+        (zlib.compress(bytes(34)), False),
+        (zlib.compress(bytes(1 << 28)), False),
+        (zlib.compress(bytes(35))[:-1], False),
+        (b"", False),
+    ],
+    ids=["whole", "longer", "shorter", "bomb", "cut", "empty"],
+)
+def test_a_stream_of_another_length_is_refused_without_being_read_whole(tmp_path, stored, sound):
+    path = write(tmp_path / "a.beton", drawn_maps(3, SIZES[:1]))
+    writer = MapsFileWriter(maps_path(path), 3)
+    writer.add(CompressedMaps(stored, np.array([len(stored)]), np.zeros((2, 3), np.int64)))
+    streams = MapStreams(maps_path(path), writer.finish(), 1, 3)
+    if sound:
+        assert not streams.read(0, 5, 7).any()
+        return
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"label map of sample 0 in .* is damaged"):
+            streams.read(0, 5, 7)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_missing_side_file_is_named(tmp_path):
+    path = write(tmp_path / "a.beton", drawn_maps(3, SIZES))
+    maps_path(path).unlink()
+    with (
+        Cache(tmp_path / "cache") as cache,
+        pytest.raises(DataError, match=r"/a\.beton\.maps does not exist; .*upload"),
+    ):
+        fetch_beton(f"file://{path}", cache, 10)
 
 
 def test_maps_are_copied_with_their_file(tmp_path):

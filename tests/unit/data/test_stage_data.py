@@ -11,6 +11,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import load_recipe
 from tests.support import write_tiny_recipe
+from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
 
 def write(path, classes, counts):
@@ -80,6 +81,24 @@ def test_classes_that_nobody_trains_are_refused(recipe, tmp_path):
         check_stage_data(stage)
     with pytest.raises(RecipeError, match="has no class 'cat'"):
         check_stage_data(changed(recipe, tmp_path / "val.beton", ("cat", "dog"), 2))
+
+
+def test_no_file_of_a_classifier_has_label_maps(recipe, tmp_path):
+    with BetonWriter(tmp_path / "val.beton", ("ape", "bee"), 1) as writer:
+        writer.add(np.zeros((8, 8, 3), np.uint8), 0, label_map=np.ones((8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"data\.validation .*val\.beton has label maps"):
+        check_stage_data(changed(recipe, tmp_path / "val.beton"))
+
+
+def test_label_maps_without_a_labelled_pixel_are_refused(tmp_path):
+    for name, label in (("train", 1), ("val", 255)):
+        with BetonWriter(tmp_path / f"{name}.beton", ("sky", "sea", "sand"), 16) as writer:
+            for _ in range(16):
+                writer.add(np.zeros((8, 8, 3), np.uint8), 0, label_map=np.full((8, 8), label, np.uint8))
+    files = {"train": f"{tmp_path}/train.beton", "validation": f"{tmp_path}/val.beton"}
+    with pytest.raises(DataError, match=r"every pixel in the label maps of data\.validation .*val\.beton is ignored"):
+        check_stage_data(segmentation_stage(data=files))
+    check_stage_data(segmentation_stage(data={"train": files["train"], "validation": files["train"]}))
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,13 @@ def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_pa
 
 def test_a_lost_connection(source, server, tmp_path):
     server.stop()
-    with Cache(tmp_path) as cache, pytest.raises(RetryableError, match=r"the connection to .*a\.beton was lost"):
+    with Cache(tmp_path) as cache, pytest.raises(RetryableError, match=r"the connection to .*a\.beton\.json was lost"):
         fetch_beton(f"{server.url}/a.beton", cache, 10)
 
 
 def test_what_is_not_there_and_cannot_be_there(server, tmp_path):
     with Cache(tmp_path) as cache:
-        with pytest.raises(DataError, match=r"/b\.beton or its side-car .*/b\.beton\.json does not exist"):
+        with pytest.raises(DataError, match=r"/b\.beton\.json does not exist; correct the path"):
             fetch_beton(f"{server.url}/b.beton", cache, 10)
         with pytest.raises(DataError, match=r"data from nothing://x/b.beton cannot be read: Protocol not known"):
             fetch_beton("nothing://x/b.beton", cache, 10)
