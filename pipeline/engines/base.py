@@ -3,7 +3,7 @@ tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,7 +72,8 @@ class Engine(ABC):
         self.world, self.recipe = world, recipe
         self.module = self._place(model)
         share_norm_groups(self.module, recipe.norm_group_on(world.size), world)
-        if compiles_blocks(recipe.engine, world.device):
+        self._compiles = compiles_blocks(recipe.engine, world.device)
+        if self._compiles:
             compile_blocks(self.module)
         settings = recipe.optimizer
         self.groups = parameter_groups(
@@ -193,7 +194,10 @@ class Engine(ABC):
             self.refresh()
         self.module.eval()
         try:
-            with torch.no_grad(), self.precision():
+            # Scenes have many sizes, each a graph of its own, and training needs some of those that dynamo makes.
+            eager = self._compiles and self.recipe.data.scenes is not None
+            uncompiled = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+            with torch.no_grad(), self.precision(), uncompiled:
                 yield self.module
         finally:
             self.module.train()

@@ -89,8 +89,12 @@ class GRN(nn.Module):
 
     def after_linear(self, linear: nn.Linear, x: Tensor, layout: Layout) -> Tensor:
         """Normalise GELU of a linear layer. On a GPU one operator computes GELU, this layer, and the gradient of the
-        linear layer's bias."""
-        if not (self._has_kernels(x, layout) and runs_triton(x.device)):
+        linear layer's bias.
+
+        Not where a weight is empty: ZeRO-3 gathers it when its own layer is called.
+        """
+        whole = all(weight.numel() for weight in (linear.weight, linear.bias, self.gamma, self.beta))
+        if not (whole and self._has_kernels(x, layout) and runs_triton(x.device)):
             return self(F.gelu(linear(x)), layout)
         y = F.linear(x, linear.weight, linear.bias.detach())
         return gelu_grn(y, linear.bias, self.gamma.flatten(), self.beta.flatten(), self.across_images, EPS)

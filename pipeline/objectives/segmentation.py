@@ -148,13 +148,13 @@ def region_metrics(right: Sequence[float], predicted: Sequence[float], present: 
     """Turn the counts of `count_confusions` into percentages.
 
     Intersection over union and accuracy are means over the classes that have pixels in truth or prediction, or in the
-    truth alone. `constant_miou` is what naming all pixels by the most frequent class would reach.
+    truth alone; 0 without any. `constant_miou` is what naming all pixels by the most frequent class would reach.
     """
     r, p, t = (torch.tensor(counts, dtype=torch.float64) for counts in (right, predicted, present))
     pixels = t.sum()
     return {
-        "miou": float((100 * r / (p + t - r)).nanmean()),
-        "mean_accuracy": float((100 * r / t).nanmean()),
-        "pixel_accuracy": float(100 * r.sum() / pixels),
-        "constant_miou": float(100 * t.max() / pixels / (t > 0).sum()),
+        "miou": float((100 * r / (p + t - r)).nanmean().nan_to_num()),
+        "mean_accuracy": float((100 * r / t).nanmean().nan_to_num()),
+        "pixel_accuracy": float(100 * r.sum() / pixels.clamp(min=1)),
+        "constant_miou": float(100 * t.max() / pixels.clamp(min=1) / (t > 0).sum().clamp(min=1)),
     }

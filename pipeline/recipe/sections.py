@@ -266,6 +266,17 @@ class EvaluationSettings(Settings):
     batch: int = operational(256, ge=1, le=2**20)
     """Images, in segmentation windows, that a rank evaluates at once."""
 
+    @model_validator(mode="after")
+    def _check_every(self) -> "EvaluationSettings":
+        # A stage's written recipe holds every_epochs beside every_steps, at its default.
+        default = type(self).model_fields["every_epochs"].default
+        if self.every_steps is not None and self.every_epochs != default:
+            raise ValueError(
+                f"every_epochs {self.every_epochs:g} and every_steps {self.every_steps} are both given: leave out"
+                f" every_epochs or set it to {default:g}, or set every_steps to null"
+            )
+        return self
+
     def steps_between(self, steps_per_epoch: int) -> int:
         return self.every_steps or max(round(self.every_epochs * steps_per_epoch), 1)
 
@@ -291,6 +302,15 @@ class CheckpointSettings(Settings):
     """How many damaged checkpoints a resume may set aside before it fails."""
     directory: str | None = operational(None, pattern=r"^(/|[a-z][a-z0-9+.-]*://)")
     """Where checkpoints are stored: an absolute path or a URL, with a folder for each stage; null is in the run."""
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> "CheckpointSettings":
+        if self.keep_every_steps is not None and self.keep_every_epochs is not None:
+            raise ValueError(
+                f"keep_every_epochs {self.keep_every_epochs:g} and keep_every_steps {self.keep_every_steps} are both"
+                " given: set one of them to null"
+            )
+        return self
 
     @property
     def steps(self) -> int | None:

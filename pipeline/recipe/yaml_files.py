@@ -206,8 +206,9 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         previous = name
     published, gate = raw.get("published"), expanded[previous].get("gate") or {}
     if isinstance(published, dict) and isinstance(gate, dict):
-        value = next((published[name] for name in ("top1", "miou") if published.get(name) is not None), None)
-        if value is not None:
+        objective = expanded[previous].get("objective")
+        segments = isinstance(objective, dict) and objective.get("kind") == "segmentation"
+        if (value := published.get("miou" if segments else "top1")) is not None:
             expanded[previous]["gate"] = {"published": value, **gate}
     return {**raw, "stages": expanded}
 

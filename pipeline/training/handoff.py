@@ -79,6 +79,8 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
     head = None
+    if stage.recipe.init.head == "keep":
+        _check_classes(stage.recipe, path, classes)
     if stage.recipe.init.head == "map":
         weights, head = _map_head(path, weights, engine.items(), classes)
     transfer = _copy_weights(engine.items(), weights, drop, fresh)
@@ -126,13 +128,35 @@ def _responses(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.split(".")[-2:-1] in (["grn"], ["response"])]
 
 
+def _classes_of(path: str) -> list[str] | None:
+    """The names of the classes of weights, in order, if they say them."""
+    try:
+        return read_facts(path).get("classes")
+    except CheckpointError:  # foreign weights have no facts
+        return None
+
+
+def _check_classes(recipe: StageRecipe, path: str, classes: Sequence[str]) -> None:
+    """Refuse a kept head whose rows stand for other classes than the data's labels."""
+    old = _classes_of(path)
+    if not old or recipe.objective.kind == "fcmae" or list(classes) == list(old):
+        return
+    if len(classes) != len(old):
+        what = f"{len(old)} classes and the data have {len(classes)}"
+    else:
+        number = next(n for n, names in enumerate(zip(old, classes, strict=True)) if names[0] != names[1])
+        what = f"class {number} {old[number]!r} and the data have {classes[number]!r} there"
+    remedy = "map, which goes by the names, or new" if recipe.objective.kind == "classification" else "new"
+    raise CheckpointError(
+        f"stage {recipe.name}: init.head is keep, but the head of {path} has {what}; prepare the data with the same"
+        f" class names in the same order, or set init.head to {remedy}"
+    )
+
+
 def _map_head(
     path: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], HeadMatch]:
-    try:
-        old = read_facts(path).get("classes")
-    except CheckpointError:  # foreign weights have no facts
-        old = None
+    old = _classes_of(path)
     if not old:
         raise CheckpointError(f"{path} does not name its classes, so init.head cannot be map; make it new")
     return map_head(weights, old, classes, fresh={name: whole(target[name]).cpu() for name in head_names(target)})

@@ -254,9 +254,10 @@ class Training:
 
     def _announced_once(self) -> AbstractContextManager:
         """Says that blocks are compiled, at the first evaluation of an attempt if it takes long."""
-        compiles = compiles_blocks(self.stage.recipe.engine, self.world.device) and not self._has_evaluated
+        recipe = self.stage.recipe
+        compiles = compiles_blocks(recipe.engine, self.world.device) and not recipe.data.scenes
+        quiet = not compiles or self._has_evaluated or not self.world.is_main
         self._has_evaluated = True
-        quiet = not compiles or not self.world.is_main
         return (
             nullcontext() if quiet else announced("compiling the blocks of the model for the shapes of the evaluation")
         )

@@ -157,7 +157,10 @@ class Study(Settings):
         own = self.arms[arm]
         if own.published is not None or own.change or self.change:
             return own.published
-        published = load_recipe(find_recipe(own.recipe or self.recipe)).published
+        chain = load_recipe(find_recipe(own.recipe or self.recipe))
+        published, last = chain.published, list(chain.stages.values())[-1]
+        if published and last.objective.kind == "segmentation":
+            published = published.model_copy(update={"top1": None})  # that of the classifier it starts from
         return published.result if published else None
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline.engines import compiled_blocks
+from pipeline.engines import compiled_blocks, create_engine
 from pipeline.engines.compiled_blocks import compiles_blocks, eager_blocks, wants_compilation
 from pipeline.kernels.triton_support import plain_kernels
+from pipeline.objectives import create_objective
 from pipeline.recipe.sections import EngineSettings
+from tests.unit.objectives.test_segmentation import scene_batch
+from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -40,3 +44,31 @@ def test_compilation_needs_a_compiler_and_has_switches(monkeypatch):
         assert not compiles_blocks(EngineSettings(), GPU)
     missing[0] = "no gcc"
     assert not compiles_blocks(EngineSettings(), GPU)
+
+
+def test_scenes_of_many_sizes_are_evaluated_uncompiled_and_trained_compiled(world, monkeypatch):
+    """No size of an evaluation takes one of the graphs that dynamo makes of a block at most."""
+    torch._dynamo.reset()
+    counter, compiler = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(compiled_blocks, "missing_compiler", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **how: compiler(*arguments, **how, backend=counter))
+    recipe = segmentation_stage(
+        engine={"compile": True}, objective={"norm": "group", "channels": 64, "auxiliary_channels": 32}
+    )
+    objective = create_objective(recipe, seed=4)
+    engine = create_engine(objective.build_model, recipe, world)
+    with torch.no_grad():
+        for tensor in engine.items().values():
+            tensor.fill_(0.01)
+    for pixels in (64, 80):
+        with engine.evaluating() as model:
+            objective.evaluate(model, scene_batch(range(1), slot=1, pixels=pixels))
+    assert counter.frame_count == 0
+    objective.loss(engine.module, scene_batch(range(1)), 0).backward()
+    trained = counter.frame_count
+    assert trained == 4, "a graph for each of the four widths"
+    with engine.evaluating() as model:
+        objective.evaluate(model, scene_batch(range(1), slot=1))
+    objective.loss(engine.module, scene_batch(range(1)), 0).backward()
+    assert counter.frame_count == trained
+    torch._dynamo.reset()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from pipeline.kernels.triton_support import meta_stands_for_gpu
 from pipeline.models import create_model
-from pipeline.models.response_norm import KINDS, ResponseBatchNorm, ResponseNorm
+from pipeline.models.response_norm import GRN, KINDS, ResponseBatchNorm, ResponseNorm
 from pipeline.sparse import DENSE, Masked, Packed, VisibleCells
 from tests.unit.models.tiny_models import scatter_weights, tiny_fcmae, visible_cells
 
@@ -187,3 +189,28 @@ def test_convnext_v1_block_by_its_formula():
 def test_wrong_choices_are_one_sentence(choice, sentence):
     with pytest.raises(ValueError, match=sentence):
         create_model("convnextv2_atto", **choice)
+
+
+def test_weights_that_are_gathered_at_each_layer_are_not_read_before():
+    """As ZeRO-3 holds them outside of a training step: empty, but while their own layer is called."""
+    linear, norm = nn.Linear(4, 16, device="meta"), GRN(16).to("meta")
+    x, layout, called = torch.empty(2, 3, 3, 4, device="meta"), DENSE, []
+    whole = {p: p.data for layer in (linear, norm) for p in layer.parameters()}
+
+    def gather(layer, arguments):
+        called.append(layer)
+        for p in layer.parameters():
+            p.data = whole[p]
+
+    def release(layer, arguments, output):
+        for p in layer.parameters():
+            p.data = torch.empty(0, device="meta")
+
+    with meta_stands_for_gpu(), torch.no_grad():
+        fused = norm.after_linear(linear, x, layout)
+        for layer in (linear, norm):
+            layer.register_forward_pre_hook(gather)
+            layer.register_forward_hook(release)
+            release(layer, (), None)
+        assert norm.after_linear(linear, x, layout).shape == fused.shape
+    assert called == [linear, norm]

@@ -84,6 +84,11 @@ def test_the_counts_are_those_of_scikit_image(classes, seed):
     assert metrics["pixel_accuracy"] == pytest.approx(100 * np.trace(matrix) / known.sum(), rel=1e-12)
 
 
+def test_no_labelled_pixel_is_no_percentage_that_json_cannot_hold():
+    assert set(region_metrics([0, 0], [0, 0], [0, 0]).values()) == {0.0}
+    assert region_metrics([0, 3], [0, 3], [0, 3])["miou"] == 100
+
+
 class Painted(torch.nn.Module):
     """A stand-in that shows where windows lie: the logits are the pixels themselves."""
 

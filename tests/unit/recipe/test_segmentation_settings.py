@@ -1,11 +1,13 @@
 """Segmentation stages: which recipes are refused, and how a norm group lies on ranks."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.segmentation_settings import divide_norm_group
-from pipeline.recipe.yaml_files import parse_settings
+from pipeline.recipe.yaml_files import expand_stages, parse_settings
 
 SMALL = {
     "objective": {"kind": "segmentation", "classes": 3, "norm_group": 8},
@@ -73,12 +75,26 @@ def test_ranks_that_cannot_share_a_norm_group_are_left_out():
         ({"schedule": {"warmup_steps": 10}}, "warmup_steps 10 must be less than steps 10"),
         ({"optimizer": {"layer_decay_groups": "layer_wise_6"}}, "made for the depths 3, 3, 9, 3"),
         ({"init": {"head": "map"}}, "init.head is map"),
+        (
+            {"evaluation": {"every_steps": 5, "every_epochs": 2.0}},
+            "evaluation: every_epochs 2 and every_steps 5 are both",
+        ),
+        (
+            {"checkpoint": {"keep_every_steps": 5, "keep_every_epochs": 2.0}},
+            "checkpoint: keep_every_epochs 2 and keep_every_steps 5 are both given: set one of them to null",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(changes, message):
     with pytest.raises(RecipeError, match=message) as error:
         stage(**changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("segmentation", 40.0), ("classification", 80.0)])
+def test_the_gate_compares_with_the_published_result_of_the_last_stages_objective(kind, value):
+    chain = {"published": {"top1": 80.0, "miou": 40.0}, "stages": {"last": {"objective": {"kind": kind}}}}
+    assert expand_stages(chain, Path("it.yaml"))["stages"]["last"]["gate"] == {"published": value}
 
 
 def test_length_and_rate_of_a_stage():

@@ -110,6 +110,21 @@ def test_weights_of_another_number_of_channels_are_one_sentence_or_adapted(begin
     assert torch.equal(engine.items()[stem], expected[f"encoder.{stem}"].sum(1, keepdim=True))
 
 
+def test_a_kept_head_is_of_the_same_classes_in_the_same_order(begin, tmp_path):
+    stage, engine, _ = begin("intermediate", "stages.pretrain=null")
+    handoff.hand_on(stage, engine, 1, CLASSES)
+    path = (stage.directory / "weights.safetensors").rename(tmp_path / "classifier.safetensors")
+    stage, engine, objective = begin(
+        "intermediate", "stages.pretrain=null", f"init={path}", "stages.intermediate.init.head=keep"
+    )
+    assert not handoff.receive(stage, engine, objective, CLASSES).transfer.initialised
+    for classes, says in ((("a", "c", "b", "d"), "class 1 'b' and the data have 'c'"), (CLASSES[:3], "4 .* have 3;")):
+        with pytest.raises(CheckpointError, match=rf"keep, but the head of .* has {says}.* set init.head to map"):
+            handoff.receive(stage, engine, objective, classes)
+    drawn = begin("intermediate", "stages.pretrain=null", f"init={path}")
+    assert handoff.receive(*drawn, CLASSES[::-1]).transfer.initialised
+
+
 def test_a_head_cannot_be_mapped_from_weights_without_class_names(begin, pretrained, tmp_path):
     path, _ = pretrained
     change = ["stages.pretrain=null", f"init={path}", "stages.intermediate.init.head=map"]
