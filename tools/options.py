@@ -83,7 +83,7 @@ TestOption = Annotated[
 ScaleOption = Annotated[
     list[float] | None,
     typer.Option(
-        min=0.1, max=10, help="Of a segmenter: a factor of the test size. Repeat it to average several scales."
+        min=0.1, max=10, help="Of a segmenter: a factor of the size of --test. Repeat it to average several scales."
     ),
 ]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Of a segmenter: average with the mirrored image.")]

@@ -44,13 +44,16 @@ def segmentation_facts(result: SegmentationResult) -> dict[str, Any]:
     how = result.how
     return {
         "subject": result.subject, "weights": result.weights, "data": result.data, "data_sha256": result.data_sha256,
-        "input": result.input, "test": how.test, "scales": list(how.scales), "flip": how.flip, "images": result.images,
-        "metrics": result.scores.metrics, **result.scores.json_facts(),
+        "input": result.input, "test": how.test, "scales": list(how.scales), "flip": how.flip,
+        "precision": result.precision, "images": result.images, "metrics": result.scores.metrics,
+        **result.scores.json_facts(),
     }  # fmt: skip
 
 
 def keep_segmentations(results: Sequence[SegmentationResult]) -> Path | None:
     """Write the results into the stage of the first one, in place of earlier ones of the same test on the same data.
+
+    The same test also has the same kind of weights (moving average or raw) and the same precision.
 
     Returns the file; None if the first result's weights have no stage.
 
@@ -61,7 +64,9 @@ def keep_segmentations(results: Sequence[SegmentationResult]) -> Path | None:
     if first.stage is None:
         return None
     folder, scales = Path(first.stage) / EVALUATIONS_FOLDER, "-".join(f"{scale:g}" for scale in first.how.scales)
-    name = f"{PREFIX}{first.how.test}-{scales}{'-flip' if first.how.flip else ''}-{first.data_sha256[:12]}.json"
+    kind = "ema" if first.weights.startswith("ema") else "raw"  # also "ema of CHECKPOINT"
+    parts = first.how.test, scales, *["flip"] * first.how.flip, kind, first.precision, first.data_sha256[:12]
+    name = f"{PREFIX}{'-'.join(parts)}.json"
     try:
         folder.mkdir(exist_ok=True)
         Folder.at(folder).publish(name, json.dumps([segmentation_facts(result) for result in results]).encode())

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,7 +56,9 @@ class SegmentationResult:
     """What goes through the network, in words."""
     data: str
     data_sha256: str
+    """Of the images and their label maps."""
     stage: str | None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
         metrics = self.scores.metrics
@@ -100,7 +103,8 @@ def _evaluate(request: SegmentationRequest) -> SegmentationResult:
         world.leave()
     return SegmentationResult(
         RegionScores(beton.classes, matrix), beton.samples, str(request.weights), model.weights, how,
-        model.described(how), str(Path(request.data)), beton.sha256, str(model.stage) if model.stage else None,
+        model.described(how) + (", in bf16" if request.bf16 else ""), str(Path(request.data)), beton.identity,
+        str(model.stage) if model.stage else None, "bf16" if request.bf16 else "fp32",
     )  # fmt: skip
 
 

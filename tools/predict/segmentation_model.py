@@ -39,7 +39,7 @@ class SegmentationTest:
 
     test: Test = "window"
     scales: tuple[float, ...] = (1.0,)
-    """Of the test size; the probabilities at several scales are averaged."""
+    """Of the test size, or of the image's own; the probabilities at several scales are averaged."""
     flip: bool = False
     """Average with the mirrored image."""
 
@@ -89,7 +89,8 @@ class SegmentationModel:
 
         Args:
             images: one or several: paths, PIL images, uint8 arrays (H, W, 3), uint8 tensors (3, H, W), or a list.
-            multi_scale: factors of the test size, such as (0.75, 1.0, 1.25); the probabilities are averaged.
+            multi_scale: factors of the test size (`native`: of the image's own), such as (0.75, 1.0, 1.25); the
+                probabilities are averaged.
             flip: average with the mirrored image.
             test: see `Test`. Default: as the recipe tests.
 
@@ -138,7 +139,10 @@ class SegmentationModel:
         dtype, long_and_short = next(self.network.parameters()).dtype, self.scenes.base_size
         for scale in how.scales:
             limits = (int(long_and_short[0] * scale), int(long_and_short[1] * scale))
-            size = rgb.shape[:2] if how.test == "native" else resized_to_fit(*rgb.shape[:2], limits)
+            if how.test == "native":
+                size = tuple(max(int(side * scale + 0.5), 1) for side in rgb.shape[:2])
+            else:
+                size = resized_to_fit(*rgb.shape[:2], limits)
             pixels = whole_resized(rgb, size)[None]
             if how.test == "canvas":
                 canvas = (
@@ -156,7 +160,8 @@ class SegmentationModel:
     def _logits(self, images: Tensor, how: SegmentationTest) -> Tensor:
         """Return the logits (1, classes, H, W) of normalised images (1, C, H, W)."""
         window = self.crop if how.test == "window" else None
-        return window_logits(self.network, images, window, self.scenes.window_step, self.batch)
+        stride = self.network.backbone.stride
+        return window_logits(self.network, images, window, self.scenes.window_step, self.batch, stride)
 
 
 def is_segmenter(source: str | PathLike[str]) -> bool:

@@ -104,11 +104,28 @@ class Painted(torch.nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 5, 100])
 def test_windows_cover_each_pixel_and_are_averaged(batch):
     image, model = torch.rand(1, 3, 70, 101), Painted()
-    logits = window_logits(model, image, (32, 48), 21, batch, at_most=17)
+    logits = window_logits(model, image, (32, 48), 21, batch, 32, at_most=17)
     torch.testing.assert_close(logits, image)
     assert len(model.calls) == -(-17 // batch), "as many forward passes as the rank with the most windows"
     assert all(shape[1:] == (3, 32, 48) for shape in model.calls)
-    assert window_logits(model, image, None, 21, batch).equal(image)
+    assert window_logits(model, image, None, 21, batch, 32).equal(image)
+
+
+@pytest.mark.parametrize("crop", [None, (32, 32)])
+def test_images_below_the_stride_are_padded_in_the_mean_colour_and_cut(crop):
+    image, model = torch.rand(1, 3, 24, 40), Painted()
+    torch.testing.assert_close(window_logits(model, image, crop, 21, 4, 32), image)
+    assert {shape[2] for shape in model.calls} == {32}
+
+
+def test_a_real_network_sees_a_small_image_as_one_that_is_padded():
+    objective = objective_of()
+    model, stride = objective.build_model().eval(), objective.recipe.model.stride
+    image = torch.rand(1, 3, stride - 8, stride + 8)
+    padded = F.pad(image, (0, 0, 0, 8))
+    with torch.no_grad():
+        expected = window_logits(model, padded, None, 0, 1, stride)[:, :, : stride - 8]
+        assert window_logits(model, image, None, 0, 1, stride).equal(expected)
 
 
 @pytest.mark.parametrize("test", ["window", "whole"])

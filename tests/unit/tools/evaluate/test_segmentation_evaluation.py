@@ -76,7 +76,7 @@ def test_the_offline_scores_are_those_of_training(place, test) -> None:
     online = evaluate(FixedModel(weights, world), objective, evaluation_feed(recipe, Subset(beton), world, workers=1))
     request = SegmentationRequest(str(place / "weights.safetensors"), str(beton.path), test=test, device="cpu", batch=8)
     offline = evaluate_segmenter(request)
-    assert offline.images == SAMPLES
+    assert (offline.images, offline.data_sha256) == (SAMPLES, beton.identity)
     assert offline.scores.metrics == pytest.approx({name: online[name] for name in offline.scores.metrics}, rel=1e-12)
     assert len({*offline.scores.matrix.sum(0).tolist()} - {0}) > 1, "the model names several classes"
 
@@ -122,6 +122,8 @@ def test_a_canvas_pads_with_the_mean_colour_and_native_does_not_resize(place) ->
     model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.segment(rgb, test="native")
     assert seen[-1].shape[2:] == rgb.shape[:2]
+    model.segment(rgb, test="native", multi_scale=[2.0])
+    assert seen[-1].shape[2:] == (2 * rgb.shape[0], 2 * rgb.shape[1])
     model.segment(rgb, test="canvas")
     assert seen[-1].shape[2:] == (64, 64)
     assert seen[-1][0, :, -1, -1].abs().max() < 0.5 / 255 / 0.224 + 1e-6
@@ -150,6 +152,11 @@ def test_kept_evaluations_are_in_the_report(place, tmp_path) -> None:
     keep_segmentations([result, replace(result, subject="others", scores=shifted)])
     ((own, other),) = kept_segmentations(tmp_path)
     assert own.scores.metrics == result.scores.metrics
+    for other_test in ({"weights": "ema of 1"}, {"precision": "bf16"}, {"data_sha256": "1" * 64}):
+        count = len(kept_segmentations(tmp_path))
+        path = keep_segmentations([replace(result, **other_test)])
+        assert len(kept_segmentations(tmp_path)) == count + 1
+        path.unlink()
     assert (other.subject, other.scores.metrics) == ("others", shifted.metrics)
     blocks = list(evaluation_blocks(SimpleNamespace(directory=tmp_path, done=True, metrics={"miou": 1.0})))
     first, *tables = [block for block in blocks if isinstance(block, Grid)]
