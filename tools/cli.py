@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import io
+import os
 import re
 import signal
 import sys
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -51,7 +53,11 @@ class _Commands(typer.core.TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         two = " ".join(args[:2])
-        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+        known = two in self.commands
+        if two == "prepare maps" and os.path.isdir("maps") and not {"-h", "--help"} & {*args}:
+            # `fcmae prepare maps OUT.beton` packs the images of a folder called maps: one word follows, not two.
+            known = len(list(takewhile(lambda word: not word.startswith("-"), args[2:]))) > 1
+        return super().resolve_command(ctx, [two, *args[2:]] if known else args)
 
 
 app = typer.Typer(
@@ -59,7 +65,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train ConvNeXt V2 from images: FCMAE pre-training and fine-tuning, as stages that resume by themselves.",
+    help="Train ConvNeXt V2 from images: FCMAE pre-training, fine-tuning and segmentation, as stages that resume by"
+    " themselves.",
 )
 
 
@@ -68,7 +75,7 @@ def answer_for_all(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version,
         help="Print the version and exit.")] = False,
 ) -> None:  # fmt: skip
-    """Train ConvNeXt V2 from images: FCMAE pre-training and fine-tuning, as stages that resume by themselves."""
+    """Train ConvNeXt V2 from images: FCMAE, fine-tuning and segmentation, as stages that resume by themselves."""
 
 
 def examine_machine(

@@ -1,5 +1,6 @@
 """Infer a model's architecture from the internal names and shapes of its tensors."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,9 +51,12 @@ def is_segmenter(names: Iterable[str]) -> bool:
 def refuse_segmenter(names: Iterable[str], source: str) -> None:
     """Raise CheckpointError if the tensors are those of a model for segmentation, where another model is needed."""
     if is_segmenter(names):
+        export, file = "", source
+        if os.path.isdir(source):  # a checkpoint, which convert does not read
+            export, file = f"`fcmae checkpoint export {source} WEIGHTS.safetensors` and then ", "WEIGHTS.safetensors"
         raise CheckpointError(
-            f"{source} holds a model for segmentation; `fcmae convert {source} BACKBONE.safetensors --to official"
-            " --head drop` writes its backbone alone"
+            f"{source} holds a model for segmentation; {export}`fcmae convert {file} BACKBONE.safetensors --to official"
+            f" --head drop` write{'' if export else 's'} its backbone alone"
         )
 
 

@@ -93,8 +93,7 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
     """The formulas behind a stage's figures, with the numbers filled in."""
     recipe, best, settings = stage.recipe, stage.chosen, stage.recipe.checkpoint
     kept = [f"keep_last {settings.keep_last}", *(["best"] if settings.keep_best else []), "one being written"]
-    every = settings.kept_every(stage.steps_per_epoch) if stage.steps_per_epoch else None
-    kept += [f"one every {every:,} steps"] if every else []
+    kept += [f"one every {stage.kept_every:,} steps"] if stage.kept_every else []
     lines = [
         f"P = {stage.parameters:,}; N = {stage.ranks} ranks",
         f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) +"

@@ -191,13 +191,18 @@ class StageEstimate:
         return None if self.hours is None else self.hours * self.ranks
 
     @property
+    def kept_every(self) -> int | None:
+        """Steps between the checkpoints that are kept for ever; None if none are, or epochs of unknown length count."""
+        settings = self.recipe.checkpoint
+        return settings.kept_every(self.steps_per_epoch) if self.steps_per_epoch else settings.keep_every_steps
+
+    @property
     def kept_bytes(self) -> int:
         """Largest disk space of the stage's checkpoints, which is reached while a new one is being written."""
         settings = self.recipe.checkpoint
         count = 1 + settings.keep_last + settings.keep_best
-        every = settings.kept_every(self.steps_per_epoch) if self.steps_per_epoch else None
-        if every:
-            count += math.ceil(self.steps / every)
+        if self.steps and self.kept_every:
+            count += math.ceil(self.steps / self.kept_every)
         return count * self.checkpoint_bytes
 
     @property

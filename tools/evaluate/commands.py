@@ -85,7 +85,8 @@ def evaluate_weights(
 
     if is_segmenter(weights):
         others = {"--image-size": image_size, "--crop-pct": crop_pct, "--channels": channels, "--classes": classes,
-            "--real": real, "--knn": knn, "--all-outputs": all_outputs, "--benchmark": benchmark}  # fmt: skip
+            "--real": real, "--knn": knn, "--all-outputs": all_outputs, "--benchmark": benchmark, "--chain": chain,
+            "--refresh": refresh}  # fmt: skip
         refuse_options(weights, others, segmenter=True)
         settings = {"ema": ema, "test": test, "scales": scale, "flip": flip, "batch": batch, "bf16": bf16}
         _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, per_class, json)

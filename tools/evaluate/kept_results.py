@@ -17,6 +17,8 @@ from tools.evaluate.confusions import Confusions
 from tools.evaluate.published import Z, result_facts
 from tools.evaluate.run_evaluation import EvaluationResult
 
+HEAD, NEIGHBOURS = "head", "neighbours"  # what answered: how the files' names begin
+
 
 @dataclass(frozen=True)
 class KeptResult:
@@ -62,7 +64,7 @@ def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
         return None
     folder = Path(first.stage) / EVALUATIONS_FOLDER
     size = "x".join(map(str, height_and_width(first.image_size)))
-    name = f"{'neighbours' if first.neighbours_of else 'head'}-{first.data_sha256[:12]}-{size}.json"
+    name = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{first.data_sha256[:12]}-{size}.json"
     try:
         folder.mkdir(exist_ok=True)
         Folder.at(folder).publish(name, json.dumps([result_facts(result) for result in results], indent=1).encode())
@@ -74,7 +76,8 @@ def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
 def kept_results(stage: Path) -> list[list[KeptResult]]:
     """Read the kept evaluations of a stage, its own result first, then those beside it. Damaged files are left out."""
     found = []
-    for path in sorted((stage / EVALUATIONS_FOLDER).glob("[hn]e*.json")):  # head and neighbours
+    folder = stage / EVALUATIONS_FOLDER
+    for path in [*sorted(folder.glob(f"{HEAD}-*.json")), *sorted(folder.glob(f"{NEIGHBOURS}-*.json"))]:
         try:
             found.append([KeptResult.of_facts(facts) for facts in read_json(path)])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:

@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.run_evaluation import run_on_processes
 from tools.evaluate.stored_images import StoredPixels
-from tools.predict.segmentation_model import SegmentationModel, SegmentationTest, Test, load_segmentation_model
+from tools.predict.segmentation_model import SceneTest, SegmentationModel, SegmentationTest, load_segmentation_model
 
 DECODED_AHEAD = 8  # images
 
@@ -31,7 +31,7 @@ class SegmentationRequest:
     weights: str
     data: str
     ema: bool | None = None
-    test: Test | None = None
+    test: SceneTest | None = None
     """None as the recipe tests."""
     scales: tuple[float, ...] | None = None
     """Of the test size; None for that size alone."""

@@ -25,15 +25,17 @@ CropPct = Annotated[float | None, typer.Option(min=0.1, max=1,
     " Default: the stage's, or 0.875, or 1 from 384 pixels on.")]  # fmt: skip
 Average = Annotated[bool | None, typer.Option("--ema/--raw",
     help="Where both exist: the moving average, or the raw weights.")]  # fmt: skip
+WINDOW_HELP = "Values that become black and white in images of more than 8 bits. Default: as in training."
 Window = Annotated[tuple[float, float] | None, typer.Option(metavar="LOW HIGH",
-    help="Values that become black and white in images of more than 8 bits. Default: as in training.")]  # fmt: skip
+    help=WINDOW_HELP)]  # fmt: skip
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")]
 
 
 def predict_classes(
     weights: Weights,
     photos: Photos,
-    top: Annotated[int, typer.Option(min=1, help="Classes of each image, the likeliest first.")] = 5,
+    top: Annotated[int | None, typer.Option(min=1,
+        help="Classes of each image, the likeliest first. Default: 5.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image.")] = False,
     json: Json = False,
     sheet: Annotated[Path | None, typer.Option(metavar="PAGE.html",
@@ -43,8 +45,11 @@ def predict_classes(
     image_size: ImageSize = None,
     crop_pct: CropPct = None,
     ema: Average = None,
-    window: Window = None,
-    batch: BatchSize = 64,
+    window: Annotated[tuple[float, float] | None, typer.Option(metavar="LOW HIGH",
+        help=f"{WINDOW_HELP} Not the windows of --test.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1,
+        help="Images that go through the network at once. Default: 64; windows of a segmenter as the recipe evaluates."
+    )] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR",
         help="For a segmenter: the folder for label maps and for overlays, PNG files.")] = None,
     test: TestOption = None,
@@ -62,15 +67,18 @@ def predict_classes(
     if csv and json:
         raise UserError("--csv and --json exclude each other; give one of them")
     if is_segmenter(weights):
-        others = {"csv": csv, "sheet": sheet, "classes": classes, "image-size": image_size, "crop-pct": crop_pct}
+        others = {"--top": top, "--csv": csv, "--sheet": sheet, "--classes": classes, "--image-size": image_size,
+            "--crop-pct": crop_pct}  # fmt: skip
         refuse_options(weights, others, segmenter=True)
-        _segment(weights, photos, out, ema, window, json, {"test": test, "multi_scale": scale, "flip": flip})
+        how = {"test": test, "multi_scale": scale, "flip": flip}
+        _segment(weights, photos, out, {"ema": ema, "batch": batch}, window, json, how)
         return
-    refuse_options(weights, {"out": out, "test": test, "scale": scale, "flip": flip}, segmenter=False)
+    others = {"--out": out, "--test": test, "--scale": scale, "--flip": flip}
+    refuse_options(weights, others, segmenter=False)
     model = _load(weights, ema, image_size, crop_pct, classes, window)
     images = _photographs(photos, thumbnails=sheet is not None)
     with _progress() as progress:
-        answers = list(model.predict_pixels(images.batches(model.transform, batch, progress), top))
+        answers = list(model.predict_pixels(images.batches(model.transform, batch or 64, progress), top or 5))
     _check_read(images)
     predicted = PredictedImages(f"{weights}, {model.weights}", images.names, answers, images.unreadable)
     if sheet is not None:
@@ -84,7 +92,7 @@ def _segment(
     weights: str,
     photos: Sequence[str],
     out: Path | None,
-    ema: bool | None,
+    loading: dict[str, Any],
     window: tuple[float, float] | None,
     json: bool,
     how: dict[str, Any],
@@ -97,7 +105,7 @@ def _segment(
 
     if out is None:
         raise UserError(f"{weights} is a segmenter, which answers with label maps; give --out DIR for them")
-    model = load_segmentation_model(weights, ema=ema)
+    model = load_segmentation_model(weights, **loading)
     model.network.to(_device())
     if window is not None:
         model = replace(model, reading=replace(model.reading, window=window, as_loader=False))

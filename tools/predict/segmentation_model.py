@@ -28,7 +28,7 @@ from tools.predict.image_model import names_of, reading_of_stage
 from tools.prepare.image_pixels import ReadingSettings
 
 WINDOWS = 8  # that go through the network at once
-Test = Literal["window", "whole", "canvas", "native"]
+SceneTest = Literal["window", "whole", "canvas", "native"]
 """What goes through the network: crop-sized windows of the resized image, the whole resized image, the resized image at
 the corner of a square as large as the longest, or the whole image in its own size."""
 
@@ -37,7 +37,7 @@ the corner of a square as large as the longest, or the whole image in its own si
 class SegmentationTest:
     """How an image is tested."""
 
-    test: Test = "window"
+    test: SceneTest = "window"
     scales: tuple[float, ...] = (1.0,)
     """Of the test size, or of the image's own; the probabilities at several scales are averaged."""
     flip: bool = False
@@ -83,7 +83,7 @@ class SegmentationModel:
         *,
         multi_scale: Sequence[float] = (),
         flip: bool = False,
-        test: Test | None = None,
+        test: SceneTest | None = None,
     ) -> list[NDArray[np.uint8] | NDArray[np.uint16]]:
         """Return the class of each pixel of each image, (H, W) in the image's own size: places in `classes`.
 
@@ -92,7 +92,7 @@ class SegmentationModel:
             multi_scale: factors of the test size (`native`: of the image's own), such as (0.75, 1.0, 1.25); the
                 probabilities are averaged.
             flip: average with the mirrored image.
-            test: see `Test`. Default: as the recipe tests.
+            test: see `SceneTest`. Default: as the recipe tests.
 
         Raises:
             UserError: if an image cannot be read.
@@ -101,7 +101,7 @@ class SegmentationModel:
         return [self.labels(rgb_pixels(image, self.reading), how) for image in split_images(images)]
 
     def test_of(
-        self, test: Test | None = None, multi_scale: Sequence[float] | None = None, flip: bool = False
+        self, test: SceneTest | None = None, multi_scale: Sequence[float] | None = None, flip: bool = False
     ) -> SegmentationTest:
         """Complete what is asked for by what the recipe says.
 

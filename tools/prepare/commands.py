@@ -99,7 +99,7 @@ def prepare_images(
     """Pack images into a .beton file, which training reads, with a JSON file of classes and hashes beside it.
 
     After an interruption, the same command continues. OUT.report.jsonl lists the images that were left out or
-    re-encoded, each with the reason.
+    re-encoded, each with the reason. `fcmae prepare maps` packs images and their masks.
     """
     from tools.prepare.encoding import Encoding
 
@@ -131,7 +131,7 @@ def prepare_masks(
     images: Annotated[str, typer.Argument(metavar="IMAGES",
         help="The folder of images; or a folder or .zip that holds images/ and masks/, such as"
         " ADEChallengeData2016.zip. Then leave out MASKS.")],
-    masks: Annotated[str, typer.Argument(metavar="MASKS",
+    masks: Annotated[str, typer.Argument(metavar="[MASKS]",
         help="The folder of masks: PNG files with the names of the images, whose pixels are class numbers.")],
     destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
         help="The .beton file to write; its label maps are written to OUT.maps.")] = None,
@@ -158,6 +158,8 @@ def prepare_masks(
     workers: _Workers = 1,
 ) -> None:  # fmt: skip
     """Pack images and their masks into a .beton file for segmentation, with the label maps in OUT.maps beside it.
+
+    The short form is IMAGES OUT, where one folder or archive holds both images and masks.
 
     A source with parts for training and validation, as ADE20K, also gives OUT-val.beton. After an interruption, the
     same command continues. OUT.report.jsonl counts each class and lists what was left out, each with the reason.

@@ -21,8 +21,8 @@ from tools.tables import markdown_table, plain_table
 RESULTS = ("result", "seeds", "published", "difference", "minutes")
 PAIRS_HEADER = ("arm", "minus", "difference", f"{LEVEL:.0%} interval", "seeds", "larger")
 PAIRS_TITLE = (
-    "Differences within each seed, with Student's t interval; * marks those without zero, of which chance alone gives"
-    f" {1 - LEVEL:.0%}."
+    "Differences within each seed, with Student's t interval. * marks intervals without zero. Of pairs whose arms are"
+    f" equal, {100 * (1 - LEVEL):.0f} % get a star by chance."
 )
 
 
@@ -93,14 +93,21 @@ def _run_result(run: Path) -> tuple[str, float, float] | None:
 
 
 def paired_differences(study: Study, results: Sequence[ArmResult]) -> list[PairedDifference]:
-    """The differences that a study names, or of all arms to its first one; none for a study of a single seed."""
+    """The differences that a study names, or of all arms to its first one; none for a study of a single seed.
+
+    A pair of arms with results in different metrics has none.
+    """
     if len(study.seeds) == 1:
         return []
     by_seed = {arm.arm: dict(zip(arm.finished, arm.results, strict=True)) for arm in results}
-    metric = next((arm.metric for arm in results if arm.metric), "")
+    metrics = {arm.arm: arm.metric for arm in results}
     first, *others = study.arms
     pairs = study.pairs or [(other, first) for other in others]
-    return [PairedDifference.of(arm, minus, metric, by_seed[arm], by_seed[minus]) for arm, minus in pairs]
+    return [
+        PairedDifference.of(arm, minus, metrics[arm] or metrics[minus], by_seed[arm], by_seed[minus])
+        for arm, minus in pairs
+        if metrics[arm] == metrics[minus] or not (metrics[arm] and metrics[minus])  # "" is an arm without results
+    ]
 
 
 def study_tables(study: Study, results: list[ArmResult]) -> list[Table]:

@@ -93,6 +93,7 @@ WRONG = [
     (("verify", "text.beton"), "text.beton"),
     (("prepare", "nowhere", "out.beton"), "nowhere"),
     (("prepare", "folder", "out.beton"), "folder"),
+    (("prepare", "maps", "folder", "out.beton"), "source folder holds no folders images and masks"),
     (("evaluate", "weights.safetensors", "--data", "data/validation.beton"), "weights.safetensors"),
     (("evaluate", "nowhere.pt", "--data", "data/validation.beton"), "nowhere.pt"),
     (("predict", "nowhere", "photo.png"), "nowhere"),

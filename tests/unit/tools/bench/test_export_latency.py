@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from tests.oracles import oracle
-from tools.bench.export_latency import COLUMNS, MODELS, ExportedModel, named_models, published_latencies
+from tools.bench.export_latency import (
+    COLUMNS,
+    MODELS,
+    MOST_DIFFERENCE,
+    ExportedModel,
+    named_models,
+    published_latencies,
+)
 from tools.recipes.library import find_recipe, find_study
 from tools.study.definition import load_study
 
@@ -31,6 +39,16 @@ def test_published_latencies_are_of_models_that_can_be_measured():
             assert f"top1: {known[name, size]['top1']}" in published.read_text()
     for name in (name.removeprefix("timm:") for name in MODELS if name.startswith("timm:")):
         assert timm.is_model(name), name
+
+
+def test_a_network_that_enlarges_rounding_may_differ_by_a_hundredth_at_most():
+    model = ExportedModel.__new__(ExportedModel)
+    model.name, model.rounding = "odd", 1.0
+    model.difference = MOST_DIFFERENCE
+    model.check_difference()
+    for model.difference in (0.0101, float("nan")):
+        with pytest.raises(UserError, match="odd in onnxruntime differs from torch"):
+            model.check_difference()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace import meta_model, trace_step
 from pipeline.recipe import ChainRecipe, load_recipe
 from pipeline.rehearsal.stage_rehearsal import rehearse_stage
+from tools.estimate.estimate_table import explain
 from tools.estimate.stage_estimate import estimate
 from tools.recipes.library import find_recipe
 
@@ -25,6 +26,7 @@ def own(*changes: str) -> ChainRecipe:
     return load_recipe(find_recipe("segment-own"), [*TINY, *changes])
 
 
+@pytest.mark.slow  # what convolutions hold inside differs by processor
 @pytest.mark.parametrize(
     ("precision", "changes"), [("fp32", ("norm=batch", "drop_path=0.0")), ("bf16", ("norm=group",))]
 )
@@ -38,7 +40,16 @@ def test_measured_memory_is_within_five_percent_of_the_traced(precision, changes
     )
     (stage,) = estimate(chain, Site(nodes=1, tasks_per_node=1), measured_here=True)
     assert stage.memory_correction == pytest.approx(1, abs=0.05)
-    assert stage.steps == 4000
+
+
+def test_steps_and_kept_checkpoints_need_no_data():
+    site = Site(nodes=1, tasks_per_node=1)
+    plain, kept = (
+        estimate(own(f"stages.segment.checkpoint.keep_every_steps={steps}"), site)[0] for steps in ("null", 1000)
+    )
+    assert (plain.steps_per_epoch, plain.steps) == (None, 4000)
+    assert kept.kept_bytes == plain.kept_bytes + 4 * plain.checkpoint_bytes
+    assert "one every 1,000 steps" in "\n".join(explain(kept, None))
 
 
 def test_each_number_of_ranks_has_the_micro_batches_of_its_norm_groups():

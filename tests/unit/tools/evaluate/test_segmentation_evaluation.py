@@ -169,9 +169,12 @@ def test_what_does_not_fit_a_segmenter_is_one_sentence(place) -> None:
     weights = str(place / "weights.safetensors")
     cases = {
         ("predict", weights, place / "images"): "give --out DIR",
-        ("predict", weights, place / "images", "--out", place / "x", "--csv"): "csv is for classifiers; leave it out",
+        ("predict", weights, place / "images", "--out", place / "x", "--csv"): "and --csv is for classifiers; leave",
+        ("predict", weights, place / "images", "--out", place / "x", "--top", 1): "--top is for classifiers; leave",
         ("evaluate", weights, "--data", place / "images"): "no .beton file",
         ("evaluate", weights, "--data", beton.path, "--knn", beton.path): "--knn is for classifiers; leave it out",
+        ("evaluate", weights, "--data", beton.path, "--chain", "in1k"): "--chain is for classifiers; leave it out",
+        ("evaluate", weights, "--data", beton.path, "--refresh"): "--refresh is for classifiers; leave it out",
     }
     for arguments, message in cases.items():
         done = fcmae(*arguments)

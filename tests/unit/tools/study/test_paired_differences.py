@@ -77,6 +77,13 @@ def test_only_seeds_that_both_arms_finished_count(study):
     ]  # fmt: skip
 
 
+def test_arms_with_different_metrics_have_no_difference(study):
+    loss = ArmResult("one", "loss", (0.6, 0.5), (0, 1), 3, 60.0, None, "")
+    assert [(p.arm, p.metric) for p in paired_differences(study(), [ARMS[0], loss, ARMS[2]])] == [("two", "top1")]
+    unfinished = ArmResult("two", "", (), (), 3, None, None, "")
+    assert [p.metric for p in paired_differences(study([("one", "two")]), [ARMS[0], loss, unfinished])] == ["loss"]
+
+
 def test_a_study_names_its_pairs_and_an_arm_left_out_takes_its_pairs_along(study):
     pairs = [("one", "two"), ("base", "two")]
     assert [(p.arm, p.minus) for p in paired_differences(study(pairs), ARMS)] == pairs
