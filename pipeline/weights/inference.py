@@ -52,7 +52,7 @@ def refuse_segmenter(names: Iterable[str], source: str) -> None:
     """Raise CheckpointError if the tensors are those of a model for segmentation, where another model is needed."""
     if is_segmenter(names):
         export, file = "", source
-        if os.path.isdir(source):  # a checkpoint, which convert does not read
+        if os.path.isdir(source.removeprefix("file://")):  # a checkpoint, which convert does not read
             export, file = f"`fcmae checkpoint export {source} WEIGHTS.safetensors` and then ", "WEIGHTS.safetensors"
         raise CheckpointError(
             f"{source} holds a model for segmentation; {export}`fcmae convert {file} BACKBONE.safetensors --to official"

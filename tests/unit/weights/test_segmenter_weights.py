@@ -10,6 +10,7 @@ from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.weights.architecture import SegmenterArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
+from pipeline.weights.inference import refuse_segmenter
 from pipeline.weights.input_channels import adapt_channels, input_channels
 from pipeline.weights.transfer import plan_transfer, segmenter_weights
 from tests.oracles import randomise
@@ -100,6 +101,15 @@ def test_a_tensor_too_few_too_many_or_of_another_size_is_named():
             del damaged[name]
         with pytest.raises(CheckpointError, match=name.removeprefix("backbone.")):
             to_internal(damaged)
+
+
+def test_the_advice_for_a_checkpoint_is_to_export_it_first(tmp_path):
+    advice = r"`fcmae checkpoint export {} WEIGHTS\.safetensors` and then `fcmae convert WEIGHTS\.safetensors"
+    for source in (str(tmp_path), f"file://{tmp_path}"):
+        with pytest.raises(CheckpointError, match=advice.format(source)):
+            refuse_segmenter(["decode_head.conv_seg.weight"], source)
+    with pytest.raises(CheckpointError, match=r"segmentation; `fcmae convert a\.pth"):
+        refuse_segmenter(["decode_head.conv_seg.weight"], "a.pth")
 
 
 def test_files_convert_and_drop_their_head(tmp_path):
