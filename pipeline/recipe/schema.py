@@ -348,8 +348,8 @@ class PublishedResult(Settings):
 
     @property
     def result(self) -> float | None:
-        """The first of top1, miou and miou_multi_scale that is given."""
-        return next((value for value in (self.top1, self.miou, self.miou_multi_scale) if value is not None), None)
+        """top1 or miou: what a run's own result can be compared with, which never has several scales."""
+        return self.miou if self.top1 is None else self.top1
 
 
 class ChainRecipe(Settings):

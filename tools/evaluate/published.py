@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.recipe.image_size import ImageSize, Side
 from pipeline.recipe.settings_base import Settings
 from pipeline.recipe.yaml_files import parse_settings
-from pipeline.storage.bounded_files import parse_yaml, read_yaml
+from pipeline.storage.bounded_files import parse_yaml
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.evaluate.run_evaluation import EvaluationResult
 from tools.evaluate.segmentation_evaluation import SegmentationResult
@@ -150,18 +151,26 @@ def compare_with_published(
 
 
 def published_miou(result: SegmentationResult) -> list[str]:
-    """Compare a segmenter's mIoU with the one that its run's recipe names, if it was tested on that many images."""
+    """Compare a segmenter's mIoU with the one that its run's recipe names, if images and test are those of ADE20K.
+
+    The single-scale value is that of the recipe's own test; the other one has several scales and mirrored images.
+    """
+    how = result.how
     if result.stage is None or (result.images, len(result.scores.names)) != ADE20K:
         return []
     try:
-        published = read_yaml(Path(result.stage).parent / RECIPE_FILE)["published"]
-        name = "miou" if result.how.views == 1 else "miou_multi_scale"
-        value, source = float(published[name]), published["source"]
-    except (OSError, ValueError, TypeError, KeyError):
+        chain = load_recipe(Path(result.stage).parent / RECIPE_FILE)
+        scenes = chain.stages[Path(result.stage).name].data.scenes
+    except (UserError, KeyError):
         return []
-    several = " with several scales and flips" if result.how.views > 1 else ""
-    gain = result.scores.metrics["miou"] - value
-    return [f"the published mIoU{several} is {value:g} % ({source}): this is {gain:+.2f} from it"]
+    single, several = (how.scales, how.flip) == ((1.0,), False), len(how.scales) > 1 and how.flip
+    if chain.published is None or scenes is None or how.test != scenes.test or not (single or several):
+        return []
+    value = chain.published.miou_multi_scale if several else chain.published.miou
+    if value is None:
+        return []
+    words, gain = " with several scales and flips" if several else "", result.scores.metrics["miou"] - value
+    return [f"the published mIoU{words} is {value:g} % ({chain.published.source}): this is {gain:+.2f} from it"]
 
 
 def result_facts(result: EvaluationResult, comparisons: Sequence[AccuracyComparison] = ()) -> dict[str, Any]:

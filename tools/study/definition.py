@@ -53,6 +53,8 @@ class Arm(Settings):
     """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
     published: Percent | None = None
     """Published top-1 or mean IoU in percent; the default for an arm without changes is the recipe's."""
+    published_multi_scale: Percent | None = None
+    """Published mean IoU with several scales and flips, shown but not compared; the default is as for `published`."""
     expected: tuple[Percent, Percent] | None = None
     """The band of the final top-1 or mean IoU in percent, outside of which the arm is off track; in a ladder the next
     rung then does not start."""
@@ -153,15 +155,25 @@ class Study(Settings):
         return find_recipe(self.arms[arm].recipe or self.recipe), [*texts, *self.overrides]
 
     def published(self, arm: str) -> float | None:
-        """Published top-1 or mean IoU of the arm, or of its recipe if the arm changes nothing."""
+        """Published top-1 or single-scale mean IoU of the arm, or of its recipe if the arm changes nothing."""
+        return self.published_values(arm)[0]
+
+    def published_text(self, arm: str) -> str:
+        """The published value of an arm, or the labelled one of several scales; empty if neither is known."""
+        value, several = self.published_values(arm)
+        return f"{value:.1f}" if value is not None else "" if several is None else f"{several:.1f} (multi-scale)"
+
+    def published_values(self, arm: str) -> tuple[float | None, float | None]:
+        """The published value of an arm, and that of several scales."""
         own = self.arms[arm]
-        if own.published is not None or own.change or self.change:
-            return own.published
+        given = own.published, own.published_multi_scale
+        if given != (None, None) or own.change or self.change:
+            return given
         chain = load_recipe(find_recipe(own.recipe or self.recipe))
         published, last = chain.published, list(chain.stages.values())[-1]
         if published and last.objective.kind == "segmentation":
             published = published.model_copy(update={"top1": None})  # that of the classifier it starts from
-        return published.result if published else None
+        return (published.result, published.miou_multi_scale) if published else given
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def write_study(study: Study, path: Path) -> None:
     """Write the study with all published values beside its runs, so that `fcmae study table` needs no other file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arms = {name: arm.model_copy(update={"published": study.published(name)}) for name, arm in study.arms.items()}
+    arms = {}
+    for name, arm in study.arms.items():
+        value, several = study.published_values(name)
+        arms[name] = arm.model_copy(update={"published": value, "published_multi_scale": several})
     study = study.model_copy(update={"arms": arms})
     path.write_text(yaml_text(study.model_dump(mode="json")))

@@ -100,11 +100,11 @@ def plan_table(plan: StudyPlan) -> Group:
                         title=f"{study.about} {study.source}".strip(), title_justify="left")  # fmt: skip
     for run in plan.chains:
         if run.seed == first:
-            published, band = study.published(run.arm), study.arms[run.arm].expected
+            band = study.arms[run.arm].expected
             table.add_row(
                 run.arm,
                 _changes(study, run.arm) or study.arms[run.arm].remark or "nothing",
-                "" if published is None else f"{published:.1f}",
+                study.published_text(run.arm),
                 *study.figure_texts(study.arms[run.arm].figures),
                 "" if band is None else f"{band[0]:g} to {band[1]:g}",
                 plan.describe(run),
@@ -138,6 +138,7 @@ def plan_json(plan: StudyPlan) -> str:
             "recipe": study.arms[run.arm].recipe or study.recipe,
             "change": {**study.change, **study.arms[run.arm].change},
             "published": study.published(run.arm),
+            "published_multi_scale": study.published_values(run.arm)[1],
             "figures": study.arms[run.arm].figures.model_dump(exclude_none=True),
             "expected": study.arms[run.arm].expected,
             "stages": [

@@ -151,7 +151,7 @@ def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
         result = "" if arm.mean is None else f"{arm.mean:.{digits}f}"
         result += f" ± {arm.deviation:.{digits}f}" if arm.deviation is not None else ""
         difference = "" if arm.mean is None or arm.published is None else f"{arm.mean - arm.published:+.2f}"
-        published = "" if arm.published is None else f"{arm.published:.1f}"
+        published = study.published_text(arm.arm)
         minutes = "" if arm.seconds is None else f"{arm.seconds / 60:.1f}"
         seeds, figures = f"{len(arm.results)}/{arm.seeds}", study.figure_texts(study.arms[arm.arm].figures)
         rows.append((arm.arm, result, seeds, published, difference, minutes, *figures, arm.remark))

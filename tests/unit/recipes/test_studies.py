@@ -14,7 +14,15 @@ from tests.support import write_tiny_recipe
 from tests.unit.models.tiny_models import multiply_adds
 from tools.recipes.library import find_study, included_studies
 from tools.study.definition import STUDY_FILE, load_study, study_runs, write_study
-from tools.study.study_table import arm_results, open_study, study_header, study_json, study_markdown, study_rows
+from tools.study.study_table import (
+    ArmResult,
+    arm_results,
+    open_study,
+    study_header,
+    study_json,
+    study_markdown,
+    study_rows,
+)
 
 
 @pytest.mark.parametrize("name", included_studies())
@@ -132,6 +140,15 @@ def test_a_wrong_study_is_one_sentence(study_file, change, sentence):
         first_chain()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_single_scale_is_not_compared_with_several(tmp_path):
+    write_study(load_study(find_study("segmentation")), tmp_path / STUDY_FILE)
+    study = open_study(tmp_path)
+    assert study.published("fcmae") is None
+    result = ArmResult("fcmae", "miou", (50.0,), (0,), 1, None, study.published("fcmae"), "")
+    first, *_ = study_rows(study, [result])
+    assert first[:5] == ("fcmae", "50.00", "1/1", "52.1 (multi-scale)", "")
 
 
 def test_the_table_is_made_of_the_results(study_file, tmp_path):

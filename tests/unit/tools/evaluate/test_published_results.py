@@ -1,18 +1,27 @@
 """The table of published accuracies, and the tolerance of comparisons with it."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models import VARIANTS
+from pipeline.recipe import load_recipe
+from pipeline.recipe.yaml_files import write_recipe
+from pipeline.storage.file_names import RECIPE_FILE
 from tools.evaluate.published import (
     TOLERANCE,
     compare_accuracy,
     compare_with_published,
     find_published,
+    published_miou,
     published_table,
 )
+from tools.evaluate.region_scores import RegionScores
 from tools.evaluate.run_evaluation import EvaluationResult
+from tools.evaluate.segmentation_evaluation import SegmentationResult
+from tools.predict.segmentation_model import SegmentationTest
+from tools.recipes.library import find_recipe
 
 
 def test_the_table_is_whole():
@@ -56,3 +65,27 @@ def test_only_what_can_be_compared_is():
     for other in (result(None, 50_000), result("convnextv2_tiny", 10_000), result("convnextv2_tiny", 50_000, 200)):
         assert compare_with_published(other) == []
     assert len(compare_with_published(result("convnextv2_huge", 7500, 200, 512), "a")) == 1
+
+
+def segmentation_result(stage, **how) -> SegmentationResult:
+    scores = RegionScores(tuple(map(str, range(150))), np.eye(150, dtype=np.int64))
+    return SegmentationResult(scores, 2000, "w", "ema", SegmentationTest(**how), "", "d", "", str(stage))
+
+
+@pytest.mark.parametrize(
+    ("how", "value"),
+    [
+        ({}, "mIoU is 46 %"),
+        ({"scales": (0.75, 1.0), "flip": True}, "mIoU with several scales and flips is 46.7 %"),
+        *(({"test": test}, None) for test in ("whole", "canvas", "native")),
+        ({"flip": True}, None),
+        ({"scales": (0.5,)}, None),
+        ({"scales": (0.75, 1.0)}, None),
+        ({"scales": (0.75, 1.0), "flip": True, "test": "native"}, None),
+    ],
+)
+def test_a_segmenter_is_compared_with_the_value_of_its_own_test(tmp_path, how, value):
+    write_recipe(load_recipe(find_recipe("segmentation/v1-tiny")), tmp_path / RECIPE_FILE)
+    sentences = published_miou(segmentation_result(tmp_path / "segment", **how))
+    assert len(sentences) == (value is not None)
+    assert value is None or value in sentences[0]
