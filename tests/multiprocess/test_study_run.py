@@ -53,7 +53,7 @@ def test_a_study_that_is_stopped_goes_on_and_ends_in_a_table(tmp_path):
         ]
         for arm in ("mixed", "plain")
     }
-    table = fcmae("study", "table", out, "--markdown").stdout.splitlines()
+    table = fcmae("study", "table", out, "--markdown").stdout.split("\n\n")[0].splitlines()
     for line, (arm, values) in zip(table[2:], found.items(), strict=True):
         assert f"| {arm} | {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} | 2/2 |" in line
     assert first == json.loads((out / "mixed" / "seed-0" / "intermediate" / "result.json").read_text())
