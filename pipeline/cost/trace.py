@@ -41,7 +41,7 @@ _FULL_PRECISION = {"cpu": (), "cuda": (torch.layer_norm, F.layer_norm, F.cross_e
 
 @dataclass(frozen=True)
 class Trace:
-    """Forward and backward pass of one micro-batch. The number of ranks matters to norm groups that span some alone."""
+    """Forward and backward pass of one micro-batch. Depends on the number of ranks if norm groups span ranks."""
 
     images: int
     timeline: np.ndarray

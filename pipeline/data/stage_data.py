@@ -100,11 +100,14 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
             f" {sum(train.values())} images that take part; make the batch smaller"
         )
-    steps = recipe.total_steps(sum(train.values()) // recipe.batch.global_batch)
-    if steps <= recipe.schedule.warmup_steps:
+    schedule, steps_per_epoch = recipe.schedule, sum(train.values()) // recipe.batch.global_batch
+    steps = recipe.total_steps(steps_per_epoch)
+    warmup = schedule.warmup_steps or schedule.warmup_epochs * steps_per_epoch
+    if steps <= warmup:
+        name = "warmup_epochs" if schedule.warmup_epochs else "warmup_steps"
         raise RecipeError(
-            f"stage {recipe.name}: schedule.warmup_steps is {recipe.schedule.warmup_steps:,} and the stage has"
-            f" {steps:,} steps; lower it"
+            f"stage {recipe.name}: schedule.{name} is {getattr(schedule, name):,g}, a warm-up of {warmup:,.0f} steps,"
+            f" and the stage has {steps:,} steps; lower it"
         )
     if steps > MOST_STEPS:
         raise RecipeError(

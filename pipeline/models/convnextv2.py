@@ -56,9 +56,8 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> Tensor:
         """Map features (N, sites..., C) to features; `keep` (N,) scales the branch of each image, see `drop_path`."""
         y = normalise_sites(self.norm, layout.depthwise(self.dwconv, x))
-        if (
-            self.response_name == "grn"
-        ):  # takes linear layer and GELU along, because on a GPU kernels compute them together
+        if self.response_name == "grn":
+            # GRN takes the linear layer and GELU along, because on a GPU kernels compute them together.
             y = self.grn.after_linear(self.pwconv1, y, layout)
         else:
             y = self.response(F.gelu(self.pwconv1(y)), layout)

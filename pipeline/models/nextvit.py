@@ -25,7 +25,7 @@ VARIANTS = {
 NORMS = ("batch", "layer")
 ACTIVATIONS = ("relu", "gelu")
 POOLINGS = ("1d", "2d")
-BLOCKS = ("ncb", *RIVALS)
+BLOCK_KINDS = ("ncb", *RIVALS)
 LETTERS = "CHT"  # of a pattern: convolution blocks, hybrid, transformer blocks
 
 
@@ -265,7 +265,7 @@ class NextViT(Backbone):
         seed: int = 0,
     ):
         choices = (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("pooling", pooling, POOLINGS))
-        for name, value, known in (*choices, ("block", block, BLOCKS)):
+        for name, value, known in (*choices, ("block", block, BLOCK_KINDS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         if stem_stride not in (1, 2, 4):

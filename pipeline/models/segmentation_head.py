@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from pipeline.models.batchnorm import BatchNorm
 
-NORMS = ("batch", "group")
-GROUPS = 32  # of channels in a GroupNorm, torch's and mmsegmentation's custom
+HEAD_NORMS = ("batch", "group")
+GROUP_NORM_GROUPS = 32  # of channels in a GroupNorm, torch's and mmsegmentation's custom
 
 
 class ConvNormReLU(nn.Sequential):
@@ -19,10 +19,12 @@ class ConvNormReLU(nn.Sequential):
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         if norm == "batch":
             self.bn = BatchNorm(outputs)
-        elif outputs % GROUPS:
-            raise ValueError(f"a head has {outputs} channels, no multiple of GroupNorm's {GROUPS} groups; change them")
+        elif outputs % GROUP_NORM_GROUPS:
+            raise ValueError(
+                f"a head has {outputs} channels, no multiple of GroupNorm's {GROUP_NORM_GROUPS} groups; change them"
+            )
         else:
-            self.gn = nn.GroupNorm(GROUPS, outputs)
+            self.gn = nn.GroupNorm(GROUP_NORM_GROUPS, outputs)
         self.activate = nn.ReLU()
 
 

@@ -14,7 +14,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.models.batchnorm import counts_batches, update_running_statistics
 from pipeline.models.initialise import STD, initialise
 from pipeline.models.response_norm import ResponseBatchNorm
-from pipeline.models.segmentation_head import NORMS, FCNHead
+from pipeline.models.segmentation_head import HEAD_NORMS, FCNHead
 from pipeline.models.semantic_fpn import FeaturePyramid, SemanticFPN
 from pipeline.models.upernet import UperNet
 
@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: Backbone, options: HeadOptions, seed: int = 0):
         super().__init__()
-        for name, value, known in (("head", options.kind, HEADS), ("norm", options.norm, NORMS)):
+        for name, value, known in (("head", options.kind, HEADS), ("norm", options.norm, HEAD_NORMS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         maps, channels, classes, norm = backbone.map_channels, options.channels, options.classes, options.norm

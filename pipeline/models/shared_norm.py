@@ -28,7 +28,8 @@ class _SharedNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, ranks):
         wide, size = widen(x), ranks.size()
         variance, mean = torch.var_mean(wide, _without_channels(x), correction=0)
-        gathered = mean.new_zeros(size, 2, len(mean))  # summed with the zeros of the other ranks, it is what all have
+        # A row for each rank: each fills its own, and the sum over ranks then has all rows on every rank.
+        gathered = mean.new_zeros(size, 2, len(mean))
         gathered[ranks.rank()] = torch.stack((mean, variance))
         dist.all_reduce(gathered, group=ranks)
         means, variances = gathered.unbind(1)

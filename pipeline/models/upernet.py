@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.map_sizes import enlarge, pool
-from pipeline.models.segmentation_head import GROUPS, ConvNormReLU, SegmentationHead
+from pipeline.models.segmentation_head import GROUP_NORM_GROUPS, ConvNormReLU, SegmentationHead
 
 POOLS = (1, 2, 3, 6)
 
@@ -37,10 +37,10 @@ class UperNet(SegmentationHead):
 
     def __init__(self, inputs: Sequence[int], channels: int, classes: int, norm: str):
         super().__init__(channels, classes)
-        if norm == "group" and channels == GROUPS:
+        if norm == "group" and channels == GROUP_NORM_GROUPS:
             raise ValueError(
                 f"channels is {channels}, so that GroupNorm would have one number a group behind the pool of 1 x 1;"
-                f" take {2 * GROUPS} or more"
+                f" take {2 * GROUP_NORM_GROUPS} or more"
             )
         *below, last = inputs
         self.psp_modules = nn.ModuleList(

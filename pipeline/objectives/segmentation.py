@@ -76,9 +76,9 @@ class SegmentationObjective:
         """The logits of each pixel of the images of a batch, in their original size: (N, classes, H, W)."""
         scenes, truth = self.recipe.data.scenes, batch.label_maps
         crop = height_and_width(self.recipe.data.image_size) if scenes.test == "window" else None
-        images, windows = self._normalised(model, batch), self.recipe.evaluation.batch
+        images, at_once = self._normalised(model, batch), self.recipe.evaluation.batch
         stride, at_most = self.recipe.model.stride, batch.windows_at_most
-        logits = window_logits(model, images, crop, scenes.window_step, windows, stride, at_most)
+        logits = window_logits(model, images, crop, scenes.window_step, at_once, stride, at_most)
         return enlarge(logits, (truth.shape[1], truth.shape[2]))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

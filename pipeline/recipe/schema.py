@@ -15,6 +15,7 @@ from pipeline.recipe.fields import written_fields
 from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.optimizer_settings import OptimizerSettings, ScheduleSettings
+from pipeline.recipe.published_result import PublishedResult
 from pipeline.recipe.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -31,7 +32,7 @@ from pipeline.recipe.sections import (
     TrackingSettings,
 )
 from pipeline.recipe.segmentation_settings import NormGroup, SegmentationSettings, divide_norm_group
-from pipeline.recipe.settings_base import Percent, Seed
+from pipeline.recipe.settings_base import Seed
 
 # The depths that a numbering of layers is made for, and the sizes that have them.
 GROUPED = {
@@ -103,6 +104,12 @@ class StageRecipe(Settings):
         if self.model.family == "nextvit":
             raise ValueError(
                 f"optimizer.layer_decay_groups is {groups}, which only ConvNeXt has, and SLaK as one; set it to single"
+            )
+        stages = len(self.model.depths or "four")
+        if groups == "stage_wise" and stages != 4:
+            raise ValueError(
+                f"optimizer.layer_decay_groups is stage_wise, made for models of four stages, and model.depths has"
+                f" {stages}; set it to single"
             )
         if groups in GROUPED:
             depths, sizes = GROUPED[groups]
@@ -180,14 +187,14 @@ class StageRecipe(Settings):
             )
 
     def _check_segmentation(self, objective: SegmentationSettings) -> None:
-        data, batch = self.data, self.batch
+        data = self.data
         if data.scenes is None:
             raise ValueError("data.scenes is missing, which the objective segmentation needs; set data.scenes: {}")
         unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
         for name, off in unused.items():
             if getattr(data, name) != off:
                 value = getattr(data, name)
-                raise ValueError(f"data.{name} is {value}, which segmentation has not; remove it, or set it to {off}")
+                raise ValueError(f"data.{name} is {value}, which segmentation does not use; set it to {off}")
         if len(self.model.depths or (1, 1)) < 2:
             raise ValueError(
                 f"model.depths {list(self.model.depths)} has one stage but the head {objective.head} needs the maps of"
@@ -202,11 +209,26 @@ class StageRecipe(Settings):
             raise ValueError(f"gate.metric is {self.gate.metric}; segmentation is judged by miou or loss")
         if self.init.head == "map":
             raise ValueError("init.head is map, which is for classification; set it to keep or new")
-        group = self.norm_group_images
-        if group is not None and (batch.global_batch % group or group % batch.slot):
+        if group := self.norm_group_images:
+            self._check_norm_group(group)
+
+    def _check_norm_group(self, group: int) -> None:
+        batch = self.batch
+        without = "" if self.model.counts_batches else ", or set objective.norm to group"
+        if group == 1:
+            raise ValueError(
+                "objective.norm_group is 1, and a BatchNorm takes its statistics over two images or more, as one"
+                f" image's pooled map of one pixel has no variance; raise it{without}"
+            )
+        if batch.global_batch % group or group % batch.slot:
             raise ValueError(
                 f"objective.norm_group {group} must divide batch.global_batch {batch.global_batch} and be a multiple of"
-                f" batch.slot {batch.slot}; change one of them, or set objective.norm to group"
+                f" batch.slot {batch.slot}; change one of them{without}"
+            )
+        if self.sparsity and self.sparsity.distribution == "snip":
+            raise ValueError(
+                "sparsity.distribution is snip, which scores one slot at a time, but the model's BatchNorm counts a"
+                f" norm group; set it to handed_on, erk or uniform{without}"
             )
         if not self.world_sizes():
             raise ValueError(
@@ -324,32 +346,6 @@ class StageRecipe(Settings):
             f"set batch.slot (now {batch.slot}) to {batch.global_batch // world_size}, which is another experiment,"
             " because the images of a slot are mixed or counted together"
         )
-
-
-class PublishedResult(Settings):
-    """A published result of this recipe in percent: ImageNet-1K with a single crop, or a segmentation's mIoU."""
-
-    top1: Percent | None = None
-    miou: Percent | None = None
-    """Of segmentation, at a single scale."""
-    miou_multi_scale: Percent | None = None
-    """Of segmentation, at several scales and with flips."""
-    source: str
-    """Where top1 or miou is printed."""
-    timm_top1: Percent | None = None
-    """timm's own evaluation of the released weights, at the recipe's last image size."""
-    timm_top5: Percent | None = None
-    weights: str | None = None
-    """URL of the released weights."""
-    parameters: str | None = None
-    multiply_adds: str | None = None
-    """Per image; this and parameters are as printed."""
-    remark: str | None = None
-
-    @property
-    def result(self) -> float | None:
-        """top1 or miou: what a run's own result can be compared with, which never has several scales."""
-        return self.miou if self.top1 is None else self.top1
 
 
 class ChainRecipe(Settings):

@@ -4,6 +4,7 @@ The released code renames tensors in a way that, applied twice, loses every GRN 
 twice changes nothing, and a tensor that is neither loaded, nor initialised, nor dropped by name is an error.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +16,7 @@ _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
 _ENCODER_PARTS = (["downsample_layers"], ["stages"])
 _SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.", "neck.")
-_MAP_NORMS = (*(f"backbone.norm{stage}." for stage in range(4)), "backbone.extra_norm_list.", "backbone.norm.")
+_MAP_NORM = re.compile(r"backbone\.(norm\d*|extra_norm_list)\.")
 _NO_BACKBONE = ("mask_token", "proj.", "decoder.", "pred.", "head.", "proj_head.")
 T = TypeVar("T")
 
@@ -117,7 +118,8 @@ def segmenter_weights(
         name if segmenter or _matches(name, tuple(drop)) else f"backbone.{name}": value
         for name, value in source.items()
     }
-    for part in (*_SEGMENTER_HEADS, *_MAP_NORMS):
+    map_norms = sorted({found[0] for name in {*target, *weights} if (found := _MAP_NORM.match(name))})
+    for part in (*_SEGMENTER_HEADS, *map_norms):
         ours, theirs = (any(name.startswith(part) for name in names) for names in (target, weights))
         is_new = part in _SEGMENTER_HEADS and not keep_head
         required = part in _SEGMENTER_HEADS and keep_head and part != "auxiliary_head."

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.fields import leaf_fields
-from pipeline.recipe.schema import PublishedResult
+from pipeline.recipe.published_result import PublishedResult
 from pipeline.recipe.value_sources import ValueSource, value_sources
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 from tools.tables import markdown_table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
@@ -69,12 +69,24 @@ class Reference(Settings):
     """A published result of a model that this program does not train."""
 
     name: str
-    top1: Percent
-    """Or mean IoU, in a study of segmentation."""
+    top1: Percent | None = None
+    miou: Percent | None = None
+    """Of segmentation, instead of top1."""
     figures: PublishedFigures = PublishedFigures()
     curve: str = ""
     """As an arm's."""
     source: str
+
+    @model_validator(mode="after")
+    def _check_result(self) -> "Reference":
+        if (self.top1 is None) == (self.miou is None):
+            raise ValueError(f"top1 {self.top1} and miou {self.miou} of {self.name}: give one of them")
+        return self
+
+    @property
+    def result(self) -> float:
+        """In percent."""
+        return self.miou if self.top1 is None else self.top1
 
 
 class Study(Settings):

@@ -39,7 +39,7 @@ def study_curves(study: Study, results: Sequence[ArmResult] = ()) -> dict[str, A
     for reference in study.references:
         if reference.curve:
             places = {axis: getattr(reference.figures, axis, None) for axis in study.axes}
-            point = {"name": reference.name, "published": reference.top1, "results": []}
+            point = {"name": reference.name, "published": reference.result, "results": []}
             curves.setdefault(reference.curve, []).append({**point, **places})
     if not study.axes or not curves:
         raise RecipeError(f"study {study.name} has no curves; give it axes ({', '.join(TITLES)}), and its arms a curve")

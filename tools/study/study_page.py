@@ -65,7 +65,7 @@ def _results(study: Study, results: Sequence[ArmResult]) -> Iterator[Block]:
     metric = next((arm.metric for arm in results if arm.metric), "")
     if metric:
         bars = [(arm.arm, arm.results, arm.published) for arm in results]
-        bars += [(reference.name, (), reference.top1) for reference in study.references]
+        bars += [(reference.name, (), reference.result) for reference in study.references]
         yield Picture("results", "Results of the arms", results_svg(bars, metric, "results"))
     header = study_header(study)
     yield Grid(header, study_rows(study, list(results)), header[1:-1])

@@ -157,7 +157,7 @@ def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
         rows.append((arm.arm, result, seeds, published, difference, minutes, *figures, arm.remark))
     references = study.references
     return rows + [
-        (r.name, "", "", f"{r.top1:.1f}", "", "", *study.figure_texts(r.figures), r.source) for r in references
+        (r.name, "", "", f"{r.result:.1f}", "", "", *study.figure_texts(r.figures), r.source) for r in references
     ]
 
 

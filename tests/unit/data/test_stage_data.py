@@ -101,6 +101,22 @@ def test_label_maps_without_a_labelled_pixel_are_refused(tmp_path):
     check_stage_data(segmentation_stage(data={"train": files["train"], "validation": files["train"]}))
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 1.0}, {"warmup_steps": 10}])
+def test_a_warm_up_as_long_as_the_stage_is_refused(recipe, warmup):
+    directory, stage = recipe
+    stage = changed(recipe, directory / "train.beton")
+    batch = stage.batch.model_copy(update={"global_batch": 16, "slot": 16})
+    length = {"epochs": None, "warmup_epochs": 0.0}
+    for steps in (9, 10, 11):
+        schedule = stage.schedule.model_copy(update={**length, "steps": steps, **warmup})
+        short = stage.model_copy(update={"batch": batch, "schedule": schedule})
+        if steps > 10:
+            check_stage_data(short)
+            continue
+        with pytest.raises(RecipeError, match=rf"schedule\.warmup_\w+ is .* warm-up of 10 steps, .* has {steps} steps"):
+            check_stage_data(short)
+
+
 @pytest.mark.parametrize(
     ("written", "read"), [("yes,no", "True"), ("0,1", "0"), ("cat,null", "None"), ("on,2", "True")]
 )

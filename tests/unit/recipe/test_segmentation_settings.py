@@ -59,6 +59,13 @@ def test_ranks_that_cannot_share_a_norm_group_are_left_out():
     ("changes", "message"),
     [
         ({"objective": {"norm_group": 6}}, "norm_group 6 must divide batch.global_batch 16"),
+        ({"objective": {"norm_group": 1}, "batch": {"slot": 1}}, "two images or more, .*; raise it, or set objective"),
+        ({"model": {"name": "convnextv2", "response": "bn"}, "objective": {"norm_group": 6}}, "change one of them$"),
+        ({"sparsity": {"distribution": "snip"}}, "snip, which scores one slot .* a norm group; set it to handed_on"),
+        (
+            {"optimizer": {"layer_decay_groups": "stage_wise"}, "model": {"depths": [1, 1], "dims": [8, 16]}},
+            "stage_wise, made for models of four stages, and model.depths has 2; set it to single",
+        ),
         (
             {"batch": {"micro_slots": 3}},
             "fits no number of ranks, .* set it to 4 for 1 rank, or to 1",
@@ -95,6 +102,13 @@ def test_what_does_not_go_together_is_one_sentence(changes, message):
 def test_the_gate_compares_with_the_published_result_of_the_last_stages_objective(kind, value):
     chain = {"published": {"top1": 80.0, "miou": 40.0}, "stages": {"last": {"objective": {"kind": kind}}}}
     assert expand_stages(chain, Path("it.yaml"))["stages"]["last"]["gate"] == {"published": value}
+
+
+def test_without_batchnorm_a_norm_group_is_not_looked_at():
+    alone = stage(objective={"norm": "group", "norm_group": 1}, sparsity={"distribution": "snip"})
+    assert alone.norm_group_images is None
+    four = stage(optimizer={"layer_decay_groups": "stage_wise"})
+    assert four.optimizer.layer_decay_groups == "stage_wise"
 
 
 def test_length_and_rate_of_a_stage():

@@ -164,6 +164,14 @@ def test_an_encoder_or_a_classifier_becomes_the_backbone(family):
         segmenter_weights(encoder, target, keep_head=True)
 
 
+def test_norms_of_any_number_of_maps_are_new():
+    options = {"depths": (1,) * 5, "dims": (8, 8, 8, 8, 16)}
+    target = create_segmenter("convnextv2", HEADS["upernet"], **options).state_dict()
+    encoder = create_model("convnextv2", num_classes=0, **options).state_dict()
+    _, fresh, _ = planned(encoder, target, keep_head=False)
+    assert fresh == {"decode_head", "auxiliary_head", *(f"backbone.norm{stage}" for stage in range(5))}
+
+
 def test_a_segmenter_becomes_another():
     upernet, pyramid = state_of("slak", "upernet"), state_of("slak", "pyramid")
     loaded, fresh, dropped = planned(upernet, upernet, keep_head=True)
