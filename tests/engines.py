@@ -42,14 +42,15 @@ def stage_recipe(stage: str, engine: str | Mapping[str, Any], **changes: Mapping
 
 def batches(recipe: StageRecipe, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
     """The rank's micro-batches of a step: noise, the same whatever the number of ranks."""
-    slot, micro, size = recipe.batch.slot, recipe.batch.micro_slots, recipe.data.image_size
+    batch = recipe.batch_on(world_size)
+    slot, micro, size = batch.slot, batch.micro_slots, recipe.data.image_size
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (recipe.batch.global_batch, 3, size, size), generator=generator, dtype=torch.uint8)
     ids, maps = torch.arange(recipe.batch.global_batch), None
     if recipe.objective.kind == "segmentation":
         maps = torch.randint(0, recipe.objective.classes, images[:, 0].shape, generator=generator).byte()
     found = []
-    for first in range(0, recipe.batch.slots, micro):
+    for first in range(0, batch.slots, micro):
         part = slice(first * slot, (first + micro) * slot)
         valid = torch.ones(micro * slot, dtype=torch.bool)
         numbers, own = tuple(range(first, first + micro)), None if maps is None else maps[part]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pipeline.cost.host_waits import NoHostWaits
 from pipeline.cost.mixed_devices import NoMixedDevices
-from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace import DeviceCasts, run_backward
 from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.world import World
 from pipeline.engines.base import StepFilter
+from pipeline.engines.norm_groups import play_norm_groups
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.kernels.triton_support import meta_stands_for_gpu
 from pipeline.objectives import Objective, create_objective
@@ -64,7 +64,7 @@ def meta_engine(
         model = objective.build_model()
     # A rank alone runs as many micro-batches as the recipe has, which are alike.
     engine = MetaEngine(model, recipe, guard(META) if guard else None)
-    play_norm_groups(engine.module, recipe, ranks)
+    play_norm_groups(engine.module, recipe, ranks, recipe.batch.slot * recipe.batch.micro_slots)
     engine.attach_components(total_steps=100)
     return engine, objective
 

@@ -24,10 +24,10 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.cost.block_repeats import BlockMarks, repeat_segments, shorten
 from pipeline.cost.kernel_bytes import Kernels, OperationLog, count_eager, count_fused
-from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch, example_evaluation_batch
 from pipeline.engines.base import DTYPES
+from pipeline.engines.norm_groups import play_norm_groups
 from pipeline.kernels.triton_support import meta_stands_for_gpu
 from pipeline.models import BLOCKS
 from pipeline.objectives import Objective, create_objective
@@ -101,8 +101,8 @@ def _follow_step(
 ) -> "tuple[_Live, int, int]":
     """Follow a step; return also the multiply-adds of the forward pass and those of its norms."""
     objective, model = meta_model(recipe)
-    play_norm_groups(model, recipe, ranks)
     batch = example_batch(recipe).to(torch.device("meta"))
+    play_norm_groups(model, recipe, ranks, len(batch.images))
     live = _Live(model, log=device == "cuda")
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(live.is_gradient)

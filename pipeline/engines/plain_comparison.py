@@ -20,6 +20,7 @@ from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.world import World
 from pipeline.engines.base import DTYPES
 from pipeline.engines.compiled_blocks import compile_blocks, compiles_blocks, eager_blocks, wants_compilation
+from pipeline.engines.norm_groups import play_norm_groups
 from pipeline.errors import RetryableError, first_line
 from pipeline.kernels.large_kernel import DepthwiseConv2d, available_forms
 from pipeline.kernels.triton_support import missing_compiler, plain_kernels, runs_triton
@@ -157,11 +158,11 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
                 stack.enter_context(torch.cuda.device(world.device))  # which each thread has for itself
             batch = noise_batch(recipe, world.size)
             try:
-                return difference_from_plain(recipe, objective, world.device, batch)
+                return difference_from_plain(recipe, objective, world, batch)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
             one = batch.part(slice(len(batch.images) // len(batch.slots)), batch.slots[:1])
-            return difference_from_plain(recipe, objective, world.device, one)
+            return difference_from_plain(recipe, objective, world, one)
     except torch.OutOfMemoryError:
         return Difference(skipped=True)
     except Exception as error:
@@ -173,17 +174,20 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
             torch.cuda.empty_cache()
 
 
-def difference_from_plain(recipe: StageRecipe, objective: Objective, device: torch.device, batch: Batch) -> Difference:
+def difference_from_plain(recipe: StageRecipe, objective: Objective, world: World, batch: Batch) -> Difference:
     """Compare the code that the recipe chooses on this device with plain torch; of several choices the one that differs
     most. What is compared waits in the host's memory, as a whole model has no room beside another one."""
-    precision, low, batch = recipe.engine.precision, recipe.engine.precision.startswith("bf16"), batch.to(device)
+    precision, low, device = recipe.engine.precision, recipe.engine.precision.startswith("bf16"), world.device
+    batch = batch.to(device)
     rounds_convolutions, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # else to ten bits
     try:
         with plain_kernels():
             higher = _scattered_model(precision, objective, HIGHER[precision], device)
+            play_norm_groups(higher, recipe, world.size, len(batch.images))
             with _checkpointing(higher):
                 exact = _loss_and_gradients(higher, objective, batch)
             model = _copied_model(precision, objective, higher)
+            play_norm_groups(model, recipe, world.size, len(batch.images))
             del higher
             with _checkpointing(model):
                 plain = _loss_and_gradients(model, objective, batch, low)

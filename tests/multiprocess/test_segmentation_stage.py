@@ -104,6 +104,23 @@ def test_any_number_of_ranks_trains_and_scores_the_same(directory, head):
         assert found[ranks][1]["loss"] == pytest.approx(found[1][1]["loss"], rel=1e-9)
 
 
+def losses(world: World, recipe: StageRecipe) -> list[float]:
+    return train(world, recipe, range(2)).losses
+
+
+def test_ranks_that_share_slots_share_norm_groups_too(directory):
+    """Four ranks have one image each of two slots of two, and all images are one norm group."""
+    changes = {"global_batch": 4, "slot": 2}
+    recipe = segment_stage(directory, 4, "stages.segment.objective.norm_group=4")
+    found = []
+    for ranks, micro_slots in ((1, 2), (4, 1)):
+        batch = recipe.batch.model_copy(update={**changes, "micro_slots": micro_slots})
+        stage = recipe.model_copy(update={"batch": batch})
+        assert stage.norm_group_on(ranks) == (ranks, 4 // ranks)
+        found.append(on_ranks(ranks, losses, stage)[0])
+    assert largest_difference(*found) <= 1e-10
+
+
 FAMILIES = {
     "slak": {
         "name": "slak", "depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12], "width": 1.0, "stem_stride": 2,

@@ -1,17 +1,19 @@
 """The chosen code is compared with plain torch: rounding passes, a wrong sum in one place does not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from pipeline.distributed.world import World
 from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain, noise_batch
 from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.objectives import create_objective
 from tests.engines import stage_recipe
+from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
-CPU = torch.device("cpu")
 MODELS = {
     "fcmae": ("pretrain", {}),
     "convnextv2": ("finetune", {}),
@@ -44,7 +46,7 @@ def compare(stage: str, model: dict, precision: str = "fp32", slip: tuple[float,
         return built
 
     objective.build_model = build_model
-    return difference_from_plain(recipe, objective, CPU, noise_batch(recipe, 1))
+    return difference_from_plain(recipe, objective, World.alone(), noise_batch(recipe, 1))
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
@@ -57,6 +59,23 @@ def test_rounding_passes_and_a_wrong_sum_does_not(name, precision):
     for slip in ((share, 0.0), (0.0, share), (math.nan, 0.0)):
         wrong = compare(stage, model, precision, slip)
         assert wrong.is_wrong, (slip, wrong)
+
+
+@pytest.mark.parametrize(
+    ("slot", "micro_slots", "ranks", "part"), [(1, 1, 4, 1), (2, 1, 4, 1), (1, 4, 1, 1), (2, 2, 1, 2)]
+)
+def test_a_rank_of_a_norm_group_compares_alone(slot, micro_slots, ranks, part):
+    """With one image a rank, whose pooled map has no variance of its own, and with one slot of a group."""
+    recipe = segmentation_stage(
+        objective={"channels": 8, "auxiliary_channels": 8, "norm_group": 4},
+        batch={"global_batch": 4, "slot": slot, "micro_slots": micro_slots},
+        engine={"precision": "fp32"},
+    )
+    objective = create_objective(recipe, seed=4)
+    batch = noise_batch(recipe, ranks).part(slice(part), (0,))
+    assert len(batch.images) == part
+    found = difference_from_plain(recipe, objective, replace(World.alone(), size=ranks), batch)
+    assert not found.is_wrong, found
 
 
 def test_the_comparison_leaves_random_numbers_and_settings_alone():

@@ -3,8 +3,8 @@
 import pytest
 
 from cluster.site import GPU, Site
-from pipeline.cost.played_norm_groups import play_norm_groups
 from pipeline.cost.trace import meta_model, trace_step
+from pipeline.engines.norm_groups import play_norm_groups
 from pipeline.recipe import ChainRecipe, load_recipe
 from pipeline.rehearsal.stage_rehearsal import rehearse_stage
 from tools.estimate.estimate_table import explain
@@ -81,7 +81,7 @@ def test_shared_statistics_are_traced_without_other_ranks():
     alone, shared = trace_step(recipe, "cuda", 1), trace_step(recipe, "cuda", 8)
     assert shared.forward_macs == alone.forward_macs
     _, model = meta_model(recipe)
-    play_norm_groups(model, recipe, 8)
+    play_norm_groups(model, recipe, 8, 2)
     assert model.decode_head.bottleneck.bn.group_images == 2
     assert model.decode_head.bottleneck.bn.group_ranks.size() == 8
 
