@@ -48,13 +48,12 @@ def mentioned(comments: Iterable[str]) -> list[str]:
     return sorted(keys, key=lambda key: int(key[1:]))
 
 
-_V2_SIZES = [size for size in SIZES if size not in ("small", "xlarge")]
 CHAPTERS = (  # title, stage, recipe of a size
-    ("FCMAE on ImageNet-1K", "pretrain", "convnextv2/{}", _V2_SIZES),
-    ("ImageNet-1K at 224 pixels, straight from FCMAE", "finetune", "convnextv2/{}", _V2_SIZES),
-    ("ImageNet-22K", "intermediate", "convnextv2/{}-22k", _V2_SIZES[3:]),
-    ("ImageNet-1K after ImageNet-22K", "finetune", "convnextv2/{}-22k", _V2_SIZES[3:]),
-    ("Supervised from scratch", "supervised", "convnextv2/{}-supervised", _V2_SIZES[:7]),
+    ("FCMAE on ImageNet-1K", "pretrain", "convnextv2/{}", SIZES),
+    ("ImageNet-1K at 224 pixels, straight from FCMAE", "finetune", "convnextv2/{}", SIZES),
+    ("ImageNet-22K", "intermediate", "convnextv2/{}-22k", SIZES[3:]),
+    ("ImageNet-1K after ImageNet-22K", "finetune", "convnextv2/{}-22k", SIZES[3:]),
+    ("Supervised from scratch", "supervised", "convnextv2/{}-supervised", SIZES[:7]),
 )
 LEFT_OUT = ("name", "seed", "previous", "objective.kind", "model.name", "model.depths", "model.dims", "init.start")
 

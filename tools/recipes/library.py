@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.errors import RecipeError, UserError
 
-SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "xlarge", "huge")  # in their order
+SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+_ALL_SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "xlarge", "huge")
 _HOME = Path(str(importlib.resources.files("recipes")))
 # The other YAML files are parts of recipes or data about them.
 _RECIPE = re.compile(r"(?=.*^name:)(?=.*^(?:extends|stages):)", re.MULTILINE | re.DOTALL)
@@ -72,5 +73,5 @@ def _included(pattern: re.Pattern[str]) -> dict[str, Path]:
 
 def _by_size(name: str) -> tuple[str, int, str]:
     folder, _, base = name.rpartition("/")
-    size = next((number for number, size in enumerate(SIZES) if size in base.split("-")), -1)
+    size = next((number for number, size in enumerate(_ALL_SIZES) if size in base.split("-")), -1)
     return folder, size, base
