@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture, SegmenterArchitecture
-from pipeline.weights.inference import infer_architecture, is_nextvit, is_segmenter
+from pipeline.weights.inference import has_segmentation_head, infer_architecture, is_nextvit
 from pipeline.weights.tensor_names import (
     LAYOUTS,
     belongs_to_pretraining,
@@ -83,7 +83,7 @@ def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conve
     """
     counters = tuple(name for name in tensors if name.endswith(COUNTER))
     tensors, unused = {name: tensor for name, tensor in tensors.items() if name not in counters}, ()
-    if is_segmenter(tensors):
+    if has_segmentation_head(tensors):
         layout, names = "mmsegmentation", segmenter_internal_names(tensors)
         unused = tuple(tensors.keys() - names.keys())
     elif is_nextvit(tensors):

@@ -29,7 +29,7 @@ def infer_architecture(shapes: Mapping[str, Shape], layout: str) -> Architecture
         CheckpointError: if a stage or block number is left out, or a tensor that holds a size is absent.
     """
     reader = _Shapes(shapes, layout)
-    if is_segmenter(shapes):
+    if has_segmentation_head(shapes):
         return _infer_segmenter(reader, layout)
     if is_nextvit(shapes):
         return _infer_nextvit(reader)
@@ -43,14 +43,14 @@ def is_nextvit(names: Iterable[str]) -> bool:
     return any(map(_ATTENTION.search, names))
 
 
-def is_segmenter(names: Iterable[str]) -> bool:
+def has_segmentation_head(names: Iterable[str]) -> bool:
     """Whether the names of a model's tensors are those of a model for segmentation."""
     return any(name.startswith("decode_head.") for name in names)
 
 
 def refuse_segmenter(names: Iterable[str], source: str) -> None:
     """Raise CheckpointError if the tensors are those of a model for segmentation, where another model is needed."""
-    if is_segmenter(names):
+    if has_segmentation_head(names):
         export, file = "", source
         if os.path.isdir(source.removeprefix("file://")):  # a checkpoint, which convert does not read
             export, file = f"`fcmae checkpoint export {source} WEIGHTS.safetensors` and then ", "WEIGHTS.safetensors"

@@ -147,7 +147,7 @@ def images_per_second(batches: Iterable[torch.Tensor], skip_first: bool = False)
     return images / (cpu_seconds() - began)
 
 
-def write_scenes(images: list[Image.Image], path: Path) -> Beton:
+def write_scene_file(images: list[Image.Image], path: Path) -> Beton:
     """Write the images as JPEGs with label maps of 12 x 16 fields, whose classes neighbours often share."""
     numbers, (height, width) = np.random.default_rng(1), SCENE_SIZE
     with BetonWriter(path, [str(number) for number in range(SCENE_CLASSES)], len(images)) as writer:
@@ -180,7 +180,7 @@ def measure_scenes(rounds: int = 1) -> None:
     }
     print("images per CPU-second")
     with tempfile.TemporaryDirectory() as folder:
-        beton = write_scenes(photographs(IMAGES), Path(folder) / "scenes.beton")
+        beton = write_scene_file(photographs(IMAGES), Path(folder) / "scenes.beton")
         for name, changes in variants.items():
             rate = images_per_second(scene_batches(beton, rounds, **changes), skip_first=True)
             print(f"{name:30}{rate:8.0f}", flush=True)

@@ -130,7 +130,7 @@ def _evaluate_segmenter(
     import json as json_library
     import sys
 
-    from tools.evaluate.kept_segmentations import keep_segmentations, segmentation_facts
+    from tools.evaluate.kept_segmentations import keep_segmentations, segmentation_result_facts
     from tools.evaluate.published import published_miou
     from tools.evaluate.region_scores import difference_of_scores
     from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
@@ -140,7 +140,7 @@ def _evaluate_segmenter(
     if kept is not None:
         print(f"kept for the report: {kept}", file=sys.stderr)
     if json:
-        facts = [segmentation_facts(result) for result in results]
+        facts = [segmentation_result_facts(result) for result in results]
         print(json_library.dumps(facts if len(facts) > 1 else facts[0], indent=2))
         return
     for result in results:

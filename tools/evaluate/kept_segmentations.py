@@ -30,7 +30,7 @@ class KeptSegmentation:
 
     @classmethod
     def of_facts(cls, facts: dict[str, Any]) -> "KeptSegmentation":
-        """Read the facts of `segmentation_facts`.
+        """Read the facts of `segmentation_result_facts`.
 
         Raises:
             KeyError, TypeError, ValueError, OverflowError: if they are others.
@@ -39,7 +39,7 @@ class KeptSegmentation:
         return cls(*words, int(facts["images"]), RegionScores.of_json(facts))
 
 
-def segmentation_facts(result: SegmentationResult) -> dict[str, Any]:
+def segmentation_result_facts(result: SegmentationResult) -> dict[str, Any]:
     """The result for JSON: what was evaluated, metrics in percent, IoU by class and the matrix of pixels."""
     how = result.how
     return {
@@ -69,7 +69,7 @@ def keep_segmentations(results: Sequence[SegmentationResult]) -> Path | None:
     name = f"{PREFIX}{'-'.join(parts)}.json"
     try:
         folder.mkdir(exist_ok=True)
-        Folder.at(folder).publish(name, json.dumps([segmentation_facts(result) for result in results]).encode())
+        Folder.at(folder).publish(name, json.dumps([segmentation_result_facts(result) for result in results]).encode())
     except OSError as error:
         raise UserError(f"{folder / name} cannot be written ({error.strerror}); make it writable") from None
     return folder / name
