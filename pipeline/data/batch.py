@@ -35,13 +35,13 @@ class Batch:
     valid: Tensor  # (N,) bool: False for an image that only fills up an evaluation batch
     prepared: Prepared | None = None  # by the objective, for these ids; without it the objective makes it when asked
     label_maps: Tensor | None = None
-    """(N, H, W) uint8, or int32 for more than 255 classes: the class of each pixel, in segmentation. In training of the
-    images' size, in evaluation of the original image's."""
+    """The class of each pixel, in segmentation: (N, H, W) uint8, or int32 for more than 255 classes. H and W are those
+    of `images` in training, and those of the original image in evaluation."""
     windows_at_most: int = 0
     """In evaluation of segmentation: the largest number of windows that any rank's image of this round is cut into."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return the batch with each tensor that belongs on the device replaced by what `move` makes of it."""
+        """Return the batch with `move` applied to images, labels and label maps, which belong on the device."""
         label_maps = None if self.label_maps is None else move(self.label_maps)
         return replace(self, images=move(self.images), labels=move(self.labels), label_maps=label_maps)
 

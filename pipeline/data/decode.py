@@ -132,7 +132,7 @@ def _decode_some(first, step, file, places, sizes, modes, checks, plan, heights,
 
 
 class StoredImages(NamedTuple):
-    """Where images lie in a file, and what they are, int64 (N,) each."""
+    """The place, size and kind of N images in a file, int64 (N,) each."""
 
     places: np.ndarray
     sizes: np.ndarray  # in bytes

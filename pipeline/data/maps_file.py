@@ -102,7 +102,7 @@ class MapsFileWriter:
         self._counts += maps.counts
 
     def finish(self) -> MapsFile:
-        """Write the offsets, sync the file to disk, and return what the side-car says of it."""
+        """Write the offsets, sync the file to disk, and return its entry for the side-car."""
         offsets = np.concatenate([*self._offsets, [self._end]]).astype(_OFFSET).tobytes()
         self._index_digest.update(offsets)
         self._write(offsets)

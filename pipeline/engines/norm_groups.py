@@ -18,7 +18,7 @@ def share_norm_groups(model: nn.Module, group: NormGroup | None, world: World) -
 
 
 def play_norm_groups(model: nn.Module, recipe: StageRecipe, ranks: int, images: int) -> None:
-    """Set the norm group of every BatchNorm as an engine on so many ranks would; its collectives reach nobody.
+    """Set the norm group of every BatchNorm as an engine on `ranks` ranks would, without any communication.
 
     Where a rank's share of a group has more images than a forward, or no number of ranks has such micro-batches, the
     images of a forward count, as in a measurement. A single image counts with others, because the pooled map of one has

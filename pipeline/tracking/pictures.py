@@ -108,7 +108,7 @@ def draw_label_maps(
 
 
 def palette(classes: int) -> NDArray[np.uint8]:
-    """Return a colour for each class, (classes, 3) uint8 RGB; the first hundreds are all different.
+    """Return a colour for each class, (classes, 3) uint8 RGB. The first few hundred colours differ from each other.
 
     The hue turns by the golden ratio, so that classes with neighbouring numbers differ most.
     """

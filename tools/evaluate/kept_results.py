@@ -65,9 +65,18 @@ def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
     folder = Path(first.stage) / EVALUATIONS_FOLDER
     size = "x".join(map(str, height_and_width(first.image_size)))
     name = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{first.data_sha256[:12]}-{size}.json"
+    return publish_results(folder, name, json.dumps([result_facts(result) for result in results], indent=1))
+
+
+def publish_results(folder: Path, name: str, text: str) -> Path:
+    """Write kept results of an evaluation, and return the file.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
     try:
         folder.mkdir(exist_ok=True)
-        Folder.at(folder).publish(name, json.dumps([result_facts(result) for result in results], indent=1).encode())
+        Folder.at(folder).publish(name, text.encode())
     except OSError as error:
         raise UserError(f"{folder / name} cannot be written ({error.strerror}); make it writable") from None
     return folder / name

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, first_line
+from pipeline.errors import first_line
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.file_names import EVALUATIONS_FOLDER
-from pipeline.storage.folder import Folder
 from pipeline.storage.run_records import name_unreadable
+from tools.evaluate.kept_results import publish_results
 from tools.evaluate.region_scores import RegionScores
 from tools.evaluate.segmentation_evaluation import SegmentationResult
 
@@ -67,12 +67,7 @@ def keep_segmentations(results: Sequence[SegmentationResult]) -> Path | None:
     kind = "ema" if first.weights.startswith("ema") else "raw"  # also "ema of CHECKPOINT"
     parts = first.how.test, scales, *["flip"] * first.how.flip, kind, first.precision, first.data_sha256[:12]
     name = f"{PREFIX}{'-'.join(parts)}.json"
-    try:
-        folder.mkdir(exist_ok=True)
-        Folder.at(folder).publish(name, json.dumps([segmentation_result_facts(result) for result in results]).encode())
-    except OSError as error:
-        raise UserError(f"{folder / name} cannot be written ({error.strerror}); make it writable") from None
-    return folder / name
+    return publish_results(folder, name, json.dumps([segmentation_result_facts(result) for result in results]))
 
 
 def kept_segmentations(stage: Path) -> list[list[KeptSegmentation]]:

@@ -141,7 +141,9 @@ def _by_order(path: str, lines: list[tuple[int, str]]) -> ClassValues:
 def _by_value(path: str, rows: list[tuple[int, str, str]]) -> ClassValues:
     colours = {key.startswith("#") for _, key, _ in rows}
     if len(colours) > 1:
-        raise DataError(f"classes {path} have both values and colours; give each class the same kind")
+        raise DataError(
+            f"classes {path} have both values and colours; give every class a value, or every class a colour"
+        )
     numbers: dict[int, int] = {}
     ignored, names = set(), []
     for line, key, name in rows:

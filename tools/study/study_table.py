@@ -175,5 +175,5 @@ def pair_rows(pairs: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
 
 
 def _digits(metric: str) -> int:
-    """Decimal places: two of a percentage, four of a loss."""
+    """Return the number of decimal places to print: two for a percentage, four for a loss."""
     return 2 if metric in ("top1", "miou") else 4

@@ -47,7 +47,7 @@ def test_compilation_needs_a_compiler_and_has_switches(monkeypatch):
 
 
 def test_scenes_of_many_sizes_are_evaluated_uncompiled_and_trained_compiled(world, monkeypatch):
-    """No size of an evaluation takes one of the graphs that dynamo makes of a block at most."""
+    """Dynamo limits the graphs of a block, so evaluations of many image sizes must not compile any."""
     torch._dynamo.reset()
     counter, compiler = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(compiled_blocks, "missing_compiler", lambda device: "")
