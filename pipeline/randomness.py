@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     SCENE_SIZE = 10
     PHOTOMETRIC = 11
     DROPOUT = 12
+    OBJECT_SIZE = 13
+    SAMPLE_OBJECTS = 14
     SUBSET = 20
     MEASURE = 21
     SPARSITY = 30

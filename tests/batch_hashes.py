@@ -1,4 +1,5 @@
-"""Hashes of what the ranks of a run were given, of each slot: images, labels, masks, maps; in files beside the run."""
+"""Hashes of what the ranks of a run were given, of each slot: images, labels, masks, maps, objects; in files beside the
+run."""
 
 import hashlib
 import json
@@ -21,8 +22,13 @@ def record_batches(feed: Any, recipe: Any, seed: int, world: Any, folder: Path) 
         for batch in honest(step):
             parts = [batch.images, batch.labels, *([objective.mask(batch)] if hasattr(objective, "mask") else [])]
             parts += [] if batch.label_maps is None else [batch.label_maps]
+            parts, size = [part.split(recipe.batch.slot) for part in parts], recipe.batch.slot
+            if batch.objects is not None:
+                starts = range(0, len(batch.ids), size)
+                slots_of = [batch.part(slice(start, start + size)) for start in starts]
+                parts += zip(*([*part.objects.tensors(), part.view_sizes] for part in slots_of), strict=True)
             found = {}
-            for slot, *content in zip(batch.slots, *(part.split(recipe.batch.slot) for part in parts), strict=True):
+            for slot, *content in zip(batch.slots, *parts, strict=True):
                 text = b"".join(part.contiguous().numpy().tobytes() for part in content)
                 found[slot] = hashlib.sha256(text).hexdigest()
             with path.open("a") as file:

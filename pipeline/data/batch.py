@@ -1,13 +1,14 @@
 """A micro-batch of images: made by feeds, used by objectives and engines."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.data.windows import resized_to_fit, window_places
+from pipeline.data.batch_objects import BatchObjects, example_objects
+from pipeline.data.windows import padded_size, resized_to_fit, window_places
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
 
@@ -39,15 +40,32 @@ class Batch:
     of `images` in training, and those of the original image in evaluation."""
     windows_at_most: int = 0
     """In evaluation of segmentation: the largest number of windows that any rank's image of this round is cut into."""
+    objects: BatchObjects | None = None
+    """The annotated objects of training views, in detection."""
+    view_sizes: Tensor | None = None
+    """In detection: (N, 2) int64 on the host, the height and width that the image takes up at the top left of
+    `images`; the rest is padding."""
+    image_sizes: Tensor | None = None
+    """In detection: (N, 2) int64 on the host, height and width of the stored image."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return the batch with `move` applied to images, labels and label maps, which belong on the device."""
+        """Return the batch with `move` applied to the tensors that belong on the device."""
         label_maps = None if self.label_maps is None else move(self.label_maps)
-        return replace(self, images=move(self.images), labels=move(self.labels), label_maps=label_maps)
+        objects = None if self.objects is None else self.objects.moved(move)
+        return replace(
+            self, images=move(self.images), labels=move(self.labels), label_maps=label_maps, objects=objects
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with images, labels and label maps on the device."""
+        """Return the batch with images, labels, label maps and objects on the device."""
         return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that are on the device, or are being copied there."""
+        yield from (self.images, self.labels)
+        yield from () if self.label_maps is None else (self.label_maps,)
+        yield from () if self.objects is None else self.objects.tensors()
+        yield from () if self.prepared is None else self.prepared.tensors()
 
     def part(self, images: slice, slots: tuple[int, ...] = ()) -> "Batch":
         """Some of the images, and the slots that they make up."""
@@ -60,6 +78,9 @@ class Batch:
             slots=slots,
             prepared=None,
             label_maps=None if self.label_maps is None else self.label_maps[images],
+            objects=None if self.objects is None else self.objects.part(images),
+            view_sizes=None if self.view_sizes is None else self.view_sizes[images],
+            image_sizes=None if self.image_sizes is None else self.image_sizes[images],
         )
 
 
@@ -71,20 +92,31 @@ def example_batch(recipe: StageRecipe, world_size: int = 1) -> Batch:
 
 
 def example_evaluation_batch(recipe: StageRecipe) -> Batch:
-    """Return a black batch of the size that a rank evaluates: in segmentation one image of the usual shape 4:3."""
-    if recipe.objective.kind != "segmentation":
-        return _black_batch(recipe, recipe.evaluation.batch, height_and_width(recipe.data.image_size), ())
-    scenes, crop = recipe.data.scenes, height_and_width(recipe.data.image_size)
+    """Return a black batch of the size that a rank evaluates.
+
+    In segmentation and detection that is one image of the usual shape 4:3.
+    """
+    kind, crop = recipe.objective.kind, height_and_width(recipe.data.image_size)
+    if kind == "detection":
+        size = resized_to_fit(3, 4, recipe.data.views.test_size)
+        batch = _black_batch(recipe, 1, padded_size(*size), ())
+        return replace(batch, view_sizes=torch.tensor([size]), image_sizes=torch.tensor([size]))
+    if kind != "segmentation":
+        return _black_batch(recipe, recipe.evaluation.batch, crop, ())
+    scenes = recipe.data.scenes
     size = resized_to_fit(3, 4, scenes.base_size)
     windows = len(window_places(size, crop, scenes.window_step)) if scenes.test == "window" else 1
     return replace(_black_batch(recipe, 1, size, ()), windows_at_most=windows)
 
 
 def _black_batch(recipe: StageRecipe, images: int, size: tuple[int, int], slots: tuple[int, ...]) -> Batch:
-    label_maps = None
-    if recipe.objective.kind == "segmentation":
-        dtype = torch.uint8 if recipe.objective.classes <= 255 else torch.int32
+    objective, label_maps, objects, sizes = recipe.objective, None, None, None
+    if objective.kind == "segmentation":
+        dtype = torch.uint8 if objective.classes <= 255 else torch.int32
         label_maps = torch.zeros(images, *size, dtype=dtype)
+    if objective.kind == "detection":
+        objects = example_objects(images, size, objective.classes, objective.has_masks)
+        sizes = torch.tensor([size] * images)
     return Batch(
         images=torch.zeros(images, 3, *size, dtype=torch.uint8),
         labels=torch.zeros(images, dtype=torch.int64),
@@ -93,4 +125,7 @@ def _black_batch(recipe: StageRecipe, images: int, size: tuple[int, int], slots:
         slots=slots,
         valid=torch.ones(images, dtype=torch.bool),
         label_maps=label_maps,
+        objects=objects,
+        view_sizes=sizes,
+        image_sizes=sizes,
     )

@@ -248,8 +248,6 @@ class _Delivery:
         if arrived is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrived)
-            prepared = batch.prepared.tensors() if batch.prepared else ()
-            maps = () if batch.label_maps is None else (batch.label_maps,)
-            for tensor in (batch.images, batch.labels, *maps, *prepared):
+            for tensor in batch.tensors():
                 tensor.record_stream(stream)  # the memory must outlive its use here; the copying stream owns it
         return batch

@@ -1,4 +1,4 @@
-"""The size at which a scene is tested, and the windows it is cut into, as mmsegmentation has them."""
+"""The size at which an image is tested, and the windows a scene is cut into, as mmsegmentation has them."""
 
 import itertools
 
@@ -14,6 +14,11 @@ def resized_to_fit(height: int, width: int, long_and_short: tuple[int, int]) -> 
     up, down = (most_long, long) if most_long * short < most_short * long else (most_short, short)
     height, width = ((2 * side * up + down) // (2 * down) for side in (height, width))
     return max(height, 1), max(width, 1)
+
+
+def padded_size(height: int, width: int, stride: int = 32) -> tuple[int, int]:
+    """Round both sides up to multiples of the network's stride."""
+    return height + -height % stride, width + -width % stride
 
 
 def window_places(size: tuple[int, int], crop: tuple[int, int], step: int) -> list[tuple[int, int, int, int]]:
