@@ -5,9 +5,11 @@ values that all stages share. A stage set to null is left out. `init:` names wei
 `published:` holds the results of others. Every key is checked.
 """
 
+from pipeline.recipe.chain_recipe import ChainRecipe
+from pipeline.recipe.detection_settings import DetectionSettings
 from pipeline.recipe.fields import changed_fields
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
-from pipeline.recipe.schema import ChainRecipe, StageRecipe
+from pipeline.recipe.schema import StageRecipe
 from pipeline.recipe.sections import ClassificationSettings, FCMAESettings
 from pipeline.recipe.segmentation_settings import SegmentationSettings
 from pipeline.recipe.yaml_files import load_recipe, load_stage_recipe, write_recipe
@@ -16,6 +18,7 @@ __all__ = [
     "ChainRecipe",
     "ClassificationSettings",
     "ConvNeXtSettings",
+    "DetectionSettings",
     "FCMAESettings",
     "NextViTSettings",
     "SLaKSettings",

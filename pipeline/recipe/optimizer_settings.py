@@ -1,6 +1,7 @@
 """The sections that decide how parameters move: the optimizer and the learning rate's schedule."""
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.recipe.settings_base import MOST_EPOCHS, MOST_STEPS, Settings, added
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Milestone = Annotated[float, Field(gt=0, le=MOST_STEPS)]
 
 
 class OptimizerSettings(Settings):
@@ -46,11 +48,15 @@ class ScheduleSettings(Settings):
     warmup_start: float = added(0.0, ge=0, le=1)
     """Share of the learning rate at step 0."""
     min_lr: float = Field(0.0, ge=0, le=1e4)
-    decay: Literal["cosine", "poly"] = added("cosine")
+    decay: Literal["cosine", "poly", "step"] = added("cosine")
     """cosine: half a cosine from the end of the warm-up to min_lr; poly: (1 - step / steps) ** power from step 0 on,
-    times the warm-up, as in mmsegmentation."""
+    times the warm-up, as in mmsegmentation; step: the rate is multiplied by `factor` at each of `milestones`."""
     power: float = added(1.0, gt=0, le=100)
     """Of the poly decay."""
+    milestones: tuple[Milestone, ...] = added(())
+    """Of the step decay: in epochs, or in steps if the length of the stage is given in steps."""
+    factor: float = added(0.1, gt=0, lt=1)
+    """Of the step decay."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "ScheduleSettings":
@@ -64,6 +70,21 @@ class ScheduleSettings(Settings):
             raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> "ScheduleSettings":
+        milestones, shown = self.milestones, [f"{milestone:g}" for milestone in self.milestones]
+        if bool(milestones) != (self.decay == "step"):
+            raise ValueError(
+                f"milestones [{', '.join(shown)}] and decay {self.decay} do not go together; decay step needs"
+                " milestones, such as [27, 33], and no other decay has any"
+            )
+        if any(a >= b for a, b in pairwise(milestones)):
+            raise ValueError(f"milestones [{', '.join(shown)}] must increase; sort them and remove doubles")
+        unit, length = ("epochs", self.epochs) if self.steps is None else ("steps", self.steps)
+        if milestones and milestones[-1] >= length:
+            raise ValueError(f"milestones [{', '.join(shown)}] must be less than {unit} {length:g}, the stage's length")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -1,4 +1,4 @@
-"""The typed recipe of a chain of stages and of one stage, with the checks of values in different sections.
+"""The typed recipe of one stage, with the checks of values in different sections.
 
 Fields marked operational may change on resume; a change of any other field makes another experiment.
 """
@@ -11,11 +11,11 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.detection_settings import DetectionSettings
 from pipeline.recipe.fields import written_fields
 from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
 from pipeline.recipe.optimizer_settings import OptimizerSettings, ScheduleSettings
-from pipeline.recipe.published_result import PublishedResult
 from pipeline.recipe.sections import (
     BatchSettings,
     CheckpointSettings,
@@ -41,13 +41,21 @@ GROUPED = {
 }
 
 
+GATE_METRICS = {
+    "fcmae": ("loss",),
+    "classification": ("top1", "top5", "loss"),
+    "segmentation": ("miou", "loss"),
+    "detection": ("box_ap", "mask_ap"),
+}
+
+
 class StageRecipe(Settings):
     """The recipe of one stage. `name`, `seed` and `previous` are filled in from the chain."""
 
     name: str = ""
     seed: Seed = 0
     previous: str | None = None
-    objective: FCMAESettings | ClassificationSettings | SegmentationSettings = Field(discriminator="kind")
+    objective: FCMAESettings | ClassificationSettings | SegmentationSettings | DetectionSettings = Field(discriminator="kind")
     model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
     data: DataSettings
     batch: BatchSettings
@@ -71,7 +79,7 @@ class StageRecipe(Settings):
     def _check_sections(self) -> "StageRecipe":
         if self.handoff == "ema" and self.ema is None:
             raise ValueError("handoff is ema but ema has no decay; set ema, for example to 0.9999")
-        if self.norm_group_images is None and self.model.counts_batches and self.batch.micro_slots != 1:
+        if self.norm_group_images is None and self.trains_batch_norms and self.batch.micro_slots != 1:
             raise ValueError(
                 f"batch.micro_slots is {self.batch.micro_slots} but the model's BatchNorm counts one slot; set it to 1"
             )
@@ -85,17 +93,34 @@ class StageRecipe(Settings):
         self._check_layer_decay()
         if self.sparsity:
             self._check_sparsity(self.sparsity)
+        self._check_views_and_gate()
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         if isinstance(self.objective, SegmentationSettings):
             self._check_segmentation(self.objective)
-        elif self.data.scenes:
-            raise ValueError(
-                f"data.scenes is for the objective segmentation and objective.kind is {self.objective.kind}; remove it"
-            )
-        elif self.gate.metric == "miou":
-            raise ValueError(f"gate.metric is miou; {self.objective.kind} has none, choose another one")
+        if isinstance(self.objective, DetectionSettings):
+            self._check_detection(self.objective)
+        if group := self.norm_group_images:
+            self._check_norm_group(group)
         return self
+
+    def _check_views_and_gate(self) -> None:
+        data, kind = self.data, self.objective.kind
+        for name, needs in (("scenes", "segmentation"), ("views", "detection")):
+            if getattr(data, name) and kind != needs:
+                raise ValueError(f"data.{name} is for the objective {needs} and objective.kind is {kind}; remove it")
+            if getattr(data, name) is None and kind == needs:
+                raise ValueError(f"data.{name} is missing, which the objective {needs} needs; set data.{name}: {{}}")
+        judged_by, name = GATE_METRICS[kind], "pre-training" if kind == "fcmae" else kind
+        if self.gate.metric not in (None, *judged_by):
+            raise ValueError(f"gate.metric is {self.gate.metric}; {name} is judged by {' or '.join(judged_by)}")
+        if kind in ("segmentation", "detection"):
+            unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
+            for name, off in unused.items():
+                if (value := getattr(data, name)) != off:
+                    raise ValueError(f"data.{name} is {value}, which {kind} does not use; set it to {off}")
+            if self.init.head == "map":
+                raise ValueError("init.head is map, which is for classification; set it to keep or new")
 
     def _check_layer_decay(self) -> None:
         groups = self.optimizer.layer_decay_groups
@@ -150,8 +175,6 @@ class StageRecipe(Settings):
                 f"objective.kind is fcmae, which hides cells from a ConvNeXt, and model.name is {self.model.name};"
                 " choose convnextv2, or the objective classification"
             )
-        if self.gate.metric not in (None, "loss"):
-            raise ValueError(f"gate.metric is {self.gate.metric}; pre-training is judged by loss")
         if self.optimizer.layer_decay != 1:
             raise ValueError(
                 f"optimizer.layer_decay is {self.optimizer.layer_decay}; pre-training has none, set it to 1"
@@ -188,13 +211,6 @@ class StageRecipe(Settings):
 
     def _check_segmentation(self, objective: SegmentationSettings) -> None:
         data = self.data
-        if data.scenes is None:
-            raise ValueError("data.scenes is missing, which the objective segmentation needs; set data.scenes: {}")
-        unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
-        for name, off in unused.items():
-            if getattr(data, name) != off:
-                value = getattr(data, name)
-                raise ValueError(f"data.{name} is {value}, which segmentation does not use; set it to {off}")
         if len(self.model.depths or (1, 1)) < 2:
             raise ValueError(
                 f"model.depths {list(self.model.depths)} has one stage but the head {objective.head} needs the maps of"
@@ -205,16 +221,35 @@ class StageRecipe(Settings):
                 f"data.scenes.window_step {data.scenes.window_step} is more than a side of data.image_size"
                 f" {describe_size(data.image_size)}, so pixels between windows would not be seen; lower it"
             )
-        if self.gate.metric not in (None, "loss", "miou"):
-            raise ValueError(f"gate.metric is {self.gate.metric}; segmentation is judged by miou or loss")
-        if self.init.head == "map":
-            raise ValueError("init.head is map, which is for classification; set it to keep or new")
-        if group := self.norm_group_images:
-            self._check_norm_group(group)
+
+    def _check_detection(self, objective: DetectionSettings) -> None:
+        size, stride, stages = self.data.image_size, self.model.stride, len(self.model.depths or (1, 1, 1, 1))
+        if any(side % stride for side in height_and_width(size)):
+            raise ValueError(
+                f"data.image_size {describe_size(size)} is the canvas of the views and must be a multiple of the model's"
+                f" stride, {stride} pixels; change it"
+            )
+        if stages < 2:
+            raise ValueError(
+                f"model.depths {list(self.model.depths)} has one stage but the pyramid of head {objective.head} needs"
+                " the maps of two or more; give more numbers"
+            )
+        if objective.frozen_stages > stages:
+            raise ValueError(
+                f"objective.frozen_stages is {objective.frozen_stages} but the model has {stages} stages; lower it"
+            )
+        if objective.frozen_norms and not self.model.counts_batches:
+            raise ValueError(
+                f"objective.frozen_norms is true, which freezes BatchNorms, and this {self.model.name} has none; set it"
+                " to false"
+            )
+        if self.gate.metric == "mask_ap" and not objective.has_masks:
+            raise ValueError("gate.metric is mask_ap but objective.masks gives no masks; choose box_ap")
 
     def _check_norm_group(self, group: int) -> None:
         batch = self.batch
-        without = "" if self.model.counts_batches else ", or set objective.norm to group"
+        field = "norm" if isinstance(self.objective, SegmentationSettings) else "region_norm"
+        without = "" if self.trains_batch_norms else f", or set objective.{field} to group"
         if group == 1:
             raise ValueError(
                 "objective.norm_group is 1, and a BatchNorm takes its statistics over two images or more, as one"
@@ -264,7 +299,7 @@ class StageRecipe(Settings):
     def slots_are_whole(self) -> bool:
         """Whether the images of a slot are computed together: mixed, counted by BatchNorm or GRN, or drawn for SNIP."""
         objective = self.objective
-        if isinstance(objective, SegmentationSettings):
+        if isinstance(objective, SegmentationSettings | DetectionSettings):
             # A BatchNorm counts a norm group there.
             return self.sparsity is not None and self.sparsity.distribution == "snip"
         if isinstance(objective, FCMAESettings):
@@ -274,12 +309,22 @@ class StageRecipe(Settings):
         return together or self.model.counts_batches or self.sparsity is not None
 
     @property
+    def trains_batch_norms(self) -> bool:
+        """Whether BatchNorms of the backbone take statistics of training images."""
+        frozen = isinstance(self.objective, DetectionSettings) and self.objective.frozen_norms
+        return self.model.counts_batches and not frozen
+
+    @property
     def norm_group_images(self) -> int | None:
-        """The images over which BatchNorms of a segmentation model count; None without such, and in other stages."""
+        """The images over which BatchNorms of a segmentation model or detector count; None without, and elsewhere."""
         objective = self.objective
-        if isinstance(objective, SegmentationSettings) and (objective.norm == "batch" or self.model.counts_batches):
-            return objective.norm_group
-        return None
+        if isinstance(objective, SegmentationSettings):
+            counts = objective.norm == "batch" or self.model.counts_batches
+        elif isinstance(objective, DetectionSettings):
+            counts = objective.region_norm == "batch" or self.trains_batch_norms
+        else:
+            counts = False
+        return objective.norm_group if counts else None
 
     def norm_group_on(self, world_size: int) -> NormGroup | None:
         """How a norm group lies on so many ranks; None without one, or if that number of ranks does not fit."""
@@ -346,39 +391,3 @@ class StageRecipe(Settings):
             f"set batch.slot (now {batch.slot}) to {batch.global_batch // world_size}, which is another experiment,"
             " because the images of a slot are mixed or counted together"
         )
-
-
-class ChainRecipe(Settings):
-    """A named chain of stages, in order."""
-
-    name: str
-    seed: Seed = 0
-    published: PublishedResult | None = None
-    """A result to compare with; not part of the experiment."""
-    stages: dict[str, StageRecipe]
-
-    @model_validator(mode="after")
-    def _check_stages(self) -> "ChainRecipe":
-        for name, stage in self.stages.items():
-            before = self.stages.get(stage.previous or "")
-            if before is not None and before.model.family != stage.model.family:
-                raise ValueError(
-                    f"stages.{name}.model.name is {stage.model.name} but the stage before hands on a"
-                    f" {before.model.name}; make them one family, or init.start scratch"
-                )
-            if before is not None and stage.init.channels == "keep":
-                ours, theirs = stage.model.in_channels, before.model.in_channels
-                if ours != theirs:
-                    raise ValueError(
-                        f"stages.{name}.model.in_channels is {ours} but the stage before hands on weights for {theirs};"
-                        f" make them equal, or set stages.{name}.init.channels to {'sum' if ours == 1 else 'repeat'}"
-                    )
-            if (
-                stage.init.head == "map"
-                and stage.init.weights is None
-                and (before is None or isinstance(before.objective, FCMAESettings))
-            ):
-                raise ValueError(
-                    f"stages.{name}.init.head is map but no stage of classification is before it; make it new"
-                )
-        return self

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.recipe.channel_statistics import ChannelStatistics
+from pipeline.recipe.detection_settings import ObjectViewSettings
 from pipeline.recipe.image_size import ImageSize, read_image_size
 from pipeline.recipe.randaugment_settings import RandAugmentSettings
 from pipeline.recipe.segmentation_settings import SceneSettings
@@ -91,6 +92,8 @@ class DataSettings(Settings):
     scenes: SceneSettings | None = added(None)
     """How images with label maps are cut, for the objective segmentation alone: crop_scale, crop_ratio, crop_pct and
     rand_augment are unused there."""
+    views: ObjectViewSettings | None = added(None)
+    """How images with objects become views, for the objective detection alone; the same fields are unused there."""
     on_damaged: Literal["refuse", "skip"] = operational("refuse")
     """refuse: a damaged image fails the stage; skip: the next image of the file replaces it (evaluation omits it)."""
     workers: int = operational(0, ge=0, le=4096)
@@ -244,7 +247,7 @@ class InitSettings(Settings):
     start."""
     head: Literal["new", "keep", "map"] = "new"
     """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name. Of a
-    segmentation stage, new or that of the segmentation stage before."""
+    segmentation or detection stage, new or that of the stage of its kind before."""
     channels: Literal["keep", "sum", "repeat"] = added("keep")
     """Where the weights have another number of input channels than the model: sum makes one channel of the stem's
     three; repeat makes three of one, each with a third of it."""
@@ -264,7 +267,7 @@ class EvaluationSettings(Settings):
     every_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
     """Steps between evaluations, instead of every_epochs."""
     batch: int = operational(256, ge=1, le=2**20)
-    """Images, in segmentation windows, that a rank evaluates at once."""
+    """Images, in segmentation windows, that a rank evaluates at once; in detection it is one image, whatever is here."""
 
     @model_validator(mode="after")
     def _check_every(self) -> "EvaluationSettings":
@@ -364,7 +367,7 @@ class HealthSettings(Settings):
 class GateSettings(Settings):
     """What a finished stage must reach to be on track, in addition to the checks of every stage."""
 
-    metric: Literal["top1", "top5", "miou", "loss"] | None = operational(None)
+    metric: Literal["top1", "top5", "miou", "box_ap", "mask_ap", "loss"] | None = operational(None)
     """The metric of the evaluation that at_least and at_most limit."""
     at_least: Limit | None = operational(None)
     at_most: Limit | None = operational(None)
@@ -375,7 +378,7 @@ class GateSettings(Settings):
     of_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
     """Length of the run on which loss_at was measured; runs of another length are not compared with it."""
     published: Percent | None = operational(None)
-    """The published final top-1 or mIoU of this stage; the last stage of a chain has it from the chain's
+    """The published final top-1, mIoU or box AP of this stage; the last stage of a chain has it from the chain's
     `published`."""
     published_within: float = operational(0.5, ge=0, le=100)
     """How many points below the published value the result may be."""

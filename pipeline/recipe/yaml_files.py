@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError, first_line, shortened
-from pipeline.recipe.schema import ChainRecipe, StageRecipe
+from pipeline.recipe.chain_recipe import ChainRecipe
+from pipeline.recipe.schema import StageRecipe
 from pipeline.recipe.sections import Settings
 from pipeline.storage.bounded_files import MOST_DEPTH, MOST_YAML_BYTES, parse_yaml, read_text, yaml_text
 
@@ -207,8 +208,8 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     published, gate = raw.get("published"), expanded[previous].get("gate") or {}
     if isinstance(published, dict) and isinstance(gate, dict):
         objective = expanded[previous].get("objective")
-        segments = isinstance(objective, dict) and objective.get("kind") == "segmentation"
-        if (value := published.get("miou" if segments else "top1")) is not None:
+        kind = objective.get("kind") if isinstance(objective, dict) else None
+        if (value := published.get({"segmentation": "miou", "detection": "box_ap"}.get(kind, "top1"))) is not None:
             expanded[previous]["gate"] = {"published": value, **gate}
     return {**raw, "stages": expanded}
 

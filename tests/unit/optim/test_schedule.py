@@ -1,6 +1,7 @@
-"""The learning rate: linear warm-up, then half a cosine or a power."""
+"""The learning rate: linear warm-up, then half a cosine, a power or steps down."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,3 +49,18 @@ def test_poly_is_that_of_mmcv(step, power, start, steps_per_epoch, warmup):
         steps=last, warmup_steps=warmup, warmup_start=start, min_lr=low, decay="poly", power=power
     )
     assert learning_rate(step, settings, steps_per_epoch) == pytest.approx(poly * (1 - factor), rel=1e-9)
+
+
+@given(step=st.integers(0, 130), steps_per_epoch=st.integers(1, 13), in_steps=st.booleans())
+def test_steps_down_are_those_of_torch(step, steps_per_epoch, in_steps):
+    """torch's MultiStepLR, counted in steps, of milestones in epochs or in steps."""
+    unit = 1 if in_steps else steps_per_epoch
+    length = {"steps": 12} if in_steps else {"epochs": 12.0}
+    settings = ScheduleSettings(**length, decay="step", milestones=(8, 11), warmup_steps=2, warmup_start=0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8 * unit, 11 * unit], gamma=0.1)
+    for _ in range(step):
+        optimizer.step()
+        decay.step()
+    warmup = 1 - (1 - step / 2) * 0.5 if step < 2 else 1.0
+    assert learning_rate(step, settings, steps_per_epoch) == pytest.approx(decay.get_last_lr()[0] * warmup, rel=1e-9)
