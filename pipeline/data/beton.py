@@ -19,6 +19,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.data.maps_file import MapsFile, MapStreams, maps_path
+from pipeline.data.objects_file import ObjectsFile, StoredObjects, objects_path
+from pipeline.data.side_file import SideFile
 from pipeline.errors import DataError, shortened
 from pipeline.storage.bounded_files import read_json
 
@@ -63,24 +65,31 @@ class Beton(BaseModel):
     max_height: Pixels
     max_width: Pixels
     size_bytes: Annotated[int, Field(ge=0, lt=2**63)]
-    sha256: str  # of the whole file, without its label maps; `identity` names both
+    sha256: str  # of the whole file, without its side files; `identity` names all
     index_sha256: str  # of all but the images: header, descriptors, samples and allocation table
     block_sha256: tuple[str, ...]  # of every PAGE_BYTES of the file; the last block is shorter
     settings: dict[str, str | int | float | None]  # of the program that wrote it
     class_descriptions: dict[str, str] = {}  # readable names of classes, where the source has them
     maps: MapsFile | None = None  # the side file of label maps; then `classes` are those of the maps' pixels
+    objects: ObjectsFile | None = None  # the side file of objects; then `classes` are theirs
+
+    @property
+    def side_files(self) -> dict[Path, SideFile]:
+        """The side files beside the .beton file, by their paths."""
+        named = {maps_path(self.path): self.maps, objects_path(self.path): self.objects}
+        return {path: side for path, side in named.items() if side is not None}
 
     @property
     def identity(self) -> str:
-        """The hash that names the data: of the file, and of its label maps if it has them."""
-        if self.maps is None:
+        """The hash that names the data: of the file, and of its side files if it has them."""
+        if not (sides := self.side_files.values()):
             return self.sha256
-        return hashlib.sha256(f"{self.sha256} {self.maps.sha256}".encode()).hexdigest()
+        return hashlib.sha256(" ".join([self.sha256, *(side.sha256 for side in sides)]).encode()).hexdigest()
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of the file and its label maps."""
-        return self.size_bytes + (self.maps.bytes if self.maps else 0)
+        """The bytes of the file and its side files."""
+        return self.size_bytes + sum(side.bytes for side in self.side_files.values())
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -91,6 +100,9 @@ class Beton(BaseModel):
             )
         if self.maps and not len(self.maps.frequencies) == len(self.maps.images) == len(self.classes):
             raise ValueError(f"maps: frequencies count {len(self.maps.frequencies):,} classes of {len(self.classes):,}")
+        per_class = self.objects and (self.objects.counts, self.objects.images, self.objects.category_ids)
+        if per_class and not all(len(numbers) == len(self.classes) for numbers in per_class):
+            raise ValueError(f"objects: counts of {len(self.objects.counts):,} classes instead of {len(self.classes):,}")
         return self
 
 
@@ -134,13 +146,15 @@ def _compare_with_sidecar(path: Path) -> Beton:
             raise DataError(f"the index of {path} is damaged (its hash differs from the side-car's); copy it again")
     if beton.maps:
         MapStreams(maps_path(path), beton.maps, beton.samples, len(beton.classes))
+    if beton.objects:
+        StoredObjects(objects_path(path), beton.objects, beton.samples)
     return beton
 
 
 def verify_hashes(path: str | Path) -> Beton:
     """Open a data file and compare the SHA-256 of every byte with its side-car.
 
-    Of label maps only size and index are compared; `fcmae verify` reads their every byte, too.
+    Of side files only size and index are compared; `fcmae verify` reads their every byte, too.
 
     Raises:
         DataError: as `open_beton`; or naming the first damaged blocks and their samples.

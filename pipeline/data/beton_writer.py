@@ -30,6 +30,8 @@ from pipeline.data.beton import (
 )
 from pipeline.data.image_checksum import checksum
 from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, compress_map, maps_path
+from pipeline.data.objects_file import ImageObjects, ObjectsFileWriter, objects_path
+from pipeline.data.side_file import SideFileWriter
 from pipeline.errors import DataError
 
 LONGEST_SIDE = (1 << 16) - 1
@@ -41,7 +43,7 @@ STORED = np.dtype(
 
 
 class BetonWriter:
-    """Write a .beton file, its side-car and its label maps if there are any; the same calls write the same bytes.
+    """Write a .beton file, its side-car, and its label maps or objects if there are any; the same calls write the same bytes.
 
     A context manager: images go to `PATH.partial`, which is renamed to `PATH` when the block ends without an error; the
     side-car is written before. A crash leaves nothing that `open_beton` accepts, and the next writer of that path
@@ -91,6 +93,7 @@ class BetonWriter:
         self._written: int | None = None  # end of this writer's last image; None before its first
         self._kept = 0  # end of the images that the partial file must hold already
         self._maps: MapsFileWriter | None = None  # of the label maps, once one is added
+        self._objects: ObjectsFileWriter | None = None  # likewise
 
     def __enter__(self) -> Self:
         return self
@@ -105,8 +108,9 @@ class BetonWriter:
             ) from None
         finally:
             self._file.close()
-            if self._maps:
-                self._maps.close()
+            for _, side in self._sides():
+                if side:
+                    side.close()
             if not self._keep_partial:
                 self._partial.unlink(missing_ok=True)
 
@@ -117,11 +121,13 @@ class BetonWriter:
         *,
         size: tuple[int, int] | None = None,
         label_map: np.ndarray | None = None,
+        objects: ImageObjects | None = None,
     ) -> None:
         """Add an image: pixels, uint8 (H, W, 3), or the bytes of an RGB or grey JPEG of `size` (height, width).
 
         Args:
             label_map: the class of each pixel, (H, W) of `label_type`; of all images or of none. `label` is 0 then.
+            objects: what is annotated in the image, see `image_objects`; likewise.
 
         Raises:
             DataError: if the format cannot hold the image.
@@ -138,15 +144,20 @@ class BetonWriter:
         assert label_map is None or label_map.shape == tuple(size), "a label map has its image's size"
         check = checksum(np.frombuffer(content, np.uint8))
         maps = None if label_map is None else compress_map(label_map, len(self.classes))
-        self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content, maps)
+        self.add_run(np.array([(mode, size[1], size[0], label, len(content), check)], STORED), content, maps, objects)
 
     def add_run(
-        self, images: np.ndarray, content: bytes | memoryview | None, maps: CompressedMaps | None = None
+        self,
+        images: np.ndarray,
+        content: bytes | memoryview | None,
+        maps: CompressedMaps | None = None,
+        objects: ImageObjects | None = None,
     ) -> None:
         """Add images, STORED (N,), whose bytes follow each other in `content`; None if the partial file holds them.
 
         Args:
             maps: the label maps of these images; of all images or of none.
+            objects: likewise.
         """
         assert (images["label"] >= 0).all()
         assert (images["label"] < len(self.classes)).all()
@@ -175,17 +186,25 @@ class BetonWriter:
                 self._write(places, sizes, memoryview(content))
             except OSError as error:
                 raise DataError(f"{self.path} cannot be written: {error.strerror}") from None
-        if maps is not None:
-            self._add_maps(maps)
-
-    def _add_maps(self, maps: CompressedMaps) -> None:
         try:
-            if self._maps is None:
-                self._maps = MapsFileWriter(maps_path(self._partial), len(self.classes))
-            self._maps.add(maps)
+            if maps is not None:
+                self._maps = self._maps or MapsFileWriter(maps_path(self._partial), len(self.classes))
+                self._maps.add(maps)
+            if objects is not None:
+                assert len(objects.category_ids) == len(self.classes)
+                self._objects = self._objects or ObjectsFileWriter(objects_path(self._partial), objects.category_ids)
+                self._objects.add(objects)
         except OSError as error:
-            raise DataError(f"{maps_path(self.path)} cannot be written: {error.strerror}") from None
-        assert self._maps.count == self._count, "some images have no label map"
+            raise DataError(f"a side file of {self.path} cannot be written: {error.strerror}") from None
+        self._check_sides()
+
+    def _sides(self) -> tuple[tuple[Path, SideFileWriter | None], ...]:
+        """The paths of the side files, and what writes them."""
+        return (maps_path(self.path), self._maps), (objects_path(self.path), self._objects)
+
+    def _check_sides(self) -> None:
+        for path, side in self._sides():
+            assert side is None or side.count == self._count, f"some images have nothing in {path}"
 
     def _write(self, places: list[int], sizes: list[int], content: memoryview) -> None:
         if self._written is None:  # drop everything behind the known images of an interrupted writer
@@ -213,7 +232,7 @@ class BetonWriter:
     def _finish(self) -> None:
         if self._count == 0:
             raise DataError(f"{self.path} would hold no images; check the source")
-        assert self._maps is None or self._maps.count == self._count, "some images have no label map"
+        self._check_sides()
         self._check_kept()
         samples, file = self._samples[: self._count], self._file
         images = samples["f0"]
@@ -250,17 +269,20 @@ class BetonWriter:
             settings=self.settings,
             class_descriptions=self.class_descriptions,
             maps=self._maps.finish() if self._maps else None,
+            objects=self._objects.finish() if self._objects else None,
         )
         self.path.unlink(missing_ok=True)  # so that an older file never stands beside the new side-car
-        if self._maps:
-            self._maps.publish(maps_path(self.path))
-        else:
-            maps_path(self.path).unlink(missing_ok=True)
+        for path, side in self._sides():
+            if side:
+                side.publish(path)
+            else:
+                path.unlink(missing_ok=True)
         sidecar = sidecar_path(self.path)
         draft = sidecar.with_name(sidecar.name + ".partial")
         with draft.open("w") as text:
-            # Without label maps the side-car is as before there were any.
-            text.write(beton.model_dump_json(indent=1, exclude=None if beton.maps else {"maps"}) + "\n")
+            # Without side files the side-car is as before there were any.
+            absent = {name for name in ("maps", "objects") if getattr(beton, name) is None}
+            text.write(beton.model_dump_json(indent=1, exclude=absent) + "\n")
             text.flush()
             os.fsync(text.fileno())
         draft.replace(sidecar)

@@ -5,16 +5,15 @@ A stream holds the labels of one image row by row, uint8 or uint16 (H, W), where
 checksum (Adler-32) finds damage. The side-car NAME.beton.json holds the hash of the whole file, see `MapsFile`.
 """
 
-import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from pipeline.data.side_file import SideFile, SideFileWriter, open_side_file
 from pipeline.errors import DataError
 
 MAGIC, VERSION = b"fcmae label maps", 1
@@ -24,14 +23,9 @@ _LEVEL = 6  # zlib's; a lower one saves little time, because maps are mostly lon
 MOST_CLASSES = (1 << 16) - 1
 
 
-class MapsFile(BaseModel):
-    """What a side-car says of the side file of label maps."""
+class MapsFile(SideFile):
+    """What a side-car says of the side file of label maps. Its index is the offsets."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sha256: str  # of the whole file
-    bytes: Annotated[int, Field(ge=0, lt=2**63)]
-    index_sha256: str  # of header and offsets
     ignored: int  # the label of pixels without a class
     frequencies: tuple[Annotated[int, Field(ge=0)], ...]  # pixels of each class
     images: tuple[Annotated[int, Field(ge=0)], ...]  # images in which each class occurs
@@ -57,6 +51,10 @@ def label_type(classes: int) -> tuple[np.dtype, int]:
     return dtype, int(np.iinfo(dtype).max)
 
 
+def _header(classes: int) -> np.ndarray:
+    return np.array((MAGIC, VERSION, label_type(classes)[0].itemsize), HEADER)
+
+
 def compress_map(label_map: np.ndarray, classes: int) -> CompressedMaps:
     """Compress a label map, (H, W) of `label_type(classes)`, and count its classes."""
     dtype, ignored = label_type(classes)
@@ -76,18 +74,14 @@ def join_maps(maps: Sequence[CompressedMaps], classes: int) -> CompressedMaps:
     return CompressedMaps(b"".join(one.content for one in maps), sizes, counts)
 
 
-class MapsFileWriter:
+class MapsFileWriter(SideFileWriter):
     """Write a side file of label maps: `add` in the order of the images, `finish`, then `publish` it under its name."""
 
     def __init__(self, partial: Path, classes: int) -> None:
-        self._partial, self._classes = partial, classes
-        self._file = partial.open("wb")
-        self._digest, self._end = hashlib.sha256(), 0
+        self._classes = classes
         self._offsets: list[np.ndarray] = []
         self._counts = np.zeros((2, classes), np.int64)
-        header = np.array((MAGIC, VERSION, label_type(classes)[0].itemsize), HEADER)
-        self._index_digest = hashlib.sha256(header.tobytes())
-        self._write(header.tobytes())
+        super().__init__(partial, _header(classes).tobytes())
 
     @property
     def count(self) -> int:
@@ -103,35 +97,11 @@ class MapsFileWriter:
 
     def finish(self) -> MapsFile:
         """Write the offsets, sync the file to disk, and return its entry for the side-car."""
-        offsets = np.concatenate([*self._offsets, [self._end]]).astype(_OFFSET).tobytes()
-        self._index_digest.update(offsets)
-        self._write(offsets)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        written = self._write_index(np.concatenate([*self._offsets, [self._end]]).astype(_OFFSET).tobytes())
         pixels, images = self._counts.tolist()
         return MapsFile(
-            sha256=self._digest.hexdigest(),
-            bytes=self._end,
-            index_sha256=self._index_digest.hexdigest(),
-            ignored=label_type(self._classes)[1],
-            frequencies=tuple(pixels),
-            images=tuple(images),
+            **dict(written), ignored=label_type(self._classes)[1], frequencies=tuple(pixels), images=tuple(images)
         )
-
-    def publish(self, path: Path) -> None:
-        """Give the finished file its name."""
-        self._partial.replace(path)
-
-    def close(self) -> None:
-        """Close the file, and remove it unless it was published."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-        self._end += len(content)
 
 
 class MapStreams:
@@ -143,23 +113,8 @@ class MapStreams:
 
     def __init__(self, path: Path, stated: MapsFile, samples: int, classes: int) -> None:
         self.path, (self.dtype, self.ignored) = path, label_type(classes)
-        try:
-            if not path.is_file():
-                raise DataError(f"label maps {path} do not exist; copy them too, or prepare again")
-            if (size := path.stat().st_size) != stated.bytes:
-                raise DataError(f"{path} has {size} bytes instead of {stated.bytes}; copy or prepare it again")
-            index = (samples + 1) * _OFFSET.itemsize
-            if size < HEADER.itemsize + index:
-                raise DataError(f"the side-car of {path} names more maps than it can hold; prepare again")
-            self._file = np.memmap(path, np.uint8, "r")
-        except OSError as error:
-            raise DataError(f"label maps {path} cannot be read: {error.strerror}; make them readable") from None
-        header, offsets = self._file[: HEADER.itemsize].tobytes(), self._file[size - index :].tobytes()
-        if hashlib.sha256(header + offsets).hexdigest() != stated.index_sha256:
-            raise DataError(f"the index of {path} is damaged (its hash differs from the side-car's); copy it again")
-        expected = np.array((MAGIC, VERSION, self.dtype.itemsize), HEADER)
-        if header != expected.tobytes():
-            raise DataError(f"the header of {path} is not that of {classes} classes; prepare again")
+        index_bytes = (samples + 1) * _OFFSET.itemsize
+        self._file, offsets = open_side_file(path, stated, "label maps", _header(classes), index_bytes)
         self._offsets = np.frombuffer(offsets, _OFFSET).astype(np.int64)
 
     def __len__(self) -> int:

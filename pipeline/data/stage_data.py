@@ -71,9 +71,10 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     }
     train, validation = counts["train"], counts.get("validation")
     if isinstance(recipe.objective, ClassificationSettings):
-        for name in (name for name, beton in betons.items() if beton.maps):
+        for name, beton in ((name, beton) for name, beton in betons.items() if beton.side_files):
             raise DataError(
-                f"stage {recipe.name}: data.{name} {_locations(recipe)[name]} has label maps, and its images have no"
+                f"stage {recipe.name}: data.{name} {_locations(recipe)[name]} has"
+                f" {'label maps' if beton.maps else 'objects'}, and its images have no"
                 " classes; name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
             )
         if len(train) != recipe.objective.classes:

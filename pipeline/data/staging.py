@@ -21,7 +21,6 @@ import fsspec
 
 from pipeline.data.beton import Beton, open_beton, read_sidecar, sidecar_path
 from pipeline.data.cache import Cache, CancelledError
-from pipeline.data.maps_file import maps_path
 from pipeline.errors import DataError, RetryableError, UserError
 from pipeline.storage.user_cache import user_cache
 
@@ -107,10 +106,10 @@ class _Remote:
             raise DataError(f"{self.url}: {error}") from None
 
     def copy(self, beton: Beton, cancelled: Callable[[], bool], directory: Path) -> None:
-        """Copy the data file, its label maps and its side-car into `directory`, continuing an interrupted copy."""
+        """Copy the data file, its side files and its side-car into `directory`, continuing an interrupted copy."""
         self._copy(directory / beton.path.name, beton.size_bytes, beton.sha256, cancelled)
-        if beton.maps:
-            self._copy(maps_path(directory / beton.path.name), beton.maps.bytes, beton.maps.sha256, cancelled)
+        for path, side in beton.side_files.items():
+            self._copy(directory / path.name, side.bytes, side.sha256, cancelled)
         self.sidecar(directory)
 
     def _copy(self, path: Path, size_bytes: int, sha256: str, cancelled: Callable[[], bool]) -> None:

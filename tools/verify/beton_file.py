@@ -24,7 +24,7 @@ from pipeline.data.beton import (
 from pipeline.data.decode import CHANGED, describe_status, jpeg_status
 from pipeline.data.image_checksum import checksum
 from pipeline.data.label_maps import LabelMaps
-from pipeline.data.maps_file import maps_path
+from pipeline.data.objects import Objects
 from pipeline.errors import DataError
 
 _CHUNK = 64  # images of each thread that are in memory at once
@@ -45,8 +45,13 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         verify_hashes(path)
     except DataError as error:
         damage.append(str(error))
-    if beton.maps:
-        damage += _damaged_maps(beton, full)
+    for path, side in beton.side_files.items():
+        with path.open("rb") as file:
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == side.sha256
+        if not intact:
+            damage.append(f"{path} is damaged (SHA-256); copy it again")
+        if full or not intact:
+            damage += (_damaged_maps if side is beton.maps else _damaged_objects)(beton, intact)
     if full:
         samples = samples_of(beton)
         odd = dict(odd_rows(beton, samples))
@@ -59,16 +64,9 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
     return beton, damage
 
 
-def _damaged_maps(beton: Beton, full: bool) -> Iterator[str]:
-    """A sentence for each damaged label map, and one for the file of maps if its hash differs."""
+def _damaged_maps(beton: Beton, intact: bool) -> Iterator[str]:
+    """A sentence for each damaged label map, and one if an intact file holds other classes than the side-car says."""
     assert beton.maps
-    path = maps_path(beton.path)
-    with path.open("rb") as file:
-        intact = hashlib.file_digest(file, "sha256").hexdigest() == beton.maps.sha256
-    if not intact:
-        yield f"{path} is damaged (SHA-256); copy it again"
-    if intact and not full:
-        return
     maps, counts = LabelMaps.open(beton), np.zeros((2, len(beton.classes)), np.int64)
     for number in range(len(maps)):
         try:
@@ -80,7 +78,26 @@ def _damaged_maps(beton: Beton, full: bool) -> Iterator[str]:
             yield f"the label map of sample {number} has a label without a class"
         counts += pixels[: len(beton.classes)], pixels[: len(beton.classes)] > 0
     if intact and counts.tolist() != [list(beton.maps.frequencies), list(beton.maps.images)]:
-        yield f"the label maps in {path} hold other classes than the side-car says"
+        yield f"the label maps of {beton.path} hold other classes than the side-car says"
+
+
+def _damaged_objects(beton: Beton, intact: bool) -> Iterator[str]:
+    """A sentence for each damaged mask, object of another image size, and row that the side-car does not count."""
+    assert beton.objects
+    objects, images = Objects.open(beton), samples_of(beton)["f0"]
+    for number in range(len(objects)):
+        size = int(images["height"][number]), int(images["width"][number])
+        for row in objects.rows(number):
+            if (row["height"], row["width"]) != size:
+                yield f"an object of sample {number} is of an image of {row['width']} x {row['height']} pixels"
+            try:
+                if row["rle_bytes"]:
+                    objects.mask(row)
+            except DataError as error:
+                yield f"sample {number}: {error}"
+    counts = np.bincount(objects.table["class"], minlength=len(beton.classes))
+    if intact and (counts.tolist() != list(beton.objects.counts) or objects.table["crowd"].sum() != beton.objects.crowds):
+        yield f"the objects of {beton.path} are of other classes than the side-car says"
 
 
 def odd_rows(beton: Beton, samples: np.ndarray) -> Iterator[tuple[int, str]]:

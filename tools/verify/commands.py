@@ -35,5 +35,6 @@ def verify_path(
         raise UserError(f"{path} is damaged, see above; copy or prepare it again")
     decoded = ", every image decoded" if full else ""
     maps = f", label maps of {len(beton.classes):,} classes" if beton.maps else ""
+    maps += f", {sum(beton.objects.counts):,} objects of {len(beton.classes):,} classes" if beton.objects else ""
     blocks = f"{len(beton.block_sha256):,} blocks, sha256 {beton.identity}"
     print(f"{path} is whole: {beton.samples:,} images, {blocks}{maps}{decoded}")
