@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, Prepared
+from pipeline.data.image_objects import ImageObjects
 from pipeline.errors import RecipeError
 
 
@@ -43,6 +44,15 @@ class Overlays(NamedTuple):
     predictions: list[np.ndarray]
 
 
+class ObjectOverlays(NamedTuple):
+    """Images with their annotated objects and the detected ones; sizes may differ."""
+
+    images: list[np.ndarray]
+    """Each (3, h, w) uint8, without padding."""
+    truths: list[ImageObjects]
+    predictions: list[ImageObjects]
+
+
 class Objective(Protocol):
     """One class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
 
@@ -68,7 +78,7 @@ class Objective(Protocol):
     def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
         """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
 
-    def paint(self, model: nn.Module, batch: Batch) -> Reconstructions | Overlays | None:
+    def paint(self, model: nn.Module, batch: Batch) -> Reconstructions | Overlays | ObjectOverlays | None:
         """Return what the model makes of images; None if that is no picture. All ranks call it alike."""
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:

@@ -82,29 +82,56 @@ def draw_label_maps(
         names: of the classes. The legend has those that a truth or prediction shows, the most frequent first.
         path: the PNG file, replaced at once.
     """
+    colours, rows = palette(len(names)), []
+    for image, truth, prediction in zip(images, truths, predictions, strict=True):
+        shown = resized_to_width(image, OVERLAY_PIXELS)
+        maps = [nearest(np.asarray(labels), shown.shape[:2]) for labels in (truth, prediction)]
+        rows.append([shown, *(overlay(shown, labels, colours) for labels in maps)])
+    maps = [np.asarray(labels).ravel() for labels in (*truths, *predictions)]
+    counts = sum(np.bincount(labels, minlength=len(names))[: len(names)] for labels in maps)
+    draw_overlays(rows, frequent(names, counts), colours, path)
+
+
+def draw_overlays(
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
+    named: Mapping[int, str],
+    colours: NDArray[np.uint8],
+    path: str | Path,
+) -> None:
+    """Draw a row per image: the image, its truth and its prediction, each (h, w, 3) uint8; a legend is above.
+
+    The PNG's text is that of `draw_label_maps`.
+
+    Args:
+        rows: all pictures have one width; those of a row have one height.
+        named: the names of the classes in the legend, by their number.
+        colours: (classes, 3) uint8.
+        path: the PNG file, replaced at once.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    colours, font = palette(len(names)), ImageFont.load_default(size=13)
-    rows = []
-    for image, truth, prediction in zip(images, truths, predictions, strict=True):
-        pixels = np.asarray(image).transpose(1, 2, 0)
-        size = OVERLAY_PIXELS, max(1, round(OVERLAY_PIXELS * pixels.shape[0] / pixels.shape[1]))
-        shown = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BILINEAR))
-        maps = [_nearest(np.asarray(labels), size[::-1]) for labels in (truth, prediction)]
-        rows.append([shown, *(overlay(shown, labels, colours) for labels in maps)])
-    high = max(len(row[0]) for row in rows)
-    width = 3 * (OVERLAY_PIXELS + GAP) + GAP
-    legend = _legend(_frequent(names, [*truths, *predictions]), colours, width)
+    font, wide, high = ImageFont.load_default(size=13), rows[0][0].shape[1], max(len(row[0]) for row in rows)
+    width = 3 * (wide + GAP) + GAP
+    legend = _legend(named, colours, width)
     head = legend.height + CAPTION
     sheet = Image.new("RGB", (width, head + len(rows) * (high + GAP)), PAPER)
     sheet.paste(legend, (0, 0))
     pen = ImageDraw.Draw(sheet)
     for x, caption in enumerate(("image", "truth", "prediction")):
-        left = GAP + x * (OVERLAY_PIXELS + GAP)
-        pen.text((left + OVERLAY_PIXELS // 2, head - CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
+        left = GAP + x * (wide + GAP)
+        pen.text((left + wide // 2, head - CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
         for y, row in enumerate(rows):
             sheet.paste(Image.fromarray(row[x]), (left, head + y * (high + GAP)))
     _write_grid(path, sheet, columns=3, rows=len(rows), head=head)
+
+
+def resized_to_width(image: ArrayLike, width: int) -> NDArray[np.uint8]:
+    """Resize an image (3, H, W) uint8, an array or CPU tensor, to so many pixels' width: (h, width, 3)."""
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0))
+    size = width, max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
 def palette(classes: int) -> NDArray[np.uint8]:
@@ -134,15 +161,14 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer], colours: NDAr
     return np.rint(np.where(known[..., None], mixed, grey)).astype(np.uint8)
 
 
-def _nearest(labels: NDArray[np.integer], size: tuple[int, int]) -> NDArray[np.integer]:
+def nearest(labels: NDArray[np.integer], size: tuple[int, int]) -> NDArray[np.integer]:
     """Resize a label map to (height, width) by its nearest pixels."""
     rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(size, labels.shape, strict=True))
     return labels[rows.astype(np.intp)[:, None], columns.astype(np.intp)]
 
 
-def _frequent(names: Sequence[str], maps: Sequence[ArrayLike]) -> dict[int, str]:
-    """The classes that have pixels, the most frequent first, with their names."""
-    counts = sum(np.bincount(np.asarray(m).ravel(), minlength=len(names))[: len(names)] for m in maps)
+def frequent(names: Sequence[str], counts: NDArray[np.integer]) -> dict[int, str]:
+    """The names of the classes whose count is not 0, by number, the most frequent first."""
     return {int(n): names[n] for n in np.argsort(-counts, kind="stable") if counts[n]}
 
 

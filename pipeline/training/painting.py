@@ -1,4 +1,4 @@
-"""Draw what a model makes of the first validation images: reconstructions, or label maps."""
+"""Draw what a model makes of the first validation images: reconstructions, label maps, or objects."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.data.batch import Batch
 from pipeline.objectives import Objective
-from pipeline.objectives.objective import Overlays, Reconstructions
-from pipeline.tracking import pictures
+from pipeline.objectives.objective import ObjectOverlays, Overlays, Reconstructions
+from pipeline.tracking import object_pictures, pictures
 
 
 class Painter:
@@ -18,7 +18,7 @@ class Painter:
 
     def __init__(self, objective: Objective, count: int):
         self._objective, self._left = objective, count
-        self._painted: list[Reconstructions | Overlays] = []
+        self._painted: list[Reconstructions | Overlays | ObjectOverlays] = []
 
     def __call__(self, model: nn.Module, batch: Batch) -> None:
         """Paint images of a batch, unless there are enough."""
@@ -34,16 +34,17 @@ class Painter:
         """Write a PNG file of what was painted; False if that was nothing.
 
         Args:
-            classes: the names of the labels in label maps.
+            classes: the names of the classes of label maps or objects.
         """
         # A batch that only fills up the number of a rank's batches holds no image.
         painted = [one for one in self._painted if len(one.images)]
         if not painted:
             return False
         path.parent.mkdir(exist_ok=True)
-        if isinstance(painted[0], Overlays):
-            images, truths, predictions = (list(chain(*parts)) for parts in zip(*painted, strict=True))
-            pictures.draw_label_maps(images, truths, predictions, classes, path)
+        if isinstance(painted[0], Overlays | ObjectOverlays):
+            of_maps = isinstance(painted[0], Overlays)
+            draw = pictures.draw_label_maps if of_maps else object_pictures.draw_detections
+            draw(*(list(chain(*parts)) for parts in zip(*painted, strict=True)), classes, path)
             return True
         images, masks, drawn = zip(*painted, strict=True)
         by_caption = {caption: np.concatenate([d[caption] for d in drawn]) for caption in drawn[0]}
