@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.randomness import key, text_key, uniform
 from tools.prepare.cifar10 import CLASSES, SPLITS, read_photographs
+from tools.prepare.coco_annotations import ANNOTATIONS_FILE, CocoAnnotations
 
 SIDE = 128  # pixels of a scene
 MOST_OBJECTS = 6
@@ -123,7 +124,7 @@ def _offsets(side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def write_scenes(archive: Path, directory: Path) -> list[Path]:
     """Write scenes as folders of PNG files, TRAIN and TEST: images, masks (classes) and instances; return the folders.
 
-    classes.txt lists the names of the masks' values. Test scenes hold test photographs alone, on other parts of the
+    classes.txt lists the names of the masks' values, and annotations.json the objects as COCO does. Test scenes hold test photographs alone, on other parts of the
     textures. Scenes that are there already are kept.
 
     Raises:
@@ -133,17 +134,20 @@ def write_scenes(archive: Path, directory: Path) -> list[Path]:
     folders = [directory / split for split in SPLITS]
     try:
         for split, folder in zip(SPLITS, folders, strict=True):
-            if (folder / "classes.txt").exists():  # it is written last
+            if all((folder / name).exists() for name in (ANNOTATIONS_FILE, "classes.txt")):  # written last
                 continue
             photographs, labels = read_photographs(archive, split)
             part = textures[:, -TEST_ROWS:] if split == "test" else textures[:, :-TEST_ROWS]
             for name in ("images", "masks", "instances"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
+            annotations = CocoAnnotations(CLASSES)
             for number in range(SCENES[split]):
                 scene = compose(photographs, labels, part, split, number)
                 pictures = {"images": scene.image, "masks": scene.classes, "instances": scene.instances}
                 for name, pixels in pictures.items():
                     Image.fromarray(pixels).save(folder / name / f"{number:04}.png")
+                annotations.add(f"{number:04}.png", scene.instances, scene.labels)
+            annotations.write(folder)
             (folder / "classes.txt").write_text("\n".join((BACKGROUND, *CLASSES)) + "\n")
     except OSError as error:
         raise DataError(f"{directory} cannot be written ({error.strerror}); name another folder") from None

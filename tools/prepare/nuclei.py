@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DataError
+from tools.prepare.coco_annotations import CocoAnnotations
 from tools.prepare.package_archives import PackageArchive
 
 _WHEEL_OF = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11")  # one file for every machine
@@ -30,7 +31,7 @@ def write_nuclei(archive: Path, directory: Path) -> list[Path]:
     """Write crops as folders of PNG files, TRAIN and VALIDATION, and return the folders.
 
     Each has images, masks (0 background, 1 nucleus) and instances (16-bit numbers of nuclei). classes.txt lists the
-    names of the masks' values. No pixel of a validation crop is in a training crop.
+    names of the masks' values, and annotations.json the nuclei as COCO does. No pixel of a validation crop is in a training crop.
 
     Raises:
         DataError: if the folder cannot be written.
@@ -45,12 +46,15 @@ def write_nuclei(archive: Path, directory: Path) -> list[Path]:
         for split, step in STEPS.items():
             for name in ("images", "masks", "instances"):
                 (directory / split / name).mkdir(parents=True, exist_ok=True)
+            annotations = CocoAnnotations(["nucleus"])
             for y in range(bounds[split][0], bounds[split][1] - SIDE + 1, step):
                 for x in range(0, image.shape[1] - SIDE + 1, step):
                     crop, shown = (whole[y : y + SIDE, x : x + SIDE] for whole in (image, nuclei))
                     pictures = {"images": crop.astype(np.uint8), "masks": (shown > 0).astype(np.uint8)}
                     for name, pixels in {**pictures, "instances": shown}.items():
                         Image.fromarray(pixels).save(directory / split / name / f"{y:03}-{x:03}.png")
+                    annotations.add(f"{y:03}-{x:03}.png", shown)
+            annotations.write(directory / split)
             (directory / split / "classes.txt").write_text("background\nnucleus\n")
     except OSError as error:
         raise DataError(f"{directory} cannot be written ({error.strerror}); name another folder") from None

@@ -1,8 +1,11 @@
 """Scenes of the demo: exact masks, one scene for one place, and no training photograph among the test scenes."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_masks
 
 from tests.unit.tools.prepare.test_cifar10 import small_archive
 from tools.prepare import composed_scenes
@@ -48,6 +51,9 @@ def test_folders_hold_pairs_of_images_and_masks(tmp_path, monkeypatch) -> None:
     for folder, count in zip(folders, (3, 2), strict=True):
         names = (folder / "classes.txt").read_text().split()
         assert (names[0], len(names)) == ("background", 11)
+        annotated = json.loads((folder / "annotations.json").read_text())
+        assert [one["file_name"] for one in annotated["images"]] == [f"{n:04}.png" for n in range(count)]
+        assert [category["name"] for category in annotated["categories"]] == names[1:]
         for n in range(count):
             image, mask, instances = (
                 np.asarray(Image.open(folder / kind / f"{n:04}.png")) for kind in ("images", "masks", "instances")
@@ -55,6 +61,15 @@ def test_folders_hold_pairs_of_images_and_masks(tmp_path, monkeypatch) -> None:
             assert image.shape == (SIDE, SIDE, 3)
             np.testing.assert_array_equal(mask > 0, instances > 0)
             assert mask.max() < 11
+            objects = [one for one in annotated["annotations"] if one["image_id"] == n + 1]
+            assert len(objects) == instances.max()
+            for number, one in enumerate(objects, 1):
+                shown = coco_masks.decode(one["segmentation"])
+                np.testing.assert_array_equal(shown, instances == number)
+                assert set(mask[shown > 0]) == {one["category_id"]}
+                ys, xs = np.nonzero(shown)
+                assert one["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+                assert one["area"] == shown.sum()
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.png"))]
     write_scenes(archive, tmp_path / "scenes")
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.png"))] == before

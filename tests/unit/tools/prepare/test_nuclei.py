@@ -1,6 +1,7 @@
 """Crops of the nuclei's image: each pixel beside its mask, and no pixel on both sides of the split."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -23,6 +24,12 @@ def test_crops_keep_training_and_validation_apart(tmp_path) -> None:
     for folder, count in ((train, 117), (validation, 4)):
         names = sorted(path.name for path in (folder / "images").iterdir())
         assert len(names) == count
+        annotated = json.loads((folder / "annotations.json").read_text())
+        assert [one["file_name"] for one in annotated["images"]] == names
+        of = {one["id"]: (one["file_name"], set()) for one in annotated["images"]}
+        for one in annotated["annotations"]:
+            of[one["image_id"]][1].add(one["bbox"][1])  # each nucleus of this picture is a row
+        assert {name: len(ys) for name, ys in of.values()} == dict.fromkeys(names, 128)
         seen[folder] = set()
         for name in names:
             crop, mask, instances = (
