@@ -28,27 +28,33 @@ ALWAYS_SHOWN = ("data.train", "data.validation", "init.weights")  # operational 
 def list_recipes() -> None:
     """List the included recipes and their published results."""
     from pipeline.recipe import load_recipe
-    from tools.recipes.docs import mean_iou_cells, published_cells
+    from tools.recipes.docs import average_precision_cells, mean_iou_cells, published_cells
     from tools.recipes.library import included_recipes
 
     columns = ("recipe", "stages: epochs, pixels", "top-1", "source", "timm's top-1", "top-5")
     table = plain_table(*columns, right=("top-1", "timm's top-1", "top-5"))
     columns = ("recipe", "segmentation", "mIoU", "several scales", "source")
     segmentation = plain_table(*columns, right=("mIoU", "several scales"))
+    detection = plain_table("recipe", "detection", "box AP", "mask AP", "source", right=("box AP", "mask AP"))
     for name, path in included_recipes().items():
         chain = load_recipe(path)
         stages = " > ".join(_summary(stage) for stage in chain.stages.values())
-        if [*chain.stages.values()][-1].objective.kind == "segmentation":
-            segmentation.add_row(name, stages, *mean_iou_cells(chain.published))
-        else:
-            table.add_row(name, stages, *published_cells(chain.published))
+        match [*chain.stages.values()][-1].objective.kind:
+            case "segmentation":
+                segmentation.add_row(name, stages, *mean_iou_cells(chain.published))
+            case "detection":
+                detection.add_row(name, stages, *average_precision_cells(chain.published))
+            case _:
+                table.add_row(name, stages, *published_cells(chain.published))
     wide_console().print(
         table,
         "",
         segmentation,
         "",
+        detection,
+        "",
         "top-1 is the paper's on ImageNet-1K, timm's was measured by timm with the released weights; mIoU is that of"
-        " ADE20K's validation images. This program has reached none of these numbers.",
+        " ADE20K's validation images, AP that of COCO's. This program has reached none of these numbers.",
         sep="\n",
     )
 
@@ -208,6 +214,9 @@ def _summary(stage: "StageRecipe") -> str:
     if stage.objective.kind == "segmentation":
         task = {"upernet": "UperNet", "semantic_fpn": "Semantic FPN"}[stage.objective.head]
         task = f"{task}, {stage.objective.classes} classes,"
+    elif stage.objective.kind == "detection":
+        heads = {"mask_rcnn": "Mask R-CNN", "cascade": "Cascade Mask R-CNN", "faster_rcnn": "Faster R-CNN"}
+        task = f"{heads[stage.objective.head]}, {stage.objective.classes} classes,"
     elif stage.objective.kind != "fcmae":
         task = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
     pixels = "" if stage.data.image_size == 224 else f", {describe_size(stage.data.image_size)}"

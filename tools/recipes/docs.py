@@ -1,7 +1,7 @@
 """Write docs/recipes.md from the recipes."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,14 @@ class Conflict:
 
 
 def read_conflicts(path: Path) -> dict[str, Conflict]:
-    """Read a conflicts.yaml: C1, C2, ... (of segmentation S1, S2, ...) -> conflict."""
+    """Read a conflicts.yaml: C1, C2, ... (of segmentation S1, S2, ..., of detection D1, D2, ...) -> conflict."""
     entries = yaml.safe_load(path.read_text())
     return {key: Conflict(**{name: str(value) for name, value in entry.items()}) for key, entry in entries.items()}
 
 
 def mentioned(comments: Iterable[str]) -> list[str]:
     """The keys of the conflicts that comments refer to, each once, in order."""
-    keys = {key for comment in comments for key in re.findall(r"\b[CS]\d+\b", comment)}
+    keys = {key for comment in comments for key in re.findall(r"\b[CSD]\d+\b", comment)}
     return sorted(keys, key=lambda key: int(key[1:]))
 
 
@@ -68,35 +68,85 @@ def recipes_page() -> str:
         parts += [f"## {title}", _chapter(stage, recipes, shared)]
     conflicts = read_conflicts(find_recipe("convnextv2/huge").parent / "conflicts.yaml")
     parts += ["## Conflicts and gaps", _conflicts(conflicts)]
-    parts += _segmentation()
+    for task in TASKS:
+        parts += _task(task)
     return "\n\n".join(parts) + "\n"
 
 
-SEGMENTATION = (  # title, recipes
-    ("ConvNeXt V1 on ADE20K", ("v1-tiny", "v1-small", "v1-base", "v1-large-22k-640", "v1-xlarge-22k-640")),
-    ("ConvNeXt V2 on ADE20K", ("v2-base", "v2-large", "v2-huge", "v2-huge-22k-640")),
-    ("SLaK on ADE20K", ("slak-tiny", "slak-small", "slak-base")),
-    ("Next-ViT on ADE20K", ("nextvit-small-upernet", "nextvit-small-fpn")),
-)
+def mean_iou_cells(published: PublishedResult | None) -> list[str]:
+    """Mean IoU at a single scale, that of several scales, and their source; "" where unknown."""
+    if published is None:
+        return [""] * 3
+    values = ("" if value is None else f"{value:.1f}" for value in (published.miou, published.miou_multi_scale))
+    return [*values, published.source]
 
 
-def _segmentation() -> list[str]:
-    """The chapters on ADE20K: results, values of each family, and what the sources leave open."""
+def average_precision_cells(published: PublishedResult | None) -> list[str]:
+    """Average precision of boxes and of masks, and their source; "" where unknown."""
+    if published is None:
+        return [""] * 3
+    values = ("" if value is None else f"{value:.1f}" for value in (published.box_ap, published.mask_ap))
+    return [*values, published.source]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The chapters of a task whose recipes have a stage of their own, behind ImageNet's."""
+
+    folder: str
+    stage: str
+    data: str
+    columns: tuple[str, ...]
+    """Titles of `cells`."""
+    cells: Callable[[PublishedResult | None], list[str]]
+    chapters: tuple[tuple[str, tuple[str, ...]], ...]
+    """Titles and recipes."""
+
+
+TASKS = (
+    Task(
+        "segmentation", "segment", "ADE20K", ("mIoU", "several scales", "source"), mean_iou_cells,
+        (
+            ("ConvNeXt V1 on ADE20K", ("v1-tiny", "v1-small", "v1-base", "v1-large-22k-640", "v1-xlarge-22k-640")),
+            ("ConvNeXt V2 on ADE20K", ("v2-base", "v2-large", "v2-huge", "v2-huge-22k-640")),
+            ("SLaK on ADE20K", ("slak-tiny", "slak-small", "slak-base")),
+            ("Next-ViT on ADE20K", ("nextvit-small-upernet", "nextvit-small-fpn")),
+        ),
+    ),
+    Task(
+        "detection", "detect", "COCO", ("box AP", "mask AP", "source"), average_precision_cells,
+        (
+            ("ConvNeXt V2 on COCO", ("v2-base", "v2-large", "v2-huge")),
+            ("Mask R-CNN on ConvNeXt V1 and COCO", ("v1-tiny-mask-rcnn", "v1-base-mask-rcnn")),
+            (
+                "Cascade Mask R-CNN on ConvNeXt V1 and COCO",
+                ("v1-tiny-cascade", "v1-small-cascade", "v1-base-cascade", "v1-base-22k-cascade", "v1-large-22k-cascade",
+                 "v1-xlarge-22k-cascade"),
+            ),
+            ("SLaK on COCO and PASCAL VOC", ("slak-tiny-cascade", "slak-tiny-120-cascade-1x", "slak-tiny-voc")),
+            ("Next-ViT on COCO", ("nextvit-small-1x", "nextvit-small-3x", "nextvit-base-3x", "nextvit-large-3x")),
+        ),
+    ),
+)  # fmt: skip
+
+
+def _task(task: Task) -> list[str]:
+    """The chapters of a task: results, values of each family, and what the sources leave open."""
     results, shared = [], set()
     for name, path in included_recipes().items():
         chain = load_recipe(path)
-        if name.startswith("segmentation/") and chain.published:
+        if name.startswith(f"{task.folder}/") and chain.published:
             published, weights = chain.published, chain.published.weights
             sizes = [published.parameters or "", published.multiply_adds or ""]
-            results.append([name, *mean_iou_cells(published), *sizes, f"[file]({weights})" if weights else ""])
-    columns = ["recipe", "mIoU", "several scales", "source", "parameters", "multiply-adds", "released"]
-    parts = ["## Results on ADE20K", (Path(__file__).parent / "segmentation.md").read_text().rstrip()]
+            results.append([name, *task.cells(published), *sizes, f"[file]({weights})" if weights else ""])
+    columns = ["recipe", *task.columns, "parameters", "multiply-adds", "released"]
+    parts = [f"## Results on {task.data}", (Path(__file__).parent / f"{task.folder}.md").read_text().rstrip()]
     parts += [markdown_table(columns, results)]
-    for title, names in SEGMENTATION:
-        recipes = {name: find_recipe(f"segmentation/{name}") for name in names}
-        parts += [f"## {title}", _chapter("segment", recipes, shared)]
-    file = find_recipe("segmentation/v1-tiny").parent / "conflicts.yaml"
-    return [*parts, "## Conflicts and gaps of segmentation", _conflicts(read_conflicts(file))]
+    for title, names in task.chapters:
+        recipes = {name: find_recipe(f"{task.folder}/{name}") for name in names}
+        parts += [f"## {title}", _chapter(task.stage, recipes, shared)]
+    file = find_recipe(f"{task.folder}/{task.chapters[0][1][0]}").parent / "conflicts.yaml"
+    return [*parts, f"## Conflicts and gaps of {task.folder}", _conflicts(read_conflicts(file))]
 
 
 def _results() -> str:
@@ -158,16 +208,11 @@ def published_cells(published: PublishedResult | None) -> list[str]:
     return [top1, published.source, timm_top1, timm_top5]
 
 
-def mean_iou_cells(published: PublishedResult | None) -> list[str]:
-    """Mean IoU at a single scale, that of several scales, and their source; "" where unknown."""
-    if published is None:
-        return [""] * 3
-    values = ("" if value is None else f"{value:.1f}" for value in (published.miou, published.miou_multi_scale))
-    return [*values, published.source]
-
-
 def published_text(published: PublishedResult) -> str:
     """A published result in a sentence."""
+    if published.box_ap is not None:
+        boxes, masks, source = average_precision_cells(published)
+        return f"box AP {boxes}{f', mask AP {masks}' if masks else ''} ({source})"
     single, several, _ = mean_iou_cells(published)
     if single or several:
         values = [f"mIoU {single}"] if single else []

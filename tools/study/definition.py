@@ -52,11 +52,11 @@ class Arm(Settings):
     change: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe by dotted key, such as `stages.pretrain.objective.mask_ratio: 0.5`."""
     published: Percent | None = None
-    """Published top-1 or mean IoU in percent; the default for an arm without changes is the recipe's."""
+    """Published top-1, mean IoU or box AP in percent; the default for an arm without changes is the recipe's."""
     published_multi_scale: Percent | None = None
     """Published mean IoU with several scales and flips, shown but not compared; the default is as for `published`."""
     expected: tuple[Percent, Percent] | None = None
-    """The band of the final top-1 or mean IoU in percent, outside of which the arm is off track; in a ladder the next
+    """The band of the final top-1, mean IoU or box AP in percent, outside of which the arm is off track; in a ladder the next
     rung then does not start."""
     figures: PublishedFigures = PublishedFigures()
     """Other published figures."""
@@ -72,6 +72,8 @@ class Reference(Settings):
     top1: Percent | None = None
     miou: Percent | None = None
     """Of segmentation, instead of top1."""
+    box_ap: Percent | None = None
+    """Of detection, instead of top1."""
     figures: PublishedFigures = PublishedFigures()
     curve: str = ""
     """As an arm's."""
@@ -79,14 +81,16 @@ class Reference(Settings):
 
     @model_validator(mode="after")
     def _check_result(self) -> "Reference":
-        if (self.top1 is None) == (self.miou is None):
-            raise ValueError(f"top1 {self.top1} and miou {self.miou} of {self.name}: give one of them")
+        if sum(value is not None for value in (self.top1, self.miou, self.box_ap)) != 1:
+            raise ValueError(
+                f"top1 {self.top1}, miou {self.miou} and box_ap {self.box_ap} of {self.name}: give one of them"
+            )
         return self
 
     @property
     def result(self) -> float:
         """In percent."""
-        return self.miou if self.top1 is None else self.top1
+        return next(value for value in (self.top1, self.miou, self.box_ap) if value is not None)
 
 
 class Study(Settings):
@@ -167,7 +171,7 @@ class Study(Settings):
         return find_recipe(self.arms[arm].recipe or self.recipe), [*texts, *self.overrides]
 
     def published(self, arm: str) -> float | None:
-        """Published top-1 or single-scale mean IoU of the arm, or of its recipe if the arm changes nothing."""
+        """Published top-1, single-scale mean IoU or box AP of the arm, or of its recipe if the arm changes nothing."""
         return self.published_values(arm)[0]
 
     def published_text(self, arm: str) -> str:
@@ -183,7 +187,7 @@ class Study(Settings):
             return given
         chain = load_recipe(find_recipe(own.recipe or self.recipe))
         published, last = chain.published, list(chain.stages.values())[-1]
-        if published and last.objective.kind == "segmentation":
+        if published and last.objective.kind in ("segmentation", "detection"):
             published = published.model_copy(update={"top1": None})  # that of the classifier it starts from
         return (published.result, published.miou_multi_scale) if published else given
 

@@ -67,7 +67,7 @@ def draw_study_curves(numbers: dict[str, Any]) -> Figure:
             panel.set_xlabel(TITLES[axis])
             if axis != "epochs":
                 panel.set_xscale("log")
-        panels[0].set_ylabel(f"{metric} (%)" if metric in ("top1", "miou") else metric)
+        panels[0].set_ylabel(f"{metric} (%)" if metric in ("top1", "miou", "box_ap") else metric)
         add_legend(figure, panels[0], columns=2 * len(axes))
         points = [point for curve in numbers["curves"] for point in curve["points"]]
         texts = []

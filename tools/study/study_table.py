@@ -176,4 +176,4 @@ def pair_rows(pairs: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
 
 def _digits(metric: str) -> int:
     """Return the number of decimal places to print: two for a percentage, four for a loss."""
-    return 2 if metric in ("top1", "miou") else 4
+    return 2 if metric in ("top1", "miou", "box_ap") else 4

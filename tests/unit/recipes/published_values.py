@@ -19,7 +19,11 @@ from tools.recipes.library import SIZES, find_recipe
 # PyYAML takes 1e-4 without a dot for text, so the tables have 1.0e-4.
 TABLES = yaml.safe_load((Path(__file__).parent / "paper_tables.yaml").read_text())
 FAMILY_TABLES = yaml.safe_load((Path(__file__).parent / "family_tables.yaml").read_text())
-SEGMENTATION = yaml.safe_load((Path(__file__).parent / "segmentation_tables.yaml").read_text())
+TASK_TABLES = {
+    task: yaml.safe_load((Path(__file__).parent / f"{task}_tables.yaml").read_text())
+    for task in ("segmentation", "detection")
+}
+TASK_STAGES = {"segmentation": "segment", "detection": "detect"}
 # Not in the tables: what follows from the chain, and what nobody publishes.
 OURS = {"objective.kind", "model.depths", "model.dims", "seed", "batch.slot"}
 # The others are this program's own, and off unless a recipe turns them on.
@@ -41,20 +45,20 @@ def expected(table: dict, place: int) -> dict:
 def expected_stages(name: str) -> dict[str, dict]:
     """The values of each stage of a recipe, by their names in the recipe; none for an option."""
     family, _, which = name.partition("/")
-    if family == "segmentation":
-        segment = {field: value for field, (value, _) in segmentation_entries(which).items()}
+    if family in TASK_TABLES:
+        values = {field: value for field, (value, _) in task_entries(family, which).items()}
         before = _of_convnext(which.removeprefix("v2-")) if which.endswith("-supervised") else {}
-        return {**before, "segment": segment}
+        return {**before, TASK_STAGES[family]: values}
     return _of_convnext(which) if family == "convnextv2" else _of_family(FAMILY_TABLES[family], which)
 
 
-def segmentation_entries(which: str) -> dict[str, list]:
-    """(value, place) of each field of a recipe for segmentation."""
-    row = SEGMENTATION["recipes"][which]
+def task_entries(task: str, which: str) -> dict[str, list]:
+    """(value, place) of each field of a recipe for segmentation or detection."""
+    row = TASK_TABLES[task]["recipes"][which]
     own = {field: entry for field, entry in row.items() if field not in ("groups", "published")}
     entries: dict[str, list] = {}
     for group in row["groups"]:
-        entries |= SEGMENTATION["groups"][group]
+        entries |= TASK_TABLES[task]["groups"][group]
     return {**entries, **own}
 
 
@@ -91,10 +95,11 @@ def _of_family(table: dict, which: str) -> dict[str, dict]:
 
 
 def published_result(name: str) -> list:
-    """What is printed for a recipe: its accuracy; of segmentation mIoU, mIoU with several scales, parameters, MACs."""
+    """What is printed for a recipe: its accuracy; of segmentation mIoU, mIoU with several scales, parameters, MACs; of
+    detection box AP, mask AP, parameters, MACs."""
     family, _, which = name.partition("/")
-    if family == "segmentation":
-        return SEGMENTATION["recipes"][which]["published"][:4]
+    if family in TASK_TABLES:
+        return TASK_TABLES[family]["recipes"][which]["published"][:4]
     return [_published_top1(family, which)]
 
 
@@ -111,7 +116,7 @@ def assert_stage(stage: StageRecipe, values: dict) -> None:
 
 def _claimed(stage: StageRecipe) -> set[str]:
     makes_it = {name for name, _, operational in leaf_fields(stage, without_absent=True) if not operational}
-    ours = {"objective.kind"} if stage.objective.kind == "segmentation" else OURS
+    ours = {"objective.kind"} if stage.objective.kind in TASK_TABLES else OURS
     return {name for name in makes_it if name.partition(".")[0] in PUBLISHED_SECTIONS} - ours
 
 
@@ -157,8 +162,9 @@ def main() -> None:
     from tools.recipes.library import included_recipes
 
     caught = total = 0
+    families = (*(f"{task}/" for task in TASK_TABLES), "convnextv2/", "slak/", "nextvit/")
     for name in included_recipes():
-        if name.startswith(("convnextv2/", "slak/", "nextvit/", "segmentation/")) and "/options/" not in name:
+        if name.startswith(families) and "/options/" not in name:
             for field, is_caught in changed_values(name):
                 total, caught = total + 1, caught + is_caught
                 if not is_caught:

@@ -13,28 +13,33 @@ from pipeline.recipe.value_sources import value_sources
 from tests.unit.recipes.published_values import (
     FAMILY_TABLES,
     PUBLISHED_SECTIONS,
-    SEGMENTATION,
     TABLES,
+    TASK_STAGES,
+    TASK_TABLES,
     assert_stage,
     chain,
     changed_values,
     expected_stages,
     published_result,
-    segmentation_entries,
+    task_entries,
 )
 from tools.recipes.docs import mentioned, read_conflicts, recipes_page
 from tools.recipes.library import SIZES, find_recipe, included_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FAMILIES = ("convnextv2/", "slak/", "nextvit/", "segmentation/")
+FAMILIES = ("convnextv2/", "slak/", "nextvit/", "segmentation/", "detection/")
+RESULTS = {
+    "segmentation": ("miou", "miou_multi_scale", "parameters", "multiply_adds"),
+    "detection": ("box_ap", "mask_ap", "parameters", "multiply_adds"),
+}
 PUBLISHED = [name for name in included_recipes() if name.startswith(FAMILIES)]
 CHAINS = [name for name in PUBLISHED if name.startswith("convnextv2/")]
 # Where nothing is published, or the value follows from the model's name or the chain.
 NEEDS_NO_SOURCE = {"name", "previous", "objective.kind", "model.depths", "model.dims", "init.start"}
 SOURCES = ("paper", "TRAINING", "code", "V1", "JAX", "ours", "data", "all", "unused", "names of", "name of", "derived",
-           "mmpretrain", "as Base", "C1", "README", "log", "unverified", "mmseg")  # fmt: skip
+           "mmpretrain", "as Base", "C1", "README", "log", "unverified", "mmseg", "mmdet", "Swin")  # fmt: skip
 # The truth of a family's table names a file and its line, or says that there is none.
-PLACE = re.compile(r"[\w/]+\.(py|md|log)\b|ours$|unused$|all of |it has none$|paper ")
+PLACE = re.compile(r"[\w/-]+\.(py|md|log)\b|ours$|unused$|unverified$|all of |it has none$|paper ")
 
 
 def learning_rates(name):
@@ -48,7 +53,7 @@ def test_values_and_results_are_the_published_ones(name):
     for stage, values in expected.items():
         assert_stage(chain(name).stages[stage], values)
     result = chain(name).published
-    fields = ("miou", "miou_multi_scale", "parameters", "multiply_adds") if "segmentation/" in name else ("top1",)
+    fields = RESULTS.get(name.partition("/")[0], ("top1",))
     assert [result and getattr(result, field) for field in fields] == published_result(name)
     assert all(is_caught for _, is_caught in changed_values(name))
 
@@ -79,9 +84,10 @@ def test_a_place_stands_behind_every_value_of_the_families():
                 if field != "finetune":
                     assert len(entry) == 2, field
                     assert PLACE.match(entry[1]), (field, entry[1])
-    for which in SEGMENTATION["recipes"]:
-        for field, (_, place) in segmentation_entries(which).items():
-            assert PLACE.match(place), (which, field, place)
+    for task, table in TASK_TABLES.items():
+        for which in table["recipes"]:
+            for field, (_, place) in task_entries(task, which).items():
+                assert PLACE.match(place), (which, field, place)
 
 
 def test_half_the_epochs_change_pre_training_alone():
@@ -92,8 +98,9 @@ def test_half_the_epochs_change_pre_training_alone():
 
 def test_options_change_what_they_say_and_no_more():
     swept = {
-        f"segmentation/options/{name}": ("segmentation/v2-base", {f"segment.{field}": value})
-        for name, change in SEGMENTATION["options"].items()
+        f"{task}/options/{name}": (f"{task}/v2-base", {f"{TASK_STAGES[task]}.{field}": value})
+        for task, table in TASK_TABLES.items()
+        for name, change in table["options"].items()
         for field, value in change.items()
     }
     others = {
@@ -140,12 +147,13 @@ def test_every_value_has_a_source_and_every_conflict_is_listed(name):
             assert source is not None, f"{field} of {stage_name} is not given in {path}"
             assert source.comment.startswith(SOURCES), f"{source.file}:{source.line}: {source.comment!r}"
             comments.append(source.comment)
-    folders = ("convnextv2", "segmentation") if name.startswith("segmentation/") else ("convnextv2",)
+    folder = name.partition("/")[0]
+    folders = ("convnextv2", folder) if folder in TASK_TABLES else ("convnextv2",)
     known = {key for folder in folders for key in read_conflicts(REPOSITORY / "recipes" / folder / "conflicts.yaml")}
     assert set(mentioned(comments)) <= known
 
 
-@pytest.mark.parametrize("folder", ["convnextv2", "segmentation"])
+@pytest.mark.parametrize("folder", ["convnextv2", "segmentation", "detection"])
 def test_conflicts_name_options_that_exist(folder):
     for conflict in read_conflicts(REPOSITORY / "recipes" / folder / "conflicts.yaml").values():
         for option in conflict.options.replace(",", " ").split():
@@ -157,7 +165,7 @@ def test_conflicts_name_options_that_exist(folder):
                     option
                 )
             elif "=" in option:
-                last = "segmentation/v2-base" if folder == "segmentation" else "convnextv2/base"
+                last = "base" if folder == "convnextv2" else f"{folder}/v2-base"
                 stage = "huge-22k-512" if "intermediate." in option or "pretrain" in option else last
                 load_recipe(find_recipe(stage), [option])
 
