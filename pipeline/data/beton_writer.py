@@ -30,7 +30,7 @@ from pipeline.data.beton import (
 )
 from pipeline.data.image_checksum import checksum
 from pipeline.data.maps_file import CompressedMaps, MapsFileWriter, compress_map, maps_path
-from pipeline.data.objects_file import ImageObjects, ObjectsFileWriter, objects_path
+from pipeline.data.objects_file import AnnotatedObjects, ObjectsFileWriter, objects_path
 from pipeline.data.side_file import SideFileWriter
 from pipeline.errors import DataError
 
@@ -121,7 +121,7 @@ class BetonWriter:
         *,
         size: tuple[int, int] | None = None,
         label_map: np.ndarray | None = None,
-        objects: ImageObjects | None = None,
+        objects: AnnotatedObjects | None = None,
     ) -> None:
         """Add an image: pixels, uint8 (H, W, 3), or the bytes of an RGB or grey JPEG of `size` (height, width).
 
@@ -151,7 +151,7 @@ class BetonWriter:
         images: np.ndarray,
         content: bytes | memoryview | None,
         maps: CompressedMaps | None = None,
-        objects: ImageObjects | None = None,
+        objects: AnnotatedObjects | None = None,
     ) -> None:
         """Add images, STORED (N,), whose bytes follow each other in `content`; None if the partial file holds them.
 

@@ -46,11 +46,12 @@ class ObjectsFile(SideFile):
     category_ids: tuple[int, ...]  # the original number of each class, with its gaps
     counts: tuple[Count, ...]  # objects of each class, crowds too
     images: tuple[Count, ...]  # images in which each class occurs
+    annotated: Count  # images with objects, if only crowds
     crowds: Count
     masks: bool  # each object has a mask
 
 
-class ImageObjects(NamedTuple):
+class AnnotatedObjects(NamedTuple):
     """The objects of some images, as they are stored."""
 
     rows: np.ndarray  # ROW (M,), whose `rle_at` is a place in `rles`
@@ -60,7 +61,7 @@ class ImageObjects(NamedTuple):
     category_ids: tuple[int, ...]
     masks: bool
 
-    def of(self, images: Sequence[int] | np.ndarray) -> "ImageObjects":
+    def of(self, images: Sequence[int] | np.ndarray) -> "AnnotatedObjects":
         """Return the objects of these images, by their places, in this order."""
         images = np.asarray(images, np.int64)
         ends = np.cumsum(self.counts)
@@ -69,7 +70,7 @@ class ImageObjects(NamedTuple):
         return packed(rows, [_bytes_of(row, self.rles) for row in rows], self, images)
 
 
-def packed(rows: np.ndarray, rles: Sequence[bytes], like: ImageObjects, images: np.ndarray) -> ImageObjects:
+def packed(rows: np.ndarray, rles: Sequence[bytes], like: AnnotatedObjects, images: np.ndarray) -> AnnotatedObjects:
     """Return rows with their masks put one after the other; the images are those of `like` at these places."""
     rows["rle_bytes"] = [len(rle) for rle in rles]
     rows["rle_at"] = np.cumsum(rows["rle_bytes"], dtype=np.uint64) - rows["rle_bytes"]
@@ -85,7 +86,7 @@ def _bytes_of(row: np.void, rles: bytes) -> bytes:
 
 def image_objects(
     image_id: int, size: tuple[int, int], objects: Sequence[dict[str, Any]], category_ids: Sequence[int]
-) -> ImageObjects:
+) -> AnnotatedObjects:
     """Return the objects of one image.
 
     Args:
@@ -100,7 +101,7 @@ def image_objects(
         row["area"] = one.get("area", one["box"][2] * one["box"][3])
         row["height"], row["width"], row["rle_check"] = *size, zlib.crc32(rle)
     masks = bool(rles) and all(rles)
-    one = ImageObjects(rows, b"", np.array([len(rows)]), np.array([image_id]), tuple(category_ids), masks)
+    one = AnnotatedObjects(rows, b"", np.array([len(rows)]), np.array([image_id]), tuple(category_ids), masks)
     return packed(rows, rles, one, np.array([0]))
 
 
@@ -124,7 +125,7 @@ class ObjectsFileWriter(SideFileWriter):
         """The number of images added."""
         return sum(map(len, self._image_ids))
 
-    def add(self, objects: ImageObjects) -> None:
+    def add(self, objects: AnnotatedObjects) -> None:
         assert objects.category_ids == self._category_ids
         assert (objects.rows["class"] < len(self._category_ids)).all()
         rows = objects.rows.copy()
@@ -149,6 +150,7 @@ class ObjectsFileWriter(SideFileWriter):
             category_ids=self._category_ids,
             counts=tuple(np.bincount(rows["class"], minlength=len(self._category_ids)).tolist()),
             images=tuple(self._images.tolist()),
+            annotated=int((counts > 0).sum()),
             crowds=int(rows["crowd"].sum()),
             masks=bool(len(rows)) and bool((rows["rle_bytes"] > 0).all()),
         )

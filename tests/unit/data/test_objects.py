@@ -67,6 +67,7 @@ def test_objects_are_read_as_written(tmp_path, sizes, seed, masks):
                 assert objects.mask(row) == {"size": [*image_size], "counts": one["rle"]}
     assert beton.objects.counts == tuple(sum(o["class"] == c for o in everything) for c in range(3))
     assert beton.objects.images == tuple(sum(any(o["class"] == c for o in i) for i in drawn) for c in range(3))
+    assert beton.objects.annotated == sum(map(bool, drawn))
     assert beton.objects.crowds == sum(one["crowd"] for one in everything)
     assert not samples_of(beton)["f1"].any()
 
