@@ -66,7 +66,7 @@ def _measured(stage: StageRecipe) -> ChannelStatistics:
             f"stage {stage.name}: data.normalize is measured, but data.train is the URL {data.train}; measure a copy"
             " on this machine, and give its numbers as data.normalize={mean: [...], std: [...]}"
         )
-    subset = select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed)
+    subset = select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed, data.annotated_only)
     if subset.samples > SILENT_IMAGES:
         print(f"measuring the means and deviations of {data.train}, once", file=sys.stderr, flush=True)
     return measure_channels(subset, stage.model.in_channels, workers=len(os.sched_getaffinity(0)))

@@ -12,6 +12,7 @@ from threading import Timer
 import torch
 
 from pipeline.data.decode import compile_decoder
+from pipeline.data.object_views import compile_objects
 from pipeline.data.scenes import compile_scenes
 from pipeline.distributed.agreement import AgreedStop, Agreement
 from pipeline.distributed.processes import LAUNCHER_PID, die_with_parent, keep_imports_safe
@@ -20,7 +21,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import UserError
 from pipeline.health.sentinel import run_sentinel
 from pipeline.health.watchdog import PATIENCE, Watchdog
-from pipeline.recipe import SegmentationSettings
+from pipeline.recipe import DetectionSettings, SegmentationSettings
 from pipeline.stage.device_errors import device_error
 from pipeline.stage.directory import Stage
 from pipeline.stage.environment import program_id
@@ -75,6 +76,8 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
     compile_decoder()  # before the ranks meet, so that no time-out counts it
     if isinstance(recipe.objective, SegmentationSettings):
         compile_scenes(recipe.objective.classes)
+    if isinstance(recipe.objective, DetectionSettings):
+        compile_objects()
     startup.lap("compile")
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.

@@ -62,10 +62,12 @@ def warm_up() -> None:
     import torch
 
     from pipeline.data.decode import compile_decoder
+    from pipeline.data.object_views import compile_objects
     from pipeline.data.scenes import compile_scenes
 
     compile_decoder()
     compile_scenes(classes=2)
+    compile_objects()
     if torch.cuda.is_available():
         _compile_kernels()
 

@@ -99,7 +99,7 @@ def example_evaluation_batch(recipe: StageRecipe) -> Batch:
     kind, crop = recipe.objective.kind, height_and_width(recipe.data.image_size)
     if kind == "detection":
         size = resized_to_fit(3, 4, recipe.data.views.test_size)
-        batch = _black_batch(recipe, 1, padded_size(*size), ())
+        batch = _black_batch(recipe, 1, padded_size(*size, recipe.model.stride), ())
         return replace(batch, view_sizes=torch.tensor([size]), image_sizes=torch.tensor([size]))
     if kind != "segmentation":
         return _black_batch(recipe, recipe.evaluation.batch, crop, ())

@@ -27,13 +27,14 @@ from pipeline.data.resample import resized_crop
 from pipeline.errors import DataError
 
 _PIXEL_RGB, _ACCURATE_DCT = 0, 4096
-OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED, BAD_MAP = range(6)
+OK, BAD_PLACE, BAD_JPEG, OTHER_SIZE, CHANGED, BAD_MAP, BAD_OBJECTS = range(7)
 _REASONS = {
     BAD_PLACE: "lies outside of the file",
     BAD_JPEG: "is a damaged JPEG",
     OTHER_SIZE: "is a JPEG whose size differs from the sample table",
     CHANGED: "is damaged: its checksum differs from the sample table",
     BAD_MAP: "has a damaged label map",
+    BAD_OBJECTS: "has damaged objects",
 }
 
 

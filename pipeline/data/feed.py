@@ -12,6 +12,8 @@ from pipeline.data.batch import Batch, Prepare
 from pipeline.data.crops import EvaluationPlan, TrainingPlan
 from pipeline.data.ffcv_loader import ImageLoader, Producer, Views
 from pipeline.data.label_maps import LabelMaps
+from pipeline.data.object_views import ObjectTestPlan, ObjectTrainingPlan
+from pipeline.data.objects import Objects
 from pipeline.data.order import evaluation_order, ids_of, rank_slots, steps_per_epoch, train_order
 from pipeline.data.scenes import SceneTestPlan, SceneTrainingPlan
 from pipeline.data.subset import Subset
@@ -29,7 +31,8 @@ class TrainFeed:
     device ahead of their use.
 
     Args:
-        fill: the colour of what is outside of an image, in RandAugment's operations and where scenes are padded.
+        fill: the colour of what is outside of an image, in RandAugment's operations and where views are padded.
+        masks: whether the objects of views come with masks, in detection.
         prepare: makes what the objective needs of a micro-batch beside the images, in the loader's thread.
 
     Attributes:
@@ -38,8 +41,9 @@ class TrainFeed:
 
     Raises:
         RecipeError: if the numbers do not fit each other.
-        DataError: if `settings.scenes` are set and the data has no label maps. While iterating, for a damaged image, or
-            for a batch that takes longer than `settings.timeout_seconds`.
+        DataError: if `settings.scenes` are set and the data has no label maps, or `settings.views` and it has no
+            objects. While iterating, for a damaged image, or for a batch that takes longer than
+            `settings.timeout_seconds`.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class TrainFeed:
         seed: int,
         workers: int,
         fill: tuple[int, int, int] = IMAGENET.fill,
+        masks: bool = True,
         prepare: Prepare | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(data.samples, batch.global_batch)
@@ -66,7 +71,7 @@ class TrainFeed:
         self._batches_per_step = -(-own_slots // self._slots_per_batch)
         self._loader = ImageLoader(
             data,
-            _training_plan(data, settings, seed, fill),
+            _training_plan(data, settings, seed, fill, masks),
             batch_size=self._slots_per_batch * batch.slot,
             workers=workers,
             skip_damaged=settings.on_damaged == "skip",
@@ -128,8 +133,11 @@ class TrainFeed:
 
 
 def _training_plan(
-    data: Subset, settings: DataSettings, seed: int, fill: tuple[int, int, int]
-) -> TrainingPlan | SceneTrainingPlan:
+    data: Subset, settings: DataSettings, seed: int, fill: tuple[int, int, int], masks: bool
+) -> TrainingPlan | SceneTrainingPlan | ObjectTrainingPlan:
+    if settings.views is not None:
+        objects = Objects.open(data.beton)
+        return ObjectTrainingPlan(seed, settings.image_size, settings.views, settings.flip, fill, objects, masks)
     if settings.scenes is not None:
         maps = LabelMaps.open(data.beton)
         return SceneTrainingPlan(seed, settings.image_size, settings.scenes, settings.flip, fill, maps)
@@ -173,7 +181,7 @@ class EvaluationFeed:
             skip_damaged=settings.on_damaged == "skip",
         )
 
-    def _plan(self, data: Subset, settings: DataSettings) -> EvaluationPlan | SceneTestPlan:
+    def _plan(self, data: Subset, settings: DataSettings) -> EvaluationPlan | SceneTestPlan | ObjectTestPlan:
         return EvaluationPlan(settings.image_size, settings.crop_pct)
 
     def __len__(self) -> int:
@@ -224,6 +232,7 @@ class _Delivery:
         """
         own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=self.pinned)
         np.copyto(own_labels.numpy(), labels[:, 0] if self._labels is None else self._labels[labels[:, 0]])
+        own = views.objects
         batch = Batch(
             images=views.images.permute(0, 3, 1, 2),
             labels=own_labels,
@@ -232,6 +241,9 @@ class _Delivery:
             slots=slots,
             valid=torch.from_numpy(valid.copy()),
             label_maps=views.label_maps,
+            objects=own and own.joined(self.pinned),
+            view_sizes=own and torch.from_numpy(own.sizes),
+            image_sizes=own and torch.from_numpy(own.image_sizes),
         )
         if self._stream is None:
             return self._with_tables(batch), None

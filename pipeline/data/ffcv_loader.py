@@ -28,6 +28,7 @@ import torch
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
 from pipeline.data.decode import ImageDecoder, StoredImages, compile_decoder, describe_status
+from pipeline.data.object_views import ObjectPlan, ObjectTestPlan, ObjectViews, compile_objects
 from pipeline.data.scenes import ScenePlan, SceneTestPlan, compile_scenes
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
@@ -111,10 +112,12 @@ class Views:
 
     images: torch.Tensor  # uint8 (N, H, W, 3)
     label_maps: torch.Tensor | None  # (N, H, W), of segmentation alone; see Batch
+    objects: ObjectViews | None  # of detection alone
 
     def one(self, place: int) -> "Views":
         part = slice(place, place + 1)
-        return Views(self.images[part], None if self.label_maps is None else self.label_maps[part])
+        label_maps = None if self.label_maps is None else self.label_maps[part]
+        return Views(self.images[part], label_maps, self.objects and self.objects.one(place))
 
 
 class _Images(Operation):
@@ -124,7 +127,7 @@ class _Images(Operation):
     until the batch is decoded, and returns the status of each image. So the next batch is planned meanwhile.
     """
 
-    def __init__(self, beton: Beton, plan: Plan | ScenePlan, workers: int) -> None:
+    def __init__(self, beton: Beton, plan: Plan | ScenePlan | ObjectPlan, workers: int) -> None:
         super().__init__()
         self.beton, self.plan, self.epoch = beton, plan, 0
         self.samples = samples_of(beton)
@@ -144,15 +147,17 @@ class _Images(Operation):
 
     def empty_views(self, ids: np.ndarray, pinned: bool) -> Views:
         """Return memory for the views of these samples, pinned for copies to a GPU that are asynchronous."""
-        plan, label_maps = self.plan, None
+        plan, label_maps, objects = self.plan, None, None
+        height, width = self.samples["f0"][ids[0]][["height", "width"]].item()
         if isinstance(plan, ScenePlan):
-            first = self.samples["f0"][ids[0]]
-            size, map_size = plan.sizes(int(first["height"]), int(first["width"]))
+            size, map_size = plan.sizes(height, width)
             dtype = torch.uint8 if plan.maps.dtype.itemsize == 1 else torch.int32
             label_maps = torch.empty(len(ids), *map_size, dtype=dtype, pin_memory=pinned)
+        elif isinstance(plan, ObjectPlan):
+            size, objects = plan.size(height, width), ObjectViews.empty(len(ids))
         else:
             size = height_and_width(plan.image_size)
-        return Views(torch.empty(len(ids), *size, 3, dtype=torch.uint8, pin_memory=pinned), label_maps)
+        return Views(torch.empty(len(ids), *size, 3, dtype=torch.uint8, pin_memory=pinned), label_maps, objects)
 
     def start(
         self, epoch: int, ids: np.ndarray, views: Views, metadata: np.ndarray, storage: tuple
@@ -168,6 +173,10 @@ class _Images(Operation):
         before = None
         if isinstance(self.plan, ScenePlan):
             before = self.plan.cut_maps(epoch, ids, plan, views.label_maps.numpy())
+        if isinstance(self.plan, ObjectPlan):
+            views.objects.image_sizes[:] = np.stack([heights, widths], 1)
+            views.objects.note_sizes(plan, tuple(views.images.shape[1:3]))
+            before = self.plan.cut_objects(ids, plan, views.objects)
         return self.decoder.start(file, stored, plan, views.images.numpy(), before)
 
 
@@ -190,11 +199,19 @@ class ImageLoader(Loader):
     """FFCV's Loader over the images of a subset, for any number of producers one after another."""
 
     def __init__(
-        self, subset: Subset, plan: Plan | ScenePlan, *, batch_size: int, workers: int, skip_damaged: bool = False
+        self,
+        subset: Subset,
+        plan: Plan | ScenePlan | ObjectPlan,
+        *,
+        batch_size: int,
+        workers: int,
+        skip_damaged: bool = False,
     ) -> None:
         compile_decoder()  # before the consumer's time-out counts
         if isinstance(plan, ScenePlan):
             compile_scenes(len(subset.beton.classes))
+        if isinstance(plan, ObjectPlan):
+            compile_objects()
         self.subset, self.skip_damaged = subset, skip_damaged
         self.batch_size, self.num_workers, self.batches_ahead = batch_size, workers, BATCHES_AHEAD
         self.reader = _MappedReader(subset.beton.path)
@@ -213,7 +230,7 @@ class ImageLoader(Loader):
     ) -> tuple[np.ndarray, list[int]]:
         """Put the next undamaged image of the subset in the place of each damaged one of the batch, by its status.
 
-        A scene that is tested has no replacement of its size, so it becomes black.
+        A whole image that is tested has no replacement of its size, so it becomes black.
 
         Returns the ids that the batch now holds, and the places that were replaced.
 
@@ -229,8 +246,10 @@ class ImageLoader(Loader):
             damage = f"sample {ids[place]} of {path} {describe_status(status[place])}"
             if not self.skip_damaged:
                 raise DataError(f"{damage}; copy or prepare the file again, or set data.on_damaged to skip")
-            if isinstance(self.images.plan, SceneTestPlan):
-                views.images[place] = views.label_maps[place] = 0
+            if isinstance(self.images.plan, SceneTestPlan | ObjectTestPlan):
+                views.images[place] = 0
+                if views.label_maps is not None:
+                    views.label_maps[place] = 0
                 _log.warning("%s; it is left out", damage)
                 continue
             one, view = slice(place, place + 1), views.one(place)

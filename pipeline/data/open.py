@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from pipeline.data.batch import Prepare
 from pipeline.data.cache import Cache
 from pipeline.data.feed import EvaluationFeed, TrainFeed
+from pipeline.data.object_feed import ObjectEvaluationFeed
 from pipeline.data.scene_feed import SceneEvaluationFeed
 from pipeline.data.stage_data import fetch_stage_data
 from pipeline.data.staging import cache_directory
 from pipeline.data.subset import Subset
 from pipeline.distributed.agreement import AgreedStop
 from pipeline.distributed.world import World
-from pipeline.recipe import StageRecipe
+from pipeline.recipe import DetectionSettings, StageRecipe
 
 
 def open_stage_data(recipe: StageRecipe, world: World, stop: AgreedStop, stack: ExitStack) -> dict[str, Subset] | None:
@@ -34,7 +35,10 @@ def train_feed(
 ) -> TrainFeed:
     """Make the feed of this rank's training batches."""
     fill, batch = recipe.channel_statistics.fill, recipe.batch_on(world.size)
-    return TrainFeed(data, recipe.data, batch, world, seed=seed, workers=workers, fill=fill, prepare=prepare)
+    masks = isinstance(recipe.objective, DetectionSettings) and recipe.objective.has_masks
+    return TrainFeed(
+        data, recipe.data, batch, world, seed=seed, workers=workers, fill=fill, masks=masks, prepare=prepare
+    )
 
 
 def evaluation_feed(
@@ -43,4 +47,9 @@ def evaluation_feed(
     """Make the feed of this rank's part of the validation images."""
     if recipe.data.scenes is not None:
         return SceneEvaluationFeed(data, recipe.data, world, workers=workers, prepare=prepare)
+    if recipe.data.views is not None:
+        fill, stride = recipe.channel_statistics.fill, recipe.model.stride
+        return ObjectEvaluationFeed(
+            data, recipe.data, world, workers=workers, fill=fill, stride=stride, prepare=prepare
+        )
     return EvaluationFeed(data, recipe.data, recipe.evaluation.batch, world, workers=workers, prepare=prepare)

@@ -7,7 +7,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import ClassificationSettings, SegmentationSettings, StageRecipe
+from pipeline.recipe import ClassificationSettings, DetectionSettings, SegmentationSettings, StageRecipe
 from pipeline.recipe.settings_base import MOST_STEPS
 
 
@@ -41,7 +41,9 @@ def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
     betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
     parts = {
-        name: select_subset(beton, _classes(recipe, name, beton), _fraction(recipe, name), recipe.seed)
+        name: select_subset(
+            beton, _classes(recipe, name, beton), _fraction(recipe, name), recipe.seed, _annotated(recipe, name)
+        )
         for name, beton in betons.items()
     }
     if "validation" in parts and isinstance(recipe.objective, ClassificationSettings):
@@ -59,6 +61,11 @@ def _fraction(recipe: StageRecipe, name: str) -> float:
     return recipe.data.fraction if name == "train" else 1.0
 
 
+def _annotated(recipe: StageRecipe, name: str) -> bool:
+    """Whether images without objects are left out. Validation has them: detections there are errors."""
+    return name == "train" and recipe.data.annotated_only
+
+
 def _classes(recipe: StageRecipe, name: str, beton: Beton) -> Sequence[str] | None:
     """The classes that take part. Validation data may lack some: the others are evaluated."""
     return recipe.data.classes if name == "train" else present_classes(beton, recipe.data.classes)
@@ -66,7 +73,7 @@ def _classes(recipe: StageRecipe, name: str, beton: Beton) -> Sequence[str] | No
 
 def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     counts = {
-        name: count_per_class(beton, _classes(recipe, name, beton), _fraction(recipe, name))
+        name: count_per_class(beton, _classes(recipe, name, beton), _fraction(recipe, name), _annotated(recipe, name))
         for name, beton in betons.items()
     }
     train, validation = counts["train"], counts.get("validation")
@@ -96,6 +103,14 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                 f"stage {recipe.name}: the label maps of data.validation {recipe.data.validation} have other classes"
                 " than those of data.train, or in another order; prepare both with the same class names"
             )
+    if isinstance(recipe.objective, DetectionSettings):
+        for name, beton in betons.items():
+            _check_objects(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
+        if "validation" in betons and betons["validation"].classes != betons["train"].classes:
+            raise DataError(
+                f"stage {recipe.name}: the objects of data.validation {recipe.data.validation} have other classes than"
+                " those of data.train, or in another order; prepare both with the same class names"
+            )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
@@ -114,6 +129,26 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         raise RecipeError(
             f"stage {recipe.name}: schedule.epochs is {recipe.schedule.epochs:g}, which is {steps:,} steps, and"
             f" checkpoints can number {MOST_STEPS:,}; lower it, or make the batch larger"
+        )
+
+
+def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
+    if beton.objects is None:
+        raise DataError(
+            f"stage {recipe.name}: {data} has no objects, which the objective detection needs; make a file with them by"
+            " `fcmae prepare coco IMAGES ANNOTATIONS.json OUT.beton`"
+        )
+    if len(beton.classes) != recipe.objective.classes:
+        raise DataError(
+            f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the objects of {data} have"
+            f" {len(beton.classes)}; correct one of them"
+        )
+    if not beton.objects.annotated:
+        raise DataError(f"stage {recipe.name}: no image of {data} has an object; name a file with annotated images")
+    if recipe.objective.has_masks and not beton.objects.masks:
+        raise DataError(
+            f"stage {recipe.name}: the objects of {data} have no masks, which objective.head {recipe.objective.head}"
+            " needs; set it to faster_rcnn, or prepare annotations with masks"
         )
 
 

@@ -1,4 +1,4 @@
-"""The images of a data file that take part in a stage: all of them, some classes, or a share of each class."""
+"""The images of a data file that take part in a stage: all of them, those with objects, some classes, or a share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.data.beton import Beton, samples_of
+from pipeline.data.objects import Objects
 from pipeline.errors import RecipeError
 from pipeline.randomness import Purpose, key
 
@@ -55,10 +56,14 @@ def present_classes(beton: Beton, classes: Sequence[str] | None) -> Sequence[str
     return [name for name in classes if name in beton.classes] or classes
 
 
-def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float) -> dict[str, int]:
+def count_per_class(
+    beton: Beton, classes: Sequence[str] | None, fraction: float, annotated: bool = False
+) -> dict[str, int]:
     """Count the images of each class that take part: `fraction` of the class, rounded, at least one.
 
-    classes: names of those that take part; None is all. The counts are in the file's order of classes.
+    Args:
+        classes: names of those that take part; None is all. The counts are in the file's order of classes.
+        annotated: count images with objects alone, if the file has objects; all its images are of its first class.
 
     Raises:
         RecipeError: if the file does not have one of the classes.
@@ -70,11 +75,21 @@ def count_per_class(beton: Beton, classes: Sequence[str] | None, fraction: float
             f" {', '.join(beton.classes[:3])}"
         )
     sizes = zip(beton.classes, beton.samples_per_class, strict=True)
+    if annotated and beton.objects is not None:
+        sizes = zip(beton.classes, (min(size, beton.objects.annotated) for _, size in sizes), strict=True)
     return {name: min(max(int(fraction * n + 0.5), 1), n) for name, n in sizes if name in chosen}
 
 
-def select_subset(beton: Beton, classes: Sequence[str] | None = None, fraction: float = 1.0, seed: int = 0) -> Subset:
+def select_subset(
+    beton: Beton,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    annotated: bool = False,
+) -> Subset:
     """Select `fraction` of the images of each of the `classes`, and number the classes that are left anew.
+
+    `annotated` leaves out the images of a file of objects that have none.
 
     Images are selected by a hash of (seed, sample id). So the subset is the same for any number of ranks, and a
     smaller fraction is part of a larger one.
@@ -82,12 +97,15 @@ def select_subset(beton: Beton, classes: Sequence[str] | None = None, fraction: 
     Raises:
         RecipeError: if the file does not have one of the classes.
     """
-    counts = count_per_class(beton, classes, fraction)
-    if classes is None and fraction == 1:
+    counts, annotated = count_per_class(beton, classes, fraction, annotated), annotated and beton.objects is not None
+    if classes is None and fraction == 1 and not (annotated and beton.objects.annotated < beton.samples):
         return Subset(beton)
     kept = np.array([name in counts for name in beton.classes])
     labels = samples_of(beton)["f1"]
-    ids = np.flatnonzero(kept[labels])
+    takes_part = kept[labels]
+    if annotated:
+        takes_part &= np.diff(Objects.open(beton).firsts) > 0
+    ids = np.flatnonzero(takes_part)
     if fraction < 1:
         labels = labels[ids]
         order = np.lexsort((key(seed, ids, Purpose.SUBSET), labels))

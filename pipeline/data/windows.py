@@ -16,7 +16,7 @@ def resized_to_fit(height: int, width: int, long_and_short: tuple[int, int]) -> 
     return max(height, 1), max(width, 1)
 
 
-def padded_size(height: int, width: int, stride: int = 32) -> tuple[int, int]:
+def padded_size(height: int, width: int, stride: int) -> tuple[int, int]:
     """Round both sides up to multiples of the network's stride."""
     return height + -height % stride, width + -width % stride
 

@@ -109,7 +109,10 @@ class ObjectViewSettings(Settings):
     smallest_box: float = Field(0.01, gt=0, le=10_000)
     """Objects whose box in the view has a side of no more than so many pixels are left out."""
     keep_empty: bool = False
-    """Whether training images without any object, or with crowds alone, take part."""
+    """Whether training images without any object take part. Those with crowds alone always do, as in mmdetection."""
+    boxes_from_masks: bool = False
+    """Training: the box of an object is what surrounds the part of its mask in the view, in whole pixels, instead of
+    the annotated box's part (mmdetection: recompute_bbox)."""
     test_size: tuple[Side, Side] = (1333, 800)
     """Tests: an image is scaled to the largest size of its own shape within this long and short side."""
 

@@ -243,6 +243,10 @@ class StageRecipe(Settings):
                 f"objective.frozen_norms is true, which freezes BatchNorms, and this {self.model.name} has none; set it"
                 " to false"
             )
+        if self.data.views.boxes_from_masks and not objective.has_masks:
+            raise ValueError(
+                "data.views.boxes_from_masks is true but objective.masks gives no masks; set it to false"
+            )
         if self.gate.metric == "mask_ap" and not objective.has_masks:
             raise ValueError("gate.metric is mask_ap but objective.masks gives no masks; choose box_ap")
 

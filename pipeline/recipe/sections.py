@@ -101,6 +101,11 @@ class DataSettings(Settings):
     timeout_seconds: float = operational(120.0, gt=0, le=YEAR_SECONDS)
     """How long to wait for a batch, and for an answer of a data server, before the attempt fails."""
 
+    @property
+    def annotated_only(self) -> bool:
+        """Whether training leaves out the images without objects."""
+        return self.views is not None and not self.views.keep_empty
+
     @field_validator("image_size", mode="before")
     @classmethod
     def _check_image_size(cls, value: Any) -> ImageSize:

@@ -51,7 +51,8 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
     if here and Path(path).is_file() and not is_source(path):
         beton = read_sidecar(Path(path))
         classes = data.classes if name == "train" else present_classes(beton, data.classes)
-        return DataFile(path, sum(count_per_class(beton, classes, fraction).values()), beton.size_bytes, True)
+        counted = count_per_class(beton, classes, fraction, name == "train" and data.annotated_only)
+        return DataFile(path, sum(counted.values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
     if count is None and here:
         count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
