@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch_objects import BatchObjects, example_objects
+from pipeline.data.objects import Objects
 from pipeline.data.windows import padded_size, resized_to_fit, window_places
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.image_size import height_and_width
@@ -47,6 +48,8 @@ class Batch:
     `images`; the rest is padding."""
     image_sizes: Tensor | None = None
     """In detection: (N, 2) int64 on the host, height and width of the stored image."""
+    annotated: Objects | None = None
+    """In evaluation of detection: the annotated objects of the whole file, of which `ids` are places."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with `move` applied to the tensors that belong on the device."""

@@ -95,13 +95,15 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                 f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
                 " data.train lacks; prepare both with the same class names, or list common ones in data.classes"
             )
-    if isinstance(recipe.objective, SegmentationSettings):
+    if isinstance(recipe.objective, SegmentationSettings | DetectionSettings):
+        has_maps = isinstance(recipe.objective, SegmentationSettings)
+        check, what = (_check_label_maps, "label maps") if has_maps else (_check_objects, "objects")
         for name, beton in betons.items():
-            _check_label_maps(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
+            check(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
         if "validation" in betons and betons["validation"].classes != betons["train"].classes:
             raise DataError(
-                f"stage {recipe.name}: the label maps of data.validation {recipe.data.validation} have other classes"
-                " than those of data.train, or in another order; prepare both with the same class names"
+                f"stage {recipe.name}: the {what} of data.validation {recipe.data.validation} have other classes than"
+                " those of data.train, or in another order; prepare both with the same class names"
             )
     if isinstance(recipe.objective, DetectionSettings):
         for name, beton in betons.items():
@@ -166,4 +168,25 @@ def _check_label_maps(recipe: StageRecipe, data: str, beton: Beton) -> None:
     if not sum(beton.maps.frequencies):
         raise DataError(
             f"stage {recipe.name}: every pixel in the label maps of {data} is ignored; name a file with labelled pixels"
+        )
+
+
+def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
+    objects, objective = beton.objects, recipe.objective
+    if objects is None:
+        raise DataError(
+            f"stage {recipe.name}: {data} has no objects, which the objective detection needs; make a file with them by"
+            " `fcmae prepare coco IMAGES ANNOTATIONS.json OUT.beton`"
+        )
+    if len(beton.classes) != objective.classes:
+        raise DataError(
+            f"stage {recipe.name}: objective.classes is {objective.classes}, but the objects of {data} have"
+            f" {len(beton.classes)}; correct one of them"
+        )
+    if sum(objects.counts) <= objects.crowds:
+        raise DataError(f"stage {recipe.name}: {data} has no object that is not a crowd; name a file with objects")
+    if objective.has_masks and not objects.masks:
+        raise DataError(
+            f"stage {recipe.name}: {data} has boxes without masks, and head {objective.head} learns masks; set"
+            f" objective.head to faster_rcnn, or prepare annotations with masks"
         )

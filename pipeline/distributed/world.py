@@ -134,6 +134,18 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def concatenate(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the CPU tensors of all ranks along their first dimension, whose lengths may differ. Collective."""
+        if self.size == 1:
+            return own
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=self.group)
+        padded = own.new_zeros(max(int(torch.cat(lengths).max()), 1), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+
     def gather(self, own: T) -> list[T]:
         """Return every rank's object. Collective."""
         everyone = [own] * self.size
@@ -150,7 +162,7 @@ class World:
 
         An error on one rank is raised on all of them.
         """
-        return on_every_rank(work, self.group, should_stop)
+        return work() if self.group is None else on_every_rank(work, self.group, should_stop)
 
     def cores(self) -> int:
         """Return how many cores this rank may use: its affinity mask's, divided among the ranks that share them.

@@ -194,8 +194,8 @@ class Engine(ABC):
             self.refresh()
         self.module.eval()
         try:
-            # Scenes have many sizes, each a graph of its own, and training needs some of those that dynamo makes.
-            eager = self._compiles and self.recipe.data.scenes is not None
+            # Whole images have many sizes, each a graph of its own, and training needs some of those that dynamo makes.
+            eager = self._compiles and self.recipe.data.tests_at_own_sizes
             uncompiled = torch.compiler.set_stance("force_eager") if eager else nullcontext()
             with torch.no_grad(), self.precision(), uncompiled:
                 yield self.module

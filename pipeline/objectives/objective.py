@@ -1,6 +1,6 @@
 """The interface of an objective: its model, its loss, its evaluation, and the weights it takes from another stage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, Prepared
 from pipeline.data.image_objects import ImageObjects
+from pipeline.distributed.world import World
 from pipeline.errors import RecipeError
 
 
@@ -53,11 +54,21 @@ class ObjectOverlays(NamedTuple):
     predictions: list[ImageObjects]
 
 
+class Tally(Protocol):
+    """What an evaluation has collected so far on this rank."""
+
+    def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add what `Objective.evaluate` returned for a batch."""
+
+    def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the metrics of all ranks' images; None if the ranks agreed to stop. Collective."""
+
+
 class Objective(Protocol):
     """One class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
 
     metric: str
-    """The result by which checkpoints are compared: "loss", "top1" or "miou"."""
+    """The result by which checkpoints are compared: "loss", "top1", "miou" or "box_ap"."""
 
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights."""
@@ -73,7 +84,8 @@ class Objective(Protocol):
         """Return this objective without mixup, cutmix and label smoothing."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return sums over the valid images of the batch, and their `count`."""
+        """Return sums over the valid images of the batch, and their `count`. An objective that has a method `tally()`
+        instead of `metrics` returns what its `Tally` collects."""
 
     def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
         """Turn the sums over all images and ranks, of vectors as lists, into metrics."""

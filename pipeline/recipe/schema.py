@@ -301,9 +301,11 @@ class StageRecipe(Settings):
 
     @property
     def slots_are_whole(self) -> bool:
-        """Whether the images of a slot are computed together: mixed, counted by BatchNorm or GRN, or drawn for SNIP."""
+        """Whether the images of a slot are computed together: mixed, counted by a loss or a norm, or drawn for SNIP."""
         objective = self.objective
-        if isinstance(objective, SegmentationSettings | DetectionSettings):
+        if isinstance(objective, DetectionSettings):
+            return True  # the losses of a slot are divided by what is counted in it
+        if isinstance(objective, SegmentationSettings):
             # A BatchNorm counts a norm group there.
             return self.sparsity is not None and self.sparsity.distribution == "snip"
         if isinstance(objective, FCMAESettings):

@@ -106,6 +106,11 @@ class DataSettings(Settings):
         """Whether training leaves out the images without objects."""
         return self.views is not None and not self.views.keep_empty
 
+    @property
+    def tests_at_own_sizes(self) -> bool:
+        """Whether evaluation batches differ in size, because each holds one image of its own shape."""
+        return self.scenes is not None or self.views is not None
+
     @field_validator("image_size", mode="before")
     @classmethod
     def _check_image_size(cls, value: Any) -> ImageSize:

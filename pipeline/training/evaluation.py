@@ -14,13 +14,33 @@ from pipeline.engines import Engine
 
 
 class Scorer(Protocol):
-    """Computes metrics: an objective is one."""
+    """Computes metrics: an objective is one. One with a method `tally` collects its scores in another way than sums."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sum scores over the valid images of a batch: numbers, and vectors of them. `count` is their number."""
 
     def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
         """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
+
+
+class SummedScores:
+    """The sums of all batches: the tally of most objectives, see `Tally` of pipeline.objectives."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer, self._sums = scorer, dict[str, Tensor]()
+
+    def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
+        for name, value in scores.items():
+            value = value.double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float]:
+        sums = self._sums
+        total = world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
+        parts = total.split([value.numel() for value in sums.values()])
+        return self._scorer.metrics(
+            {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
+        )
 
 
 @dataclass
@@ -59,20 +79,15 @@ def evaluate(
         on_batch: gets the model and each batch of this rank, as for pictures.
         around_first: what the first batch is computed in, whose shapes may have to be compiled.
     """
-    sums: dict[str, Tensor] = {}
+    tally, is_first = scorer.tally() if hasattr(scorer, "tally") else SummedScores(scorer), True
     with owner.evaluating() as model:
         for batch in feed:
             if should_stop():
                 return None
             batch = owner.to_device(batch)
-            with nullcontext() if sums else around_first():
+            with around_first() if is_first else nullcontext():
                 scores = scorer.evaluate(model, batch)
-            for name, value in scores.items():
-                value = value.double()
-                sums[name] = sums[name] + value if name in sums else value
+            is_first = False
+            tally.add(scores, batch)
             on_batch(model, batch)
-    total = owner.world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
-    parts = total.split([value.numel() for value in sums.values()])
-    return scorer.metrics(
-        {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
-    )
+    return tally.metrics(owner.world, should_stop)

@@ -255,7 +255,7 @@ class Training:
     def _announced_once(self) -> AbstractContextManager:
         """Says that blocks are compiled, at the first evaluation of an attempt if it takes long."""
         recipe = self.stage.recipe
-        compiles = compiles_blocks(recipe.engine, self.world.device) and not recipe.data.scenes
+        compiles = compiles_blocks(recipe.engine, self.world.device) and not recipe.data.tests_at_own_sizes
         quiet = not compiles or self._has_evaluated or not self.world.is_main
         self._has_evaluated = True
         return (

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.cache import Cache
 from pipeline.data.feed import EvaluationFeed
+from pipeline.data.objects_file import image_objects
 from pipeline.data.stage_data import check_stage_data, fetch_stage_data
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import load_recipe
 from tests.support import write_tiny_recipe
+from tests.unit.recipe.test_detection_settings import stage as detection_stage
 from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
 
@@ -127,3 +130,33 @@ def test_class_names_that_yaml_reads_as_values_are_named(recipe, written, read):
     quoted = ",".join(f'"{name}"' for name in written.split(","))
     stage = load_recipe(path, [f"stages.intermediate.data.classes=[{quoted}]"]).stages["intermediate"]
     assert stage.data.classes == tuple(written.split(","))
+
+
+def test_objects_that_a_stage_cannot_learn_are_refused(recipe, tmp_path):
+    def written(name, masks=True, crowd=False, classes=("a", "b", "c")):
+        rle = coco_mask.encode(np.ones((8, 8), np.uint8, order="F"))["counts"] if masks else b""
+        box = {"box": (1.0, 1.0, 4.0, 4.0), "class": 0, "crowd": crowd, "rle": rle}
+        with BetonWriter(tmp_path / f"{name}.beton", classes, 16) as writer:
+            for n in range(16):
+                numbers = tuple(range(1, len(classes) + 1))
+                writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=image_objects(n, (8, 8), [box], numbers))
+        return f"{tmp_path}/{name}.beton"
+
+    def check(train, validation=None, **objective):
+        check_stage_data(detection_stage(data={"train": train, "validation": validation}, objective=objective))
+
+    good, boxes = written("good"), written("boxes", masks=False)
+    check(good, good)
+    check(boxes, head="faster_rcnn")
+    with pytest.raises(DataError, match=r"data\.train .*boxes\.beton has boxes without masks, .* to faster_rcnn, or"):
+        check(boxes)
+    with pytest.raises(DataError, match=r"data\.validation .*train\.beton has no objects, .*`fcmae prepare coco IMAGES"):
+        check(good, str(recipe[0] / "train.beton"))
+    with pytest.raises(DataError, match=r"objective\.classes is 3, but the objects of data\.train .* have 2; correct"):
+        check(written("two", classes=("a", "b")))
+    with pytest.raises(DataError, match=r"the objects of data\.validation .* have other classes than those of data"):
+        check(good, written("other", classes=("a", "c", "b")))
+    with pytest.raises(DataError, match=r"crowds\.beton has no object that is not a crowd"):
+        check(good, written("crowds", crowd=True))
+    with pytest.raises(DataError, match=r"data\.validation .*good\.beton has objects, and its images have no classes"):
+        check_stage_data(changed(recipe, good))

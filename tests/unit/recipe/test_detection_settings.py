@@ -69,7 +69,7 @@ def test_a_norm_group_counts_where_batchnorms_are_trained():
     cascade = {"head": "cascade", "norm_group": 8}
     assert stage(objective=cascade).norm_group_images is None
     assert stage(objective={**cascade, "region_norm": "batch"}).norm_group_images == 8
-    assert stage(objective={**cascade, "region_norm": "batch"}).world_sizes() == [4, 8, 16]
+    assert stage(objective={**cascade, "region_norm": "batch"}).world_sizes() == [4, 8]
     assert stage(model=NEXT_VIT).norm_group_images == 16
     frozen = stage(model=NEXT_VIT, objective={"frozen_norms": True, "frozen_stages": 1}, batch={"micro_slots": 2})
     assert frozen.norm_group_images is None
