@@ -28,6 +28,8 @@ FLOORS = (
 TORCH_ALONE = ("pipeline.models", "pipeline.sparse", "pipeline.kernels")
 # Slow to load or absent on many machines: loaded inside functions, or by a module that bears the library's name.
 HEAVY = ("deepspeed", "mlflow", "spconv", "triton")
+# The same in the rooms of TORCH_ALONE, whose loops for the CPU it compiles; data/ loads it everywhere.
+COMPILERS = ("numba",)
 # What engines must never load, however indirectly: they run where the data loader is not installed.
 WITHOUT_FFCV = "pipeline.engines"
 # What starts beside every rank, or for every job and command: importing torch takes seconds.
@@ -126,7 +128,10 @@ def beyond_torch(imports: list[Import]) -> Iterator[str]:
         if not any(is_within(module, room) for room in TORCH_ALONE):
             continue
         library = target.split(".")[0]
-        if library in sys.stdlib_module_names or library in HEAVY:  # `heavy` has the rule for these
+        # `heavy` has the rule for these libraries.
+        if library in sys.stdlib_module_names or library in (*HEAVY, *COMPILERS):
+            continue
+        if library == "numpy" and "numba" in module:  # numba needs it, and its arrays are all that loops can work on
             continue
         if not any(is_within(target, name) for name in ("torch", *TORCH_ALONE)):
             yield f"{module}:{line} imports {target}: with {', '.join(TORCH_ALONE)} it may use only torch"
@@ -156,7 +161,8 @@ def heavy(modules: dict[str, Path], imports: list[Import]) -> Iterator[str]:
         loads[module] |= {parent for parent in modules if is_within(module, parent) and parent != module}
     for module in modules:
         loaded = reachable(loads, module)
-        for library in (*HEAVY, *(["ffcv"] if is_within(module, WITHOUT_FFCV) else [])):
+        alone = any(is_within(module, room) for room in TORCH_ALONE)
+        for library in (*HEAVY, *(COMPILERS if alone else ()), *(["ffcv"] if is_within(module, WITHOUT_FFCV) else [])):
             if library in loaded and library not in module:
                 yield f"{module} loads {library} as soon as it is imported: import it where it is used"
 
@@ -224,6 +230,10 @@ PLANTED = {
     ),
     "models beyond torch": ({"pipeline/models/a.py": "def f():\n    import numpy"}, "may use only torch"),
     "models and the pipeline": ({"pipeline/kernels/a.py": "from pipeline.errors import UserError"}, "may use only"),
+    "kernels and numba": (
+        {"pipeline/kernels/numba_loops.py": "import numba", "pipeline/models/a.py": "from pipeline.kernels import numba_loops"},
+        "pipeline.models.a loads numba",
+    ),
     "submitit": ({"pipeline/run.py": "def f():\n    from submitit.helpers import x"}, "knows nothing of Slurm"),
     "heavy by way of its own module": (
         {"pipeline/tracking/mlflow.py": "import mlflow", "tools/cli.py": "from pipeline.tracking import mlflow"},
@@ -261,6 +271,8 @@ def test_allowed_imports_stay_allowed(tmp_path):
             "pipeline/models/b.py": "import math\nimport torch.nn as nn\nfrom pipeline.sparse.dense import Dense",
             "pipeline/sparse/dense.py": "import torch\ndef kernel():\n    from pipeline.kernels import triton_kernel",
             "pipeline/kernels/triton_kernel.py": "import torch, triton",
+            "pipeline/kernels/numba_loops.py": "import numba, numpy",
+            "pipeline/kernels/pooling.py": "def f():\n    from pipeline.kernels.numba_loops import pool",
         },
     )
     assert violations(tmp_path) == []
