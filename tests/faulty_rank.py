@@ -12,6 +12,7 @@ FAULTS is JSON. Steps are numbered as in the journal.
     hosts      {rank: name}: the host names that ranks have (in namespaces of their own)
     hold       {stage: step}: all ranks wait there until they are told to stop, or killed, so that no stage is done
                before a test disturbs it. A stage is given by the end of its path
+    gate       {stage: [step, file]}: all ranks wait there until the file exists
     late       true: the journal leaves the newest step to the next flush, as on a GPU
     record     folder: note what each rank is given, as `tests.batch_hashes` does
 """
@@ -79,6 +80,9 @@ def _hinder(create: Any, faults: dict[str, Any]) -> Any:
         def slots(step: int) -> Iterator[Any]:
             if any(sys.argv[1].endswith(f"/{end}") and step + 1 == at for end, at in faults.get("hold", {}).items()):
                 _hold()
+            for end, (at, file) in faults.get("gate", {}).items():
+                if sys.argv[1].endswith(f"/{end}") and step + 1 == at:
+                    _wait_for(file)
             if world.rank == faults.get("rank"):
                 time.sleep(faults.get("sleep", {}).get(str(step + 1), 0))
                 if code := faults.get("gpu_error", {}).get(str(step + 1)):
@@ -103,6 +107,12 @@ def _gpu_error(code: int) -> torch.AcceleratorError:
 def _hold() -> None:
     request, deadline = signal.getsignal(signal.SIGTERM).__self__, time.monotonic() + 900
     while not request.number and time.monotonic() < deadline:  # a test that has failed leaves nobody behind
+        time.sleep(0.01)
+
+
+def _wait_for(file: str) -> None:
+    deadline = time.monotonic() + 900
+    while not os.path.exists(file) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

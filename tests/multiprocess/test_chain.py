@@ -121,7 +121,7 @@ def test_killed_in_every_stage_and_stopped_once_it_ends_with_the_same_bits(chain
             process = start(recipe, run, 2, {name: 12})
             wait_for_step(run / name, chance.randint(1, 11), attempt=2)
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(120)
+            _, said = process.communicate(400)
             assert process.returncode == 75, said
             assert "the same command resumes it" in said
     assert fcmae("run", recipe, "--out", run, "--nproc", 2).returncode == 0
@@ -134,7 +134,7 @@ def test_a_stop_saves_the_very_step_and_loses_none(chain, tmp_path):
     process = start(recipe, run, 2, {"pretrain": 12})
     wait_for_step(run / "pretrain", 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(120)
+    _, said = process.communicate(400)
     assert process.returncode == 75, said
     outcome = Stage(run / "pretrain").attempts.last_outcome()
     assert outcome.kind is OutcomeKind.SAVED
@@ -206,7 +206,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
     os.kill(process.children()[1], signal.SIGKILL)
     wait_for_step(run / "pretrain", 11, attempt=2)  # by itself, and held there again
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(120)
+    printed, _ = process.communicate(400)
     assert process.returncode == 75
     assert "rank 1 was killed by SIGKILL" in printed
     assert "it is retried" in printed
@@ -229,7 +229,7 @@ def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path
     stage = tmp_path / "run" / "pretrain"
     os.killpg(starting.pid, signal.SIGKILL)
     starting.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while subprocess.run(["pgrep", "-f", str(stage)], capture_output=True).stdout:
         assert time.monotonic() < deadline, "a rank goes on alone"
         time.sleep(0.1)
@@ -238,6 +238,6 @@ def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path
 
 def test_a_stop_while_the_ranks_still_start_is_a_stop(starting, tmp_path):
     starting.send_signal(signal.SIGINT)
-    _, said = starting.communicate(timeout=120)
+    _, said = starting.communicate(timeout=400)
     assert starting.returncode == 75, said
     assert Stage(tmp_path / "run" / "pretrain").attempts.last_outcome().step == 0

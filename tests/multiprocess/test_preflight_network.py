@@ -1,6 +1,7 @@
 """The network check between real gloo processes, each one a node."""
 
 import os
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.processes import PROCESSES
 from tests.ranks import in_processes, rank_environment
 
 
-def findings(settings: dict[str, float]) -> list[Any]:
+def findings(settings: dict[str, float], present: Barrier) -> list[Any]:
+    present.wait(400)  # so that no rank's patience with the absent ones passes while another one is still started
     return check_network(PreflightSettings(**settings), tflops=1.0, hosts=["n1", "n2", "n3"])
 
 
@@ -26,7 +28,7 @@ def start(ranks: tuple[int, ...], **settings: float) -> list[list[Any]]:
         nodes = [
             {**rank_environment(rank, 3, port), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{rank + 1}"} for rank in ranks
         ]
-        return in_processes(nodes, findings, settings)
+        return in_processes(nodes, findings, settings, PROCESSES.Barrier(len(ranks)))
 
 
 def test_a_network_that_is_slow_everywhere_blames_no_node():

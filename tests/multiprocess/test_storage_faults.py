@@ -190,10 +190,12 @@ def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(sm
     seldom = ["defaults.evaluation.every_epochs=5", "defaults.checkpoint.every_steps=20"]
     recipe = write_tiny_recipe(tmp_path, [*only, *seldom, "stages.pretrain.schedule.epochs=5"])
     run, undisturbed = small_disk / "run", tmp_path / "undisturbed"
-    with start_fcmae("run", recipe, "--out", run) as running:
+    faults = {"gate": {"pretrain": [4, str(tmp_path / "full")]}}
+    with start_fcmae("run", recipe, "--out", run, FAULTS=json.dumps(faults)) as running:
         wait_for_step(run / "pretrain", 3)
         hog = fill(small_disk)
-        _, said = running.communicate(120)
+        (tmp_path / "full").touch()
+        _, said = running.communicate(400)
     assert running.returncode == 1
     assert re.search(r"make room, then|No space left on device", said), said
     hog.unlink()

@@ -83,7 +83,7 @@ def test_a_stage_whose_owner_was_killed_is_resumed_for_another_arm(tmp_path):
     time.sleep(2)
     assert beside.poll() is None
     owner.kill()
-    owner.wait(60)
+    owner.wait(240)
     assert beside.wait(240) == 0
     pretrain = out / "mixed" / "seed-0" / "pretrain"
     attempts = [json.loads(line) for line in (pretrain / "attempts.jsonl").read_text().splitlines()]

@@ -66,7 +66,7 @@ def held(open_store):
 
     def still_current():
         if threading.current_thread().name == "checkpoint" and calls:
-            go.wait(30)
+            go.wait(400)
         calls.append(True)
         return True
 

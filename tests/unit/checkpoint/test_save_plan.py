@@ -1,5 +1,6 @@
 """Plans that every rank derives by itself: torch's own plans, whatever was planned before."""
 
+import gc
 import hashlib
 import pickle
 import time
@@ -157,10 +158,10 @@ def test_checkpoints_of_torchs_planner_are_restored_and_torch_loads_ours(open_st
 
 
 def cpu_seconds(ranks: int, parts: int) -> float:
-    """CPU seconds of rank 0 for one plan and its metadata, with as many tensors as Huge has."""
+    """CPU seconds of rank 0 for one plan and its metadata, with a quarter of the tensors that Huge has."""
     everyone, shards = (tuple(range(ranks)),), columns(ranks, parts)
     spreads = []
-    for number in range(391):
+    for number in range(98):
         shape = torch.Size((1536, 352))
         spreads.append(Spread(f"optim.{number}.step", torch.Size(()), torch.float32, None, everyone))
         spreads += [Spread(f"{kind}.{number}", shape, torch.float32, 0, shards) for kind in ("model", "exp", "sq")]
@@ -183,10 +184,13 @@ def cpu_seconds(ranks: int, parts: int) -> float:
     "replicas",
     [pytest.param(None, id="ddp"), pytest.param(64, id="hsdp"), pytest.param(1, id="fsdp", marks=pytest.mark.slow)],
 )
-def test_a_plan_costs_rank_zero_at_most_linearly_more_with_more_ranks(replicas):
-    """Over 512 ranks 0.2 s of a core under DDP and over 8 shards; torch's planner takes 26 s at 128 ranks already."""
+def test_a_plan_costs_rank_zero_at_most_linearly_more_with_more_ranks(replicas, request):
+    """Of Huge over 512 ranks 0.2 s of a core under DDP and over 8 shards; torch's planner takes 26 s at 128 already."""
+    gc.collect()
+    gc.disable()  # what else this process holds decides how long that takes
+    request.addfinalizer(gc.enable)
     few, many = (
-        min(cpu_seconds(ranks, parts) for _ in range(2))
+        min(cpu_seconds(ranks, parts) for _ in range(6))
         for ranks, parts in ((64, 64 // replicas if replicas else 1), (512, 512 // replicas if replicas else 1))
     )
     assert many < 4 * (512 / 64) * few  # quadratic growth is 64 times

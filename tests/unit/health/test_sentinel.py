@@ -20,15 +20,15 @@ from pipeline.health import sentinel
 from pipeline.health.watchdog import Watchdog
 
 stage, hangs = Path(sys.argv[1]), sys.argv[2] == "hangs"
-with Watchdog(stage / "health", 3, 4, 1.0, print) as watchdog:
+with Watchdog(stage / "health", 3, 4, 2.0, print) as watchdog:
     watchdog.poll_seconds = 0.05
-    with sentinel.run_sentinel(stage, 1, watchdog.beat_file, 2.0):  # twice the watchdog's, as in a stage
+    with sentinel.run_sentinel(stage, 1, watchdog.beat_file, 4.0):  # twice the watchdog's, as in a stage
         watchdog.phase("data", 7)
         if hangs:
             while b'"step": 7' not in watchdog.beat_file.read_bytes():
                 time.sleep(0.01)
             ctypes.PyDLL(None).sleep(1000)
-        for _ in range(50):
+        for _ in range(90):
             watchdog.phase("data", 8)
             time.sleep(0.05)
 """
@@ -54,7 +54,7 @@ def test_a_rank_that_never_lets_another_thread_run_is_ended_and_named(stage):
     assert done.returncode == -signal.SIGKILL, done.stderr
     outcome = stage.attempts.last_outcome()
     assert outcome.kind is OutcomeKind.BAD_NODE
-    assert "gave no sign of life for 2 s after data of step 7, in code that lets no other thread run" in outcome.reason
+    assert "gave no sign of life for 4 s after data of step 7, in code that lets no other thread run" in outcome.reason
     assert outcome.reason.startswith("rank 3 on ")
     assert outcome.step == 7
     assert outcome.reason in done.stderr
@@ -80,7 +80,7 @@ def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(rank.pid, signal.SIGSTOP)
-        time.sleep(3)  # longer than watchdog and sentinel wait
+        time.sleep(5)  # longer than watchdog and sentinel wait
         os.killpg(rank.pid, signal.SIGCONT)
         _, said = rank.communicate(timeout=300)
     assert (rank.returncode, said) == (0, "")

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from pipeline import run
 from pipeline.distributed.world import World
+from pipeline.health import watchdog as watchdog_module
 from pipeline.health.watchdog import Beat, Watchdog, blame, is_broken_collective
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -47,20 +49,29 @@ def test_all_at_the_same_place_is_the_collective():
     assert blame(beats({}), [])[0] == "rank 0 on n0 has been in synchronise of step 7 for 60 s"
 
 
-def test_a_standstill_is_told_once_with_stacks_and_progress_is_not(tmp_path):
-    told, told_at = [], threading.Event()
+def test_a_standstill_is_told_once_with_stacks_and_progress_is_not(tmp_path, monkeypatch):
+    """Its clock runs as this test says, so that a machine which stands still for a second decides nothing."""
+    told, told_at, now = [], threading.Event(), [0.0]
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
 
     def on_stall(sentence: str, step: int) -> None:
         told.append((sentence, step))
         told_at.set()
 
+    def pass_time() -> None:
+        """50 ms, which the watching thread sees before this returns."""
+        now[0], looks = now[0] + 0.05, watchdog._count
+        while watchdog._count < looks + 1 and not told_at.is_set():
+            time.sleep(0.001)
+
     with Watchdog(tmp_path / "calm", 0, 1, 1.0, on_stall) as watchdog:
         for step in range(1, 30):
             list(watchdog.batches([1, 2], step))
-            time.sleep(0.05)
+            pass_time()
         assert not told
         watchdog.phase("data", 30)
-        assert told_at.wait(30)
+        while not told_at.is_set():
+            pass_time()
     [(sentence, step)] = told
     assert "has been in data of step 30 for 1 s" in sentence
     assert step == 30

@@ -127,7 +127,7 @@ def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
     for process in both:
         process.stdin.write("\n")
         process.stdin.flush()
-    assert [process.wait(60) for process in both] == [0, 0]
+    assert [process.wait(400) for process in both] == [0, 0]
     assert len(read_events(path)) == len(path.read_bytes().splitlines()) == 800
 
 

@@ -81,7 +81,7 @@ def test_a_terminal_is_redrawn_until_ctrl_c(run):
             while watching.poll() is None and time.monotonic() < deadline:
                 if select.select([own], [], [], 0.1)[0]:
                     text += os.read(own, 65536)
-            assert watching.wait(timeout=30) == 0
+            assert watching.wait(timeout=300) == 0
         finally:
             watching.kill()
             os.close(its)

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tools.bench.gpu import check_process
 from tools.bench.gpu.__main__ import main
 from tools.bench.gpu.check_process import MESSAGE, run_check
 from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Row, TimedCheck
@@ -110,11 +113,11 @@ def test_halves_end_within_their_time_and_begin_with_correctness():
         assert len(plan_lines([part])) == len(checks) + 1
 
 
-def run(code: str, tmp_path: Path, limit: float = 300.0, check: TimedCheck = CHECKS[0]):
+def run(code: str, tmp_path: Path, check: TimedCheck = CHECKS[0], show: Callable[[Row], None] | None = None):
     """The result of a check that is this program, and the rows as they came."""
     shown: list[Row] = []
     code = f"import sys, time\ndef send(text): print({MESSAGE!r} + text, flush=True)\n{code}"
-    return run_check(check, limit, [sys.executable, "-c", code], tmp_path / "log", shown.append), shown
+    return run_check(check, 300.0, [sys.executable, "-c", code], tmp_path / "log", show or shown.append), shown
 
 
 ROW = """send('{"row": {"what": "error", "value": %s, "unit": "", "limit": 0.5}}')"""
@@ -127,11 +130,13 @@ def test_a_wrong_figure_fails_and_a_right_one_does_not(value, failed, tmp_path):
 
 
 @pytest.mark.parametrize("check", [CHECKS[0], CHECKS[1]], ids=["correctness", "speed"])
-def test_what_fails_or_hangs_is_a_sentence_and_keeps_its_rows(check, tmp_path):
+def test_what_fails_or_hangs_is_a_sentence_and_keeps_its_rows(check, tmp_path, monkeypatch):
     broken, shown = run(ROW % "0" + "\nprint('noise')\nsys.exit('ValueError: it broke')", tmp_path, check=check)
     assert (broken.trouble, len(shown)) == ("ValueError: it broke", 1)
-    hanging, shown = run(ROW % "0" + "\ntime.sleep(600)", tmp_path, limit=5.0, check=check)
-    assert (hanging.trouble, len(hanging.rows)) == ("it was ended at its limit of 5 s", 1)
+    now = [0.0]
+    monkeypatch.setattr(check_process, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    hanging, _ = run(ROW % "0" + "\ntime.sleep(600)", tmp_path, check, lambda row: now.append(now.pop() + 301.0))
+    assert (hanging.trouble, len(hanging.rows)) == ("it was ended at its limit of 300 s", 1)
     silent, _ = run("", tmp_path, check=check)
     assert silent.trouble == "it gave no row"
     assert broken.failed is hanging.failed is silent.failed is check.is_correctness

@@ -157,7 +157,7 @@ def test_a_lock_that_its_holder_removed_is_made_again(tmp_path):
     thread = threading.Thread(target=second)
     with _only_one(home, "source", print):
         thread.start()
-        assert waits.wait(60)
+        assert waits.wait(400)
     thread.join()
     assert left == [tmp_path / "source.lock"]
     assert not list(tmp_path.iterdir())

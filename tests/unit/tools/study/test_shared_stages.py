@@ -128,7 +128,7 @@ def test_of_many_commands_at_once_one_owns_each_stage(study, recipe):
     for command in commands:
         command.start()
     for command in commands:
-        command.join(60)
+        command.join(400)
     assert [command.exitcode for command in commands] == [0] * 8
     for name in STAGES:
         directories = {(study / f"arm-{i}" / name).resolve() for i in range(8)}
