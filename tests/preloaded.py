@@ -1,4 +1,4 @@
-"""Imported by the server of `tests.processes` before it forks: what takes seconds to import.
+"""Imported by the server of `tests.processes` before it forks: what takes seconds to import, or to do the first time.
 
 Half that time was garbage collection, which looked again and again at a million objects that live to the end. So there
 is none meanwhile, and later ones leave those objects alone, in the forked processes too.
@@ -8,15 +8,35 @@ import atexit
 import contextlib
 import gc
 import importlib
+import tempfile
 
 gc.disable()
 for name in (
     "pytest", "hypothesis", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp",
     "torch._dynamo", "matplotlib.pyplot", "deepspeed", "pipeline.run", "tools.cli", "tests.engines",
-    "tests.faulty_rank", "tests.support",
+    "tests.faulty_rank", "tests.support", "torch.profiler", "PIL.ImageDraw", "PIL.ImageFont",
 ):  # fmt: skip
     with contextlib.suppress(ImportError):  # deepspeed is an extra
         importlib.import_module(name)
+
+
+def warm_up() -> None:
+    """Load the compiled decoder and fonts: half of what a stage of a dozen small steps computes."""
+    from pipeline.data.decode import compile_decoder
+    from pipeline.errors import DataError
+    from pipeline.tracking.journal import Journal
+    from pipeline.tracking.pictures import draw_curves
+
+    with contextlib.suppress(DataError):  # without its library those tests fail that need it
+        compile_decoder()
+    with tempfile.TemporaryDirectory() as folder:
+        with Journal(f"{folder}/journal", 1) as journal:
+            for step in (1, 2):
+                journal.write("step", step=step, loss=2.0 / step, lr=0.1)
+        draw_curves(f"{folder}/journal", f"{folder}/curves.png")
+
+
+warm_up()
 gc.freeze()
 gc.enable()
 atexit.register(gc.unfreeze)  # triton complains of what it still has at the end
