@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import UserError, first_line
 from pipeline.recipe.image_size import height_and_width
@@ -18,6 +18,7 @@ from tools.evaluate.published import Z, result_facts
 from tools.evaluate.run_evaluation import EvaluationResult
 
 HEAD, NEIGHBOURS = "head", "neighbours"  # what answered: how the files' names begin
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -51,44 +52,60 @@ class KeptResult:
         )  # fmt: skip
 
 
+class Measured(Protocol):
+    """An evaluation of any kind, for the name of its file."""
+
+    stage: str | None
+    weights: str
+    precision: str
+    data_sha256: str
+
+
 def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
-    """Write the results into the stage of the first one, in place of earlier ones by the same method on the same data.
+    """Write results of a classifier, see `publish_results`; the method is what answered, at which size."""
+    first = results[0]
+    size = "x".join(map(str, height_and_width(first.image_size)))
+    method = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{size}"
+    return publish_results(first, method, [result_facts(result) for result in results])
+
+
+def publish_results(first: Measured, method: str, facts: Sequence[dict[str, Any]]) -> Path | None:
+    """Write results into the stage of the first one, in place of earlier ones by the same method on the same data.
+
+    Results of the moving average and of the raw weights stand beside each other, and so do those of each precision.
 
     Returns the file; None if the first result's weights have no stage.
 
     Raises:
         UserError: if the stage directory cannot be written.
     """
-    first = results[0]
     if first.stage is None:
         return None
     folder = Path(first.stage) / EVALUATIONS_FOLDER
-    size = "x".join(map(str, height_and_width(first.image_size)))
-    name = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{first.data_sha256[:12]}-{size}.json"
-    return publish_results(folder, name, json.dumps([result_facts(result) for result in results], indent=1))
-
-
-def publish_results(folder: Path, name: str, text: str) -> Path:
-    """Write kept results of an evaluation, and return the file.
-
-    Raises:
-        UserError: if the folder cannot be written.
-    """
+    kind = "ema" if first.weights.startswith("ema") else "raw"  # also "ema of CHECKPOINT"
+    name = f"{method}-{kind}-{first.precision}-{first.data_sha256[:12]}.json"
     try:
         folder.mkdir(exist_ok=True)
-        Folder.at(folder).publish(name, text.encode())
+        Folder.at(folder).publish(name, json.dumps(facts).encode())
     except OSError as error:
         raise UserError(f"{folder / name} cannot be written ({error.strerror}); make it writable") from None
     return folder / name
 
 
 def kept_results(stage: Path) -> list[list[KeptResult]]:
-    """Read the kept evaluations of a stage, its own result first, then those beside it. Damaged files are left out."""
+    """Read the kept evaluations of a classifier's stage, see `read_kept`."""
+    return [*read_kept(stage, HEAD, KeptResult.of_facts), *read_kept(stage, NEIGHBOURS, KeptResult.of_facts)]
+
+
+def read_kept(stage: Path, method: str, read: Callable[[dict[str, Any]], Kept]) -> list[list[Kept]]:
+    """Read the kept evaluations whose method begins so: its own result first, then those beside it.
+
+    Damaged files are left out.
+    """
     found = []
-    folder = stage / EVALUATIONS_FOLDER
-    for path in [*sorted(folder.glob(f"{HEAD}-*.json")), *sorted(folder.glob(f"{NEIGHBOURS}-*.json"))]:
+    for path in sorted((stage / EVALUATIONS_FOLDER).glob(f"{method}-*.json")):
         try:
-            found.append([KeptResult.of_facts(facts) for facts in read_json(path)])
+            found.append([read(facts) for facts in read_json(path)])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
             name_unreadable(path, first_line(error))
     return [results for results in found if results]

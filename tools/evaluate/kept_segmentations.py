@@ -1,20 +1,15 @@
 """Keep evaluations of a segmenter in its stage directory, where `fcmae report` finds them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import first_line
-from pipeline.storage.bounded_files import read_json
-from pipeline.storage.file_names import EVALUATIONS_FOLDER
-from pipeline.storage.run_records import name_unreadable
-from tools.evaluate.kept_results import publish_results
+from tools.evaluate.kept_results import publish_results, read_kept
 from tools.evaluate.region_scores import RegionScores
 from tools.evaluate.segmentation_evaluation import SegmentationResult
 
-PREFIX = "segmentation-"  # of the files' names
+METHOD = "segmentation"  # how the files' names begin
 
 
 @dataclass(frozen=True)
@@ -51,31 +46,13 @@ def segmentation_result_facts(result: SegmentationResult) -> dict[str, Any]:
 
 
 def keep_segmentations(results: Sequence[SegmentationResult]) -> Path | None:
-    """Write the results into the stage of the first one, in place of earlier ones of the same test on the same data.
-
-    The same test also has the same kind of weights (moving average or raw) and the same precision.
-
-    Returns the file; None if the first result's weights have no stage.
-
-    Raises:
-        UserError: if the stage directory cannot be written.
-    """
-    first = results[0]
-    if first.stage is None:
-        return None
-    folder, scales = Path(first.stage) / EVALUATIONS_FOLDER, "-".join(f"{scale:g}" for scale in first.how.scales)
-    kind = "ema" if first.weights.startswith("ema") else "raw"  # also "ema of CHECKPOINT"
-    parts = first.how.test, scales, *["flip"] * first.how.flip, kind, first.precision, first.data_sha256[:12]
-    name = f"{PREFIX}{'-'.join(parts)}.json"
-    return publish_results(folder, name, json.dumps([segmentation_result_facts(result) for result in results]))
+    """Write the results into the stage of the first one, see `publish_results`; the method is the test."""
+    how = results[0].how
+    scales = "-".join(f"{scale:g}" for scale in how.scales)
+    method = "-".join((METHOD, how.test, scales, *["flip"] * how.flip))
+    return publish_results(results[0], method, [segmentation_result_facts(result) for result in results])
 
 
 def kept_segmentations(stage: Path) -> list[list[KeptSegmentation]]:
-    """Read the kept evaluations of a stage, its own result first, then those beside it. Damaged files are left out."""
-    found = []
-    for path in sorted((stage / EVALUATIONS_FOLDER).glob(f"{PREFIX}*.json")):
-        try:
-            found.append([KeptSegmentation.of_facts(facts) for facts in read_json(path)])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
-            name_unreadable(path, first_line(error))
-    return [results for results in found if results]
+    """Read the kept evaluations of a stage, see `read_kept`."""
+    return read_kept(stage, METHOD, KeptSegmentation.of_facts)

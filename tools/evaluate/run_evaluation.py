@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.multiprocessing as mp
 
@@ -80,6 +80,7 @@ class EvaluationResult:
     """Of the data's classes."""
     outputs: int | None = None
     """Outputs of the classifier, if only those of the data's classes were compared and it has others."""
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
         cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
@@ -210,7 +211,7 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
         len(beton.classes), missing, str(Path(request.data)), beton.identity, loaded.network.in_channels, request.knn,
         str(loaded.stage) if loaded.stage else None, confusions, part.classes_with_images,
-        _compared_outputs(request, loaded, outputs),
+        _compared_outputs(request, loaded, outputs), "bf16" if request.bf16 else "fp32",
     )  # fmt: skip
 
 

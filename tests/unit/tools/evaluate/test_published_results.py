@@ -1,5 +1,7 @@
 """The table of published accuracies, and the tolerance of comparisons with it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from pipeline.models import VARIANTS
 from pipeline.recipe import load_recipe
 from pipeline.recipe.yaml_files import write_recipe
 from pipeline.storage.file_names import RECIPE_FILE
+from tools.evaluate.kept_results import keep_results, kept_results
 from tools.evaluate.published import (
     TOLERANCE,
     compare_accuracy,
@@ -65,6 +68,19 @@ def test_only_what_can_be_compared_is():
     for other in (result(None, 50_000), result("convnextv2_tiny", 10_000), result("convnextv2_tiny", 50_000, 200)):
         assert compare_with_published(other) == []
     assert len(compare_with_published(result("convnextv2_huge", 7500, 200, 512), "a")) == 1
+
+
+def test_results_are_kept_beside_each_other_by_weights_and_precision(tmp_path):
+    own = replace(result(None, 100), weights="ema", stage=str(tmp_path), data_sha256="0" * 64)
+    others = {"weights": "model of 12"}, {"precision": "bf16"}, {"data_sha256": "1" * 64}, {"image_size": 384}
+    for count, other in enumerate(({}, *others, {"neighbours_of": "train"}), 1):
+        keep_results([replace(own, **other)])
+        assert len(kept_results(tmp_path)) == count, other
+    keep_results([replace(own, weights="ema of 12", metrics={**own.metrics, "top1": 84.0})])
+    kept = [(one.weights, one.image_size, one.neighbours_of, one.top1) for (one,) in kept_results(tmp_path)]
+    assert len(kept) == 6
+    assert ("ema of 12", 224, None, 84.0) in kept, "the newer result of the moving average replaces the older one"
+    assert keep_results([replace(own, stage=None)]) is None
 
 
 def segmentation_result(stage, **how) -> SegmentationResult:
