@@ -39,21 +39,18 @@ _import_own_packages()
 
 import torch  # noqa: E402
 
+from pipeline.data.image_objects import ImageObjects  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.weights.input_channels import Adaptation  # noqa: E402
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike  # noqa: E402
 from tools.predict.image_model import ImageModel, Prediction, load_image_model  # noqa: E402
-from tools.predict.segmentation_model import (  # noqa: E402
-    SegmentationModel,
-    is_segmenter,
-    load_segmentation_model,
-    refuse_options,
-)
+from tools.predict.model_kinds import kind_of, refuse_options  # noqa: E402
+from tools.predict.segmentation_model import SegmentationModel, load_segmentation_model  # noqa: E402
 from tools.prepare.image_pixels import ReadingSettings  # noqa: E402
 
 __all__ = [
-    "EvaluationTransform", "ImageLike", "ImageModel", "Prediction", "ReadingSettings",
-    "SegmentationModel", "UserError", "finetune", "load", "prepare", "pretrain", "run",
+    "EvaluationTransform", "ImageLike", "ImageModel", "ImageObjects", "Prediction",
+    "ReadingSettings", "SegmentationModel", "UserError", "finetune", "load", "prepare", "pretrain", "run",
 ]  # fmt: skip
 
 Model = TypeVar("Model", ImageModel, SegmentationModel)
@@ -70,7 +67,7 @@ def load(
     reading: ReadingSettings | None = None,
     device: str | torch.device = "auto",
 ) -> ImageModel | SegmentationModel:
-    """Load a trained model: a classifier, a pre-trained encoder without classes, or a segmenter.
+    """Load a trained model: a classifier, a pre-trained encoder without classes, a segmenter or a detector.
 
         >>> model = fcmae.load("runs/classifier")
         >>> model.classes
@@ -99,12 +96,10 @@ def load(
     """
     from pipeline.weights.heads import read_class_names
 
-    if is_segmenter(source):
-        refuse_options(
-            source,
-            {"image_size": image_size, "crop_pct": crop_pct, "classes": classes, "channels": channels},
-            segmenter=True,
-        )
+    kind = kind_of(source)
+    of_classifiers = {"image_size": image_size, "crop_pct": crop_pct, "classes": classes, "channels": channels}
+    refuse_options(source, kind, {("classifier",): of_classifiers})
+    if kind == "segmenter":
         return _on_device(load_segmentation_model(source, ema=ema, reading=reading), device)
     names = read_class_names(classes) if isinstance(classes, str | PathLike) else classes
     model = load_image_model(

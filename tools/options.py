@@ -86,4 +86,22 @@ ScaleOption = Annotated[
         min=0.1, max=10, help="Of a segmenter: a factor of the size of --test. Repeat it to average several scales."
     ),
 ]
+ScoreThresholdOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Of a detector: least score of an object. Default: as the recipe tests."),
+]
+NMSOption = Annotated[
+    float | None,
+    typer.Option(
+        "--nms", min=0, max=1, help="Of a detector: intersection over union above which the less sure of two objects of"
+        " a class is dropped. Default: as the recipe tests.",
+    ),
+]
+SoftNMSOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--soft-nms/--hard-nms",
+        help="Of a detector: lower the scores of overlapping objects, or drop these. Default: as the recipe tests.",
+    ),
+]
 FlipOption = Annotated[bool, typer.Option("--flip", help="Of a segmenter: average with the mirrored image.")]

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cluster.show.status import StageStatus, State
 from cluster.slurm.client import NEVER_STARTS
+from pipeline.tracking.metric_names import is_percentage, judging_metric
 
 BAR_WIDTH = 24
 RESTARTS_SHOWN = 3  # of each stage, the last ones
@@ -110,9 +111,11 @@ def figure(value: float | None, form: str = "{:.4g}") -> str:
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
-    """`top1 61.20 %`, `miou 45.93 %` or `loss 0.6123`: the metric that the stage is judged by."""
-    first = [name for name in ("top1", "miou", "loss") if name in metrics][:1] or list(metrics)[:1]
-    return "".join(f"{n} {metrics[n]:.2f} %" if n in ("top1", "miou") else f"{n} {metrics[n]:.4f}" for n in first)
+    """`top1 61.20 %`, `miou 45.93 %`, `box_ap 50.92 %` or `loss 0.6123`: the metric that the stage is judged by."""
+    name = judging_metric(metrics) or next(iter(metrics), None)
+    if name is None:
+        return ""
+    return f"{name} {metrics[name]:.2f} %" if is_percentage(name) else f"{name} {metrics[name]:.4f}"
 
 
 def duration(seconds: float | None) -> str:

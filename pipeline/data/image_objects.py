@@ -24,6 +24,18 @@ class ImageObjects(NamedTuple):
     masks: Sequence[Rle] | None = None
     crowd: NDArray[np.bool_] | None = None
     """(n,) True for a region that holds many objects, which are not told apart."""
+    names: tuple[str, ...] | None = None
+    """(n,) of their classes."""
+
+    @property
+    def bitmaps(self) -> NDArray[np.bool_]:
+        """The masks pixel by pixel, (n, H, W). Raises ValueError if there are boxes alone."""
+        from pycocotools import mask as coco_masks
+
+        if self.masks is None:
+            raise ValueError("these objects have boxes and no masks")
+        decoded = [coco_masks.decode([mask])[..., 0] for mask in self.masks]
+        return np.array(decoded, dtype=bool).reshape(len(self.masks), *self.size)
 
     def chosen(self, places: NDArray[Any]) -> "ImageObjects":
         """Some of the objects, by their numbers or a mask of bool (n,)."""
@@ -34,4 +46,5 @@ class ImageObjects(NamedTuple):
             scores=None if self.scores is None else self.scores[numbers],
             masks=None if self.masks is None else [self.masks[number] for number in numbers],
             crowd=None if self.crowd is None else self.crowd[numbers],
+            names=None if self.names is None else tuple(self.names[number] for number in numbers),
         )

@@ -14,12 +14,13 @@ from statistics import fmean, median
 from typing import Any
 
 from pipeline.errors import OffTrackError
-from pipeline.recipe import FCMAESettings, SegmentationSettings, StageRecipe
+from pipeline.recipe import DetectionSettings, FCMAESettings, SegmentationSettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
 from pipeline.storage.folder import write_json
 from pipeline.storage.run_records import count_of
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events, strict_json
+from pipeline.tracking.metric_names import TITLES
 
 ON_TRACK, OFF_TRACK = "on track", "off track, look here"
 UNPUBLISHED = "no loss curve of FCMAE, or of fine-tuning on ImageNet-22K, has been published to compare with"
@@ -32,7 +33,6 @@ MOST_ROLLBACKS = 1
 DEVIATIONS = 3.0  # least margin of accuracy over guessing, in standard deviations of guessing
 WORSE = 1.3  # most that a reconstruction's validation loss may be over its training loss, whose crops are easier
 FALL_POINTS = {"top1": 1.0, "miou": 5.0}  # most points below the best evaluation; mIoU varies with rare classes
-NAMES = {"top1": "top-1", "miou": "mIoU"}
 
 Metrics = list[dict[str, float]]  # of each evaluation, in order
 
@@ -84,6 +84,8 @@ def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
     checks = [_loss(losses), _skipped_steps(kept, lines, losses)]
     if isinstance(recipe.objective, FCMAESettings):
         checks += [_reconstruction(recipe, evaluations), _reconstruction_gap(losses, evaluations)]
+    elif isinstance(recipe.objective, DetectionSettings):
+        checks += [_finds_objects(evaluations)]
     else:
         segments = isinstance(recipe.objective, SegmentationSettings)
         guessing = _guessing(recipe.objective.classes, evaluations, _images(data))
@@ -193,6 +195,13 @@ def _one_class(evaluations: Metrics) -> Check:
     return Check("better than guessing", miou > constant, detail)
 
 
+def _finds_objects(evaluations: Metrics) -> Check:
+    box_ap = _last(evaluations, "box_ap")
+    if box_ap is None:
+        return Check("finds objects", None, "no evaluation yet")
+    return Check("finds objects", box_ap > 0, f"box AP is {box_ap:.2f} %; a detector that finds nothing has 0")
+
+
 def _validation_gap(recipe: StageRecipe, losses: Mapping[int, float], evaluations: Metrics) -> Check:
     classes, metric = recipe.objective.classes, recipe.objective.metric
     name, loss = "validation near training", _last(evaluations, "loss")
@@ -206,7 +215,7 @@ def _validation_gap(recipe: StageRecipe, losses: Mapping[int, float], evaluation
     values = [metrics[metric] for metrics in evaluations if is_number(metrics.get(metric))]
     best, last = max(values, default=0.0), values[-1] if values else 0.0
     if best - last > FALL_POINTS[metric]:
-        return Check(name, False, f"{NAMES[metric]} has fallen from {best:.2f} to {last:.2f} %")
+        return Check(name, False, f"{TITLES[metric]} has fallen from {best:.2f} to {last:.2f} %")
     return Check(name, True, detail)
 
 
@@ -250,10 +259,10 @@ def _published(recipe: StageRecipe, evaluations: Metrics) -> Check:
     if gate.published is None:
         fcmae = isinstance(recipe.objective, FCMAESettings)
         return Check("published value", None, UNPUBLISHED if fcmae else "the recipe names none for this stage")
-    if value is None or metric not in NAMES:
+    if value is None or metric not in TITLES:
         return Check("published value", None, "no evaluation yet")
     within = gate.published_within
-    detail = f"{NAMES[metric]} is {value:.2f} %, published {gate.published:.2f} %, allowed {within:g} points below"
+    detail = f"{TITLES[metric]} is {value:.2f} %, published {gate.published:.2f} %, allowed {within:g} points below"
     return Check("published value", value >= gate.published - within, detail)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.storage.folder import Folder
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events
+from pipeline.tracking.metric_names import judging_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -265,11 +266,11 @@ def _tidy(value: float) -> bool:
 
 
 def main_metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
-    """The name of the metric that evaluations are compared by (top1, miou or loss), and its (step, value)s."""
+    """The name of the metric that evaluations are compared by (top1, miou, box_ap or loss), and its (step, value)s."""
     lines = [e for e in events if e.get("kind") == "evaluate" and is_number(e.get("step"))]
     metrics_of = {e["step"]: e["metrics"] for e in lines if isinstance(e.get("metrics"), dict)}
     names = [name for metrics in metrics_of.values() for name in metrics]
-    name = next((n for n in ("top1", "miou", "loss", *names) if n in names), "")
+    name = judging_metric(names) or next(iter(names), "")
     return name, sorted((step, float(m[name])) for step, m in metrics_of.items() if is_number(m.get(name)))
 
 

@@ -19,7 +19,7 @@ from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
 from pipeline.weights.foreign import decode_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head
-from pipeline.weights.inference import refuse_segmenter
+from pipeline.weights.inference import refuse_other_heads
 from pipeline.weights.input_channels import match_channels
 from pipeline.weights.safetensors_file import read_bytes, read_facts, read_weights, write_weights
 from pipeline.weights.transfer import Transfer, plan_transfer
@@ -73,8 +73,8 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         source=f"stage {stage.recipe.name}: {path}",
         option="init.channels",
     )
-    if stage.recipe.objective.kind != "segmentation":
-        refuse_segmenter(weights, path)
+    if stage.recipe.objective.kind in ("fcmae", "classification"):
+        refuse_other_heads(weights, path)
     weights, drop, fresh = objective.adapt_weights(weights)
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))

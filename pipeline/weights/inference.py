@@ -19,6 +19,7 @@ from pipeline.weights.architecture import (
 _MAP_NORM = re.compile(r"backbone\.(norm\d*|extra_norm_list\.\d+)\..+")
 _LAYER_SCALE = re.compile(r"\.\d+\.gamma$")
 _DECODER = re.compile(r"(mask_token|proj|decoder|pred)\b.*")
+_CHECKPOINT = re.compile(r"(^|/)step-\d+\.\d+/?$")  # a directory of pipeline.checkpoint, also on an object store
 _ATTENTION = re.compile(r"\.(mhca|e_mhsa)\.")
 
 
@@ -48,14 +49,25 @@ def has_segmentation_head(names: Iterable[str]) -> bool:
     return any(name.startswith("decode_head.") for name in names)
 
 
-def refuse_segmenter(names: Iterable[str], source: str) -> None:
-    """Raise CheckpointError if the tensors are those of a model for segmentation, where another model is needed."""
-    if has_segmentation_head(names):
+def has_detection_head(names: Iterable[str]) -> bool:
+    """Whether the names of a model's tensors are those of a model for detection."""
+    return any(name.startswith(("rpn_head.", "roi_head.")) for name in names)
+
+
+def refuse_other_heads(names: Iterable[str], source: str) -> None:
+    """Refuse a model for segmentation or detection where an encoder or a classifier is needed.
+
+    Raises:
+        CheckpointError: if the tensors are those of such a model.
+    """
+    names = list(names)
+    kind = "detection" if has_detection_head(names) else "segmentation" if has_segmentation_head(names) else None
+    if kind is not None:
         export, file = "", source
-        if os.path.isdir(source.removeprefix("file://")):  # a checkpoint, which convert does not read
+        if _CHECKPOINT.search(source) or os.path.isdir(source.removeprefix("file://")):  # which convert does not read
             export, file = f"`fcmae checkpoint export {source} WEIGHTS.safetensors` and then ", "WEIGHTS.safetensors"
         raise CheckpointError(
-            f"{source} holds a model for segmentation; {export}`fcmae convert {file} BACKBONE.safetensors --to official"
+            f"{source} holds a model for {kind}; {export}`fcmae convert {file} BACKBONE.safetensors --to official"
             f" --head drop` write{'' if export else 's'} its backbone alone"
         )
 

@@ -1,5 +1,6 @@
 """`fcmae evaluate`: accuracy of weights on prepared images."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,21 +10,26 @@ from tools.options import (
     ChannelAdaptation,
     FlipOption,
     Json,
+    NMSOption,
     Processes,
     Refresh,
     ScaleOption,
+    ScoreThresholdOption,
+    SoftNMSOption,
     TestOption,
     file_option,
     image_size_option,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from tools.evaluate.detection_evaluation import DetectionResult
     from tools.evaluate.run_evaluation import EvaluationResult
+    from tools.evaluate.segmentation_evaluation import SegmentationResult
 
 # Columns that are flush right.
-NUMBERS = ("images", "accuracy", "of the class", "other", "of all pixels", "IoU", "pixels")
+NUMBERS = ("images", "accuracy", "of the class", "other", "of all pixels", "IoU", "pixels", "objects", "boxes", "masks", "box AP", "mask AP")
 
 
 def evaluate_weights(
@@ -58,18 +64,24 @@ def evaluate_weights(
         help="Images in a batch of each process. Default: 64; windows of a segmenter as the recipe evaluates.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class",
-        help="Also print the confusion matrix; of more than 20 classes the worst ones.")] = False,
+        help="Also print the confusion matrix, or of a detector all figures; of more than 20 classes the worst.")] = False,
     beside: Annotated[list[str] | None, typer.Option("--beside", metavar="WEIGHTS",
         help="Measure these weights on the same images too, and say the difference. May be repeated.")] = None,
     test: TestOption = None,
     scale: ScaleOption = None,
     flip: FlipOption = False,
+    score_threshold: ScoreThresholdOption = None,
+    nms: NMSOption = None,
+    soft_nms: SoftNMSOption = None,
+    results: Annotated[Path | None, typer.Option(metavar="FILE.json",
+        help="Of a detector: also write what it finds as COCO's results, which pycocotools' loadRes reads.")] = None,
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights.
 
-    Of a segmenter: mIoU on images with label maps, a .beton file of `fcmae prepare maps`.
+    Of a segmenter: mIoU on images with label maps, a .beton file of `fcmae prepare maps`. Of a detector: COCO's average
+    precision on images with objects, a .beton file of `fcmae prepare coco`.
 
     Results with weights of a run or a stage are kept in its directory for `fcmae report`.
     """
@@ -81,17 +93,27 @@ def evaluate_weights(
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
-    from tools.predict.segmentation_model import is_segmenter, refuse_options
+    from tools.predict.model_kinds import kind_of, refuse_options
 
-    if is_segmenter(weights):
-        others = {"--image-size": image_size, "--crop-pct": crop_pct, "--channels": channels, "--classes": classes,
-            "--real": real, "--knn": knn, "--all-outputs": all_outputs, "--benchmark": benchmark, "--chain": chain,
-            "--refresh": refresh}  # fmt: skip
-        refuse_options(weights, others, segmenter=True)
+    kind = kind_of(weights)
+    refuse_options(weights, kind, {
+        ("classifier",): {"--image-size": image_size, "--crop-pct": crop_pct, "--channels": channels,
+            "--classes": classes, "--real": real, "--knn": knn, "--all-outputs": all_outputs,
+            "--benchmark": benchmark, "--chain": chain, "--refresh": refresh},
+        ("segmenter",): {"--test": test, "--scale": scale, "--flip": flip},
+        ("detector",): {"--score-threshold": score_threshold, "--nms": nms, "--soft-nms": soft_nms,
+            "--results": results},
+        ("classifier", "segmenter"): {"--batch": batch},
+    })  # fmt: skip
+    shown = {"per_class": per_class, "json": json}
+    if kind == "segmenter":
         settings = {"ema": ema, "test": test, "scales": scale, "flip": flip, "batch": batch, "bf16": bf16}
-        _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, per_class, json)
+        _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, **shown)
         return
-    refuse_options(weights, {"--test": test, "--scale": scale, "--flip": flip}, segmenter=False)
+    if kind == "detector":
+        settings = {"ema": ema, "score_threshold": score_threshold, "nms": nms, "soft_nms": soft_nms, "bf16": bf16}
+        _evaluate_detector([weights, *(beside or ())], data, settings, nproc, results, **shown)
+        return
     batch = batch or BATCH
     if benchmark == "c":
         # Its images have the size of the network's input, so nothing is cropped.
@@ -125,38 +147,75 @@ def evaluate_weights(
 
 
 def _evaluate_segmenter(
-    weights: list[str], data: str, settings: dict[str, Any], nproc: int, per_class: bool, json: bool
+    weights: list[str], data: str, settings: dict[str, Any], nproc: int, *, per_class: bool, json: bool
 ) -> None:
-    import json as json_library
-    import sys
-
     from tools.evaluate.kept_segmentations import keep_segmentations, segmentation_result_facts
     from tools.evaluate.published import published_miou
     from tools.evaluate.region_scores import difference_of_scores
     from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
 
     results = [evaluate_segmenter(SegmentationRequest(name, data, **settings), nproc) for name in weights]
-    kept = keep_segmentations(results)
+    kept, facts = keep_segmentations(results), list(map(segmentation_result_facts, results))
+    published = list(map(published_miou, results))
+    _present(results, kept, facts, published, difference_of_scores, per_class=per_class, json=json)
+
+
+def _evaluate_detector(
+    weights: list[str],
+    data: str,
+    settings: dict[str, Any],
+    nproc: int,
+    written: Path | None,
+    *,
+    per_class: bool,
+    json: bool,
+) -> None:
+    from tools.evaluate.detection_evaluation import DetectionRequest, evaluate_detector
+    from tools.evaluate.detection_scores import difference_of_detectors
+    from tools.evaluate.kept_detections import detection_result_facts, keep_detections
+    from tools.evaluate.published import published_ap
+
+    results = [
+        evaluate_detector(DetectionRequest(name, data, **settings, results=None if number else written), nproc)
+        for number, name in enumerate(weights)
+    ]
+    kept, facts = keep_detections(results), list(map(detection_result_facts, results))
+    _present(results, kept, facts, list(map(published_ap, results)), difference_of_detectors,
+        per_class=per_class, json=json)  # fmt: skip
+
+
+def _present(
+    results: "Sequence[SegmentationResult | DetectionResult]",
+    kept: Path | None,
+    facts: list[dict[str, Any]],
+    published: list[list[str]],
+    difference: "Callable[..., str]",
+    *,
+    per_class: bool,
+    json: bool,
+) -> None:
+    """Print results of segmenters or of detectors, the first one's with its difference to the others."""
+    import json as json_library
+    import sys
+
     if kept is not None:
         print(f"kept for the report: {kept}", file=sys.stderr)
     if json:
-        facts = [segmentation_result_facts(result) for result in results]
         print(json_library.dumps(facts if len(facts) > 1 else facts[0], indent=2))
         return
-    for result in results:
-        print(result, *published_miou(result), sep="\n")
+    for result, lines in zip(results, published, strict=True):
+        print(result, *lines, sep="\n")
         if per_class:
             _print_tables(result.scores.tables())
-    for other in results[1:]:
-        print(difference_of_scores(results[0].subject, results[0].scores, other.subject, other.scores))
+    own, *others = results
+    for other in others:
+        print(difference(own.subject, own.scores, other.subject, other.scores))
 
 
 def _evaluate_corruptions(
     weights: str, data: str, settings: dict[str, Any], nproc: int, refresh: bool, json: bool
 ) -> None:
     import json as json_library
-    from pathlib import Path
-
     from tools.evaluate.corruptions import SEVERITIES, measure_corruptions
     from tools.evaluate.evaluated_data import evaluated_files
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation

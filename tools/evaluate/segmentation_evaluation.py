@@ -1,7 +1,5 @@
 """Evaluate a segmenter on images with label maps, with one process or several: mIoU from summed integers."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.data.beton import open_beton
 from pipeline.data.label_maps import LabelMaps
@@ -18,10 +15,8 @@ from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.run_evaluation import run_on_processes
-from tools.evaluate.stored_images import StoredPixels
-from tools.predict.segmentation_model import SceneTest, SegmentationModel, SegmentationTest, load_segmentation_model
-
-DECODED_AHEAD = 8  # images
+from tools.evaluate.stored_images import StoredPixels, decoded_images
+from tools.predict.segmentation_model import SceneTest, SegmentationTest, load_segmentation_model
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def _evaluate(request: SegmentationRequest) -> SegmentationResult:
     model = load_segmentation_model(request.weights, ema=request.ema, batch=request.batch)
     beton = open_beton(request.data)
     maps = LabelMaps.open(beton)
-    _check_classes(model, request, beton.classes)
+    check_classes(request.weights, model.classes, request.data, beton.classes)
     how = model.test_of(request.test, request.scales, request.flip)
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:
@@ -96,7 +91,7 @@ def _evaluate(request: SegmentationRequest) -> SegmentationResult:
         own = places[:, world.rank, 0][valid[:, world.rank, 0]]
         matrix = np.zeros((len(beton.classes),) * 2, np.int64)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=request.bf16):
-            for sample, rgb in _decoded(StoredPixels(beton), own, max(world.cores() - 1, 1)):
+            for sample, rgb in decoded_images(StoredPixels(beton), own, max(world.cores() - 1, 1)):
                 matrix += count_pixels(maps.map(sample), model.labels(rgb, how), len(beton.classes))
         matrix = world.sum(torch.from_numpy(matrix)).numpy()
     finally:
@@ -108,21 +103,13 @@ def _evaluate(request: SegmentationRequest) -> SegmentationResult:
     )  # fmt: skip
 
 
-def _check_classes(model: SegmentationModel, request: SegmentationRequest, classes: tuple[str, ...]) -> None:
-    if model.classes == classes:
+def check_classes(weights: str, known: tuple[str, ...], data: str, classes: tuple[str, ...]) -> None:
+    """Raise DataError if a model's classes are not those of the data, in their order."""
+    if known == classes:
         return
-    pairs = zip(model.classes, classes, strict=False)
+    pairs = zip(known, classes, strict=False)
     first = next((f"{mine!r} and {theirs!r}" for mine, theirs in pairs if mine != theirs), "all others are equal")
     raise DataError(
-        f"{request.weights} names {len(model.classes)} classes and {request.data} {len(classes)} ({first}); prepare the"
-        " data with the model's classes, in its order"
+        f"{weights} names {len(known)} classes and {data} {len(classes)} ({first}); prepare the data with the model's"
+        " classes, in its order"
     )
-
-
-def _decoded(stored: StoredPixels, ids: NDArray[np.int64], workers: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield each sample and its pixels, a few decoded ahead."""
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        for first in range(0, len(ids), DECODED_AHEAD):
-            some = ids[first : first + DECODED_AHEAD]
-            stored.refuse_changed(some)
-            yield from zip(some.tolist(), pool.map(stored.rgb, some.tolist()), strict=True)

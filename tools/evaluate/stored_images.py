@@ -20,6 +20,8 @@ from pipeline.recipe.sections import DataSettings
 from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
 from tools.prepare.image_pixels import AS_LOADER
 
+DECODED_AHEAD = 8  # images
+
 
 def evaluation_batches(
     part: Subset, transform: EvaluationTransform, batch_size: int, world: World, *, workers: int, timeout_seconds: float
@@ -120,3 +122,16 @@ class StoredPixels:
         if image["mode"] == JPEG:
             return rgb_pixels(content.tobytes(), AS_LOADER)
         return content.copy().reshape(int(image["height"]), int(image["width"]), 3)
+
+
+def decoded_images(stored: StoredPixels, ids: np.ndarray, workers: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield samples, int64 (N,), each with its pixels, uint8 (H, W, 3), a few decoded ahead.
+
+    Raises:
+        DataError: if an image is damaged.
+    """
+    with ThreadPoolExecutor(workers, "decode") as pool:
+        for first in range(0, len(ids), DECODED_AHEAD):
+            some = ids[first : first + DECODED_AHEAD]
+            stored.refuse_changed(some)
+            yield from zip(some.tolist(), pool.map(stored.rgb, some.tolist()), strict=True)

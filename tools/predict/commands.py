@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.options import FlipOption, Json, Overwrite, ScaleOption, TestOption, file_option, image_size_option
+from tools.options import (
+    FlipOption,
+    Json,
+    NMSOption,
+    Overwrite,
+    ScaleOption,
+    ScoreThresholdOption,
+    SoftNMSOption,
+    TestOption,
+    file_option,
+    image_size_option,
+)
 
 if TYPE_CHECKING:
     from tools.predict.image_inputs import Photographs
@@ -51,30 +62,41 @@ def predict_classes(
         help="Images that go through the network at once. Default: 64; windows of a segmenter as the recipe evaluates."
     )] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR",
-        help="For a segmenter: the folder for label maps and for overlays, PNG files.")] = None,
+        help="For a segmenter or a detector: the folder for label maps and overlays, or for pictures and COCO JSON."
+    )] = None,
     test: TestOption = None,
     scale: ScaleOption = None,
     flip: FlipOption = False,
+    score_threshold: ScoreThresholdOption = None,
+    nms: NMSOption = None,
+    soft_nms: SoftNMSOption = None,
 ) -> None:  # fmt: skip
-    """Name the likeliest classes of photographs, or with a segmenter the class of each pixel.
+    """Name the likeliest classes of photographs, with a segmenter the class of each pixel, with a detector the objects.
 
     Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
     """
     from pipeline.errors import UserError
     from tools.predict.predictions import PredictedImages
-    from tools.predict.segmentation_model import is_segmenter, refuse_options
+    from tools.predict.model_kinds import kind_of, refuse_options
 
     if csv and json:
         raise UserError("--csv and --json exclude each other; give one of them")
-    if is_segmenter(weights):
-        others = {"--top": top, "--csv": csv, "--sheet": sheet, "--classes": classes, "--image-size": image_size,
-            "--crop-pct": crop_pct}  # fmt: skip
-        refuse_options(weights, others, segmenter=True)
+    kind = kind_of(weights)
+    refuse_options(weights, kind, {
+        ("classifier",): {"--top": top, "--csv": csv, "--sheet": sheet, "--classes": classes,
+            "--image-size": image_size, "--crop-pct": crop_pct},
+        ("segmenter",): {"--test": test, "--scale": scale, "--flip": flip},
+        ("detector",): {"--score-threshold": score_threshold, "--nms": nms, "--soft-nms": soft_nms},
+        ("classifier", "segmenter"): {"--batch": batch},
+        ("segmenter", "detector"): {"--out": out},
+    })  # fmt: skip
+    if kind == "segmenter":
         how = {"test": test, "multi_scale": scale, "flip": flip}
         _segment(weights, photos, out, {"ema": ema, "batch": batch}, window, json, how)
         return
-    others = {"--out": out, "--test": test, "--scale": scale, "--flip": flip}
-    refuse_options(weights, others, segmenter=False)
+    if kind == "detector":
+        _detect(weights, photos, out, ema, window, json, (score_threshold, nms, soft_nms))
+        return
     model = _load(weights, ema, image_size, crop_pct, classes, window)
     images = _photographs(photos, thumbnails=sheet is not None)
     with _progress() as progress:
@@ -115,6 +137,37 @@ def _segment(
     _check_read(images)
     print(as_json(segmented, images.unreadable) if json else "\n".join(map(str, segmented)))
     print(f"{out} holds maps, overlays and classes.txt", file=sys.stderr)
+
+
+def _detect(
+    weights: str,
+    photos: Sequence[str],
+    out: Path | None,
+    ema: bool | None,
+    window: tuple[float, float] | None,
+    json: bool,
+    test: tuple[float | None, float | None, bool | None],
+) -> None:
+    from dataclasses import replace
+
+    from pipeline.errors import UserError
+    from tools.predict.coco_files import ANNOTATIONS, SHOWN_SCORE, detections_json, write_detections
+    from tools.predict.detection_model import load_detection_model
+
+    if out is None:
+        raise UserError(f"{weights} is a detector, which answers with boxes and masks; give --out DIR for them")
+    model = load_detection_model(weights, ema=ema).tested(*test)
+    model.network.to(_device())
+    if window is not None:
+        model = replace(model, reading=replace(model.reading, window=window, as_loader=False))
+    images = _photographs(photos)
+    least = SHOWN_SCORE if test[0] is None else test[0]
+    with _progress() as progress:
+        searched = write_detections(model, images, out, least, progress)
+    _check_read(images)
+    print(detections_json(searched, images.unreadable) if json else "\n".join(map(str, searched)))
+    shown = f"pictures of the objects with scores from {least:g}"
+    print(f"{out} holds {shown}, and all objects in {ANNOTATIONS}", file=sys.stderr)
 
 
 def embed_images(

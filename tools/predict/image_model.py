@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from pipeline.storage.file_names import JOURNAL_FILE
 from pipeline.tracking.journal import read_events
 from pipeline.weights.input_channels import Adaptation, refuse_other_channels
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike, split_images
+from tools.predict.model_kinds import Kind, TrainedModel
 from tools.prepare.image_pixels import ReadingSettings
 
 SQUASHED_FROM = 384  # pixels; the official evaluation squashes whole images to a square from this size on
@@ -34,7 +35,7 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageModel:
+class ImageModel(TrainedModel):
     """A trained network and how it sees images.
 
     Every method takes one image or several: paths, PIL images, uint8 arrays (H, W, 3) or (N, H, W, 3), uint8 tensors
@@ -60,6 +61,8 @@ class ImageModel:
     """From an image to the network's input: the pixels of `fcmae evaluate`."""
     stage: Path | None = None
     """The stage directory of the weights, where they have one."""
+
+    kind: ClassVar[Kind] = "classifier"
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -1,11 +1,10 @@
 """Label maps of images by a trained segmenter, as `fcmae evaluate` computes them."""
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from pipeline.recipe.segmentation_settings import SceneSettings
 from pipeline.weights.input_channels import refuse_other_channels
 from tools.predict.evaluation_transform import ImageLike, rgb_pixels, split_images, whole_resized
 from tools.predict.image_model import names_of, reading_of_stage
+from tools.predict.model_kinds import Kind, TrainedModel
 from tools.prepare.image_pixels import ReadingSettings
 
 WINDOWS = 8  # that go through the network at once
@@ -49,7 +49,7 @@ class SegmentationTest:
 
 
 @dataclass(frozen=True)
-class SegmentationModel:
+class SegmentationModel(TrainedModel):
     """A trained segmenter and how it sees images: it names the class of each pixel."""
 
     network: nn.Module = field(repr=False)
@@ -71,6 +71,8 @@ class SegmentationModel:
     """The stage directory of the weights, where they have one."""
     batch: int = WINDOWS
     """Windows that go through the network at once."""
+
+    kind: ClassVar[Kind] = "segmenter"
 
     @property
     def device(self) -> torch.device:
@@ -162,29 +164,6 @@ class SegmentationModel:
         window = self.crop if how.test == "window" else None
         stride = self.network.backbone.stride
         return window_logits(self.network, images, window, self.scenes.window_step, self.batch, stride)
-
-
-def is_segmenter(source: str | PathLike[str]) -> bool:
-    """Whether weights are those of a segmenter: a run, a stage, or a file that says so."""
-    from pipeline.stage.directory import Stage  # not above, because these take longer to import than the rest
-    from tools.weights.convert import known_facts
-    from tools.weights.model import stage_of
-
-    if os.path.isdir(source):
-        return Stage(stage_of(Path(source))).recipe.objective.kind == "segmentation"
-    return "segmentation" in known_facts(str(source))
-
-
-def refuse_options(source: str | PathLike[str], given: Mapping[str, Any], *, segmenter: bool) -> None:
-    """Refuse options of classifiers for a segmenter, or the other way round.
-
-    Raises:
-        UserError: if one of them is given.
-    """
-    for name, value in given.items():
-        if value:
-            kind, other = ("a segmenter", "classifiers") if segmenter else ("no segmenter", "segmenters")
-            raise UserError(f"{source} is {kind}, and {name} is for {other}; leave it out")
 
 
 def load_segmentation_model(

@@ -9,7 +9,7 @@ from pipeline.recipe.fields import leaf_fields
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Document, Grid, Picture, Text
 from tools.report.facts import UNITS, RunFacts
-from tools.report.page import MAIN_METRICS, final_grid, verdict_cell
+from tools.report.page import COMPARED, final_grid, verdict_cell
 from tools.report.plots import curves_svg
 
 Row = list[Any]
@@ -62,7 +62,7 @@ def result_grid(runs: Sequence[RunFacts], names: Sequence[str]) -> Grid:
     for unit in UNITS:
         if any(run.device_hours[unit] for run in runs):
             rows.append(["all", unit, *(f"{run.device_hours[unit]:,.2f}" for run in runs)])
-    for name in MAIN_METRICS:
+    for name in COMPARED:
         published = {run.published.get(name) for run in runs} - {None}
         if len(published) == 1:
             rows.append(["last", f"published {name}", *[f"{published.pop():.2f} %"] * len(runs)])

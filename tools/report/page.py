@@ -9,6 +9,7 @@ from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
 from pipeline.storage.run_records import read_record
+from pipeline.tracking.metric_names import TITLES, is_percentage
 from pipeline.tracking.pictures import main_metric
 from tools.report.document import Block, Chapter, Checks, Code, Document, Figures, Fold, Grid, Picture, Text, Toned
 from tools.report.evaluations import evaluation_blocks
@@ -23,7 +24,10 @@ PICTURE_COLUMNS = {
     " cells, because the network does not predict a hidden cell's own brightness and contrast; and as papers draw it,"
     " rescaled with the true mean and deviation of each hidden cell",
 }
-MAIN_METRICS = {"top1": "top-1", "miou": "mIoU"}
+COMPARED = (*TITLES, "box_ap50", "mask_ap", "mask_ap50")
+"""The results that recipes name published values of."""
+SHOWN_AP = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
+"""Of a detector's figures, those that the page's first table has; its stage's chapter has all."""
 NAMED_PACKAGES = ("fcmae", "torch", "ffcv", "numpy", "numba", "deepspeed", "triton", "spconv", "mlflow-skinny")
 
 
@@ -81,14 +85,14 @@ def summary(run: RunFacts) -> str:
 
 def headline(run: RunFacts) -> Iterator[tuple[str, str]]:
     """The few numbers to read first."""
-    finals = [(s, name) for s in run.stages for name in MAIN_METRICS if name in s.metrics]
+    finals = [(s, name) for s in run.stages for name in TITLES if name in s.metrics]
     if finals:
         stage, name = finals[-1]
-        yield _metric(name, stage.metrics[name]), f"{MAIN_METRICS[name]}, {stage.name}"
+        yield _metric(name, stage.metrics[name]), f"{TITLES[name]}, {stage.name}"
     elif run.stages and run.stages[0].metrics:
         name, value = next(iter(run.stages[0].metrics.items()))
         yield f"{value:.4f}", f"{name}, {run.stages[0].name}"
-    papers = [paper for name in MAIN_METRICS if (paper := run.published.get(name)) is not None]
+    papers = [paper for name in TITLES if (paper := run.published.get(name)) is not None]
     if papers:
         yield f"{papers[0]:.1f} %", "published"
     yield duration(run.seconds) or "0s", "of running"
@@ -117,15 +121,17 @@ def result_blocks(run: RunFacts) -> Iterator[Block]:
 def final_grid(run: RunFacts) -> Grid:
     """A row for each metric of each stage; the last stage's beside the published values."""
     published = run.published
-    references = {"published": {name: published.get(name) for name in MAIN_METRICS}}
+    references = {"published": {name: published.get(name) for name in COMPARED}}
     references["timm"] = {"top1": published.get("timm_top1"), "top5": published.get("timm_top5")}
     references = {title: values for title, values in references.items() if any(v is not None for v in values.values())}
     numbers = ["here", *references, *(["difference"] if "published" in references else [])]
     headers = ["stage", "metric", *numbers, "verdict"]
     rows = []
     for stage in run.stages:
-        judged = any(name in stage.metrics for name in MAIN_METRICS)
+        judged = any(name in stage.metrics for name in TITLES)
         metrics = {name: v for name, v in stage.metrics.items() if name != "loss" or not judged}
+        if "box_ap" in metrics:
+            metrics = {name: metrics[name] for name in SHOWN_AP if name in metrics}
         lines: list[dict[str, str | Toned]] = []
         for name, value in metrics.items():
             lines.append({"metric": name, "here": _metric(name, value)})
@@ -149,8 +155,7 @@ def verdict_cell(stage: StageFacts) -> Toned:
 def _metric(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    percent = name.startswith("top") or name in ("miou", "constant_miou", "mean_accuracy", "pixel_accuracy")
-    return f"{value:.2f} %" if percent else f"{value:.4f}"
+    return f"{value:.2f} %" if is_percentage(name) else f"{value:.4f}"
 
 
 def stage_blocks(stage: StageFacts) -> Iterator[Block]:
@@ -174,6 +179,8 @@ def stage_blocks(stage: StageFacts) -> Iterator[Block]:
         seen = PICTURE_COLUMNS.get(columns, PICTURE_COLUMNS[3])
         if stage.recipe.objective.kind == "segmentation":
             seen = "the image, the true classes of its pixels, and the predicted ones; ignored pixels are grey"
+        if stage.recipe.objective.kind == "detection":
+            seen = "the image, its annotated objects (crowds are dark), and the detections"
         caption = f"Validation images ({shown.stem}): {seen}"
         yield Picture(f"{stage.name}-pictures", caption, picture)
     yield from evaluation_blocks(stage)

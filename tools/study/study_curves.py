@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.errors import RecipeError
+from pipeline.tracking.metric_names import is_percentage
 from tools.analyze.paper_figure import add_caption, add_legend, line_styles, paper_figure
 from tools.study.definition import Study
 from tools.study.study_table import ArmResult
@@ -67,7 +68,7 @@ def draw_study_curves(numbers: dict[str, Any]) -> Figure:
             panel.set_xlabel(TITLES[axis])
             if axis != "epochs":
                 panel.set_xscale("log")
-        panels[0].set_ylabel(f"{metric} (%)" if metric in ("top1", "miou", "box_ap") else metric)
+        panels[0].set_ylabel(f"{metric} (%)" if is_percentage(metric) else metric)
         add_legend(figure, panels[0], columns=2 * len(axes))
         points = [point for curve in numbers["curves"] for point in curve["points"]]
         texts = []

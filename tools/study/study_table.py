@@ -14,6 +14,7 @@ from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE, RESULT_FILE
 from pipeline.storage.run_records import read_record
 from pipeline.tracking.journal import is_number
+from pipeline.tracking.metric_names import is_percentage
 from tools.study.definition import STUDY_FILE, Study, load_study, study_runs
 from tools.study.paired_differences import LEVEL, PairedDifference
 from tools.tables import markdown_table, plain_table
@@ -39,6 +40,8 @@ class ArmResult:
     seconds: float | None
     published: float | None
     remark: str
+    mask_ap: float | None = None
+    """The mean over the seeds, in percent, of detection with masks."""
 
     @property
     def mean(self) -> float | None:
@@ -70,16 +73,22 @@ def arm_results(study: Study, directory: Path) -> list[ArmResult]:
     for name, arm in study.arms.items():
         runs = [run for run in study_runs(study, directory) if run.arm == name]
         done = [(run.seed, *result) for run in runs if (result := _run_result(run.directory))]
-        finished, metrics, values, seconds = zip(*done, strict=True) if done else ((), (), (), ())
+        finished, metrics, values, seconds, masks = zip(*done, strict=True) if done else ((), (), (), (), ())
         metric, mean_seconds = (metrics[0], fmean(seconds)) if done else ("", None)
+        mask_ap = fmean(masks) if done and None not in masks else None
         arms.append(
-            ArmResult(name, metric, values, finished, len(study.seeds), mean_seconds, arm.published, arm.remark)
+            ArmResult(
+                name, metric, values, finished, len(study.seeds), mean_seconds, arm.published, arm.remark, mask_ap
+            )
         )
     return arms
 
 
-def _run_result(run: Path) -> tuple[str, float, float] | None:
-    """The metric and value of the last stage, and the seconds of all stages; None if the run is not finished."""
+def _run_result(run: Path) -> tuple[str, float, float, float | None] | None:
+    """The metric and value of the last stage, the seconds of all stages, and its mask AP; None for an unfinished run.
+
+    Mask AP is None if the stage has none.
+    """
     recipe = run / RECIPE_FILE
     stages = [run / name for name in load_recipe(recipe).stages] if recipe.exists() else []
     if not stages or not read_done(stages[-1]):
@@ -89,7 +98,8 @@ def _run_result(run: Path) -> tuple[str, float, float] | None:
     if not isinstance(metrics, dict) or not all(is_number(value) for value in metrics.values()):
         return None
     metric, value = next(iter(metrics.items()), ("", float("nan")))
-    return metric, value, sum(seconds for result in results if is_number(seconds := result.get("seconds")))
+    total = sum(seconds for result in results if is_number(seconds := result.get("seconds")))
+    return metric, value, total, metrics.get("mask_ap")
 
 
 def paired_differences(study: Study, results: Sequence[ArmResult]) -> list[PairedDifference]:
@@ -150,6 +160,7 @@ def study_rows(study: Study, results: list[ArmResult]) -> list[tuple[str, ...]]:
         digits = _digits(arm.metric)
         result = "" if arm.mean is None else f"{arm.mean:.{digits}f}"
         result += f" ± {arm.deviation:.{digits}f}" if arm.deviation is not None else ""
+        result += f" (masks {arm.mask_ap:.{digits}f})" if arm.mask_ap is not None else ""
         difference = "" if arm.mean is None or arm.published is None else f"{arm.mean - arm.published:+.2f}"
         published = study.published_text(arm.arm)
         minutes = "" if arm.seconds is None else f"{arm.seconds / 60:.1f}"
@@ -176,4 +187,4 @@ def pair_rows(pairs: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
 
 def _digits(metric: str) -> int:
     """Return the number of decimal places to print: two for a percentage, four for a loss."""
-    return 2 if metric in ("top1", "miou", "box_ap") else 4
+    return 2 if is_percentage(metric) else 4

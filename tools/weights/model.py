@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.store import committed_checkpoints
 from pipeline.errors import CheckpointError, first_line, shortened
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
@@ -19,7 +20,7 @@ from pipeline.training.saving import checkpoint_home
 from pipeline.weights.architecture import COUNTER
 from pipeline.weights.foreign import MissingEntryError, load_weights
 from pipeline.weights.heads import head_names
-from pipeline.weights.inference import refuse_segmenter
+from pipeline.weights.inference import refuse_other_heads
 from pipeline.weights.input_channels import Adaptation, adapt_channels, input_channels
 from pipeline.weights.safetensors_file import read_weights
 from tools.weights.checkpoint_weights import read_checkpoint_weights
@@ -51,9 +52,11 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
             first in the file.
 
     Raises:
-        CheckpointError: if there are no such weights, or a tensor has no place in the model.
+        CheckpointError: if there are no such weights, they are a checkpoint's directory, or a tensor has no place in
+            the model.
         StageError: if a directory is neither a run nor a stage.
     """
+    refuse_checkpoint(path)
     if not os.path.isdir(path):
         return _open_file(path, entry, ema)
     directory = stage_of(Path(path))
@@ -62,6 +65,15 @@ def open_weights(path: str, *, entry: str | None = None, ema: bool | None = None
         if ema is None or opened.which == ("ema" if ema else "model"):
             return opened._replace(stage=directory)
     return _open_checkpoint(Stage(directory), ema)
+
+
+def refuse_checkpoint(path: str) -> None:
+    """Raise CheckpointError if a path or a URL is that of a checkpoint, whose tensors do not tell their model."""
+    if CheckpointName.parse(path.rstrip("/").rpartition("/")[2]):
+        raise CheckpointError(
+            f"{path} is a checkpoint; name the directory of its stage with --ema or --raw for the newest one, or write a"
+            f" classifier's weights to a file by `fcmae checkpoint export {path} WEIGHTS.safetensors`"
+        )
 
 
 def stage_of(directory: Path) -> Path:
@@ -153,7 +165,7 @@ def build_model(
     Raises:
         CheckpointError: if there is no such model, or the tensors do not fit it.
     """
-    refuse_segmenter(tensors, source)
+    refuse_other_heads(tensors, source)
     tensors, _ = model_tensors(tensors)
     if isinstance(options, Mapping) and "name" in options:
         shape = {name: value for name, value in options.items() if name not in ("depths", "dims") or value is not None}

@@ -10,7 +10,7 @@ from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.weights.architecture import SegmenterArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
-from pipeline.weights.inference import refuse_segmenter
+from pipeline.weights.inference import refuse_other_heads
 from pipeline.weights.input_channels import adapt_channels, input_channels
 from pipeline.weights.transfer import plan_transfer, segmenter_weights
 from tests.oracles import randomise
@@ -105,11 +105,14 @@ def test_a_tensor_too_few_too_many_or_of_another_size_is_named():
 
 def test_the_advice_for_a_checkpoint_is_to_export_it_first(tmp_path):
     advice = r"`fcmae checkpoint export {} WEIGHTS\.safetensors` and then `fcmae convert WEIGHTS\.safetensors"
-    for source in (str(tmp_path), f"file://{tmp_path}"):
-        with pytest.raises(CheckpointError, match=advice.format(source)):
-            refuse_segmenter(["decode_head.conv_seg.weight"], source)
-    with pytest.raises(CheckpointError, match=r"segmentation; `fcmae convert a\.pth"):
-        refuse_segmenter(["decode_head.conv_seg.weight"], "a.pth")
+    remote = "s3://bucket/run/checkpoints/step-000000012.000001"
+    heads = {"segmentation": ["decode_head.conv_seg.weight"], "detection": ["neck.x", "rpn_head.rpn_conv.weight"]}
+    for kind, names in heads.items():
+        for source in (str(tmp_path), f"file://{tmp_path}", remote, f"{remote}/"):
+            with pytest.raises(CheckpointError, match=f"model for {kind}; {advice.format(source)}"):
+                refuse_other_heads(names, source)
+        with pytest.raises(CheckpointError, match=rf"{kind}; `fcmae convert s3://a\.pth"):
+            refuse_other_heads(names, "s3://a.pth")
 
 
 def test_files_convert_and_drop_their_head(tmp_path):
