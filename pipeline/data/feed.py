@@ -232,7 +232,7 @@ class _Delivery:
         """
         own_labels = torch.empty(len(ids), dtype=torch.int64, pin_memory=self.pinned)
         np.copyto(own_labels.numpy(), labels[:, 0] if self._labels is None else self._labels[labels[:, 0]])
-        own = views.objects
+        facts = views.facts
         batch = Batch(
             images=views.images.permute(0, 3, 1, 2),
             labels=own_labels,
@@ -241,9 +241,9 @@ class _Delivery:
             slots=slots,
             valid=torch.from_numpy(valid.copy()),
             label_maps=views.label_maps,
-            objects=own and own.joined(self.pinned),
-            view_sizes=own and torch.from_numpy(own.sizes),
-            image_sizes=own and torch.from_numpy(own.image_sizes),
+            objects=facts and facts.joined(self.pinned),
+            view_sizes=facts and torch.from_numpy(facts.sizes),
+            image_sizes=facts and torch.from_numpy(facts.image_sizes),
         )
         if self._stream is None:
             return self._with_tables(batch), None

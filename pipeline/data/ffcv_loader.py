@@ -28,7 +28,7 @@ import torch
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
 from pipeline.data.decode import ImageDecoder, StoredImages, compile_decoder, describe_status
-from pipeline.data.object_views import ObjectPlan, ObjectTestPlan, ObjectViews, compile_objects
+from pipeline.data.object_views import ObjectPlan, ObjectTestPlan, ViewFacts, compile_objects
 from pipeline.data.scenes import ScenePlan, SceneTestPlan, compile_scenes
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, DataTimeoutError
@@ -112,12 +112,12 @@ class Views:
 
     images: torch.Tensor  # uint8 (N, H, W, 3)
     label_maps: torch.Tensor | None  # (N, H, W), of segmentation alone; see Batch
-    objects: ObjectViews | None  # of detection alone
+    facts: ViewFacts | None  # of detection alone
 
     def one(self, place: int) -> "Views":
         part = slice(place, place + 1)
         label_maps = None if self.label_maps is None else self.label_maps[part]
-        return Views(self.images[part], label_maps, self.objects and self.objects.one(place))
+        return Views(self.images[part], label_maps, self.facts and self.facts.one(place))
 
 
 class _Images(Operation):
@@ -147,17 +147,17 @@ class _Images(Operation):
 
     def empty_views(self, ids: np.ndarray, pinned: bool) -> Views:
         """Return memory for the views of these samples, pinned for copies to a GPU that are asynchronous."""
-        plan, label_maps, objects = self.plan, None, None
+        plan, label_maps, facts = self.plan, None, None
         height, width = self.samples["f0"][ids[0]][["height", "width"]].item()
         if isinstance(plan, ScenePlan):
             size, map_size = plan.sizes(height, width)
             dtype = torch.uint8 if plan.maps.dtype.itemsize == 1 else torch.int32
             label_maps = torch.empty(len(ids), *map_size, dtype=dtype, pin_memory=pinned)
         elif isinstance(plan, ObjectPlan):
-            size, objects = plan.size(height, width), ObjectViews.empty(len(ids))
+            size, facts = plan.size(height, width), ViewFacts.empty(len(ids))
         else:
             size = height_and_width(plan.image_size)
-        return Views(torch.empty(len(ids), *size, 3, dtype=torch.uint8, pin_memory=pinned), label_maps, objects)
+        return Views(torch.empty(len(ids), *size, 3, dtype=torch.uint8, pin_memory=pinned), label_maps, facts)
 
     def start(
         self, epoch: int, ids: np.ndarray, views: Views, metadata: np.ndarray, storage: tuple
@@ -174,9 +174,9 @@ class _Images(Operation):
         if isinstance(self.plan, ScenePlan):
             before = self.plan.cut_maps(epoch, ids, plan, views.label_maps.numpy())
         if isinstance(self.plan, ObjectPlan):
-            views.objects.image_sizes[:] = np.stack([heights, widths], 1)
-            views.objects.note_sizes(plan, tuple(views.images.shape[1:3]))
-            before = self.plan.cut_objects(ids, plan, views.objects)
+            views.facts.image_sizes[:] = np.stack([heights, widths], 1)
+            views.facts.note_sizes(plan, tuple(views.images.shape[1:3]))
+            before = self.plan.cut_objects(ids, plan, views.facts)
         return self.decoder.start(file, stored, plan, views.images.numpy(), before)
 
 

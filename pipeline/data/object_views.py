@@ -44,7 +44,7 @@ class ViewObjects(NamedTuple):
     masks: np.ndarray | None  # uint8 (n, H, ceil(W / 8))
 
 
-class ObjectViews:
+class ViewFacts:
     """What is known of the N views of a batch beside their pixels.
 
     Attributes:
@@ -66,10 +66,10 @@ class ObjectViews:
         for axis, side in enumerate(("height", "width")):
             self.sizes[:, axis] = np.minimum(plan[f"full_{side}"] - plan["yx"[axis] + "0"], view[axis])
 
-    def one(self, place: int) -> "ObjectViews":
+    def one(self, place: int) -> "ViewFacts":
         """A window on one of the views."""
         part = slice(place, place + 1)
-        return ObjectViews(self.sizes[part], self.image_sizes[part], self.objects[part])
+        return ViewFacts(self.sizes[part], self.image_sizes[part], self.objects[part])
 
     def joined(self, pinned: bool) -> BatchObjects | None:
         """Return the objects of all views in tensors of their own, pinned for copies to a GPU; None in tests."""
@@ -171,12 +171,12 @@ class ObjectTrainingPlan:
         height, width = (max((2 * side * up + down) // (2 * down), 1) for side in shape)
         return height, width
 
-    def cut_objects(self, ids: np.ndarray, plan: np.ndarray, views: ObjectViews) -> CutObjects:
+    def cut_objects(self, ids: np.ndarray, plan: np.ndarray, facts: ViewFacts) -> CutObjects:
         """Return the function that moves the objects of one image into its view."""
 
         def cut(place: int) -> int:
             try:
-                views.objects[place] = self._objects_of(int(ids[place]), plan[place], tuple(views.sizes[place].tolist()))
+                facts.objects[place] = self._objects_of(int(ids[place]), plan[place], tuple(facts.sizes[place].tolist()))
             except DataError:
                 return BAD_OBJECTS
             return OK
@@ -236,7 +236,7 @@ class ObjectTestPlan:
             )
         return plan
 
-    def cut_objects(self, ids: np.ndarray, plan: np.ndarray, views: ObjectViews) -> None:
+    def cut_objects(self, ids: np.ndarray, plan: np.ndarray, facts: ViewFacts) -> None:
         """Tests need no objects: predictions are compared with what the file holds."""
 
 

@@ -89,7 +89,8 @@ class DetectionSettings(Settings):
 class ObjectViewSettings(Settings):
     """How images with objects become training views and tests. `data.image_size` is the canvas, the size of a view.
 
-    A view lies at the canvas' upper left corner; the rest of the canvas is padding.
+    A view lies at the canvas' upper left corner; the rest of the canvas is padding. large_scale_jitter cuts what is
+    larger than the canvas; the other kinds scale such an image down until it fits.
     """
 
     kind: Literal["large_scale_jitter", "multi_scale", "resize"] = "large_scale_jitter"

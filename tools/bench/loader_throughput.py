@@ -2,11 +2,13 @@
 
     python -m tools.bench.loader_throughput [ROUNDS]
     python -m tools.bench.loader_throughput scenes [ROUNDS]
+    python -m tools.bench.loader_throughput objects [ROUNDS]
 
 All read the same JPEGs of quality 90 and apply the pre-training transforms (crop of 0.2-1, flip) and the fine-tuning
 ones (crop of 0.08-1, flip, RandAugment), at 224 and 384 pixels. Figures are images per second of CPU time of all
 threads and worker processes. Two workers each. `scenes` measures our feed's views for segmentation: crops of 512 pixels
-of JPEGs of 683 x 512, with label maps of 150 classes.
+of JPEGs of 683 x 512, with label maps of 150 classes. `objects` measures those for detection: JPEGs of 640 x 480 with
+seven ellipses each, whose areas are log-uniform between 200 and 90,000 pixels.
 """
 
 import importlib.util
@@ -20,16 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco_masks
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.beton import Beton, open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
+from pipeline.data.objects_file import image_objects
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from pipeline.recipe.channel_statistics import IMAGENET
+from pipeline.recipe.detection_settings import ObjectViewSettings
 from pipeline.recipe.sections import BatchSettings, DataSettings
 from pipeline.recipe.segmentation_settings import SceneSettings
 from tools.bench.photographs import HEIGHT, WIDTH, photographs
@@ -40,6 +45,7 @@ RATIO, OPERATIONS = (3 / 4, 4 / 3), "rand-m9-mstd0.5-inc1"
 TRANSFORMS = {"pre-training": ((0.2, 1.0), None), "fine-tuning": ((0.08, 1.0), OPERATIONS)}
 SIZES = (224, 384)
 SCENE_SIZE, SCENE_CLASSES = (512, 683), 150  # height and width: the usual photograph of ADE20K
+OBJECTS_SIZE, OBJECTS, OBJECT_AREAS = (480, 640), 7, (200, 90_000)  # height and width: the usual photograph of COCO
 
 
 def write_data(images: list[Image.Image], directory: Path) -> list[Beton]:
@@ -160,11 +166,29 @@ def write_scene_file(images: list[Image.Image], path: Path) -> Beton:
     return open_beton(path)
 
 
-def scene_batches(beton: Beton, rounds: int, **changes: bool | float) -> Iterator[torch.Tensor]:
-    """Batches of scenes, with changes of `data.scenes`."""
-    settings = DataSettings(train=str(beton.path), image_size=512, scenes=SceneSettings(**changes))
+def write_object_file(images: list[Image.Image], path: Path) -> Beton:
+    """Write the images as JPEGs with ellipses anywhere in them as their objects."""
+    numbers, (height, width) = np.random.default_rng(1), OBJECTS_SIZE
+    y, x = np.mgrid[:height, :width]
+    with BetonWriter(path, ["any"], len(images)) as writer:
+        for number, image in enumerate(images):
+            file, drawn = io.BytesIO(), []
+            image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            for area in np.exp(numbers.uniform(*np.log(OBJECT_AREAS), OBJECTS)).tolist():
+                high, centre = (area / np.pi) ** 0.5 * numbers.uniform(0.7, 1.4), numbers.uniform(0, 1, 2)
+                wide = area / np.pi / high
+                mask = ((y - centre[0] * height) / high) ** 2 + ((x - centre[1] * width) / wide) ** 2 < 1
+                rle = coco_masks.encode(np.asfortranarray(mask, np.uint8))
+                drawn.append({"box": coco_masks.toBbox(rle), "class": 0, "rle": rle["counts"]})
+            objects = image_objects(number, OBJECTS_SIZE, drawn, (1,))
+            writer.add(file.getvalue(), 0, size=OBJECTS_SIZE, objects=objects)
+    return open_beton(path)
+
+
+def view_batches(settings: DataSettings, beton: Beton, rounds: int, **options: bool) -> Iterator[torch.Tensor]:
+    """Batches of views for segmentation or detection; as many rounds as `our_batches`."""
     batch = BatchSettings(global_batch=BATCH, slot=BATCH)
-    feed = TrainFeed(Subset(beton), settings, batch, World.alone(), seed=7, workers=WORKERS)
+    feed = TrainFeed(Subset(beton), settings, batch, World.alone(), seed=7, workers=WORKERS, **options)
     for step in range(4 * rounds * feed.steps_per_epoch + 1):
         yield from (batch.images for batch in feed.slots(step))
     feed.close()
@@ -182,8 +206,21 @@ def measure_scenes(rounds: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         beton = write_scene_file(photographs(IMAGES), Path(folder) / "scenes.beton")
         for name, changes in variants.items():
-            rate = images_per_second(scene_batches(beton, rounds, **changes), skip_first=True)
+            settings = DataSettings(train=str(beton.path), image_size=512, scenes=SceneSettings(**changes))
+            rate = images_per_second(view_batches(settings, beton, rounds), skip_first=True)
             print(f"{name:30}{rate:8.0f}", flush=True)
+
+
+def measure_objects(rounds: int = 1) -> None:
+    torch.set_num_threads(1)
+    print("images per CPU-second")
+    with tempfile.TemporaryDirectory() as folder:
+        beton = write_object_file(photographs(IMAGES), Path(folder) / "objects.beton")
+        for kind, canvas in (("large_scale_jitter", 1024), ("multi_scale", 1344), ("resize", 1344)):
+            settings = DataSettings(train=str(beton.path), image_size=canvas, views=ObjectViewSettings(kind=kind))
+            for masks in (False, True):
+                rate = images_per_second(view_batches(settings, beton, rounds, masks=masks), skip_first=True)
+                print(f"{kind}, {canvas} px, {'masks' if masks else 'boxes alone':12}{rate:8.1f}", flush=True)
 
 
 def main(rounds: int = 2) -> None:
@@ -210,7 +247,8 @@ def main(rounds: int = 2) -> None:
 
 if __name__ == "__main__":
     try:
-        measure, numbers = (measure_scenes, sys.argv[2:]) if sys.argv[1:2] == ["scenes"] else (main, sys.argv[1:])
-        measure(*map(int, numbers))
+        measures = {"scenes": measure_scenes, "objects": measure_objects}
+        named = measures.get(next(iter(sys.argv[1:]), ""))
+        (named or main)(*map(int, sys.argv[2 if named else 1 :]))
     except DataError as error:
         sys.exit(str(error))

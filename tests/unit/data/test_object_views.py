@@ -12,7 +12,14 @@ from pycocotools import mask as coco_masks
 from pipeline.data.batch_objects import unpack_masks
 from pipeline.data.beton import RAW
 from pipeline.data.decode import BAD_OBJECTS, OK, ImageDecoder, StoredImages
-from pipeline.data.object_views import ObjectTestPlan, ObjectTrainingPlan, ObjectViews, cut_mask, decode_runs
+from pipeline.data.object_views import (
+    ObjectTestPlan,
+    ObjectTrainingPlan,
+    ViewFacts,
+    compile_objects,
+    cut_mask,
+    decode_runs,
+)
 from pipeline.data.objects_file import ROW
 from pipeline.data.scenes import nearest_sources
 from pipeline.errors import DataError
@@ -63,7 +70,7 @@ def views_of(image, plan, epoch=0, sample=0):
     (height, width), ids = image.shape[:2], np.array([sample])
     sides = np.array([height]), np.array([width])
     stored = StoredImages(np.array([0]), np.array([image.size]), np.array([RAW]), *sides)
-    rows, found = plan(epoch, ids, *sides), ObjectViews.empty(1)
+    rows, found = plan(epoch, ids, *sides), ViewFacts.empty(1)
     out = np.zeros((1, *plan.size(height, width), 3), np.uint8)
     found.note_sizes(rows, out.shape[1:3])
     decoder = ImageDecoder(1, 3)
@@ -171,6 +178,13 @@ def test_damaged_masks_are_named_as_an_images_damage(rle):
     assert status == BAD_OBJECTS
     *_, status = views_of(image, training_plan([[((2.0, 3.0, 20.0, 10.0), rle, False)]], kind="resize", masks=False))
     assert status == OK
+
+
+def test_masks_are_cut_by_what_was_compiled_ahead():
+    mask = np.ones((20, 30), np.uint8)
+    compile_objects()
+    views_of(np.zeros((20, 30, 3), np.uint8), training_plan([[((2.0, 3.0, 20.0, 10.0), mask, False)]]))
+    assert len(cut_mask.signatures) == 1
 
 
 def plans(plan, count, height, width, epoch=0):
