@@ -105,14 +105,6 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                 f"stage {recipe.name}: the {what} of data.validation {recipe.data.validation} have other classes than"
                 " those of data.train, or in another order; prepare both with the same class names"
             )
-    if isinstance(recipe.objective, DetectionSettings):
-        for name, beton in betons.items():
-            _check_objects(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
-        if "validation" in betons and betons["validation"].classes != betons["train"].classes:
-            raise DataError(
-                f"stage {recipe.name}: the objects of data.validation {recipe.data.validation} have other classes than"
-                " those of data.train, or in another order; prepare both with the same class names"
-            )
     if sum(train.values()) < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
@@ -147,6 +139,8 @@ def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
         )
     if not beton.objects.annotated:
         raise DataError(f"stage {recipe.name}: no image of {data} has an object; name a file with annotated images")
+    if sum(beton.objects.counts) <= beton.objects.crowds:
+        raise DataError(f"stage {recipe.name}: {data} has crowds alone; name a file with single objects too")
     if recipe.objective.has_masks and not beton.objects.masks:
         raise DataError(
             f"stage {recipe.name}: the objects of {data} have no masks, which objective.head {recipe.objective.head}"
@@ -168,25 +162,4 @@ def _check_label_maps(recipe: StageRecipe, data: str, beton: Beton) -> None:
     if not sum(beton.maps.frequencies):
         raise DataError(
             f"stage {recipe.name}: every pixel in the label maps of {data} is ignored; name a file with labelled pixels"
-        )
-
-
-def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
-    objects, objective = beton.objects, recipe.objective
-    if objects is None:
-        raise DataError(
-            f"stage {recipe.name}: {data} has no objects, which the objective detection needs; make a file with them by"
-            " `fcmae prepare coco IMAGES ANNOTATIONS.json OUT.beton`"
-        )
-    if len(beton.classes) != objective.classes:
-        raise DataError(
-            f"stage {recipe.name}: objective.classes is {objective.classes}, but the objects of {data} have"
-            f" {len(beton.classes)}; correct one of them"
-        )
-    if sum(objects.counts) <= objects.crowds:
-        raise DataError(f"stage {recipe.name}: {data} has no object that is not a crowd; name a file with objects")
-    if objective.has_masks and not objects.masks:
-        raise DataError(
-            f"stage {recipe.name}: {data} has boxes without masks, and head {objective.head} learns masks; set"
-            f" objective.head to faster_rcnn, or prepare annotations with masks"
         )
