@@ -105,7 +105,8 @@ def _follow_step(
     play_norm_groups(model, recipe, ranks, len(batch.images))
     live = _Live(model, log=device == "cuda")
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(live.is_gradient)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(live.is_gradient)
     with kernels, DeviceCasts(device, recipe.engine.precision), live:
         loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs

@@ -77,7 +77,7 @@ class Engine(ABC):
             compile_blocks(self.module)
         settings = recipe.optimizer
         self.groups = parameter_groups(
-            self.module.named_parameters(),
+            [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad],
             depths=getattr(model, "depths", ()),
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
@@ -266,6 +266,6 @@ class Engine(ABC):
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters are gathered together: blocks, stems, downsampling layers, heads for segmentation.
+    """The modules whose parameters are gathered together: blocks, stems, downsampling layers, heads.
     The rest of the parameters belongs to the model."""
     return [module for module in model.modules() if isinstance(module, UNITS)]

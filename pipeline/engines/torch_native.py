@@ -26,8 +26,9 @@ class NativeEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         super().__init__(model, recipe, world, guard)
         self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._trained = [parameter for parameter in self._names if parameter.requires_grad]
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)
-        self._optimizer.make_state(self._names)
+        self._optimizer.make_state(self._trained)
 
     def items(self) -> dict[str, Tensor]:
         return {**{name: p.detach() for p, name in self._names.items()}, **self._float_buffers()}
@@ -46,7 +47,7 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
         # As torch's get_total_norm, which takes the shards of FSDP one by one.
-        norms = torch.stack(torch._foreach_norm([local(parameter.grad) for parameter in self._names]))
+        norms = torch.stack(torch._foreach_norm([local(parameter.grad) for parameter in self._trained]))
         if self._shard_group is not None:
             squares = norms**2
             dist.all_reduce(squares, group=self._shard_group)
@@ -58,7 +59,7 @@ class NativeEngine(Engine):
         limit = self.recipe.optimizer.clip_norm
         if limit is not None:
             factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [local(parameter.grad) for parameter in self._names]
+            gradients = [local(parameter.grad) for parameter in self._trained]
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         self._optimizer.prepare(lr, self._accepted)
         self._optimizer.step()
@@ -68,4 +69,4 @@ class NativeEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        return {name: dict(self._optimizer.state[p]) for p, name in self._names.items()}
+        return {self._names[p]: dict(self._optimizer.state[p]) for p in self._trained}

@@ -9,6 +9,7 @@ from pipeline.models.convnextv2 import VARIANTS, ConvNeXtBlock, ConvNeXtV2, Down
 from pipeline.models.decoder import TransformerBlock
 from pipeline.models.initialise import initial_values, initialise
 from pipeline.models.nextvit import NCB, NTB, NextViT
+from pipeline.models.region_heads import BoxHead, MaskHead, RPNHead
 from pipeline.models.rival_blocks import RivalBlock
 from pipeline.models.segmentation_head import SegmentationHead
 from pipeline.models.semantic_fpn import FeaturePyramid
@@ -23,7 +24,7 @@ FAMILIES: dict[str, tuple[type[Backbone], dict[str, tuple]]] = {
 # Modules that an engine compiles one at a time.
 BLOCKS = (ConvNeXtBlock, TransformerBlock, SLaKBlock, NCB, NTB, RivalBlock)
 # Modules that an engine gathers one at a time.
-UNITS = (*BLOCKS, Downsample, Stem, SegmentationHead, FeaturePyramid)
+UNITS = (*BLOCKS, Downsample, Stem, SegmentationHead, FeaturePyramid, RPNHead, BoxHead, MaskHead)
 
 
 def create_model(name: str, num_classes: int = 1000, **options: Any) -> ConvNeXtV2 | SLaK | NextViT:

@@ -56,10 +56,17 @@ class Backbone(nn.Module):
         """Pixels on a side of one site of the last map; with masks, of one cell."""
         return self.stem_stride * 2 ** (len(self.depths) - 1)
 
-    def drop_path_rates(self, rate: float) -> list[float]:
-        """The drop-path rate of each row of `keep`: 0 at the first block, rising evenly to `rate` at the last."""
-        blocks = sum(self.depths)
-        return [rate * i / max(blocks - 1, 1) for i in range(blocks)]
+    def first_stages(self, count: int) -> list[nn.Module]:
+        """The stem and the first `count` stages, with what downsamples between them; nothing if `count` is 0."""
+        raise NotImplementedError
+
+    def drop_path_rates(self, rate: float, frozen_stages: int = 0) -> list[float]:
+        """The drop-path rate of each row of `keep`: 0 at the first block, rising evenly to `rate` at the last.
+
+        frozen_stages: so many stages drop no path.
+        """
+        blocks, frozen = sum(self.depths), sum(self.depths[:frozen_stages])
+        return [rate * i / max(blocks - 1, 1) if i >= frozen else 0.0 for i in range(blocks)]
 
 
 def drop_path(branch: Tensor, keep: Tensor | None) -> Tensor:

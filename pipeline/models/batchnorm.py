@@ -39,6 +39,8 @@ class BatchNorm(RunningStatistics, nn.BatchNorm2d):
 
     group_images: int | None = None
     group_ranks: dist.ProcessGroup | None = None
+    regions = 1
+    """Rows of x for each image: more than one behind RoIAlign."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = sum_dtype(x.dtype)
@@ -46,13 +48,13 @@ class BatchNorm(RunningStatistics, nn.BatchNorm2d):
         if not self.training:
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
-        if self.group_images in (None, len(x)):
+        if self.group_images in (None, images := len(x) // self.regions):
             y, mean, variance = self._normalise(x, weight, bias)
             self.seen = (mean, variance)
             return y
-        if len(x) % self.group_images:
-            raise ValueError(f"{len(x)} images are no whole number of norm groups of {self.group_images} on this rank")
-        groups = [self._normalise(group, weight, bias) for group in x.split(self.group_images)]
+        if images % self.group_images:
+            raise ValueError(f"{images} images are no whole number of norm groups of {self.group_images} on this rank")
+        groups = [self._normalise(group, weight, bias) for group in x.split(self.group_images * self.regions)]
         y, mean, variance = zip(*groups, strict=True)
         self.seen = (torch.stack(mean).mean(0), torch.stack(variance).mean(0))
         return torch.cat(y)

@@ -133,6 +133,9 @@ class ConvNeXt(Backbone):
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=EPS))
         self.finish(head_init_scale, seed)
 
+    def first_stages(self, count: int) -> list[nn.Module]:
+        return [*self.downsample_layers[:count], *self.stages[:count]]
+
     def stage_outputs(self, images: Tensor, layout: Layout = DENSE, keep: Tensor | None = None) -> list[Tensor]:
         """Map images (N, 3, H, W) to the features after each stage, as they lie in `layout`.
 

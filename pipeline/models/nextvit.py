@@ -300,9 +300,12 @@ class NextViT(Backbone):
             self.proj_head = nn.Sequential(nn.Linear(widths[-1], num_classes))
         self.finish(head_init_scale, seed)
 
-    def drop_path_rates(self, rate: float) -> list[float]:
+    def first_stages(self, count: int) -> list[nn.Module]:
+        return [self.stem, *self.features[: sum(self.depths[:count])]] if count else []
+
+    def drop_path_rates(self, rate: float, frozen_stages: int = 0) -> list[float]:
         """The drop-path rate of each row of `keep`: one row for each residual branch, in order."""
-        rates = zip(self.features, super().drop_path_rates(rate), strict=True)
+        rates = zip(self.features, super().drop_path_rates(rate, frozen_stages), strict=True)
         return [share * rate for block, rate in rates for share in block.shares]
 
     def forward_features(self, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:

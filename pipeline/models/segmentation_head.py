@@ -1,6 +1,6 @@
-"""What the heads of segmentation share: convolution, norm and ReLU, and the layer from features to classes.
+"""What heads share: convolution, norm and ReLU, and for segmentation the layer from features to classes.
 
-Names of parameters are those of mmsegmentation, so that released weights fit.
+Names of parameters are those of mmsegmentation and mmdetection, so that released weights fit.
 """
 
 from torch import Tensor, nn
@@ -12,18 +12,18 @@ GROUP_NORM_GROUPS = 32  # of channels in a GroupNorm, torch's and mmsegmentation
 
 
 class ConvNormReLU(nn.Sequential):
-    """A convolution that keeps the size, BatchNorm or GroupNorm, ReLU."""
+    """A convolution that keeps the size; BatchNorm, GroupNorm, or with the norm "none" a bias; ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: str):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm == "none")
         if norm == "batch":
             self.bn = BatchNorm(outputs)
-        elif outputs % GROUP_NORM_GROUPS:
-            raise ValueError(
-                f"a head has {outputs} channels, no multiple of GroupNorm's {GROUP_NORM_GROUPS} groups; change them"
-            )
-        else:
+        elif norm == "group":
+            if outputs % GROUP_NORM_GROUPS:
+                raise ValueError(
+                    f"a head has {outputs} channels, no multiple of GroupNorm's {GROUP_NORM_GROUPS} groups; change them"
+                )
             self.gn = nn.GroupNorm(GROUP_NORM_GROUPS, outputs)
         self.activate = nn.ReLU()
 

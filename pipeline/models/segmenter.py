@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.models import create_model
 from pipeline.models.backbone import Backbone
-from pipeline.models.batchnorm import counts_batches, update_running_statistics
-from pipeline.models.initialise import STD, initialise
-from pipeline.models.response_norm import ResponseBatchNorm
+from pipeline.models.backbone_heads import BackboneWithHeads, kaiming_deviation, xavier_deviation
+from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.segmentation_head import HEAD_NORMS, FCNHead
 from pipeline.models.semantic_fpn import FeaturePyramid, SemanticFPN
 from pipeline.models.upernet import UperNet
@@ -45,7 +44,7 @@ class HeadOptions:
     init_scale: float = 1.0
 
 
-class Segmenter(nn.Module):
+class Segmenter(BackboneWithHeads):
     """Maps images to logits of each class for sites of the stem, 4 x 4 pixels in published models.
 
     Args:
@@ -55,16 +54,11 @@ class Segmenter(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, options: HeadOptions, seed: int = 0):
-        super().__init__()
+        super().__init__(backbone, "segmentation")
         for name, value, known in (("head", options.kind, HEADS), ("norm", options.norm, HEAD_NORMS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         maps, channels, classes, norm = backbone.map_channels, options.channels, options.classes, options.norm
-        if len(maps) < 2:
-            raise ValueError(f"depths {backbone.depths} name one stage; a model for segmentation needs two or more")
-        if any(isinstance(module, ResponseBatchNorm) for module in backbone.modules()):
-            raise ValueError("response is bn, whose statistics no norm group can share; choose another, such as grn")
-        self.backbone, self.depths = backbone, backbone.depths
         self.neck = self.auxiliary_head = None
         if options.kind == "upernet":
             self.decode_head = UperNet(maps, channels, classes, norm)
@@ -76,27 +70,16 @@ class Segmenter(nn.Module):
         heads = [head for head in (self.decode_head, self.auxiliary_head) if head is not None]
         self.dropout_channels = tuple(head.channels for head in heads)
         """Channels that dropout can drop, of the head and of the auxiliary head."""
-        self.counts_batches = counts_batches(self)
-        self.init_scales = dict(self._init_scales(options.init_scale))
-        initialise(self, seed)
+        self.finish(dict(self._deviations(options.init_scale)), seed)
 
-    def _init_scales(self, scale: float) -> Iterator[tuple[str, float]]:
-        """Yield name and factor on the standard deviation, as mmsegmentation initialises: Kaiming's for convolutions
-        before a ReLU, Xavier's for the neck, 0.01 for the layers to classes."""
+    def _deviations(self, scale: float) -> Iterator[tuple[str, float]]:
+        """Yield name and standard deviation, as mmsegmentation initialises: Kaiming's for convolutions before a ReLU,
+        Xavier's for the neck, 0.01 for the layers to classes."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Conv2d) or name.startswith("backbone."):
                 continue
-            inputs, outputs = (channels * module.kernel_size[0] ** 2 for channels in module.weight.shape[1::-1])
-            deviation = (2 / outputs) ** 0.5
-            if name.startswith("neck."):
-                deviation = (2 / (inputs + outputs)) ** 0.5
-            elif name.endswith("conv_seg"):
-                deviation = 0.01 * scale
-            yield f"{name}.weight", deviation / STD
-
-    def drop_path_rates(self, rate: float) -> list[float]:
-        """The drop-path rate of each row of `keep`, see `Backbone`."""
-        return self.backbone.drop_path_rates(rate)
+            deviation = xavier_deviation(module) if name.startswith("neck.") else kaiming_deviation(module)
+            yield f"{name}.weight", 0.01 * scale if name.endswith("conv_seg") else deviation
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, dropout_keep: Tensor | None = None
