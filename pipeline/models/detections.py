@@ -44,9 +44,9 @@ def select_detections(
     if not soft:
         scores = scores * suppress(boxes, scores > 0, nms)
     row = scores.shape[1]
-    scores, order = scores.view(images, -1).sort(dim=1, descending=True, stable=True)
+    scores, order = scores.reshape(images, -1).sort(dim=1, descending=True, stable=True)
     missing = max(most - scores.shape[1], 0)  # fewer candidates than places
     scores, order = (F.pad(x[:, :most], (0, missing)) for x in (scores, order))
     valid = scores > 0
-    boxes = boxes.view(images, -1, 4).gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = boxes.reshape(images, -1, 4).gather(1, order[..., None].expand(-1, -1, 4))
     return Detections(boxes * valid[..., None], scores, (order // row) * valid, valid)

@@ -103,7 +103,12 @@ class Detector(BackboneWithHeads):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         if not 0 <= options.frozen_stages <= len(self.depths):
-            raise ValueError(f"frozen_stages is {options.frozen_stages}; depths {self.depths} has {len(self.depths)}")
+            raise ValueError(f"frozen_stages is {options.frozen_stages}; give 0 to {len(self.depths)}, the stages")
+        if not options.positives:
+            raise ValueError(
+                f"regions is {options.regions} and positive_share {options.positive_share}, which leaves no region for"
+                " objects; raise one of them"
+            )
         self.options = options
         self.strides = tuple(backbone.stem_stride * 2**level for level in range(len(backbone.map_channels) + 1))
         """Pixels on a side of a site of each map of the pyramid; the last one is pooled of the map before."""
