@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.kernels.precision import widen
 from pipeline.kernels.region_align import crop_masks
-from pipeline.models.assignment import assign, sample
-from pipeline.models.boxes import decode_boxes, encode_boxes, generalised_iou, intersection_over_union
+from pipeline.models.assignment import IGNORED, assign, overlap_objects, sample
+from pipeline.models.boxes import decode_boxes, encode_boxes, generalised_iou
 from pipeline.models.region_heads import MASK_SIDE
 from pipeline.models.region_proposals import Proposals, box_distance
 
@@ -55,9 +55,9 @@ def sample_regions(
     drawn = []
     for (truth, crowd, classes), boxes, valid, key in zip(objects, proposals.boxes, proposals.valid, keys, strict=True):
         count = len(truth)
-        shared = intersection_over_union(truth, boxes) * valid
-        assigned = assign(shared, crowd, overlap, overlap, overlap, match_low).masked_fill(~valid, -2)
-        own = torch.where(crowd | is_filling(truth), -2, torch.arange(count, device=truth.device))
+        shared = overlap_objects(truth, crowd, boxes) * valid
+        assigned = assign(shared, crowd, overlap, overlap, overlap, match_low).masked_fill(~valid, IGNORED)
+        own = torch.where(crowd | is_filling(truth), IGNORED, torch.arange(count, device=truth.device))
         assigned, boxes = torch.cat((own, assigned)), torch.cat((truth, boxes))
         places, is_drawn = sample(assigned, key, number, share)
         at = assigned[places]
@@ -88,9 +88,7 @@ def region_losses(
     own = boxes_of_class(deltas, regions.classes)
     if box_loss == "giou":
         decoded = decode_boxes(regions.boxes, own, deviations)
-        # Where there is no object, the box itself stands for it, so that no gradient is infinite.
-        truth = torch.where(regions.positive[..., None], regions.truth, regions.boxes + regions.boxes.new_tensor([0, 0, 1, 1]))
-        distance = (GIOU_WEIGHT * (1 - generalised_iou(decoded, truth)) * regions.positive).sum(1)
+        distance = (GIOU_WEIGHT * (1 - generalised_iou(decoded, regions.truth)) * regions.positive).sum(1)
     else:
         distance = box_distance(own, encode_boxes(regions.boxes, regions.truth, deviations), regions.positive)
     count = regions.valid.sum(1)

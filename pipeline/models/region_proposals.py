@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.suppression import suppress
-from pipeline.models.assignment import assign, sample
-from pipeline.models.boxes import decode_boxes, encode_boxes, intersection_over_union
+from pipeline.models.assignment import IGNORED, assign, overlap_objects, sample
+from pipeline.models.boxes import decode_boxes, encode_boxes
 
 SCALE = 8  # of the square root of an anchor's area, in strides
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
@@ -98,9 +98,9 @@ def sample_anchors(
     """
     drawn = []
     for (boxes, crowd, _), may, key in zip(objects, allowed, keys, strict=True):
-        overlap = intersection_over_union(boxes, anchors) * may
+        overlap = overlap_objects(boxes, crowd, anchors) * may
         assigned = assign(overlap, crowd, POSITIVE, NEGATIVE, NEGATIVE, True)
-        places, valid = sample(assigned.masked_fill(~may, -2), key, number, POSITIVE_SHARE)
+        places, valid = sample(assigned.masked_fill(~may, IGNORED), key, number, POSITIVE_SHARE)
         at = assigned[places]
         drawn.append((places, valid, valid & (at >= 0), boxes[at.clamp(min=0)]))
     return tuple(torch.stack(parts) for parts in zip(*drawn, strict=True))
