@@ -22,7 +22,7 @@ from pipeline.weights.heads import HeadMatch, head_names, map_head
 from pipeline.weights.inference import refuse_other_heads
 from pipeline.weights.input_channels import match_channels
 from pipeline.weights.safetensors_file import read_bytes, read_facts, read_weights, write_weights
-from pipeline.weights.transfer import Transfer, plan_transfer
+from pipeline.weights.transfer import Transfer, class_layers, plan_transfer
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     if stage.recipe.init.response == "new":
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
     head = None
-    if stage.recipe.init.head == "keep":
+    if stage.recipe.init.head == "keep" and stage.recipe.objective.kind == "detection":
+        if _classes_of(path) not in (None, list(classes)):  # its other layers serve any classes
+            drop, fresh = (*drop, *class_layers(weights)), (*fresh, *class_layers(engine.items()))
+    elif stage.recipe.init.head == "keep":
         _check_classes(stage.recipe, path, classes)
     if stage.recipe.init.head == "map":
         weights, head = _map_head(path, weights, engine.items(), classes)

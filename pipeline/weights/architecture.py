@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from pipeline.errors import CheckpointError
 from pipeline.models import FAMILIES, create_model
+from pipeline.models.detector import create_detector
+from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.fcmae import FCMAE
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 
@@ -165,16 +168,14 @@ class NextViTArchitecture(Architecture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterArchitecture(Architecture):
-    """The architecture of a model for segmentation: a backbone without head, and what stands behind it."""
-
-    title = "segmentation model"
+class HeadedArchitecture(Architecture):
+    """The architecture of a backbone without head, and of what stands behind it for another task."""
 
     backbone: Architecture
-    head: HeadOptions
+    head: HeadOptions | DetectorOptions
 
     @classmethod
-    def of(cls, backbone: Architecture, head: HeadOptions) -> "SegmenterArchitecture":
+    def of(cls, backbone: Architecture, head: HeadOptions | DetectorOptions) -> "HeadedArchitecture":
         return cls(
             depths=backbone.depths,
             dims=backbone.dims,
@@ -194,17 +195,26 @@ class SegmenterArchitecture(Architecture):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """Arguments of `create_segmenter(family, head, ...)`."""
+        """Arguments of `create_segmenter(family, head, ...)` or `create_detector`."""
         return {name: value for name, value in self.backbone.model_options.items() if name != "num_classes"}
 
     @property
     def variant(self) -> None:
         return None
 
+    @property
+    def kind(self) -> str:
+        """The name of the heads."""
+        raise NotImplementedError
+
+    def create(self) -> nn.Module:
+        """Create the model."""
+        raise NotImplementedError
+
     def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
         try:
             with torch.device("meta"):
-                model = create_segmenter(self.family, self.head, **self.model_options)
+                model = self.create()
         except ValueError as error:
             raise CheckpointError(f"no model has tensors of these sizes: {error}") from error
         tensors = model.state_dict().items()
@@ -212,4 +222,30 @@ class SegmenterArchitecture(Architecture):
 
     def __str__(self) -> str:
         backbone = self.backbone.variant or str(self.backbone).removesuffix(" without head")
-        return f"{self.head.kind} with {self.classes} classes on {backbone}"
+        return f"{self.kind} with {self.classes} classes on {backbone}"
+
+
+class SegmenterArchitecture(HeadedArchitecture):
+    """The architecture of a model for segmentation."""
+
+    title = "segmentation model"
+
+    @property
+    def kind(self) -> str:
+        return self.head.kind
+
+    def create(self) -> nn.Module:
+        return create_segmenter(self.family, self.head, **self.model_options)
+
+
+class DetectorArchitecture(HeadedArchitecture):
+    """The architecture of a model for detection."""
+
+    title = "detection model"
+
+    @property
+    def kind(self) -> str:
+        return self.head.head
+
+    def create(self) -> nn.Module:
+        return create_detector(self.family, self.head, **self.model_options)

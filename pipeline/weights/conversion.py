@@ -5,7 +5,7 @@
 - official sparse: MinkowskiEngine's `kernel` (sites, in, out) counts sites down the columns,
   W[o, i, h, w] = kernel[h + size * w, i, o]; biases are (1, C).
 - timm: GRN is (4C,), and the linear layers of atto to nano are 1x1 convolutions.
-- mmsegmentation: the same shapes; mmpretrain's linear layers may be 1x1 convolutions.
+- mmsegmentation and mmdetection: the same shapes; mmpretrain's linear layers may be 1x1 convolutions.
 - transformers: the same shapes; `layer_norm_eps` of its config must be 1e-6.
 
 GRN's tensors occur as (4C,), (1, 4C) and (1, 1, 1, 4C). The official conversion, applied twice, makes them
@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture, SegmenterArchitecture
-from pipeline.weights.inference import has_segmentation_head, infer_architecture, is_nextvit
+from pipeline.weights.architecture import COUNTER, Architecture, ConvNeXtArchitecture, HeadedArchitecture
+from pipeline.weights.inference import (
+    has_detection_head,
+    has_segmentation_head,
+    infer_architecture,
+    is_nextvit,
+)
 from pipeline.weights.tensor_names import (
     LAYOUTS,
     belongs_to_pretraining,
@@ -28,7 +33,7 @@ from pipeline.weights.tensor_names import (
     internal_name,
     nextvit_internal_names,
     nextvit_timm_name,
-    segmenter_internal_names,
+    openmmlab_internal_names,
 )
 
 _CONV_MLP = tuple(
@@ -83,8 +88,9 @@ def to_internal(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conve
     """
     counters = tuple(name for name in tensors if name.endswith(COUNTER))
     tensors, unused = {name: tensor for name, tensor in tensors.items() if name not in counters}, ()
-    if has_segmentation_head(tensors):
-        layout, names = "mmsegmentation", segmenter_internal_names(tensors)
+    if has_detection_head(tensors) or has_segmentation_head(tensors):
+        layout = "mmdetection" if has_detection_head(tensors) else "mmsegmentation"
+        names = openmmlab_internal_names(tensors)
         unused = tuple(tensors.keys() - names.keys())
     elif is_nextvit(tensors):
         layout, names = nextvit_internal_names(tensors)
@@ -161,7 +167,7 @@ def _to_internal_shape(name: str, internal: str, tensor: Tensor, layout: str) ->
         return tensor.reshape(1, 1, 1, -1)
     if layout == "official sparse" and internal.endswith(".bias") and tensor.ndim == 2 and shape[0] == 1:
         return tensor.reshape(-1)
-    if layout in ("timm", "mmsegmentation") and ".pwconv" in internal and tensor.ndim == 4 and shape[2:] == (1, 1):
+    if layout in ("timm", "mmsegmentation", "mmdetection") and ".pwconv" in internal and tensor.ndim == 4 and shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
 
@@ -187,7 +193,7 @@ def _require_shapes(
 
 def _absent(architecture: Architecture) -> list[str]:
     """Internal names of the tensors that a classifier of this architecture would have in addition."""
-    if architecture.decoder or isinstance(architecture, SegmenterArchitecture):
+    if architecture.decoder or isinstance(architecture, HeadedArchitecture):
         return []
     classifier = replace(architecture, norm=True, classes=architecture.classes or 1)
     shapes = architecture.shapes()
@@ -232,8 +238,8 @@ def _to_timm_shape(name: str, tensor: Tensor, architecture: ConvNeXtArchitecture
 
 
 def _family_from_internal(tensors: Mapping[str, Tensor], architecture: Architecture, layout: str) -> dict[str, Tensor]:
-    if layout != "official" and isinstance(architecture, SegmenterArchitecture):
-        raise CheckpointError(f"{layout} has other models for segmentation; convert it to official, mmsegmentation's")
+    if layout != "official" and isinstance(architecture, HeadedArchitecture):
+        raise CheckpointError(f"{layout} has no such {architecture.title}; convert it to official, OpenMMLab's names")
     if layout != "official" and not (architecture.family == "nextvit" and layout == "timm"):
         raise CheckpointError(f"{layout} has no {architecture.family}; convert it to official")
     if layout == "timm" and architecture.variant is None:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.segmenter import HeadOptions
 from pipeline.weights.architecture import (
     Architecture,
     ConvNeXtArchitecture,
+    DetectorArchitecture,
     NextViTArchitecture,
     SegmenterArchitecture,
     Shape,
@@ -30,6 +32,8 @@ def infer_architecture(shapes: Mapping[str, Shape], layout: str) -> Architecture
         CheckpointError: if a stage or block number is left out, or a tensor that holds a size is absent.
     """
     reader = _Shapes(shapes, layout)
+    if has_detection_head(shapes):
+        return _infer_detector(reader, layout)
     if has_segmentation_head(shapes):
         return _infer_segmenter(reader, layout)
     if is_nextvit(shapes):
@@ -194,12 +198,6 @@ def _infer_nextvit(shapes: _Shapes) -> NextViTArchitecture:
 
 
 def _infer_segmenter(shapes: _Shapes, layout: str) -> SegmenterArchitecture:
-    named = shapes.named.items()
-    backbone = {
-        name.removeprefix("backbone."): shape
-        for name, shape in named
-        if name.startswith("backbone.") and not _MAP_NORM.fullmatch(name)
-    }
     pyramid, classifier = shapes.has("neck."), "decode_head.conv_seg.weight"
     inner = "neck.lateral_convs.0.conv.weight" if pyramid else classifier
     auxiliary = "auxiliary_head.conv_seg.weight"
@@ -207,8 +205,38 @@ def _infer_segmenter(shapes: _Shapes, layout: str) -> SegmenterArchitecture:
         classes=shapes.size(classifier, 4, 0),
         kind="semantic_fpn" if pyramid else "upernet",
         channels=shapes.size(inner, 4, 0 if pyramid else 1),
-        norm="group" if any(name.startswith("decode_head.") and ".gn." in name for name, _ in named) else "batch",
+        norm="group" if any(n.startswith("decode_head.") and ".gn." in n for n in shapes.named) else "batch",
         auxiliary_channels=shapes.size(auxiliary, 4, 1) if shapes.has("auxiliary_head.") else 0,
         map_norms=any(map(_MAP_NORM.fullmatch, shapes.named)),
     )
-    return SegmenterArchitecture.of(infer_architecture(backbone, layout), head)
+    return SegmenterArchitecture.of(_infer_backbone(shapes, layout), head)
+
+
+def _infer_detector(shapes: _Shapes, layout: str) -> DetectorArchitecture:
+    """Infer what the tensors of a model for detection show; how it is trained and tested is as by default."""
+    box_head = "roi_head.bbox_head."
+    cascade, masks = shapes.has(f"{box_head}0."), shapes.has("roi_head.mask_head.")
+    box_head += "0." if cascade else ""
+    classes = shapes.size(f"{box_head}fc_cls.weight", 2, 0) - 1
+    norms = [norm for norm, name in (("batch", "bn"), ("group", "gn")) if shapes.has(f"{box_head}shared_convs.0.{name}.")]
+    head = DetectorOptions(
+        classes=classes,
+        head="cascade" if cascade else "mask_rcnn" if masks else "faster_rcnn",
+        masks=masks or not cascade,
+        channels=shapes.size("neck.lateral_convs.0.conv.weight", 4, 0),
+        fc_channels=shapes.size(f"{box_head}fc_cls.weight", 2, 1),
+        region_norm=norms[0] if norms else "none",
+        class_agnostic=classes > 1 and shapes.size(f"{box_head}fc_reg.weight", 2, 0) == 4,
+        map_norms=any(map(_MAP_NORM.fullmatch, shapes.named)),
+    )
+    return DetectorArchitecture.of(_infer_backbone(shapes, layout), head)
+
+
+def _infer_backbone(shapes: _Shapes, layout: str) -> Architecture:
+    """Infer the architecture of what is below `backbone.`, but for the norms of its maps."""
+    backbone = {
+        name.removeprefix("backbone."): shape
+        for name, shape in shapes.named.items()
+        if name.startswith("backbone.") and not _MAP_NORM.fullmatch(name)
+    }
+    return infer_architecture(backbone, layout)

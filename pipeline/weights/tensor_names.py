@@ -8,8 +8,9 @@ The internal layout has the names of the official fine-tuning code; FCMAE has th
 - official sparse: the output of the official pre-training with MinkowskiEngine; norms are below `ln`, linear layers
   below `linear`, and a convolution has a `kernel`.
 - timm and transformers: other names.
-- mmsegmentation: models for segmentation, whose names are also the internal ones: the backbone's official names below
-  `backbone.`, or those of mmpretrain, and `neck`, `decode_head` and `auxiliary_head`.
+- mmsegmentation and mmdetection: models for segmentation and detection, whose names are also the internal ones: the
+  backbone's official names below `backbone.`, or those of mmpretrain, and `neck`, `decode_head` and `auxiliary_head`, or
+  `neck`, `rpn_head` and `roi_head`.
 
 For SLaK only the official layout is in use, for Next-ViT also timm's. One early SLaK has the names Decom1 and Decom2
 for LoRA1 and LoRA2.
@@ -142,8 +143,8 @@ def nextvit_timm_name(name: str, depths: tuple[int, ...]) -> str:
     return f"stages.{stage}.blocks.{int(index) - starts[stage]}.{rest.replace('mlp.conv', 'mlp.fc')}"
 
 
-def segmenter_internal_names(names: Collection[str]) -> dict[str, str]:
-    """Convert the names of mmsegmentation to internal ones; those of tensors without use are left out.
+def openmmlab_internal_names(names: Collection[str]) -> dict[str, str]:
+    """Convert the names of mmsegmentation and mmdetection to internal ones; those of tensors without use are left out.
 
     Next-ViT's official code makes a norm for the last map, `extra_norm_list.3`, and reads `norm` in its place.
     """

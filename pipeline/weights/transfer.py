@@ -5,7 +5,7 @@ twice changes nothing, and a tensor that is neither loaded, nor initialised, nor
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
 _ENCODER_PARTS = (["downsample_layers"], ["stages"])
 _SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.", "neck.")
+_DETECTOR_HEADS = ("rpn_head.", "roi_head.")
 _MAP_NORM = re.compile(r"backbone\.(norm\d*|extra_norm_list)\.")
 _NO_BACKBONE = ("mask_token", "proj.", "decoder.", "pred.", "head.", "proj_head.")
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def encoder_to_classifier(source: Mapping[str, T]) -> dict[str, T]:
 def segmenter_weights(
     source: Mapping[str, T], target: Collection[str], keep_head: bool
 ) -> tuple[dict[str, T], tuple[str, ...], tuple[str, ...]]:
-    """Bring the weights of an encoder, a classifier or a segmenter under a segmenter's names, `backbone.X`.
+    """Bring the weights of an encoder, a classifier, a segmenter or a detector under a segmenter's names, `backbone.X`.
 
     Norms of the maps and an auxiliary head may be on one side alone.
 
@@ -107,24 +108,72 @@ def segmenter_weights(
     Raises:
         CheckpointError: as `encoder_to_classifier`; or if there is no head to keep.
     """
-    segmenter = any(name.startswith("backbone.") for name in source)
-    if keep_head and not segmenter:
+    if keep_head and not any(name.startswith("decode_head.") for name in source):
         raise CheckpointError("init.head is keep but the weights have no head for segmentation; set it to new")
+    weights, drop, fresh = _behind_prefix(source, target)
+    for part in (*_SEGMENTER_HEADS, *_DETECTOR_HEADS):
+        ours, theirs = (any(name.startswith(part) for name in names) for names in (target, weights))
+        is_kept = keep_head and part in _SEGMENTER_HEADS
+        is_required = is_kept and part != "auxiliary_head."
+        if theirs and not (is_kept and (ours or is_required)):
+            drop.append(part)
+        if ours and not (is_kept and (theirs or is_required)):
+            fresh.append(part)
+    return weights, tuple(drop), tuple(fresh)
+
+
+def detector_weights(
+    source: Mapping[str, T], target: Mapping[str, T], keep_head: bool
+) -> tuple[dict[str, T], tuple[str, ...], tuple[str, ...]]:
+    """Bring the weights of an encoder, a classifier, a segmenter or a detector under a detector's names, `backbone.X`.
+
+    Norms of the maps may be on one side alone.
+
+    Args:
+        target: the detector's tensors.
+        keep_head: keep those tensors of the heads that are equal in name and shape, as from weights for other classes;
+            the weights must have heads for detection. Otherwise new ones are made.
+
+    Returns:
+        The weights, and `drop` and `fresh` of `plan_transfer`.
+
+    Raises:
+        CheckpointError: as `encoder_to_classifier`; or if there are no heads to keep.
+    """
+    if keep_head and not any(name.startswith(("rpn_head.", "roi_head.")) for name in source):
+        raise CheckpointError("init.head is keep but the weights have no heads for detection; set it to new")
+    weights, drop, fresh = _behind_prefix(source, target)
+    heads = (*_SEGMENTER_HEADS, *_DETECTOR_HEADS)
+    shapes = [
+        {name: tuple(value.shape) for name, value in side.items() if name.startswith(heads)}
+        for side in (weights, target)
+    ]
+    kept = {name for name, shape in shapes[0].items() if keep_head and shapes[1].get(name) == shape}
+    for names, side in zip((drop, fresh), shapes, strict=True):
+        names += [name for name in side if name not in kept]
+    return weights, tuple(drop), tuple(fresh)
+
+
+def class_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """The tensors of a detector with a row, or rows, for each class."""
+    return tuple(name for name in names if name.rpartition(".")[0].endswith(("fc_cls", "fc_reg", "conv_logits")))
+
+
+def _behind_prefix(source: Mapping[str, T], target: Collection[str]) -> tuple[dict[str, T], list[str], list[str]]:
+    """The weights with a backbone's names below `backbone.`, and what of it is dropped and made new for `target`."""
+    has_prefix = any(name.startswith("backbone.") for name in source)
     if any(name.startswith("encoder.") for name in source):
         source = encoder_to_classifier(source)
     has_norm = any(name.startswith("backbone.norm.") for name in target)  # Next-ViT's, behind the last map
-    drop, fresh = [] if segmenter else [*_NO_BACKBONE, *([] if has_norm else ["norm."])], []
+    drop, fresh = [] if has_prefix else [*_NO_BACKBONE, *([] if has_norm else ["norm."])], []
     weights = {
-        name if segmenter or _matches(name, tuple(drop)) else f"backbone.{name}": value
+        name if has_prefix or _matches(name, tuple(drop)) else f"backbone.{name}": value
         for name, value in source.items()
     }
-    map_norms = sorted({found[0] for name in {*target, *weights} if (found := _MAP_NORM.match(name))})
-    for part in (*_SEGMENTER_HEADS, *map_norms):
-        ours, theirs = (any(name.startswith(part) for name in names) for names in (target, weights))
-        is_new = part in _SEGMENTER_HEADS and not keep_head
-        required = part in _SEGMENTER_HEADS and keep_head and part != "auxiliary_head."
-        if theirs and (is_new or not (ours or required)):
-            drop.append(part)
-        if ours and (is_new or not (theirs or required)):
-            fresh.append(part)
-    return weights, tuple(drop), tuple(fresh)
+    for norm in sorted({found[0] for name in {*target, *weights} if (found := _MAP_NORM.match(name))}):
+        ours, theirs = (any(name.startswith(norm) for name in names) for names in (target, weights))
+        if theirs and not ours:
+            drop.append(norm)
+        if ours and not theirs:
+            fresh.append(norm)
+    return weights, drop, fresh

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.recipe.channel_statistics import ChannelStatistics
-from pipeline.weights.architecture import Architecture, SegmenterArchitecture
+from pipeline.weights.architecture import Architecture, HeadedArchitecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head, read_class_names
@@ -118,7 +118,7 @@ def change_head(
     if head == "keep":
         return tensors, (), None
     architecture = architecture_of(tensors)
-    if isinstance(architecture, SegmenterArchitecture):
+    if isinstance(architecture, HeadedArchitecture):
         encoder = {f"backbone.{name}": name for name in architecture.backbone.shapes()}
         kept = {name: encoder[name] for name in tensors if name in encoder}
     elif architecture.decoder:

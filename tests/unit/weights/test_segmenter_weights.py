@@ -56,7 +56,7 @@ def test_file_and_model_have_the_same_tensors(family, head):
     written, _ = from_internal(tensors, architecture, "official")
     assert list(written) == list(state)
     assert all(torch.equal(written[name], state[name]) for name in state)
-    with pytest.raises(CheckpointError, match="timm has other models for segmentation"):
+    with pytest.raises(CheckpointError, match="timm has no such segmentation model"):
         from_internal(tensors, architecture, "timm")
 
 
