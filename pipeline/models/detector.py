@@ -59,7 +59,7 @@ class ObjectsOfImages(Protocol):
     counts: tuple[int, ...]
 
 
-class RegionStage(nn.Module):
+class RegionHeads(nn.Module):
     """The second stage's heads; a cascade has a list of each."""
 
     def __init__(self, options: DetectorOptions):
@@ -114,7 +114,7 @@ class Detector(BackboneWithHeads):
         """Pixels on a side of a site of each map of the pyramid; the last one is pooled of the map before."""
         self.neck = FeaturePyramid(backbone.map_channels, options.channels)
         self.rpn_head = RPNHead(options.channels)
-        self.roi_head = RegionStage(options)
+        self.roi_head = RegionHeads(options)
         self.finish(dict(self._deviations()), seed)
         for module in self._frozen_modules():
             module.requires_grad_(False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Stage:
+class BoxStage:
     """A stage of the second part: one, or each of a cascade."""
 
     deviations: tuple[float, ...]  # with which its boxes are coded
@@ -12,11 +12,11 @@ class Stage:
     weight: float = 1.0  # of its losses
 
 
-ONE_STAGE = (Stage((0.1, 0.1, 0.2, 0.2)),)
+ONE_STAGE = (BoxStage((0.1, 0.1, 0.2, 0.2)),)
 CASCADE = (
-    Stage((0.1, 0.1, 0.2, 0.2)),
-    Stage((0.05, 0.05, 0.1, 0.1), 0.6, 0.5),
-    Stage((0.033, 0.033, 0.067, 0.067), 0.7, 0.25),
+    BoxStage((0.1, 0.1, 0.2, 0.2)),
+    BoxStage((0.05, 0.05, 0.1, 0.1), 0.6, 0.5),
+    BoxStage((0.033, 0.033, 0.067, 0.067), 0.7, 0.25),
 )
 
 
@@ -75,7 +75,7 @@ class DetectorOptions:
         return self.head == "cascade"
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[BoxStage, ...]:
         return CASCADE if self.cascade else ONE_STAGE
 
     @property
