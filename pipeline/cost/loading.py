@@ -2,7 +2,7 @@
 
 Seconds of CPU time per image, from two measurements in docs/benchmarks.md ("How many cores does a GPU need?"): the
 loader's rates at 224 and 384 px with JPEGs of 51 kB, and the time to decode a JPEG of 51 and of 108 kB, ImageNet-1K's
-mean. What scenes cost is the rest of their rates at 512 px ("How fast is the image loader?").
+mean. What scenes and objects cost is the rest of their rates ("How fast is the image loader?").
 """
 
 from pipeline.recipe.image_size import height_and_width
@@ -19,6 +19,9 @@ SCENE_SECONDS = 4.7e-3
 DISTORTING_SECONDS = 12.0e-3
 """Photometric distortion of scenes, per megapixel."""
 
+OBJECT_SECONDS = 5.4e-3
+"""Masks and padding in detection, per megapixel: the mean of the three kinds of views."""
+
 
 def images_per_core_second(data: DataSettings) -> float:
     """How many training images one core prepares per second, from JPEGs of 108 kB."""
@@ -28,4 +31,6 @@ def images_per_core_second(data: DataSettings) -> float:
         each += AUGMENTING_SECONDS
     if data.scenes is not None:
         each += SCENE_SECONDS + (DISTORTING_SECONDS if data.scenes.photometric else 0.0)
+    if data.views is not None:
+        each += OBJECT_SECONDS
     return 1 / (DECODING_SECONDS + each * pixels / 1e6)

@@ -12,6 +12,7 @@ from pipeline.cost.loading import images_per_core_second
 from pipeline.cost.measure import measure_steps
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, load_recipe
+from pipeline.recipe.detection_settings import ObjectViewSettings
 from pipeline.recipe.sections import DataSettings
 from pipeline.recipe.segmentation_settings import SceneSettings
 from tests.support import tiny_data, write_tiny_recipe
@@ -93,6 +94,15 @@ def test_cores_of_scenes_follow_the_measured_rates(photometric, measured):
     scenes = SceneSettings(photometric=photometric)
     data = DataSettings(train="-", image_size=512, scenes=scenes)
     assert images_per_core_second(data) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "canvas", "measured"), [("large_scale_jitter", 1024, 68), ("multi_scale", 1344, 63), ("resize", 1344, 48)]
+)
+def test_cores_of_views_with_objects_are_near_the_measured_rates(kind, canvas, measured):
+    """docs/benchmarks.md: one constant for all kinds, though some leave more of the canvas empty."""
+    data = DataSettings(train="-", image_size=canvas, views=ObjectViewSettings(kind=kind))
+    assert images_per_core_second(data) == pytest.approx(measured, rel=0.25)
 
 
 def test_everything_is_said(found):
