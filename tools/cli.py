@@ -24,7 +24,7 @@ from tools.evaluate.commands import evaluate_weights
 from tools.options import Json
 from tools.own_images.commands import finetune_images, pretrain_images
 from tools.predict.commands import embed_images, predict_classes
-from tools.prepare.commands import prepare_images, prepare_masks
+from tools.prepare.commands import prepare_coco, prepare_images, prepare_masks, prepare_yolo
 from tools.recipes import commands as recipes
 from tools.rehearse.commands import rehearse_recipe
 from tools.report.commands import report_runs
@@ -54,7 +54,7 @@ class _Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         two = " ".join(args[:2])
         known = two in self.commands
-        if two == "prepare maps" and os.path.isdir("maps") and not {"-h", "--help"} & {*args}:
+        if known and args[0] == "prepare" and os.path.isdir(args[1]) and not {"-h", "--help"} & {*args}:
             # `fcmae prepare maps OUT.beton` packs the images of a folder called maps: one word follows, not two.
             known = len(list(takewhile(lambda word: not word.startswith("-"), args[2:]))) > 1
         return super().resolve_command(ctx, [two, *args[2:]] if known else args)
@@ -105,6 +105,8 @@ COMMANDS = {
     "doctor": (examine_machine, PREPARE),
     "prepare": (prepare_images, PREPARE),
     "prepare maps": (prepare_masks, PREPARE),
+    "prepare coco": (prepare_coco, PREPARE),
+    "prepare yolo": (prepare_yolo, PREPARE),
     "estimate": (estimate_cost, PREPARE),
     "simulate": (simulate_chain, PREPARE),
     "rehearse": (rehearse_recipe, PREPARE),

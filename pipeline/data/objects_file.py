@@ -79,6 +79,14 @@ def packed(rows: np.ndarray, rles: Sequence[bytes], like: AnnotatedObjects, imag
     )
 
 
+def class_counts(objects: AnnotatedObjects) -> np.ndarray:
+    """Return the objects of each class, and the images in which it occurs, int64 (2, classes)."""
+    classes, most = objects.rows["class"].astype(np.int64), len(objects.category_ids)
+    images = np.repeat(np.arange(len(objects.counts)), objects.counts)
+    pairs = np.unique(np.stack([images, classes], 1), axis=0)
+    return np.stack([np.bincount(each, minlength=most) for each in (classes, pairs[:, 1])])
+
+
 def _bytes_of(row: np.void, rles: bytes) -> bytes:
     start = int(row["rle_at"])
     return rles[start : start + int(row["rle_bytes"])]
@@ -117,7 +125,7 @@ class ObjectsFileWriter(SideFileWriter):
         assert len(category_ids) <= MOST_CLASSES, len(category_ids)
         self._category_ids = category_ids
         self._rows, self._counts, self._image_ids = [], [], []
-        self._images = np.zeros(len(category_ids), np.int64)
+        self._class_counts = np.zeros((2, len(category_ids)), np.int64)
         super().__init__(partial, _header().tobytes())
 
     @property
@@ -133,9 +141,7 @@ class ObjectsFileWriter(SideFileWriter):
         self._rows.append(rows)
         self._counts.append(objects.counts)
         self._image_ids.append(objects.image_ids)
-        images = np.repeat(np.arange(len(objects.counts)), objects.counts)
-        pairs = np.unique(np.stack([images, rows["class"].astype(np.int64)], 1), axis=0)
-        self._images += np.bincount(pairs[:, 1], minlength=len(self._images))
+        self._class_counts += class_counts(objects)
         self._write(objects.rles)
 
     def finish(self) -> ObjectsFile:
@@ -148,8 +154,8 @@ class ObjectsFileWriter(SideFileWriter):
         return ObjectsFile(
             **dict(written),
             category_ids=self._category_ids,
-            counts=tuple(np.bincount(rows["class"], minlength=len(self._category_ids)).tolist()),
-            images=tuple(self._images.tolist()),
+            counts=tuple(self._class_counts[0].tolist()),
+            images=tuple(self._class_counts[1].tolist()),
             annotated=int((counts > 0).sum()),
             crowds=int(rows["crowd"].sum()),
             masks=bool(len(rows)) and bool((rows["rle_bytes"] > 0).all()),

@@ -26,6 +26,13 @@ _Orientation = Annotated[
     Literal["upright", "ignore"] | None,
     typer.Option(help="EXIF orientation: turn images upright (the default, except for ImageNet) or ignore it."),
 ]
+_BoxOrientation = Annotated[
+    Literal["upright", "ignore"] | None,
+    typer.Option(
+        help="Boxes were drawn on images turned `upright` by EXIF, or on images as they are stored (`ignore`). Default:"
+        " as the annotated sizes say, else as stored; YOLO: upright."
+    ),
+]
 _ColourSpace = Annotated[
     Literal["srgb", "ignore"] | None,
     typer.Option(help="Embedded colour profiles: convert to sRGB (the default, except for ImageNet) or ignore them."),
@@ -99,7 +106,8 @@ def prepare_images(
     """Pack images into a .beton file, which training reads, with a JSON file of classes and hashes beside it.
 
     After an interruption, the same command continues. OUT.report.jsonl lists the images that were left out or
-    re-encoded, each with the reason. `fcmae prepare maps` packs images and their masks.
+    re-encoded, each with the reason. `fcmae prepare maps` packs images and their masks, `fcmae prepare coco` and
+    `fcmae prepare yolo` images and their boxes.
     """
     from tools.prepare.encoding import Encoding
 
@@ -177,6 +185,89 @@ def prepare_masks(
     _prepare(images, Path(masks) if destination is None else destination, split, group_by, options)
 
 
+def prepare_coco(
+    images: Annotated[str, typer.Argument(metavar="IMAGES",
+        help="The images: a folder or a .zip such as train2017.zip, read where it lies. Or a folder that holds images/"
+        " and annotations.json, or COCO's train2017, val2017 and annotations, zipped or not. Then leave out"
+        " ANNOTATIONS.")],
+    annotations: Annotated[str, typer.Argument(metavar="[ANNOTATIONS]",
+        help="COCO annotations of objects: a JSON file; or a folder or .zip such as annotations_trainval2017.zip, in"
+        " which instances_train2017.json belongs to images called train2017.")],
+    destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
+        help="The .beton file to write; its objects are written to OUT.objects.")] = None,
+    exclude_names: _ExcludeNames = None,
+    max_pixels: _MaxPixels = None,
+    ground: _Ground = None,
+    orientation: _BoxOrientation = None,
+    colour_space: _ColourSpace = None,
+    window: _Window = None,
+    split: _Split = None,
+    group_by: GroupBy = None,
+    quality: _Quality = 90,
+    raw_fraction: _RawFraction = 0.0,
+    on_bad: _OnBad = "refuse",
+    overwrite: Overwrite = False,
+    workers: _Workers = 1,
+) -> None:  # fmt: skip
+    """Pack images and COCO annotations into a .beton file for detection, with boxes and masks in OUT.objects beside it.
+
+    The short form is IMAGES OUT, where one folder holds both images and annotations. If it has parts for training and
+    validation, as COCO's, OUT-val.beton is written too.
+
+    Images keep their size, and those without objects are kept. After an interruption, the same command continues.
+    OUT.report.jsonl counts each class and lists what was left out, each with the reason.
+    """
+    from tools.prepare.annotated_source import ObjectOptions
+
+    both = destination is None  # IMAGES is a source of both, and ANNOTATIONS was left out
+    upright = None if orientation is None else orientation == "upright"
+    options = _object_options(ObjectOptions(None if both else annotations, upright=upright), locals())
+    _prepare(images, Path(annotations) if destination is None else destination, split, group_by, options)
+
+
+def prepare_yolo(
+    source: Annotated[str, typer.Argument(metavar="FOLDER",
+        help="A folder of images/, labels/ and data.yaml or classes.txt, with or without train/ and val/ in it.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT",
+        help="The .beton file to write; its objects are written to OUT.objects.")],
+    exclude_names: _ExcludeNames = None,
+    max_pixels: _MaxPixels = None,
+    ground: _Ground = None,
+    orientation: _BoxOrientation = None,
+    colour_space: _ColourSpace = None,
+    window: _Window = None,
+    split: _Split = None,
+    group_by: GroupBy = None,
+    quality: _Quality = 90,
+    raw_fraction: _RawFraction = 0.0,
+    on_bad: _OnBad = "refuse",
+    overwrite: Overwrite = False,
+    workers: _Workers = 1,
+) -> None:  # fmt: skip
+    """Pack images and YOLO's labels, boxes or polygons, into a .beton file for detection, as `fcmae prepare coco` does.
+
+    Labels are taken as drawn on upright images. If the folders say train and val, OUT-val.beton is written too.
+    """
+    from tools.prepare.annotated_source import ObjectOptions
+
+    upright = None if orientation is None else orientation == "upright"
+    _prepare(source, destination, split, group_by, _object_options(ObjectOptions(yolo=True, upright=upright), locals()))
+
+
+def _object_options(objects: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of preparation, from the arguments of a command that prepares objects."""
+    from tools.prepare.encoding import Encoding
+
+    reading = _reading(
+        None, given["ground"], None, given["colour_space"], given["window"], given["max_pixels"]
+    )
+    return {
+        "exclude_names": given["exclude_names"], "encoding": Encoding(None, given["quality"], given["raw_fraction"]),
+        "on_bad": given["on_bad"], "overwrite": given["overwrite"], "workers": given["workers"], "reading": reading,
+        "objects": objects,
+    }  # fmt: skip
+
+
 def _reading(
     pages: str | None, ground: str | None, orientation: str | None, colour_space: str | None,
     window: tuple[float, float] | None, max_pixels: int | None,
@@ -197,7 +288,7 @@ def _reading(
 def _prepare(
     source: str, destination: Path, split: float | None, group_by: str | None, options: dict[str, Any]
 ) -> None:
-    from tools.prepare.preparation import prepare_beton, prepare_maps, prepare_split
+    from tools.prepare.preparation import prepare_beton, prepare_targets, prepare_split
     from tools.prepare.preparation_report import missing_classes, summary_lines
     from tools.prepare.progress_bar import ProgressBar
 
@@ -206,8 +297,8 @@ def _prepare(
     try:
         with ProgressBar(Console(stderr=True)) as progress:
             options |= {"progress": progress, "looking": progress.looking}
-            if options.get("maps"):
-                summaries = list(prepare_maps(source, destination, split, group_by, **options))
+            if options.get("maps") or options.get("objects"):
+                summaries = list(prepare_targets(source, destination, split, group_by, **options))
             elif split is None:
                 summaries = [prepare_beton(source, destination, **options)]
             else:

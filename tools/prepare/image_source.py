@@ -46,6 +46,8 @@ class Item(NamedTuple):
     place: tuple | str
     mask: tuple[str, tuple] | None = None
     """For segmentation: the name and place of the mask, a file with the class of each pixel."""
+    annotated: tuple[int, int, int] | None = None
+    """For detection: the image's number among the annotated ones, its height and its width as annotated."""
 
 
 class Reader(Protocol):
@@ -72,6 +74,8 @@ class ImageSource:
     """Files that are not images by their name, and folders that are not read, each with the reason."""
     descriptions: dict[str, str] = field(default_factory=dict)
     """Class -> readable name, where the source has them."""
+    held_out: tuple[bool, ...] | None = None
+    """For each item whether it is for validation, where the source itself divides them."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ class MaskedSource(ImageSource):
     """Images whose masks become label maps; `classes` are those of the masks' pixels."""
 
     masks: MaskReading | None = None
-    held_out: tuple[bool, ...] | None = None
-    """For each item whether it is for validation, where the source itself divides them."""
 
     @property
     def is_ade20k(self) -> bool:
@@ -46,7 +44,7 @@ def open_masked_source(
     reading = MaskReading(folder.masks.reader, values, options.upright)
     return MaskedSource(
         kind, values.names, pairs.items, folder.images.reader, pairs.stamp, pairs.ignored, dict(values.descriptions),
-        reading, pairs.held_out,
+        pairs.held_out, reading,
     )  # fmt: skip
 
 

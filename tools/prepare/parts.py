@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,7 @@ class Part(NamedTuple):
     notes: list[Note]
     content: bytes | None  # the images' bytes; None if they are already in the growing file
     maps: CompressedMaps | None  # their label maps
+    kept: np.ndarray | None  # of annotated images: the places of the stored ones among the part's items
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class PartFolder:
     reading: ReadingSettings
     exclusion: Exclusion = field(repr=False)
     masks: MaskReading | None = None
+    turns_to_fit: bool = False
+    """Turn an image upright where only then it has its annotations' size."""
 
     def make(self, number: int, items: Sequence[Item]) -> None:
         """Make one part, unless it exists.
@@ -94,14 +97,15 @@ class PartFolder:
             ) from None
 
     def _make(self, number: int, items: Sequence[Item]) -> None:
-        images, notes, maps = [], [], []
+        images, notes, maps, kept = [], [], [], []
         with _written_whole(self.data_file(number)) as data:
-            for item in items:
+            for place, item in enumerate(items):
                 stored = self._store(item)
                 if isinstance(stored, Note):
                     notes.append(stored)
                     continue
                 pages, label_map = stored
+                kept.append(place)
                 if self.masks:
                     maps.append(compress_map(label_map, len(self.masks.values.names)))
                 for page in pages:
@@ -112,8 +116,11 @@ class PartFolder:
                         kinds = [change.kind for change in page.changes]
                         notes.append(Note(item.name, "stored", "; ".join(map(str, page.changes)), kinds))
         text = np.frombuffer(json.dumps(notes).encode(), np.uint8)
+        more = self._arrays(maps) if self.masks else {}
+        if any(item.annotated for item in items):
+            more["kept"] = np.array(kept, np.int64)
         with _written_whole(self._description(number)) as file:
-            np.savez(file, images=np.array(images, STORED), notes=text, **(self._arrays(maps) if self.masks else {}))
+            np.savez(file, images=np.array(images, STORED), notes=text, **more)
 
     def _arrays(self, maps: Sequence[CompressedMaps]) -> dict[str, np.ndarray]:
         content, sizes, counts = join_maps(maps, len(self.masks.values.names))
@@ -123,11 +130,11 @@ class PartFolder:
         """Read a finished part, with its bytes unless they are already in the growing file."""
         with np.load(self._description(number)) as content:
             images, notes = content["images"], [Note(*note) for note in json.loads(content["notes"].tobytes())]
-            maps = None
+            maps, kept = None, content.get("kept")
             if self.masks:
                 maps = CompressedMaps(content["maps"].tobytes(), content["map_sizes"], content["map_counts"])
         data = self.data_file(number)
-        return Part(images, notes, data.read_bytes() if data.exists() else None, maps)
+        return Part(images, notes, data.read_bytes() if data.exists() else None, maps, kept)
 
     def is_made(self, number: int) -> bool:
         return self._description(number).exists()
@@ -142,7 +149,7 @@ class PartFolder:
             return Note(item.name, "left out", error.strerror or str(error) or type(error).__name__)
         if why := self.exclusion.reason(item.name, content):
             return Note(item.name, "excluded", why)
-        pages = encode(content, item.name, self.encoding, self.reading)
+        pages = self._encoded(item, content)
         if isinstance(pages, str):
             return Note(item.name, "left out", pages)
         if self.masks is None:
@@ -150,11 +157,27 @@ class PartFolder:
         label_map = self.masks.label_map(item, content, self.reading, (pages[0].height, pages[0].width))
         return Note(item.name, "left out", label_map) if isinstance(label_map, str) else (pages, label_map)
 
+    def _encoded(self, item: Item, content: bytes) -> list[Stored] | str:
+        """The pages of an image, in the size that its annotations say if it has some, or why it is not stored."""
+        pages = encode(content, item.name, self.encoding, self.reading)
+        if isinstance(pages, str) or item.annotated is None or _size(pages) == item.annotated[1:]:
+            return pages
+        if self.turns_to_fit:
+            turned = encode(content, item.name, self.encoding, replace(self.reading, upright=True))
+            if not isinstance(turned, str) and _size(turned) == item.annotated[1:]:
+                return turned
+        (height, width), (_, said_height, said_width) = _size(pages), item.annotated
+        return f"{width} x {height} pixels, and its annotations say {said_width} x {said_height}; correct one of them"
+
     def data_file(self, number: int) -> Path:
         return self.directory / f"{number:06d}.data"
 
     def _description(self, number: int) -> Path:
         return self.directory / f"{number:06d}.npz"
+
+
+def _size(pages: Sequence[Stored]) -> tuple[int, int]:
+    return pages[0].height, pages[0].width
 
 
 @contextmanager

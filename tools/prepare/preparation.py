@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,14 @@ import PIL
 
 from pipeline.data.beton import JPEG, contents_of, open_beton
 from pipeline.data.beton_writer import BetonWriter, lock_file
+from pipeline.data.objects_file import AnnotatedObjects, class_counts
 from pipeline.errors import DataError
+from tools.prepare.annotated_source import (
+    AnnotatedSource,
+    ObjectOptions,
+    has_annotated_parts,
+    open_annotated_source,
+)
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
@@ -26,6 +34,7 @@ from tools.prepare.mask_pairs import MapOptions
 from tools.prepare.masked_source import MaskedSource, has_parts, open_masked_source
 from tools.prepare.parts import PART_SAMPLES, Exclusion, Note, PartFolder, make_parts
 from tools.prepare.preparation_report import (
+    ANNOTATIONS,
     Summary,
     class_notes,
     count_outcomes,
@@ -63,6 +72,8 @@ class Options:
     overwrite: bool = False
     maps: MapOptions | None = None
     """For segmentation: where the images' masks are; see `open_masked_source`."""
+    objects: ObjectOptions | None = None
+    """For detection: where the images' annotations are; see `open_annotated_source`."""
     part_samples: int = PART_SAMPLES
     """Images in a part."""
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -91,20 +102,25 @@ def prepare_beton(source: str | Path, destination: str | Path, **options: Any) -
     return _write(images, str(source), destination, chosen, reading, sum(pages), {})
 
 
-def prepare_maps(
+def prepare_targets(
     source: str | Path, destination: str | Path, fraction: float | None, group_by: str | None = None, **options: Any
 ) -> tuple[Summary, ...]:
-    """Prepare images with masks: as one file, or as two if `fraction` is given or the source itself has two parts.
+    """Prepare images with masks or objects: as one file, or as two for `fraction` or a source that has two parts.
 
     Args:
-        options: those of `Options`, among them `maps`.
+        options: those of `Options`, among them `maps` or `objects`.
 
     Raises:
         DataError: as `prepare_split`.
     """
-    if fraction is None and not has_parts(str(source), options["maps"]):
+    if fraction is None and not has_own_parts(str(source), options.get("maps"), options.get("objects")):
         return (prepare_beton(source, destination, **options),)
     return prepare_split(source, destination, fraction, group_by, **options)
+
+
+def has_own_parts(source: str, maps: MapOptions | None = None, objects: ObjectOptions | None = None) -> bool:
+    """Whether a source of masks or objects itself says which of its images are for validation."""
+    return has_parts(source, maps) if maps else bool(objects) and has_annotated_parts(source, objects)
 
 
 def prepare_split(
@@ -140,7 +156,9 @@ def prepare_split(
             raise DataError(f"no image of {source} is for {name} with --split {fraction}; give another fraction")
     for name, path, held in (("validation", validation, True), ("training", destination, False)):
         numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
-        part = replace(images, items=[images.items[n] for n in numbers], ignored=() if held else images.ignored)
+        part = replace(images, items=[images.items[n] for n in numbers], held_out=None)
+        if held:  # what concerns the whole source stands in the report of training
+            part = replace(part, ignored=(), **({"notes": ()} if isinstance(part, AnnotatedSource) else {}))
         again = replace(chosen, overwrite=chosen.overwrite or (held and began))
         facts = {"split": fraction, "group_by": group_by, "part": name}
         capacity = sum(pages[n] for n in numbers)
@@ -151,7 +169,7 @@ def prepare_split(
 
 
 def _validation_part(images: ImageSource, source: str, fraction: float | None, group_by: str | None) -> Sequence[bool]:
-    own = images.held_out if isinstance(images, MaskedSource) else None
+    own = images.held_out
     if own is None:
         assert fraction is not None
         return validation_part([item.name for item in images.items], fraction, group_by)
@@ -175,6 +193,8 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
 def _open(source: str, options: Options) -> ImageSource:
     if options.maps:
         images = open_masked_source(source, options.maps, options.workers, options.looking)
+    elif options.objects:
+        images = open_annotated_source(source, options.objects)
     else:
         images = open_source(source, options.labels, options.unlabelled)
     for name in images.classes:
@@ -199,7 +219,12 @@ def _reading_of(images: ImageSource, options: Options) -> tuple[ReadingSettings,
     """The settings with a window if one is needed, and the images that each item gives at the most."""
     is_imagenet = all(map(_WORDNET_ID.fullmatch, images.classes)) or images.items[0].name.startswith("ILSVRC2012_")
     is_published = is_imagenet or (isinstance(images, MaskedSource) and images.is_ade20k)
+    if isinstance(images, AnnotatedSource):
+        is_published |= images.is_coco
     reading = options.reading or (AS_LOADER if is_published else ReadingSettings())
+    if isinstance(images, AnnotatedSource):
+        drawn = options.objects.upright if options.objects else None
+        reading = replace(reading, upright=images.upright if drawn is None else drawn)
     if options.maps and reading.pages == "all":
         raise DataError("--pages all stores several images of a file, and a mask belongs to one; leave it out")
     if reading.as_loader:
@@ -228,7 +253,13 @@ def _write(
     masks = images.masks if isinstance(images, MaskedSource) else None
     if masks:
         settings |= {**masks.side_car(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
-    folder = PartFolder(parts_folder(destination), images.reader, options.encoding, reading, exclusion, masks)
+    objects = images.objects if isinstance(images, AnnotatedSource) else None
+    if objects:
+        settings |= {"pycocotools": version("pycocotools")}
+    turns_to_fit = bool(options.objects) and options.objects.upright is None
+    folder = PartFolder(
+        parts_folder(destination), images.reader, options.encoding, reading, exclusion, masks, turns_to_fit
+    )
     plan = _hash_plan(images, exclusion, {**settings, "max_pixels": reading.max_pixels}, size)
     with _locked_folder(folder.directory, destination, plan) as data:
         if data.exists():
@@ -236,7 +267,9 @@ def _write(
                 destination, images.classes, capacity, settings=settings,
                 class_descriptions=images.descriptions, overwrite=options.overwrite, partial=data,
             ) as writer:  # fmt: skip
-                notes = _append_parts(writer, folder, parts, options.workers, options.progress)
+                notes = _append_parts(writer, folder, parts, objects, options)
+                if isinstance(images, AnnotatedSource):
+                    notes += [Note(images.kind, ANNOTATIONS, note) for note in images.notes]
                 write_preparation_report(destination, images, notes)
                 if options.on_bad == "refuse":
                     _refuse_bad_images(source, notes, report)
@@ -244,22 +277,29 @@ def _write(
 
 
 def _append_parts(
-    writer: BetonWriter, folder: PartFolder, parts: Sequence[Sequence[Item]], workers: int, progress: Callable
+    writer: BetonWriter,
+    folder: PartFolder,
+    parts: Sequence[Sequence[Item]],
+    objects: AnnotatedObjects | None,
+    options: Options,
 ) -> list[Note]:
     notes: list[Note] = []
     counts = np.zeros((2, len(writer.classes)), np.int64)
     done, total = 0, sum(map(len, parts))
-    for number in make_parts(folder, parts, workers):
+    for number in make_parts(folder, parts, options.workers):
         part = folder.read(number)
-        writer.add_run(part.images, part.content, part.maps)
+        stored = objects and objects.of([parts[number][place].annotated[0] for place in part.kept])
+        writer.add_run(part.images, part.content, part.maps, stored)
         if part.content is not None:
             writer.sync()
             folder.data_file(number).unlink(missing_ok=True)
         notes += part.notes
-        counts += part.maps.counts if part.maps else 0
+        counts += part.maps.counts if part.maps else class_counts(stored) if stored else 0
         done += len(parts[number])
-        progress(done, total)
-    return [*notes, *class_notes(writer.classes, counts)] if folder.masks else notes
+        options.progress(done, total)
+    if not folder.masks and objects is None:
+        return notes
+    return [*notes, *class_notes(writer.classes, counts, "objects" if objects else "pixels")]
 
 
 def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) -> None:
@@ -278,7 +318,7 @@ def _hash_plan(source: ImageSource, exclusion: Exclusion, settings: dict, part_s
     facts = [source.stamp, source.classes, source.descriptions, settings, part_samples]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for item in source.items:
-        mask = f"\0{item.mask[0]}" if item.mask else ""
+        mask = f"\0{item.mask[0]}" if item.mask else f"\0{item.annotated}" if item.annotated else ""
         digest.update(f"{item.name}\0{item.label}{mask}\n".encode(errors="surrogateescape"))
     for excluded in sorted(exclusion.digests):
         digest.update(excluded)

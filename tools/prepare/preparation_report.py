@@ -14,7 +14,8 @@ from tools.prepare.image_source import ImageSource
 from tools.prepare.parts import Note
 
 NAMED = 3  # images left out, and classes, that the summary names
-CLASS = "class"  # the outcome in lines that count a class of label maps
+CLASS = "class"  # the outcome in lines that count a class of label maps or objects
+ANNOTATIONS = "annotations"  # the outcome in lines about what was tolerated in annotations
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ def report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
-def class_notes(classes: Sequence[str], counts: np.ndarray) -> Iterator[Note]:
-    """A line for each class of label maps. `counts` (2, classes): its pixels, and the images in which it occurs."""
+def class_notes(classes: Sequence[str], counts: np.ndarray, counted: str = "pixels") -> Iterator[Note]:
+    """A line for each class. `counts` (2, classes): its pixels or objects, and the images in which it occurs."""
     total = max(int(counts[0].sum()), 1)
-    for name, pixels, images in zip(classes, *counts.tolist(), strict=True):
-        share = f"{pixels:,} pixels, {100 * pixels / total:.4g} % of those with a class, in {images:,} images"
+    for name, count, images in zip(classes, *counts.tolist(), strict=True):
+        of = "those with a class" if counted == "pixels" else "all"
+        share = f"{count:,} {counted}, {100 * count / total:.4g} % of {of}, in {images:,} images"
         yield Note(name, CLASS, share)
 
 
@@ -63,19 +65,21 @@ def count_outcomes(report: Path) -> dict[tuple[str, str], int]:
     counts: Counter[tuple[str, str]] = Counter()
     with report.open() as lines:
         for note in map(json.loads, lines):
-            if note["outcome"] == CLASS:
+            if note["outcome"] in (CLASS, ANNOTATIONS):
                 continue
             counts.update((note["outcome"], kind) for kind in note.get("kinds") or [note["why"]])
     return dict(counts)
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
-    """What was done, in at most four lines."""
-    beton, left_out = summary.beton, []
+    """What was done, in at most four lines, and one for each kind of thing that was tolerated in annotations."""
+    beton, left_out, tolerated = summary.beton, [], []
     with summary.report.open() as lines:
         for note in map(json.loads, lines):
             if note["outcome"] == "left out" and len(left_out) < NAMED:
                 left_out.append(f"{note['name']} ({note['why']})")
+            if note["outcome"] == ANNOTATIONS:
+                tolerated.append(note["why"])
     totals: Counter[str] = Counter()
     for (outcome, _), count in summary.counts.items():
         totals[outcome] += count
@@ -89,6 +93,9 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"each by name: {summary.report}"
     if beton.maps:
         yield _pixels(beton)
+    if beton.objects:
+        yield from tolerated
+        yield _objects(beton)
     images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
     yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.identity}"
 
@@ -109,6 +116,21 @@ def _pixels(beton: Beton) -> str:
     return f"pixels: {', '.join(said)}{missing}"
 
 
+def _objects(beton: Beton) -> str:
+    """How many objects there are, the most frequent classes, and those of none."""
+    assert beton.objects
+    total, empty = sum(beton.objects.counts), beton.samples - beton.objects.annotated
+    most = sorted(zip(beton.objects.counts, beton.classes, strict=True), key=lambda pair: -pair[0])
+    said = [f"{name} {100 * count / max(total, 1):.3g} %" for count, name in most[:NAMED] if count]
+    if rest := sum(count for count, _ in most[NAMED:]):
+        said.append(f"others {100 * rest / total:.3g} %")
+    more = f", {beton.objects.crowds:,} of them crowds" if beton.objects.crowds else ""
+    masks = "with masks" if beton.objects.masks else "without masks"
+    missing = [name for count, name in most if not count]
+    absent = f"; of none: {_named(missing)}" if missing else ""
+    return f"objects: {total:,} {masks}{more}, in all but {_counted(empty, 'image', 's')}: {', '.join(said)}{absent}"
+
+
 def _named(classes: Sequence[str]) -> str:
     return ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
 
@@ -120,7 +142,8 @@ def _counted(count: int, noun: str, plural: str) -> str:
 def missing_classes(parts: Sequence[Beton]) -> Iterator[str]:
     """A sentence for each part of a split that lacks classes."""
     for beton in parts:
-        counts = zip(beton.classes, beton.samples_per_class, strict=True)
+        per_class = beton.objects.images if beton.objects else beton.samples_per_class
+        counts = zip(beton.classes, per_class, strict=True)
         # Of label maps the summary names the missing classes.
         if missing := [name for name, count in counts if not count and not beton.maps]:
             yield f"{beton.path} has no images of {_named(missing)}; give another --split, or more images"

@@ -36,7 +36,7 @@ from tools.prepare.image_source import is_image, locate
 from tools.prepare.mask_pairs import CLASS_FILES, MapOptions
 from tools.prepare.masked_source import has_parts
 from tools.prepare.parts import PART_SAMPLES
-from tools.prepare.preparation import prepare_beton, prepare_maps, prepare_split
+from tools.prepare.preparation import prepare_beton, prepare_targets, prepare_split
 from tools.prepare.preparation_report import summary_lines
 from tools.prepare.progress_bar import ProgressBar
 
@@ -328,7 +328,7 @@ def _prepare(
             if settings.maps:
                 fraction = None if own_parts else settings.split or None
                 options["maps"] = MapOptions()
-                summaries = prepare_maps(source, path, fraction, settings.group_by, **options)
+                summaries = prepare_targets(source, path, fraction, settings.group_by, **options)
             elif settings.split:
                 summaries = prepare_split(source, path, settings.split, settings.group_by, **options)
             else:

@@ -32,7 +32,7 @@ from tools.prepare.class_values import class_values
 from tools.prepare.encoding import Encoding
 from tools.prepare.mask_pairs import MapOptions
 from tools.prepare.masks import mask_pixels, turned_array
-from tools.prepare.preparation import prepare_beton, prepare_maps
+from tools.prepare.preparation import prepare_beton, prepare_targets
 from tools.verify.beton_file import verify_beton
 
 LABELS = np.random.default_rng(0).integers(0, 3, (8, 12)).astype(np.uint8)
@@ -360,10 +360,10 @@ def test_ade20ks_archive_is_two_files_of_150_classes(tmp_path):
         labels = np.array(ADE20K_CLASSES)[shapes_on_photograph(number, len(ADE20K_CLASSES))[1]]
         labels[:, 0] = 0
         assert np.array_equal(LabelMaps.open(train).map(number), np.where(labels == 0, 255, labels - 1))
-    unpacked = prepare_maps(tmp_path / "ADEChallengeData2016", tmp_path / "folder.beton", None, maps=MapOptions())
+    unpacked = prepare_targets(tmp_path / "ADEChallengeData2016", tmp_path / "folder.beton", None, maps=MapOptions())
     assert [summary.beton.identity for summary in unpacked] == [train.identity, validation.identity]
     with pytest.raises(DataError, match="has a part for validation already; leave out --split"):
-        prepare_maps(tmp_path / "ADEChallengeData2016", tmp_path / "b.beton", 0.5, maps=MapOptions())
+        prepare_targets(tmp_path / "ADEChallengeData2016", tmp_path / "b.beton", 0.5, maps=MapOptions())
 
 
 def test_a_damaged_archive_is_named(tmp_path):
@@ -378,10 +378,10 @@ def test_a_damaged_archive_is_named(tmp_path):
     with pytest.raises(
         DataError, match=r"1 bad images .*mask training/ADE_train_00000002.png: cannot be read from its"
     ):
-        prepare_maps(path, tmp_path / "a.beton", None, maps=MapOptions())
+        prepare_targets(path, tmp_path / "a.beton", None, maps=MapOptions())
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"archive .*ade.zip cannot be read .*; copy it again"):
-        prepare_maps(path, tmp_path / "a.beton", None, maps=MapOptions())
+        prepare_targets(path, tmp_path / "a.beton", None, maps=MapOptions())
 
 
 def test_verify_names_damaged_maps(tmp_path):
