@@ -92,4 +92,21 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         moment: Moment = "forward and backward" if name == "zero2" else "last backward"
         add("all-reduce", "gradients", full * reductions * p, moment, ranks)
         add("all-gather", "updated parameters", low * p, "update", ranks)
-    return found
+    if model.buffers:
+        add("all-reduce", "running statistics", full * model.buffers, "update", ranks)
+    return found + _norm_statistics(recipe, model, ranks, full)
+
+
+def _norm_statistics(recipe: StageRecipe, model: ModelSize, ranks: int, width: int) -> list[Collective]:
+    """The sums of each BatchNorm over a norm group that spans ranks, in forward and backward pass; none overlaps.
+
+    A forward sums a row of means and variances for each rank, a backward two sums. Both are of `width` bytes a number.
+    """
+    group, batch = recipe.norm_group_on(ranks), recipe.batch_on(ranks)
+    if group is None or group.ranks == 1 or not model.norm_channels:
+        return []
+    forward = model.norm_channels + (model.block_norm_channels if recipe.model.checkpointing else 0)
+    passes = micro_batches(recipe, ranks) * batch.slot * batch.micro_slots // group.images
+    size = passes * width * 2 * (group.ranks * forward + model.norm_channels)
+    content = "statistics of norm groups"
+    return [Collective("all-reduce", content, size, group.ranks, 1, "forward and backward", overlaps=False)]

@@ -16,6 +16,7 @@ from pipeline.cost.trace import StepTraces, Trace, meta_model, trace_evaluation
 from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.deepspeed_settings import zero_overlaps
 from pipeline.engines.fsdp import keeps_gathered, sharded_dim
+from pipeline.models.batchnorm import BatchNorm
 from pipeline.recipe import StageRecipe
 
 EngineName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -26,6 +27,7 @@ ENGINES: dict[EngineName, dict] = {
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
 }
+_BLOCKS = ("backbone.stages.", "backbone.features.")
 # DeepSpeed's defaults, in elements.
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 
@@ -51,17 +53,24 @@ class ModelSize:
     """Elements of floating buffers, such as the statistics of BatchNorm."""
     outside: tuple[tuple[int, ...], ...] = ()
     """Shapes of the parameters outside of all units."""
+    norm_channels: int = 0
+    """Of all BatchNorms, whose statistics a norm group shares."""
+    block_norm_channels: int = 0
+    """Of those within the blocks of a backbone, which activation checkpointing runs twice."""
 
     @classmethod
     def of(cls, recipe: StageRecipe) -> "ModelSize":
         _, model = meta_model(recipe)
         units = sharding_units(model)
         inside = {parameter for unit in units for parameter in unit.parameters()}
+        norms = {name: norm.num_features for name, norm in model.named_modules() if isinstance(norm, BatchNorm)}
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
             tuple(sum(parameter.numel() for parameter in unit.parameters()) for unit in units),
             sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
             tuple(tuple(parameter.shape) for parameter in model.parameters() if parameter not in inside),
+            sum(norms.values()),
+            sum(channels for name, channels in norms.items() if name.startswith(_BLOCKS)),
         )
 
     @property

@@ -9,7 +9,7 @@ from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
 from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import UserError
-from pipeline.recipe import StageRecipe
+from pipeline.recipe import SegmentationSettings, StageRecipe
 
 IMAGE_BYTES = 110_000
 """Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
@@ -54,8 +54,32 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
         counted = count_per_class(beton, classes, fraction, name == "train" and data.annotated_only)
         return DataFile(path, sum(counted.values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
-    if count is None and here:
+    if count is None and here and isinstance(recipe.objective, SegmentationSettings):
+        count = _count_masked(path, name, data.train == data.validation)
+    elif count is None and here:
         count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
     if count is None:
         return DataFile(path, None, None, False)
     return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)
+
+
+def _count_masked(source: str, name: str, divided: bool) -> int:
+    """The number of images with masks that a run would prepare from a folder or .zip for training or validation.
+
+    divided: the source is named for both, and a run divides it.
+
+    Raises:
+        DataError: if the source holds no images with masks.
+    """
+    from tools.prepare.mask_pairs import MapOptions, find_folders, find_pairs  # loads numba
+    from tools.prepare.recipe_data import HELD_OUT
+    from tools.prepare.splits import validation_part
+
+    pairs = find_pairs(find_folders(source, MapOptions()), "{name}")
+    held_out = pairs.held_out
+    if held_out is None and divided:
+        held_out = validation_part([item.name for item in pairs.items], HELD_OUT)
+    if held_out is None:
+        return sum(item.mask is not None for item in pairs.items)
+    wanted = name == "validation" and divided
+    return sum(item.mask is not None and held == wanted for item, held in zip(pairs.items, held_out, strict=True))

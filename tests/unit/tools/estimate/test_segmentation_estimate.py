@@ -1,11 +1,16 @@
 """What a segmentation stage costs: norm groups decide the micro-batches, steps need no data, memory is as measured."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from cluster.site import GPU, Site
+from pipeline.cost.collectives import step_collectives
+from pipeline.cost.memory import ModelSize
 from pipeline.cost.trace import meta_model, trace_step
 from pipeline.engines.norm_groups import play_norm_groups
-from pipeline.recipe import ChainRecipe, load_recipe
+from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
+from pipeline.rehearsal.fake_rank import play_rank
 from pipeline.rehearsal.stage_rehearsal import rehearse_stage
 from tools.estimate.estimate_table import explain
 from tools.estimate.stage_estimate import estimate
@@ -86,10 +91,34 @@ def test_shared_statistics_are_traced_without_other_ranks():
     assert model.decode_head.bottleneck.bn.group_ranks.size() == 8
 
 
+NEXTVIT = (
+    "{name: nextvit, depths: [1, 2, 2, 1], dims: [12, 24, 48, 48], pattern: CHHC, stem_dim: 8, head_dim: 4,"
+    " checkpointing: true}"
+)
+
+
+def fsdp(name: str, *changes: str) -> StageRecipe:
+    engine = ("stages.segment.engine.device=auto", "stages.segment.engine.kind=fsdp")
+    return load_recipe(find_recipe(name), [*TINY, *engine, *changes]).stages["segment"]
+
+
+def assert_sent_is_the_formula(recipe: StageRecipe, ranks: int, collectives: Mapping[str, int]) -> None:
+    size = ModelSize.of(recipe)
+    sums = {c.content: c.tensor_bytes for c in step_collectives(recipe, size, ranks) if c.operation == "all-reduce"}
+    assert set(sums) == {"running statistics", "statistics of norm groups"}
+    norms = 4 * len(size.shapes)  # one of each gradient, which the formulas leave out
+    assert collectives["all-reduce"] == sum(sums.values()) + norms
+
+
 def test_a_rank_of_a_norm_group_is_rehearsed():
-    changes = [*TINY, "stages.segment.engine.device=auto", "stages.segment.engine.kind=fsdp"]
-    recipe = load_recipe(find_recipe("segmentation/v1-tiny"), changes).stages["segment"]
+    recipe = fsdp("segmentation/v1-tiny")
     result = rehearse_stage(recipe, 3, 8, 8, gpu=True)
     assert (result.problem, result.slow, result.unknown) == ("", "", "")
     assert result.micro_batches == 1
-    assert result.collectives["all-reduce"] > 0  # the statistics of norms
+    assert_sent_is_the_formula(recipe, 8, result.collectives)
+
+
+@pytest.mark.slow
+def test_norms_of_blocks_that_are_computed_again_are_summed_again():
+    recipe = fsdp("segmentation/nextvit-small-upernet", f"defaults.model={NEXTVIT}")
+    assert_sent_is_the_formula(recipe, 8, play_rank(recipe, 3, 8, 8).collectives)

@@ -8,6 +8,7 @@ from pipeline.data.stage_data import check_stage_data
 from pipeline.errors import DataError
 from pipeline.recipe import load_recipe
 from tests.label_map_folders import write_ade20k_zip, write_masked_folder
+from tools.estimate.data_files import find_data_file
 from tools.prepare.recipe_data import refuse_sources, sources_of, with_prepared_data
 from tools.recipes.library import find_recipe
 
@@ -20,12 +21,18 @@ def chain_naming(train, validation, classes=4):
     )  # fmt: skip
 
 
+def estimated_images(chain):
+    """How many images `estimate` counts for training and for validation."""
+    return [find_data_file(chain.stages["segment"], name, {}).images for name in ("train", "validation")]
+
+
 def test_a_folder_named_twice_is_divided(tmp_path):
     folder, said = write_masked_folder(tmp_path / "scans", 24), []
     chain = with_prepared_data(chain_naming(folder, folder), tmp_path / "run", cache=tmp_path, report=said.append)
     data = chain.stages["segment"].data
     train, validation = open_beton(data.train), open_beton(data.validation)
     assert (train.samples + validation.samples, validation.samples > 0) == (24, True)
+    assert estimated_images(chain_naming(folder, folder)) == [train.samples, validation.samples]
     assert check_stage_data(chain.stages["segment"])["train"].maps
     again = with_prepared_data(chain_naming(folder, folder), tmp_path / "run", cache=tmp_path, report=said.append)
     assert again.stages["segment"].data == data
@@ -37,6 +44,7 @@ def test_a_folder_named_twice_is_divided(tmp_path):
 
 def test_an_archive_with_parts_keeps_them(tmp_path):
     archive = write_ade20k_zip(tmp_path / "ade.zip", 4, 3)
+    assert estimated_images(chain_naming(archive, archive, 150)) == [4, 3]
     chain = with_prepared_data(chain_naming(archive, archive, 150), tmp_path / "run", cache=tmp_path)
     data = chain.stages["segment"].data
     assert [open_beton(path).samples for path in (data.train, data.validation)] == [4, 3]
@@ -44,6 +52,7 @@ def test_an_archive_with_parts_keeps_them(tmp_path):
 
 def test_two_folders_are_two_files(tmp_path):
     folders = [write_masked_folder(tmp_path / name, count, start=count) for name, count in (("a", 4), ("b", 3))]
+    assert estimated_images(chain_naming(*folders)) == [4, 3]
     chain = with_prepared_data(chain_naming(*folders), tmp_path / "run", cache=tmp_path)
     data = chain.stages["segment"].data
     assert [open_beton(path).samples for path in (data.train, data.validation)] == [4, 3]
