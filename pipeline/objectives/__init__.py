@@ -1,12 +1,18 @@
 """Objectives: how a stage learns. The recipe's `objective.kind` names one."""
 
 from pipeline.objectives.classification import ClassificationObjective
+from pipeline.objectives.detection import DetectionObjective
 from pipeline.objectives.masked_autoencoding import FCMAEObjective
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.segmentation import SegmentationObjective
 from pipeline.recipe import StageRecipe
 
-_KINDS = {"fcmae": FCMAEObjective, "classification": ClassificationObjective, "segmentation": SegmentationObjective}
+_KINDS = {
+    "fcmae": FCMAEObjective,
+    "classification": ClassificationObjective,
+    "segmentation": SegmentationObjective,
+    "detection": DetectionObjective,
+}
 
 
 def create_objective(recipe: StageRecipe, seed: int) -> Objective:

@@ -12,6 +12,7 @@ from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, StageError
 from pipeline.health.verdict import refuse_off_track
 from pipeline.objectives import Objective
+from pipeline.objectives.detection import detection_facts
 from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.channel_statistics import ChannelStatistics
@@ -144,6 +145,8 @@ def _check_classes(recipe: StageRecipe, path: str, classes: Sequence[str]) -> No
     old = _classes_of(path)
     if not old or recipe.objective.kind == "fcmae" or list(classes) == list(old):
         return
+    if len(classes) != len(old) and recipe.objective.kind == "detection":
+        return  # the layers that name classes have other shapes then and are new
     if len(classes) != len(old):
         what = f"{len(old)} classes and the data have {len(classes)}"
     else:
@@ -175,8 +178,12 @@ def _copy_weights(
     return transfer
 
 
-def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> dict[str, Any]:
+def hand_on(
+    stage: Stage, engine: Engine, step: int, classes: Sequence[str], category_ids: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Write the weights that were evaluated, and the sparsity masks if the recipe exports them. Collective.
+
+    category_ids: the numbers of the classes in COCO's annotations, if the data has them.
 
     Returns:
         The result's entries about the weights.
@@ -196,6 +203,8 @@ def hand_on(stage: Stage, engine: Engine, step: int, classes: Sequence[str]) -> 
         facts["classes"] = list(classes)
     if recipe.objective.kind == "segmentation":
         facts["segmentation"] = segmentation_facts(recipe)
+    if recipe.objective.kind == "detection":
+        facts |= {"category_ids": list(category_ids or ()), "detection": detection_facts(recipe)}
     with engine.evaluating():
         weights = engine.gather()
     digest = engine.world.on_main(lambda: write_weights(stage.directory / WEIGHTS_FILE, weights, facts))

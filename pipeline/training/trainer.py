@@ -117,7 +117,8 @@ class Training:
             self.validation = evaluation_feed(recipe, data["validation"], world, workers, prepare)
         startup.lap("model")
         self.last = recipe.total_steps(self.feed.steps_per_epoch)
-        self.classes = data["train"].classes
+        objects = data["train"].beton.objects
+        self.classes, self.category_ids = data["train"].classes, objects and objects.category_ids
         store, restored = self._load_weights(_hashes(data))
         self.start = restored or 0
         startup.lap("weights")
@@ -282,7 +283,7 @@ class Training:
         done = outcome.kind is OutcomeKind.DONE
         self.watchdog.phase("finish", outcome.step)
         if done:
-            weights = handoff.hand_on(self.stage, self.engine, self.last, self.classes)
+            weights = handoff.hand_on(self.stage, self.engine, self.last, self.classes, self.category_ids)
             metric, ranks = self.objective.metric, self.world.size
             self.world.on_main(lambda: records.write_result(self.stage, weights, metric, self.log, self.last, ranks))
         self.log.write("end", outcome=outcome.kind, reason=outcome.reason, step=outcome.step)

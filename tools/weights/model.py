@@ -12,6 +12,7 @@ from pipeline.checkpoint.manifest import CheckpointName
 from pipeline.checkpoint.store import committed_checkpoints
 from pipeline.errors import CheckpointError, first_line, shortened
 from pipeline.models import ConvNeXtV2, NextViT, SLaK, create_model
+from pipeline.objectives.detection import detection_facts
 from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.stage.directory import Stage, read_done
 from pipeline.storage.bounded_files import read_yaml
@@ -133,6 +134,8 @@ def _open_checkpoint(stage: Stage, ema: bool | None) -> OpenedWeights:
     }
     if recipe.objective.kind == "segmentation":
         facts["segmentation"] = segmentation_facts(recipe)
+    if recipe.objective.kind == "detection":
+        facts["detection"] = detection_facts(recipe)
     which = f"{'ema' if average else 'model'} of {committed[-1]}"
     return OpenedWeights(read_checkpoint_weights(url, average)[0], facts, which, url, stage.directory)
 

@@ -1,0 +1,145 @@
+"""Detection: losses of proposals, boxes and masks, averaged within a slot, and COCO's average precision."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import randomness
+from pipeline.data.batch import Batch
+from pipeline.data.image_objects import ImageObjects
+from pipeline.data.objects import Objects
+from pipeline.distributed.world import World
+from pipeline.models.detections import Detections
+from pipeline.models.detector import create_detector
+from pipeline.models.detector_options import DetectorOptions
+from pipeline.objectives.average_precision import compare_classes, summarise
+from pipeline.objectives.detected_objects import Packed, detected_objects, pack_objects, unpack_objects
+from pipeline.objectives.dropping import keep_of_batch
+from pipeline.objectives.objective import AdaptedWeights, ObjectOverlays, recipe_errors
+from pipeline.objectives.pixels import normalise
+from pipeline.randomness import Purpose
+from pipeline.recipe import DetectionSettings, StageRecipe
+from pipeline.weights.transfer import detector_weights
+
+
+class DetectionObjective:
+    """Training a detector, and the backbone with it, on boxes and masks. See `Objective` for the methods."""
+
+    metric = DetectionSettings.metric
+
+    def __init__(self, recipe: StageRecipe, seed: int):
+        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+
+    def build_model(self) -> nn.Module:
+        with recipe_errors(self.recipe.name):
+            options, model_options = detector_options(self.settings), self.recipe.model.options
+            model = create_detector(self.recipe.model.name, options, seed=self.seed, **model_options)
+        self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
+        return model
+
+    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
+        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
+
+    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
+        return None
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        images, slot = self._normalised(model, batch), self.recipe.batch.slot
+        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates)
+        if keep is not None:
+            keep = keep.to(images.dtype).to(images.device, non_blocking=True)
+        keys = torch.from_numpy(randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64"))
+        keys = keys.to(images.device, non_blocking=True)
+        sums, counts = model(images, batch.view_sizes, batch.objects, keys, keep)
+        parts = [_within_slots(sums[name], counts[name], slot) for name in sums]
+        return torch.stack(parts).sum(0).mean()
+
+    def without_mixing(self) -> "DetectionObjective":
+        return self
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the detections of the batch, which a `tally` collects."""
+        found = model(self._normalised(model, batch), batch.view_sizes)
+        return {name: value for name, value in vars(found).items() if value is not None}
+
+    def tally(self) -> "DetectionTally":
+        return DetectionTally(self.settings.has_masks)
+
+    def paint(self, model: nn.Module, batch: Batch) -> ObjectOverlays:
+        found, shown = self._found(model, batch), batch.valid.nonzero().flatten().tolist()
+        sizes = batch.view_sizes.tolist()
+        images = [batch.images[n, :, : sizes[n][0], : sizes[n][1]].cpu().numpy() for n in shown]
+        truths = [annotated_objects(batch.annotated, int(batch.ids[n]), found[n].size) for n in shown]
+        return ObjectOverlays(images, truths, [found[n] for n in shown])
+
+    def _found(self, model: nn.Module, batch: Batch) -> list[ImageObjects]:
+        return detected_objects(Detections(**self.evaluate(model, batch)), batch.view_sizes, batch.image_sizes)
+
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
+        with torch.device("meta"):
+            target = self.build_model().state_dict()
+        return AdaptedWeights(*detector_weights(weights, target, self.recipe.init.head == "keep"))
+
+
+def _within_slots(sums: Tensor, counts: Tensor, slot: int) -> Tensor:
+    """Divide the sums of each slot's images (N,) by what was counted in the slot: (slots,)."""
+    return sums.view(-1, slot).sum(1) / counts.view(-1, slot).sum(1).clamp(min=1)
+
+
+class DetectionTally:
+    """Collects what was detected in the images of this rank, and compares all ranks' with what is annotated."""
+
+    def __init__(self, masks: bool):
+        self._masks = masks
+        self._packed: list[Packed] = []
+        self._annotated: Objects | None = None
+
+    def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
+        self._annotated = batch.annotated
+        found = detected_objects(Detections(**scores), batch.view_sizes, batch.image_sizes)
+        valid = batch.valid.tolist()
+        samples = [sample for sample, counts in zip(batch.ids.tolist(), valid, strict=True) if counts]
+        own = [objects for objects, counts in zip(found, valid, strict=True) if counts]
+        self._packed.append(pack_objects(samples, own))
+
+    def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Each rank compares its share of the classes, outside of any collective's time limit."""
+        joined = tuple(map(torch.cat, zip(*self._packed, strict=True)))
+        samples, found = unpack_objects(tuple(world.concatenate(part) for part in joined), self._masks)
+        classes = len(self._annotated.category_ids)
+        own = range(world.rank, classes, world.size)
+
+        def compare() -> Tensor:
+            return torch.from_numpy(compare_classes(self._annotated, samples, found, own, self._masks))
+
+        compared = world.on_every_rank(compare, should_stop)
+        if compared is None:
+            return None
+        tables = compared.new_zeros(*compared.shape[:3], classes, *compared.shape[4:])
+        tables[:, :, :, world.rank :: world.size] = compared
+        return summarise(world.sum(tables).numpy(), self._masks).figures
+
+
+def annotated_objects(objects: Objects, sample: int, size: tuple[int, int]) -> ImageObjects:
+    """The annotated objects of a sample, whose image has this height and width."""
+    rows = objects.rows(sample)
+    boxes = rows["box"].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    masks = [objects.mask(row) for row in rows] if objects.has_masks else None
+    return ImageObjects(size, boxes, rows["class"].astype("int64"), None, masks, rows["crowd"] == 1)
+
+
+def detector_options(settings: DetectionSettings) -> DetectorOptions:
+    """The options of `create_detector` that a recipe asks for."""
+    renamed = {"channels": settings.head_channels, "masks": settings.has_masks}
+    renamed["map_norms"] = settings.map_norms is not False
+    names = DetectorOptions.__dataclass_fields__.keys() & type(settings).model_fields.keys() - renamed.keys()
+    return DetectorOptions(**{name: getattr(settings, name) for name in names}, **renamed)
+
+
+def detection_facts(recipe: StageRecipe) -> dict[str, Any]:
+    """The entry `detection` in the facts of a weights file: what builds the model again, and how it is tested."""
+    return {"head": asdict(detector_options(recipe.objective)), "test_size": list(recipe.data.views.test_size)}
