@@ -124,9 +124,10 @@ def prepare(
     out: str | PathLike[str],
     *,
     masks: str | PathLike[str] | bool | None = None,
+    annotations: str | PathLike[str] | bool | None = None,
     **options: Any,
 ) -> Path:
-    """Pack images into a .beton file for training, as `fcmae prepare` does, or with masks, as `fcmae prepare maps`.
+    """Pack images into a .beton file for training, as `fcmae prepare` does, with masks as `fcmae prepare maps`, or boxes.
 
         >>> fcmae.prepare("labelled", "labelled.beton")  # doctest: +ELLIPSIS
         labelled.beton is ready: 4 images of 2 classes, sha256 ...
@@ -136,14 +137,19 @@ def prepare(
         source: a folder, an archive or Parquet files of images.
         out: the .beton file to write.
         masks: the folder of masks, for segmentation; True if `source` holds images and masks.
+        annotations: COCO annotations of objects, for detection; True if `source` holds images and annotations.
         options: those of the command, with underscores: `unlabelled=True`, `max_side=512`, `workers=8`.
 
     Raises:
         UserError: if images cannot be read, or `out` exists and `overwrite` is not given.
     """
-    from tools.prepare.commands import prepare_images, prepare_masks
+    from tools.prepare.commands import prepare_coco, prepare_images, prepare_masks
 
-    if masks is True:
+    if annotations is True:
+        prepare_coco(str(source), str(out), **options)
+    elif annotations:
+        prepare_coco(str(source), str(annotations), Path(out), **options)
+    elif masks is True:
         prepare_masks(str(source), str(out), **options)
     elif masks:
         prepare_masks(str(source), str(masks), Path(out), **options)

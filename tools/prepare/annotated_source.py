@@ -86,7 +86,7 @@ def open_annotated_source(source: str, options: ObjectOptions) -> AnnotatedSourc
     Raises:
         DataError: if images or annotations cannot be used.
     """
-    if options.yolo:
+    if _is_yolo(source, options):
         return _open_yolo(source)
     if options.annotations is not None:
         return _open_part(AnnotatedPart(source, options.annotations))
@@ -126,6 +126,15 @@ class _PartReader:
         return (ZipMembers if isinstance(place, ZippedFile) else ByteRanges)(self.fs).read(place)
 
 
+def _is_yolo(source: str, options: ObjectOptions) -> bool:
+    """Whether a source is a folder of YOLO's labels, by the options or by what it holds."""
+    fs, path = locate(source)
+    if options.yolo or options.annotations is not None or not fs.isdir(path):
+        return options.yolo
+    names = {base(entry["name"]) for entry in list_folder(fs, path)}
+    return "data.yaml" in names or ({"images", "labels"} <= names and ANNOTATIONS_FILE not in names)
+
+
 def annotated_parts(source: str) -> list[AnnotatedPart]:
     """Find images and annotations in one folder: images/ beside annotations.json, or COCO's own layout.
 
@@ -150,15 +159,15 @@ def annotated_parts(source: str) -> list[AnnotatedPart]:
             found.append(AnnotatedPart(images, annotations, held_out))
     if not found:
         raise DataError(
-            f"source {source} holds neither images/ and {ANNOTATIONS_FILE} nor COCO's train2017, val2017 and"
-            " annotations; name the folder of images and the JSON file of annotations"
+            f"source {source} holds neither images/ and {ANNOTATIONS_FILE}, nor COCO's train2017, val2017 and"
+            " annotations, nor YOLO's images/ and labels/; name the images and the JSON file of annotations"
         )
     return found
 
 
 def has_annotated_parts(source: str, options: ObjectOptions) -> bool:
     """Whether a source itself says which of its images are for validation."""
-    if options.yolo:
+    if _is_yolo(source, options):
         return divided(_images(source).items)[1] is not None
     return options.annotations is None and len(annotated_parts(source)) > 1
 

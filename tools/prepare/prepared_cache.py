@@ -28,15 +28,15 @@ from pipeline.errors import DataError
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
+from tools.prepare.annotated_source import ObjectOptions
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.folders import is_read
 from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import is_image, locate
 from tools.prepare.mask_pairs import CLASS_FILES, MapOptions
-from tools.prepare.masked_source import has_parts
 from tools.prepare.parts import PART_SAMPLES
-from tools.prepare.preparation import prepare_beton, prepare_targets, prepare_split
+from tools.prepare.preparation import has_own_parts, prepare_beton, prepare_split, prepare_targets
 from tools.prepare.preparation_report import summary_lines
 from tools.prepare.progress_bar import ProgressBar
 
@@ -63,13 +63,20 @@ class SourceSettings:
     """How images become pixels; None lets the source decide."""
     maps: bool = False
     """The source holds images and masks, see `masked_folder`. If it has two parts itself, these are its files."""
+    objects: bool = False
+    """The source holds images and annotations of objects, see `annotated_parts`; likewise."""
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """What `prepare_targets` needs beside the images; empty for images alone."""
+        return {"maps": MapOptions()} if self.maps else {"objects": ObjectOptions()} if self.objects else {}
 
     def stored(self, unlabelled: bool) -> dict[str, Any]:
         """The settings that decide what is written, given whether the images have no classes."""
         more = {"split": self.split, "group_by": self.group_by} if self.split else {}
         if self.reading not in (None, ReadingSettings()):
             more["reading"] = self.reading.side_car()
-        more |= {"maps": True} if self.maps else {}
+        more |= dict.fromkeys(self.targets, True)
         return {"unlabelled": unlabelled, "labels": self.labels, "max_side": self.max_side, **more}
 
 
@@ -147,7 +154,7 @@ def prepared(
 
 def _has_no_classes(cache: Path, source: str, settings: SourceSettings, refresh: bool) -> bool:
     """Whether to leave classes out. What was decided when the source was prepared holds until it is refreshed."""
-    if settings.needs_classes or settings.maps or settings.labels is not None:
+    if settings.needs_classes or settings.targets or settings.labels is not None:
         return False
     usable = []
     for unlabelled in () if refresh else (False, True):
@@ -266,7 +273,7 @@ def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
     """A hash of the relative paths, sizes and dates of the files that preparation reads, and their number."""
     digest, files = hashlib.sha256(), 0
     places = (
-        (source, _is_prepared_with_masks if settings.maps else _is_prepared),
+        (source, _is_prepared_with_masks if settings.maps else _is_annotated if settings.objects else _is_prepared),
         (settings.labels, lambda name: True),
     )
     for place, is_wanted in places:
@@ -305,12 +312,17 @@ def _is_prepared_with_masks(name: str) -> bool:
     return is_image(name) or name.endswith((".zip", *CLASS_FILES))
 
 
+def _is_annotated(name: str) -> bool:
+    return is_image(name) or name.endswith((".zip", ".json", ".txt", "data.yaml"))
+
+
 def _prepare(
     source: str, settings: SourceSettings, unlabelled: bool, generation: Path, report: Callable[[str], None]
 ) -> Path:
     # Most sources that are refused are refused here.
-    own_parts = settings.maps and has_parts(source, MapOptions())
-    if not settings.maps:
+    targets = settings.targets
+    own_parts = bool(targets) and has_own_parts(source, **targets)
+    if not targets:
         open_source(source, settings.labels, unlabelled)
     report(f"preparing {source}, once: the result is kept in {generation}")
     listing, files = list_source(source, settings)
@@ -325,9 +337,9 @@ def _prepare(
                 "workers": min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES),
             }  # fmt: skip
             path = _beton_in(generation, source)
-            if settings.maps:
+            if targets:
                 fraction = None if own_parts else settings.split or None
-                options["maps"] = MapOptions()
+                options |= targets
                 summaries = prepare_targets(source, path, fraction, settings.group_by, **options)
             elif settings.split:
                 summaries = prepare_split(source, path, settings.split, settings.group_by, **options)
@@ -341,7 +353,7 @@ def _prepare(
                 generation.rmdir()
                 generation.parent.rmdir()
         raise
-    in_classes = not (settings.maps or settings.labels or unlabelled) and _all_in_classes(source)
+    in_classes = not (targets or settings.labels or unlabelled) and _all_in_classes(source)
     now = time.strftime("%Y-%m-%d %H:%M")
     entry = CacheEntry(source, settings.stored(unlabelled), listing, files, now, in_classes)
     write_json(generation / SOURCE_FILE, asdict(entry))

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.chain import resolve_chain_paths
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import ChainRecipe, ClassificationSettings, SegmentationSettings, StageRecipe, load_recipe
+from pipeline.recipe import ChainRecipe, ClassificationSettings, DetectionSettings, SegmentationSettings, StageRecipe, load_recipe
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.prepare.prepared_cache import (
@@ -38,7 +38,7 @@ def with_prepared_data(
     """Prepare what the stages of a chain name as data, unless that is done, and name the prepared files instead.
 
     A run keeps the files that it was started with. Finished stages read no data, so nothing is prepared for them.
-    Where a segmentation stage names the same images and masks for training and for validation, they are divided.
+    Where a segmentation or detection stage names the same source for training and for validation, it is divided.
 
     Args:
         run: the run directory, which need not exist.
@@ -66,7 +66,7 @@ def with_prepared_data(
 def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
     """The sources that the unfinished stages of a resolved chain name as data, and how each is to be prepared.
 
-    Images that only pre-training reads need no classes, and those of segmentation need masks.
+    Images that only pre-training reads need no classes, those of segmentation need masks, and those of detection boxes.
     """
     settings: dict[str, SourceSettings] = {}
     for name, stage in chain.stages.items():
@@ -74,9 +74,10 @@ def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
             named = [source for source in (getattr(stage.data, name) for name in NAMES) if source]
             for source in named:
                 known = settings.get(source, SourceSettings(needs_classes=False))
-                if isinstance(stage.objective, SegmentationSettings):
+                if isinstance(stage.objective, SegmentationSettings | DetectionSettings):
+                    kind = "maps" if isinstance(stage.objective, SegmentationSettings) else "objects"
                     twice = named.count(source) > 1
-                    known = replace(known, maps=True, split=HELD_OUT if twice else known.split)
+                    known = replace(known, split=HELD_OUT if twice else known.split, **{kind: True})
                 elif isinstance(stage.objective, ClassificationSettings):
                     known = replace(known, needs_classes=True)
                 settings[source] = known
@@ -88,7 +89,7 @@ def refuse_sources(chain: ChainRecipe, run: Path) -> None:
     for source, settings in sources_of(resolve_chain_paths(chain), run).items():
         raise DataError(
             f"data {source} must be prepared first, and --dry-run writes nothing; name the file that"
-            f" `fcmae prepare {'maps ' * settings.maps}{source} OUT.beton` makes, or leave --dry-run out"
+            f" `fcmae prepare {'maps ' * settings.maps}{'coco ' * settings.objects}{source} OUT.beton` makes, or leave --dry-run out"
         )
 
 
