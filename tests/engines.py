@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.store import CheckpointStore, flatten
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.sharded_tensors import whole
 from pipeline.distributed.world import World
 from pipeline.engines import Engine, create_engine
@@ -83,18 +83,22 @@ def train(
     rate: Callable[[int], float] = gentle,
     load: Path | None = None,
     save: Path | None = None,
+    slots: Callable[[int], Iterable[Batch]] | None = None,
 ) -> Trained:
-    """Make the steps, from a checkpoint or from scratch; the directories are those of a `CheckpointStore`."""
+    """Make the steps, from a checkpoint or from scratch; the directories are those of a `CheckpointStore`.
+
+    slots: gives this rank's micro-batches of a step, as a feed's; without it they are noise.
+    """
     objective = create_objective(recipe, seed=4)
     engine = create_engine(objective.build_model, recipe, world)
     engine.attach_components()
     if load:
         assert store(load, world).restore(engine.state(0)) == steps.start
         engine.refresh()
-    engine.warm_up(batches(recipe, 0)[0], objective)
+    engine.warm_up(example_batch(recipe, world.size) if slots else batches(recipe, 0)[0], objective)
     losses = []
     for step in steps:
-        mine = batches(recipe, step, world.rank, world.size)
+        mine = slots(step) if slots else batches(recipe, step, world.rank, world.size)
         report = engine.step(mine, objective, step=step, lr=rate(step), should_stop=lambda: False)
         assert report is not None
         assert report.accepted
