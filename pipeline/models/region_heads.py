@@ -31,7 +31,7 @@ class RPNHead(nn.Module):
         """Map [(N, C, h, w), ...] to logits (N, anchors) and coded boxes (N, anchors, 4) of each map, at least fp32."""
         hidden = [F.relu(self.rpn_conv(x)) for x in maps]
         logits = [widen(self.rpn_cls(x)).permute(0, 2, 3, 1).flatten(1) for x in hidden]
-        deltas = [widen(self.rpn_reg(x)).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in hidden]
+        deltas = [widen(self.rpn_reg(x)).permute(0, 2, 3, 1).unflatten(3, (-1, 4)).flatten(1, 3) for x in hidden]
         return logits, deltas
 
 
@@ -61,7 +61,7 @@ class BoxHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map features (N, R, C, 7, 7) to logits (N, R, classes + 1) and coded boxes (N, R, boxes, 4)."""
-        images = len(x)
+        images = x.shape[0]  # len would fix the number of images in an export
         x = x.flatten(0, 1)
         for conv in self.shared_convs:
             x = conv(x)
@@ -84,7 +84,7 @@ class MaskHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (N, R, C, 14, 14) to the logits of every class' mask (N, R, classes, 28, 28)."""
-        images = len(x)
+        images = x.shape[0]
         x = x.flatten(0, 1)
         for conv in self.convs:
             x = conv(x)

@@ -38,7 +38,7 @@ from tools.analyze.analyzed_model import open_model
 from tools.bench.timing import Clock, medians, print_header, print_row
 from tools.recipes.library import find_study, included_recipes
 from tools.study.definition import load_study
-from tools.weights.export import ONNX_TOLERANCE, folded, relative_difference, write_onnx
+from tools.weights.onnx_files import ONNX_TOLERANCE, folded, relative_difference, write_onnx
 
 MODELS = [f"convnextv2_{size}" for size in ("atto", "nano", "tiny", "base")]
 MODELS += ["slak_tiny", "slak_small", "slak_base", "nextvit_small", "nextvit_base", "nextvit_large"]

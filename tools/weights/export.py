@@ -1,11 +1,8 @@
 """Export weights to safetensors, to ONNX, or to a folder that timm loads."""
 
-import copy
 import json
-import math
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +14,24 @@ from torch import nn
 from pipeline.errors import CheckpointError, UserError
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width, read_image_size
-from pipeline.weights.architecture import Architecture
+from pipeline.weights.architecture import Architecture, DetectorArchitecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
 from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
 from tools.predict.image_model import default_crop
 from tools.weights.convert import check_destination, output_facts, refuse_unpublished_options
+from tools.weights.detector_export import build_detector, write_detector
 from tools.weights.model import build_model, model_tensors
+from tools.weights.onnx_files import (
+    ONE_FILE_BYTES,
+    ONNX_TOLERANCE,
+    describe_input,
+    folded,
+    relative_difference,
+    write_onnx,
+)
 
 Format = Literal["safetensors", "onnx", "timm"]
-ONNX_TOLERANCE = 1e-4  # relative to the largest output; another order of sums in fp32 differs by about 1e-6
-_ONE_FILE_BYTES = 1_800_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def export(
     - "onnx": images (N, C, H, W) -> logits, or without a head the last map (N, C, h, w), for any N and for
       the H and W of `image_size`. BatchNorms and SLaK's small kernels are folded into the convolutions beside them.
       Before it is written, its outputs in onnxruntime are compared with those of the model as it is. Above 1.8 GB, the
-      weights are in OUT.data. The metadata say how images are normalised, see `describe_input`.
+      weights are in OUT.data. The metadata say how images are normalised, see `describe_input`. Models for detection
+      become two or three files, see detector_export.py.
     - "timm": a folder with model.safetensors and config.json.
 
     Args:
@@ -104,63 +109,34 @@ def _export_onnx(
         raise UserError(
             f"--format onnx needs the package {error.name}, which is not installed; run: pip install 'fcmae[onnx]'"
         ) from error
-    model = build_model(loaded.tensors, about.get("model"), str(source))
-    report = replace(loaded.report, dropped=(*loaded.report.dropped, *model_tensors(loaded.tensors)[1]))
-    if min(size) < model.stride:
+    report, detects = loaded.report, isinstance(loaded.report.architecture, DetectorArchitecture)
+    if detects:
+        model = build_detector(loaded, about, str(source))
+        stride = model.backbone.stride
+    else:
+        model = build_model(loaded.tensors, about.get("model"), str(source))
+        report = replace(report, dropped=(*report.dropped, *model_tensors(loaded.tensors)[1]))
+        stride = model.stride
+    if min(size) < stride:
         raise UserError(
-            f"image_size is {describe_size(size)} pixels, less than the model's stride of {model.stride}; give more"
+            f"image_size is {describe_size(size)} pixels, less than the model's stride of {stride}; give more"
         )
-    bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
         path = Path(folder) / destination.name  # the final name, because ONNX records it when the weights lie beside
-        write_onnx(folded(model), path, size, external=bytes_total > _ONE_FILE_BYTES)
-        describe_input(path, model.in_channels, size, about)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        difference = max(_compare_outputs(model, session, batch, size) for batch in (1, 3))
-        del session
+        if detects:
+            difference = write_detector(model, size, path, about)
+        else:
+            bytes_total = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+            write_onnx(folded(model), path, size, external=bytes_total > ONE_FILE_BYTES)
+            describe_input(path, model.in_channels, size, about)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            difference = max(_compare_outputs(model, session, batch, size) for batch in (1, 3))
+            del session
         files = sorted(Path(folder).iterdir(), reverse=True)  # OUT.data before OUT
         for file in files:
             os.replace(file, destination.parent / file.name)
     return Export(report, tuple(destination.parent / file.name for file in files), difference)
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy with BatchNorms and small kernels folded into convolutions; the model itself if it has none."""
-    return copy.deepcopy(model).fold_batchnorm() if hasattr(model, "fold_batchnorm") else model
-
-
-def write_onnx(model: nn.Module, path: Path, size: tuple[int, int], *, external: bool) -> None:
-    """Write a folded model as ONNX with input `images` (N, C, height, width).
-
-    external: write the weights to a second file.
-    """
-    images = torch.zeros(2, getattr(model, "in_channels", 3), *size)  # the latency bench also exports timm's models
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        output = "logits" if model.num_classes else "features"
-        torch.onnx.export(
-            model, (images,), path, input_names=["images"], output_names=[output], external_data=external,
-            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False, dynamo=True,
-        )  # fmt: skip
-
-
-def describe_input(path: Path, channels: int, size: tuple[int, int], about: Mapping[str, Any]) -> None:
-    """Write into an ONNX file's metadata what its images must be, each value as JSON.
-
-    The keys are in_channels, image_size (height and width), mean and std (of pixels from 0 to 1), and classes if the
-    names of the outputs are known.
-    """
-    import onnx
-
-    statistics = ChannelStatistics.of_weights(about, channels)
-    facts: dict[str, Any] = {"in_channels": channels, "image_size": list(size)}
-    facts |= {"mean": list(statistics.mean), "std": list(statistics.std)}
-    if about.get("classes"):
-        facts["classes"] = about["classes"]
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
-    onnx.save(model, path)
 
 
 @torch.no_grad()
@@ -186,14 +162,6 @@ def _compare_outputs(model: nn.Module, session: Any, batch: int, size: tuple[int
             f"{ONNX_TOLERANCE:.0e}, so nothing is written; try other versions of torch, onnxscript and onnxruntime"
         )
     return difference
-
-
-def relative_difference(expected: torch.Tensor, outputs: torch.Tensor) -> float:
-    """The largest difference relative to the largest expected output; 0 or infinity if that is 0."""
-    if expected.shape != outputs.shape:
-        return math.inf
-    difference, largest = (expected - outputs).abs().max().item(), expected.abs().max().item()
-    return difference / largest if largest else math.inf if difference else 0.0
 
 
 def _export_timm(

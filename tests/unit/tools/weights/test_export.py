@@ -93,7 +93,7 @@ def test_onnx_gives_the_same_logits_at_any_batch(exported):
 
 
 def test_onnx_of_an_encoder_with_its_weights_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "_ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr(tool, "ONE_FILE_BYTES", 1000)
     done = export(saved(tmp_path / "w.pt", TINY), tmp_path / "m.onnx", "onnx", image_size=64)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data", "w.pt"]
     assert sorted(path.name for path in done.files) == ["m.onnx", "m.onnx.data"]
