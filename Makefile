@@ -30,6 +30,15 @@ demo-segmentation: demo-data  ## FCMAE, then the classes of pixels in composed s
 	$(FCMAE) evaluate runs/demo-segmentation --data runs/data/scenes-test.beton --nproc $(NPROC) \
 	  --beside runs/demo-segmentation-scratch
 
+demo-detection: demo-data  ## FCMAE, then boxes and masks of the objects in these scenes; the same from scratch; both AP
+	$(FCMAE) prepare cifar10-scenes runs/data/scenes $(if $(ARCHIVE),--archive $(ARCHIVE))
+	for part in train test; do [ -e runs/data/objects-$$part.beton ] || $(FCMAE) prepare coco \
+	  runs/data/scenes/$$part/images runs/data/scenes/$$part/annotations.json runs/data/objects-$$part.beton || exit 1; done
+	$(FCMAE) run recipes/demo-detection.yaml --out runs/demo-detection --nproc $(NPROC)
+	$(FCMAE) run recipes/demo-detection-scratch.yaml --out runs/demo-detection-scratch --nproc $(NPROC)
+	$(FCMAE) evaluate runs/demo-detection --data runs/data/objects-test.beton --nproc $(NPROC) \
+	  --beside runs/demo-detection-scratch
+
 demo-slurm: demo-data  ## run the demo on a private Slurm, preempt it, kill a node, compare the bits (SHORT=1: fewer steps)
 	.venv/bin/python -m tests.chaos.slurm_demo recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
 	  --reference $(RUN)$(if $(SHORT),-short) $(if $(SHORT),--short)
@@ -54,4 +63,4 @@ clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find pipeline cluster recipes tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo demo-scratch demo-segmentation demo-slurm demo-data test test-ci test-slow lint clean
+.PHONY: help setup demo demo-scratch demo-segmentation demo-detection demo-slurm demo-data test test-ci test-slow lint clean
