@@ -27,6 +27,7 @@ MATRIX, DEPTHWISE, RESPONSE, NORM, POINTWISE, WEIGHTS, INPUT = range(len(GROUPS)
 
 # How often an own kernel reads its inputs of the features' size.
 PASSES = {"fcmae.gelu_grn": 2, "fcmae.gelu_grn_backward": 2}
+# Reads that depend on where regions lie are counted once: of RoIAlign the maps forward, the regions backward.
 # Of the depthwise kernels, by direction: instructions that a warp issues for each that multiplies and adds, from the
 # code that is compiled for sm_90 (upper limits, held by a test).
 INSTRUCTIONS = {"forward": 75 / 16, "backward": (75 + 90) / 2 / 16}
@@ -121,7 +122,7 @@ class OperationLog:
         if depthwise:
             group = DEPTHWISE
         elif name.startswith("fcmae."):
-            group = NORM if "layer_norm" in name else RESPONSE
+            group = NORM if "layer_norm" in name else RESPONSE if "grn" in name else POINTWISE
         elif opaque:
             group = MATRIX
         elif weights:

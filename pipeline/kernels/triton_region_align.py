@@ -88,7 +88,8 @@ def spread_regions_kernel(
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     total = tl.zeros((ROWS * COLUMNS, CHANNELS), WIDE)
-    for region in range(image * regions, (image + 1) * regions):
+    for number in range(regions):
+        region = image.to(INDEX) * regions + number
         grid = grids + region * 7
         if tl.load(grid) == level:
             start_y, step_y, samples_y = tl.load(grid + 1), tl.load(grid + 2), tl.load(grid + 3)
@@ -103,7 +104,7 @@ def spread_regions_kernel(
                     if tl.max(rows, 0) > 0:
                         for j in range(BINS):
                             weights = rows * _weigh_lines(column, start_x, step_x, samples_x, j, width)
-                            place = (region.to(INDEX) * BINS * BINS + i * BINS + j) * channels
+                            place = (region * BINS * BINS + i * BINS + j) * channels
                             given = tl.load(gradient + place + channel, inside, 0).to(WIDE)
                             total = total + weights.to(WIDE)[:, None] * given[None, :]
     place = (((image.to(INDEX) * height + row) * width + column) * channels)[:, None] + channel[None, :]

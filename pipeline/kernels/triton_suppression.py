@@ -33,10 +33,14 @@ def keep_in_order_kernel(corners, valid, keep, threshold, boxes, BLOCK: tl.const
         height = tl.minimum(bottom, y2) - tl.maximum(top, y1)
         both = tl.where((width > 0) & (height > 0), width * height, 0.0)
         union = (right - left) * (bottom - top) + areas - both
-        over = (both > 0) & (tl.div_rn(both, union) > tl.load(threshold))
+        if x1.dtype == tl.float32:
+            share = tl.div_rn(both, union)  # of float64 numbers every division is rounded so
+        else:
+            share = both / union
+        over = (both > 0) & (share > tl.load(threshold))
         alive = alive & ((place <= first) | (over == 0))
         first = tl.min(tl.where(alive & (place > first), place, BLOCK), 0)
-    tl.store(keep + image * boxes + place, alive, exists)
+    tl.store(keep + image * boxes + place, alive.to(tl.uint8), exists)
 
 
 def keep_in_order(corners: Tensor, valid: Tensor, threshold: float) -> Tensor:
@@ -47,7 +51,7 @@ def keep_in_order(corners: Tensor, valid: Tensor, threshold: float) -> Tensor:
         block = triton.next_power_of_2(boxes)
         limit = torch.full((1,), threshold, dtype=corners.dtype, device=corners.device)
         keep_in_order_kernel[(images,)](
-            corners, valid.contiguous(), keep, limit, boxes,
+            corners, valid.contiguous().view(torch.uint8), keep.view(torch.uint8), limit, boxes,
             BLOCK=block, num_warps=min(max(block // 256, 4), 16), enable_fp_fusion=False,
         )  # fmt: skip
     return keep

@@ -18,6 +18,7 @@ WARP = 32
 MULTIPLY = r"\b(F|D)(FMA|MUL)\b"
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
 
 

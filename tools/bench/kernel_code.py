@@ -91,6 +91,24 @@ def layer_norm(sites: int, channels: int) -> None:
     backward_layer_norm(x, x, weight, mean, deviation)
 
 
+def region_align(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Launch the kernels of RoIAlign on the finest maps of four images of 1024 px."""
+    from pipeline.kernels.triton_region_align import pool_levels, spread_levels
+
+    x, grids = features(4, 256, 256, 256, dtype=dtype), features(4, 512, 7, dtype=torch.float32)
+    pool_levels([x], grids, 7)
+    spread_levels(features(4, 512, 7, 7, 256, dtype=dtype), grids, [x.shape])
+
+
+def suppression(boxes: int) -> None:
+    """Launch the kernel of non-maximum suppression for five maps of four images."""
+    from pipeline.kernels.triton_suppression import keep_in_order
+
+    keep_in_order(
+        features(20, 4, boxes, dtype=torch.float32), torch.empty(20, boxes, dtype=torch.bool, device="meta"), 0.7
+    )
+
+
 class Subject(NamedTuple):
     """Kernels that one call launches."""
 

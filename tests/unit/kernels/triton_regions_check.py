@@ -19,15 +19,15 @@ STRIDES = (4, 8)
 
 
 def random_boxes(*shape: int, side: float) -> Tensor:
-    """Some reach beyond an image of this side, and one is empty."""
+    """Some reach beyond an image of this side; one is empty, and one large."""
     boxes = torch.cat([start := torch.rand(*shape, 2) * side - 4, start + torch.rand(*shape, 2) * side], -1)
-    boxes[0, 0] = 0
+    boxes[0, 0], boxes[0, -1] = 0, torch.tensor([2, 3, 0.95 * side, 0.9 * side])
     return boxes.double()
 
 
 def region_errors(dtype: torch.dtype, bins: int, channels: int, ratio: int = 0) -> dict[str, float]:
-    maps = [torch.randn(2, channels, 40 // stride, 48 // stride).to(dtype) for stride in STRIDES]
-    regions = random_boxes(2, 5, side=40).to(torch.promote_types(dtype, torch.float32))
+    maps = [torch.randn(2, channels, 24 // stride, 40 // stride).to(dtype) for stride in STRIDES]
+    regions = random_boxes(2, 4, side=20).to(torch.promote_types(dtype, torch.float32))
     leaves = [x.double().requires_grad_() for x in maps]
     exact = region_align(leaves, STRIDES, regions, bins, ratio, finest=8)
     grad_y = torch.randn(exact.shape).to(dtype)
@@ -37,21 +37,19 @@ def region_errors(dtype: torch.dtype, bins: int, channels: int, ratio: int = 0) 
     grids = _lay_grids(level, regions / (4 + 4 * level)[..., None], bins, ratio, True)
     features = [surround_by_nan(x.permute(0, 2, 3, 1).contiguous()) for x in maps]
     spread, shapes = surround_by_nan(grad_y.permute(0, 1, 3, 4, 2).contiguous()), [x.shape for x in features]
-    first, second = ([pool_levels(features, grids, bins), *spread_levels(spread, grids, shapes)] for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True)), "other bits the second time"
-    y, fine, coarse = first
-    results = [y.permute(0, 1, 4, 2, 3), *(x.permute(0, 3, 1, 2) for x in (fine, coarse))]
+    y, gradients = pool_levels(features, grids, bins), spread_levels(spread, grids, shapes)
+    results = [y.permute(0, 1, 4, 2, 3), *(x.permute(0, 3, 1, 2) for x in gradients)]
     return largest_errors(("output", "fine", "coarse"), [exact, *expected], results)
 
 
-@settings(max_examples=3, deadline=None, database=None, derandomize=True)
+@settings(max_examples=2, deadline=None, database=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 20), st.sampled_from([0, 2]))
 def check_any_regions(bins: int, channels: int, ratio: int) -> None:
     assert_close_in_double(region_errors(torch.float64, bins, channels, ratio))
 
 
-@settings(max_examples=10, deadline=None, database=None, derandomize=True)
-@given(st.integers(1, 40), st.sampled_from([0.0, 0.5, 0.7]), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=4, deadline=None, database=None, derandomize=True)
+@given(st.integers(1, 20), st.sampled_from([0.0, 0.5, 0.7]), st.sampled_from([torch.float32, torch.float64]))
 def check_suppression(count: int, threshold: float, dtype: torch.dtype) -> None:
     boxes = random_boxes(2, count, side=12).round().to(dtype)  # whole pixels give ties
     valid = torch.rand(2, count) < 0.9
@@ -61,14 +59,15 @@ def check_suppression(count: int, threshold: float, dtype: torch.dtype) -> None:
 
 def check(dtype: torch.dtype) -> list[dict[str, float]]:
     if dtype == torch.float64:
-        check_any_regions()
         check_suppression()
-    return [region_errors(dtype, 3, 20)]
+    else:
+        check_any_regions()
+    return [region_errors(dtype, 2, 5)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # Small blocks, so that channels and maps need several programs, the last of them partly filled.
-    triton_region_align.CHANNELS, triton_region_align.TILE_CHANNELS = 16, 16
+    triton_region_align.CHANNELS, triton_region_align.TILE_CHANNELS, triton_region_align.COLUMNS = 4, 4, 16
     print(json.dumps({dtype: check(getattr(torch, dtype)) for dtype in sys.argv[1:]}))
