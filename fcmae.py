@@ -42,6 +42,7 @@ import torch  # noqa: E402
 from pipeline.data.image_objects import ImageObjects  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.weights.input_channels import Adaptation  # noqa: E402
+from tools.predict.detection_model import DetectionModel, load_detection_model  # noqa: E402
 from tools.predict.evaluation_transform import EvaluationTransform, ImageLike  # noqa: E402
 from tools.predict.image_model import ImageModel, Prediction, load_image_model  # noqa: E402
 from tools.predict.model_kinds import kind_of, refuse_options  # noqa: E402
@@ -49,11 +50,11 @@ from tools.predict.segmentation_model import SegmentationModel, load_segmentatio
 from tools.prepare.image_pixels import ReadingSettings  # noqa: E402
 
 __all__ = [
-    "EvaluationTransform", "ImageLike", "ImageModel", "ImageObjects", "Prediction",
+    "DetectionModel", "EvaluationTransform", "ImageLike", "ImageModel", "ImageObjects", "Prediction",
     "ReadingSettings", "SegmentationModel", "UserError", "finetune", "load", "prepare", "pretrain", "run",
 ]  # fmt: skip
 
-Model = TypeVar("Model", ImageModel, SegmentationModel)
+Model = TypeVar("Model", ImageModel, SegmentationModel, DetectionModel)
 
 
 def load(
@@ -66,7 +67,7 @@ def load(
     channels: Adaptation | None = None,
     reading: ReadingSettings | None = None,
     device: str | torch.device = "auto",
-) -> ImageModel | SegmentationModel:
+) -> ImageModel | SegmentationModel | DetectionModel:
     """Load a trained model: a classifier, a pre-trained encoder without classes, a segmenter or a detector.
 
         >>> model = fcmae.load("runs/classifier")
@@ -101,6 +102,8 @@ def load(
     refuse_options(source, kind, {("classifier",): of_classifiers})
     if kind == "segmenter":
         return _on_device(load_segmentation_model(source, ema=ema, reading=reading), device)
+    if kind == "detector":
+        return _on_device(load_detection_model(source, ema=ema, reading=reading), device)
     names = read_class_names(classes) if isinstance(classes, str | PathLike) else classes
     model = load_image_model(
         source, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=tuple(names) if names else None,

@@ -17,6 +17,7 @@ from pipeline.recipe.settings_base import Settings
 from pipeline.recipe.yaml_files import parse_settings
 from pipeline.storage.bounded_files import parse_yaml
 from pipeline.storage.file_names import RECIPE_FILE
+from tools.evaluate.detection_evaluation import DetectionResult
 from tools.evaluate.run_evaluation import EvaluationResult
 from tools.evaluate.segmentation_evaluation import SegmentationResult
 from tools.recipes.library import included_recipes
@@ -26,6 +27,8 @@ TOLERANCE = 0.1
 the accuracy by about as much."""
 ADE20K = 2000, 150
 """Its validation images, and its classes."""
+COCO = 5000, 80
+"""The validation images of 2017, and their classes."""
 Z = 1.96  # standard errors: a sample of the same accuracy falls outside once in twenty times
 
 Benchmark = Literal["val", "real", "v2", "a", "r", "sketch"]
@@ -171,6 +174,24 @@ def published_miou(result: SegmentationResult) -> list[str]:
         return []
     words, gain = " with several scales and flips" if several else "", result.scores.metrics["miou"] - value
     return [f"the published mIoU{words} is {value:g} % ({chain.published.source}): this is {gain:+.2f} from it"]
+
+
+def published_ap(result: DetectionResult) -> list[str]:
+    """Compare a detector's AP with those that its run's recipe names, if images and test are those of COCO."""
+    if result.stage is None or not result.as_trained or (result.images, len(result.scores.names)) != COCO:
+        return []
+    try:
+        published = load_recipe(Path(result.stage).parent / RECIPE_FILE).published
+    except UserError:
+        return []
+    lines = []
+    for kind in ("box", "mask"):
+        value, own = getattr(published, f"{kind}_ap", None), result.scores.metrics.get(f"{kind}_ap")
+        if value is not None and own is not None:
+            lines.append(
+                f"the published {kind} AP is {value:g} % ({published.source}): this is {own - value:+.2f} from it"
+            )
+    return lines
 
 
 def result_facts(result: EvaluationResult, comparisons: Sequence[AccuracyComparison] = ()) -> dict[str, Any]:

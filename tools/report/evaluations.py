@@ -1,13 +1,17 @@
 """What `fcmae evaluate` found out about a stage's weights: accuracy beside other weights', by class, and confusions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tools.evaluate.confusions import MATRIX_CLASSES, Confusions
+from tools.evaluate.detection_scores import difference_of_detectors, figures_table
+from tools.evaluate.kept_detections import KeptDetection, kept_detections
 from tools.evaluate.kept_results import KeptResult, difference_of, kept_results
 from tools.evaluate.kept_segmentations import KeptSegmentation, kept_segmentations
 from tools.evaluate.region_scores import difference_of_scores
 from tools.report.document import Block, Fold, Grid, Text, Toned
 from tools.report.facts import StageFacts
+
+AP_COLUMNS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
 
 
 def evaluation_blocks(stage: StageFacts) -> Iterator[Block]:
@@ -30,6 +34,14 @@ def evaluation_blocks(stage: StageFacts) -> Iterator[Block]:
         )
     for results in segmentations:
         yield from _one_segmentation(results)
+    detections = kept_detections(stage.directory)
+    if not detections and "box_ap" in stage.metrics:
+        yield Text("Average precision and recall at the last evaluation:")
+        yield _figures_grid(stage.metrics)
+        if stage.done:
+            yield Text("After `fcmae evaluate RUN --data IMAGES.beton` the AP by class is shown here.", quiet=True)
+    for results in detections:
+        yield from _one_detection(results)
 
 
 def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
@@ -56,6 +68,28 @@ def _one_segmentation(results: Sequence[KeptSegmentation]) -> Iterator[Block]:
     for title, headers, rows in own.scores.tables():
         yield Text(f"{title}:")
         yield Grid(headers, rows, [header for header in headers[1:] if header != "taken for"])
+
+
+def _one_detection(results: Sequence[KeptDetection]) -> Iterator[Block]:
+    own, *others = results
+    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
+    if others:
+        rows = [[r.subject, r.weights, *(_points(r.scores.metrics, name) for name in AP_COLUMNS)] for r in results]
+        yield Grid(["weights", "of the file", *AP_COLUMNS.values()], rows, list(AP_COLUMNS.values()))
+    for other in others:
+        yield Text(f"{difference_of_detectors(own.subject, own.scores, other.subject, other.scores)}.")
+    for title, headers, rows in own.scores.tables():
+        yield Text(f"{title}:")
+        yield Grid(headers, rows, headers[1:])
+
+
+def _figures_grid(metrics: Mapping[str, float]) -> Grid:
+    headers, rows = figures_table(metrics)
+    return Grid(headers, rows, headers[1:])
+
+
+def _points(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.2f} %" if name in metrics else ""
 
 
 def _gain(own: KeptResult, other: KeptResult) -> str:

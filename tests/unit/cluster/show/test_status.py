@@ -197,5 +197,6 @@ def test_durations() -> None:
 
 def test_the_metric_that_a_stage_is_judged_by():
     assert metrics_text({"loss": 0.5, "pixel_accuracy": 90.0, "miou": 45.926}) == "miou 45.93 %"
+    assert metrics_text({"mask_ap": 46.4, "box_ap": 52.9}) == "box_ap 52.90 %"
     assert metrics_text({"loss": 0.5, "top1": 61.2}) == "top1 61.20 %"
     assert metrics_text({"loss": 0.61234}) == "loss 0.6123"

@@ -34,6 +34,7 @@ from tools.report.document import Grid
 from tools.report.evaluations import evaluation_blocks
 
 CLASSES = 5
+CHECKPOINT = "s3://bucket/run/segment/checkpoints/step-000000012.000001"
 SCENES = {"base_size": [64, 32], "window_step": 16}
 recipe_of = partial(
     stage,
@@ -175,6 +176,8 @@ def test_what_does_not_fit_a_segmenter_is_one_sentence(place) -> None:
         ("evaluate", weights, "--data", beton.path, "--knn", beton.path): "--knn is for classifiers; leave it out",
         ("evaluate", weights, "--data", beton.path, "--chain", "in1k"): "--chain is for classifiers; leave it out",
         ("evaluate", weights, "--data", beton.path, "--refresh"): "--refresh is for classifiers; leave it out",
+        ("evaluate", weights, "--data", beton.path, "--soft-nms"): "--soft-nms is for detectors; leave it out",
+        ("predict", CHECKPOINT, place / "images"): f"{CHECKPOINT} is a checkpoint; name the directory of its stage",
     }
     for arguments, message in cases.items():
         done = fcmae(*arguments)
@@ -183,5 +186,9 @@ def test_what_does_not_fit_a_segmenter_is_one_sentence(place) -> None:
         assert done.stderr.count("\n") == 1
     with pytest.raises(UserError, match=r"multi_scale holds -1\.0"):
         way_in.load(weights, device="cpu").segment(images_of(place)[0], multi_scale=[-1])
+    with pytest.raises(UserError, match=r"is a segmenter and detect\(\) is for a detector; call segment\(\)"):
+        way_in.load(weights, device="cpu").detect(images_of(place)[0])
+    with pytest.raises(UserError, match=f"{CHECKPOINT} is a checkpoint"):
+        way_in.load(CHECKPOINT)
     with pytest.raises(UserError, match="crop_pct is for classifiers"):
         way_in.load(weights, crop_pct=0.5)
