@@ -130,7 +130,9 @@ def prepare(
     annotations: str | PathLike[str] | bool | None = None,
     **options: Any,
 ) -> Path:
-    """Pack images into a .beton file for training, as `fcmae prepare` does, with masks as `fcmae prepare maps`, or boxes.
+    """Pack images into a .beton file for training, as `fcmae prepare` does.
+
+    With masks it does what `fcmae prepare maps` does, with annotations what `fcmae prepare coco` does.
 
         >>> fcmae.prepare("labelled", "labelled.beton")  # doctest: +ELLIPSIS
         labelled.beton is ready: 4 images of 2 classes, sha256 ...
@@ -140,7 +142,7 @@ def prepare(
         source: a folder, an archive or Parquet files of images.
         out: the .beton file to write.
         masks: the folder of masks, for segmentation; True if `source` holds images and masks.
-        annotations: COCO annotations of objects, for detection; True if `source` holds images and annotations.
+        annotations: the file of COCO annotations, for detection; True if `source` holds images and annotations.
         options: those of the command, with underscores: `unlabelled=True`, `max_side=512`, `workers=8`.
 
     Raises:
@@ -148,6 +150,8 @@ def prepare(
     """
     from tools.prepare.commands import prepare_coco, prepare_images, prepare_masks
 
+    if masks and annotations:
+        raise UserError("masks are for segmentation and annotations for detection; give one of them")
     if annotations is True:
         prepare_coco(str(source), str(out), **options)
     elif annotations:

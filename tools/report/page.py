@@ -180,7 +180,7 @@ def stage_blocks(stage: StageFacts) -> Iterator[Block]:
         if stage.recipe.objective.kind == "segmentation":
             seen = "the image, the true classes of its pixels, and the predicted ones; ignored pixels are grey"
         if stage.recipe.objective.kind == "detection":
-            seen = "the image, its annotated objects (crowds are dark), and the detections"
+            seen = "the image, its annotated objects (crowds are dark), and detections with scores from 0.3"
         caption = f"Validation images ({shown.stem}): {seen}"
         yield Picture(f"{stage.name}-pictures", caption, picture)
     yield from evaluation_blocks(stage)

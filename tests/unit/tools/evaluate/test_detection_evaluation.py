@@ -134,7 +134,8 @@ def test_other_options_of_testing(place, result) -> None:
     (sure,) = model.detect(pixels, score_threshold=least)
     assert 0 < len(sure.scores) < len(whole.scores)
     assert sure.scores.min() > least
-    (soft,) = model.detect(pixels, soft_nms=True)
+    (hard,), (soft,) = (model.detect(pixels, nms=0.05, soft_nms=soft) for soft in (False, True))
+    assert len(hard.scores) < len(soft.scores)
     assert not np.array_equal(soft.scores, whole.scores)
     np.testing.assert_array_equal(model.detect(pixels)[0].boxes, whole.boxes)
     request = DetectionRequest(str(place / "weights.safetensors"), str(beton.path), device="cpu", soft_nms=True)
