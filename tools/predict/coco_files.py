@@ -18,6 +18,7 @@ from tools.predict.image_inputs import Photographs
 from tools.predict.label_map_files import places_of
 
 ANNOTATIONS = "detections.json"  # in the folder of a prediction
+PICTURE_PIXELS = 384  # least long side of a picture; smaller images are enlarged by a whole factor
 OBJECTS_SHOWN = 8  # of an image, in text
 
 
@@ -90,7 +91,9 @@ def write_detections(
             file = (out / "pictures" / places[name]).with_suffix(".png")
             file.parent.mkdir(parents=True, exist_ok=True)
             shown = objects.chosen(objects.scores >= least_score)
-            Image.fromarray(objects_over(rgb, shown, model.classes)).save(file)
+            zoom = -(-PICTURE_PIXELS // max(rgb.shape[:2]))  # names would hide the objects of a small picture
+            large = rgb.repeat(zoom, axis=0).repeat(zoom, axis=1)
+            Image.fromarray(objects_over(large, shown, model.classes)).save(file)
             searched.append(SearchedImage(name, file, objects))
             listed.append({"id": len(searched), "file_name": name, "height": rgb.shape[0], "width": rgb.shape[1]})
             for entry in coco_results(len(searched), objects, model.category_ids):

@@ -163,7 +163,9 @@ def test_predict_writes_what_detect_finds(place, monkeypatch) -> None:
         assert [one["class"] for one in entry["objects"]] == list(found.names)
         np.testing.assert_array_equal([coco.annToMask(one) for one in entries], found.bitmaps)
         with Image.open(entry["picture"]) as picture:
-            assert picture.size == (image["width"], image["height"])
+            zoom = picture.width // image["width"]
+            assert picture.size == (zoom * image["width"], zoom * image["height"])
+            assert 384 <= max(picture.size) < 384 + max(SIZES[int(image["id"]) - 1])
 
 
 def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:
