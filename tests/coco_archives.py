@@ -77,3 +77,14 @@ def write_coco(folder: Path, train: int = 6, val: int = 4) -> Path:
             annotations.writestr(f"annotations/captions_{part}.json", "[]")
             annotations.writestr(f"annotations/person_keypoints_{part}.json", objects)
     return folder
+
+
+def spread(archive: Path, out: Path, size: int) -> Path:
+    """Write a copy of a .zip, sparse, whose members lie far apart in `size` bytes (zip64)."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(out, "w") as copy:
+        names = [name for name in source.namelist() if not name.endswith("/")]
+        for number, name in enumerate(names, 1):
+            copy.writestr(name, source.read(name))
+            copy.fp.seek(number * size // len(names))
+            copy.start_dir = copy.fp.tell()
+    return out

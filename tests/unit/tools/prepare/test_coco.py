@@ -16,7 +16,7 @@ from pipeline.data.objects import Objects
 from pipeline.data.objects_file import objects_path
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
-from tests.coco_archives import CATEGORIES, EMPTY, TURNED, annotations_of, images_of, write_coco
+from tests.coco_archives import CATEGORIES, EMPTY, TURNED, annotations_of, images_of, spread, write_coco
 from tools.prepare.annotated_source import ObjectOptions
 from tools.prepare.image_source import locate
 from tools.prepare.preparation import prepare_beton, prepare_targets
@@ -218,6 +218,18 @@ def test_damage_in_an_archive_names_the_image(coco, tmp_path):
     (tmp_path / "val2017.zip").write_bytes(content[:-30])
     with pytest.raises(DataError, match=r"archive .*val2017.zip cannot be read \(File is not a zip file\); copy it again"):
         prepare_beton(tmp_path / "val2017.zip", tmp_path / "a.beton", **options)
+
+
+@pytest.mark.slow
+def test_an_archive_of_18_gb_is_read_where_it_lies(coco, tmp_path):
+    """Sparse, and as long as COCO's train2017.zip."""
+    options = {"objects": ObjectOptions(str(coco / "annotations_trainval2017.zip"))}
+    large = spread(coco / "train2017.zip", tmp_path / "train2017.zip", 18 << 30)
+    facts = large.stat()
+    assert facts.st_size > 18 << 30
+    assert facts.st_blocks * 512 < 1 << 24
+    expected = prepare_beton(coco / "train2017.zip", tmp_path / "a.beton", **options).beton
+    assert prepare_beton(large, tmp_path / "b.beton", **options, workers=2).beton.identity == expected.identity
 
 
 def test_deflated_members_are_read_too(tmp_path):
