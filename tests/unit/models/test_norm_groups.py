@@ -62,7 +62,7 @@ def train(world: World, slot: int, norm_group: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("ranks", "slot", "norm_group"),
     [
-        (2, 1, 8),
+        pytest.param(2, 1, 8, marks=pytest.mark.slow),
         (4, 2, 4),
         pytest.param(4, 1, 4, marks=pytest.mark.slow),
         pytest.param(4, 2, 8, marks=pytest.mark.slow),

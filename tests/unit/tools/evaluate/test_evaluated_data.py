@@ -76,6 +76,7 @@ torch.save(batches, saved)
 """
 
 
+@pytest.mark.slow
 def test_without_ffcv_a_folder_is_evaluated_to_the_same_bit(run, photos, tmp_path, capsys, monkeypatch):
     """JPEG and PNG images, which fill the last batch only in part."""
     for path in sorted(photos.rglob("*.png"))[::2]:

@@ -7,6 +7,8 @@ import pytest
 
 from cluster.site import Site
 from pipeline.errors import LaunchError
+from pipeline.recipe import StageRecipe
+from pipeline.rehearsal.stage_rehearsal import rehearse_stage
 from tests.engines import stage_recipe
 from tools.rehearse import chain_rehearsal
 from tools.rehearse.chain_rehearsal import refuse_failing_stages, rehearse_chain
@@ -62,7 +64,12 @@ def rendered(result) -> str:
     return capture.get()
 
 
-def test_ranks_that_do_not_divide_are_refused_with_the_sentence():
+def test_ranks_that_do_not_divide_are_refused_with_the_sentence(monkeypatch):
+    def rehearsed_here(request):
+        stage = StageRecipe.model_validate_json(request["recipe"])
+        return rehearse_stage(stage, **{name: value for name, value in request.items() if name != "recipe"}).facts()
+
+    monkeypatch.setattr(chain_rehearsal, "_rehearsed", rehearsed_here)
     with pytest.raises(LaunchError, match=r"512 processes do not divide the 384 slots.*--no-rehearsal"):
         refuse_failing_stages({"": [recipe(768)]}, site(80))
 
