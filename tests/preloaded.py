@@ -21,9 +21,10 @@ for name in (
 
 
 def warm_up() -> None:
-    """Load the compiled decoder and fonts: half of what a stage of a dozen small steps computes."""
+    """Load the compiled decoder, fonts and the list of packages: a third of what a stage of a dozen steps computes."""
     from pipeline.data.decode import compile_decoder
     from pipeline.errors import DataError
+    from pipeline.stage.environment import describe_software
     from pipeline.tracking.journal import Journal
     from pipeline.tracking.pictures import draw_curves
 
@@ -34,6 +35,7 @@ def warm_up() -> None:
             for step in (1, 2):
                 journal.write("step", step=step, loss=2.0 / step, lr=0.1)
         draw_curves(f"{folder}/journal", f"{folder}/curves.png")
+    describe_software()
 
 
 warm_up()

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ CODE = "FCMAE_CODE"  # environment variable with the folder that processes of a 
 
 def describe_software() -> dict[str, Any]:
     """The interpreter and the versions of all packages that it can import."""
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {
-        "interpreter": sys.executable,
-        "python": platform.python_version(),
-        "packages": dict(sorted(packages.items())),
-    }
+    return {"interpreter": sys.executable, "python": platform.python_version(), "packages": dict(_packages())}
+
+
+@cache  # each has a long text that must be parsed
+def _packages() -> tuple[tuple[str, str], ...]:
+    """Names and versions of the packages that this interpreter can import, in order."""
+    found = {about["Name"]: about["Version"] for about in (d.metadata for d in importlib.metadata.distributions())}
+    return tuple(sorted(found.items()))
 
 
 def describe_commit(root: Path = ROOT) -> dict[str, Any]:

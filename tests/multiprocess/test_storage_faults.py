@@ -187,8 +187,8 @@ def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group
 
 def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(small_disk, tmp_path):
     only = ["stages.intermediate=null", "stages.finetune=null", "defaults.tracking.log_every_steps=1"]
-    seldom = ["defaults.evaluation.every_epochs=5", "defaults.checkpoint.every_steps=20"]
-    recipe = write_tiny_recipe(tmp_path, [*only, *seldom, "stages.pretrain.schedule.epochs=5"])
+    seldom = ["defaults.evaluation.every_epochs=5", "defaults.checkpoint.every_steps=8"]
+    recipe = write_tiny_recipe(tmp_path, [*only, *seldom])
     run, undisturbed = small_disk / "run", tmp_path / "undisturbed"
     faults = {"gate": {"pretrain": [4, str(tmp_path / "full")]}}
     with start_fcmae("run", recipe, "--out", run, FAULTS=json.dumps(faults)) as running:

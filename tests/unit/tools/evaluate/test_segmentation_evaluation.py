@@ -82,7 +82,8 @@ def test_the_offline_scores_are_those_of_training(place, test) -> None:
     assert len({*offline.scores.matrix.sum(0).tolist()} - {0}) > 1, "the model names several classes"
 
 
-def test_segment_gives_the_label_maps_that_are_evaluated(place) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_segment_gives_the_label_maps_that_are_evaluated(place, processes) -> None:
     place, beton, *_ = place
     model = way_in.load(place / "weights.safetensors", device="cpu")
     maps, matrix = LabelMaps.open(beton), 0
@@ -92,8 +93,7 @@ def test_segment_gives_the_label_maps_that_are_evaluated(place) -> None:
     request = SegmentationRequest(
         str(place / "weights.safetensors"), str(beton.path), scales=(0.75, 1.0), flip=True, device="cpu"
     )
-    for processes in (1, 2):
-        np.testing.assert_array_equal(evaluate_segmenter(request, processes).scores.matrix, matrix)
+    np.testing.assert_array_equal(evaluate_segmenter(request, processes).scores.matrix, matrix)
 
 
 def test_several_views_average_probabilities(place) -> None:

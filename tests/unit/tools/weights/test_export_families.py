@@ -64,7 +64,7 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("family", RELEASED)
+@pytest.mark.parametrize("family", ["slak", pytest.param("nextvit", marks=pytest.mark.slow)])
 def test_onnx_of_the_released_forms_is_the_model_merged(tmp_path, family):
     """From a small checkpoint without facts, such as the released ones."""
     images = different_images(3, 80, torch.float32)
