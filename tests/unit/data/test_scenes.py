@@ -171,7 +171,7 @@ def brute_force_choice(label_map, full, corners, size, limit, ignored):
     return len(corners) - 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 2**32 - 1), st.sampled_from([0.4, 0.5, 0.75, 0.9]), st.booleans())
 def test_the_class_limit_is_mmsegmentations(height, width, crop_height, crop_width, seed, limit, wide):
     numbers = np.random.default_rng(seed)
