@@ -9,9 +9,12 @@ from torch.utils._pytree import tree_leaves
 from pipeline.cost.host_waits import HostWaitError, NoHostWaits
 from pipeline.cost.meta_step import META, as_on_gpu, meta_engine, run_meta_steps
 from pipeline.cost.mixed_devices import MixedDevicesError, NoMixedDevices
+from pipeline.data.batch import example_evaluation_batch
 from pipeline.objectives import create_objective
 from pipeline.training.step_guard import StepGuard
 from tests.engines import batches, stage_recipe
+from tests.object_batches import HEADS
+from tests.unit.recipe.test_detection_settings import stage as detection_stage
 
 STAGES = {
     "pretrain": {"ema": 0.9},
@@ -51,6 +54,19 @@ def test_an_evaluation_does_not_wait_for_the_device(name, valid):
     with as_on_gpu(engine.recipe), NoHostWaits(), engine.evaluating() as model:
         sums = objective.evaluate(model, engine.to_device(batch))
     assert sums["loss"].device == META
+
+
+@pytest.mark.parametrize("head", ["mask_rcnn", "cascade"])
+def test_a_step_and_a_test_of_a_detector_do_not_wait_for_the_device(head):
+    """Every shape follows from the recipe and from numbers of objects, which the host knows."""
+    heads = {**HEADS, "head": head, "box_loss": "giou" if head == "cascade" else "l1"}
+    recipe = detection_stage(objective=heads, data={"views": {"test_size": [96, 64]}})
+    engine, objective = engine_of(recipe)
+    run_meta_steps(engine, objective)
+    batch = example_evaluation_batch(recipe)
+    with as_on_gpu(recipe), NoHostWaits(), engine.evaluating() as model:
+        found = objective.evaluate(model, engine.to_device(batch))
+    assert found["boxes"].device == META
 
 
 def test_a_planted_wait_fails_and_names_its_line(monkeypatch):
