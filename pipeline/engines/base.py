@@ -2,9 +2,9 @@
 tensors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,8 @@ class StepReport:
     """Over all parameters and ranks, before clipping."""
     accepted: Tensor
     """False if the step was skipped: parameters, buffers, optimizer and components are unchanged."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """This rank's shares of the parts that the loss is the sum of, if the objective names any."""
 
 
 class StepFilter(Component, Protocol):
@@ -143,6 +145,7 @@ class Engine(ABC):
         batch = self.recipe.batch_on(self.world.size)
         total = batch.slots // self.world.size // batch.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        parts: dict[str, Tensor] = {}
         self._buffers.begin()
         for index, batch in enumerate(batches):
             if should_stop():
@@ -151,6 +154,8 @@ class Engine(ABC):
                 return None
             share = self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1)
             loss += share.double() / self.world.size
+            for name, part in getattr(objective, "parts", {}).items():
+                parts[name] = parts.get(name, 0.0) + part.double() / total / self.world.size
             self._buffers.after_micro_batch(1 / total)
         norm = self._gradient_norm()
         self._accepted.copy_(self._accept(loss, norm))
@@ -160,7 +165,7 @@ class Engine(ABC):
         self._buffers.finish(self._accepted)
         for component in self.components:
             component.after_update(step + 1)
-        return StepReport(loss, norm, self._accepted.clone())
+        return StepReport(loss, norm, self._accepted.clone(), parts)
 
     def _float_buffers(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self.module.named_buffers() if buffer.is_floating_point()}

@@ -54,8 +54,9 @@ class DetectionObjective:
         keys = torch.from_numpy(randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64"))
         keys = keys.to(images.device, non_blocking=True)
         sums, counts = model(images, batch.view_sizes, batch.objects, keys, keep)
-        parts = [_within_slots(sums[name], counts[name], slot) for name in sums]
-        return torch.stack(parts).sum(0).mean()
+        losses = {name: _within_slots(sums[name], counts[name], slot).mean() for name in sums}
+        self.parts = {name: loss.detach() for name, loss in losses.items()}
+        return torch.stack([*losses.values()]).sum()
 
     def without_mixing(self) -> "DetectionObjective":
         return self

@@ -78,7 +78,10 @@ class Objective(Protocol):
         loader's thread."""
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids."""
+        """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids.
+
+        An objective may have `parts`, detached: what the loss of the last call is the sum of, by name, for the journal.
+        """
 
     def without_mixing(self) -> "Objective":
         """Return this objective without mixup, cutmix and label smoothing."""

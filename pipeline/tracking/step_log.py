@@ -13,13 +13,17 @@ from pipeline.tracking.utilisation import Utilisation
 
 
 class _Values:
-    """Loss, gradient norm and fate of a step. On a GPU they are copied to pinned memory, and nobody waits."""
+    """Loss, gradient norm and fate of a step, and the parts of its loss.
+
+    On a GPU they are copied to pinned memory, and nobody waits.
+    """
 
     def __init__(self, report: StepReport):
-        self._values = torch.stack([each.double() for each in (report.loss, report.gradient_norm, report.accepted)])
+        values = (report.loss, report.gradient_norm, report.accepted, *report.parts.values())
+        self._values, self.parts = torch.stack([each.double() for each in values]), tuple(report.parts)
         self._arrived: torch.cuda.Event | None = None
         if self._values.is_cuda:
-            device, pinned = self._values, torch.empty(3, dtype=torch.float64, pin_memory=True)
+            device, pinned = self._values, torch.empty(len(values), dtype=torch.float64, pin_memory=True)
             self._values, self._arrived = pinned.copy_(device, non_blocking=True), torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(device.device))
 
@@ -94,21 +98,23 @@ class StepLog:
         if count <= 0:
             return False
         flushed, self._pending = self._pending[:count], self._pending[count:]
-        losses, norms, accepted = torch.tensor([kept.values.read() for kept in flushed], dtype=torch.float64).unbind(1)
+        read = torch.tensor([kept.values.read() for kept in flushed], dtype=torch.float64)
+        (losses, norms, accepted), parts = read[:, :3].unbind(1), read[:, 3:]
         now = time.perf_counter()  # the device has just computed the last flushed step, and the next stretch begins
         seconds, self._since = max(now - self._since, 1e-9), now
         waits = torch.tensor([kept.wait_seconds for kept in flushed], dtype=torch.float64)
         times = self._ranks.own(sum(waits.tolist()) / count) if self._ranks else waits[:0]
-        summed = self._world_sum(torch.cat([losses, waits, times]))
-        losses, waits, times = summed.split([count, count, len(times)])
+        summed = self._world_sum(torch.cat([losses, waits, times, parts.flatten()]))
+        losses, waits, times, parts = summed.split([count, count, len(times), parts.numel()])
         speed = count * self._global_batch / seconds
         used = self._utilisation.of(speed) if self._utilisation else None
-        figures = zip(flushed, losses.tolist(), norms.tolist(), waits.tolist(), accepted.tolist(), strict=True)
-        for kept, loss, norm, wait, updated in figures:
+        columns = (losses, norms, waits, accepted, parts.view(count, read.shape[1] - 3))
+        for kept, loss, norm, wait, updated, own in zip(flushed, *(each.tolist() for each in columns), strict=True):
             self.write(
                 "step",
                 step=kept.step,
                 loss=loss,
+                **{f"loss_{name}": part for name, part in zip(kept.values.parts, own, strict=True)},
                 lr=kept.lr,
                 gradient_norm=norm,
                 images_per_second=round(speed, 1),

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,3 +104,14 @@ def test_stretches_end_when_the_device_has_computed_them_and_leave_no_time_out(t
         elapsed += count * 10**6 / speeds[int(first)]
         first += count
         assert read_at - after - 1e-5 <= elapsed <= summed_at - before + 1e-5
+
+
+def test_parts_of_the_loss_are_summed_over_ranks_like_the_loss(tmp_path):
+    with Journal(tmp_path / "journal", 1) as journal:
+        log = StepLog(journal, lambda values: 2 * values, 2, 8)
+        for step in (1, 2):
+            parts = {"box": torch.tensor(0.25 * step), "mask": torch.tensor(1.0 * step)}
+            log.add(step, replace(report(step), parts=parts), 1e-3)
+        log.flush()
+    lines = [event for event in read_events(tmp_path / "journal") if event["kind"] == "step"]
+    assert [(line["loss_box"], line["loss_mask"]) for line in lines] == [(0.5, 2.0), (1.0, 4.0)]
