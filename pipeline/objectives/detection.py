@@ -48,15 +48,24 @@ class DetectionObjective:
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
-        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates)
-        if keep is not None:
-            keep = keep.to(images.dtype).to(images.device, non_blocking=True)
+        keep = self._keep(images, batch, step)
         keys = torch.from_numpy(randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64"))
         keys = keys.to(images.device, non_blocking=True)
         sums, counts = model(images, batch.view_sizes, batch.objects, keys, keep)
         losses = {name: _within_slots(sums[name], counts[name], slot).mean() for name in sums}
         self.parts = {name: loss.detach() for name, loss in losses.items()}
         return torch.stack([*losses.values()]).sum()
+
+    def smooth_loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """The mean square of what the first stage says of each anchor: rounding moves it little, whereas it may change
+        which proposals are kept, and so the loss."""
+        images = self._normalised(model, batch)
+        maps = model.pyramid(images, self._keep(images, batch, step))
+        return torch.cat([said.flatten() for outputs in model.rpn_head(maps) for said in outputs]).square().mean()
+
+    def _keep(self, images: Tensor, batch: Batch, step: int) -> Tensor | None:
+        keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates)
+        return keep if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
 
     def without_mixing(self) -> "DetectionObjective":
         return self

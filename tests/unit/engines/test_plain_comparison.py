@@ -11,7 +11,10 @@ from pipeline.distributed.world import World
 from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain, noise_batch
 from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.objectives import create_objective
+from pipeline.recipe import StageRecipe
 from tests.engines import stage_recipe
+from tests.object_batches import HEADS
+from tests.unit.recipe.test_detection_settings import stage as detection_stage
 from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
 MODELS = {
@@ -35,7 +38,10 @@ class Slip(torch.autograd.Function):
 
 
 def compare(stage: str, model: dict, precision: str = "fp32", slip: tuple[float, float] = (0.0, 0.0)) -> Difference:
-    recipe = stage_recipe(stage, {"precision": precision}, model=model)
+    return compare_recipe(stage_recipe(stage, {"precision": precision}, model=model), slip)
+
+
+def compare_recipe(recipe: StageRecipe, slip: tuple[float, float]) -> Difference:
     objective = create_objective(recipe, seed=4)
     build = objective.build_model
 
@@ -59,6 +65,15 @@ def test_rounding_passes_and_a_wrong_sum_does_not(name, precision):
     for slip in ((share, 0.0), (0.0, share), (math.nan, 0.0)):
         wrong = compare(stage, model, precision, slip)
         assert wrong.is_wrong, (slip, wrong)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_detector_is_compared_by_what_rounding_moves_little(precision):
+    """Its loss counts other proposals after the least rounding."""
+    views = {"views": {"test_size": [96, 64]}}
+    recipe = detection_stage(objective=HEADS, data=views, engine={"precision": precision})
+    assert not compare_recipe(recipe, (0.0, 0.0)).is_wrong
+    assert compare_recipe(recipe, ({"fp32": 1e-3, "bf16": 0.3}[precision], 0.0)).is_wrong
 
 
 @pytest.mark.parametrize(
