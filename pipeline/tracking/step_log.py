@@ -20,7 +20,7 @@ class _Values:
 
     def __init__(self, report: StepReport):
         values = (report.loss, report.gradient_norm, report.accepted, *report.parts.values())
-        self._values, self.parts = torch.stack([each.double() for each in values]), tuple(report.parts)
+        self._values = torch.stack([each.double() for each in values])
         self._arrived: torch.cuda.Event | None = None
         if self._values.is_cuda:
             device, pinned = self._values, torch.empty(len(values), dtype=torch.float64, pin_memory=True)
@@ -41,6 +41,8 @@ class _Kept(NamedTuple):
     values: _Values
     lr: float
     wait_seconds: float
+    parts: tuple[str, ...]
+    """Names of the last values."""
 
 
 class StepLog:
@@ -79,7 +81,7 @@ class StepLog:
 
     def add(self, step: int, report: StepReport, lr: float, wait_seconds: float = 0.0) -> None:
         """Keep a step's report. `wait_seconds` for data is divided by the number of ranks already."""
-        self._pending.append(_Kept(step, _Values(report), lr, wait_seconds))
+        self._pending.append(_Kept(step, _Values(report), lr, wait_seconds, tuple(report.parts)))
 
     @property
     def is_full(self) -> bool:
@@ -114,7 +116,7 @@ class StepLog:
                 "step",
                 step=kept.step,
                 loss=loss,
-                **{f"loss_{name}": part for name, part in zip(kept.values.parts, own, strict=True)},
+                **{f"loss_{name}": part for name, part in zip(kept.parts, own, strict=True)},
                 lr=kept.lr,
                 gradient_norm=norm,
                 images_per_second=round(speed, 1),
