@@ -16,7 +16,7 @@ from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.tracking import journal
 from pipeline.training.evaluation import evaluate
 from pipeline.weights.safetensors_file import read_facts
-from tests.engines import ENGINES, largest_difference, train
+from tests.engines import ENGINES, Trained, bits, largest_difference, train
 from tests.processes import start_fcmae
 from tests.ranks import on_ranks
 from tests.support import fcmae, wait_for_step, weights_sha256
@@ -83,12 +83,18 @@ def detect_stage(directory: Path, ranks: int, *overrides: str) -> StageRecipe:
     return load_recipe(directory / "objects.yaml", [*fixed, *overrides]).stages["detect"]
 
 
-def trained(world: World, recipe: StageRecipe, steps: int) -> tuple[list[float], dict[str, float]]:
-    """Losses of steps on the stage's own feed, and the scores afterwards."""
+def fed(world: World, recipe: StageRecipe, steps: range, **places: Path) -> Trained:
+    """Steps on the stage's own feed."""
     data = select_subset(open_beton(Path(recipe.data.train)), annotated=True)
     feed = train_feed(recipe, data, 3, world, 1)
-    run = train(world, recipe, range(steps), slots=feed.slots)
+    run = train(world, recipe, steps, slots=feed.slots, **places)
     feed.close()
+    return run
+
+
+def trained(world: World, recipe: StageRecipe, steps: int) -> tuple[list[float], dict[str, float]]:
+    """Losses of steps, and the scores afterwards."""
+    run = fed(world, recipe, range(steps))
     validation = Subset(open_beton(Path(recipe.data.validation)))
     return run.losses, evaluate(run.engine, run.objective, evaluation_feed(recipe, validation, world, 1))
 
@@ -110,3 +116,64 @@ def test_sharded_engines_are_ddp(directory):
         changes = [*plain, *(f"defaults.engine.{name}={value}" for name, value in settings.items())]
         found, _ = on_ranks(2, trained, detect_stage(directory, 2, *changes), 3)[0]
         assert largest_difference(found, losses) <= 1e-5, engine
+
+
+def test_norm_groups_of_a_cascade_lie_on_one_rank_or_on_four(directory):
+    settings = {"head": "cascade", "region_norm": "batch", "norm_group": 8, "box_loss": "giou"}
+    changes = [f"stages.detect.objective.{name}={value}" for name, value in settings.items()]
+    one, four = (on_ranks(n, trained, detect_stage(directory, n, *changes), 3)[0] for n in (1, 4))
+    assert largest_difference(four[0], one[0]) <= 1e-9
+    assert four[1] == one[1]
+
+
+def interrupted(world: World, recipe: StageRecipe, directory: Path) -> list[str]:
+    """Names of the state's tensors that have other bits after a resume halfway."""
+    fed(world, recipe, range(2), save=directory)
+    found = bits(fed(world, recipe, range(2, 4), load=directory).engine)
+    expected = bits(fed(world, recipe, range(4)).engine)
+    return [name for name, digest in expected.items() if found[name] != digest]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resume_has_the_same_bits_on_any_engine(directory, tmp_path, engine):
+    settings = (f"defaults.engine.{name}={value}" for name, value in ENGINES[engine].items())
+    recipe = detect_stage(directory, 2, "defaults.engine.precision=bf16", *settings)
+    assert on_ranks(2, interrupted, recipe, tmp_path)[0] == []
+
+
+def test_heads_are_kept_and_each_part_of_the_loss_is_journalled(run, directory, tmp_path):
+    settings = {
+        "init.start": "file", "init.head": "keep", "init.weights": f"{run}/detect/weights.safetensors",
+        "schedule.steps": 1, "schedule.warmup_steps": 0, "schedule.decay": "cosine", "schedule.milestones": "[]",
+    }  # fmt: skip
+    changes = [f"stages.detect.{name}={value}" for name, value in settings.items()]
+    done = fcmae("run", directory / "objects.yaml", "--out", tmp_path / "run", "stages.pretrain=null", *changes)
+    assert done.returncode == 0, done.stderr
+    events = journal.read_events(tmp_path / "run" / "detect" / "journal.jsonl")
+    handed = next(e for e in events if e["kind"] == "handoff")
+    assert (handed["initialised"], handed["dropped"]) == ([], [])
+    step = next(e for e in events if e["kind"] == "step")
+    parts = [value for name, value in step.items() if name.startswith("loss_")]
+    assert len(parts) == 5
+    assert sum(parts) == pytest.approx(step["loss"], rel=1e-5)
+
+
+def test_four_scenes_are_overfit(directory, tmp_path):
+    """Jittered and flipped in training, and tested on the same four."""
+    write_objects(tmp_path / "four.beton", range(1, 5))
+    values = {
+        "data.train": tmp_path / "four.beton", "data.validation": tmp_path / "four.beton", "data.image_size": 96,
+        "data.views.scale": "[0.8,1.2]", "data.views.test_size": "[96,96]",
+        "batch.global_batch": 4, "batch.slot": 4, "batch.micro_slots": 1, "model.dims": "[16,32,48,64]",
+        "objective.head_channels": 64, "objective.fc_channels": 128, "objective.drop_path": 0.0,
+        "objective.regions": 64, "objective.anchors_sampled": 64, "objective.proposals": 100,
+        "optimizer.lr": 1e-3, "optimizer.layer_decay": 1.0, "ema": "null", "schedule.steps": 200,
+        "schedule.warmup_steps": 10, "schedule.milestones": "[150]", "evaluation.every_steps": 1000,
+        "checkpoint.every_steps": 1000, "tracking.pictures": 4,
+    }  # fmt: skip
+    changes = [f"stages.detect.{name}={value}" for name, value in values.items()]
+    done = fcmae("run", directory / "objects.yaml", "--out", tmp_path / "run", "stages.pretrain=null", *changes)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "detect" / "result.json").read_text())["metrics"]
+    assert metrics["box_ap50"] > 90
+    assert metrics["mask_ap50"] > 90
