@@ -65,7 +65,7 @@ def test_masks_are_pasted_as_mmdetection_does():
     assert (one.size, len(one.boxes)) == ((45, 120), 5)
     scaled = boxes[0, :5] * torch.tensor([2.0, 0.5, 2.0, 0.5])
     np.testing.assert_allclose(one.boxes, scaled, rtol=1e-15)
-    y, x = torch.arange(45) + 0.5, torch.arange(120) + 0.5
+    y, x = torch.arange(45).double() + 0.5, torch.arange(120).double() + 0.5
     for n, (x1, y1, x2, y2) in enumerate(scaled):
         grid = torch.stack(torch.meshgrid((x - x1) / (x2 - x1), (y - y1) / (y2 - y1), indexing="xy"), 2) * 2 - 1
         pasted = F.grid_sample(logits[:, n : n + 1].sigmoid(), grid[None], align_corners=False)[0, 0]
