@@ -145,7 +145,7 @@ def event_sentence(event: Event, terse: bool) -> str:
             took = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
             return f"saved step {step}{took}" + (f" ({event['why']})" if event.get("why") else "")
         case "handoff" if not terse:
-            return f"weights of the stage before: {_transfer(event)}"
+            return f"initial weights: {_transfer(event)}"
     return ""
 
 
@@ -155,6 +155,12 @@ def _transfer(event: Event) -> str:
     for change in ("initialised", "dropped"):
         names = event.get(change)
         if isinstance(names, list) and names:
-            groups = sorted({str(name).partition(".")[0] + (".*" if "." in str(name) else "") for name in names})
-            parts.append(f"{change}: {', '.join(groups)}")
+            parts.append(f"{change}: {', '.join(sorted({_group(str(name)) for name in names}))}")
     return "; ".join(parts)
+
+
+def _group(name: str) -> str:
+    """The part of a model that a tensor belongs to: `head.*`, and within a backbone the part of that."""
+    words = name.split(".")
+    depth = 2 if words[0] == "backbone" else 1
+    return name if len(words) <= depth else ".".join(words[:depth]) + ".*"

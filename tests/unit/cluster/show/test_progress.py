@@ -122,3 +122,10 @@ def test_a_broken_display_never_raises(run: Path, capsys: pytest.CaptureFixture[
         display.update()
         display.update()
     assert capsys.readouterr().err.count("journal.jsonl cannot be read") == 1
+
+
+def test_parts_of_a_backbone_are_told_from_all_of_it():
+    names = ["auxiliary_head.conv_seg.bias", "backbone.norm0.weight", "backbone.norm0.bias", "temperature"]
+    event = {"kind": "handoff", "step": 0, "loaded": 196, "initialised": names, "dropped": ["head.weight"]}
+    parts = "initialised: auxiliary_head.*, backbone.norm0.*, temperature; dropped: head.*"
+    assert progress.event_sentence(event, terse=False) == f"initial weights: 196 tensors loaded; {parts}"
