@@ -69,7 +69,7 @@ def objects_over(image: NDArray[np.uint8], objects: ImageObjects, names: Sequenc
     picture = Image.fromarray(pixels)
     pen, side = ImageDraw.Draw(picture), min(picture.size)
     for n in largest_first:
-        pen.rectangle(_inside(boxes[n], picture.size), outline=tuple(map(int, colours[n])), width=1 + side // 320)
+        pen.rectangle(_inside(boxes[n], picture.size), outline=tuple(map(int, colours[n])), width=1 + picture.width // 400)
     font = ImageFont.load_default(size=float(np.clip(side // 28, 10, 40)))
     order = largest_first if objects.scores is None else np.argsort(-objects.scores, kind="stable").tolist()
     taken: list[Rectangle] = []

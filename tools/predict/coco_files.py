@@ -55,14 +55,15 @@ def write_coco_results(
 
 @dataclass(frozen=True)
 class SearchedImage:
-    """An image, the picture of its objects, and these."""
+    """An image, the picture of its objects, and these; `shown` are those in the picture."""
 
     name: str
     picture: Path
     objects: ImageObjects
+    shown: ImageObjects
 
     def __str__(self) -> str:
-        pairs = list(zip(self.objects.names, self.objects.scores, strict=True))
+        pairs = list(zip(self.shown.names, self.shown.scores, strict=True))
         more = f", and {len(pairs) - OBJECTS_SHOWN} more" if len(pairs) > OBJECTS_SHOWN else ""
         return f"{self.name}: {', '.join(f'{n} {score:.2f}' for n, score in pairs[:OBJECTS_SHOWN]) or 'nothing'}{more}"
 
@@ -94,10 +95,10 @@ def write_detections(
             zoom = -(-PICTURE_PIXELS // max(rgb.shape[:2]))  # names would hide the objects of a small picture
             large = rgb.repeat(zoom, axis=0).repeat(zoom, axis=1)
             Image.fromarray(objects_over(large, shown, model.classes)).save(file)
-            searched.append(SearchedImage(name, file, objects))
+            searched.append(SearchedImage(name, file, objects, shown))
             listed.append({"id": len(searched), "file_name": name, "height": rgb.shape[0], "width": rgb.shape[1]})
-            for entry in coco_results(len(searched), objects, model.category_ids):
-                area = entry["bbox"][2] * entry["bbox"][3]
+            results = coco_results(len(searched), objects, model.category_ids)
+            for entry, area in zip(results, _areas(objects), strict=True):
                 entries.append({"id": len(entries) + 1, **entry, "area": area, "iscrowd": 0})
         numbered = zip(model.category_ids, model.classes, strict=True)
         categories = [{"id": number, "name": name} for number, name in numbered]
@@ -106,6 +107,15 @@ def write_detections(
         raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     _write_json(out / ANNOTATIONS, {"images": listed, "categories": categories, "annotations": entries})
     return searched
+
+
+def _areas(objects: ImageObjects) -> list[float]:
+    """The pixels of each object's mask, or of its box where there are no masks."""
+    from pycocotools import mask as coco_masks
+
+    if objects.masks:
+        return coco_masks.area(objects.masks).astype(float).tolist()
+    return (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1).tolist()
 
 
 def detections_json(searched: Sequence[SearchedImage], unreadable: Sequence[tuple[str, str]]) -> str:

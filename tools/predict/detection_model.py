@@ -148,6 +148,8 @@ def load_detection_model(
 
     opened = open_weights(str(path), ema=ema)
     facts, about = opened.facts, opened.facts.get("detection")
+    if about is None:
+        raise CheckpointError(f"{opened.source} holds no detector; give a run of a detection stage")
     try:
         options = DetectorOptions(**about["head"])
         long, short = map(int, about["test_size"])

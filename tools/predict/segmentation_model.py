@@ -188,6 +188,8 @@ def load_segmentation_model(
 
     opened = open_weights(str(path), ema=ema)
     facts, about = opened.facts, opened.facts.get("segmentation")
+    if about is None:
+        raise CheckpointError(f"{opened.source} holds no segmenter; give a run of a segmentation stage")
     try:
         head = HeadOptions(**about["head"])
         scenes = SceneSettings(

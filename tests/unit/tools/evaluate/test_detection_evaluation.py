@@ -1,6 +1,7 @@
 """Detectors offline: `evaluate`, `detect` and `predict` find what an evaluation during training finds."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -56,6 +57,9 @@ def place(tmp_path_factory):
         "category_ids": list(CATEGORY_IDS), "detection": detection_facts(RECIPE), "weights": "model",
     }  # fmt: skip
     write_weights(place / "weights.safetensors", {n: t.float() for n, t in moved.items()}, facts)
+    del facts["detection"]
+    encoder = {n.removeprefix("backbone."): t for n, t in moved.items() if re.match(r"backbone\.(?!norm)", n)}
+    write_weights(place / "encoder.safetensors", {n: t.float() for n, t in encoder.items()}, facts)
     numbers, detector = np.random.default_rng(0), way_in.load(place / "weights.safetensors", device="cpu")
     (place / "images").mkdir()
     with BetonWriter(place / "scenes.beton", NAMES, len(SIZES)) as writer:
@@ -81,7 +85,7 @@ def result(place):
     return evaluate_detector(DetectionRequest(weights, str(beton.path), device="cpu", results=place / "results.json"))
 
 
-def test_the_figures_are_those_of_training_on_any_number_of_processes(place, result) -> None:
+def test_the_figures_are_those_of_training(place, result) -> None:
     place, beton = place
     objective, detector = create_objective(RECIPE, seed=0), way_in.load(place / "weights.safetensors", device="cpu")
     objective.build_model()
@@ -90,6 +94,11 @@ def test_the_figures_are_those_of_training_on_any_number_of_processes(place, res
     assert {**result.scores.metrics} == {name: online[name] for name in result.scores.metrics}
     assert 1 < result.scores.metrics["box_ap"] < 99
     assert 1 < result.scores.metrics["mask_ap"] < 99
+
+
+@pytest.mark.slow  # the processes import torch
+def test_two_processes_find_the_same(place, result) -> None:
+    place, beton = place
     request = DetectionRequest(str(place / "weights.safetensors"), str(beton.path), device="cpu")
     assert evaluate_detector(request, 2) == result
 
@@ -161,6 +170,7 @@ def test_predict_writes_what_detect_finds(place, monkeypatch) -> None:
         assert len(found.boxes) == len(entries) == len(entry["objects"]) > 0
         assert [one["score"] for one in entries] == found.scores.tolist()
         assert [one["class"] for one in entry["objects"]] == list(found.names)
+        assert [one["area"] for one in entries] == found.bitmaps.sum((1, 2)).tolist()
         np.testing.assert_array_equal([coco.annToMask(one) for one in entries], found.bitmaps)
         with Image.open(entry["picture"]) as picture:
             zoom = picture.width // image["width"]
@@ -195,6 +205,8 @@ def test_what_does_not_fit_a_detector_is_one_sentence(place) -> None:
         ("evaluate", weights, "--data", place / "images"): "no .beton file",
         ("evaluate", weights, "--data", beton.path, "--knn", beton.path): "--knn is for classifiers; leave it out",
         ("evaluate", weights, "--data", beton.path, "--batch", 2): "--batch is for classifiers and segmenters; leave",
+        ("evaluate", place / "encoder.safetensors", "--data", beton.path, "--soft-nms"): "is for detectors; leave it out",
+        ("evaluate", weights, "--data", beton.path, "--beside", place / "encoder.safetensors"): "holds no detector; give",
         ("embed", weights, place / "images", "--out", place / "x.npz"): "holds a model for detection; `fcmae convert",
     }
     for arguments, message in cases.items():
