@@ -21,6 +21,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import UserError
 from pipeline.health.sentinel import run_sentinel
 from pipeline.health.watchdog import PATIENCE, Watchdog
+from pipeline.objectives.region_loops import compile_regions
 from pipeline.recipe import DetectionSettings, SegmentationSettings
 from pipeline.stage.device_errors import device_error
 from pipeline.stage.directory import Stage
@@ -78,6 +79,7 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
         compile_scenes(recipe.objective.classes)
     if isinstance(recipe.objective, DetectionSettings):
         compile_objects()
+        compile_regions()
     startup.lap("compile")
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.

@@ -64,10 +64,12 @@ def warm_up() -> None:
     from pipeline.data.decode import compile_decoder
     from pipeline.data.object_views import compile_objects
     from pipeline.data.scenes import compile_scenes
+    from pipeline.objectives.region_loops import compile_regions
 
     compile_decoder()
     compile_scenes(classes=2)
     compile_objects()
+    compile_regions()
     if torch.cuda.is_available():
         _compile_kernels()
 

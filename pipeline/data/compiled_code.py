@@ -43,7 +43,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 @contextmanager
-def compiling(folder: Path, part: str = "decoder") -> Iterator[None]:
+def compiling(folder: Path, part: str = "decoder", sources: Path = _SOURCES) -> Iterator[None]:
     """Run the block in one process of this machine at a time, unless the code was compiled before.
 
     The others wait without a time-out, for the kernel gives the lock back however its holder ends. After two seconds
@@ -52,31 +52,32 @@ def compiling(folder: Path, part: str = "decoder") -> Iterator[None]:
     Args:
         folder: where numba keeps the compiled code. Code from beside the sources, as in a container, is copied there.
         part: the name of what the block compiles, which is remembered as compiled afterwards.
+        sources: the folder of its source files.
     """
-    stamp = folder / f"{part}-{_fingerprint()}.compiled"
+    stamp = folder / f"{part}-{_fingerprint(sources)}.compiled"
     if stamp.exists():
         yield
         return
-    _copy_code(folder)
+    _copy_code(sources / "__pycache__", folder)
     with announced(COMPILING_SENTENCE), machine_lock(COMPILING):
         yield
         with suppress(OSError):
             stamp.touch()
 
 
-def _copy_code(folder: Path) -> None:
-    if folder != _BESIDE:
+def _copy_code(beside: Path, folder: Path) -> None:
+    if folder != beside:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            for file in _BESIDE.glob("*.nb[ic]"):
+            for file in beside.glob("*.nb[ic]"):
                 if not (folder / file.name).exists():
                     shutil.copy2(file, folder)
 
 
-def _fingerprint() -> str:
+def _fingerprint(sources: Path) -> str:
     """Return a hash of what the compiled code depends on: numba, this processor, the sources by their dates."""
     parts = [numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    for path in sorted(_SOURCES.glob("*.py")):
+    for path in sorted(sources.glob("*.py")):
         about = path.stat()
         parts += [path.name, str(about.st_mtime_ns), str(about.st_size)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -141,12 +141,3 @@ def keep_boxes(corners, threshold, keep):
                 both = width * height
                 if both / (areas[i] + areas[j] - both) > threshold:
                     keep[j] = False
-
-
-def compile_regions() -> None:
-    """Compile all loops for fp32, or load them from disk."""
-    grids, features = np.zeros((1, 7), np.float32), np.zeros((1, 1, 1), np.float32)
-    pool_regions(features, grids, 0, np.zeros((1, 1, 1, 1), np.float32))
-    spread_regions(np.zeros((1, 1, 1, 1), np.float32), grids, 0, features)
-    pool_bits(np.zeros((1, 1, 1), np.uint8), 1, grids, np.zeros((1, 1, 1), np.float32))
-    keep_boxes(np.zeros((4, 1), np.float32), np.float32(0.5), np.ones(1, np.bool_))

@@ -1,0 +1,25 @@
+"""Compile the loops over regions and boxes before any time-out runs."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.compiled_code import compiling
+from pipeline.kernels import numba_regions
+
+
+@cache
+def compile_regions() -> None:
+    """Compile the loops of a detector on the CPU for fp32, or load them from disk.
+
+    One process of this machine compiles while the others wait for it.
+    """
+    grids, features = np.zeros((1, 7), np.float32), np.zeros((1, 1, 1), np.float32)
+    pooled = np.zeros((1, 1, 1, 1), np.float32)
+    folder = Path(numba_regions.pool_regions.stats.cache_path)
+    with compiling(folder, "regions", Path(numba_regions.__file__).parent):
+        numba_regions.pool_regions(features, grids, 0, pooled)
+        numba_regions.spread_regions(pooled, grids, 0, features)
+        numba_regions.pool_bits(np.zeros((1, 1, 1), np.uint8), 1, grids, pooled[0])
+        numba_regions.keep_boxes(np.zeros((4, 1), np.float32), np.float32(0.5), np.ones(1, np.bool_))
