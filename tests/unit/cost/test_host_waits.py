@@ -62,7 +62,7 @@ def test_a_step_and_a_test_of_a_detector_do_not_wait_for_the_device(head):
     heads = {**HEADS, "head": head, "box_loss": "giou" if head == "cascade" else "l1"}
     recipe = detection_stage(objective=heads, data={"views": {"test_size": [96, 64]}})
     engine, objective = engine_of(recipe)
-    run_meta_steps(engine, objective)
+    run_meta_steps(engine, objective, steps=1, micro_batches=1)
     batch = example_evaluation_batch(recipe)
     with as_on_gpu(recipe), NoHostWaits(), engine.evaluating() as model:
         found = objective.evaluate(model, engine.to_device(batch))
