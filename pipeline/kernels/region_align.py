@@ -242,7 +242,8 @@ def _spread_plainly(
 
 def _pool_bits_plainly(masks: Tensor, width: int, grids: Tensor, side: int) -> Tensor:
     """Pool the bits of masks by matrices, a few masks at a time."""
-    pooled, shifts = grids.new_empty(len(grids), side, side), torch.arange(7, -1, -1, device=masks.device)
+    pooled = grids.new_empty(len(grids), side, side)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)  # the bits stay bytes
     for begin in range(0, len(grids), CHUNK):
         grid = grids[begin : begin + CHUNK]
         bits = masks[grid[:, 0].long(), :, :, None] >> shifts & 1
