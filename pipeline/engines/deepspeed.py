@@ -19,7 +19,6 @@ from pipeline.engines.adamw import AdamW
 from pipeline.engines.base import Engine, StepFilter
 from pipeline.engines.buffers import StepBuffers
 from pipeline.engines.deepspeed_settings import deepspeed_config, import_deepspeed
-from pipeline.errors import RecipeError
 from pipeline.objectives import Objective
 from pipeline.recipe import StageRecipe
 
@@ -30,11 +29,6 @@ class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         config = deepspeed_config(recipe, world.size, world.device.type)
         deepspeed = import_deepspeed(world.device, world.local_rank)
-        if not all(parameter.requires_grad for parameter in model.parameters()):
-            raise RecipeError(
-                f"stage {recipe.name}: frozen_stages is above 0 but engine deepspeed has no place for weights that are"
-                " not trained; set engine.kind to ddp or fsdp, or frozen_stages to 0"
-            )
         super().__init__(model, recipe, world, guard)
         buffers = self._float_buffers()
         self._optimizer = AdamW(self.groups, recipe.optimizer.betas)

@@ -22,7 +22,8 @@ GIOU_WEIGHT = 10.0  # ConvNeXt's configurations of Cascade
 class Regions:
     """What the second stage looks at in training, R of each image: first those on objects, then background.
 
-    If an image has fewer, the places behind them are empty: they hold some box, and count as nothing in the losses.
+    If an image has fewer, the places behind them are empty: they hold some box, and count as nothing in the losses. A
+    BatchNorm of the heads counts them like all others, as shapes must not depend on values.
     """
 
     boxes: Tensor  # (N, R, 4)

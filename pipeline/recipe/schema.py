@@ -238,6 +238,11 @@ class StageRecipe(Settings):
             raise ValueError(
                 f"objective.frozen_stages is {objective.frozen_stages} but the model has {stages} stages; lower it"
             )
+        if objective.frozen_stages and self.engine.kind == "deepspeed":
+            raise ValueError(
+                f"objective.frozen_stages is {objective.frozen_stages}, but engine.kind deepspeed has no place for"
+                " weights that are not trained; set engine.kind to ddp or fsdp, or frozen_stages to 0"
+            )
         if objective.frozen_norms and not self.model.counts_batches:
             raise ValueError(
                 f"objective.frozen_norms is true, which freezes BatchNorms, and this {self.model.name} has none; set it"

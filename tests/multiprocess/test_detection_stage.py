@@ -6,12 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.data.beton import open_beton
 from pipeline.data.open import evaluation_feed, train_feed
 from pipeline.data.subset import Subset, select_subset
+from pipeline.distributed.sharded_tensors import whole
 from pipeline.distributed.world import World
+from pipeline.errors import RecipeError
+from pipeline.models import initial_values
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.tracking import journal
 from pipeline.training.evaluation import evaluate
@@ -177,3 +181,36 @@ def test_four_scenes_are_overfit(directory, tmp_path):
     metrics = json.loads((tmp_path / "run" / "detect" / "result.json").read_text())["metrics"]
     assert metrics["box_ap50"] > 90
     assert metrics["mask_ap50"] > 90
+
+
+def frozen_and_trained(world: World, recipe: StageRecipe, steps: int) -> tuple[list[float], list[str]]:
+    """Losses of steps, and which tensors of the frozen parts changed or have moments."""
+    data = select_subset(open_beton(Path(recipe.data.train)), annotated=True)
+    feed = train_feed(recipe, data, 3, world, 1)
+    run = train(world, recipe, range(steps), slots=feed.slots)
+    feed.close()
+    before, state = dict(initial_values(run.engine.module, run.engine.module.seed)), run.engine.state(steps)
+    after = {name: whole(tensor).cpu() for name, tensor in state["model"].items()}
+    frozen = [name for name in after if name.startswith(("backbone.stem.", "backbone.features.0."))]
+    moved = {name for name in after if not torch.equal(after[name], before[name].to(after[name].dtype))}
+    assert moved and frozen
+    return run.losses, sorted((set(frozen) & (moved | state["optim"].keys())) | {n for n in moved if "running" in n})
+
+
+def test_frozen_weights_stay_and_the_others_train_alike_under_ddp_and_fsdp(directory):
+    model = "{name: nextvit, depths: [1, 2, 1], dims: [24, 24, 48], pattern: CHC, head_dim: 4, stem_dim: 8}"
+    changes = [
+        f"defaults.model={model}",
+        "stages.detect.objective.frozen_stages=1",
+        "stages.detect.objective.frozen_norms=true",
+        "stages.detect.optimizer.layer_decay=1.0",
+    ]
+    losses, broken = on_ranks(1, frozen_and_trained, detect_stage(directory, 1, *changes), 3)[0]
+    assert broken == []
+    for engine in ("ddp", "fsdp"):
+        recipe = detect_stage(directory, 2, *changes, f"defaults.engine.kind={engine}")
+        found, broken = on_ranks(2, frozen_and_trained, recipe, 3)[0]
+        assert (largest_difference(found, losses) <= 1e-10, broken) == (True, []), engine
+    fp32 = "defaults.engine.precision=fp32"
+    with pytest.raises(RecipeError, match="frozen_stages is 1, but engine.kind deepspeed"):
+        detect_stage(directory, 1, *changes, "defaults.engine.kind=deepspeed", fp32)

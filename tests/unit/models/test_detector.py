@@ -74,8 +74,7 @@ def test_mask_rcnn_on_nextvit_has_the_published_counts(size, millions):
     assert round((count(f"nextvit_{size}", trained=True) + unused) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "counts"), [("faster_rcnn", (2, 3)), ("mask_rcnn", (0, 0)), ("cascade", (2, 0))])
 def test_every_parameter_has_a_gradient_whatever_the_images_hold(form, counts):
     model = small_detector(**FORMS[form]).double()
     sums, numbers = model(*a_batch(counts))
@@ -90,7 +89,7 @@ def test_every_parameter_has_a_gradient_whatever_the_images_hold(form, counts):
         assert all(not value.any() for name, value in sums.items() if "box" in name or "mask" in name)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["mask_rcnn", "cascade"])
 def test_an_image_has_the_same_losses_and_detections_alone_and_batched(form):
     """So that losses divided within a slot do not depend on how slots are divided into micro-batches."""
     options = {**FORMS[form], "region_norm": "none"}
@@ -167,10 +166,9 @@ def test_batchnorm_of_regions_counts_the_images_of_a_norm_group():
     assert (together["class_0"] - grouped["class_0"]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_step_runs_on_the_meta_device_so_no_shape_depends_on_a_value(form):
+def test_a_step_runs_on_the_meta_device_so_no_shape_depends_on_a_value():
     with torch.device("meta"):
-        model = small_detector(**FORMS[form])
+        model = small_detector(**FORMS["cascade"])
     images, sizes, objects, keys = a_batch()
     objects = objects.moved(lambda tensor: tensor.to("meta"))
     sums, _ = model(images.float().to("meta"), sizes, objects, keys.to("meta"))
