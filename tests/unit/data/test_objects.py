@@ -15,6 +15,7 @@ from pipeline.data.objects import Objects
 from pipeline.data.objects_file import image_objects, objects_path
 from pipeline.data.staging import fetch_beton
 from pipeline.errors import DataError
+from tools.verify.beton_file import verify_beton
 
 CATEGORY_IDS = (1, 5, 90)
 
@@ -131,6 +132,25 @@ def test_a_damaged_mask_is_named_and_others_are_read(tmp_path):
     with pytest.raises(DataError, match=r"the mask at byte 24 of .*a.beton.objects is damaged"):
         objects.mask(objects.table[0])
     assert objects.mask(objects.table[1])["counts"]
+
+
+def test_verify_names_damaged_masks_and_boxes_of_other_images(tmp_path):
+    path = write(tmp_path / "a.beton", SIZES, drawn_objects(SIZES))
+    assert verify_beton(path, full=True)[1] == []
+    sample = int(np.flatnonzero(np.diff(Objects.open(open_beton(path)).firsts))[0])
+    content = bytearray(objects_path(path).read_bytes())
+    content[25] ^= 0xFF
+    objects_path(path).write_bytes(content)
+    damage = verify_beton(path)[1]
+    assert damage[0] == f"{objects_path(path)} is damaged (SHA-256); copy it again"
+    assert damage[1].startswith(f"sample {sample}: the mask at byte 24 of ")
+    assert len(damage) == 2
+    drawn = drawn_objects(SIZES)
+    with BetonWriter(path, ["a", "b", "c"], len(SIZES), overwrite=True) as writer:
+        for number, objects in enumerate(drawn):
+            writer.add(np.zeros((5, 5, 3), np.uint8), 0, objects=image_objects(number, (5, 5), objects, CATEGORY_IDS))
+        writer._samples["f0"]["width"][sample] = 4
+    assert f"an object of sample {sample} is of an image of 5 x 5 pixels" in verify_beton(path, full=True)[1]
 
 
 def test_objects_are_copied_with_their_file(tmp_path):
