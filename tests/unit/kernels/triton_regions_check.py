@@ -21,7 +21,7 @@ STRIDES = (4, 8)
 def random_boxes(*shape: int, side: float) -> Tensor:
     """Some reach beyond an image of this side; one is empty, and one large."""
     boxes = torch.cat([start := torch.rand(*shape, 2) * side - 4, start + torch.rand(*shape, 2) * side], -1)
-    boxes[0, 0], boxes[0, -1] = 0, torch.tensor([2, 3, 0.95 * side, 0.9 * side])
+    boxes[0, 0], boxes[0, -1] = 0, torch.tensor([2, 3, side, side])
     return boxes.double()
 
 
