@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from pipeline.errors import OffTrackError, RecipeError
 from pipeline.health.verdict import Verdict, judge_journal, loss_at, refuse_off_track, update_verdict
 from pipeline.recipe import StageRecipe, load_recipe
+from pipeline.recipe.yaml_files import parse_settings
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import exit_code
 from pipeline.tracking.journal import Journal, strict_json
 from tests.support import make_tiny_run, write_tiny_recipe
+from tests.unit.recipe.test_detection_settings import SMALL
 
 STEPS, CLASSES, CELL = 60, 4, 4
 GREY = 1 - 1 / (3 * CELL**2)
@@ -53,6 +55,14 @@ def test_sound_stages_are_on_track(recipes):
     verdict = judge_journal(recipes["finetune"], history(falling(1.4, 0.9), top1=60.0, loss=1.0))
     assert verdict.on_track
     assert all(check.detail for check in verdict.checks)
+
+
+def test_a_detector_must_find_objects():
+    recipe = parse_settings(StageRecipe, SMALL, "it")
+    for value, expected in ((0.0, ["finds objects"]), (3.5, [])):
+        verdict = judge_journal(recipe, history(falling(3.0, 1.0), box_ap=value))
+        assert failed(verdict) == expected
+    assert failed(judge_journal(gated(recipe, metric="box_ap", at_least=4.0), history([], box_ap=3.5))) == ["gate"]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tools.evaluate.kept_detections import keep_detections, kept_detections
 from tools.predict.coco_files import ANNOTATIONS
 from tools.report.document import Grid
 from tools.report.evaluations import evaluation_blocks
+from tools.report.page import final_grid
 
 NAMES, CATEGORY_IDS = ("cup", "jug", "pot"), (3, 7, 90)
 SIZES = [(70, 90), (64, 64), (100, 50), (40, 120), (80, 80)]
@@ -193,6 +194,17 @@ def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:
     for count, other in enumerate(({"weights": "ema of 1"}, {"precision": "bf16"}, {"test": "soft"}), 2):
         keep_detections([replace(own, **other)])
         assert len(kept_detections(tmp_path)) == count
+
+
+def test_the_report_has_the_published_values_beside_its_own(result) -> None:
+    facts = {"name": "detect", "metrics": result.scores.metrics, "done": True, "verdict": SimpleNamespace(on_track=True)}
+    published = {"box_ap": 50.0, "mask_ap": 40.0, "source": "a table"}
+    rows = final_grid(SimpleNamespace(published=published, stages=[SimpleNamespace(**facts)])).rows
+    for name, value in (("box_ap", 50.0), ("mask_ap", 40.0)):
+        own = result.scores.metrics[name]
+        (row,) = [row for row in rows if row[1] == name]
+        assert row[2:5] == [f"{own:.2f} %", f"{value:.2f} %", f"{own - value:+.2f}"]
+    assert {row[1] for row in rows} <= {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"}
 
 
 def test_what_does_not_fit_a_detector_is_one_sentence(place) -> None:
