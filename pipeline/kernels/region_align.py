@@ -222,9 +222,10 @@ def _pool_plainly(features: Sequence[Tensor], grids: Tensor, bins: int, sampling
     """Pool features (N, H, W, C) by matrices; work and memory grow with the maps."""
     pooled = features[0].new_zeros(*grids.shape[:2], features[0].shape[-1], bins, bins)
     grids = grids.to(pooled.dtype)
-    for image, part, level, rows, columns in _chunks(grids, [x.shape for x in features], bins, sampling_ratio):
-        lines = torch.einsum("rih,hwc->riwc", rows, features[level][image])
-        pooled[image, part] += torch.einsum("riwc,rjw->rcij", lines, columns)
+    with torch.autocast(grids.device.type, enabled=False):  # it stays active inside custom operators
+        for image, part, level, rows, columns in _chunks(grids, [x.shape for x in features], bins, sampling_ratio):
+            lines = torch.einsum("rih,hwc->riwc", rows, features[level][image])
+            pooled[image, part] += torch.einsum("riwc,rjw->rcij", lines, columns)
     return pooled
 
 
@@ -234,21 +235,23 @@ def _spread_plainly(
     """Return the gradients (N, H, W, C) of the features, given that of the pooled regions (N, R, bins, bins, C)."""
     features = [gradient.new_zeros(shape) for shape in shapes]
     grids = grids.to(gradient.dtype)
-    for image, part, level, rows, columns in _chunks(grids, shapes, gradient.shape[2], sampling_ratio):
-        lines = torch.einsum("rijc,rjw->riwc", gradient[image, part], columns)
-        features[level][image] += torch.einsum("riwc,rih->hwc", lines, rows)
+    with torch.autocast(grids.device.type, enabled=False):
+        for image, part, level, rows, columns in _chunks(grids, shapes, gradient.shape[2], sampling_ratio):
+            lines = torch.einsum("rijc,rjw->riwc", gradient[image, part], columns)
+            features[level][image] += torch.einsum("riwc,rih->hwc", lines, rows)
     return features
 
 
 def _pool_bits_plainly(masks: Tensor, width: int, grids: Tensor, side: int) -> Tensor:
-    """Pool the bits of masks by matrices, a few masks at a time."""
+    """Pool the bits of masks by matrices. Of CHUNK masks every eighth column is unpacked at once, as whole masks would
+    take gigabytes of a large canvas."""
     pooled = grids.new_empty(len(grids), side, side)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)  # the bits stay bytes
-    for begin in range(0, len(grids), CHUNK):
-        grid = grids[begin : begin + CHUNK]
-        bits = masks[grid[:, 0].long(), :, :, None] >> shifts & 1
-        rows = _weigh_lines(grid[:, 1:4], masks.shape[1], side, 0)
-        columns = _weigh_lines(grid[:, 4:], width, side, 0)
-        lines = rows @ bits.flatten(2)[..., :width].to(rows.dtype)
-        pooled[begin : begin + CHUNK] = lines @ columns.transpose(1, 2)
+    with torch.autocast(grids.device.type, enabled=False):
+        for begin in range(0, len(grids), CHUNK):
+            grid = grids[begin : begin + CHUNK]
+            own = masks[grid[:, 0].long()]
+            rows = _weigh_lines(grid[:, 1:4], masks.shape[1], side, 0)
+            columns = _weigh_lines(grid[:, 4:], width, side, 0)
+            lines = torch.stack([rows @ (own >> shift & 1).to(rows.dtype) for shift in range(7, -1, -1)], -1)
+            pooled[begin : begin + CHUNK] = lines.flatten(2)[..., :width] @ columns.transpose(1, 2)
     return pooled

@@ -225,3 +225,23 @@ def test_crops_of_packed_masks_are_aligned_regions_of_the_unpacked_ones(width):
     assert 0.05 < crops.mean() < 0.9
     grids = forms._lay_grids(index.double(), boxes, 7, 0, True)
     torch.testing.assert_close(forms._pool_bits_plainly(pack(masks), width, grids, 7), expected, **TOLERANCE)
+
+
+def test_autocast_does_not_reach_into_the_plain_forms():
+    """It stays active inside custom operators: a matrix product in bf16 would move masks' edges."""
+    maps = [x.detach().float() for x in pyramid()]
+    grids = forms._lay_grids(torch.zeros(2, 6), random_regions(2, 6, side=24).float(), 7, 0, True)
+    features, shapes = [forms._channels_last(x) for x in maps], [x.permute(0, 2, 3, 1).shape for x in maps]
+    masks = pack(drawn_masks(6, 33, 45))
+    of_masks = torch.cat([torch.arange(6.0)[:, None], grids[0, :, 1:]], 1)
+
+    def computed() -> list[Tensor]:
+        pooled = forms._pool_plainly(features, grids, 7, 0)
+        spread = forms._spread_plainly(pooled.permute(0, 1, 3, 4, 2), grids, shapes, 0)
+        return [pooled, *spread, forms._pool_bits_plainly(masks, 45, of_masks, 7)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        casted = computed()
+    exact = computed()
+    assert all(torch.equal(*pair) for pair in zip(casted, exact, strict=True))
+    assert exact[0].any() and exact[1].any() and exact[-1].any()
