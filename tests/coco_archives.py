@@ -34,7 +34,8 @@ def annotations_of(files: dict[str, bytes], seed: int = 0) -> dict:
         width, height = Image.open(io.BytesIO(content)).size
         image_id = int(name[:-4])
         images.append({"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/{name}",
-                       "height": height, "width": width, "date_captured": "2013-11-14 11:18:45", "id": image_id})  # fmt: skip
+                       "height": height, "width": width,
+                       "date_captured": "2013-11-14 11:18:45", "id": image_id})  # fmt: skip
         if len(images) - 1 == EMPTY:
             continue
         for corners in (3, 7):

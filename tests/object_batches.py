@@ -25,7 +25,9 @@ def object_batch(slots: range, slot: int = 2, pixels: int = 64, classes: int = 3
         boxes.append(own)
         y = x = torch.arange(pixels) + 0.5
         inside = [(y[:, None] > b[1]) & (y[:, None] < b[3]) & (x > b[0]) & (x < b[2]) for b in own]
-        masks.append(pack_masks(torch.stack(inside)) if inside else torch.zeros(0, pixels, pixels // 8, dtype=torch.uint8))
+        masks.append(
+            pack_masks(torch.stack(inside)) if inside else torch.zeros(0, pixels, pixels // 8, dtype=torch.uint8)
+        )
     each, sizes = torch.tensor(numbers, dtype=torch.int64), torch.full((len(images), 2), pixels)
     objects = BatchObjects(torch.cat(boxes), each % classes, each % 5 == 4, torch.cat(masks), tuple(counts))
     ids = torch.arange(slots.start * slot, slots.stop * slot)

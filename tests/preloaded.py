@@ -12,7 +12,6 @@ import os
 import tempfile
 
 
-
 def end_at_once(server: int = os.getpid()) -> None:
     """End the server, and no process that it forked, without taking all that down, which would take seconds."""
     if os.getpid() == server:

@@ -93,7 +93,10 @@ ScoreThresholdOption = Annotated[
 NMSOption = Annotated[
     float | None,
     typer.Option(
-        "--nms", min=0, max=1, help="Of a detector: intersection over union above which the less sure of two objects of"
+        "--nms",
+        min=0,
+        max=1,
+        help="Of a detector: intersection over union above which the less sure of two objects of"
         " a class is dropped. Default: as the recipe tests.",
     ),
 ]

@@ -55,9 +55,7 @@ class Batch:
         """Return the batch with `move` applied to the tensors that belong on the device."""
         label_maps = None if self.label_maps is None else move(self.label_maps)
         objects = None if self.objects is None else self.objects.moved(move)
-        return replace(
-            self, images=move(self.images), labels=move(self.labels), label_maps=label_maps, objects=objects
-        )
+        return replace(self, images=move(self.images), labels=move(self.labels), label_maps=label_maps, objects=objects)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with images, labels, label maps and objects on the device."""

@@ -102,7 +102,9 @@ class Beton(BaseModel):
             raise ValueError(f"maps: frequencies count {len(self.maps.frequencies):,} classes of {len(self.classes):,}")
         per_class = self.objects and (self.objects.counts, self.objects.images, self.objects.category_ids)
         if per_class and not all(len(numbers) == len(self.classes) for numbers in per_class):
-            raise ValueError(f"objects: counts of {len(self.objects.counts):,} classes instead of {len(self.classes):,}")
+            raise ValueError(
+                f"objects: counts of {len(self.objects.counts):,} classes instead of {len(self.classes):,}"
+            )
         return self
 
 

@@ -43,7 +43,9 @@ STORED = np.dtype(
 
 
 class BetonWriter:
-    """Write a .beton file, its side-car, and its label maps or objects if there are any; the same calls write the same bytes.
+    """Write a .beton file, its side-car, and its label maps or objects if there are any.
+
+    The same calls write the same bytes.
 
     A context manager: images go to `PATH.partial`, which is renamed to `PATH` when the block ends without an error; the
     side-car is written before. A crash leaves nothing that `open_beton` accepts, and the next writer of that path

@@ -176,7 +176,9 @@ class ObjectTrainingPlan:
 
         def cut(place: int) -> int:
             try:
-                facts.objects[place] = self._objects_of(int(ids[place]), plan[place], tuple(facts.sizes[place].tolist()))
+                facts.objects[place] = self._objects_of(
+                    int(ids[place]), plan[place], tuple(facts.sizes[place].tolist())
+                )
             except DataError:
                 return BAD_OBJECTS
             return OK

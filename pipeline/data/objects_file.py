@@ -74,9 +74,7 @@ def packed(rows: np.ndarray, rles: Sequence[bytes], like: AnnotatedObjects, imag
     """Return rows with their masks put one after the other; the images are those of `like` at these places."""
     rows["rle_bytes"] = [len(rle) for rle in rles]
     rows["rle_at"] = np.cumsum(rows["rle_bytes"], dtype=np.uint64) - rows["rle_bytes"]
-    return like._replace(
-        rows=rows, rles=b"".join(rles), counts=like.counts[images], image_ids=like.image_ids[images]
-    )
+    return like._replace(rows=rows, rles=b"".join(rles), counts=like.counts[images], image_ids=like.image_ids[images])
 
 
 def class_counts(objects: AnnotatedObjects) -> np.ndarray:
@@ -186,7 +184,9 @@ class StoredObjects:
         self.image_ids = np.frombuffer(index, _IMAGE_ID, samples, sizes[0] + sizes[1])
         counts = np.diff(self.firsts)
         if self.firsts[0] != 0 or self.firsts[-1] != objects or (counts < 0).any():
-            raise DataError(f"{path} says which objects each image has in another number than {objects:,}; prepare again")
+            raise DataError(
+                f"{path} says which objects each image has in another number than {objects:,}; prepare again"
+            )
 
     def rle(self, row: np.void) -> bytes:
         """Return the RLE of a row; empty if it has none.

@@ -59,9 +59,7 @@ class SideFileWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return SideFile(
-            sha256=self._digest.hexdigest(), bytes=self._end, index_sha256=self._index_digest.hexdigest()
-        )
+        return SideFile(sha256=self._digest.hexdigest(), bytes=self._end, index_sha256=self._index_digest.hexdigest())
 
 
 def open_side_file(

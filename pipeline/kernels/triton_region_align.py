@@ -10,7 +10,6 @@ GPUs; the speed on a GPU has not been measured.
 # ruff: noqa: N803 - capitals are Triton's spelling of compile-time constants
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -134,7 +133,8 @@ def spread_levels(gradient: Tensor, grids: Tensor, shapes: Sequence[tuple[int, .
         tiles = triton.cdiv(x.shape[1], ROWS) * triton.cdiv(x.shape[2], COLUMNS)
         spread_regions_kernel[tiles, len(x), triton.cdiv(channels, block)](
             gradient, grids, x, level, grids.shape[1], *x.shape[1:3], channels,
-            BINS=gradient.shape[2], WIDE=triton_sum_type(x.dtype), INDEX=_index_type(x, gradient), ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=block,
+            BINS=gradient.shape[2], WIDE=triton_sum_type(x.dtype), INDEX=_index_type(x, gradient),
+            ROWS=ROWS, COLUMNS=COLUMNS, CHANNELS=block,
         )  # fmt: skip
     return features
 

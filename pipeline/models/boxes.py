@@ -53,9 +53,7 @@ def encode_boxes(reference: Tensor, target: Tensor, deviations: Sequence[float])
     return deltas / _as_row(deviations, deltas)
 
 
-def decode_boxes(
-    reference: Tensor, deltas: Tensor, deviations: Sequence[float], size: Tensor | None = None
-) -> Tensor:
+def decode_boxes(reference: Tensor, deltas: Tensor, deviations: Sequence[float], size: Tensor | None = None) -> Tensor:
     """Return the boxes (..., 4) that `deltas` reach from the reference boxes; the inverse of `encode_boxes`.
 
     Args:

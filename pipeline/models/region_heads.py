@@ -3,6 +3,7 @@
 Names of parameters and computation are those of mmdetection's RPNHead, ConvFCBBoxHead and FCNMaskHead.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class BoxHead(nn.Module):
         for conv in self.shared_convs if norm == "batch" else ():
             conv.bn.regions = regions
         widths = [channels * BOX_BINS**2, fc_channels] + [fc_channels] * (norm is None)
-        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.fc_cls = nn.Linear(fc_channels, classes + 1)
         self.fc_reg = nn.Linear(fc_channels, 4 * boxes)
 

@@ -49,7 +49,9 @@ class DetectionObjective:
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
         keep = self._keep(images, batch, step)
-        keys = torch.from_numpy(randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64"))
+        keys = torch.from_numpy(
+            randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64")
+        )
         keys = keys.to(images.device, non_blocking=True)
         sums, counts = model(images, batch.view_sizes, batch.objects, keys, keep)
         losses = {name: _within_slots(sums[name], counts[name], slot).mean() for name in sums}

@@ -80,8 +80,9 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids.
 
-        An objective whose loss jumps where scores tie also has `smooth_loss`, by which other code is compared with plain
-        torch. An objective may have `parts`, detached: what the loss of the last call is the sum of, by name, for the journal.
+        An objective whose loss jumps where scores tie also has `smooth_loss`, by which other code is compared with
+        plain torch. An objective may have `parts`, detached: what the loss of the last call is the sum of, by name, for
+        the journal.
         """
 
     def without_mixing(self) -> "Objective":

@@ -55,7 +55,9 @@ class StageRecipe(Settings):
     name: str = ""
     seed: Seed = 0
     previous: str | None = None
-    objective: FCMAESettings | ClassificationSettings | SegmentationSettings | DetectionSettings = Field(discriminator="kind")
+    objective: FCMAESettings | ClassificationSettings | SegmentationSettings | DetectionSettings = Field(
+        discriminator="kind"
+    )
     model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
     data: DataSettings
     batch: BatchSettings
@@ -226,8 +228,8 @@ class StageRecipe(Settings):
         size, stride, stages = self.data.image_size, self.model.stride, len(self.model.depths or (1, 1, 1, 1))
         if any(side % stride for side in height_and_width(size)):
             raise ValueError(
-                f"data.image_size {describe_size(size)} is the canvas of the views and must be a multiple of the model's"
-                f" stride, {stride} pixels; change it"
+                f"data.image_size {describe_size(size)} is the canvas of the views and must be a multiple of the"
+                f" model's stride, {stride} pixels; change it"
             )
         if stages < 2:
             raise ValueError(
@@ -249,9 +251,7 @@ class StageRecipe(Settings):
                 " to false"
             )
         if self.data.views.boxes_from_masks and not objective.has_masks:
-            raise ValueError(
-                "data.views.boxes_from_masks is true but objective.masks gives no masks; set it to false"
-            )
+            raise ValueError("data.views.boxes_from_masks is true but objective.masks gives no masks; set it to false")
         if self.gate.metric == "mask_ap" and not objective.has_masks:
             raise ValueError("gate.metric is mask_ap but objective.masks gives no masks; choose box_ap")
 

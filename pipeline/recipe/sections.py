@@ -277,7 +277,7 @@ class EvaluationSettings(Settings):
     every_steps: int | None = operational(None, ge=1, le=MOST_STEPS)
     """Steps between evaluations, instead of every_epochs."""
     batch: int = operational(256, ge=1, le=2**20)
-    """Images, in segmentation windows, that a rank evaluates at once; in detection it is one image, whatever is here."""
+    """Images, in segmentation windows, that a rank evaluates at once; in detection always one image."""
 
     @model_validator(mode="after")
     def _check_every(self) -> "EvaluationSettings":

@@ -69,7 +69,9 @@ def objects_over(image: NDArray[np.uint8], objects: ImageObjects, names: Sequenc
     picture = Image.fromarray(pixels)
     pen, side = ImageDraw.Draw(picture), min(picture.size)
     for n in largest_first:
-        pen.rectangle(_inside(boxes[n], picture.size), outline=tuple(map(int, colours[n])), width=1 + picture.width // 400)
+        pen.rectangle(
+            _inside(boxes[n], picture.size), outline=tuple(map(int, colours[n])), width=1 + picture.width // 400
+        )
     font = ImageFont.load_default(size=float(np.clip(side // 28, 10, 40)))
     order = largest_first if objects.scores is None else np.argsort(-objects.scores, kind="stable").tolist()
     taken: list[Rectangle] = []
@@ -102,7 +104,7 @@ def _tint(pixels: NDArray[np.uint8], mask: dict[str, object], colour: NDArray[np
 
 def _inside(box: NDArray[np.float64], size: tuple[int, int]) -> Rectangle:
     """The first and last pixels of a box that are in a picture of (width, height)."""
-    x1, y1, x2, y2 = np.clip(np.floor(box + (0, 0, -0.5, -0.5)), 0, np.tile(size, 2) - 1).astype(int).tolist()
+    x1, y1, x2, y2 = np.clip(np.floor(box - np.array((0, 0, 0.5, 0.5))), 0, np.tile(size, 2) - 1).astype(int).tolist()
     return x1, y1, max(x1, x2), max(y1, y2)
 
 

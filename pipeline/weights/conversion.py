@@ -167,7 +167,12 @@ def _to_internal_shape(name: str, internal: str, tensor: Tensor, layout: str) ->
         return tensor.reshape(1, 1, 1, -1)
     if layout == "official sparse" and internal.endswith(".bias") and tensor.ndim == 2 and shape[0] == 1:
         return tensor.reshape(-1)
-    if layout in ("timm", "mmsegmentation", "mmdetection") and ".pwconv" in internal and tensor.ndim == 4 and shape[2:] == (1, 1):
+    if (
+        layout in ("timm", "mmsegmentation", "mmdetection")
+        and ".pwconv" in internal
+        and tensor.ndim == 4
+        and shape[2:] == (1, 1)
+    ):
         return tensor.flatten(1)
     return tensor
 

@@ -218,7 +218,9 @@ def _infer_detector(shapes: _Shapes, layout: str) -> DetectorArchitecture:
     cascade, masks = shapes.has(f"{box_head}0."), shapes.has("roi_head.mask_head.")
     box_head += "0." if cascade else ""
     classes = shapes.size(f"{box_head}fc_cls.weight", 2, 0) - 1
-    norms = [norm for norm, name in (("batch", "bn"), ("group", "gn")) if shapes.has(f"{box_head}shared_convs.0.{name}.")]
+    norms = [
+        norm for norm, name in (("batch", "bn"), ("group", "gn")) if shapes.has(f"{box_head}shared_convs.0.{name}.")
+    ]
     head = DetectorOptions(
         classes=classes,
         head="cascade" if cascade else "mask_rcnn" if masks else "faster_rcnn",

@@ -9,8 +9,8 @@ The internal layout has the names of the official fine-tuning code; FCMAE has th
   below `linear`, and a convolution has a `kernel`.
 - timm and transformers: other names.
 - mmsegmentation and mmdetection: models for segmentation and detection, whose names are also the internal ones: the
-  backbone's official names below `backbone.`, or those of mmpretrain, and `neck`, `decode_head` and `auxiliary_head`, or
-  `neck`, `rpn_head` and `roi_head`.
+  backbone's official names below `backbone.`, or those of mmpretrain, and `neck`, `decode_head` and `auxiliary_head`,
+  or `neck`, `rpn_head` and `roi_head`.
 
 For SLaK only the official layout is in use, for Next-ViT also timm's. One early SLaK has the names Decom1 and Decom2
 for LoRA1 and LoRA2.

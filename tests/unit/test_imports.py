@@ -231,7 +231,10 @@ PLANTED = {
     "models beyond torch": ({"pipeline/models/a.py": "def f():\n    import numpy"}, "may use only torch"),
     "models and the pipeline": ({"pipeline/kernels/a.py": "from pipeline.errors import UserError"}, "may use only"),
     "kernels and numba": (
-        {"pipeline/kernels/numba_loops.py": "import numba", "pipeline/models/a.py": "from pipeline.kernels import numba_loops"},
+        {
+            "pipeline/kernels/numba_loops.py": "import numba",
+            "pipeline/models/a.py": "from pipeline.kernels import numba_loops",
+        },
         "pipeline.models.a loads numba",
     ),
     "submitit": ({"pipeline/run.py": "def f():\n    from submitit.helpers import x"}, "knows nothing of Slurm"),

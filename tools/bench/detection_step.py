@@ -23,7 +23,6 @@ from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe, load_recipe
-
 from tools.bench.loader_throughput import photographs, write_object_file
 from tools.recipes.library import find_recipe
 

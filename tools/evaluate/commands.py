@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from tools.evaluate.segmentation_evaluation import SegmentationResult
 
 # Columns that are flush right.
-NUMBERS = ("images", "accuracy", "of the class", "other", "of all pixels", "IoU", "pixels", "objects", "boxes", "masks", "box AP", "mask AP")
+NUMBERS = (
+    "images",
+    "accuracy",
+    "of the class",
+    "other",
+    "of all pixels",
+    "IoU",
+    "pixels",
+    "objects",
+    "boxes",
+    "masks",
+    "box AP",
+    "mask AP",
+)
 
 
 def evaluate_weights(
@@ -64,7 +77,7 @@ def evaluate_weights(
         help="Images in a batch of each process. Default: 64; windows of a segmenter as the recipe evaluates.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) instead of fp32.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class",
-        help="Also print the confusion matrix, or of a detector all figures; of more than 20 classes the worst.")] = False,
+        help="Also print the confusion matrix, or all figures of a detector; of over 20 classes the worst.")] = False,
     beside: Annotated[list[str] | None, typer.Option("--beside", metavar="WEIGHTS",
         help="Measure these weights on the same images too, and say the difference. May be repeated.")] = None,
     test: TestOption = None,
@@ -216,6 +229,7 @@ def _evaluate_corruptions(
     weights: str, data: str, settings: dict[str, Any], nproc: int, refresh: bool, json: bool
 ) -> None:
     import json as json_library
+
     from tools.evaluate.corruptions import SEVERITIES, measure_corruptions
     from tools.evaluate.evaluated_data import evaluated_files
     from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation

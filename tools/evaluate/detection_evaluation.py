@@ -17,8 +17,8 @@ from pipeline.objectives.average_precision import average_precision
 from pipeline.objectives.detected_objects import pack_objects, unpack_objects
 from tools.evaluate.detection_scores import DetectionScores
 from tools.evaluate.run_evaluation import run_on_processes
-from tools.evaluate.stored_images import StoredPixels, decoded_images
 from tools.evaluate.segmentation_evaluation import check_classes
+from tools.evaluate.stored_images import StoredPixels, decoded_images
 from tools.predict.coco_files import write_coco_results
 from tools.predict.detection_model import DetectionModel, load_detection_model
 

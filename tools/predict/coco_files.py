@@ -41,9 +41,7 @@ def coco_results(image_id: int, objects: ImageObjects, category_ids: Sequence[in
     return entries
 
 
-def write_coco_results(
-    path: Path, found: Iterable[tuple[int, ImageObjects]], category_ids: Sequence[int]
-) -> None:
+def write_coco_results(path: Path, found: Iterable[tuple[int, ImageObjects]], category_ids: Sequence[int]) -> None:
     """Write a JSON list of result entries, which COCO's `loadRes` reads; `found` has image numbers and objects.
 
     Raises:

@@ -76,8 +76,8 @@ def predict_classes(
     Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
     """
     from pipeline.errors import UserError
-    from tools.predict.predictions import PredictedImages
     from tools.predict.model_kinds import kind_of, refuse_options
+    from tools.predict.predictions import PredictedImages
 
     if csv and json:
         raise UserError("--csv and --json exclude each other; give one of them")

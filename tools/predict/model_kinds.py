@@ -41,9 +41,7 @@ class TrainedModel:
 
     def _refuse(self, method: str) -> NoReturn:
         other = next((kind for kind, own in ANSWERS.items() if own == method), "classifier")
-        raise UserError(
-            f"{self.source} is a {self.kind} and {method}() is for a {other}; call {ANSWERS[self.kind]}()"
-        )
+        raise UserError(f"{self.source} is a {self.kind} and {method}() is for a {other}; call {ANSWERS[self.kind]}()")
 
 
 def kind_of(source: str | PathLike[str]) -> Kind:
@@ -63,7 +61,9 @@ def kind_of(source: str | PathLike[str]) -> Kind:
     return next((kind for name, kind in KINDS.items() if name in facts), "classifier")
 
 
-def refuse_options(source: str | PathLike[str], kind: Kind, options: Mapping[tuple[Kind, ...], Mapping[str, Any]]) -> None:
+def refuse_options(
+    source: str | PathLike[str], kind: Kind, options: Mapping[tuple[Kind, ...], Mapping[str, Any]]
+) -> None:
     """Refuse options that are for other kinds of models.
 
     Args:

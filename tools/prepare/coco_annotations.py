@@ -29,9 +29,7 @@ class CocoAnnotations:
         from pycocotools import mask as coco_masks
 
         height, width = instances.shape
-        self._images.append(
-            {"id": len(self._images) + 1, "file_name": file_name, "height": height, "width": width}
-        )
+        self._images.append({"id": len(self._images) + 1, "file_name": file_name, "height": height, "width": width})
         for number in np.unique(instances[instances > 0]).tolist():
             rle = coco_masks.encode(np.asfortranarray(instances == number, np.uint8))
             self._annotations.append({

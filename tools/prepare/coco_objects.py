@@ -23,7 +23,7 @@ _LEAST_NUMBERS = 6  # of a polygon: three points
 _NO_AREA, _OVER_EDGE, _LINES, _NO_MASK = "boxes without area", "boxes over the edge", "lines", "no mask"
 _SENTENCES = {
     _NO_AREA: "boxes without width or height: {count:,} ({first}); they are stored, and training leaves them out",
-    _OVER_EDGE: "boxes that reach over their image's edge: {count:,} ({first}); they are stored, and training cuts them",
+    _OVER_EDGE: "boxes that reach over their image's edge: {count:,} ({first}); they are stored, training cuts them",
     _LINES: "polygons of one or two points, left out of their masks: {count:,} ({first})",
     _NO_MASK: "objects without a mask: {count:,} ({first}); so no mask is stored, and the file serves boxes alone",
 }

@@ -258,9 +258,7 @@ def _object_options(objects: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Options of preparation, from the arguments of a command that prepares objects."""
     from tools.prepare.encoding import Encoding
 
-    reading = _reading(
-        None, given["ground"], None, given["colour_space"], given["window"], given["max_pixels"]
-    )
+    reading = _reading(None, given["ground"], None, given["colour_space"], given["window"], given["max_pixels"])
     return {
         "exclude_names": given["exclude_names"], "encoding": Encoding(None, given["quality"], given["raw_fraction"]),
         "on_bad": given["on_bad"], "overwrite": given["overwrite"], "workers": given["workers"], "reading": reading,
@@ -288,7 +286,7 @@ def _reading(
 def _prepare(
     source: str, destination: Path, split: float | None, group_by: str | None, options: dict[str, Any]
 ) -> None:
-    from tools.prepare.preparation import prepare_beton, prepare_targets, prepare_split
+    from tools.prepare.preparation import prepare_beton, prepare_split, prepare_targets
     from tools.prepare.preparation_report import missing_classes, summary_lines
     from tools.prepare.progress_bar import ProgressBar
 

@@ -124,8 +124,8 @@ def _offsets(side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def write_scenes(archive: Path, directory: Path) -> list[Path]:
     """Write scenes as folders of PNG files, TRAIN and TEST: images, masks (classes) and instances; return the folders.
 
-    classes.txt lists the names of the masks' values, and annotations.json the objects as COCO does. Test scenes hold test photographs alone, on other parts of the
-    textures. Scenes that are there already are kept.
+    classes.txt lists the names of the masks' values, and annotations.json the objects as COCO does. Test scenes hold
+    test photographs alone, on other parts of the textures. Scenes that are there already are kept.
 
     Raises:
         DataError: if scikit-image is missing, or the folder cannot be written.

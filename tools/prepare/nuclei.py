@@ -31,7 +31,8 @@ def write_nuclei(archive: Path, directory: Path) -> list[Path]:
     """Write crops as folders of PNG files, TRAIN and VALIDATION, and return the folders.
 
     Each has images, masks (0 background, 1 nucleus) and instances (16-bit numbers of nuclei). classes.txt lists the
-    names of the masks' values, and annotations.json the nuclei as COCO does. No pixel of a validation crop is in a training crop.
+    names of the masks' values, and annotations.json the nuclei as COCO does. No pixel of a
+    validation crop is in a training crop.
 
     Raises:
         DataError: if the folder cannot be written.

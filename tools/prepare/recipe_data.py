@@ -8,7 +8,14 @@ from pathlib import Path
 from cluster.chain import resolve_chain_paths
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import ChainRecipe, ClassificationSettings, DetectionSettings, SegmentationSettings, StageRecipe, load_recipe
+from pipeline.recipe import (
+    ChainRecipe,
+    ClassificationSettings,
+    DetectionSettings,
+    SegmentationSettings,
+    StageRecipe,
+    load_recipe,
+)
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.prepare.prepared_cache import (
@@ -89,7 +96,8 @@ def refuse_sources(chain: ChainRecipe, run: Path) -> None:
     for source, settings in sources_of(resolve_chain_paths(chain), run).items():
         raise DataError(
             f"data {source} must be prepared first, and --dry-run writes nothing; name the file that"
-            f" `fcmae prepare {'maps ' * settings.maps}{'coco ' * settings.objects}{source} OUT.beton` makes, or leave --dry-run out"
+            f" `fcmae prepare {'maps ' * settings.maps}{'coco ' * settings.objects}{source} OUT.beton` makes,"
+            " or leave --dry-run out"
         )
 
 

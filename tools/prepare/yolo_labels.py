@@ -25,9 +25,7 @@ _SLACK = 0.01  # by which labels may reach over the edge
 _BOX_WORDS, _LEAST_POLYGON_WORDS = 5, 7
 
 
-def read_yolo(
-    fs: AbstractFileSystem, path: str, images: ImageSource
-) -> tuple[ObjectTable, tuple[bool, ...] | None]:
+def read_yolo(fs: AbstractFileSystem, path: str, images: ImageSource) -> tuple[ObjectTable, tuple[bool, ...] | None]:
     """Read the labels of all images of a folder, except of a test part.
 
     Returns:
@@ -53,7 +51,7 @@ def read_yolo(
 
 
 def divided(images: Sequence[Item]) -> tuple[list[Item], tuple[bool, ...] | None]:
-    """Return the images of a folder but for a test part, and for each whether it is for validation, if folders say so."""
+    """Return the images of a folder without a test part, and for each whether folders say it is for validation."""
     inside = [item for item in images if "images" in item.name.split("/")] or images
     parts = {item: _part(item.name) for item in inside}
     items = [item for item in inside if parts[item] != "test"]
@@ -122,7 +120,9 @@ def _add_labels(table: ObjectTable, path: str, text: str, classes: int, image: A
         try:
             values = [float(word) for word in words]
         except ValueError:
-            raise DataError(f"{where}: {shortened(line)} holds a word that is no number; give CLASS X Y WIDTH HEIGHT") from None
+            raise DataError(
+                f"{where}: {shortened(line)} holds a word that is no number; give CLASS X Y WIDTH HEIGHT"
+            ) from None
         label, places = values[0], values[1:]
         if label not in range(classes):
             raise DataError(f"{where}: class {words[0]} is none of 0 to {classes - 1}; add its name, or correct it")
@@ -136,10 +136,18 @@ def _add_labels(table: ObjectTable, path: str, text: str, classes: int, image: A
             x, y, width, height = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
             mask = [[value * (image.width, image.height)[place % 2] for place, value in enumerate(places)]]
         else:
-            raise DataError(f"{where}: {len(words)} numbers; give CLASS X Y WIDTH HEIGHT, or CLASS and three points or more")
+            raise DataError(
+                f"{where}: {len(words)} numbers; give CLASS X Y WIDTH HEIGHT, or CLASS and three points or more"
+            )
         if width < 0 or height < 0:
             raise DataError(f"{where}: a negative width or height; give CLASS X Y WIDTH HEIGHT")
-        box = [(x - width / 2) * image.width, (y - height / 2) * image.height, width * image.width, height * image.height]
+        box = [
+            (x - width / 2) * image.width,
+            (y - height / 2) * image.height,
+            width * image.width,
+            height * image.height,
+        ]
         table.add_object({
-            "id": table.next_id, "image_id": image.image_id, "category_id": int(label), "bbox": box, "segmentation": mask,
+            "id": table.next_id, "image_id": image.image_id, "category_id": int(label), "bbox": box,
+            "segmentation": mask,
         })  # fmt: skip

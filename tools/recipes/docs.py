@@ -120,8 +120,8 @@ TASKS = (
             ("Mask R-CNN on ConvNeXt V1 and COCO", ("v1-tiny-mask-rcnn", "v1-base-mask-rcnn")),
             (
                 "Cascade Mask R-CNN on ConvNeXt V1 and COCO",
-                ("v1-tiny-cascade", "v1-small-cascade", "v1-base-cascade", "v1-base-22k-cascade", "v1-large-22k-cascade",
-                 "v1-xlarge-22k-cascade"),
+                ("v1-tiny-cascade", "v1-small-cascade", "v1-base-cascade", "v1-base-22k-cascade",
+                 "v1-large-22k-cascade", "v1-xlarge-22k-cascade"),
             ),
             ("SLaK on COCO and PASCAL VOC", ("slak-tiny-cascade", "slak-tiny-120-cascade-1x", "slak-tiny-voc")),
             ("Next-ViT on COCO", ("nextvit-small-1x", "nextvit-small-3x", "nextvit-base-3x", "nextvit-large-3x")),

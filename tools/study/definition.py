@@ -56,8 +56,8 @@ class Arm(Settings):
     published_multi_scale: Percent | None = None
     """Published mean IoU with several scales and flips, shown but not compared; the default is as for `published`."""
     expected: tuple[Percent, Percent] | None = None
-    """The band of the final top-1, mean IoU or box AP in percent, outside of which the arm is off track; in a ladder the next
-    rung then does not start."""
+    """The band of the final top-1, mean IoU or box AP in percent, outside of which the arm is off track; in a ladder
+    the next rung then does not start."""
     figures: PublishedFigures = PublishedFigures()
     """Other published figures."""
     curve: str = ""

@@ -96,7 +96,9 @@ def _damaged_objects(beton: Beton, intact: bool) -> Iterator[str]:
             except DataError as error:
                 yield f"sample {number}: {error}"
     counts = np.bincount(objects.table["class"], minlength=len(beton.classes))
-    if intact and (counts.tolist() != list(beton.objects.counts) or objects.table["crowd"].sum() != beton.objects.crowds):
+    if intact and (
+        counts.tolist() != list(beton.objects.counts) or objects.table["crowd"].sum() != beton.objects.crowds
+    ):
         yield f"the objects of {beton.path} are of other classes than the side-car says"
 
 

@@ -152,7 +152,9 @@ def write_detector(model: Detector, size: tuple[int, int], path: Path, about: Ma
         outputs = ProposalPart(model, size)(images)
         first = ProposalPart(merged, size)
     maps = {f"map{n}": x for n, x in enumerate(outputs[:-2])}
-    write_graph(first, (images,), path, (["images"], [*maps, "scores", "boxes"]), ({0: batch},), external=_is_large(first))
+    write_graph(
+        first, (images,), path, (["images"], [*maps, "scores", "boxes"]), ({0: batch},), external=_is_large(first)
+    )
     difference = _difference(path, {"images": images}, outputs)
     del maps[f"map{len(maps) - 1}"]
     inputs = {**maps, **_some_boxes(size)}

@@ -72,8 +72,8 @@ def refuse_checkpoint(path: str) -> None:
     """Raise CheckpointError if a path or a URL is that of a checkpoint, whose tensors do not tell their model."""
     if CheckpointName.parse(path.rstrip("/").rpartition("/")[2]):
         raise CheckpointError(
-            f"{path} is a checkpoint; name the directory of its stage with --ema or --raw for the newest one, or write a"
-            f" classifier's weights to a file by `fcmae checkpoint export {path} WEIGHTS.safetensors`"
+            f"{path} is a checkpoint; name the directory of its stage with --ema or --raw for the newest one, or write"
+            f" a classifier's weights to a file by `fcmae checkpoint export {path} WEIGHTS.safetensors`"
         )
 
 

@@ -26,8 +26,8 @@ from pipeline.errors import DataError
 from pipeline.recipe.detection_settings import ObjectViewSettings
 
 FILL = (124, 116, 104)
-SMALL = {"scale": (0.1, 2.0), "short_sides": (24, 28, 32), "longest": 50, "crop_short_sides": (18, 24), "crop": (12, 30),
-         "test_size": (50, 32)}  # fmt: skip
+SMALL = {"scale": (0.1, 2.0), "short_sides": (24, 28, 32), "longest": 50, "crop_short_sides": (18, 24),
+         "crop": (12, 30), "test_size": (50, 32)}  # fmt: skip
 KINDS = ("large_scale_jitter", "multi_scale", "resize")
 
 
@@ -213,8 +213,8 @@ def test_large_scale_jitter_scales_the_image_fitted_into_the_canvas(height, widt
 
 
 def test_multi_scale_has_the_published_sizes_and_crops():
-    """Half of the images are whole, at one of eleven short sides; of the others a crop of 384 to 600 pixels of the image
-    at one of three short sides is enlarged to such a size."""
+    """Half of the images are whole, at one of eleven short sides; of the others a crop of 384 to 600 pixels of the
+    image at one of three short sides is enlarged to such a size."""
     plan = training_plan([], 1344, kind="multi_scale", **ObjectViewSettings(kind="multi_scale").model_dump(
         include={"short_sides", "longest", "crop_short_sides", "crop"}))  # fmt: skip
     rows, (height, width) = plans(plan, 3000, 480, 640), (480, 640)
@@ -285,7 +285,10 @@ def test_what_is_outside_or_too_small_is_left_out_and_crowds_stay():
     assert objects.classes.tolist() == [0, 3, 4]
     covered = unpack_masks(torch.from_numpy(objects.masks), 64).sum((1, 2)).tolist()
     assert covered == [2400, 0, 2400]
-    assert training_plan([image], kind="resize", masks=False)._objects_of(0, plans(plan, 1, 20, 30)[0], (1, 1)).masks is None
+    assert (
+        training_plan([image], kind="resize", masks=False)._objects_of(0, plans(plan, 1, 20, 30)[0], (1, 1)).masks
+        is None
+    )
 
 
 def test_boxes_from_masks_surround_what_is_seen_of_the_mask():

@@ -148,9 +148,13 @@ def test_objects_that_a_stage_cannot_learn_are_refused(recipe, tmp_path):
     good, boxes = written("good"), written("boxes", masks=False)
     check(good, good)
     check(boxes, head="faster_rcnn")
-    with pytest.raises(DataError, match=r"the objects of data\.train .*boxes\.beton have no masks, .* to faster_rcnn, or"):
+    with pytest.raises(
+        DataError, match=r"the objects of data\.train .*boxes\.beton have no masks, .* to faster_rcnn, or"
+    ):
         check(boxes)
-    with pytest.raises(DataError, match=r"data\.validation .*train\.beton has no objects, .*`fcmae prepare coco IMAGES"):
+    with pytest.raises(
+        DataError, match=r"data\.validation .*train\.beton has no objects, .*`fcmae prepare coco IMAGES"
+    ):
         check(good, str(recipe[0] / "train.beton"))
     with pytest.raises(DataError, match=r"objective\.classes is 3, but the objects of data\.train .* have 2; correct"):
         check(written("two", classes=("a", "b")))

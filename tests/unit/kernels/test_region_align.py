@@ -244,4 +244,6 @@ def test_autocast_does_not_reach_into_the_plain_forms():
         casted = computed()
     exact = computed()
     assert all(torch.equal(*pair) for pair in zip(casted, exact, strict=True))
-    assert exact[0].any() and exact[1].any() and exact[-1].any()
+    assert exact[0].any()
+    assert exact[1].any()
+    assert exact[-1].any()

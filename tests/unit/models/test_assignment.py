@@ -13,7 +13,9 @@ from pipeline.randomness import key as image_keys
 
 # Few corners, so that overlaps are equal to each other and to the limits.
 SMALL = st.integers(0, 5)
-BOX = st.tuples(SMALL, SMALL, st.integers(1, 4), st.integers(1, 4)).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+BOX = st.tuples(SMALL, SMALL, st.integers(1, 4), st.integers(1, 4)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
 OBJECTS = st.lists(st.tuples(BOX, st.booleans()), max_size=5)
 
 
@@ -51,7 +53,9 @@ def assign_by_pairs(objects: list, boxes: list, limits: tuple[float, float, floa
 
 @pytest.mark.parametrize("chunk", [3, 65536])
 @settings(max_examples=60, deadline=None)
-@given(OBJECTS, st.lists(BOX, min_size=1, max_size=12), st.sampled_from([(0.7, 0.3, 0.3), (0.5, 0.5, 0.5)]), st.booleans())
+@given(
+    OBJECTS, st.lists(BOX, min_size=1, max_size=12), st.sampled_from([(0.7, 0.3, 0.3), (0.5, 0.5, 0.5)]), st.booleans()
+)
 def test_each_box_equals_the_loop_over_pairs(chunk, objects, boxes, limits, low):
     truth = torch.tensor([box for box, _ in objects], dtype=torch.float64).view(-1, 4)
     crowd = torch.tensor([crowd for _, crowd in objects], dtype=torch.bool)

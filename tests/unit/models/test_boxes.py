@@ -31,7 +31,9 @@ def tensor(boxes: list) -> torch.Tensor:
 @given(BOXES, BOXES)
 def test_overlaps_by_hand(first, second):
     found = intersection_over_union(tensor(first), tensor(second))
-    general = generalised_iou(tensor(first)[:, None].expand(-1, len(second), 4), tensor(second).expand(len(first), -1, 4))
+    general = generalised_iou(
+        tensor(first)[:, None].expand(-1, len(second), 4), tensor(second).expand(len(first), -1, 4)
+    )
     assert found.shape == general.shape == (len(first), len(second))
     for i, a in enumerate(first):
         for j, b in enumerate(second):

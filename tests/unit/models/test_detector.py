@@ -47,7 +47,9 @@ def a_batch(counts=COUNTS, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, B
 def count(name: str, head: str = "mask_rcnn", trained: bool = False, **options) -> int:
     norm = "batch" if head == "cascade" else "none"
     with torch.device("meta"):
-        model = create_detector(name, DetectorOptions(80, head, region_norm=norm, frozen_stages=int(trained)), **options)
+        model = create_detector(
+            name, DetectorOptions(80, head, region_norm=norm, frozen_stages=int(trained)), **options
+        )
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -124,11 +126,16 @@ def test_detections_lie_in_the_image_and_empty_places_are_zero():
     model = small_detector(test_proposals=10, detections=50, score_threshold=0.0, nms=0.3).double().eval()
     images, sizes, *_ = a_batch()
     found = model(images, sizes)
-    assert found.boxes.shape == (3, 50, 4) and found.mask_logits.shape == (3, 50, 28, 28)
+    assert found.boxes.shape == (3, 50, 4)
+    assert found.mask_logits.shape == (3, 50, 28, 28)
     limits = sizes.flip(1).repeat(1, 2)[:, None]
-    assert (found.boxes >= 0).all() and (found.boxes <= limits).all()
-    assert (found.scores.diff(dim=1) <= 0).all() and not found.valid.all() and found.valid.any()
-    assert not found.boxes[~found.valid].any() and not found.scores[~found.valid].any()
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= limits).all()
+    assert (found.scores.diff(dim=1) <= 0).all()
+    assert not found.valid.all()
+    assert found.valid.any()
+    assert not found.boxes[~found.valid].any()
+    assert not found.scores[~found.valid].any()
 
 
 @pytest.mark.parametrize("family", ["nextvit", "slak"])
@@ -143,12 +150,14 @@ def test_what_is_frozen_stays_as_it_is(family):
     sum(value.sum() for value in sums.values()).backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     inside = [p for module in model.backbone.first_stages(1) for p in module.parameters()]
-    assert inside and all(p.grad is None and not p.requires_grad for p in inside)
+    assert inside
+    assert all(p.grad is None and not p.requires_grad for p in inside)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) + len(inside) == len(list(model.parameters()))
     assert all(model.get_parameter(name).grad is not None for name in trained)
     rates, all_rates = model.drop_path_rates(0.5), model.backbone.drop_path_rates(0.5)
-    assert any(rates) and len(rates) == len(all_rates)
+    assert any(rates)
+    assert len(rates) == len(all_rates)
     assert all(rate in (0, whole) for rate, whole in zip(rates, all_rates, strict=True))
 
 
@@ -156,7 +165,7 @@ def test_batchnorm_of_regions_counts_the_images_of_a_norm_group():
     model = small_detector(**FORMS["cascade"]).double()
     images, sizes, objects, keys = a_batch((2, 1, 2, 3))
     set_norm_group(model, 2, None)
-    grouped, numbers = model(images, sizes, objects, keys)
+    grouped, _numbers = model(images, sizes, objects, keys)
     for part in (slice(0, 2), slice(2, 4)):
         own, _ = model(images[part], sizes[part], objects.part(part), keys[part])
         for name, value in own.items():
@@ -174,7 +183,8 @@ def test_a_step_runs_on_the_meta_device_so_no_shape_depends_on_a_value():
     sums, _ = model(images.float().to("meta"), sizes, objects, keys.to("meta"))
     sum(value.sum() for value in sums.values()).backward()
     found = model.eval()(images.float().to("meta"), sizes)
-    assert found.boxes.shape == (3, 20, 4) and found.boxes.is_meta
+    assert found.boxes.shape == (3, 20, 4)
+    assert found.boxes.is_meta
 
 
 def test_features_depend_on_the_canvas_and_not_on_other_images():

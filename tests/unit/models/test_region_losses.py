@@ -85,8 +85,14 @@ def test_a_cascade_moves_regions_and_leaves_annotated_ones_out():
 def test_anchors_beyond_the_image_are_not_sampled():
     anchors = [tensor([[-4.0, -4, 4, 4], [28.0, 0, 36, 8], [30.0, 0, 38, 8], [8.0, 8, 16, 16]])]
     sizes = torch.tensor([[40, 34], [12, 40]])
-    assert allowed_anchors(anchors, sizes, inside=False).tolist() == [[True, True, False, True], [True, True, True, False]]
-    assert allowed_anchors(anchors, sizes, inside=True).tolist() == [[False, False, False, True], [False, True, True, False]]
+    assert allowed_anchors(anchors, sizes, inside=False).tolist() == [
+        [True, True, False, True],
+        [True, True, True, False],
+    ]
+    assert allowed_anchors(anchors, sizes, inside=True).tolist() == [
+        [False, False, False, True],
+        [False, True, True, False],
+    ]
 
 
 def overlap(a: list[float], b: list[float]) -> float:

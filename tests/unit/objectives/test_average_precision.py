@@ -48,7 +48,9 @@ def scenes(folder, count, seed=0) -> tuple[Objects, list[ImageObjects]]:
                  "rle": ellipse(box, size), "area": float(np.round(box[2] * box[3] * 0.8, 2))}
                 for box in boxes
             ]  # fmt: skip
-            writer.add(np.zeros((*size, 3), np.uint8), 0, objects=image_objects(1000 - number, size, objects, CATEGORY_IDS))
+            writer.add(
+                np.zeros((*size, 3), np.uint8), 0, objects=image_objects(1000 - number, size, objects, CATEGORY_IDS)
+            )
             seen = [one for one in objects if random.random() < 0.8]
             moved = [np.abs(one["box"] + random.integers(-1, 2, 4) * random.uniform(0, 8)) + 0.5 for one in seen * 2]
             classes = [one["class"] if random.random() < 0.8 else int(random.integers(4)) for one in seen * 2]
@@ -87,7 +89,11 @@ def as_json(objects: Objects, found: list[ImageObjects], kind: str):
                 place = {"segmentation": {**one.masks[n], "counts": one.masks[n]["counts"].decode()}}
             entry = {"image_id": image, "category_id": int(one.classes[n]), "score": float(one.scores[n])}
             results.append({**entry, **place})
-    return {"images": images, "annotations": truths, "categories": [{"id": n, "name": str(n)} for n in range(4)]}, results
+    return {
+        "images": images,
+        "annotations": truths,
+        "categories": [{"id": n, "name": str(n)} for n in range(4)],
+    }, results
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
@@ -111,8 +117,9 @@ def test_all_figures_are_those_of_a_second_implementation(hundred, kind, tmp_pat
     assert np.mean(ours.of_classes[f"{kind}_ap"][:3]) == pytest.approx(figures[f"{kind}_ap"], abs=1e-12)
 
 
-def test_ranks_share_images_and_classes_without_a_difference(hundred, ranks=3):
+def test_ranks_share_images_and_classes_without_a_difference(hundred):
     """Each rank examines every `ranks`-th image, and afterwards every `ranks`-th class of all images."""
+    ranks = 3
     objects, found = hundred
     parts = [pack_objects(range(rank, 100, ranks), found[rank::ranks]) for rank in range(ranks)]
     samples, gathered = unpack_objects(tuple(map(torch.cat, zip(*parts, strict=True))), masks=True)
@@ -130,7 +137,9 @@ def test_perfect_detections_and_none_at_all(hundred):
         rows = rows[rows["crowd"] == 0]
         boxes = np.concatenate([rows["box"][:, :2], rows["box"][:, :2] + rows["box"][:, 2:]], 1)
         masks = [objects.mask(row) for row in rows]
-        perfect.append(ImageObjects(found[sample].size, boxes, rows["class"].astype(np.int64), np.ones(len(rows)), masks))
+        perfect.append(
+            ImageObjects(found[sample].size, boxes, rows["class"].astype(np.int64), np.ones(len(rows)), masks)
+        )
     figures = average_precision(objects, range(100), perfect, True).figures
     assert figures["box_ap50"] == figures["mask_ap"] == pytest.approx(100, abs=1e-9)
     nothing = [one.chosen(np.zeros(0, np.int64)) for one in found]

@@ -26,7 +26,9 @@ def objective_of(**changes):
 @pytest.mark.parametrize("head", ["mask_rcnn", "cascade", "faster_rcnn"])
 def test_the_loss_of_a_batch_is_the_mean_of_its_slots(head):
     """With drop path: what is drawn for an image does not depend on the images beside it, nor on who computes it."""
-    objective = objective_of(objective={"head": head, "drop_path": 0.5, "box_loss": "giou" if head == "cascade" else "l1"})
+    objective = objective_of(
+        objective={"head": head, "drop_path": 0.5, "box_loss": "giou" if head == "cascade" else "l1"}
+    )
     model = objective.build_model().double()
     whole = objective.loss(model, object_batch(range(2)), step=3)
     parts = [objective.loss(model, object_batch(range(n, n + 1)), step=3) for n in range(2)]

@@ -10,8 +10,8 @@ from tests.unit.recipes.published_values import TASK_TABLES, chain
 from tools.recipes.library import find_recipe
 
 DETECTION = TASK_TABLES["detection"]
-# bytedance/Next-ViT counted the classifier of 1000 classes too, which a later commit removed from the detector, and of all
-# parameters those alone that are trained, as mmcv does.
+# bytedance/Next-ViT counted the classifier of 1000 classes too, which a later commit removed from the detector, and of
+# all parameters those alone that are trained, as mmcv does.
 NEXTVIT_HEAD = 1024 * 1000 + 1000
 SIZE = 800, 1280  # of the image that multiply-adds are printed for
 
@@ -26,7 +26,9 @@ def counted(recipe) -> tuple[int, int]:
         nonlocal macs
         if isinstance(module, nn.Conv2d | nn.Linear):
             macs += out.numel() // module.weight.shape[0] * module.weight.numel()
-        elif isinstance(module, nn.ConvTranspose2d):  # a site is made of one site, because the step is the kernel's size
+        elif isinstance(
+            module, nn.ConvTranspose2d
+        ):  # a site is made of one site, because the step is the kernel's size
             macs += out.numel() * module.weight.shape[0]
         elif isinstance(module, nn.ReLU):
             macs += out.numel()

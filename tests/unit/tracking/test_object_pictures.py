@@ -27,9 +27,9 @@ def scene(boxes, classes, size=(64, 96), **others) -> ImageObjects:
         mask = np.zeros(size, bool)
         mask[y1:y2, x1:x2] = True
         masks.append(rle(mask))
-    return ImageObjects(size, np.array(boxes, np.float64).reshape(-1, 4), np.array(classes, np.int64), None, masks)._replace(
-        **others
-    )
+    return ImageObjects(
+        size, np.array(boxes, np.float64).reshape(-1, 4), np.array(classes, np.int64), None, masks
+    )._replace(**others)
 
 
 def test_masks_are_tinted_inside_and_boxes_have_the_colour() -> None:

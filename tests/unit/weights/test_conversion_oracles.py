@@ -37,8 +37,14 @@ def architecture_of(family, size):
 
 @pytest.mark.parametrize(
     ("family", "size"),
-    [(V2, "atto"), (V2, "nano"), (V2, "tiny"), pytest.param(V2, "base", marks=pytest.mark.slow), (V1, "atto"),
-     (V1, "tiny")],
+    [
+        (V2, "atto"),
+        (V2, "nano"),
+        (V2, "tiny"),
+        pytest.param(V2, "base", marks=pytest.mark.slow),
+        (V1, "atto"),
+        (V1, "tiny"),
+    ],
 )
 def test_timm_gives_the_same_logits(family, size):
     timm = oracle("timm", always_in_ci=True)

@@ -44,7 +44,8 @@ def test_file_and_model_have_the_same_tensors(family, form):
     state = state_of(family, form)
     tensors, report = to_internal(state)
     architecture = report.architecture
-    assert report.layout == "mmdetection" and isinstance(architecture, DetectorArchitecture)
+    assert report.layout == "mmdetection"
+    assert isinstance(architecture, DetectorArchitecture)
     assert architecture.head == FORMS[form]
     assert sorted(report.dropped) == sorted(name for name in state if name.endswith("num_batches_tracked"))
     model = architecture.create()
@@ -143,7 +144,8 @@ def test_an_encoder_a_classifier_or_a_segmenter_becomes_the_backbone(family):
     assert all(name.startswith("backbone.") for name in loaded)  # of the segmenter, with the norms of its maps
     assert not any(name.startswith("backbone.") for name in planned(segmenter, target, False)[1])
     back = planned(target, segmenter, False, segmenter_weights)
-    assert first_parts(back[1]) == {"neck", "decode_head"} and first_parts(back[2]) == {"neck", "rpn_head", "roi_head"}
+    assert first_parts(back[1]) == {"neck", "decode_head"}
+    assert first_parts(back[2]) == {"neck", "rpn_head", "roi_head"}
 
 
 def test_heads_are_kept_where_their_shapes_agree():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
@@ -91,7 +90,9 @@ def test_the_figures_are_those_of_training(place, result) -> None:
     objective, detector = create_objective(RECIPE, seed=0), way_in.load(place / "weights.safetensors", device="cpu")
     objective.build_model()
     world = World.alone()
-    online = evaluate(FixedModel(detector.network, world), objective, evaluation_feed(RECIPE, Subset(beton), world, workers=1))
+    online = evaluate(
+        FixedModel(detector.network, world), objective, evaluation_feed(RECIPE, Subset(beton), world, workers=1)
+    )
     assert {**result.scores.metrics} == {name: online[name] for name in result.scores.metrics}
     assert 1 < result.scores.metrics["box_ap"] < 99
     assert 1 < result.scores.metrics["mask_ap"] < 99
@@ -152,12 +153,12 @@ def test_other_options_of_testing(place, result) -> None:
     assert (other.as_trained, result.as_trained) == (False, True)
     assert other.test != result.test
     for wrong in ({"score_threshold": 2.0}, {"nms": -1.0}, {"soft_nms": True, "score_threshold": 0.0}):
-        with pytest.raises(UserError, match="from 0 to 1|set it above 0"):
+        with pytest.raises(UserError, match=r"from 0 to 1|set it above 0"):
             model.detect(pixels, **wrong)
 
 
 def test_predict_writes_what_detect_finds(place, monkeypatch) -> None:
-    place, beton = place
+    place, _beton = place
     monkeypatch.chdir(place)
     done = fcmae("predict", "weights.safetensors", "images", "--out", "seen", "--json")
     assert done.returncode == 0, done.stderr
@@ -197,7 +198,12 @@ def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:
 
 
 def test_the_report_has_the_published_values_beside_its_own(result) -> None:
-    facts = {"name": "detect", "metrics": result.scores.metrics, "done": True, "verdict": SimpleNamespace(on_track=True)}
+    facts = {
+        "name": "detect",
+        "metrics": result.scores.metrics,
+        "done": True,
+        "verdict": SimpleNamespace(on_track=True),
+    }
     published = {"box_ap": 50.0, "mask_ap": 40.0, "source": "a table"}
     rows = final_grid(SimpleNamespace(published=published, stages=[SimpleNamespace(**facts)])).rows
     for name, value in (("box_ap", 50.0), ("mask_ap", 40.0)):
@@ -217,8 +223,21 @@ def test_what_does_not_fit_a_detector_is_one_sentence(place) -> None:
         ("evaluate", weights, "--data", place / "images"): "no .beton file",
         ("evaluate", weights, "--data", beton.path, "--knn", beton.path): "--knn is for classifiers; leave it out",
         ("evaluate", weights, "--data", beton.path, "--batch", 2): "--batch is for classifiers and segmenters; leave",
-        ("evaluate", place / "encoder.safetensors", "--data", beton.path, "--soft-nms"): "is for detectors; leave it out",
-        ("evaluate", weights, "--data", beton.path, "--beside", place / "encoder.safetensors"): "holds no detector; give",
+        (
+            "evaluate",
+            place / "encoder.safetensors",
+            "--data",
+            beton.path,
+            "--soft-nms",
+        ): "is for detectors; leave it out",
+        (
+            "evaluate",
+            weights,
+            "--data",
+            beton.path,
+            "--beside",
+            place / "encoder.safetensors",
+        ): "holds no detector; give",
         ("embed", weights, place / "images", "--out", place / "x.npz"): "holds a model for detection; `fcmae convert",
     }
     for arguments, message in cases.items():

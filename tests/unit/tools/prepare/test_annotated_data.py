@@ -79,7 +79,7 @@ def test_a_dry_run_says_how_boxes_are_prepared(tmp_path):
 def test_a_folder_without_annotations_is_refused(tmp_path):
     folder = write_own(tmp_path / "boxes", 2)
     (folder / "annotations.json").unlink()
-    with pytest.raises(DataError, match="holds neither images/ and annotations.json, nor COCO's train2017"):
+    with pytest.raises(DataError, match=r"holds neither images/ and annotations\.json, nor COCO's train2017"):
         with_prepared_data(chain_naming(folder, folder), tmp_path / "run", cache=tmp_path)
 
 

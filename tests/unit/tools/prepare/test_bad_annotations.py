@@ -89,7 +89,7 @@ BAD = {
     "crowd": (changed("annotations", iscrowd="yes"), f"annotation {ONE}: iscrowd is 'yes'; give 0 or 1"),
     "area": (changed("annotations", area=-1), f"annotation {ONE}: area is -1; give square pixels, or leave it out"),
     "three numbers": (changed("annotations", segmentation=[[1, 2, 3]]), f"{ONE}: a polygon has 3 numbers; give x and"),
-    "flat polygon": (changed("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "segmentation begins with 1; give a list"),
+    "flat polygon": (changed("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "segmentation begins with 1; give a"),
     "a line": (changed("annotations", segmentation=[[1, 2, 3, 4]]), "has no polygon of three points; remove it"),
     "words": (changed("annotations", segmentation=[["a"] * 6]), "polygon .* holds no numbers; give x and y in turn"),
     "far away": (changed("annotations", segmentation=[[0, 0, 1e9, 0, 9, 9]]), r"a polygon reaches to 1e\+09 in an"),
@@ -101,7 +101,7 @@ BAD = {
     "RLE cut off": (masked(counts="Po"), "the counts of its RLE are 'Po'; make the mask again"),
     "RLE characters": (masked(counts="\x00\u20ac"), "the counts of its RLE are .*; make the mask again"),
     "fractions": (
-        lambda content: content | {"annotations": [one | {"bbox": [0.1, 0.2, 0.5, 0.5]} for one in content["annotations"]]},
+        lambda all_: all_ | {"annotations": [one | {"bbox": [0.1, 0.2, 0.5, 0.5]} for one in all_["annotations"]]},
         r"every box lies within one pixel, such as \[0.1, 0.2, 0.5, 0.5\] of annotation \d+; give boxes in pixels",
     ),
 }  # fmt: skip
@@ -125,7 +125,10 @@ def test_bad_annotations_are_named(name):
     ("names", "says"),
     [
         ((), "holds no images; name another folder or archive"),
-        (("other.jpg",), r"none of the images of .*annotations.json is there \(000000000009.jpg, and files such as other.jpg"),
+        (
+            ("other.jpg",),
+            r"none of the images of .*annotations.json is there \(000000000009.jpg, and files such as other.jpg",
+        ),
     ],
 )
 def test_images_of_other_annotations_are_named(tmp_path, names, says):

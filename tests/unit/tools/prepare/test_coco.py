@@ -1,4 +1,4 @@
-"""COCO's archives and one's own COCO JSON become data files whose boxes and masks are the annotated ones, bit by bit."""
+"""COCO's archives and one's own COCO JSON become data files whose boxes and masks are those annotated, bit by bit."""
 
 import copy
 import json
@@ -114,7 +114,9 @@ def test_own_images_are_turned_where_only_then_their_size_fits(tmp_path):
     assert (images["height"][TURNED], images["width"][TURNED]) == (turned["height"], turned["width"])
     turned["height"] += 1
     folder = own(tmp_path / "own", files, {**annotations, "annotations": objects})
-    with pytest.raises(DataError, match=r"1 bad images in .*000000000025.jpg \(64 x 46 pixels, and its annotations say"):
+    with pytest.raises(
+        DataError, match=r"1 bad images in .*000000000025.jpg \(64 x 46 pixels, and its annotations say"
+    ):
         prepared(folder, tmp_path / "b.beton")
     assert prepared(folder, tmp_path / "b.beton", on_bad="skip").beton.samples == 3
 
@@ -216,7 +218,9 @@ def test_damage_in_an_archive_names_the_image(coco, tmp_path):
     with pytest.raises(DataError, match=r"val2017/000000000009.jpg \(it is damaged in its archive"):
         prepare_beton(tmp_path / "val2017.zip", tmp_path / "a.beton", **options)
     (tmp_path / "val2017.zip").write_bytes(content[:-30])
-    with pytest.raises(DataError, match=r"archive .*val2017.zip cannot be read \(File is not a zip file\); copy it again"):
+    with pytest.raises(
+        DataError, match=r"archive .*val2017.zip cannot be read \(File is not a zip file\); copy it again"
+    ):
         prepare_beton(tmp_path / "val2017.zip", tmp_path / "a.beton", **options)
 
 

@@ -25,7 +25,9 @@ def run(path, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "form"), [("convnextv2", "mask_rcnn"), ("slak", "cascade"), ("nextvit", "faster_rcnn")])
+@pytest.mark.parametrize(
+    ("family", "form"), [("convnextv2", "mask_rcnn"), ("slak", "cascade"), ("nextvit", "faster_rcnn")]
+)
 def test_the_exported_parts_and_nms_between_them_are_the_model(tmp_path, family, form):
     model = scatter_norms(small_detector(family, **FORMS[form], score_threshold=0.0)).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
