@@ -213,9 +213,9 @@ def test_a_killed_rank_is_named_and_the_run_resumes(chain, tmp_path):
 
 
 @pytest.fixture
-def starting(chain, tmp_path):
-    """The command, whose ranks are there and have their imports before them."""
-    command = [*FCMAE, "run", chain[0], "--out", tmp_path / "run", "--nproc", "1"]
+def starting(chain, tmp_path, request):
+    """The command, whose ranks are there and have their imports before them; the parameter is their number."""
+    command = [*FCMAE, "run", chain[0], "--out", tmp_path / "run", "--nproc", str(request.param)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
         while subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).returncode:
             assert launcher.poll() is None, launcher.stderr.read()
@@ -223,6 +223,7 @@ def starting(chain, tmp_path):
         yield launcher
 
 
+@pytest.mark.parametrize("starting", [2], indirect=True)
 def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path):
     stage = tmp_path / "run" / "pretrain"
     os.killpg(starting.pid, signal.SIGKILL)
@@ -234,7 +235,8 @@ def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path
     assert not (stage / "journal.jsonl").exists()
 
 
-def test_a_stop_while_the_ranks_still_start_is_a_stop(starting, tmp_path):
+@pytest.mark.parametrize("starting", [1], indirect=True)
+def test_a_stop_while_a_rank_still_starts_is_a_stop(starting, tmp_path):
     starting.send_signal(signal.SIGINT)
     _, said = starting.communicate(timeout=400)
     assert starting.returncode == 75, said

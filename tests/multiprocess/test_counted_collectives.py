@@ -28,6 +28,11 @@ def test_the_formulas_count_what_two_ranks_send():
     compare(2, ["ddp", "fsdp, bf16_parameters"])
 
 
+@pytest.mark.slow  # DeepSpeed is imported in seconds
+def test_the_formulas_count_what_two_ranks_of_deepspeed_send():
+    compare(2, ["zero2"])
+
+
 @pytest.mark.slow
 def test_the_formulas_count_what_four_ranks_send():
     compare(4, list(VARIANTS))

@@ -50,8 +50,8 @@ with watchdog_module.Watchdog(stage / "health", 3, 4, 1.0, print) as watchdog:
             time.sleep(0.01)
 """
 
-# Looks again, 0.1 s later by its clock, when the rank has beaten since its last look. If the rank hangs, it waits 0.1 s.
-# If all were suspended, it looks three times before the rank is awake, and has missed an hour before the second time.
+# Looks again, 0.1 s later by its clock, when the rank has beaten since its last look. If the rank hangs, it waits
+# 0.1 s. If all were suspended, it looks three times before the rank is awake, and has missed an hour before the second.
 SENTINEL = """
 import os, sys, time
 from pathlib import Path

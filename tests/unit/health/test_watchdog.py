@@ -59,10 +59,11 @@ def test_a_standstill_is_told_once_with_stacks_and_progress_is_not(tmp_path, mon
         told_at.set()
 
     def pass_time() -> None:
-        """50 ms, which the watching thread sees before this returns."""
-        now[0], looks = now[0] + 0.05, watchdog._count
-        while watchdog._count < looks + 1 and not told_at.is_set():
-            time.sleep(0.001)
+        """50 ms, after which the watching thread looks, or has told, before this returns."""
+        now[0], beat, waited = now[0] + 0.05, watchdog.beat_file.read_bytes(), 0
+        while watchdog.beat_file.read_bytes() == beat and not told_at.wait(0.001):
+            waited += 1
+            assert waited < 300_000, "the watching thread looks no more"
 
     with Watchdog(tmp_path / "calm", 0, 1, 1.0, on_stall) as watchdog:
         for step in range(1, 30):
@@ -70,8 +71,9 @@ def test_a_standstill_is_told_once_with_stacks_and_progress_is_not(tmp_path, mon
             pass_time()
         assert not told
         watchdog.phase("data", 30)
-        while not told_at.is_set():
+        for _ in range(40):  # 2 s
             pass_time()
+        assert told_at.wait(300)
     [(sentence, step)] = told
     assert "has been in data of step 30 for 1 s" in sentence
     assert step == 30

@@ -1,6 +1,5 @@
 """A rank or node that all others wait for is named, in the journal and in the status."""
 
-import itertools
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,8 +56,15 @@ def test_slow_for_a_moment_is_not_slow():
 
 def train(world, folder: Path, late: int, seconds: float) -> None:
     """Steps whose only collective is the journal's, on ranks of which one is slower, by a clock of each rank."""
-    model, clock_seconds = nn.Linear(8, 8), itertools.count(step=seconds if world.rank == late else seconds / 10)
-    rank_times.time = SimpleNamespace(perf_counter=lambda: next(clock_seconds), monotonic=time.monotonic)
+    model, now = nn.Linear(8, 8), [0.0]
+    forward = model.forward
+
+    def slow_forward(x: torch.Tensor) -> torch.Tensor:
+        now[0] += seconds if world.rank == late else seconds / 10
+        return forward(x)
+
+    model.forward = slow_forward
+    rank_times.time = SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic)
     clock = ForwardClock([model], world.device)
     with Journal(folder / "journal.jsonl", 1) if world.is_main else nullcontext() as journal:
         ranks = RankTimes(clock, world.rank, world.gather(f"n{world.rank}"))
