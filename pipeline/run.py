@@ -79,7 +79,7 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
         compile_scenes(recipe.objective.classes)
     if isinstance(recipe.objective, DetectionSettings):
         compile_objects()
-        compile_regions()
+        compile_regions(double=recipe.engine.precision == "fp64")
     startup.lap("compile")
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.

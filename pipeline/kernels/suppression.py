@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pipeline.kernels.triton_support import runs_triton
 
-DECAYS = ("linear", "gaussian", "hard")
-
 
 def suppress(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """Return which valid boxes are kept, (B, K) bool: those that no kept box before them overlaps by more.
@@ -68,20 +66,12 @@ def _overlap(one: Tensor, others: Tensor) -> Tensor:
 
 
 def soft_suppress(
-    boxes: Tensor,
-    scores: Tensor,
-    number: int,
-    threshold: float = 0.3,
-    decay: str = "linear",
-    sigma: float = 0.5,
-    lowest: float = 1e-3,
+    boxes: Tensor, scores: Tensor, number: int, threshold: float = 0.3, lowest: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Pick `number` boxes one after the other, always the one with the highest score, ties by place; each lowers the
-    scores of those that it overlaps.
+    """Pick `number` boxes one after the other, always the one with the highest score, ties by place; each multiplies
+    the scores of boxes that it overlaps by u, above the threshold, by 1 - u.
 
-    "linear" multiplies the scores of boxes with an overlap u above the threshold by 1 - u, "gaussian" those of all by
-    exp(-u^2 / sigma), "hard" those above the threshold by 0, which is `suppress`. As scores only fall, picks come in
-    the order of their final scores. The defaults are mmcv's.
+    As scores only fall, picks come in the order of their final scores. The rule and the defaults are mmcv's "linear".
 
     Args:
         boxes: (B, K, 4), in any order.
@@ -89,22 +79,13 @@ def soft_suppress(
 
     Returns:
         The places of the picked boxes (B, number) and their lowered scores, 0 where there are no more boxes.
-
-    Raises:
-        ValueError: if `decay` is unknown.
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay of soft suppression is {decay!r}; choose one of {', '.join(DECAYS)}")
     corners = boxes.detach().permute(0, 2, 1).contiguous()
     scores, picks = scores.detach().clone(), []
     for _ in range(number):
         score, pick = scores.max(1, keepdim=True)
         picks.append((pick, torch.where(score >= lowest, score, 0)))
         overlap = _overlap(corners.gather(2, pick[:, None].expand(-1, 4, -1)), corners)
-        if decay == "gaussian":
-            factor = torch.exp(-(overlap**2) / sigma)
-        else:
-            factor = torch.where(overlap > threshold, 1 - overlap if decay == "linear" else 0, 1)
-        scores = (scores * factor).scatter(1, pick, 0)
+        scores = (scores * torch.where(overlap > threshold, 1 - overlap, 1)).scatter(1, pick, 0)
     places, finals = zip(*picks, strict=True)
     return torch.cat(places, 1), torch.cat(finals, 1)

@@ -76,7 +76,7 @@ def summarise(tables: np.ndarray, masks: bool) -> AveragePrecision:
         figures |= {f"{kind}_{name}": 100 * value for name, value in known if value > -1}
         each = (precision[precision > -1] for precision in np.moveaxis(table[:, :-1, :, 0, -1], 2, 0))
         of_classes[f"{kind}_ap"] = [100 * float(own.mean()) if own.size else None for own in each]
-    return AveragePrecision({"box_ap": 0.0, **figures}, of_classes)
+    return AveragePrecision(figures, of_classes)
 
 
 def _evaluation(kind: str) -> "COCOeval":

@@ -35,7 +35,7 @@ class DetectionObjective:
 
     def build_model(self) -> nn.Module:
         with recipe_errors(self.recipe.name):
-            options, model_options = detector_options(self.settings), self.recipe.model.options
+            options, model_options = detector_options(self.recipe), self.recipe.model.options
             model = create_detector(self.recipe.model.name, options, seed=self.seed, **model_options)
         self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
         return model
@@ -144,14 +144,16 @@ def annotated_objects(objects: Objects, sample: int, size: tuple[int, int]) -> I
     return ImageObjects(size, boxes, rows["class"].astype("int64"), None, masks, rows["crowd"] == 1)
 
 
-def detector_options(settings: DetectionSettings) -> DetectorOptions:
+def detector_options(recipe: StageRecipe) -> DetectorOptions:
     """The options of `create_detector` that a recipe asks for."""
-    renamed = {"channels": settings.head_channels, "masks": settings.has_masks}
-    renamed["map_norms"] = settings.map_norms is not False
+    settings = recipe.objective
+    renamed = {"channels": settings.head_channels, "masks": settings.has_masks, "map_norms": settings.map_norms}
+    if settings.map_norms is None:
+        renamed["map_norms"] = recipe.model.family != "nextvit"
     names = DetectorOptions.__dataclass_fields__.keys() & type(settings).model_fields.keys() - renamed.keys()
     return DetectorOptions(**{name: getattr(settings, name) for name in names}, **renamed)
 
 
 def detection_facts(recipe: StageRecipe) -> dict[str, Any]:
     """The entry `detection` in the facts of a weights file: what builds the model again, and how it is tested."""
-    return {"head": asdict(detector_options(recipe.objective)), "test_size": list(recipe.data.views.test_size)}
+    return {"head": asdict(detector_options(recipe)), "test_size": list(recipe.data.views.test_size)}

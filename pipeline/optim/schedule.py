@@ -12,7 +12,7 @@ def learning_rate(step: int, schedule: ScheduleSettings, *, steps_per_epoch: int
     The official code also sets the rate once per optimizer update.
 
     The cosine begins when the warm-up ends. poly is mmcv's: (1 - step / steps) ** power begins at step 0, and the
-    warm-up multiplies it. The update at a milestone is the first one with the rate that the milestone lowers.
+    warm-up multiplies it. The update at a milestone, the nearest whole step, is the first one with the lowered rate.
     """
     epoch, epochs = step / steps_per_epoch, schedule.epochs_of(steps_per_epoch)
     warmup = schedule.warmup_epochs or schedule.warmup_steps / steps_per_epoch
@@ -21,7 +21,7 @@ def learning_rate(step: int, schedule: ScheduleSettings, *, steps_per_epoch: int
         full = low + (lr - low) * max(1 - epoch / epochs, 0.0) ** schedule.power
     elif schedule.decay == "step":
         unit = steps_per_epoch if schedule.steps is None else 1
-        passed = sum(step >= milestone * unit for milestone in schedule.milestones)
+        passed = sum(step >= round(milestone * unit) for milestone in schedule.milestones)
         full = low + (lr - low) * schedule.factor**passed
     elif warms_up:
         full = lr

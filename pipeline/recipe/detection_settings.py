@@ -29,8 +29,8 @@ class DetectionSettings(Settings):
     fc_channels: int = Field(1024, ge=1, le=MOST_CHANNELS)
     """Channels of the linear layers of a box head."""
     map_norms: bool | None = None
-    """A new norm behind each map of the backbone; null is as published: all families have them."""
-    anchors_sampled: Boxes = 256
+    """A new norm behind each map of the backbone; null is as published: all families but Next-ViT have them."""
+    anchors_sampled: Annotated[Boxes, Field(ge=2)] = 256
     """Anchors of each image that the proposals' loss counts, at most half of them on objects."""
     proposals_before: Boxes = 2000
     """Training: boxes of each map that go into the proposals' NMS."""
@@ -59,7 +59,7 @@ class DetectionSettings(Settings):
     frozen_norms: bool = False
     """BatchNorms of the backbone keep the statistics that they start with, and use them in training too."""
     score_threshold: float = Field(0.05, ge=0, lt=1)
-    """Tests: least score of a detection."""
+    """Tests: scores above it count."""
     nms: Share = 0.5
     """Tests: intersection over union above which the lower-scored of two detections of a class is dropped."""
     soft_nms: bool = False
@@ -81,8 +81,11 @@ class DetectionSettings(Settings):
                 f"region_norm is {self.region_norm}, a norm of the cascade's box convolutions, and head {self.head} has"
                 " none; set it to none"
             )
-        if self.score_threshold == 0 and self.soft_nms:
-            raise ValueError("score_threshold is 0, under which soft_nms never drops a detection; set it above 0")
+        if not int(self.regions * self.positive_share):
+            raise ValueError(
+                f"regions {self.regions} * positive_share {self.positive_share:g} is less than 1, so no region"
+                " could lie on an object; raise one of them"
+            )
         return self
 
 

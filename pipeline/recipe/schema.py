@@ -240,6 +240,12 @@ class StageRecipe(Settings):
             raise ValueError(
                 f"objective.frozen_stages is {objective.frozen_stages} but the model has {stages} stages; lower it"
             )
+        if self.init.start == "scratch" and (objective.frozen_stages or objective.frozen_norms):
+            field = "frozen_stages" if objective.frozen_stages else "frozen_norms"
+            raise ValueError(
+                f"objective.{field} is {str(getattr(objective, field)).lower()} but init.start is scratch, so what is"
+                f" frozen would have learnt nothing; set it to {'0' if objective.frozen_stages else 'false'}"
+            )
         if objective.frozen_stages and self.engine.kind == "deepspeed":
             raise ValueError(
                 f"objective.frozen_stages is {objective.frozen_stages}, but engine.kind deepspeed has no place for"
@@ -250,10 +256,17 @@ class StageRecipe(Settings):
                 f"objective.frozen_norms is true, which freezes BatchNorms, and this {self.model.name} has none; set it"
                 " to false"
             )
-        if self.data.views.boxes_from_masks and not objective.has_masks:
-            raise ValueError("data.views.boxes_from_masks is true but objective.masks gives no masks; set it to false")
-        if self.gate.metric == "mask_ap" and not objective.has_masks:
-            raise ValueError("gate.metric is mask_ap but objective.masks gives no masks; choose box_ap")
+        if objective.frozen_norms and objective.map_norms and self.model.family == "nextvit":
+            raise ValueError(
+                "objective.map_norms is true, which makes new BatchNorms, and frozen_norms is true, under which they"
+                " would never have statistics; set one to false"
+            )
+        if not objective.has_masks:
+            why = "head is faster_rcnn" if objective.head == "faster_rcnn" else "masks is false"
+            if self.data.views.boxes_from_masks:
+                raise ValueError(f"data.views.boxes_from_masks is true but objective.{why}; set it to false")
+            if self.gate.metric == "mask_ap":
+                raise ValueError(f"gate.metric is mask_ap but objective.{why}; choose box_ap")
 
     def _check_norm_group(self, group: int) -> None:
         batch = self.batch

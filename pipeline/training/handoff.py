@@ -145,8 +145,6 @@ def _check_classes(recipe: StageRecipe, path: str, classes: Sequence[str]) -> No
     old = _classes_of(path)
     if not old or recipe.objective.kind == "fcmae" or list(classes) == list(old):
         return
-    if len(classes) != len(old) and recipe.objective.kind == "detection":
-        return  # the layers that name classes have other shapes then and are new
     if len(classes) != len(old):
         what = f"{len(old)} classes and the data have {len(classes)}"
     else:

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pipeline.data.batch import example_evaluation_batch
 from pipeline.objectives import create_objective
 from pipeline.objectives.detected_objects import detected_objects
-from pipeline.objectives.detection import detection_facts
+from pipeline.objectives.detection import detection_facts, detector_options
 from tests.object_batches import HEADS, object_batch
 from tests.unit.recipe.test_detection_settings import stage
 
@@ -45,11 +45,20 @@ def test_an_empty_image_beside_others_counts_in_their_slot():
     model = objective.build_model().double()
     batch = object_batch(range(1))
     assert batch.objects.counts == (0, 1)
-    images, keys = objective._normalised(model, batch), torch.tensor([7, 8])
-    sums, counts = model(images, batch.view_sizes, batch.objects, keys)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    loss = objective.loss(model, batch, step=3)
+    ((sums, counts),) = seen
     assert all(len(value) == 2 for value in (*sums.values(), *counts.values()))
     assert sums["mask"][0] == 0
     assert counts["mask"].tolist()[0] == 0 < counts["mask"].tolist()[1]
+    in_slot = {name: sums[name].sum() / counts[name].sum() for name in sums}
+    torch.testing.assert_close(
+        objective.parts, {name: part.detach() for name, part in in_slot.items()}, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(loss, sum(in_slot.values()), rtol=1e-12, atol=0)
+    of_images = sum((sums[name] / counts[name].clamp(min=1)).mean() for name in sums)
+    assert abs(loss - of_images) > 1e-3 * loss
 
 
 def test_masks_are_pasted_as_mmdetection_does():
@@ -96,3 +105,12 @@ def test_the_facts_build_the_model_again():
     assert facts["test_size"] == [96, 64]
     head = facts["head"]
     assert (head["head"], head["masks"], head["map_norms"], head["channels"]) == ("cascade", False, False, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("convnextv2_tiny", True), ("slak_tiny", True), ("nextvit_small", False)]
+)
+def test_norms_of_maps_are_as_published_unless_the_recipe_says(name, published):
+    for asked, made in ((None, published), (True, True), (False, False)):
+        recipe = stage(model={"name": name, "depths": None, "dims": None}, objective={"map_norms": asked})
+        assert detector_options(recipe).map_norms is made

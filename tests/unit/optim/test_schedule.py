@@ -64,3 +64,12 @@ def test_steps_down_are_those_of_torch(step, steps_per_epoch, in_steps):
         decay.step()
     warmup = 1 - (1 - step / 2) * 0.5 if step < 2 else 1.0
     assert learning_rate(step, settings, steps_per_epoch) == pytest.approx(decay.get_last_lr()[0] * warmup, rel=1e-9)
+
+
+def test_a_milestone_within_an_epoch_is_the_nearest_step():
+    """0.07 * 100 is 7.000000000000001 in floating-point numbers."""
+    settings = ScheduleSettings(epochs=1.0, decay="step", milestones=(0.07, 0.294, 0.296))
+    lowered = [
+        step for step in range(1, 100) if learning_rate(step, settings, 100) < learning_rate(step - 1, settings, 100)
+    ]
+    assert lowered == [7, 29, 30]

@@ -43,13 +43,31 @@ def stage(**changes) -> StageRecipe:
         ({"objective": {"frozen_norms": True}}, "freezes BatchNorms, and this convnextv2 has none"),
         ({"objective": {"masks": False}}, "head mask_rcnn always has a mask head; set head to faster_rcnn"),
         ({"objective": {"region_norm": "batch"}}, "head mask_rcnn has none; set it to none"),
-        ({"objective": {"soft_nms": True, "score_threshold": 0.0}}, "set it above 0"),
+        ({"objective": {"regions": 3}}, r"regions 3 \* positive_share 0.25 is less than 1"),
+        ({"objective": {"anchors_sampled": 1}}, "anchors_sampled is 1"),
+        ({"objective": {"frozen_stages": 1}, "init": {"start": "scratch"}}, "is 1 but init.start is scratch, .* to 0"),
+        (
+            {"objective": {"frozen_norms": True}, "model": NEXT_VIT, "init": {"start": "scratch"}},
+            "frozen_norms is true but init.start is scratch, .* set it to false",
+        ),
+        (
+            {"objective": {"frozen_norms": True, "map_norms": True}, "model": NEXT_VIT},
+            "map_norms is true, which makes new BatchNorms, and frozen_norms is true",
+        ),
+        (
+            {"data": {"views": {"boxes_from_masks": True}}, "objective": {"head": "faster_rcnn"}},
+            "boxes_from_masks is true but objective.head is faster_rcnn; set it to false",
+        ),
+        (
+            {"gate": {"metric": "mask_ap", "at_least": 1.0}, "objective": {"head": "cascade", "masks": False}},
+            "gate.metric is mask_ap but objective.masks is false; choose box_ap",
+        ),
         (
             {"objective": {"head": "cascade", "region_norm": "batch", "norm_group": 6}},
             "norm_group 6 must divide batch.global_batch 16 .*, or set objective.region_norm to group",
         ),
         ({"gate": {"metric": "miou", "at_least": 1.0}}, "gate.metric is miou; detection is judged by box_ap or mask"),
-        ({"gate": {"metric": "mask_ap", "at_least": 1.0}, "objective": {"head": "faster_rcnn"}}, "no masks; choose"),
+        ({"gate": {"metric": "mask_ap", "at_least": 1.0}, "objective": {"head": "faster_rcnn"}}, "faster_rcnn; choose"),
         ({"init": {"head": "map"}}, "init.head is map"),
         ({"schedule": {"milestones": []}}, "decay step needs milestones"),
         ({"schedule": {"decay": "cosine"}}, r"milestones \[8, 11\] and decay cosine do not go together"),
