@@ -7,8 +7,8 @@ YOLO            images/        labels/      data.yaml or classes.txt         see
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from tools.prepare.coco_annotations import ANNOTATIONS_FILE
 from tools.prepare.coco_json import read_annotations
 from tools.prepare.coco_objects import AnnotatedImage, ObjectTable, joined
 from tools.prepare.folders import flat_folder
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import (
     ByteRanges,
     ImageSource,
@@ -35,6 +36,7 @@ from tools.prepare.yolo_labels import divided, read_yolo
 from tools.prepare.zip_archives import ZipMembers, ZippedFile, list_zip
 
 MISSING = "it is annotated, and missing"
+_OTHER_PART = "it is for neither training nor validation"
 _COCO_NAME = re.compile(r"(.*/)?(COCO_[a-z]+\d+_)?\d{12}\.jpg")
 _TRAINING, _VALIDATION = ("train2017", "train2014", "train"), ("val2017", "val2014", "val", "valid")
 _JSON_NAMES = ("instances_{part}.json", "{part}.json")
@@ -77,17 +79,20 @@ class AnnotatedPart(NamedTuple):
     held_out: bool = False
 
 
-def open_annotated_source(source: str, options: ObjectOptions) -> AnnotatedSource:
+def open_annotated_source(
+    source: str, options: ObjectOptions, reading: ReadingSettings | None = None
+) -> AnnotatedSource:
     """List the annotated images of a source, with their objects.
 
     Args:
         source: the folder or .zip of images; without annotations a folder of both, see `annotated_parts`.
+        reading: how images will be read, which says how large they are that YOLO's labels divide.
 
     Raises:
         DataError: if images or annotations cannot be used.
     """
     if _is_yolo(source, options):
-        return _open_yolo(source)
+        return _open_yolo(source, options, reading or ReadingSettings())
     if options.annotations is not None:
         return _open_part(AnnotatedPart(source, options.annotations))
     parts = annotated_parts(source)
@@ -112,8 +117,15 @@ def open_annotated_source(source: str, options: ObjectOptions) -> AnnotatedSourc
         ignored=tuple(note for one in opened for note in one.ignored),
         held_out=tuple(part.held_out for part, one in zip(parts, opened, strict=True) for _ in one.items),
         objects=joined([one.objects for one in opened]),
-        notes=tuple(note for one in opened for note in one.notes),
+        notes=(*(note for one in opened for note in one.notes), *_dropped_masks(parts, opened)),
     )
+
+
+def _dropped_masks(parts: Sequence[AnnotatedPart], opened: Sequence[AnnotatedSource]) -> Iterator[str]:
+    """A sentence for the part whose masks are not stored, because the other one has none."""
+    named = {one.objects.masks: base(part.images) for part, one in zip(parts, opened, strict=True)}
+    if len(named) > 1:
+        yield f"{named[True]}: its masks are left out, because {named[False]} has objects without one"
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ def annotated_parts(source: str) -> list[AnnotatedPart]:
 def has_annotated_parts(source: str, options: ObjectOptions) -> bool:
     """Whether a source itself says which of its images are for validation."""
     if _is_yolo(source, options):
-        return divided(_images(source).items)[1] is not None
+        return divided(*locate(source), _images(source).items)[1] is not None
     return options.annotations is None and len(annotated_parts(source)) > 1
 
 
@@ -246,19 +258,18 @@ def _matched(
     by_base = defaultdict(list)
     for item in images.items:
         by_base[base(item.name)].append(item)
-    items, used = [], set()
-    for number, image in enumerate(table.images):
-        item = _item_of(image, by_base[base(image.file_name)])
-        if item.name in used:
-            item = Item(image.file_name, 0, f"{item.name} would be two of the annotated images")
-        used.add(item.name)
+    items, found = [], [_item_of(image, by_base[base(image.file_name)]) for image in table.images]
+    takers = Counter(item.name for item in found)
+    for number, (image, item) in enumerate(zip(table.images, found, strict=True)):
+        if takers[item.name] > 1 and item.name != image.file_name:
+            item = Item(image.file_name, 0, f"{item.name} would be several of the annotated images")
         items.append(item._replace(annotated=(number, image.height, image.width)))
     if all(item.place == MISSING for item in items):
         raise DataError(
             f"none of the images of {name} is there ({items[0].name}, and files such as {images.items[0].name}); name"
             " the folder or archive of these images"
         )
-    unused = tuple((item.name, f"{base(name)} does not name it") for item in images.items if item.name not in used)
+    unused = tuple((item.name, f"{base(name)} does not name it") for item in images.items if item.name not in takers)
     classes = tuple(table.categories[category_id] for category_id in objects.category_ids)
     digest = hashlib.sha256(repr((objects.category_ids, classes, objects.masks)).encode())
     for content in (objects.rows, objects.rles, objects.counts, objects.image_ids):
@@ -271,11 +282,11 @@ def _matched(
 
 
 def _item_of(image: AnnotatedImage, found: Sequence[Item]) -> Item:
-    """The file of an annotated image: that of its path, or the only one that ends, or begins to differ, with it."""
+    """The file of an annotated image: that of its path, or the only one whose path ends with it or is its end."""
     wanted = image.file_name.lstrip("./")
     exact = [item for item in found if item.name == wanted]
     longer = [item for item in found if item.name.endswith(f"/{wanted}") or wanted.endswith(f"/{item.name}")]
-    match exact or longer or found:
+    match exact or longer:
         case [one]:
             return one
         case []:
@@ -284,9 +295,13 @@ def _item_of(image: AnnotatedImage, found: Sequence[Item]) -> Item:
             return Item(image.file_name, 0, f"it may be {first.name} or {second.name}")
 
 
-def _open_yolo(source: str) -> AnnotatedSource:
+def _open_yolo(source: str, options: ObjectOptions, reading: ReadingSettings) -> AnnotatedSource:
     images = _images(source)
     fs, path = locate(source)
-    table, held_out = read_yolo(fs, path, images)
+    items, held_out = divided(fs, path, images.items)
+    packed = {item.name for item in items}
+    others = ((item.name, _OTHER_PART) for item in images.items if item.name not in packed)
+    images = replace(images, items=items, ignored=(*images.ignored, *others))
+    table = read_yolo(fs, path, images, replace(reading, upright=options.upright is not False))
     opened = _matched("YOLO", images, table, table.finish(), source)
     return replace(opened, held_out=held_out, upright=True)

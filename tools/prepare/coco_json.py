@@ -31,8 +31,6 @@ def read_annotations(name: str, content: bytes) -> ObjectTable:
         raise DataError(
             f"{name} is no JSON ({error.msg} in line {error.lineno}, column {error.colno}); copy or export it again"
         ) from None
-    except ValueError:  # Python reads numbers of 4,300 digits at most
-        raise DataError(f"{name} holds a number of thousands of digits; export it again") from None
     except RecursionError:
         raise DataError(f"{name} is nested too deeply for COCO annotations; name another file") from None
 
@@ -114,4 +112,9 @@ def _skip(text: str, at: int) -> int:
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
-    return _decode(text, at)
+    try:
+        return _decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python reads numbers of 4,300 digits at most
+        raise json.JSONDecodeError("A number has thousands of digits", text, at) from None

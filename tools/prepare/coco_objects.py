@@ -5,7 +5,6 @@ and polygons of two points: such boxes are stored as they are, such polygons lef
 evaluation sees what pycocotools sees; the views of training cut boxes at the edge and leave out those without area.
 """
 
-import math
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pipeline.errors import DataError, shortened
 
 MOST_SIDE = (1 << 16) - 1  # pixels that the data file can hold
 _LEAST_NUMBERS = 6  # of a polygon: three points
+_LEAST_REFUSED = 1 << 63  # of numbers in boxes, polygons and areas: JSON may hold integers that no float can
 _NO_AREA, _OVER_EDGE, _LINES, _NO_MASK = "boxes without area", "boxes over the edge", "lines", "no mask"
 _SENTENCES = {
     _NO_AREA: "boxes without width or height: {count:,} ({first}); they are stored, and training leaves them out",
@@ -69,7 +69,7 @@ class ObjectTable:
         if image_id in self._image_numbers:
             raise self._error(what, "its id is that of two images", "give each image an id of its own")
         file_name = entry.get("file_name")
-        if not isinstance(file_name, str) or not file_name.strip("/"):
+        if not isinstance(file_name, str) or not file_name.strip("/") or not _is_text(file_name):
             raise self._error(what, f"file_name is {shortened(file_name)}", "name the image's file")
         sides = [entry.get(side) for side in ("height", "width")]
         for side, value in zip(("height", "width"), sides, strict=True):
@@ -87,7 +87,7 @@ class ObjectTable:
         if not isinstance(name, str) or not name.strip():
             raise self._error(what, f"name is {shortened(name)}", "give the category a name")
         if name in self.categories.values():
-            raise self._error(what, f"its name {name!r} is that of two categories", "give each a name of its own")
+            raise self._error(what, f"its name {shortened(name)} is that of two categories", "give each its own")
         self.categories[category_id] = name
 
     def add_object(self, entry: Any) -> None:
@@ -114,7 +114,7 @@ class ObjectTable:
         self._of_image.append(number)
         self._category_ids.append(self._whole(entry, "category_id", what))
         self._numbers.extend((*box, area))
-        self._crowds.append(crowd)
+        self._crowds.append(int(crowd))
         self._rle_sizes.append(len(counts))
         self._rles += counts
 
@@ -182,7 +182,7 @@ class ObjectTable:
             if names.setdefault(image.file_name, image.image_id) != image.image_id:
                 raise self._error(
                     f"image {image.image_id}",
-                    f"file_name {image.file_name} is also that of image {names[image.file_name]}",
+                    f"file_name {shortened(image.file_name)} is also that of image {names[image.file_name]}",
                     "put all annotations of a file under one image",
                 )
 
@@ -288,7 +288,15 @@ class ObjectTable:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _LEAST_REFUSED
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file can have this name: JSON may hold halves of characters, such as "\\ud800"."""
+    try:
+        return bool(value.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
 def runs_of(counts: str) -> np.ndarray | None:
@@ -296,8 +304,10 @@ def runs_of(counts: str) -> np.ndarray | None:
 
     pycocotools reads beyond the end of a damaged one. The form: a number is groups of 5 bits, the lowest first, each in
     a character from "0" on whose bit 5 says that more follow and whose bit 4, in the last one, is the sign. From the
-    third number on, the number is the difference to the run before the last.
+    fourth number on, the number is the difference to the run before the last.
     """
+    if not counts.isascii():
+        return None
     groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 0x20:
         return None

@@ -246,7 +246,8 @@ def prepare_yolo(
 ) -> None:  # fmt: skip
     """Pack images and YOLO's labels, boxes or polygons, into a .beton file for detection, as `fcmae prepare coco` does.
 
-    Labels are taken as drawn on upright images. If the folders say train and val, OUT-val.beton is written too.
+    Labels are taken as drawn on upright images. If data.yaml or the folders say train and val, OUT-val.beton is
+    written too.
     """
     from tools.prepare.annotated_source import ObjectOptions
 

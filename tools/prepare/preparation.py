@@ -194,7 +194,7 @@ def _open(source: str, options: Options) -> ImageSource:
     if options.maps:
         images = open_masked_source(source, options.maps, options.workers, options.looking)
     elif options.objects:
-        images = open_annotated_source(source, options.objects)
+        images = open_annotated_source(source, options.objects, options.reading)
     else:
         images = open_source(source, options.labels, options.unlabelled)
     for name in images.classes:

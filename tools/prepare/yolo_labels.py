@@ -2,12 +2,13 @@
 
 images/train/a.jpg   labels/train/a.txt    CLASS X Y WIDTH HEIGHT (of the box; X, Y is its centre),
 train/images/a.jpg   train/labels/a.txt    or CLASS X1 Y1 X2 Y2 X3 Y3 ... (a polygon)
-data.yaml            names: {0: cat, 1: dog}; or classes.txt with a name a line
+data.yaml            names: {0: cat, 1: dog}, train: images/train, val: images/val; or classes.txt with a name a line
 An image without a file has no objects.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -19,17 +20,15 @@ from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import ImageSource, Item, read_whole_file
 from tools.prepare.masks import image_frame
 
-_TRAINING, _VALIDATION = {"train", "training"}, {"val", "valid", "validation"}
-_CLASSES = "classes.txt"
+_KEYS = "test", "train", "val"  # of data.yaml; of equal folders the last one counts
+_FOLDERS = re.compile(r"(?:(?P<train>train|training)|(?P<val>val|valid|validation)|(?P<test>test|testing))\d*")
+_YAML, _CLASSES = "data.yaml", "classes.txt"
 _SLACK = 0.01  # by which labels may reach over the edge
 _BOX_WORDS, _LEAST_POLYGON_WORDS = 5, 7
 
 
-def read_yolo(fs: AbstractFileSystem, path: str, images: ImageSource) -> tuple[ObjectTable, tuple[bool, ...] | None]:
-    """Read the labels of all images of a folder, except of a test part.
-
-    Returns:
-        the objects, and for each image whether it is for validation, if the folders say so.
+def read_yolo(fs: AbstractFileSystem, path: str, images: ImageSource, reading: ReadingSettings) -> ObjectTable:
+    """Read the labels of images, which `reading` says the size of.
 
     Raises:
         DataError: naming file and line of a label that cannot be used.
@@ -38,34 +37,81 @@ def read_yolo(fs: AbstractFileSystem, path: str, images: ImageSource) -> tuple[O
     names = _class_names(fs, folder)
     for number, name in enumerate(names):
         table.add_category({"id": number, "name": name})
-    items, held_out = divided(images.items)
-    for item in items:
-        height, width = _size(images, item.place)
-        image_id = len(table.images) + 1
-        table.add_image({"id": image_id, "file_name": item.name, "height": height, "width": width})
+    for number, item in enumerate(images.items, 1):
+        height, width = _size(images, item.place, reading)
+        table.add_image({"id": number, "file_name": item.name, "height": height, "width": width})
     for image in table.images:
         label_path = f"{folder}/{_label_file(image.file_name)}"
         if fs.isfile(label_path):
             _add_labels(table, label_path, _text(fs, label_path), len(names), image)
-    return table, held_out
+    return table
 
 
-def divided(images: Sequence[Item]) -> tuple[list[Item], tuple[bool, ...] | None]:
-    """Return the images of a folder without a test part, and for each whether folders say it is for validation."""
-    inside = [item for item in images if "images" in item.name.split("/")] or images
-    parts = {item: _part(item.name) for item in inside}
-    items = [item for item in inside if parts[item] != "test"]
-    held_out = tuple(parts[item] for item in items)
-    return items, held_out if set(held_out) == {True, False} else None
+def divided(fs: AbstractFileSystem, path: str, images: Sequence[Item]) -> tuple[list[Item], tuple[bool, ...] | None]:
+    """Return the images for training and validation, and for each whether it is for validation, if the source says so.
+
+    The folders that data.yaml names as train and val say it, else folders called train or val, with or without a year.
+
+    Raises:
+        DataError: naming a key that fits no folder, or an image that lies in none of the parts.
+    """
+    folder = path.rstrip("/")
+    named = {key: value for key, value in _data_yaml(fs, folder).items() if key in _KEYS and value}
+    if "train" in named or "val" in named:
+        inside, parts = images, _named_parts(folder, named, [item.name for item in images])
+    else:
+        inside = [item for item in images if "images" in item.name.split("/")] or images
+        parts = [_part(item.name) for item in inside]
+        known = {"train", "val"} & set(parts)
+        if known and None in parts:
+            raise DataError(
+                f"{folder}: {inside[parts.index(None)].name} lies in no folder train, val or test, and other images do;"
+                f" move it, or name the folders of both parts in {_YAML} as train and val"
+            )
+        if not known:  # all are one part, which has no name
+            parts = [part or "train" for part in parts]
+    kept = [(item, part == "val") for item, part in zip(inside, parts, strict=True) if part in ("train", "val")]
+    held_out = tuple(held for _, held in kept)
+    return [item for item, _ in kept], held_out if set(held_out) == {True, False} else None
 
 
-def _part(name: str) -> Any:
-    """False for training, True for validation, "test", or None, by the folders of an image."""
+def _named_parts(folder: str, named: Mapping[str, Any], names: Sequence[str]) -> list[str | None]:
+    """The key of data.yaml whose folder an image lies in, the deepest such folder; None for an image in none."""
+    found = []
+    for key, value in named.items():
+        for entry in value if isinstance(value, list) else [value]:
+            inner = _folder_of(entry, folder, names) if isinstance(entry, str) else None
+            if inner is not None:
+                found.append((inner, _KEYS.index(key)))
+            elif key != "test":
+                raise DataError(
+                    f"{folder}/{_YAML}: {key} is {shortened(entry)}, which is no folder of images in {folder}; give"
+                    " one, such as images/train, or a list of such folders"
+                )
+    fitting = [[(len(inner), key) for inner, key in found if name.startswith(inner)] for name in names]
+    return [_KEYS[max(one)[1]] if one else None for one in fitting]
+
+
+def _folder_of(entry: str, folder: str, names: Sequence[str]) -> str | None:
+    """The folder, with "/" at its end, that holds images of a source and that an entry of data.yaml means.
+
+    Paths are relative to the source, or to a folder above it, so they may hold its name; and some exports begin with
+    "../" although they mean the source itself.
+    """
+    words = [word for word in entry.replace("\\", "/").split("/") if word not in ("", ".", "..")]
+    for start in range(len(words) or 1):
+        inner = "".join(f"{word}/" for word in words[start:])
+        means_source = start == 0 or words[start - 1] == folder.rpartition("/")[2]
+        if means_source and any(name.startswith(inner) for name in names):
+            return inner
+    return None
+
+
+def _part(name: str) -> str | None:
+    """The part that the folders of an image name."""
     for folder in name.lower().split("/")[:-1]:
-        if folder in _TRAINING | _VALIDATION:
-            return folder in _VALIDATION
-        if folder in ("test", "testing"):
-            return "test"
+        if match := _FOLDERS.fullmatch(folder):
+            return match.lastgroup
     return None
 
 
@@ -78,31 +124,46 @@ def _label_file(name: str) -> str:
     return "/".join(folders).rpartition(".")[0] + ".txt"
 
 
-def _size(images: ImageSource, place: tuple | str) -> tuple[int, int]:
-    """Height and width of an upright image; 1, 1 if it cannot be read, which preparation itself reports."""
+def _size(images: ImageSource, place: tuple | str, reading: ReadingSettings) -> tuple[int, int]:
+    """Height and width of an image as read; 1, 1 if it cannot be read, which preparation itself reports."""
+    if isinstance(place, str):
+        return 1, 1
     try:
-        frame = image_frame(images.reader.read(place), ReadingSettings())
-    except DataError:
-        raise
+        content = images.reader.read(place)
+    except OSError:
+        return 1, 1
+    try:
+        frame = image_frame(content, reading)
     except Exception:  # decoders raise all kinds of errors for damaged files
         return 1, 1
     return frame.height, frame.width
 
 
+def _data_yaml(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
+    """The keys of data.yaml; none without such a file."""
+    path = f"{folder}/{_YAML}"
+    if not fs.isfile(path):
+        return {}
+    try:
+        content = parse_yaml(_text(fs, path))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or "names" not in content:
+        raise DataError(f"{path} has no readable key names; list the classes there")
+    return content
+
+
 def _class_names(fs: AbstractFileSystem, folder: str) -> Sequence[str]:
-    if fs.isfile(f"{folder}/data.yaml"):
-        try:
-            names = parse_yaml(_text(fs, f"{folder}/data.yaml"))["names"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{folder}/data.yaml has no readable key names; list the classes there") from None
-        if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if content := _data_yaml(fs, folder):
+        names = content["names"]
+        if isinstance(names, dict) and set(names) == set(range(len(names))):
             names = [names[number] for number in range(len(names))]
-        if not isinstance(names, list) or not names:
-            raise DataError(f"{folder}/data.yaml: names is {shortened(names)}; give a list, or numbers from 0 on")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
+            raise DataError(f"{folder}/{_YAML}: names is {shortened(names)}; give a list, or numbers from 0 on")
         return [str(name) for name in names]
     if fs.isfile(f"{folder}/{_CLASSES}"):
-        return [line.strip() for line in _text(fs, f"{folder}/{_CLASSES}").splitlines() if line.strip()]
-    raise DataError(f"{folder} holds neither data.yaml nor {_CLASSES}; write the names of the classes, one a line")
+        return [line.strip() for line in _text(fs, f"{folder}/{_CLASSES}").rstrip().splitlines()]
+    raise DataError(f"{folder} holds neither {_YAML} nor {_CLASSES}; write the names of the classes, one a line")
 
 
 def _text(fs: AbstractFileSystem, path: str) -> str:
@@ -125,7 +186,7 @@ def _add_labels(table: ObjectTable, path: str, text: str, classes: int, image: A
             ) from None
         label, places = values[0], values[1:]
         if label not in range(classes):
-            raise DataError(f"{where}: class {words[0]} is none of 0 to {classes - 1}; add its name, or correct it")
+            raise DataError(f"{where}: class {words[0]:.20} is none of 0 to {classes - 1}; add its name, or correct it")
         if not all(math.isfinite(value) and -_SLACK <= value <= 1 + _SLACK for value in places):
             raise DataError(f"{where}: {shortened(line)} holds places outside of 0 to 1; give fractions of the image")
         if len(words) == _BOX_WORDS:
@@ -141,13 +202,10 @@ def _add_labels(table: ObjectTable, path: str, text: str, classes: int, image: A
             )
         if width < 0 or height < 0:
             raise DataError(f"{where}: a negative width or height; give CLASS X Y WIDTH HEIGHT")
-        box = [
-            (x - width / 2) * image.width,
-            (y - height / 2) * image.height,
-            width * image.width,
-            height * image.height,
-        ]
-        table.add_object({
-            "id": table.next_id, "image_id": image.image_id, "category_id": int(label), "bbox": box,
-            "segmentation": mask,
-        })  # fmt: skip
+        fractions, sides = (x - width / 2, y - height / 2, width, height), 2 * (image.width, image.height)
+        box = [fraction * side for fraction, side in zip(fractions, sides, strict=True)]
+        one = {"id": table.next_id, "image_id": image.image_id, "category_id": int(label), "bbox": box}
+        try:
+            table.add_object(one | {"segmentation": mask})
+        except DataError as error:
+            raise DataError(f"{where}: {str(error).removeprefix(f'{table.name}: ')}") from None

@@ -17,7 +17,7 @@ from pipeline.data.objects_file import objects_path
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
 from tests.coco_archives import CATEGORIES, EMPTY, TURNED, annotations_of, images_of, spread, write_coco
-from tools.prepare.annotated_source import ObjectOptions
+from tools.prepare.annotated_source import ObjectOptions, open_annotated_source
 from tools.prepare.image_source import locate
 from tools.prepare.preparation import prepare_beton, prepare_targets
 from tools.prepare.preparation_report import missing_classes, summary_lines
@@ -131,6 +131,56 @@ def test_missing_images_and_others_are_named(tmp_path):
     assert summary.beton.samples == 3
     assert Objects.open(summary.beton).image_id(0) == 25
     assert ("ignored", "annotations.json does not name it") in summary.counts
+
+
+@pytest.mark.parametrize(
+    ("names", "stored", "why"),
+    [
+        (["cam2/b.jpg", "x/a.jpg"], ["cam1/b.jpg", "a.jpg"], "cam2/b.jpg (it is annotated, and missing)"),
+        (["cam1/b.jpg", "x/a.jpg"], ["data/cam1/b.jpg", "a.jpg"], ""),
+        (["train/b.jpg", "val/b.jpg", "a.jpg"], ["val/b.jpg", "a.jpg"], "train/b.jpg (it is annotated, and missing)"),
+        (["b.jpg", "val/b.jpg", "a.jpg"], ["val/b.jpg", "a.jpg"], "b.jpg (val/b.jpg would be several of the annotated"),
+        (["s/b.jpg", "t/b.jpg", "a.jpg"], ["b.jpg", "a.jpg"], "t/b.jpg (b.jpg would be several of the annotated"),
+    ],
+)
+def test_a_file_is_never_taken_for_another_one_of_its_name(tmp_path, names, stored, why):
+    files = images_of("train2017", len(names))
+    annotations = annotations_of(files)
+    for image, name in zip(annotations["images"], names, strict=True):
+        image["file_name"] = name
+    for name, content in zip(stored, files.values(), strict=False):
+        path = tmp_path / "own" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "own" / "annotations.json").write_text(json.dumps(annotations))
+    opened = open_annotated_source(str(tmp_path / "own"), ObjectOptions())
+    refused = [f"{item.name} ({item.place})" for item in opened.items if isinstance(item.place, str)]
+    assert why in " ".join(refused)
+    assert len(refused) == (2 if "s/b.jpg" in names else bool(why))
+
+
+def test_masks_of_one_part_are_not_dropped_without_a_word(tmp_path):
+    for part in ("train", "valid"):
+        files = images_of("train2017", 3)
+        annotations = annotations_of(files)
+        for one in annotations["annotations"] if part == "valid" else ():
+            del one["segmentation"]
+        (tmp_path / "own" / part).mkdir(parents=True)
+        for name, content in files.items():
+            (tmp_path / "own" / part / name).write_bytes(content)
+        (tmp_path / "own" / part / "_annotations.coco.json").write_text(json.dumps(annotations))
+    training, _ = prepare_targets(tmp_path / "own", tmp_path / "a.beton", None, objects=ObjectOptions())
+    assert not training.beton.objects.masks
+    said = "train: its masks are left out, because valid has objects without one"
+    assert any(said in line for line in summary_lines(training))
+
+
+def test_a_crowd_may_be_a_float(tmp_path):
+    annotations = annotations_of(images_of("train2017", 3))
+    expected = prepared(own(tmp_path / "own", None, annotations), tmp_path / "a.beton").beton.objects
+    for one in annotations["annotations"]:
+        one["iscrowd"] = float(one["iscrowd"])
+    assert prepared(own(tmp_path / "own", None, annotations), tmp_path / "b.beton").beton.objects == expected
 
 
 def test_masks_as_compressed_runs_stay_as_they_are(tmp_path):
