@@ -9,7 +9,10 @@ from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
 from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import UserError
-from pipeline.recipe import SegmentationSettings, StageRecipe
+from pipeline.recipe import DetectionSettings, SegmentationSettings, StageRecipe
+
+Items = list[tuple[str, bool]]
+HeldOut = Sequence[bool] | None
 
 IMAGE_BYTES = 110_000
 """Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
@@ -55,7 +58,10 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
         return DataFile(path, sum(counted.values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
     if count is None and here and isinstance(recipe.objective, SegmentationSettings):
-        count = _count_masked(path, name, data.train == data.validation)
+        count = _count_prepared(*_with_masks(path), name, data.train == data.validation)
+    elif count is None and here and isinstance(recipe.objective, DetectionSettings):
+        found = _with_objects(path, name == "train" and data.annotated_only)
+        count = _count_prepared(*found, name, data.train == data.validation)
     elif count is None and here:
         count = len(open_source(path, unlabelled=True).items)  # a folder, which a run prepares
     if count is None:
@@ -63,23 +69,49 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
     return DataFile(path, int(count * fraction), count * IMAGE_BYTES, False)
 
 
-def _count_masked(source: str, name: str, divided: bool) -> int:
-    """The number of images with masks that a run would prepare from a folder or .zip for training or validation.
+def _with_masks(source: str) -> tuple[Items, HeldOut]:
+    """The images of a source that have masks take part.
 
-    divided: the source is named for both, and a run divides it.
+    Returns:
+        the name of each image and whether it takes part, and whether the source itself says it is for validation.
 
     Raises:
         DataError: if the source holds no images with masks.
     """
     from tools.prepare.mask_pairs import MapOptions, find_folders, find_pairs  # loads numba
+
+    pairs = find_pairs(find_folders(source, MapOptions()), "{name}")
+    return [(item.name, item.mask is not None) for item in pairs.items], pairs.held_out
+
+
+def _with_objects(source: str, annotated_only: bool) -> tuple[Items, HeldOut]:
+    """The images of a source that are annotated take part; with `annotated_only` those with objects. As `_with_masks`.
+
+    Raises:
+        DataError: if the source holds no annotated images.
+    """
+    from tools.prepare.annotated_source import ObjectOptions, open_annotated_source  # loads numba
+
+    opened = open_annotated_source(source, ObjectOptions())
+    counts = opened.objects.counts
+    items = [
+        (item.name, not isinstance(item.place, str) and (counts[item.annotated[0]] > 0 or not annotated_only))
+        for item in opened.items
+    ]
+    return items, opened.held_out
+
+
+def _count_prepared(items: Items, held_out: HeldOut, name: str, divided: bool) -> int:
+    """The number of images that a run would prepare for training or validation, and that take part.
+
+    divided: the source is named for both, and a run divides it.
+    """
     from tools.prepare.recipe_data import HELD_OUT
     from tools.prepare.splits import validation_part
 
-    pairs = find_pairs(find_folders(source, MapOptions()), "{name}")
-    held_out = pairs.held_out
     if held_out is None and divided:
-        held_out = validation_part([item.name for item in pairs.items], HELD_OUT)
+        held_out = validation_part([item for item, _ in items], HELD_OUT)
     if held_out is None:
-        return sum(item.mask is not None for item in pairs.items)
+        return sum(takes_part for _, takes_part in items)
     wanted = name == "validation" and divided
-    return sum(item.mask is not None and held == wanted for item, held in zip(pairs.items, held_out, strict=True))
+    return sum(takes_part and held == wanted for (_, takes_part), held in zip(items, held_out, strict=True))

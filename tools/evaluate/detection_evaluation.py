@@ -19,7 +19,7 @@ from tools.evaluate.detection_scores import DetectionScores
 from tools.evaluate.run_evaluation import run_on_processes
 from tools.evaluate.segmentation_evaluation import check_classes
 from tools.evaluate.stored_images import StoredPixels, decoded_images
-from tools.predict.coco_files import write_coco_results
+from tools.predict.coco_files import check_writable, write_coco_results
 from tools.predict.detection_model import DetectionModel, load_detection_model
 
 
@@ -74,8 +74,11 @@ def evaluate_detector(request: DetectionRequest, processes: int = 1) -> Detectio
     """Measure average precision. Every image counts once, and the figures are the same for any number of processes.
 
     Raises:
-        UserError: if the weights and the data do not match, or one cannot be read.
+        UserError: if the weights and the data do not match, one cannot be read, or `results` cannot be written, which
+            is tried before.
     """
+    if request.results is not None:
+        check_writable(request.results)
     return run_on_processes(partial(_evaluate, request), processes)
 
 
@@ -96,10 +99,10 @@ def _evaluate(request: DetectionRequest) -> DetectionResult:
     try:
         found = _found_objects(model, beton, world, request.bf16)
         masks = model.has_masks and truth.has_masks
+        precision = average_precision(truth, range(beton.samples), found, masks) if world.is_main else None
         if world.is_main and request.results is not None:
             numbered = ((truth.image_id(sample), objects) for sample, objects in enumerate(found))
             write_coco_results(request.results, numbered, truth.category_ids)
-        precision = average_precision(truth, range(beton.samples), found, masks) if world.is_main else None
     finally:
         world.leave()
     if precision is None:  # only the first process answers

@@ -74,6 +74,9 @@ def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
     """The sources that the unfinished stages of a resolved chain name as data, and how each is to be prepared.
 
     Images that only pre-training reads need no classes, those of segmentation need masks, and those of detection boxes.
+
+    Raises:
+        DataError: if one source is for segmentation and for detection.
     """
     settings: dict[str, SourceSettings] = {}
     for name, stage in chain.stages.items():
@@ -88,6 +91,12 @@ def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:
                 elif isinstance(stage.objective, ClassificationSettings):
                     known = replace(known, needs_classes=True)
                 settings[source] = known
+    for source, known in settings.items():
+        if known.maps and known.objects and is_source(source):
+            raise DataError(
+                f"data {source} is for a stage of segmentation and for one of detection; name the files that"
+                " `fcmae prepare maps` and `fcmae prepare coco` make of it"
+            )
     return {source: known for source, known in settings.items() if is_source(source)}
 
 

@@ -98,6 +98,12 @@ def test_the_figures_are_those_of_training(place, result) -> None:
     assert 1 < result.scores.metrics["mask_ap"] < 99
 
 
+@pytest.mark.parametrize("path", ["", "weights.safetensors/results.json"])
+def test_a_results_file_that_cannot_be_written_is_refused_before_anything_is_read(place, path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written \((it is a folder|Not a directory|File exists)\); give"):
+        evaluate_detector(DetectionRequest("no weights", "no.beton", results=place[0] / path))
+
+
 @pytest.mark.slow  # the processes import torch
 def test_two_processes_find_the_same(place, result) -> None:
     place, beton = place

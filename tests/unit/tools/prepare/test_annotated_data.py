@@ -10,6 +10,8 @@ from pipeline.data.stage_data import check_stage_data
 from pipeline.errors import DataError
 from pipeline.recipe import load_recipe
 from tests.coco_archives import CATEGORIES, annotations_of, images_of, write_coco
+from tests.label_map_folders import write_masked_folder
+from tools.estimate.data_files import find_data_file
 from tools.prepare.recipe_data import refuse_sources, sources_of, with_prepared_data
 from tools.recipes.library import find_recipe
 
@@ -23,12 +25,17 @@ def write_own(folder, count):
     return folder
 
 
-def chain_naming(train, validation):
+def chain_naming(train, validation, changes=()):
     return load_recipe(
         find_recipe("detect-own"),
         [f"defaults.data.train={train}", f"defaults.data.validation={validation}", "init=scratch",
-         f"stages.detect.objective.classes={len(CATEGORIES)}", "stages.detect.batch.global_batch=2"],
+         f"stages.detect.objective.classes={len(CATEGORIES)}", "stages.detect.batch.global_batch=2", *changes],
     )  # fmt: skip
+
+
+def estimated_images(chain):
+    """How many images `estimate` counts for training and for validation."""
+    return [find_data_file(chain.stages["detect"], name, {}).images for name in ("train", "validation")]
 
 
 def files_of(chain):
@@ -50,8 +57,32 @@ def test_a_folder_named_twice_is_divided(tmp_path):
     assert "has changed since it was prepared" in said[-1]
 
 
+def test_an_estimate_counts_what_a_run_prepares(tmp_path):
+    """Annotated images, divided; with keep_empty false the training images that have objects."""
+    folder = write_own(tmp_path / "boxes", 40)
+    for name, content in images_of("val2017", 3).items():
+        (folder / "images" / f"other-{name}").write_bytes(content)
+    for keep in ("true", "false"):
+        changes = [f"stages.detect.data.views.keep_empty={keep}"]
+        named = chain_naming(folder, folder, changes)
+        files = files_of(with_prepared_data(named, tmp_path / "run", cache=tmp_path))
+        train = files[0].samples if keep == "true" else files[0].objects.annotated
+        assert estimated_images(named) == [train, files[1].samples]
+    assert files[0].objects.annotated < files[0].samples
+
+
+def test_one_folder_for_masks_and_for_objects_is_refused_at_once(tmp_path):
+    folder = write_masked_folder(tmp_path / "both", 4)
+    chain = chain_naming(folder, folder)
+    segmentation = load_recipe(find_recipe("segment-own"), [f"defaults.data.train={folder}", "init=scratch"])
+    both = chain.model_copy(update={"stages": {**segmentation.stages, **chain.stages}})
+    with pytest.raises(DataError, match="is for a stage of segmentation and for one of detection; name the files"):
+        with_prepared_data(both, tmp_path / "run", cache=tmp_path)
+
+
 def test_cocos_own_folder_keeps_its_parts(tmp_path):
     folder = write_coco(tmp_path / "coco", 6, 4)
+    assert estimated_images(chain_naming(folder, folder)) == [6, 4]
     chain = with_prepared_data(chain_naming(folder, folder), tmp_path / "run", cache=tmp_path)
     assert [beton.samples for beton in files_of(chain)] == [6, 4]
 
