@@ -57,7 +57,7 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
     full = 8 if precision == "fp64" else 4
     low = 2 if precision == "bf16_parameters" else full
     micro = micro_batches(recipe, ranks)
-    p = model.parameters
+    p, trained = model.parameters, model.trained
     found: list[Collective] = []
 
     def add(operation: str, content: str, size: int, moment: Moment, group: int, stride: int = 1) -> None:
@@ -66,7 +66,7 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
             found.append(Collective(operation, content, size, group, stride, moment, overlaps))
 
     if name == "ddp":
-        add("all-reduce", "gradients", full * p, "last backward", ranks)
+        add("all-reduce", "gradients", full * trained.parameters, "last backward", ranks)
     elif name == "fsdp":
         shard = recipe.engine.shard_ranks or ranks
         # The parameters of a block are gathered for its forward pass, freed, and gathered again for its backward pass.
@@ -76,8 +76,9 @@ def step_collectives(recipe: StageRecipe, model: ModelSize, ranks: int) -> list[
         if keeps_gathered(recipe, ranks, p, "cuda"):
             gathered = low * padded
         add("all-gather", "parameters", gathered, "forward and backward", shard)
-        add("reduce-scatter", "gradients", full * padded, "last backward", shard)
-        add("all-reduce", "gradients of a shard", full * padded // shard, "last backward", ranks // shard, stride=shard)
+        scattered = full * padded_parameters(trained.shapes, shard)
+        add("reduce-scatter", "gradients", scattered, "last backward", shard)
+        add("all-reduce", "gradients of a shard", scattered // shard, "last backward", ranks // shard, stride=shard)
     elif name == "zero3":
         # What is used again within the reuse distance stays gathered: at the turn from forward to backward pass, the
         # last half of that many parameters.

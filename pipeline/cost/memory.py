@@ -1,11 +1,13 @@
 """Estimate the memory of a rank: its state by formula, its activations from the trace that trace.py runs.
 
 No formula of activations exists. The formulas of the state follow what the engines of `pipeline.engines` allocate. In
-them P is the number of parameters, N the number of ranks that share one copy of the state, B the bytes of an element.
+them P is the number of parameters (for moments, gradients and their buckets, of those that are trained), N the number
+of ranks that share one copy of the state, B the bytes of an element.
 """
 
+from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Literal
@@ -54,16 +56,22 @@ class ModelSize:
     outside: tuple[tuple[int, ...], ...] = ()
     """Shapes of the parameters outside of all units."""
     norm_channels: int = 0
-    """Of all BatchNorms, whose statistics a norm group shares."""
+    """Of all BatchNorms that are trained, whose statistics a norm group shares."""
     block_norm_channels: int = 0
     """Of those within the blocks of a backbone, which activation checkpointing runs twice."""
+    frozen: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the parameters that keep their values."""
 
     @classmethod
     def of(cls, recipe: StageRecipe) -> "ModelSize":
         _, model = meta_model(recipe)
         units = sharding_units(model)
         inside = {parameter for unit in units for parameter in unit.parameters()}
-        norms = {name: norm.num_features for name, norm in model.named_modules() if isinstance(norm, BatchNorm)}
+        norms = {
+            name: norm.num_features
+            for name, norm in model.named_modules()
+            if isinstance(norm, BatchNorm) and norm.training  # a frozen one stays in evaluation
+        }
         return cls(
             tuple(tuple(parameter.shape) for parameter in model.parameters()),
             tuple(sum(parameter.numel() for parameter in unit.parameters()) for unit in units),
@@ -71,11 +79,17 @@ class ModelSize:
             tuple(tuple(parameter.shape) for parameter in model.parameters() if parameter not in inside),
             sum(norms.values()),
             sum(channels for name, channels in norms.items() if name.startswith(_BLOCKS)),
+            tuple(tuple(parameter.shape) for parameter in model.parameters() if not parameter.requires_grad),
         )
 
     @property
     def parameters(self) -> int:
         return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def trained(self) -> "ModelSize":
+        """The same with no parameters but those that are trained, which alone have gradients and moments."""
+        return replace(self, shapes=tuple((Counter(self.shapes) - Counter(self.frozen)).elements()), frozen=())
 
     @property
     def rest(self) -> int:
@@ -112,7 +126,8 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int, device: st
     name, offload = engine_name(recipe), recipe.engine.offload
     shared = ranks if name != "fsdp" else recipe.engine.shard_ranks or ranks
     p, own = model.parameters, own_parameters(model, name, shared)
-    accumulated = p if micro_batches(recipe, ranks) > 1 else 0
+    trained, own_trained = model.trained.parameters, own_parameters(model.trained, name, shared)
+    accumulated = trained if micro_batches(recipe, ranks) > 1 else 0
     terms: list[Term] = []
 
     def add(part: str, elements: int, width: int, formula: str) -> None:
@@ -121,13 +136,13 @@ def estimate_state(recipe: StageRecipe, model: ModelSize, ranks: int, device: st
 
     if name == "ddp":
         add("parameters", p, size, "P * B")
-        add("moments", 2 * p, size, "2 P * B")
-        add("DDP's buckets", p, size, "P * B")
+        add("moments", 2 * trained, size, "2 P * B")
+        add("DDP's buckets", trained, size, "P * B")
         add("gradients", accumulated, size, "P * B")
     elif name == "fsdp":
         add("parameters", 0 if offload else own, size, "P / N * B")
-        add("moments", 0 if offload else 2 * own, size, "2 P / N * B")
-        add("gradients", own, size, "P / N * B")
+        add("moments", 0 if offload else 2 * own_trained, size, "2 P / N * B")
+        add("gradients", own_trained, size, "P / N * B")
         largest = max(model.units, default=0)
         if keeps_gathered(recipe, ranks, p, device):
             add("gathered", p + largest, low, "(P + largest block) * B, kept between micro-batches")

@@ -113,6 +113,7 @@ def _update_bytes(recipe: StageRecipe, model: ModelSize, ranks: int) -> dict[str
     full = 8 if precision == "fp64" else 4
     low = 2 if precision == "bf16_parameters" else full
     micro, p, units = micro_batches(recipe, ranks), model.parameters, sum(model.units)
+    trained = model.trained.parameters
     shared = (recipe.engine.shard_ranks or ranks) if name == "fsdp" else ranks
     own = own_parameters(model, name, shared)
     # AdamW reads weight, gradient and moments and writes all but the gradient; the norm reads the gradient.
@@ -120,16 +121,16 @@ def _update_bytes(recipe: StageRecipe, model: ModelSize, ranks: int) -> dict[str
     # Without a shard or a peer nothing is copied.
     copied = 0.0
     if name == "ddp":
-        copied = 2 * full * p  # into the buckets
+        copied = 2 * full * trained  # into the buckets
     elif name == "fsdp" and shared > 1:
         gathered = p if keeps_gathered(recipe, ranks, p, "cuda") else micro * (2 * units + model.rest)
-        copied = 2 * low * gathered + (low + full) * p  # out of gathered tensors, into those to be scattered
+        copied = 2 * low * gathered + (low + full) * trained  # out of gathered tensors, into those to be scattered
     elif name.startswith("zero") and ranks > 1:
         reductions = 1 if name == "zero1" else micro
         copied = (low + full) * reductions * p + (4 * low * micro * p if name == "zero3" else 0)
     return {
-        "gradients of micro-batches": 3 * low * (micro - 1) * p,
-        "optimizer and norm": passes * full * own,
+        "gradients of micro-batches": 3 * low * (micro - 1) * trained,
+        "optimizer and norm": passes * full * own_parameters(model.trained, name, shared),
         "moving average": 3 * full * own if recipe.ema else 0,
         "copies of the engine": copied if ranks > 1 else 0,
     }

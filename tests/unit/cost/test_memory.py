@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from pipeline.cost.collectives import step_collectives
 from pipeline.cost.measure import measure_steps
 from pipeline.cost.memory import ENGINES, EngineName, ModelSize, estimate_memory, estimate_state, with_engine
 from pipeline.cost.trace import trace_evaluation, trace_step
@@ -15,10 +16,12 @@ from pipeline.data.batch import example_batch
 from pipeline.distributed.torch_versions import fsdp_parameters
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
+from pipeline.models import create_model
 from pipeline.objectives import create_objective
 from pipeline.recipe import StageRecipe
 from tests.ranks import on_ranks
 from tests.unit.cost.test_trace import stage
+from tests.unit.recipe.test_detection_settings import stage as detection_stage
 
 PASSING = ("gathered", "gradients", "gradients to be shared out", "gradients of earlier micro-batches")
 
@@ -141,3 +144,33 @@ def test_fsdp_accumulates_in_the_dtype_that_it_reduces_in():
     terms = {term.name: term.bytes for term in estimate_state(recipe, model, 2)}
     assert terms["gradients of earlier micro-batches"] == 4 * model.parameters
     assert on_ranks(2, accumulated_bytes, recipe) == [4 * model.parameters] * 2
+
+
+def test_what_is_frozen_has_no_gradients_no_moments_and_no_statistics():
+    model = {"name": "nextvit_small", "depths": None, "dims": None}
+    heads = {"head": "cascade", "region_norm": "batch", "norm_group": 4}
+    recipe = detection_stage(model=model, objective=heads)
+    frozen_recipe = detection_stage(model=model, objective={**heads, "frozen_stages": 1, "frozen_norms": True})
+    size, frozen = ModelSize.of(recipe), ModelSize.of(frozen_recipe)
+    with torch.device("meta"):
+        stages = create_model("nextvit_small", num_classes=0).first_stages(1)
+    count = sum(parameter.numel() for module in stages for parameter in module.parameters())
+    assert size.parameters == frozen.parameters == frozen.trained.parameters + count
+    assert count > 10_000
+    assert frozen.norm_channels == 3 * 4 * 256  # of the box heads alone
+    assert frozen.block_norm_channels == 0 < size.block_norm_channels
+
+    def state_and_sent(recipe: StageRecipe, size: ModelSize) -> tuple[dict[str, int], dict[str, int]]:
+        terms, collectives = estimate_state(recipe, size, 8), step_collectives(recipe, size, 8)
+        return {term.name: term.bytes for term in terms}, {each.content: each.tensor_bytes for each in collectives}
+
+    for engine, ranks, gradients in (("ddp", 1, "DDP's buckets"), ("fsdp", 8, "gradients")):
+        state, sent = state_and_sent(with_engine(recipe, engine), size)
+        held, frozen_sent = state_and_sent(with_engine(frozen_recipe, engine), frozen)
+        assert held["parameters"] == state["parameters"]
+        for one, other, numbers in (
+            (state["moments"], held["moments"], 2 * count / ranks),
+            (state[gradients], held[gradients], count / ranks),
+            (sent["gradients"], frozen_sent["gradients"], count),
+        ):
+            assert one - other == pytest.approx(4 * numbers, rel=0.02)  # FSDP fills tensors up
