@@ -93,7 +93,7 @@ def _evaluate(request: DetectionRequest) -> DetectionResult:
     beton = open_beton(request.data)
     truth = Objects.open(beton)
     if (truth.table["crowd"] == 1).all():
-        raise DataError(f"{request.data} has no object that counts, or crowds alone; name a file with single objects")
+        raise DataError(f"{request.data} has no object, or crowds alone; name a file with single objects")
     check_classes(request.weights, model.classes, request.data, beton.classes)
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:

@@ -219,6 +219,17 @@ def test_the_report_has_the_published_values_beside_its_own(result) -> None:
     assert {row[1] for row in rows} <= {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"}
 
 
+def test_a_file_without_an_object_that_counts_has_no_average_precision(place, tmp_path) -> None:
+    crowd = {"box": (1, 1, 5, 5), "class": 0, "crowd": True}
+    for name, objects in (("crowd", [crowd]), ("empty", [])):
+        path = tmp_path / f"{name}.beton"
+        with BetonWriter(path, NAMES, 1) as writer:
+            writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=image_objects(1, (8, 8), objects, CATEGORY_IDS))
+        request = DetectionRequest(str(place[0] / "weights.safetensors"), str(path), device="cpu")
+        with pytest.raises(UserError, match=f"{name}\\.beton has no object, or crowds alone; name a file with single"):
+            evaluate_detector(request)
+
+
 def test_what_does_not_fit_a_detector_is_one_sentence(place) -> None:
     place, beton = place
     weights = str(place / "weights.safetensors")
