@@ -50,14 +50,14 @@ def assign(
     for part in parts:
         part, on_crowd = _without_crowds(part, crowd)
         most, index = part.max(0)
-        found = torch.where(most < negative, NOTHING, IGNORED)
-        found = torch.where(most >= positive, index, found)
+        chosen = torch.where(most < negative, NOTHING, IGNORED)
+        chosen = torch.where(most >= positive, index, chosen)
         if match_low_quality:
             number = torch.arange(objects, dtype=torch.int32, device=part.device)[:, None]
             is_highest = (part == highest[:, None]) & (highest >= least)[:, None]
             last = torch.where(is_highest, number, -1).amax(0)
-            found = torch.where(last >= 0, last, found)
-        assigned.append(torch.where(on_crowd, IGNORED, found))
+            chosen = torch.where(last >= 0, last, chosen)
+        assigned.append(torch.where(on_crowd, IGNORED, chosen))
     return torch.cat(assigned)
 
 

@@ -65,8 +65,8 @@ class RegionHeads(nn.Module):
     def __init__(self, options: DetectorOptions):
         super().__init__()
         norm = options.region_norm if options.cascade else None
-        boxes = 1 if options.class_agnostic else options.classes
-        sizes = (options.channels, options.fc_channels, options.classes, boxes, norm, options.regions)
+        box_classes = 1 if options.class_agnostic else options.classes
+        sizes = (options.channels, options.fc_channels, options.classes, box_classes, norm, options.regions)
         box_heads = [BoxHead(*sizes) for _ in options.stages]
         mask_heads = [MaskHead(options.channels, options.classes) for _ in options.stages if options.has_masks]
         self.bbox_head = nn.ModuleList(box_heads) if options.cascade else box_heads[0]
@@ -218,12 +218,11 @@ class Detector(BackboneWithHeads):
         drawn = sample_anchors(truth, every, allowed, keys, options.anchors_sampled)
         beta = RPN_BETA if options.cascade else 0.0
         sums, counts = proposal_losses(torch.cat(logits, 1), torch.cat(deltas, 1), every, drawn, beta)
-        limits = (options.proposals_before, options.proposals)
-        proposals = propose(logits, deltas, anchors, view_sizes, limits, options.proposal_nms)
+        before, after = options.proposals_before, options.proposals
+        proposals = propose(logits, deltas, anchors, view_sizes, before, after, options.proposal_nms)
         mask_heads, size = self.roi_head.mask_heads(), maps[0].shape[3] * self.strides[0]
         for number, (stage, head) in enumerate(zip(options.stages, self.roi_head.box_heads(), strict=True)):
-            rules = (options.regions, options.positive_share, stage.overlap, options.head == "mask_rcnn")
-            regions = sample_regions(truth, proposals, keys ^ (number + 1 << DRAW_BITS), rules, options.classes)
+            regions = sample_regions(truth, proposals, keys ^ (number + 1 << DRAW_BITS), options, stage.overlap)
             class_logits, coded = map(widen, head(self._region_features(maps, regions.boxes, BOX_BINS)))
             parts = region_losses(class_logits, coded, regions, stage.deviations, options.box_loss)
             if mask_heads:
@@ -246,8 +245,8 @@ class Detector(BackboneWithHeads):
         view_sizes: Tensor,
     ) -> Detections:
         options = self.options
-        limits = (options.test_proposals, options.test_proposals)
-        proposals = propose(logits, deltas, anchors, view_sizes, limits, options.proposal_nms)
+        number = options.test_proposals
+        proposals = propose(logits, deltas, anchors, view_sizes, number, number, options.proposal_nms)
         boxes, scores = proposals.boxes[:, :, None], []
         for stage, head in zip(options.stages, self.roi_head.box_heads(), strict=True):
             if scores:  # the box of the likeliest class goes on
@@ -256,14 +255,14 @@ class Detector(BackboneWithHeads):
             scores.append(class_logits.softmax(2))
             boxes = decode_boxes(boxes, coded, stage.deviations, view_sizes)
         score = torch.stack(scores).mean(0)[..., :-1]
-        rules = (options.score_threshold, options.nms, options.soft_nms, options.detections)
-        found = select_detections(score, boxes, proposals.valid, *rules)
+        threshold, most = options.score_threshold, options.detections
+        result = select_detections(score, boxes, proposals.valid, threshold, options.nms, options.soft_nms, most)
         if mask_heads := self.roi_head.mask_heads():
-            features = self._region_features(maps, found.boxes, MASK_BINS)
-            at = found.classes[..., None, None, None].expand(-1, -1, 1, MASK_SIDE, MASK_SIDE)
+            features = self._region_features(maps, result.boxes, MASK_BINS)
+            at = result.classes[..., None, None, None].expand(-1, -1, 1, MASK_SIDE, MASK_SIDE)
             masks = [widen(head(features).gather(2, at).squeeze(2)) for head in mask_heads]
-            found = replace(found, mask_logits=mean_logits(masks))
-        return found
+            result = replace(result, mask_logits=mean_logits(masks))
+        return result
 
 
 def objects_of_images(objects: ObjectsOfImages, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:

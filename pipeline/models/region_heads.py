@@ -43,12 +43,12 @@ class BoxHead(nn.Module):
         channels: of a region's features, and of the convolutions.
         fc_channels: of the linear layers.
         classes: without the background, whose logit is the last.
-        boxes: of each region: one, or one for each class.
+        box_classes: boxes of each region: one, or one for each class.
         norm: of the convolutions: "none", "batch" or "group"; None for a head without convolutions.
         regions: of each image in training.
     """
 
-    def __init__(self, channels: int, fc_channels: int, classes: int, boxes: int, norm: str | None, regions: int):
+    def __init__(self, channels: int, fc_channels: int, classes: int, box_classes: int, norm: str | None, regions: int):
         super().__init__()
         self.shared_convs = nn.ModuleList()
         if norm is not None:
@@ -58,7 +58,7 @@ class BoxHead(nn.Module):
         widths = [channels * BOX_BINS**2, fc_channels] + [fc_channels] * (norm is None)
         self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.fc_cls = nn.Linear(fc_channels, classes + 1)
-        self.fc_reg = nn.Linear(fc_channels, 4 * boxes)
+        self.fc_reg = nn.Linear(fc_channels, 4 * box_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map features (N, R, C, 7, 7) to logits (N, R, classes + 1) and coded boxes (N, R, boxes, 4)."""

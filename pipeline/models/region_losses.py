@@ -12,6 +12,7 @@ from pipeline.kernels.precision import widen
 from pipeline.kernels.region_align import crop_masks
 from pipeline.models.assignment import IGNORED, assign, overlap_objects, sample
 from pipeline.models.boxes import decode_boxes, encode_boxes, generalised_iou
+from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.region_heads import MASK_SIDE
 from pipeline.models.region_proposals import Proposals, box_distance
 
@@ -40,31 +41,30 @@ def sample_regions(
     objects: Sequence[tuple[Tensor, Tensor, Tensor]],
     proposals: Proposals,
     keys: Tensor,
-    rules: tuple[int, float, float, bool],
-    background: int,
+    options: DetectorOptions,
+    overlap: float,
 ) -> Regions:
     """Draw the regions of each image: from its proposals, and the boxes of its objects.
 
     Args:
         objects: boxes (M, 4), crowd flags (M,) and classes (M,) of each image.
         keys: (N,), of the draws.
-        rules: how many; the share that lies on objects, at most; the intersection over union from which a box lies on
-            an object; and whether the best box of an object does anyway.
-        background: the class of regions without object.
+        options: say how many, and which share lies on objects at most. In Mask R-CNN the best box of an object lies on
+            it whatever their overlap.
+        overlap: intersection over union from which a box lies on an object.
     """
-    number, share, overlap, match_low = rules
-    drawn = []
+    match_low_quality, drawn = options.head == "mask_rcnn", []
     for (truth, crowd, classes), boxes, valid, key in zip(objects, proposals.boxes, proposals.valid, keys, strict=True):
         count = len(truth)
         shared = overlap_objects(truth, crowd, boxes) * valid
-        assigned = assign(shared, crowd, overlap, overlap, overlap, match_low).masked_fill(~valid, IGNORED)
+        assigned = assign(shared, crowd, overlap, overlap, overlap, match_low_quality).masked_fill(~valid, IGNORED)
         own = torch.where(crowd | is_filling(truth), IGNORED, torch.arange(count, device=truth.device))
         assigned, boxes = torch.cat((own, assigned)), torch.cat((truth, boxes))
-        places, is_drawn = sample(assigned, key, number, share)
+        places, is_drawn = sample(assigned, key, options.regions, options.positive_share)
         at = assigned[places]
         positive = is_drawn & (at >= 0)
         at = at.clamp(min=0)
-        named = torch.where(positive, classes[at], background)
+        named = torch.where(positive, classes[at], options.classes)
         drawn.append((boxes[places], is_drawn, positive, positive & (places < count), named, at, truth[at]))
     return Regions(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 

@@ -34,7 +34,8 @@ def propose(
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
     view_sizes: Tensor,
-    counts: tuple[int, int],
+    before: int,
+    after: int,
     threshold: float,
 ) -> Proposals:
     """Turn the outputs of `RPNHead` into proposals: the best of each map, NMS in each map, the best of all maps.
@@ -42,10 +43,10 @@ def propose(
     Args:
         anchors: of each map.
         view_sizes: (N, 2), height and width of each image; boxes are cut at them.
-        counts: boxes of each map that go into the NMS, and proposals that remain.
+        before: boxes of each map that go into the NMS.
+        after: proposals that remain.
         threshold: of the NMS.
     """
-    before, after = counts
     boxes, scores = [], []
     for level in zip(logits, deltas, anchors, strict=True):
         # Stable, so that equal scores keep their order on every device.

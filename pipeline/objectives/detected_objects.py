@@ -1,13 +1,13 @@
 """From a detector's output to the objects of each image, in its original pixels, and their way between ranks."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data.image_objects import ImageObjects, Rle
+from pipeline.models.detections import Detections
 
 MASK_THRESHOLD = 0.5  # least probability of a mask's pixel
 _COLUMNS = 10  # of a packed object: sample, height, width, class, score, x1, y1, x2, y2, bytes of its mask
@@ -15,17 +15,7 @@ Packed = tuple[Tensor, Tensor, Tensor]
 """Samples, int64 (n,); their objects, float64 (m, _COLUMNS); and the masks' bytes, one after the other, uint8."""
 
 
-class Detected(Protocol):
-    """A detector's output for N images, see `Detections` of pipeline.models."""
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
-    valid: Tensor
-    mask_logits: Tensor | None
-
-
-def detected_objects(detected: Detected, view_sizes: Tensor, image_sizes: Tensor) -> list[ImageObjects]:
+def detected_objects(detected: Detections, view_sizes: Tensor, image_sizes: Tensor) -> list[ImageObjects]:
     """Return the valid detections of each image in pixels of the original image, the best one first.
 
     Boxes are float64; masks are enlarged from their boxes bilinearly and cut at a probability of 0.5, as mmdetection
@@ -41,11 +31,11 @@ def detected_objects(detected: Detected, view_sizes: Tensor, image_sizes: Tensor
     objects = []
     for n, (view, size) in enumerate(zip(view_sizes.tolist(), image_sizes.tolist(), strict=True)):
         own, scale = valid[n], np.tile([size[1] / view[1], size[0] / view[0]], 2)
-        found = ImageObjects(tuple(size), boxes[n][own] * scale, classes[n][own], scores[n][own])
+        image = ImageObjects(tuple(size), boxes[n][own] * scale, classes[n][own], scores[n][own])
         if logits is not None:
             probabilities = logits[n].sigmoid().numpy()[own]
-            found = found._replace(masks=_paste_masks(probabilities, found.boxes, tuple(size)))
-        objects.append(found)
+            image = image._replace(masks=_paste_masks(probabilities, image.boxes, tuple(size)))
+        objects.append(image)
     return objects
 
 

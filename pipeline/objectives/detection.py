@@ -74,21 +74,19 @@ class DetectionObjective:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the detections of the batch, which a `tally` collects."""
-        found = model(self._normalised(model, batch), batch.view_sizes)
-        return {name: value for name, value in vars(found).items() if value is not None}
+        detections = model(self._normalised(model, batch), batch.view_sizes)
+        return {name: value for name, value in vars(detections).items() if value is not None}
 
     def tally(self) -> "DetectionTally":
         return DetectionTally(self.settings.has_masks)
 
     def paint(self, model: nn.Module, batch: Batch) -> ObjectOverlays:
-        found, shown = self._found(model, batch), batch.valid.nonzero().flatten().tolist()
+        detected = detected_objects(Detections(**self.evaluate(model, batch)), batch.view_sizes, batch.image_sizes)
+        shown = batch.valid.nonzero().flatten().tolist()
         sizes = batch.view_sizes.tolist()
         images = [batch.images[n, :, : sizes[n][0], : sizes[n][1]].cpu().numpy() for n in shown]
-        truths = [annotated_objects(batch.annotated, int(batch.ids[n]), found[n].size) for n in shown]
-        return ObjectOverlays(images, truths, [found[n] for n in shown])
-
-    def _found(self, model: nn.Module, batch: Batch) -> list[ImageObjects]:
-        return detected_objects(Detections(**self.evaluate(model, batch)), batch.view_sizes, batch.image_sizes)
+        truths = [annotated_objects(batch.annotated, int(batch.ids[n]), detected[n].size) for n in shown]
+        return ObjectOverlays(images, truths, [detected[n] for n in shown])
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         with torch.device("meta"):
@@ -111,21 +109,21 @@ class DetectionTally:
 
     def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
         self._annotated = batch.annotated
-        found = detected_objects(Detections(**scores), batch.view_sizes, batch.image_sizes)
+        detected = detected_objects(Detections(**scores), batch.view_sizes, batch.image_sizes)
         valid = batch.valid.tolist()
         samples = [sample for sample, counts in zip(batch.ids.tolist(), valid, strict=True) if counts]
-        own = [objects for objects, counts in zip(found, valid, strict=True) if counts]
+        own = [objects for objects, counts in zip(detected, valid, strict=True) if counts]
         self._packed.append(pack_objects(samples, own))
 
     def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Each rank compares its share of the classes, outside of any collective's time limit."""
         joined = tuple(map(torch.cat, zip(*self._packed, strict=True)))
-        samples, found = unpack_objects(tuple(world.concatenate(part) for part in joined), self._masks)
+        samples, detected = unpack_objects(tuple(world.concatenate(part) for part in joined), self._masks)
         classes = len(self._annotated.category_ids)
         own = range(world.rank, classes, world.size)
 
         def compare() -> Tensor:
-            return torch.from_numpy(compare_classes(self._annotated, samples, found, own, self._masks))
+            return torch.from_numpy(compare_classes(self._annotated, samples, detected, own, self._masks))
 
         compared = world.on_every_rank(compare, should_stop)
         if compared is None:

@@ -122,7 +122,7 @@ def test_proposals_are_those_of_a_loop_over_the_maps():
     anchors = [random_boxes(40, seed=1), random_boxes(12, seed=2)]
     draw = torch.Generator().manual_seed(3)
     logits = [torch.randn(2, len(a), generator=draw, dtype=torch.float64) for a in anchors]
-    found = propose(logits, [torch.zeros(2, len(a), 4).double() for a in anchors], anchors, sizes, (20, 18), 0.4)
+    found = propose(logits, [torch.zeros(2, len(a), 4).double() for a in anchors], anchors, sizes, 20, 18, 0.4)
     for n, (height, width) in enumerate(sizes.tolist()):
         kept = []
         for level, boxes in enumerate(anchors):

@@ -46,7 +46,7 @@ def test_the_exported_parts_and_nms_between_them_are_the_model(tmp_path, family,
         maps = model.pyramid(images)
         logits, deltas = model.rpn_head(maps)
         anchors = model.anchors(maps, maps[0])
-        proposals = propose(logits, deltas, anchors, sizes, (40, 40), 0.7)
+        proposals = propose(logits, deltas, anchors, sizes, 40, 40, 0.7)
         found = model(images, sizes)
     assert told["level_sizes"] == [len(level) for level in anchors]
     torch.testing.assert_close(first["scores"], torch.cat(logits, 1).sigmoid(), rtol=0, atol=1e-5)
