@@ -86,7 +86,7 @@ def _region_align(maps: list[Tensor], grids: Tensor, bins: int, sampling_ratio: 
         from pipeline.kernels.triton_region_align import pool_levels
 
         return pool_levels([_channels_last(x) for x in maps], grids, bins).permute(0, 1, 4, 2, 3).contiguous()
-    features = [_channels_last(widen(x)) for x in maps]
+    features = [_channels_last(widen(x.detach())) for x in maps]  # in other threads gradients are on
     if grids.device.type == "cpu":
         from pipeline.kernels.numba_regions import pool_regions
 

@@ -147,8 +147,10 @@ def test_regions_that_are_empty_not_finite_or_far_away_give_0():
     assert all((each == 0).all() for each in pooled_and_gradients(maps, torch.tensor([boxes]), 2))
 
 
-def test_bits_depend_on_neither_threads_nor_other_images():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bits_depend_on_neither_threads_nor_other_images(memory_format):
     maps, regions = pyramid(3, dtype=torch.float32), random_regions(3, 40).float()
+    maps = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in maps]
     together = pooled_and_gradients(maps, regions, 7)
     threads = torch.get_num_threads()
     try:
