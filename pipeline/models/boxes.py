@@ -102,3 +102,16 @@ def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 def _as_row(values: Sequence[float], like: Tensor) -> Tensor:
     """Return a tensor of the values, filled on its device: copying them there would wait."""
     return torch.cat([like.new_full((1,), value) for value in values])
+
+
+def scattered_boxes(number: int, size: tuple[int, int]) -> Tensor:
+    """Return boxes (number, 4) of whole pixels within an image of this height and width, always the same: of all sizes,
+    from 16 pixels on, and in no order."""
+    place = torch.arange(number, dtype=torch.float64)
+    limits = torch.tensor(size[::-1], dtype=torch.float64)
+    # Shares of multiples of irrational numbers are spread evenly, here those of Roberts' sequence for three dims.
+    shares = place[:, None] * torch.tensor([0.8191725, 0.6710436, 0.5497005], dtype=torch.float64) % 1
+    side = 16 * (limits.max() / 16) ** shares[:, :1]
+    centre = shares[:, 1:] * limits
+    corners = (centre - side / 2, centre + side / 2)
+    return torch.cat([corner.clamp(min=0).minimum(limits).round() for corner in corners], 1)

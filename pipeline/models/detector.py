@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pipeline.kernels.precision import widen
 from pipeline.kernels.region_align import region_align
+from pipeline.kernels.suppression import suppress
 from pipeline.models import create_model
 from pipeline.models.backbone import Backbone
 from pipeline.models.backbone_heads import BackboneWithHeads, kaiming_deviation, xavier_deviation
 from pipeline.models.batchnorm import RunningStatistics, update_running_statistics
-from pipeline.models.boxes import decode_boxes, make_anchors
+from pipeline.models.boxes import decode_boxes, make_anchors, scattered_boxes
 from pipeline.models.detections import Detections, select_detections
 from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.region_heads import BOX_BINS, MASK_BINS, MASK_SIDE, RATIOS, BoxHead, MaskHead, RPNHead
@@ -192,6 +193,26 @@ class Detector(BackboneWithHeads):
         """Map images (N, 3, H, W) to the pyramid's maps [(N, C, h, w), ...], finest first."""
         maps = self.neck(self.backbone.forward_features(images, keep))
         return [*maps, F.max_pool2d(maps[-1], 1, 2)]
+
+    def outputs_on_fixed_boxes(self, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+        """What each layer of the heads says, about the anchors and about boxes that do not depend on the weights.
+
+        So rounding moves it little, unlike losses and detections, in which it may exchange proposals. All kernels take
+        part: features of boxes that suppression drops are 0.
+        """
+        maps = self.pyramid(images, keep)
+        logits, deltas = self.rpn_head(maps)
+        boxes = scattered_boxes(self.options.regions, tuple(images.shape[2:])).to(logits[0])
+        boxes = boxes.expand(len(images), -1, -1)
+        kept = suppress(boxes, torch.ones_like(boxes[..., 0], dtype=torch.bool), self.options.proposal_nms)
+        features = self._region_features(maps, boxes, BOX_BINS) * kept[..., None, None, None]
+        said = [torch.cat(logits, 1), torch.cat(deltas, 1), features]
+        for head in self.roi_head.box_heads():
+            said += head(features)
+        if mask_heads := self.roi_head.mask_heads():
+            features = self._region_features(maps, boxes[:, : self.options.positives], MASK_BINS)
+            said += [features, *(head(features) for head in mask_heads)]
+        return [widen(x) for x in said]
 
     def anchors(self, maps: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         """The anchors (sites * ratios, 4) of each map, in type and on the device of `like`."""

@@ -59,11 +59,11 @@ class DetectionObjective:
         return torch.stack([*losses.values()]).sum()
 
     def smooth_loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """The mean square of what the first stage says of each anchor: rounding moves it little, whereas it may change
-        which proposals are kept, and so the loss."""
+        """The sum of the root mean squares of what the heads say about anchors and fixed boxes: rounding moves it
+        little, whereas it may change which proposals are kept, and so the loss."""
         images = self._normalised(model, batch)
-        maps = model.pyramid(images, self._keep(images, batch, step))
-        return torch.cat([said.flatten() for outputs in model.rpn_head(maps) for said in outputs]).square().mean()
+        outputs = model.outputs_on_fixed_boxes(images, self._keep(images, batch, step))
+        return torch.stack([x.square().mean().sqrt() for x in outputs]).sum()
 
     def _keep(self, images: Tensor, batch: Batch, step: int) -> Tensor | None:
         keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates)

@@ -15,6 +15,7 @@ from pipeline.models.boxes import (
     generalised_iou,
     intersection_over_union,
     make_anchors,
+    scattered_boxes,
 )
 
 CORNER, SIDE = st.floats(-500, 1500), st.floats(0.5, 900)
@@ -94,3 +95,15 @@ def test_anchors_lie_by_rows_columns_and_ratios():
     torch.testing.assert_close(box_area(coarse), torch.full((3,), 64.0**2))
     # As mmdetection's AnchorGenerator prints them for stride 8, scale 8.
     assert coarse.round(decimals=4).tolist()[0] == pytest.approx([-45.2548, -22.6274, 45.2548, 22.6274], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(800, 1344), (64, 96)])
+def test_scattered_boxes_are_whole_pixels_within_the_image_and_of_all_sizes(size):
+    boxes = scattered_boxes(512, size)
+    limits = torch.tensor(size[::-1]).repeat(2)
+    assert (boxes == boxes.round()).all()
+    assert ((boxes >= 0) & (boxes <= limits)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    levels = (box_area(boxes).sqrt() / 56).log2().floor().clamp(0, 3)
+    assert size[0] < 800 or torch.bincount(levels.int()).min() > 50
+    assert boxes.unique(dim=0).shape[0] > 500
