@@ -84,18 +84,29 @@ def test_every_start_is_timed(chain):
 
 
 def test_the_run_is_in_mlflow(chain):
+    """One stage was forwarded as it ran, the others are afterwards, in this process, which has MLflow already."""
     import mlflow
 
-    run, stage = chain[1], chain[1] / "pretrain"
+    from pipeline.tracking.forwarder import Forwarder
+
+    run = chain[1]
+    for name in STAGES[1:]:
+        forwarder = Forwarder(run / name, None, "fcmae")
+        forwarder.forward()
+        forwarder.close()
     client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
     parent = json.loads((run / "mlflow.json").read_text())["run_id"]
-    child = client.get_run(json.loads((stage / "mlflow.json").read_text())["run_id"])
-    assert child.data.tags["mlflow.parentRunId"] == parent
-    assert child.info.status == "FINISHED"
-    assert child.data.tags["verdict"] == json.loads((stage / "result.json").read_text())["verdict"]["sentence"]
-    for metric in ("train/loss", "train/data_wait_seconds"):
-        assert [m.step for m in client.get_metric_history(child.info.run_id, metric)] == list(range(1, 13))
-    files = [artifact.path for artifact in client.list_artifacts(child.info.run_id)]
+    ids = {name: json.loads((run / name / "mlflow.json").read_text())["run_id"] for name in STAGES}
+    assert len({parent, *ids.values()}) == 4
+    for name in STAGES:
+        child = client.get_run(ids[name])
+        assert child.data.tags["mlflow.parentRunId"] == parent
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["verdict"] == json.loads((run / name / "result.json").read_text())["verdict"]["sentence"]
+        for metric in ("train/loss", "train/data_wait_seconds"):
+            assert [m.step for m in client.get_metric_history(ids[name], metric)] == list(range(1, 13))
+    assert client.get_run(parent).info.status == "FINISHED"
+    files = [artifact.path for artifact in client.list_artifacts(ids["pretrain"])]
     assert any("pictures" in path or path.endswith(".png") for path in files)
 
 
