@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipeline.errors import CheckpointError
-from pipeline.weights.architecture import Shape
+from pipeline.weights.architecture import COUNTER, Shape
 
 _FCMAE_PARTS = {"encoder", "mask_token", "proj", "decoder", "pred"}
 _CLASSIFIER_PARTS = {"downsample_layers", "stages", "norm", "head"}
@@ -131,14 +131,14 @@ def detector_weights(
 
     Args:
         target: the detector's tensors.
-        keep_head: keep those tensors of the heads that are equal in name and shape, as from weights for other classes;
-            the weights must have heads for detection. Otherwise new ones are made.
+        keep_head: keep the heads, which the weights must have; of weights for other numbers of classes, without the
+            layers that have a row for each class. Otherwise new ones are made.
 
     Returns:
         The weights, and `drop` and `fresh` of `plan_transfer`.
 
     Raises:
-        CheckpointError: as `encoder_to_classifier`; or if there are no heads to keep.
+        CheckpointError: as `encoder_to_classifier`; or if there are no heads to keep, or others than the target has.
     """
     if keep_head and not any(name.startswith(("rpn_head.", "roi_head.")) for name in source):
         raise CheckpointError("init.head is keep but the weights have no heads for detection; set it to new")
@@ -148,10 +148,31 @@ def detector_weights(
         {name: tuple(value.shape) for name, value in side.items() if name.startswith(heads)}
         for side in (weights, target)
     ]
-    kept = {name for name, shape in shapes[0].items() if keep_head and shapes[1].get(name) == shape}
+    kept = _kept_heads(*shapes) if keep_head else set()
     for names, side in zip((drop, fresh), shapes, strict=True):
         names += [name for name in side if name not in kept]
     return weights, tuple(drop), tuple(fresh)
+
+
+def _kept_heads(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> set[str]:
+    """The names of the heads' tensors that the target takes over, given the shapes of all of both."""
+    kept = {name for name in target if source.get(name) == target[name]}
+    rest = (source.keys() | target.keys()) - kept
+    by_classes = {name for name in class_layers(rest) if name in source and name in target}
+    for name in sorted(rest - by_classes):
+        if name.endswith(COUNTER):  # foreign weights are read without
+            continue
+        shapes = ["absent" if shape is None else shape for shape in (source.get(name), target.get(name))]
+        settings = (
+            "objective.head, masks and region_norm"
+            if "absent" in shapes
+            else "objective.head_channels, fc_channels and model"
+        )
+        raise CheckpointError(
+            f"init.head is keep, but {name} is {shapes[0]} in the weights and {shapes[1]} in the model; set"
+            f" {settings} as they were for the weights, or init.head to new"
+        )
+    return kept
 
 
 def class_layers(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Weights of models for detection in mmdetection's layout: read, recognised, written, and put on other models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,7 @@ from pipeline.models.detector import create_detector
 from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.optim.groups import parameter_groups
-from pipeline.weights.architecture import DetectorArchitecture
+from pipeline.weights.architecture import COUNTER, DetectorArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.transfer import class_layers, detector_weights, plan_transfer, segmenter_weights
@@ -155,8 +157,30 @@ def test_heads_are_kept_where_their_shapes_agree():
     layers = ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
     assert fresh == dropped == {f"roi_head.{layer}.{part}" for layer in layers for part in WB}
     assert fresh == set(class_layers(ours))
+    cascade = state_of("slak", "cascade")
+    without_counters = {name: tensor for name, tensor in cascade.items() if tensor.is_floating_point()}
+    weights, drop, fresh = detector_weights(without_counters, cascade, keep_head=True)
+    assert (len(weights), drop) == (len(without_counters), ())
+    assert set(fresh) == {name for name in cascade if name.startswith("roi_head.") and name.endswith(COUNTER)}
     _, fresh, dropped = planned(ours, ours, keep_head=False)
     assert first_parts(fresh) == first_parts(dropped) == {"neck", "rpn_head", "roi_head"}
+
+
+def test_heads_that_differ_in_more_than_classes_are_not_mixed_with_new_ones():
+    name, options = BACKBONES["slak"]
+    ours = state_of("slak", "mask_rcnn")
+    for change, message in (
+        ({"channels": 16}, r"neck\.\S+ is .*set objective\.head_channels, fc_channels and model as"),
+        ({"fc_channels": 16}, r"roi_head\.bbox_head\.\S+ is .*set objective\.head_channels, fc_channels and model as"),
+        (
+            {"head": "cascade"},
+            r"roi_head\.\S+ is .* absent in the model; set objective\.head, masks and region_norm as .* new",
+        ),
+        ({"head": "faster_rcnn"}, r"mask_head\.\S+ is absent in the weights and .*set objective\.head, masks"),
+    ):
+        others = create_detector(name, replace(FORMS["mask_rcnn"], **change), **options).state_dict()
+        with pytest.raises(CheckpointError, match=r"init\.head is keep, but " + f".*{message}"):
+            detector_weights(others, ours, keep_head=True)
 
 
 def test_layers_learn_slower_the_nearer_they_are_to_the_images():
