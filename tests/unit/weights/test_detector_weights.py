@@ -174,7 +174,7 @@ def test_heads_that_differ_in_more_than_classes_are_not_mixed_with_new_ones():
         ({"fc_channels": 16}, r"roi_head\.bbox_head\.\S+ is .*set objective\.head_channels, fc_channels and model as"),
         (
             {"head": "cascade"},
-            r"roi_head\.\S+ is .* absent in the model; set objective\.head, masks and region_norm as .* new",
+            r"roi_head\.\S+ is .* absent in the model; set objective\.head, masks and region_norm .* new",
         ),
         ({"head": "faster_rcnn"}, r"mask_head\.\S+ is absent in the weights and .*set objective\.head, masks"),
     ):
