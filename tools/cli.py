@@ -49,7 +49,14 @@ def _print_version(wanted: bool) -> None:
 
 
 class _Commands(typer.core.TyperGroup):
-    """Commands of which one has a name of two words."""
+    """Commands of which some have a name of two words. Ctrl-C ends each with one sentence and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("fcmae: interrupted", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         two = " ".join(args[:2])

@@ -1,7 +1,12 @@
 """Evaluate weights with one process or several processes of this machine."""
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +18,7 @@ from cluster.local import reserve_port
 from pipeline.data.batch import Batch
 from pipeline.data.beton import open_beton
 from pipeline.data.subset import Subset
+from pipeline.distributed.processes import die_with_parent
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, UserError
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width
@@ -134,10 +140,10 @@ def _run_processes(work: Callable[[], R], processes: int, port: int) -> R:
     answers = mp.get_context("spawn").SimpleQueue()
     answer: R | str | None = None
     try:
-        context = mp.spawn(_run_spawned, (processes, port, work, answers), nprocs=processes, join=False)
-        # Read the queue meanwhile, because a process cannot exit before a long answer is read from its pipe.
-        while not context.join(POLL_SECONDS):
-            answer = answer or _received(answers)
+        with _workers((processes, port, work, answers, os.getpid())) as context:
+            # Read the queue meanwhile, because a process cannot exit before a long answer is read from its pipe.
+            while not context.join(POLL_SECONDS):
+                answer = answer or _received(answers)
     except mp.ProcessRaisedException:
         answer = answer or _received(answers)
         if answer is None:
@@ -150,11 +156,36 @@ def _run_processes(work: Callable[[], R], processes: int, port: int) -> R:
     return answer
 
 
+@contextmanager
+def _workers(arguments: tuple) -> Iterator[mp.ProcessContext]:
+    """Start `_run_spawned(rank, *arguments)` for each rank; whatever ends the block, Ctrl-C and SIGTERM too, ends them.
+
+    They leave Ctrl-C to this process: a rank that waits for another one's collective would not notice it.
+    """
+    before = set(multiprocessing.active_children())
+    in_main = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if in_main else None
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # which the new processes inherit
+        try:
+            context = mp.spawn(_run_spawned, arguments, nprocs=arguments[0], join=False)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield context
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+        if in_main:
+            signal.signal(signal.SIGTERM, earlier)
+
+
 def _received(answers: Any) -> Any:
     return None if answers.empty() else answers.get()
 
 
-def _run_spawned(rank: int, processes: int, port: int, work: Callable[[], Any], answers: Any) -> None:
+def _run_spawned(rank: int, processes: int, port: int, work: Callable[[], Any], answers: Any, parent: int) -> None:
+    die_with_parent(parent)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")

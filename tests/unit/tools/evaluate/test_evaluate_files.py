@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import yaml
 from PIL import Image
 
 from pipeline.data.beton_writer import BetonWriter
+from pipeline.distributed.processes import start_time
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.models import create_model
 from pipeline.recipe import load_recipe, write_recipe
@@ -175,6 +178,43 @@ if __name__ == "__main__":
     found = run_evaluation(EvaluationRequest(weights, data, image_size={SIZE}, classes=head, device="cpu"), 2)
     print(found.metrics["images"], len(found.missing))
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_the_processes_that_wait_for_each_other(number):
+    """Sent to the whole group, as a terminal does, and while the ranks are in a collective that never ends."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    workers = [int(command.stdout.readline()) for _ in range(2)]
+    if number == signal.SIGINT:
+        os.killpg(command.pid, number)
+    else:
+        command.send_signal(number)
+    _, said = command.communicate(timeout=600)  # their own limit is an hour
+    assert command.returncode == (1 if number == signal.SIGINT else 128 + number)
+    assert (said.strip().splitlines() or ["nothing"])[-1] == ("stopped" if number == signal.SIGINT else "nothing")
+    assert [start_time(pid) for pid in workers] == [0, 0]
+
+
+WAITING = """
+import sys
+import tests.unit.tools.evaluate.test_evaluate_files as here
+from tools.evaluate.run_evaluation import run_on_processes
+try:
+    run_on_processes(here.wait_for_nobody, 2)
+except KeyboardInterrupt:
+    sys.exit("stopped")
+"""
+
+
+def wait_for_nobody() -> None:
+    """On rank 0 receive what rank 1, which receives as well, never sends."""
+    world = World.join("cpu", timeout_seconds=3600)
+    os.write(1, f"{os.getpid()}\n".encode())
+    torch.distributed.recv(torch.zeros(1), 1 - world.rank)
 
 
 def test_neighbours_of_files(place):
