@@ -240,11 +240,12 @@ class StageRecipe(Settings):
             raise ValueError(
                 f"objective.frozen_stages is {objective.frozen_stages} but the model has {stages} stages; lower it"
             )
-        if self.init.start == "scratch" and (objective.frozen_stages or objective.frozen_norms):
-            field = "frozen_stages" if objective.frozen_stages else "frozen_norms"
+        is_new = self.init.start == "scratch" or (self.init.start == "previous" and self.previous is None)
+        if is_new and (objective.frozen_stages or objective.frozen_norms):
+            frozen = f"stages is {objective.frozen_stages}" if objective.frozen_stages else "norms is true"
             raise ValueError(
-                f"objective.{field} is {str(getattr(objective, field)).lower()} but init.start is scratch, so what is"
-                f" frozen would have learnt nothing; set it to {'0' if objective.frozen_stages else 'false'}"
+                f"objective.frozen_{frozen} but the stage starts with new weights, so what is frozen would have learnt"
+                " nothing; name weights in init, or freeze nothing"
             )
         if objective.frozen_stages and self.engine.kind == "deepspeed":
             raise ValueError(

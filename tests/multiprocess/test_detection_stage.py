@@ -211,6 +211,7 @@ def test_frozen_weights_stay_and_the_others_train_alike_under_ddp_and_fsdp(direc
         f"defaults.model={model}",
         "stages.detect.objective.frozen_stages=1",
         "stages.detect.objective.frozen_norms=true",
+        "stages.detect.init.weights=any",
         "stages.detect.optimizer.layer_decay=1.0",
     ]
     losses, broken = on_ranks(1, frozen_and_trained, detect_stage(directory, 1, *changes), 3)[0]

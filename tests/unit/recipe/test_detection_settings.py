@@ -9,6 +9,7 @@ from pipeline.recipe import StageRecipe
 from pipeline.recipe.yaml_files import expand_stages, parse_settings
 
 SMALL = {
+    "previous": "pretrain",
     "objective": {"kind": "detection", "classes": 3},
     "model": {"name": "convnextv2", "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
     "data": {"train": "train.beton", "image_size": 64, "views": {}},
@@ -20,7 +21,7 @@ NEXT_VIT = {"name": "nextvit_small", "depths": None, "dims": None}
 
 
 def stage(**changes) -> StageRecipe:
-    raw = {**SMALL, **{name: {**SMALL.get(name, {}), **change} for name, change in changes.items()}}
+    raw = {**SMALL, **{name: change and {**SMALL.get(name, {}), **change} for name, change in changes.items()}}
     return parse_settings(StageRecipe, raw, "it")
 
 
@@ -45,10 +46,14 @@ def stage(**changes) -> StageRecipe:
         ({"objective": {"region_norm": "batch"}}, "head mask_rcnn has none; set it to none"),
         ({"objective": {"regions": 3}}, r"regions 3 \* positive_share 0.25 is less than 1"),
         ({"objective": {"anchors_sampled": 1}}, "anchors_sampled is 1"),
-        ({"objective": {"frozen_stages": 1}, "init": {"start": "scratch"}}, "is 1 but init.start is scratch, .* to 0"),
+        (
+            {"objective": {"frozen_stages": 1}, "init": {"start": "scratch"}},
+            "is 1 but the stage starts with new weights",
+        ),
+        ({"objective": {"frozen_stages": 1}, "previous": None}, "starts with new weights, .* name weights in init"),
         (
             {"objective": {"frozen_norms": True}, "model": NEXT_VIT, "init": {"start": "scratch"}},
-            "frozen_norms is true but init.start is scratch, .* set it to false",
+            "frozen_norms is true but the stage starts with new weights, .* or freeze nothing",
         ),
         (
             {"objective": {"frozen_norms": True, "map_norms": True}, "model": NEXT_VIT},
