@@ -136,7 +136,8 @@ def event_sentence(event: Event, terse: bool) -> str:
         case "verdict" if not event.get("on_track"):
             return str(event.get("sentence"))
         case "end" if event.get("outcome") != "done":
-            return f"{event.get('outcome')} at step {step}: {event.get('reason', '')}"
+            at = "" if step is None else f" at step {step}"
+            return f"{event.get('outcome')}{at}: {event.get('reason', '')}"
         case "evaluate" if not terse and isinstance(metrics := event.get("metrics"), dict):
             values = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
             return f"evaluation at step {step}: {', '.join(values)}"

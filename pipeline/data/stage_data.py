@@ -105,10 +105,10 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
                 f"stage {recipe.name}: the {what} of data.validation {recipe.data.validation} have other classes than"
                 " those of data.train, or in another order; prepare both with the same class names"
             )
-    if sum(train.values()) < recipe.batch.global_batch:
+    if (images := sum(train.values())) < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
-            f" {sum(train.values())} images that take part; make the batch smaller"
+            f" {images} {'image that takes' if images == 1 else 'images that take'} part; make the batch smaller"
         )
     schedule, steps_per_epoch = recipe.schedule, sum(train.values()) // recipe.batch.global_batch
     steps = recipe.total_steps(steps_per_epoch)

@@ -36,8 +36,10 @@ class Subset:
 
     @property
     def classes_with_images(self) -> int:
-        """How many of the classes have images here."""
-        sizes = zip(self.beton.classes, self.beton.samples_per_class, strict=True)
+        """How many of the classes have images in the file: as label, or in label maps or among objects."""
+        targets = self.beton.objects or self.beton.maps
+        images = targets.images if targets else self.beton.samples_per_class
+        sizes = zip(self.beton.classes, images, strict=True)
         return len({name for name, count in sizes if count}.intersection(self.classes))
 
     def numbered_as(self, names: Sequence[str]) -> "Subset":

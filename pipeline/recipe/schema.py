@@ -390,12 +390,13 @@ class StageRecipe(Settings):
         below = max((w for w in fits if w < world_size), default=None)
         above = min((w for w in fits if w > world_size), default=None)
         near = " or ".join(str(w) for w in (below, above) if w) or f"batch.micro_slots=1 (now {batch.micro_slots})"
+        noun = "process" if near == "1" else "processes"
         remedy = self.remedy_for_ranks(world_size)
         group = self.norm_group_images
         groups = f" that hold whole norm groups of {group} images" if group else ""
         raise RecipeError(
             f"stage {self.name}: {world_size} processes do not divide the {batch.slots} slots of a global batch"
-            f" into micro-batches of {batch.micro_slots}{groups}; use {near} processes{remedy and f', or {remedy}'}"
+            f" into micro-batches of {batch.micro_slots}{groups}; use {near} {noun}{remedy and f', or {remedy}'}"
         )
 
     def micro_slots_on(self, world_size: int) -> list[int]:

@@ -31,7 +31,7 @@ def roll_back(guard: StepGuard, engine: Engine, checkpoints: Checkpoints, log: S
     if len(before) >= settings.max_rollbacks:
         raise StageError(
             f"{reason}, after {len(before)} rollbacks (health.max_rollbacks); lower the learning rate, lengthen"
-            " schedule.warmup_epochs or set optimizer.clip_norm, and start another --out, or raise"
+            " schedule.warmup_steps or warmup_epochs, or set optimizer.clip_norm, and start another --out, or raise"
             " health.max_rollbacks if the data explain it"
         )
     checkpoints.settle()

@@ -59,13 +59,18 @@ class DetectionScores:
             [self.names[n], f"{self.counts[n]:,}", *(_shown(values[n]) for values in self.of_classes.values())]
             for n in found[:ROWS]
         ]
+        absent = [
+            [self.names[n], "no objects", *("" for _ in self.of_classes)]
+            for n, value in enumerate(self.of_classes["box_ap"])
+            if value is None
+        ]
         worst = "" if len(found) <= ROWS else f"The {ROWS} worst of "
         return [
             ("Average precision and recall", *figures_table(self.metrics)),
             (
-                f"{worst}{len(found)} classes by box AP",
+                f"{worst}{len(found)} {'class' if len(found) == 1 else 'classes'} by box AP",
                 ["class", "objects", *(titles[kind] for kind in self.of_classes)],
-                rows,
+                rows + absent[:ROWS],
             ),
         ]
 

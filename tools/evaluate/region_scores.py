@@ -59,6 +59,9 @@ class RegionScores:
             [self.names[n], f"{share[n]:.2f} %", f"{iou[n]:.2f} %", _shown(accuracy[n]), self._taken_for(n)]
             for n in found[:ROWS]
         ]
+        absent = [
+            [name, "no pixels", "", "", ""] for name, value in zip(self.names, iou, strict=True) if np.isnan(value)
+        ]
         wrong = self.matrix * ~np.eye(len(self.names), dtype=bool)
         order = np.argsort(-wrong, axis=None, kind="stable")[:ROWS]
         pairs = [(*divmod(int(place), len(self.names)), int(wrong.flat[place])) for place in order]
@@ -70,9 +73,9 @@ class RegionScores:
         worst = "" if len(found) <= ROWS else f"The {ROWS} worst of "
         return [
             (
-                f"{worst}{len(found)} classes by IoU",
+                f"{worst}{len(found)} {'class' if len(found) == 1 else 'classes'} by IoU",
                 ["class", "of all pixels", "IoU", "accuracy", "taken for"],
-                classes,
+                classes + absent[:ROWS],
             ),
             ("Most confused classes", ["class", "taken for", "pixels", "of the class"], rows),
         ]

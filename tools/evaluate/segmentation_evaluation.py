@@ -110,8 +110,10 @@ def check_classes(weights: str, known: tuple[str, ...], data: str, classes: tupl
     """
     if known in (classes, tuple(map(str, range(len(classes))))):
         return
-    pairs = zip(known, classes, strict=False)
-    first = next((f"{mine!r} and {theirs!r}" for mine, theirs in pairs if mine != theirs), "all others are equal")
+    numbered = enumerate(zip(known, classes, strict=False))
+    first = next(
+        (f"class {n} is {mine!r} in the model and {theirs!r} in the data" for n, (mine, theirs) in numbered
+            if mine != theirs), "all others are equal")  # fmt: skip
     raise DataError(
         f"{weights} names {len(known)} classes and {data} {len(classes)} ({first}); prepare the data with the model's"
         " classes, in its order"

@@ -156,7 +156,7 @@ def _detect(
 
     if out is None:
         raise UserError(f"{weights} is a detector, which answers with boxes and masks; give --out DIR for them")
-    model = load_detection_model(weights, ema=ema).tested(*test)
+    model = load_detection_model(weights, ema=ema).tested(*test).answering_from(test[0])
     model.network.to(_device())
     if window is not None:
         model = replace(model, reading=replace(model.reading, window=window, as_loader=False))
@@ -167,7 +167,8 @@ def _detect(
     _check_read(images)
     print(detections_json(searched, images.unreadable) if json else "\n".join(map(str, searched)))
     shown = f"pictures of the objects with scores from {least:g}"
-    print(f"{out} holds {shown}, and all objects in {ANNOTATIONS}", file=sys.stderr)
+    rest = "all objects" if test[0] is None else "the same objects"
+    print(f"{out} holds {shown}, and {rest} in {ANNOTATIONS}", file=sys.stderr)
 
 
 def embed_images(

@@ -47,6 +47,8 @@ class DetectionModel(TrainedModel):
     """How an image of any mode, depth and orientation becomes RGB."""
     stage: Path | None = None
     """The stage directory of the weights, where they have one."""
+    least_score: float = 0.0
+    """Objects below it are left out of the answer: soft-NMS lowers scores below the threshold that it was given."""
 
     kind: ClassVar[Kind] = "detector"
 
@@ -81,7 +83,7 @@ class DetectionModel(TrainedModel):
         Raises:
             UserError: if an image cannot be read, or a number is out of bounds.
         """
-        model = self.tested(score_threshold, nms, soft_nms)
+        model = self.tested(score_threshold, nms, soft_nms).answering_from(score_threshold)
         return [model.objects(rgb_pixels(image, self.reading)) for image in split_images(images)]
 
     def tested(
@@ -107,6 +109,10 @@ class DetectionModel(TrainedModel):
             raise UserError("score_threshold is 0, under which soft-NMS never drops an object; set it above 0")
         return replace(self, network=network)
 
+    def answering_from(self, score: float | None) -> "DetectionModel":
+        """Return the model that leaves out of its answers what is less sure than this; None leaves out nothing."""
+        return replace(self, least_score=score or 0.0)
+
     @property
     def described(self) -> str:
         """What goes through the network, and which objects remain, in words."""
@@ -128,6 +134,7 @@ class DetectionModel(TrainedModel):
         with torch.no_grad():
             found = self.network(images, torch.tensor([size]))
         (objects,) = detected_objects(found, torch.tensor([size]), torch.tensor([(height, width)]))
+        objects = objects.chosen(objects.scores >= self.least_score)
         return objects._replace(names=tuple(self.classes[number] for number in objects.classes))
 
 

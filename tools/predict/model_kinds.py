@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 Kind = Literal["classifier", "segmenter", "detector"]
 KINDS: Mapping[str, Kind] = {"segmentation": "segmenter", "detection": "detector"}  # by objective; others: classifier
 ANSWERS: Mapping[Kind, str] = {"classifier": "predict", "segmenter": "segment", "detector": "detect"}  # its method
+_OTHERS = ("embed", "transform", "logits", "predict_pixels", "logits_of_pixels", "features_of_pixels", "maps_of_pixels")
 
 
 class TrainedModel:
@@ -39,8 +40,15 @@ class TrainedModel:
         """Compute the maps of the stages; those of a classifier or an encoder."""
         self._refuse("maps")
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _OTHERS:
+            self._refuse(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
     def _refuse(self, method: str) -> NoReturn:
         other = next((kind for kind, own in ANSWERS.items() if own == method), "classifier")
+        if other == self.kind:  # an embedding has no method of this name
+            raise UserError(f"{self.source}: a {self.kind} has no {method}(); call features()")
         raise UserError(f"{self.source} is a {self.kind} and {method}() is for a {other}; call {ANSWERS[self.kind]}()")
 
 

@@ -32,11 +32,12 @@ from tools.prepare.image_source import (
     read_whole_file,
     why_ignored,
 )
-from tools.prepare.yolo_labels import divided, read_yolo
+from tools.prepare.yolo_labels import divided, read_yolo, unused_files
 from tools.prepare.zip_archives import ZipMembers, ZippedFile, list_zip
 
 MISSING = "it is annotated, and missing"
 _OTHER_PART = "it is for neither training nor validation"
+_NO_IMAGE = "it is a label file without an image"
 _COCO_NAME = re.compile(r"(.*/)?(COCO_[a-z]+\d+_)?\d{12}\.jpg")
 _TRAINING, _VALIDATION = ("train2017", "train2014", "train"), ("val2017", "val2014", "val", "valid")
 _JSON_NAMES = ("instances_{part}.json", "{part}.json")
@@ -300,8 +301,15 @@ def _open_yolo(source: str, options: ObjectOptions, reading: ReadingSettings) ->
     fs, path = locate(source)
     items, held_out = divided(fs, path, images.items)
     packed = {item.name for item in items}
-    others = ((item.name, _OTHER_PART) for item in images.items if item.name not in packed)
-    images = replace(images, items=items, ignored=(*images.ignored, *others))
+    others = [item.name for item in images.items if item.name not in packed]
+    unread, alone = unused_files([name for name, _ in images.ignored], packed, others)
+    why = {name: _OTHER_PART for name in others} | {name: _NO_IMAGE for name in alone}
+    ignored = [(name, why.pop(name, reason)) for name, reason in images.ignored if name in unread]
+    images = replace(images, items=items, ignored=(*ignored, *why.items()))
     table = read_yolo(fs, path, images, replace(reading, upright=options.upright is not False))
     opened = _matched("YOLO", images, table, table.finish(), source)
-    return replace(opened, held_out=held_out, upright=True)
+    notes = opened.notes
+    if alone:
+        said = "1 label file has" if len(alone) == 1 else f"{len(alone):,} label files have"
+        notes += (f"{base(source)}: {said} no image, such as {alone[0]}",)
+    return replace(opened, notes=notes, held_out=held_out, upright=True)

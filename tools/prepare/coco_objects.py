@@ -208,6 +208,13 @@ class ObjectTable:
                 f"bbox {box} lies outside of image {image.image_id}, {image.width} x {image.height} pixels",
                 "correct or remove it",
             )
+        edges = (image.width, x, x + width), (image.height, y, y + height)
+        if any(first < -side or last > 2 * side for side, first, last in edges):
+            raise self._error(
+                what,
+                f"bbox {box} reaches far outside of image {image.image_id}, {image.width} x {image.height} pixels",
+                "give pixels of the image",
+            )
         if not (width and height):
             self._tolerate(_NO_AREA, object_id)
         if x < 0 or y < 0 or x + width > image.width or y + height > image.height:
@@ -280,7 +287,7 @@ class ObjectTable:
         value = entry.get(key)
         if type(value) is not int or not -(2**63) <= value < 2**63:
             found = f"{key} is {shortened(value)}" if key in entry else f"{key} is missing"
-            raise self._error(what, found, "give a whole number")
+            raise self._error(what, found, "give a whole number" + " below 2^63" * (type(value) is int))
         return value
 
     def _error(self, what: str, found: str, remedy: str) -> DataError:

@@ -128,7 +128,8 @@ def _objects(beton: Beton) -> str:
     masks = "with masks" if beton.objects.masks else "without masks"
     missing = [name for count, name in most if not count]
     absent = f"; of none: {_named(missing)}" if missing else ""
-    return f"objects: {total:,} {masks}{more}, in all but {_counted(empty, 'image', 's')}: {', '.join(said)}{absent}"
+    where = f"all but {_counted(empty, 'image', 's')}" if empty else "every image"
+    return f"objects: {total:,} {masks}{more}, in {where}: {', '.join(said)}{absent}"
 
 
 def _named(classes: Sequence[str]) -> str:

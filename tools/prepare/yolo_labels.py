@@ -8,7 +8,7 @@ An image without a file has no objects.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -73,6 +73,18 @@ def divided(fs: AbstractFileSystem, path: str, images: Sequence[Item]) -> tuple[
     kept = [(item, part == "val") for item, part in zip(inside, parts, strict=True) if part in ("train", "val")]
     held_out = tuple(held for _, held in kept)
     return [item for item, _ in kept], held_out if set(held_out) == {True, False} else None
+
+
+def unused_files(files: Sequence[str], packed: Iterable[str], others: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Of the files that are no images, return those that were not read, and those of them that are labels of no image.
+
+    Args:
+        files: their paths in the source; also of images, `packed` being those whose labels were read.
+    """
+    read = {_YAML, _CLASSES, *map(_label_file, packed)}
+    unread, known = {name for name in files if name not in read}, set(map(_label_file, others))
+    labels = (name for name in files if name.endswith(".txt") and "labels" in name.split("/")[:-1])
+    return unread, [name for name in labels if name in unread and name not in known]
 
 
 def _named_parts(folder: str, named: Mapping[str, Any], names: Sequence[str]) -> list[str | None]:

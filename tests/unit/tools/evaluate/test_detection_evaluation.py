@@ -31,6 +31,7 @@ from tests.support import fcmae
 from tests.unit.recipe.test_detection_settings import stage
 from tools.evaluate.detection_evaluation import DetectionRequest, evaluate_detector
 from tools.evaluate.kept_detections import keep_detections, kept_detections
+from tools.evaluate.segmentation_evaluation import check_classes
 from tools.predict.coco_files import ANNOTATIONS
 from tools.report.document import Grid
 from tools.report.evaluations import evaluation_blocks
@@ -153,6 +154,8 @@ def test_other_options_of_testing(place, result) -> None:
     assert sure.scores.min() > least
     (hard,), (soft,) = (model.detect(pixels, nms=0.05, soft_nms=soft) for soft in (False, True))
     assert hard.scores[-1] < soft.scores[-1], "it keeps more"
+    (kept,) = model.detect(pixels, nms=0.05, soft_nms=True, score_threshold=least)
+    assert kept.scores.min() >= least, "scores that soft-NMS lowered are compared once more"
     np.testing.assert_array_equal(model.detect(pixels)[0].boxes, whole.boxes)
     request = DetectionRequest(str(place / "weights.safetensors"), str(beton.path), device="cpu", soft_nms=True)
     other = evaluate_detector(request)
@@ -184,6 +187,42 @@ def test_predict_writes_what_detect_finds(place, monkeypatch) -> None:
             zoom = picture.width // image["width"]
             assert picture.size == (zoom * image["width"], zoom * image["height"])
             assert 384 <= max(picture.size) < 384 + max(SIZES[int(image["id"]) - 1])
+
+
+def test_predict_keeps_the_threshold_in_the_json_file(place, monkeypatch) -> None:
+    place, _beton = place
+    monkeypatch.chdir(place)
+    (whole,) = way_in.load("weights.safetensors", device="cpu").detect("images/1.png")
+    least = float(np.median(whole.scores))
+    done = fcmae("predict", "weights.safetensors", "images/1.png", "--out", "sure", "--soft-nms", "--nms", "0.05",
+        "--score-threshold", least)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "and the same objects in detections.json" in done.stderr
+    scores = [one["score"] for one in json.loads((place / "sure" / ANNOTATIONS).read_text())["annotations"]]
+    assert 0 < len(scores) < len(whole.scores)
+    assert min(scores) >= least
+
+
+def test_methods_of_other_kinds_name_the_detectors_own(place) -> None:
+    model = way_in.load(place[0] / "weights.safetensors", device="cpu")
+    for name in ("transform", "embed", "logits"):
+        with pytest.raises(UserError, match=rf"is a detector and {name}\(\) is for a classifier; call detect\(\)"):
+            getattr(model, name)
+    assert not hasattr(model, "nonsense")
+
+
+def test_a_class_without_objects_is_listed(result) -> None:
+    found = result.scores.of_classes
+    absent = {name: (None, *values[1:]) for name, values in found.items()}
+    _figures, (title, _headers, rows) = replace(result.scores, of_classes=absent).tables()
+    present = [value for value in found["box_ap"][1:] if value is not None]
+    assert rows[len(present)][:2] == [NAMES[0], "no objects"]
+    assert title == f"{len(present)} {'class' if len(present) == 1 else 'classes'} by box AP"
+
+
+def test_classes_in_another_order_are_named() -> None:
+    with pytest.raises(UserError, match="class 0 is 'jug' in the model and 'cup' in the data"):
+        check_classes("w", ("jug", "cup"), "d.beton", ("cup", "jug"))
 
 
 def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:

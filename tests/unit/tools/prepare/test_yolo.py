@@ -186,3 +186,17 @@ def test_bad_labels_name_their_line(tmp_path, labels, says):
 def test_bad_classes_are_named(tmp_path, yaml, says):
     with pytest.raises(DataError, match=says):
         prepared(write(tmp_path / "a", "", yaml=yaml), tmp_path / "a.beton")
+
+
+def test_files_that_were_read_are_not_called_ignored(tmp_path):
+    folder = placed(tmp_path / "y", "train/a.jpg", "val/b.jpg", "test/c.jpg")
+    (folder / "labels/train/lost.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (folder / "readme.md").write_text("of a cat")
+    opened = open_annotated_source(str(folder), ObjectOptions(yolo=True))
+    assert dict(opened.ignored) == {
+        "images/test/c.jpg": "it is for neither training nor validation",
+        "labels/test/c.txt": "its name is not an image's",
+        "labels/train/lost.txt": "it is a label file without an image",
+        "readme.md": "its name is not an image's",
+    }
+    assert opened.notes == ("y: 1 label file has no image, such as labels/train/lost.txt",)
