@@ -180,9 +180,10 @@ def _absolute(recipe: StageRecipe, field: str, path: str | None) -> str | None:
         return None
     path = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?(\w+)", path):
+        scratch = ", or init=null to start from scratch" if field == "init.weights" else ""
         raise RecipeError(
             f"stage {recipe.name}: {field} is {path}, but ${unset[1]} is not set; export it, or give"
-            f" stages.{recipe.name}.{field}=PATH"
+            f" stages.{recipe.name}.{field}=PATH{scratch}"
         )
     RecipeError.refuse_secrets(path, f"stage {recipe.name}: {field}")  # a variable may hold one
     return path if is_url(path) else str(Path(path).absolute())

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+from pydantic import ValidationError
 
 from pipeline.distributed.processes import keep_imports_safe
 from pipeline.errors import UserError
@@ -154,6 +155,9 @@ def _usage_sentence(error: "UsageError") -> str:
     said, _, guess = " ".join(error.format_message().split()).rstrip(".").partition(". Did you mean ")
     if options := getattr(error, "possibilities", None):
         said, guess = error.message, " or ".join(sorted(options))
+    found = error.__cause__.errors() if isinstance(error.__cause__, ValidationError) else []
+    if any(str(one["input"]).strip("+- ").lower() == "nan" for one in found):
+        said = said.replace("Input should be", "it is nan; give a number")
     said, guess = said.replace(": Value error, ", ": "), f"; did you mean {guess.rstrip('?')}?" if guess else ""
     command = error.ctx.command_path if error.ctx else "fcmae"
     return f"{said[0].lower()}{said[1:]}{guess} (`{command} --help` explains)"

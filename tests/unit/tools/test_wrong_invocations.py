@@ -113,6 +113,7 @@ USAGE = [
     (("run", "--out", "out"), "missing argument"),
     ((*RUN, "--nprocs", "2"), "no such option: --nprocs; did you mean --nproc?"),
     ((*RUN, "--nproc", "0"), "invalid value for '--nproc'"),
+    (("predict", "a", "b", "--score-threshold", "nan"), "'--score-threshold': it is nan; give a number less than or"),
     (("logs", "folder", "--lines", "none"), "invalid value for '--lines'"),
     (("prepare", "folder", "out.beton", "--on-bad", "what"), "'--on-bad': 'what' is not one of 'refuse', 'skip' ("),
 ]

@@ -45,7 +45,8 @@ def test_tables_begin_with_the_worst_class_and_the_largest_confusion(maps) -> No
     scores = RegionScores(NAMES, count_pixels(truth, predicted, len(NAMES)))
     (_, _, classes), (_, _, pairs) = scores.tables()
     assert classes[0][0] == "boat"
-    assert {row[0] for row in classes} == set(NAMES) - {"never"}
+    assert {row[0] for row in classes} == set(NAMES)
+    assert classes[-1] == ["never", "no pixels", "", "", ""]
     counts = [int(row[2].replace(",", "")) for row in pairs]
     assert counts == sorted(counts, reverse=True)
     assert sum(counts) == scores.matrix.sum() - np.trace(scores.matrix)
@@ -65,4 +66,4 @@ def test_kept_facts_give_the_same_scores(maps) -> None:
 def test_without_pixels_there_is_no_score() -> None:
     scores = RegionScores(NAMES, np.zeros((5, 5), np.int64))
     assert all(math.isnan(value) for value in scores.metrics.values())
-    assert scores.tables()[0][2] == []
+    assert [row[:2] for row in scores.tables()[0][2]] == [[name, "no pixels"] for name in NAMES]
