@@ -21,7 +21,7 @@ NEXT_VIT = {"name": "nextvit_small", "depths": None, "dims": None}
 
 
 def stage(**changes) -> StageRecipe:
-    raw = {**SMALL, **{name: change and {**SMALL.get(name, {}), **change} for name, change in changes.items()}}
+    raw = {**SMALL, **{n: None if new is None else {**SMALL.get(n, {}), **new} for n, new in changes.items()}}
     return parse_settings(StageRecipe, raw, "it")
 
 
