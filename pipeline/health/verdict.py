@@ -148,7 +148,9 @@ def _medians(values: list[float]) -> list[float]:
 
 
 def _skipped_steps(kept: list[Event], lines: Mapping[int, Event], losses: Mapping[int, float]) -> Check:
-    last = max(lines, default=0)
+    # Steps that a rollback leaves out have no event of their own, and all of them may be left out.
+    passed = [e.get("step") for e in kept if e.get("kind") in ("evaluate", "save")]
+    last = max([*lines, *(step for step in passed if isinstance(step, int))], default=0)
     skipped = last - len(losses)
     rollbacks = max((e.get("rollbacks") or 1 for e in kept if e.get("kind") == "rollback"), default=0)
     if not last:

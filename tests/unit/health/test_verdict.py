@@ -94,6 +94,16 @@ def test_more_than_one_rollback_is_off_track_and_left_out_steps_count(recipes):
     assert failed(judge_journal(recipes["pretrain"], many)) == ["steps made"]
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_stage_that_made_no_step_is_off_track(recipes, stage):
+    """The last rollback leaves all of its steps out, so that no line of a step is kept."""
+    events = history([math.nan] * 12, tuple(range(1, 13)), loss=math.nan)
+    back = {"kind": "rollback", "step": 0, "rollbacks": 1}
+    verdict = judge_journal(recipes[stage], [*events[:-1], back, events[-1]])
+    assert "steps made" in failed(verdict)
+    assert "12 of 12 steps were skipped" in verdict.sentence
+
+
 def test_the_best_evaluation_is_remembered(recipes):
     events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
     better = {"kind": "evaluate", "step": 30, "metrics": {"top1": 62.0, "loss": 1.0}}

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster.show import progress
-from cluster.show.progress import Progress
+from cluster.show.progress import Progress, event_sentence
 from pipeline.distributed.processes import start_time as process_start_time
 from pipeline.storage.folder import write_json
 from pipeline.tracking.journal import Journal
@@ -94,6 +94,12 @@ def test_a_resume_begins_in_the_middle(run: Path) -> None:
         "finetune: step 6/10  loss 0.9",
         "finetune: saved at step 6: SIGTERM",
     ]
+
+
+def test_an_end_without_a_step_names_none() -> None:
+    end = {"kind": "end", "outcome": "permanent", "reason": "too many rollbacks", "step": None}
+    assert event_sentence(end) == "permanent: too many rollbacks"
+    assert event_sentence(end | {"step": 0}) == "permanent at step 0: too many rollbacks"
 
 
 def test_a_terminal_gets_one_row_per_stage(run: Path) -> None:
