@@ -98,8 +98,8 @@ def test_a_resume_begins_in_the_middle(run: Path) -> None:
 
 def test_an_end_without_a_step_names_none() -> None:
     end = {"kind": "end", "outcome": "permanent", "reason": "too many rollbacks", "step": None}
-    assert event_sentence(end) == "permanent: too many rollbacks"
-    assert event_sentence(end | {"step": 0}) == "permanent at step 0: too many rollbacks"
+    assert event_sentence(end, terse=False) == "permanent: too many rollbacks"
+    assert event_sentence(end | {"step": 0}, terse=False) == "permanent at step 0: too many rollbacks"
 
 
 def test_a_terminal_gets_one_row_per_stage(run: Path) -> None:
