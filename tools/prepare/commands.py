@@ -139,8 +139,8 @@ def prepare_masks(
     images: Annotated[str, typer.Argument(metavar="IMAGES",
         help="The folder of images; or a folder or .zip that holds images/ and masks/, such as"
         " ADEChallengeData2016.zip. Then leave out MASKS.")],
-    masks: Annotated[str, typer.Argument(metavar="[MASKS]",
-        help="The folder of masks: PNG files with the names of the images, whose pixels are class numbers.")],
+    masks: Annotated[str | None, typer.Argument(metavar="MASKS", show_default=False,
+        help="The folder of masks: PNG files with the names of the images, whose pixels are class numbers.")] = None,
     destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
         help="The .beton file to write; its label maps are written to OUT.maps.")] = None,
     classes: Annotated[str | None, file_option(
@@ -182,7 +182,7 @@ def prepare_masks(
         "overwrite": overwrite, "workers": workers, "maps": maps,
         "reading": _reading(None, ground, orientation, colour_space, window, max_pixels),
     }  # fmt: skip
-    _prepare(images, Path(masks) if destination is None else destination, split, group_by, options)
+    _prepare(images, _out_of(masks, destination), split, group_by, options)
 
 
 def prepare_coco(
@@ -190,9 +190,9 @@ def prepare_coco(
         help="The images: a folder or a .zip such as train2017.zip, read where it lies. Or a folder that holds images/"
         " and annotations.json, or COCO's train2017, val2017 and annotations, zipped or not. Then leave out"
         " ANNOTATIONS.")],
-    annotations: Annotated[str, typer.Argument(metavar="[ANNOTATIONS]",
+    annotations: Annotated[str | None, typer.Argument(metavar="ANNOTATIONS", show_default=False,
         help="COCO annotations of objects: a JSON file; or a folder or .zip such as annotations_trainval2017.zip, in"
-        " which instances_train2017.json belongs to images called train2017.")],
+        " which instances_train2017.json belongs to images called train2017.")] = None,
     destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
         help="The .beton file to write; its objects are written to OUT.objects.")] = None,
     exclude_names: _ExcludeNames = None,
@@ -222,7 +222,7 @@ def prepare_coco(
     both = destination is None  # IMAGES is a source of both, and ANNOTATIONS was left out
     upright = None if orientation is None else orientation == "upright"
     options = _object_options(ObjectOptions(None if both else annotations, upright=upright), locals())
-    _prepare(images, Path(annotations) if destination is None else destination, split, group_by, options)
+    _prepare(images, _out_of(annotations, destination), split, group_by, options)
 
 
 def prepare_yolo(
@@ -253,6 +253,13 @@ def prepare_yolo(
 
     upright = None if orientation is None else orientation == "upright"
     _prepare(source, destination, split, group_by, _object_options(ObjectOptions(yolo=True, upright=upright), locals()))
+
+
+def _out_of(second: str | None, third: Path | None) -> Path:
+    """The file to write: the last of the arguments, of which there are two or three."""
+    if second is None:
+        raise typer.BadParameter("OUT is missing; give the .beton file to write")
+    return Path(second) if third is None else third
 
 
 def _object_options(objects: Any, given: dict[str, Any]) -> dict[str, Any]:

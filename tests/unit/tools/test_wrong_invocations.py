@@ -111,6 +111,7 @@ USAGE = [
     (("recipe", "lst"), "no such command 'lst'; did you mean 'list'? (`fcmae recipe --help` explains)"),
     (("run", "tiny.yaml"), "missing option '--out' (`fcmae run --help` explains)"),
     (("run", "--out", "out"), "missing argument"),
+    (("prepare", "coco", "folder"), "OUT is missing; give the .beton file to write"),
     ((*RUN, "--nprocs", "2"), "no such option: --nprocs; did you mean --nproc?"),
     ((*RUN, "--nproc", "0"), "invalid value for '--nproc'"),
     (("predict", "a", "b", "--score-threshold", "nan"), "'--score-threshold': it is nan; give a number less than or"),
