@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.resolved_normalization import keep_normalization, resolve_normalization
 from cluster.slurm.job_history import SLURM_FOLDER, read_job_history
-from pipeline.data.beton import Beton
+from pipeline.data.beton import Beton, open_beton
 from pipeline.data.stage_data import check_stage_data
 from pipeline.data.staging import is_url
 from pipeline.errors import CheckpointError, DataError, RecipeError, StageError
@@ -19,7 +19,7 @@ from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recip
 from pipeline.recipe.yaml_files import recipe_text
 from pipeline.stage.directory import Stage, read_done
 from pipeline.stage.outcome import Outcome, OutcomeKind
-from pipeline.storage.file_names import DONE_FILE, IN_STAGES, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
+from pipeline.storage.file_names import DATA_FILE, DONE_FILE, IN_STAGES, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import remote_of
 from pipeline.tracking.journal import read_events
@@ -234,6 +234,18 @@ def check_before_start(recipe: ChainRecipe, directory: Path, processes: int, *, 
                 Stage(directory / name).attempts.check_free()
             check_weights(stage, directory / name)
             check_data(stage, classes)
+        elif (directory / name / DATA_FILE).exists():
+            _refuse_other_data(stage, directory / name)
+
+
+def _refuse_other_data(recipe: StageRecipe, directory: Path) -> None:
+    """Raise DataError if the recipe names another file now than that on which a finished stage was trained.
+
+    Only a file of another name is looked at, and one that is gone is no other one: a finished stage needs no data.
+    """
+    path, stage = recipe.data.train, Stage(directory)
+    if path != stage.recipe.data.train and not is_url(path) and Path(path).is_file():
+        stage.pin_data({"train": open_beton(path).identity})
 
 
 def check_weights(recipe: StageRecipe, directory: Path) -> None:

@@ -2,19 +2,23 @@
 
 import errno
 import os
+import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.chain import check_before_start, hold_run, open_chain
 from cluster.slurm.job_history import note_job_event
+from pipeline.data.beton import open_beton
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.distributed.processes import start_time
 from pipeline.errors import DataError, RecipeError, StageError
 from pipeline.recipe import load_recipe
 from pipeline.storage.file_names import ATTEMPTS_FOLDER, DATA_FILE, DONE_FILE
 from pipeline.storage.folder import write_json
-from tests.support import open_journal, write_tiny_recipe
+from tests.support import mark_done, open_journal, write_tiny_recipe
 
 OTHER = ["stages.pretrain.batch.global_batch=16", "stages.finetune=null"]
 
@@ -123,6 +127,29 @@ def test_a_refused_start_makes_nothing(tmp_path, change):
     with pytest.raises(DataError):
         check_before_start(load_recipe(recipe, [change]), tmp_path / "run", 1)
     assert files(tmp_path / "run") == before
+
+
+def test_a_finished_stage_keeps_its_data(tmp_path):
+    recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
+    stage = open_chain(load_recipe(recipe), run)[0]
+    own = Path(stage.recipe.data.train)
+    stage.pin_data({"train": open_beton(own).identity})
+    mark_done(stage.directory)
+    for name in ("copy.beton", "copy.beton.json"):
+        shutil.copy(str(own) + name.removeprefix("copy.beton"), tmp_path / name)
+    with BetonWriter(tmp_path / "other.beton", ["one", "two"], 2) as writer:
+        for label in range(2):
+            writer.add(np.full((32, 32, 3), label, np.uint8), label)
+    before = files(run)
+
+    def start(data: str) -> None:
+        check_before_start(load_recipe(recipe, [f"stages.pretrain.data.train={tmp_path / data}"]), run, 1)
+
+    start("copy.beton")
+    start("gone.beton")
+    with pytest.raises(DataError, match=r"was started with data.train of sha256 .*, or start another --out"):
+        start("other.beton")
+    assert files(run) == before
 
 
 def test_a_corrected_recipe_starts_on_a_disk_without_locks(refused, monkeypatch):
