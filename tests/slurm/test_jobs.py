@@ -143,8 +143,10 @@ def test_preempted_stage_is_requeued_and_ends_as_if_never_stopped(submit, undist
     assert outcome_of_attempt(stage, 2)["kind"] == OutcomeKind.DONE
     assert Stage(stage).done() == undisturbed.done()  # the weights' hash and the step
     (restart,) = restarts(stage)
-    ended = [event["kind"] for event in journal.read_events(stage / "journal.jsonl") if event["attempt"] == 1]
-    assert [kind for kind in ended if kind in ("stop", "save", "end")][-3:] == ["stop", "save", "end"]
+    kinds = [event["kind"] for event in journal.read_events(stage / "journal.jsonl") if event["attempt"] == 1]
+    kinds = [kind for kind in kinds if kind in ("stop", "save", "end")]
+    assert kinds[-2:] == ["save", "end"]
+    assert "stop" in kinds[:-2]  # a save that was under way may be written down behind it
     assert (restart.attempt, restart.stop is None, restart.save is None) == (1, False, False)
     assert min(restart.queue, restart.start) > 0
 
