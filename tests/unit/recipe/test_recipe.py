@@ -148,7 +148,7 @@ def test_every_world_size_is_accepted_or_answered_with_one_that_is(slots, micro,
         assert not fits
         suggestion = str(error).split("; use ")[1]
         if "micro_slots" not in suggestion:
-            for text in suggestion.partition(" processes")[0].split(" or "):
+            for text in suggestion.partition(" process")[0].split(" or "):
                 stage.check_world_size(int(text))
 
 
