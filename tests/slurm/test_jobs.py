@@ -336,7 +336,9 @@ def test_cancelled_job_saves_and_stays_cancelled_until_resume(submit, undisturbe
     wait_until(stage, JobState.ENDED)
     assert Stage(stage).done() == undisturbed.done()
     assert job_of(stage).id != job.id
-    assert [event["message"][:11] for event in events(stage, "event")] == ["numpy was 0"]
+    messages = [event["message"] for event in events(stage, "event")]
+    # On a busy machine a rank may also be named as slow.
+    assert [message[:11] for message in messages if "the others" not in message] == ["numpy was 0"]
 
 
 @pytest.mark.slow
