@@ -41,7 +41,7 @@ _FULL_PRECISION = {"cpu": (), "cuda": (torch.layer_norm, F.layer_norm, F.cross_e
 
 @dataclass(frozen=True)
 class Trace:
-    """Forward and backward pass of one micro-batch. Depends on the number of ranks if norm groups span ranks."""
+    """Forward and backward pass of one micro-batch. Where ranks share a norm group, it depends on their number."""
 
     images: int
     timeline: np.ndarray

@@ -42,7 +42,7 @@ class Batch:
     windows_at_most: int = 0
     """In evaluation of segmentation: the largest number of windows that any rank's image of this round is cut into."""
     objects: BatchObjects | None = None
-    """The annotated objects of training views, in detection."""
+    """In detection: the annotated objects that training views show."""
     view_sizes: Tensor | None = None
     """In detection: (N, 2) int64 on the host, the height and width that the image takes up at the top left of
     `images`; the rest is padding."""

@@ -19,7 +19,7 @@ class BatchObjects:
     counts: tuple[int, ...]  # objects of each image, on the host
 
     def of(self, image: int) -> slice:
-        """The place of an image's objects among all."""
+        """The rows of one image's objects."""
         first = sum(self.counts[:image])
         return slice(first, first + self.counts[image])
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rle = dict[str, Any]
-"""A mask in COCO's compressed form: {"size": [height, width], "counts": bytes}."""
+"""A mask as run lengths, compressed as COCO does: {"size": [height, width], "counts": bytes}."""
 
 
 class ImageObjects(NamedTuple):

@@ -362,7 +362,7 @@ def cut_mask(counts, height, width, rows, columns, flip, out):
 
 @cache
 def compile_objects() -> None:
-    """Compile what cuts masks, or load it from disk: call it before any time-out runs."""
+    """Compile the functions that cut masks, or load them from disk: call it before any time-out runs."""
     counts, line = np.frombuffer(b"1", np.uint8), np.zeros(1, np.int64)  # as `Objects.mask` has them: read-only
     with compiling(Path(cut_mask.stats.cache_path), "objects"):
         cut_mask(counts, 1, 1, line, line, False, np.zeros((1, 1), np.uint8))

@@ -49,7 +49,7 @@ class ObjectOverlays(NamedTuple):
     """Images with their annotated objects and the detected ones; sizes may differ."""
 
     images: list[np.ndarray]
-    """Each (3, h, w) uint8, without padding."""
+    """Each (3, h, w) uint8; padding has been cut off."""
     truths: list[ImageObjects]
     predictions: list[ImageObjects]
 

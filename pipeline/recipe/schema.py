@@ -1,38 +1,14 @@
-"""The typed recipe of one stage, with the checks of values in different sections.
+"""The typed recipe of one stage: which values of its sections do not go together."""
 
-Fields marked operational may change on resume; a change of any other field makes another experiment.
-"""
+from pydantic import model_validator
 
-import hashlib
-import json
-from typing import Literal
-
-from pydantic import Field, model_validator
-
-from pipeline.errors import RecipeError
-from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.detection_settings import DetectionSettings
-from pipeline.recipe.fields import written_fields
 from pipeline.recipe.image_size import describe_size, height_and_width
-from pipeline.recipe.model_settings import ConvNeXtSettings, NextViTSettings, SLaKSettings
-from pipeline.recipe.optimizer_settings import OptimizerSettings, ScheduleSettings
-from pipeline.recipe.sections import (
-    BatchSettings,
-    CheckpointSettings,
-    ClassificationSettings,
-    DataSettings,
-    EngineSettings,
-    EvaluationSettings,
-    FCMAESettings,
-    GateSettings,
-    HealthSettings,
-    InitSettings,
-    Settings,
-    SparsitySettings,
-    TrackingSettings,
-)
-from pipeline.recipe.segmentation_settings import NormGroup, SegmentationSettings, divide_norm_group
-from pipeline.recipe.settings_base import Seed
+from pipeline.recipe.model_settings import ConvNeXtSettings
+from pipeline.recipe.sections import FCMAESettings, SparsitySettings
+from pipeline.recipe.segmentation_settings import SegmentationSettings
+from pipeline.recipe.stage_sections import StageSections
 
 # The depths that a numbering of layers is made for, and the sizes that have them.
 GROUPED = {
@@ -49,33 +25,8 @@ GATE_METRICS = {
 }
 
 
-class StageRecipe(Settings):
-    """The recipe of one stage. `name`, `seed` and `previous` are filled in from the chain."""
-
-    name: str = ""
-    seed: Seed = 0
-    previous: str | None = None
-    objective: FCMAESettings | ClassificationSettings | SegmentationSettings | DetectionSettings = Field(
-        discriminator="kind"
-    )
-    model: ConvNeXtSettings | SLaKSettings | NextViTSettings = Field(ConvNeXtSettings(), discriminator="name")
-    data: DataSettings
-    batch: BatchSettings
-    optimizer: OptimizerSettings
-    schedule: ScheduleSettings
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of the moving average of the weights; null keeps no average."""
-    handoff: Literal["model", "ema"] = "model"
-    """The weights that are evaluated and handed on to the next stage."""
-    sparsity: SparsitySettings | None = None
-    """Keep part of the weights at zero; null is dense."""
-    init: InitSettings = InitSettings()
-    engine: EngineSettings = EngineSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    health: HealthSettings = HealthSettings()
-    gate: GateSettings = GateSettings()
-    tracking: TrackingSettings = TrackingSettings()
+class StageRecipe(StageSections):
+    """The recipe of one stage, whose sections have been checked against each other."""
 
     @model_validator(mode="after")
     def _check_sections(self) -> "StageRecipe":
@@ -294,126 +245,3 @@ class StageRecipe(Settings):
                 f" must lie within one micro-batch of the ranks that share it; set it to {group // batch.slot} for 1"
                 " rank, or to 1"
             )
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate after the warm-up: base_lr is scaled to the global batch."""
-        if self.optimizer.lr is not None:
-            return self.optimizer.lr
-        return self.optimizer.base_lr * self.batch.global_batch / 256
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """The optimizer steps of the stage, for so many steps in an epoch."""
-        return self.schedule.total_steps(steps_per_epoch)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the semantic fields: equal fingerprints mean the same experiment."""
-        facts = {path: value for path, value, is_operational in written_fields(self) if not is_operational}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def channel_statistics(self) -> ChannelStatistics:
-        """The means and deviations that images are normalised with; ImageNet's until measured ones are resolved."""
-        normalize = self.data.normalize
-        statistics = normalize if isinstance(normalize, ChannelStatistics) else IMAGENET
-        return statistics.for_channels(self.model.in_channels)
-
-    @property
-    def slots_are_whole(self) -> bool:
-        """Whether the images of a slot are computed together: mixed, counted by a loss or a norm, or drawn for SNIP."""
-        objective = self.objective
-        if isinstance(objective, DetectionSettings):
-            return True  # the losses of a slot are divided by what is counted in it
-        if isinstance(objective, SegmentationSettings):
-            # A BatchNorm counts a norm group there.
-            return self.sparsity is not None and self.sparsity.distribution == "snip"
-        if isinstance(objective, FCMAESettings):
-            together = objective.grn_statistics == "batch"
-        else:
-            together = bool(objective.mixup or objective.cutmix)
-        return together or self.model.counts_batches or self.sparsity is not None
-
-    @property
-    def trains_batch_norms(self) -> bool:
-        """Whether BatchNorms of the backbone take statistics of training images."""
-        frozen = isinstance(self.objective, DetectionSettings) and self.objective.frozen_norms
-        return self.model.counts_batches and not frozen
-
-    @property
-    def norm_group_images(self) -> int | None:
-        """The images over which BatchNorms of a segmentation model or detector count; None without, and elsewhere."""
-        objective = self.objective
-        if isinstance(objective, SegmentationSettings):
-            counts = objective.norm == "batch" or self.model.counts_batches
-        elif isinstance(objective, DetectionSettings):
-            counts = objective.region_norm == "batch" or self.trains_batch_norms
-        else:
-            counts = False
-        return objective.norm_group if counts else None
-
-    def norm_group_on(self, world_size: int) -> NormGroup | None:
-        """How a norm group lies on so many ranks; None without one, or if that number of ranks does not fit."""
-        group = self.norm_group_images
-        if group is None or world_size > self.batch.global_batch:
-            return None
-        batch = self._divided(world_size)
-        return divide_norm_group(group, batch.slot, batch.slot * batch.micro_slots, world_size)
-
-    def batch_on(self, world_size: int) -> BatchSettings:
-        """The batch as so many ranks run it: where slots need not be whole, more ranks than slots share each slot.
-
-        The parts of slot n are numbered from n * parts on. What is drawn for a slot is drawn for the whole slot.
-        """
-        return self._divided(world_size) if world_size in self.world_sizes() else self.batch
-
-    def _divided(self, world_size: int) -> BatchSettings:
-        parts = world_size // self.batch.slots
-        return self.batch if parts < 2 else self.batch.model_copy(update={"slot": self.batch.slot // parts})
-
-    def world_sizes(self) -> list[int]:
-        """The numbers of ranks that can run the stage, in ascending order."""
-        batch = self.batch
-        sizes = [ranks for ranks in range(1, batch.slots + 1) if batch.slots % (ranks * batch.micro_slots) == 0]
-        if not (self.slots_are_whole or batch.micro_slots > 1):
-            sizes += [batch.slots * parts for parts in range(2, batch.slot + 1) if batch.slot % parts == 0]
-        return [size for size in sizes if self.norm_group_images is None or self.norm_group_on(size)]
-
-    def check_world_size(self, world_size: int) -> None:
-        """Check that the slots divide evenly into micro-batches over `world_size` ranks.
-
-        Raises:
-            RecipeError: if they do not, naming the nearest world sizes that fit.
-        """
-        fits, batch = self.world_sizes(), self.batch
-        if world_size in fits:
-            return
-        below = max((w for w in fits if w < world_size), default=None)
-        above = min((w for w in fits if w > world_size), default=None)
-        near = " or ".join(str(w) for w in (below, above) if w) or f"batch.micro_slots=1 (now {batch.micro_slots})"
-        noun = "process" if near == "1" else "processes"
-        remedy = self.remedy_for_ranks(world_size)
-        group = self.norm_group_images
-        groups = f" that hold whole norm groups of {group} images" if group else ""
-        raise RecipeError(
-            f"stage {self.name}: {world_size} processes do not divide the {batch.slots} slots of a global batch"
-            f" into micro-batches of {batch.micro_slots}{groups}; use {near} {noun}{remedy and f', or {remedy}'}"
-        )
-
-    def micro_slots_on(self, world_size: int) -> list[int]:
-        """The values of batch.micro_slots with which so many ranks can run the stage."""
-        batches = (self.batch.model_copy(update={"micro_slots": n}) for n in range(1, self.batch.slots + 1))
-        return [b.micro_slots for b in batches if world_size in self.model_copy(update={"batch": b}).world_sizes()]
-
-    def remedy_for_ranks(self, world_size: int) -> str:
-        """What to change for more ranks than slots, or for a norm group; "" if nothing helps."""
-        batch = self.batch
-        if self.norm_group_images and (fitting := self.micro_slots_on(world_size)):
-            return f"set batch.micro_slots (now {batch.micro_slots}) to {fitting[0]}"
-        if world_size <= batch.slots or batch.global_batch % world_size:
-            return ""
-        if not self.slots_are_whole:
-            return f"set batch.micro_slots (now {batch.micro_slots}) to 1" if batch.micro_slots > 1 else ""
-        return (
-            f"set batch.slot (now {batch.slot}) to {batch.global_batch // world_size}, which is another experiment,"
-            " because the images of a slot are mixed or counted together"
-        )

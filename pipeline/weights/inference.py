@@ -213,7 +213,7 @@ def _infer_segmenter(shapes: _Shapes, layout: str) -> SegmenterArchitecture:
 
 
 def _infer_detector(shapes: _Shapes, layout: str) -> DetectorArchitecture:
-    """Infer what the tensors of a model for detection show; how it is trained and tested is as by default."""
+    """Infer from the tensors how a detector is built. What they do not show, such as its losses, is by default."""
     box_head = "roi_head.bbox_head."
     cascade, masks = shapes.has(f"{box_head}0."), shapes.has("roi_head.mask_head.")
     box_head += "0." if cascade else ""

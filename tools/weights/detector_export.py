@@ -65,7 +65,7 @@ def build_detector(loaded: LoadedWeights, about: Mapping[str, Any], source: str)
 
 
 class ProposalPart(nn.Module):
-    """Images to maps, and to scores and boxes of all proposals."""
+    """The first part: from images to the pyramid's maps, and scores and boxes of all proposals before NMS."""
 
     def __init__(self, model: Detector, size: tuple[int, int]):
         super().__init__()

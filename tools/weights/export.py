@@ -119,7 +119,7 @@ def _export_onnx(
         stride = model.stride
     if min(size) < stride:
         raise UserError(
-            f"image_size is {describe_size(size)} pixels, less than the model's stride of {stride}; give more"
+            f"image_size is {describe_size(size)} pixels, less than the model's stride of {stride}; give a larger one"
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
