@@ -7,7 +7,11 @@ ARCHIVE ?=
 SHORT ?=
 # Two more than there are cores: tests wait for processes most of the time.
 WORKERS ?= $(shell expr $$(nproc) + 2)
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS)
+PYTEST = .venv/bin/python -m pytest
+# What failed beside other tests (exit code 1) runs once more alone: on a busy machine a test may miss the moment that it
+# waits for. What fails twice is a fault; the first of them ends it. Both results are printed.
+RUN_TESTS = set -f; $(PYTEST) -n $(WORKERS) $(1) || { [ $$? = 1 ] && echo "The tests that failed, once more, alone:" && \
+  $(PYTEST) -v -x --last-failed --last-failed-no-failures none $(1); }
 
 help:  ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,13 +51,13 @@ demo-data: setup
 	$(FCMAE) prepare cifar10 runs/data $(if $(ARCHIVE),--archive $(ARCHIVE))
 
 test: setup  ## the test suite, real Slurm included
-	$(PYTEST) -m "not slow"
+	@$(call RUN_TESTS,-m "not slow")
 
 test-ci: setup  ## the slow tests that a change must pass: those in tests/slow_in_ci.txt
-	grep '^tests/' tests/slow_in_ci.txt | xargs -d '\n' $(PYTEST)
+	@$(call RUN_TESTS,$$(grep '^tests/' tests/slow_in_ci.txt))
 
 test-slow: setup  ## all slow tests, minutes each (more than an hour on 2 cores)
-	$(PYTEST) -m slow
+	@$(call RUN_TESTS,-m slow)
 
 lint: setup  ## style and formatting
 	.venv/bin/ruff check .

@@ -9,9 +9,11 @@ restart must find the very state that an undisturbed run had after that step, an
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -82,12 +84,19 @@ class Log:
         self.lines.append({"kind": kind, **fields})
 
 
-def train(stage_directory, rank, meeting, pipe, settings, gate) -> None:
+def train(stage_directory, rank, meeting, pipe, settings, gate, dies_at_removal) -> None:
     """One rank of one attempt. Sends ("resumed", step, digest), ("step", step) after each one, then ("done", digest by
-    step, journal). With a `gate` it waits before the third step until that file is there."""
+    step, journal). With a `gate` it waits before the third step until that file is there. It is killed before its
+    removal of this number, counted from 1, of a file of checkpoints; 0 for never."""
     torch.set_num_threads(1)
-    remove = LocalFileSystem.rm_file
-    LocalFileSystem.rm_file = lambda fs, path: (time.sleep(0.01), remove(fs, path))[1]  # so that kills hit retention
+    remove, removals = LocalFileSystem.rm_file, itertools.count(1)
+
+    def remove_or_die(fs: LocalFileSystem, path: str) -> None:
+        if next(removals) == dies_at_removal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        remove(fs, path)
+
+    LocalFileSystem.rm_file = remove_or_die
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
         world = World(rank, rank, RANKS, RANKS, torch.device("cpu"), dist.group.WORLD)
@@ -130,12 +139,15 @@ def make_recipe(directory: Path) -> StageRecipe:
 class Attempt:
     """The ranks of one attempt at a stage."""
 
-    def __init__(self, stage: Path, meeting: Path, settings: CheckpointSettings = SETTINGS, gate: Path | None = None):
+    def __init__(
+        self, stage: Path, meeting: Path, settings: CheckpointSettings = SETTINGS, gate: Path | None = None,
+        dies_at_removal: int = 0,
+    ):  # fmt: skip
         self.ranks = []
         self.longest_seconds = 0.0  # between two messages of `let_pass`
         for rank in range(RANKS):
             ours, theirs = PROCESSES.Pipe(duplex=False)
-            arguments = (stage, rank, meeting, theirs, settings, gate)
+            arguments = (stage, rank, meeting, theirs, settings, gate, dies_at_removal)
             process = PROCESSES.Process(target=train, args=arguments)
             process.start()
             theirs.close()
@@ -209,14 +221,16 @@ def kill_run(directory: Path, recipe: StageRecipe, reference: Reference, chance:
     """One run, killed until it gets through. AssertionError if it ever holds a state that the reference did not."""
     stage = Stage.create(directory, recipe).directory
     for number in range(200):
-        attempt = Attempt(stage, directory / f"meet-{number}")
+        # Every third attempt, on average, is killed in retention, which chance alone would seldom hit.
+        removal = chance.randint(1, 8) if chance.random() < 1 / 3 else 0
+        attempt = Attempt(stage, directory / f"meet-{number}", dies_at_removal=removal)
         said = attempt.receive()
         assert said[0] == "resumed", said
         assert said[1] == 0 or said[2] == reference.digests[said[1]], (
             f"attempt {number + 1} resumed another step {said[1]}"
         )
         # In steps, and in a share of the longest of them: whatever the machine's pace, the kills hit all of a run.
-        said, share = attempt.let_pass(chance.randint(0, STEPS + 3)), chance.random()
+        said, share = attempt.let_pass(STEPS + 3 if removal else chance.randint(0, STEPS + 3)), chance.random()
         if said is not None:
             assert said[0] == "done", said
             assert all(reference.digests[step] == digest for step, digest in said[1].items())
@@ -240,7 +254,7 @@ def kill_runs(directory: Path, killed_runs: int, seed: int, report=lambda count:
     recipe, chance, count = make_recipe(directory), random.Random(seed), Count()
     reference = undisturbed(directory, recipe)
     while count.killed_runs < killed_runs or min(count.in_a_save, count.in_retention) < 3:
-        assert count.runs < 3 * killed_runs, (
+        assert count.runs < 10 * killed_runs, (
             f"the kills must hit the runs, their saves and retention, or this shows nothing: {count}"
         )
         kill_run(directory / f"run-{count.runs}", recipe, reference, chance, count)

@@ -250,8 +250,9 @@ def test_a_sick_node_is_excluded_and_the_stage_done_on_others(submit, undisturbe
 @pytest.mark.slow
 def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
     """By the ranks themselves: slurmctld, which would warn them, is away, and the requeue must wait for it."""
-    site = tmp_path / "minute.yaml"
-    limits = {"time_limit_minutes": 1, "stop_before_end_seconds": 10, "attempts_without_progress": 10}
+    site = tmp_path / "minutes.yaml"
+    # Two minutes, because slurmctld may warn a whole one early: before it is killed, where a start takes long.
+    limits = {"time_limit_minutes": 2, "stop_before_end_seconds": 10, "attempts_without_progress": 10}
     site.write_text(yaml.safe_dump({"nodes": 2, **limits}))
     stage = submit(site=site, hold_at=2) / "pretrain"
     wait_for(lambda: steps_taken(stage) >= 2, "two steps")
