@@ -73,8 +73,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train ConvNeXt V2 from images: FCMAE pre-training, fine-tuning and segmentation, as stages that resume by"
-    " themselves.",
 )
 
 
@@ -83,7 +81,9 @@ def answer_for_all(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version,
         help="Print the version and exit.")] = False,
 ) -> None:  # fmt: skip
-    """Train ConvNeXt V2 from images: FCMAE, fine-tuning and segmentation, as stages that resume by themselves."""
+    """Train ConvNeXt V2 from images: FCMAE pre-training, then classification, segmentation or detection, as stages
+    that resume by themselves.
+    """
 
 
 def examine_machine(

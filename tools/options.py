@@ -1,5 +1,8 @@
 """Arguments and options that several commands share, each with its help text."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +45,26 @@ Rehearsal = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the fields of a dataclass to the options of a command, whose last argument receives them as that class."""
+
+    def extend(command: Callable[..., None]) -> Callable[..., None]:
+        *own, last = inspect.signature(command).parameters.values()
+        fields = inspect.signature(kind).parameters
+
+        @functools.wraps(command)
+        def extended(*arguments: Any, **given: Any) -> None:
+            values = {name: given.pop(name) for name in fields if name in given}
+            command(*arguments, **given, **{last.name: kind(**values)})
+
+        parameters = [*own, *fields.values()]
+        extended.__signature__ = inspect.Signature(parameters)  # typer reads it
+        extended.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return extended
+
+    return extend
 
 
 def file_option(help: str) -> Any:

@@ -1,4 +1,4 @@
-"""`fcmae evaluate`: accuracy of weights on prepared images."""
+"""`fcmae evaluate`: measure trained weights on prepared images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -91,10 +91,10 @@ def evaluate_weights(
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure top-1 and top-5 accuracy of weights, and compare with the published accuracy of such weights.
+    """Measure weights on images: top-1 and top-5 of a classifier, mIoU of a segmenter, COCO's AP of a detector.
 
-    Of a segmenter: mIoU on images with label maps, a .beton file of `fcmae prepare maps`. Of a detector: COCO's average
-    precision on images with objects, a .beton file of `fcmae prepare coco`.
+    A segmenter needs images with label maps, a .beton file of `fcmae prepare maps`; a detector images with objects, a
+    .beton file of `fcmae prepare coco`. Where a result for such weights is published, the difference is printed.
 
     Results with weights of a run or a stage are kept in its directory for `fcmae report`.
     """

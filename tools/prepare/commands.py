@@ -1,6 +1,7 @@
 """`fcmae prepare`: turn images into a .beton file."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,20 +9,9 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import DataError
-from tools.options import GroupBy, Overwrite, file_option, pixels_option
+from tools.options import GroupBy, Overwrite, file_option, pixels_option, with_options
 
 DEMO_IMAGES = ("cifar10", "cifar10-scenes", "nuclei")
-_Pages = Annotated[
-    Literal["first", "all"] | None,
-    typer.Option(help="Of files with several pages or frames, store the first (the default) or all."),
-]
-_Ground = Annotated[
-    str | None,
-    typer.Option(
-        metavar="COLOUR",
-        help="Colour under transparent pixels: white (the default), black, #rrggbb; `ignore` drops the alpha channel.",
-    ),
-]
 _Orientation = Annotated[
     Literal["upright", "ignore"] | None,
     typer.Option(help="EXIF orientation: turn images upright (the default, except for ImageNet) or ignore it."),
@@ -33,39 +23,110 @@ _BoxOrientation = Annotated[
         " as the annotated sizes say, else as stored; YOLO: upright."
     ),
 ]
-_ColourSpace = Annotated[
-    Literal["srgb", "ignore"] | None,
-    typer.Option(help="Embedded colour profiles: convert to sRGB (the default, except for ImageNet) or ignore them."),
-]
-_Window = Annotated[
-    tuple[float, float] | None,
-    typer.Option(
-        metavar="LOW HIGH",
-        help="Images of more than 8 bits: values that become black and white (default: 0.1 and 99.9 percentile).",
-    ),
-]
-_Split = Annotated[
-    float | None,
-    typer.Option(
-        metavar="FRACTION",
-        help="Also write OUT-val.beton with this fraction of the images, such as 0.1, chosen by a hash of their paths.",
-    ),
-]
-
 _MaxSide = Annotated[int | None, pixels_option("Shrink images whose longer side has more pixels.")]
-_MaxPixels = Annotated[int | None, pixels_option("Admit images of so many pixels in all.")]
-_ExcludeNames = Annotated[str | None, file_option("Leave out the images that this file lists by name, one a line.")]
-_Quality = Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")]
-_RawFraction = Annotated[
-    float, typer.Option(min=0, max=1, help="Fraction stored as raw pixels: faster to read, five times as large.")
-]
-_OnBad = Annotated[
-    Literal["refuse", "skip"],
-    typer.Option(help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out."),
-]
-_Workers = Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")]
 
 
+@dataclass(frozen=True)
+class SharedOptions:
+    """The options of every command that packs images."""
+
+    exclude_names: Annotated[
+        str | None, file_option("Leave out the images that this file lists by name, one a line.")
+    ] = None
+    max_pixels: Annotated[int | None, pixels_option("Admit images of so many pixels in all.")] = None
+    ground: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLOUR",
+            help="Colour under transparent pixels: white (the default), black, #rrggbb; `ignore` drops the alpha"
+            " channel.",
+        ),
+    ] = None
+    colour_space: Annotated[
+        Literal["srgb", "ignore"] | None,
+        typer.Option(
+            help="Embedded colour profiles: convert to sRGB (the default, except for ImageNet) or ignore them."
+        ),
+    ] = None
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Images of more than 8 bits: values that become black and white (default: 0.1 and 99.9 percentile).",
+        ),
+    ] = None
+    split: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Also write OUT-val.beton with this fraction of the images, such as 0.1, chosen by a hash of their"
+            " paths.",
+        ),
+    ] = None
+    group_by: GroupBy = None
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that must be re-encoded.")] = 90
+    raw_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction stored as raw pixels: faster to read, five times as large.")
+    ] = 0.0
+    on_bad: Annotated[
+        Literal["refuse", "skip"],
+        typer.Option(help="Images that cannot be read: `refuse` ends with an error, `skip` leaves them out."),
+    ] = "refuse"
+    overwrite: Overwrite = False
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and encode images.")] = 1
+
+    def pack(
+        self, source: str, destination: Path, *, max_side: int | None = None, pages: str | None = None,
+        orientation: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Write the file or the two files, and print a summary; `options` are those of `preparation.Options`."""
+        from tools.prepare.encoding import Encoding
+        from tools.prepare.preparation import prepare_beton, prepare_split, prepare_targets
+        from tools.prepare.preparation_report import missing_classes, summary_lines
+        from tools.prepare.progress_bar import ProgressBar
+
+        if self.group_by is not None and self.split is None:
+            raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
+        options |= {
+            "exclude_names": self.exclude_names, "encoding": Encoding(max_side, self.quality, self.raw_fraction),
+            "reading": self._reading(pages, orientation), "on_bad": self.on_bad, "overwrite": self.overwrite,
+            "workers": self.workers,
+        }  # fmt: skip
+        try:
+            with ProgressBar(Console(stderr=True)) as progress:
+                options |= {"progress": progress, "looking": progress.looking}
+                if options.get("maps") or options.get("objects"):
+                    summaries = prepare_targets(source, destination, self.split, self.group_by, **options)
+                elif self.split is None:
+                    summaries = (prepare_beton(source, destination, **options),)
+                else:
+                    summaries = prepare_split(source, destination, self.split, self.group_by, **options)
+        except KeyboardInterrupt:
+            print("fcmae: interrupted; the same command continues from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+        for summary in summaries:
+            for line in summary_lines(summary):
+                print(line)
+        if len(summaries) > 1:
+            for sentence in missing_classes([summary.beton for summary in summaries]):
+                print(f"fcmae: {sentence}", file=sys.stderr)
+
+    def _reading(self, pages: str | None, orientation: str | None) -> Any:
+        """The settings that options give; None if there are none, so that the source decides."""
+        from tools.prepare.image_pixels import ReadingSettings
+
+        given = {
+            "pages": pages, "upright": orientation and orientation == "upright", "window": self.window,
+            "max_pixels": self.max_pixels, "srgb": self.colour_space and self.colour_space == "srgb",
+            "ground": self.ground,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.ground == "ignore":
+            given["ground"] = None
+        return ReadingSettings(**given) if given else None
+
+
+@with_options(SharedOptions)
 def prepare_images(
     source: Annotated[
         str,
@@ -87,21 +148,12 @@ def prepare_images(
         "Readable names of the classes: lines of CLASS DESCRIPTION.")] = None,
     exclude_images: Annotated[str | None, file_option(
         "Leave out images whose bytes are also in this .beton file or source.")] = None,
-    exclude_names: _ExcludeNames = None,
     max_side: _MaxSide = None,
-    max_pixels: _MaxPixels = None,
-    pages: _Pages = None,
-    ground: _Ground = None,
+    pages: Annotated[Literal["first", "all"] | None, typer.Option(
+        help="Of files with several pages or frames, store the first (the default) or all.")] = None,
     orientation: _Orientation = None,
-    colour_space: _ColourSpace = None,
-    window: _Window = None,
-    split: _Split = None,
-    group_by: GroupBy = None,
-    quality: _Quality = 90,
-    raw_fraction: _RawFraction = 0.0,
-    on_bad: _OnBad = "refuse",
-    overwrite: Overwrite = False,
-    workers: _Workers = 1,
+    *,
+    shared: SharedOptions,
 ) -> None:  # fmt: skip
     """Pack images into a .beton file, which training reads, with a JSON file of classes and hashes beside it.
 
@@ -109,18 +161,13 @@ def prepare_images(
     re-encoded, each with the reason. `fcmae prepare maps` packs images and their masks, `fcmae prepare coco` and
     `fcmae prepare yolo` images and their boxes.
     """
-    from tools.prepare.encoding import Encoding
-
     if source in DEMO_IMAGES:
         _prepare_demo(source, archive, destination)
         return
-    options = {
-        "labels": labels, "unlabelled": unlabelled, "descriptions": descriptions, "exclude_images": exclude_images,
-        "exclude_names": exclude_names, "encoding": Encoding(max_side, quality, raw_fraction), "on_bad": on_bad,
-        "overwrite": overwrite, "workers": workers,
-        "reading": _reading(pages, ground, orientation, colour_space, window, max_pixels),
-    }  # fmt: skip
-    _prepare(source, destination, split, group_by, options)
+    shared.pack(
+        source, destination, max_side=max_side, pages=pages, orientation=orientation, labels=labels,
+        unlabelled=unlabelled, descriptions=descriptions, exclude_images=exclude_images,
+    )  # fmt: skip
 
 
 def _prepare_demo(source: str, archive: Path | None, destination: Path) -> None:
@@ -135,6 +182,7 @@ def _prepare_demo(source: str, archive: Path | None, destination: Path) -> None:
         print(f"{path} is ready")
 
 
+@with_options(SharedOptions)
 def prepare_masks(
     images: Annotated[str, typer.Argument(metavar="IMAGES",
         help="The folder of images; or a folder or .zip that holds images/ and masks/, such as"
@@ -150,20 +198,10 @@ def prepare_masks(
         help="Value of pixels without a class, beside 255 (of 16 bits 65535). May be repeated.")] = None,
     mask_name: Annotated[str, typer.Option(metavar="PATTERN",
         help="A mask's name without suffix, such as '{name}_mask'.")] = "{name}",
-    exclude_names: _ExcludeNames = None,
     max_side: _MaxSide = None,
-    max_pixels: _MaxPixels = None,
-    ground: _Ground = None,
     orientation: _Orientation = None,
-    colour_space: _ColourSpace = None,
-    window: _Window = None,
-    split: _Split = None,
-    group_by: GroupBy = None,
-    quality: _Quality = 90,
-    raw_fraction: _RawFraction = 0.0,
-    on_bad: _OnBad = "refuse",
-    overwrite: Overwrite = False,
-    workers: _Workers = 1,
+    *,
+    shared: SharedOptions,
 ) -> None:  # fmt: skip
     """Pack images and their masks into a .beton file for segmentation, with the label maps in OUT.maps beside it.
 
@@ -172,19 +210,14 @@ def prepare_masks(
     A source with parts for training and validation, as ADE20K, also gives OUT-val.beton. After an interruption, the
     same command continues. OUT.report.jsonl counts each class and lists what was left out, each with the reason.
     """
-    from tools.prepare.encoding import Encoding
     from tools.prepare.mask_pairs import MapOptions
 
-    both = destination is None  # IMAGES is a source of both, and MASKS was left out
-    maps = MapOptions(None if both else masks, classes, tuple(ignore or ()), mask_name, orientation == "upright")
-    options = {
-        "exclude_names": exclude_names, "encoding": Encoding(max_side, quality, raw_fraction), "on_bad": on_bad,
-        "overwrite": overwrite, "workers": workers, "maps": maps,
-        "reading": _reading(None, ground, orientation, colour_space, window, max_pixels),
-    }  # fmt: skip
-    _prepare(images, _out_of(masks, destination), split, group_by, options)
+    given, out = _given_and_out(masks, destination)
+    maps = MapOptions(given, classes, tuple(ignore or ()), mask_name, orientation == "upright")
+    shared.pack(images, out, max_side=max_side, orientation=orientation, maps=maps)
 
 
+@with_options(SharedOptions)
 def prepare_coco(
     images: Annotated[str, typer.Argument(metavar="IMAGES",
         help="The images: a folder or a .zip such as train2017.zip, read where it lies. Or a folder that holds images/"
@@ -195,19 +228,9 @@ def prepare_coco(
         " which instances_train2017.json belongs to images called train2017.")] = None,
     destination: Annotated[Path | None, typer.Argument(metavar="OUT", show_default=False,
         help="The .beton file to write; its objects are written to OUT.objects.")] = None,
-    exclude_names: _ExcludeNames = None,
-    max_pixels: _MaxPixels = None,
-    ground: _Ground = None,
     orientation: _BoxOrientation = None,
-    colour_space: _ColourSpace = None,
-    window: _Window = None,
-    split: _Split = None,
-    group_by: GroupBy = None,
-    quality: _Quality = 90,
-    raw_fraction: _RawFraction = 0.0,
-    on_bad: _OnBad = "refuse",
-    overwrite: Overwrite = False,
-    workers: _Workers = 1,
+    *,
+    shared: SharedOptions,
 ) -> None:  # fmt: skip
     """Pack images and COCO annotations into a .beton file for detection, with boxes and masks in OUT.objects beside it.
 
@@ -219,30 +242,19 @@ def prepare_coco(
     """
     from tools.prepare.annotated_source import ObjectOptions
 
-    both = destination is None  # IMAGES is a source of both, and ANNOTATIONS was left out
-    upright = None if orientation is None else orientation == "upright"
-    options = _object_options(ObjectOptions(None if both else annotations, upright=upright), locals())
-    _prepare(images, _out_of(annotations, destination), split, group_by, options)
+    given, out = _given_and_out(annotations, destination)
+    shared.pack(images, out, objects=ObjectOptions(given, upright=_upright(orientation)))
 
 
+@with_options(SharedOptions)
 def prepare_yolo(
     source: Annotated[str, typer.Argument(metavar="FOLDER",
         help="A folder of images/, labels/ and data.yaml or classes.txt, with or without train/ and val/ in it.")],
     destination: Annotated[Path, typer.Argument(metavar="OUT",
         help="The .beton file to write; its objects are written to OUT.objects.")],
-    exclude_names: _ExcludeNames = None,
-    max_pixels: _MaxPixels = None,
-    ground: _Ground = None,
     orientation: _BoxOrientation = None,
-    colour_space: _ColourSpace = None,
-    window: _Window = None,
-    split: _Split = None,
-    group_by: GroupBy = None,
-    quality: _Quality = 90,
-    raw_fraction: _RawFraction = 0.0,
-    on_bad: _OnBad = "refuse",
-    overwrite: Overwrite = False,
-    workers: _Workers = 1,
+    *,
+    shared: SharedOptions,
 ) -> None:  # fmt: skip
     """Pack images and YOLO's labels, boxes or polygons, into a .beton file for detection, as `fcmae prepare coco` does.
 
@@ -251,70 +263,15 @@ def prepare_yolo(
     """
     from tools.prepare.annotated_source import ObjectOptions
 
-    upright = None if orientation is None else orientation == "upright"
-    _prepare(source, destination, split, group_by, _object_options(ObjectOptions(yolo=True, upright=upright), locals()))
+    shared.pack(source, destination, objects=ObjectOptions(yolo=True, upright=_upright(orientation)))
 
 
-def _out_of(second: str | None, third: Path | None) -> Path:
-    """The file to write: the last of the arguments, of which there are two or three."""
+def _given_and_out(second: str | None, third: Path | None) -> tuple[str | None, Path]:
+    """MASKS or ANNOTATIONS, None in the short form IMAGES OUT; and OUT, the last of the two or three arguments."""
     if second is None:
         raise typer.BadParameter("OUT is missing; give the .beton file to write")
-    return Path(second) if third is None else third
+    return (None, Path(second)) if third is None else (second, third)
 
 
-def _object_options(objects: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of preparation, from the arguments of a command that prepares objects."""
-    from tools.prepare.encoding import Encoding
-
-    reading = _reading(None, given["ground"], None, given["colour_space"], given["window"], given["max_pixels"])
-    return {
-        "exclude_names": given["exclude_names"], "encoding": Encoding(None, given["quality"], given["raw_fraction"]),
-        "on_bad": given["on_bad"], "overwrite": given["overwrite"], "workers": given["workers"], "reading": reading,
-        "objects": objects,
-    }  # fmt: skip
-
-
-def _reading(
-    pages: str | None, ground: str | None, orientation: str | None, colour_space: str | None,
-    window: tuple[float, float] | None, max_pixels: int | None,
-) -> Any:  # fmt: skip
-    """The settings that options give; None if there are none, so that the source decides."""
-    from tools.prepare.image_pixels import ReadingSettings
-
-    given = {
-        "pages": pages, "upright": orientation and orientation == "upright", "window": window, "max_pixels": max_pixels,
-        "srgb": colour_space and colour_space == "srgb", "ground": ground,
-    }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    if ground == "ignore":
-        given["ground"] = None
-    return ReadingSettings(**given) if given else None
-
-
-def _prepare(
-    source: str, destination: Path, split: float | None, group_by: str | None, options: dict[str, Any]
-) -> None:
-    from tools.prepare.preparation import prepare_beton, prepare_split, prepare_targets
-    from tools.prepare.preparation_report import missing_classes, summary_lines
-    from tools.prepare.progress_bar import ProgressBar
-
-    if group_by is not None and split is None:
-        raise DataError("--group-by divides images between two files; give --split too, such as --split 0.1")
-    try:
-        with ProgressBar(Console(stderr=True)) as progress:
-            options |= {"progress": progress, "looking": progress.looking}
-            if options.get("maps") or options.get("objects"):
-                summaries = list(prepare_targets(source, destination, split, group_by, **options))
-            elif split is None:
-                summaries = [prepare_beton(source, destination, **options)]
-            else:
-                summaries = list(prepare_split(source, destination, split, group_by, **options))
-    except KeyboardInterrupt:
-        print("fcmae: interrupted; the same command continues from here", file=sys.stderr)
-        raise typer.Exit(130) from None
-    for summary in summaries:
-        for line in summary_lines(summary):
-            print(line)
-    if len(summaries) > 1:
-        for sentence in missing_classes([summary.beton for summary in summaries]):
-            print(f"fcmae: {sentence}", file=sys.stderr)
+def _upright(orientation: str | None) -> bool | None:
+    return None if orientation is None else orientation == "upright"

@@ -10,7 +10,8 @@ from tools.options import ChannelAdaptation, EntryKey, Overwrite, image_size_opt
 
 def convert_weights(
     source: Annotated[str, typer.Argument(metavar="IN",
-        help="A weights file: ours, official (dense or sparse), mmsegmentation's, timm's or transformers'.")],
+        help="A weights file: ours, official (dense or sparse), timm's, transformers', mmsegmentation's or"
+        " mmdetection's.")],
     destination: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors, .pt, .pth or .bin file.")],
     to: Annotated[Literal["official", "timm", "transformers"], typer.Option(help="Names and shapes to write.")],
     head: Annotated[
