@@ -162,7 +162,7 @@ def evaluate_weights(
 def _evaluate_segmenter(
     weights: list[str], data: str, settings: dict[str, Any], nproc: int, *, per_class: bool, json: bool
 ) -> None:
-    from tools.evaluate.kept_segmentations import keep_segmentations, segmentation_result_facts
+    from tools.evaluate.kept_scores import keep_segmentations, segmentation_result_facts
     from tools.evaluate.published import published_miou
     from tools.evaluate.region_scores import difference_of_scores
     from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
@@ -185,7 +185,7 @@ def _evaluate_detector(
 ) -> None:
     from tools.evaluate.detection_evaluation import DetectionRequest, evaluate_detector
     from tools.evaluate.detection_scores import difference_of_detectors
-    from tools.evaluate.kept_detections import detection_result_facts, keep_detections
+    from tools.evaluate.kept_scores import detection_result_facts, keep_detections
     from tools.evaluate.published import published_ap
 
     results = [

@@ -10,7 +10,6 @@ import torch
 from pipeline.data.beton import Beton, open_beton
 from pipeline.data.image_objects import ImageObjects
 from pipeline.data.objects import Objects
-from pipeline.data.order import evaluation_order
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from pipeline.objectives.average_precision import average_precision
@@ -18,7 +17,7 @@ from pipeline.objectives.detected_objects import pack_objects, unpack_objects
 from tools.evaluate.detection_scores import DetectionScores
 from tools.evaluate.run_evaluation import run_on_processes
 from tools.evaluate.segmentation_evaluation import check_classes
-from tools.evaluate.stored_images import StoredPixels, decoded_images
+from tools.evaluate.stored_images import images_of_rank
 from tools.predict.coco_files import check_writable, write_coco_results
 from tools.predict.detection_model import DetectionModel, load_detection_model
 
@@ -123,11 +122,9 @@ def _evaluate(request: DetectionRequest) -> DetectionResult:
 def _found_objects(model: DetectionModel, beton: Beton, world: World, bf16: bool) -> list[ImageObjects]:
     """What the model finds in each image of a file, gathered from all ranks."""
     model.network.to(world.device)
-    places, valid = evaluation_order(beton.samples, 1, world.size)
-    own = places[:, world.rank, 0][valid[:, world.rank, 0]]
     found: dict[int, ImageObjects] = {}
     with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-        for sample, rgb in decoded_images(StoredPixels(beton), own, max(world.cores() - 1, 1)):
+        for sample, rgb in images_of_rank(beton, world):
             found[sample] = model.objects(rgb)
     for packed in world.gather(pack_objects(list(found), found.values())):
         found |= dict(zip(*unpack_objects(packed, model.has_masks), strict=True))

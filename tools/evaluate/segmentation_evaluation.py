@@ -10,12 +10,11 @@ import torch
 
 from pipeline.data.beton import open_beton
 from pipeline.data.label_maps import LabelMaps
-from pipeline.data.order import evaluation_order
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.run_evaluation import run_on_processes
-from tools.evaluate.stored_images import StoredPixels, decoded_images
+from tools.evaluate.stored_images import images_of_rank
 from tools.predict.segmentation_model import SceneTest, SegmentationTest, load_segmentation_model
 
 
@@ -87,11 +86,9 @@ def _evaluate(request: SegmentationRequest) -> SegmentationResult:
     world = World.join(request.device, timeout_seconds=request.timeout_seconds)
     try:
         model.network.to(world.device)
-        places, valid = evaluation_order(beton.samples, 1, world.size)
-        own = places[:, world.rank, 0][valid[:, world.rank, 0]]
         matrix = np.zeros((len(beton.classes),) * 2, np.int64)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=request.bf16):
-            for sample, rgb in decoded_images(StoredPixels(beton), own, max(world.cores() - 1, 1)):
+            for sample, rgb in images_of_rank(beton, world):
                 matrix += count_pixels(maps.map(sample), model.labels(rgb, how), len(beton.classes))
         matrix = world.sum(torch.from_numpy(matrix)).numpy()
     finally:

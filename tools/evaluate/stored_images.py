@@ -124,13 +124,15 @@ class StoredPixels:
         return content.copy().reshape(int(image["height"]), int(image["width"]), 3)
 
 
-def decoded_images(stored: StoredPixels, ids: np.ndarray, workers: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield samples, int64 (N,), each with its pixels, uint8 (H, W, 3), a few decoded ahead.
+def images_of_rank(beton: Beton, world: World) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the samples of a file that are this rank's, each with its pixels, uint8 (H, W, 3), a few decoded ahead.
 
     Raises:
         DataError: if an image is damaged.
     """
-    with ThreadPoolExecutor(workers, "decode") as pool:
+    stored, (places, valid) = StoredPixels(beton), evaluation_order(beton.samples, 1, world.size)
+    ids = places[:, world.rank, 0][valid[:, world.rank, 0]]
+    with ThreadPoolExecutor(max(world.cores() - 1, 1), "decode") as pool:
         for first in range(0, len(ids), DECODED_AHEAD):
             some = ids[first : first + DECODED_AHEAD]
             stored.refuse_changed(some)

@@ -89,7 +89,8 @@ def write_detections(
 ) -> list[SearchedImage]:
     """Find objects in images; write OUT/pictures, PNG files under the images' names, and OUT/detections.json.
 
-    The JSON file has COCO's form of annotations: images, categories, and objects with their scores.
+    The JSON file has COCO's form of annotations: images, categories, and objects with their scores. Nothing is written
+    if no image can be read.
 
     Args:
         least_score: of the objects in the pictures. The JSON file has all objects.
@@ -112,12 +113,12 @@ def write_detections(
             results = coco_results(len(searched), objects, model.category_ids)
             for entry, area in zip(results, _areas(objects), strict=True):
                 entries.append({"id": len(entries) + 1, **entry, "area": area, "iscrowd": 0})
-        numbered = zip(model.category_ids, model.classes, strict=True)
-        categories = [{"id": number, "name": name} for number, name in numbered]
-        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
-    _write_json(out / ANNOTATIONS, {"images": listed, "categories": categories, "annotations": entries})
+    if searched:
+        numbered = zip(model.category_ids, model.classes, strict=True)
+        categories = [{"id": number, "name": name} for number, name in numbered]
+        _write_json(out / ANNOTATIONS, {"images": listed, "categories": categories, "annotations": entries})
     return searched
 
 

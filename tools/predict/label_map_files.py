@@ -42,16 +42,14 @@ def write_label_maps(
 ) -> list[SegmentedImage]:
     """Segment images; write OUT/maps and OUT/overlays, PNG files under the images' names, and OUT/classes.txt.
 
-    The pixels of a map are places in classes.txt, of 8 bits for up to 255 classes, of 16 for more.
+    The pixels of a map are places in classes.txt, of 8 bits for up to 255 classes, of 16 for more. Nothing is
+    written if no image can be read.
 
     Raises:
         UserError: if a file cannot be written, or two images would have one.
     """
     places, colours, segmented = places_of(images.all_names), palette(len(model.classes)), []
     try:
-        for folder in ("maps", "overlays"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        (out / "classes.txt").write_text("\n".join(model.classes) + "\n")
         for name, rgb in images.pixels(model.reading, progress):
             labels = model.labels(rgb, how)
             files = [(out / folder / places[name]).with_suffix(".png") for folder in ("maps", "overlays")]
@@ -59,6 +57,8 @@ def write_label_maps(
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(file)
             segmented.append(SegmentedImage(name, *files, _shares(labels, model.classes)))
+        if segmented:
+            (out / "classes.txt").write_text("\n".join(model.classes) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return segmented
@@ -76,7 +76,7 @@ def places_of(names: Sequence[str]) -> dict[str, Path]:
     taken: dict[Path, str] = {}
     for name, place in places.items():
         if (other := taken.setdefault(place.with_suffix(""), name)) != name:
-            raise DataError(f"{other} and {name} would get one file; segment them with two commands")
+            raise DataError(f"{other} and {name} would get one file; give each its own command and --out")
     return places
 
 

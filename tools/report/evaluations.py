@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from tools.evaluate.confusions import MATRIX_CLASSES, Confusions
-from tools.evaluate.detection_scores import difference_of_detectors, figures_table
-from tools.evaluate.kept_detections import KeptDetection, kept_detections
+from tools.evaluate.detection_scores import DetectionScores, difference_of_detectors, figures_table
 from tools.evaluate.kept_results import KeptResult, difference_of, kept_results
-from tools.evaluate.kept_segmentations import KeptSegmentation, kept_segmentations
-from tools.evaluate.region_scores import difference_of_scores
+from tools.evaluate.kept_scores import KeptScores, kept_detections, kept_segmentations
+from tools.evaluate.region_scores import RegionScores, difference_of_scores
 from tools.report.document import Block, Fold, Grid, Text, Toned
 from tools.report.facts import StageFacts
 
@@ -57,7 +56,7 @@ def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
         yield from _confusion_blocks(own.confusions)
 
 
-def _one_segmentation(results: Sequence[KeptSegmentation]) -> Iterator[Block]:
+def _one_segmentation(results: Sequence[KeptScores[RegionScores]]) -> Iterator[Block]:
     own, *others = results
     yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
     rows = [[r.subject, r.weights, *(f"{value:.2f} %" for value in r.scores.metrics.values())] for r in results]
@@ -70,7 +69,7 @@ def _one_segmentation(results: Sequence[KeptSegmentation]) -> Iterator[Block]:
         yield Grid(headers, rows, [header for header in headers[1:] if header != "taken for"])
 
 
-def _one_detection(results: Sequence[KeptDetection]) -> Iterator[Block]:
+def _one_detection(results: Sequence[KeptScores[DetectionScores]]) -> Iterator[Block]:
     own, *others = results
     yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
     if others:

@@ -13,6 +13,7 @@ from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from pipeline.recipe.settings_base import Percent, Seed, Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from pipeline.storage.bounded_files import yaml_text
+from pipeline.storage.folder import Folder
 from tools.recipes.library import find_recipe
 
 Positive = Annotated[float, Field(gt=0, le=1e9)]
@@ -241,4 +242,4 @@ def write_study(study: Study, path: Path) -> None:
         value, several = study.published_values(name)
         arms[name] = arm.model_copy(update={"published": value, "published_multi_scale": several})
     study = study.model_copy(update={"arms": arms})
-    path.write_text(yaml_text(study.model_dump(mode="json")))
+    Folder.at(path.parent).publish(path.name, yaml_text(study.model_dump(mode="json")).encode())

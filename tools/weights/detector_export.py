@@ -162,17 +162,26 @@ def write_detector(model: Detector, size: tuple[int, int], path: Path, about: Ma
     dynamic = ((*[{0: batch}] * len(maps), {0: regions}, {0: regions}),)
     facts = _facts(model, first.level_sizes)
     describe_input(path, channels, size, about, facts)
-    parts = [("regions", ["scores", "refined"])] + [("masks", ["mask_logits"])] * model.options.has_masks
-    for name, results in parts:
-        own, masks = path.with_name(f"{path.stem}-{name}.onnx"), name == "masks"
+    for name in part_names(model.options):
+        own, masks = part_file(path, name), name == "masks"
         part = RegionPart(merged, size, masks, symbolic=True).eval()
-        names = ([*inputs], results)
+        names = ([*inputs], ["mask_logits"] if masks else ["scores", "refined"])
         write_graph(part, (*inputs.values(),), own, names, dynamic, external=_is_large(part))
         with torch.no_grad():
             expected = RegionPart(model, size, masks, symbolic=False).eval()(*inputs.values())
         difference = max(difference, _difference(own, inputs, expected))
         describe_input(own, channels, size, about, facts)
     return difference
+
+
+def part_names(options: DetectorOptions) -> tuple[str, ...]:
+    """The parts that are written beside the first file."""
+    return ("regions", "masks") if options.has_masks else ("regions",)
+
+
+def part_file(path: Path, part: str) -> Path:
+    """The file of a part beside the first file: OUT-regions.onnx."""
+    return path.with_name(f"{path.stem}-{part}.onnx")
 
 
 def _some_boxes(size: tuple[int, int]) -> dict[str, Tensor]:

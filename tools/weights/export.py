@@ -20,7 +20,7 @@ from pipeline.weights.foreign import LoadedWeights, load_weights
 from pipeline.weights.safetensors_file import FACTS, canonical, safetensors_bytes, write_bytes, write_weights
 from tools.predict.image_model import default_crop
 from tools.weights.convert import check_destination, output_facts, refuse_unpublished_options
-from tools.weights.detector_export import build_detector, write_detector
+from tools.weights.detector_export import build_detector, part_file, part_names, write_detector
 from tools.weights.model import build_model, model_tensors
 from tools.weights.onnx_files import (
     ONE_FILE_BYTES,
@@ -89,7 +89,10 @@ def export(
         return Export(loaded.report, (destination,))
     if kind == "onnx":
         refuse_unpublished_options(source)
-        check_destination(destination, (".onnx",), overwrite)
+        architecture = loaded.report.architecture
+        parts = part_names(architecture.head) if isinstance(architecture, DetectorArchitecture) else ()
+        for path in (destination, *(part_file(destination, part) for part in parts)):
+            check_destination(path, (".onnx",), overwrite)
         return _export_onnx(source, loaded, destination, size, about)
     refuse_unpublished_options(source, loaded.report.architecture.unrecorded_options)
     return _export_timm(loaded, destination, size, about, overwrite)

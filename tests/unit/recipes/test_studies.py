@@ -151,6 +151,14 @@ def test_a_single_scale_is_not_compared_with_several(tmp_path):
     assert first[:5] == ("fcmae", "50.00", "1/1", "52.1 (multi-scale)", "")
 
 
+def test_the_file_of_a_study_is_replaced_at_once(study_file, tmp_path):
+    study, path = load_study(study_file), tmp_path / "out" / STUDY_FILE
+    write_study(study, path)
+    (tmp_path / "before").hardlink_to(path)
+    write_study(study.model_copy(update={"seeds": (7,)}), path)
+    assert (load_study(tmp_path / "before").seeds, load_study(path).seeds) == (study.seeds, (7,))
+
+
 def test_the_table_is_made_of_the_results(study_file, tmp_path):
     study, out = load_study(study_file), tmp_path / "out"
     write_study(study, out / STUDY_FILE)

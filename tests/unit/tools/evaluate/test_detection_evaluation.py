@@ -30,7 +30,7 @@ from tests.oracles import randomise
 from tests.support import fcmae
 from tests.unit.recipe.test_detection_settings import stage
 from tools.evaluate.detection_evaluation import DetectionRequest, evaluate_detector
-from tools.evaluate.kept_detections import keep_detections, kept_detections
+from tools.evaluate.kept_scores import keep_detections, kept_detections
 from tools.evaluate.segmentation_evaluation import check_classes
 from tools.predict.coco_files import ANNOTATIONS
 from tools.report.document import Grid
@@ -201,6 +201,13 @@ def test_predict_keeps_the_threshold_in_the_json_file(place, monkeypatch) -> Non
     scores = [one["score"] for one in json.loads((place / "sure" / ANNOTATIONS).read_text())["annotations"]]
     assert 0 < len(scores) < len(whole.scores)
     assert min(scores) >= least
+
+
+def test_predict_leaves_nothing_if_no_image_can_be_read(place, tmp_path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    done = fcmae("predict", place[0] / "weights.safetensors", tmp_path / "bad.png", "--out", tmp_path / "seen")
+    assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (1, ["bad.png"])
+    assert "none of 1 images could be read" in done.stderr
 
 
 def test_methods_of_other_kinds_name_the_detectors_own(place) -> None:

@@ -26,7 +26,7 @@ from tests.oracles import randomise
 from tests.support import fcmae
 from tests.unit.data.test_scene_feed import SAMPLES, write_scenes
 from tests.unit.recipe.test_segmentation_settings import stage
-from tools.evaluate.kept_segmentations import keep_segmentations, kept_segmentations
+from tools.evaluate.kept_scores import keep_segmentations, kept_segmentations
 from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.segmentation_evaluation import SegmentationRequest, evaluate_segmenter
 from tools.evaluate.stored_images import StoredPixels
@@ -128,6 +128,13 @@ def test_a_canvas_pads_with_the_mean_colour_and_native_does_not_resize(place) ->
     model.segment(rgb, test="canvas")
     assert seen[-1].shape[2:] == (64, 64)
     assert seen[-1][0, :, -1, -1].abs().max() < 0.5 / 255 / 0.224 + 1e-6
+
+
+def test_predict_leaves_nothing_if_no_image_can_be_read(place, tmp_path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    done = fcmae("predict", place[0] / "weights.safetensors", tmp_path / "bad.png", "--out", tmp_path / "seen")
+    assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (1, ["bad.png"])
+    assert "none of 1 images could be read" in done.stderr
 
 
 def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:

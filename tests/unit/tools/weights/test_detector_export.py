@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
+from pipeline.errors import CheckpointError
 from pipeline.models.boxes import decode_boxes
 from pipeline.models.region_proposals import propose
 from pipeline.weights.safetensors_file import write_weights
@@ -22,6 +23,16 @@ def run(path, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     names = [output.name for output in session.get_outputs()]
     outputs = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
     return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+
+def test_a_part_that_exists_is_kept(tmp_path):
+    model = small_detector("convnextv2", **FORMS["mask_rcnn"])
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    write_weights(tmp_path / "weights.safetensors", state, {"image_size": list(SIZE)})
+    (tmp_path / "m-masks.onnx").write_text("another model's")
+    with pytest.raises(CheckpointError, match=r"m-masks\.onnx exists already; name another file, or add --overwrite"):
+        export(tmp_path / "weights.safetensors", tmp_path / "m.onnx", "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "m-masks.onnx"}
 
 
 @pytest.mark.slow
