@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from tools.options import (
 if TYPE_CHECKING:
     from tools.predict.image_inputs import Photographs
     from tools.predict.image_model import ImageModel
+    from tools.prepare.image_pixels import ReadingSettings
     from tools.prepare.progress_bar import ProgressBar
 
 Weights = Annotated[str, typer.Argument(metavar="WEIGHTS",
@@ -119,8 +121,6 @@ def _segment(
     json: bool,
     how: dict[str, Any],
 ) -> None:
-    from dataclasses import replace
-
     from pipeline.errors import UserError
     from tools.predict.label_map_files import as_json, write_label_maps
     from tools.predict.segmentation_model import load_segmentation_model
@@ -129,8 +129,7 @@ def _segment(
         raise UserError(f"{weights} is a segmenter, which answers with label maps; give --out DIR for them")
     model = load_segmentation_model(weights, **loading)
     model.network.to(_device())
-    if window is not None:
-        model = replace(model, reading=replace(model.reading, window=window, as_loader=False))
+    model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
     with _progress() as progress:
         segmented = write_label_maps(model, images, out, model.test_of(**how), progress)
@@ -148,8 +147,6 @@ def _detect(
     json: bool,
     test: tuple[float | None, float | None, bool | None],
 ) -> None:
-    from dataclasses import replace
-
     from pipeline.errors import UserError
     from tools.predict.coco_files import ANNOTATIONS, SHOWN_SCORE, detections_json, write_detections
     from tools.predict.detection_model import load_detection_model
@@ -158,8 +155,7 @@ def _detect(
         raise UserError(f"{weights} is a detector, which answers with boxes and masks; give --out DIR for them")
     model = load_detection_model(weights, ema=ema).tested(*test).answering_from(test[0])
     model.network.to(_device())
-    if window is not None:
-        model = replace(model, reading=replace(model.reading, window=window, as_loader=False))
+    model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
     least = SHOWN_SCORE if test[0] is None else test[0]
     with _progress() as progress:
@@ -223,18 +219,19 @@ def _load(
     classes: str | None,
     window: tuple[float, float] | None,
 ) -> "ImageModel":
-    from dataclasses import replace
-
     from pipeline.weights.heads import read_class_names
     from tools.predict.image_model import load_image_model
 
     names = tuple(read_class_names(classes)) if classes else None
     model = load_image_model(weights, ema=ema, image_size=image_size, crop_pct=crop_pct, class_names=names)
     model.network.to(_device())
-    if window is None:
-        return model
-    reading = replace(model.transform.reading, window=window, as_loader=False)
+    reading = _with_window(model.transform.reading, window)
     return replace(model, transform=replace(model.transform, reading=reading))
+
+
+def _with_window(reading: "ReadingSettings", window: tuple[float, float] | None) -> "ReadingSettings":
+    """The settings with this window for deep images, if one is given."""
+    return reading if window is None else replace(reading, window=window, as_loader=False)
 
 
 def _device() -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.image_objects import ImageObjects
 from pipeline.data.windows import padded_size, resized_to_fit
-from pipeline.errors import CheckpointError, UserError, first_line
+from pipeline.errors import UserError
 from pipeline.models.detector import Detector, create_detector
 from pipeline.models.detector_options import DetectorOptions
 from pipeline.objectives.detected_objects import detected_objects
@@ -22,7 +22,7 @@ from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.weights.input_channels import refuse_other_channels
 from tools.predict.evaluation_transform import ImageLike, rgb_pixels, split_images, whole_resized
 from tools.predict.image_model import names_of, reading_of_stage
-from tools.predict.model_kinds import Kind, TrainedModel
+from tools.predict.model_kinds import Kind, TrainedModel, opened_as
 from tools.prepare.image_pixels import ReadingSettings
 
 
@@ -145,19 +145,16 @@ def load_detection_model(
 
     Args:
         path: see `open_weights`; also for `ema` and for errors.
-        reading: how images become RGB. Default: as the stage's training images were prepared, or on white; and upright,
-            although annotated images are stored as they are.
+        reading: how images become RGB. Default: as the stage's training images were prepared, else on white; upright in
+            any case, while training takes annotated images as they are stored.
 
     Raises:
         CheckpointError: if the file holds no detector.
     """
-    from tools.weights.model import load_tensors, open_weights
+    from tools.weights.model import load_tensors
 
-    opened = open_weights(str(path), ema=ema)
-    facts, about = opened.facts, opened.facts.get("detection")
-    if about is None:
-        raise CheckpointError(f"{opened.source} holds no detector; give a run of a detection stage")
-    try:
+    with opened_as("detection", path, ema) as opened:
+        facts, about = opened.facts, opened.facts["detection"]
         options = DetectorOptions(**about["head"])
         long, short = map(int, about["test_size"])
         category_ids = tuple(map(int, facts.get("category_ids") or range(1, options.classes + 1)))
@@ -166,11 +163,6 @@ def load_detection_model(
         model_options = {name: value for name, value in facts["model"].items() if value is not None}
         with torch.device("meta"):  # skip the initial values
             network = create_detector(options=options, **model_options)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # The facts of a file may be anything.
-        raise CheckpointError(
-            f"{opened.source} describes no detector ({first_line(error)}); give a run of a detection stage"
-        ) from None
     load_tensors(network, opened.tensors, opened.source)
     refuse_other_channels(network.backbone.in_channels, str(path))
     if reading is None and opened.stage is not None:

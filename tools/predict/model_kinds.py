@@ -1,12 +1,16 @@
 """The kinds of trained models, and which methods and options are whose."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import CheckpointError, UserError, first_line
+
+if TYPE_CHECKING:
+    from tools.weights.model import OpenedWeights
 
 Kind = Literal["classifier", "segmenter", "detector"]
 KINDS: Mapping[str, Kind] = {"segmentation": "segmenter", "detection": "detector"}  # by objective; others: classifier
@@ -67,6 +71,27 @@ def kind_of(source: str | PathLike[str]) -> Kind:
         return KINDS.get(Stage(stage_of(Path(source))).recipe.objective.kind, "classifier")
     facts = known_facts(str(source))
     return next((kind for name, kind in KINDS.items() if name in facts), "classifier")
+
+
+@contextmanager
+def opened_as(objective: str, path: str | PathLike[str], ema: bool | None) -> "Iterator[OpenedWeights]":
+    """Open weights of a stage with this objective, a key of KINDS; the block reads the facts that describe their model.
+
+    Raises:
+        CheckpointError: as `open_weights`, or if there are no such facts, or the block cannot use them.
+    """
+    from tools.weights.model import open_weights
+
+    opened, remedy = open_weights(str(path), ema=ema), f"give a run of a {objective} stage"
+    if opened.facts.get(objective) is None:
+        raise CheckpointError(f"{opened.source} holds no {KINDS[objective]}; {remedy}")
+    try:
+        yield opened
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # The facts of a file may be anything.
+        raise CheckpointError(
+            f"{opened.source} describes no {KINDS[objective]} ({first_line(error)}); {remedy}"
+        ) from None
 
 
 def refuse_options(

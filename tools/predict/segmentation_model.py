@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.maps_file import label_type
 from pipeline.data.windows import resized_to_fit
-from pipeline.errors import CheckpointError, UserError, first_line
+from pipeline.errors import UserError
 from pipeline.models.map_sizes import enlarge
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives.pixels import normalise
@@ -24,7 +24,7 @@ from pipeline.recipe.segmentation_settings import SceneSettings
 from pipeline.weights.input_channels import refuse_other_channels
 from tools.predict.evaluation_transform import ImageLike, rgb_pixels, split_images, whole_resized
 from tools.predict.image_model import names_of, reading_of_stage
-from tools.predict.model_kinds import Kind, TrainedModel
+from tools.predict.model_kinds import Kind, TrainedModel, opened_as
 from tools.prepare.image_pixels import ReadingSettings
 
 WINDOWS = 8  # that go through the network at once
@@ -184,13 +184,10 @@ def load_segmentation_model(
         CheckpointError: if the file holds no segmenter.
     """
     from pipeline.stage.directory import Stage
-    from tools.weights.model import load_tensors, open_weights
+    from tools.weights.model import load_tensors
 
-    opened = open_weights(str(path), ema=ema)
-    facts, about = opened.facts, opened.facts.get("segmentation")
-    if about is None:
-        raise CheckpointError(f"{opened.source} holds no segmenter; give a run of a segmentation stage")
-    try:
+    with opened_as("segmentation", path, ema) as opened:
+        facts, about = opened.facts, opened.facts["segmentation"]
         head = HeadOptions(**about["head"])
         scenes = SceneSettings(
             base_size=tuple(about["base_size"]), test=about["test"], window_step=about["window_step"]
@@ -199,11 +196,6 @@ def load_segmentation_model(
         options = {name: value for name, value in facts["model"].items() if value is not None}
         with torch.device("meta"):  # skip the initial values
             network = create_segmenter(head=head, **options)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # The facts of a file may be anything.
-        raise CheckpointError(
-            f"{opened.source} describes no segmenter ({first_line(error)}); give a run of a segmentation stage"
-        ) from None
     load_tensors(network, opened.tensors, opened.source)
     refuse_other_channels(network.backbone.in_channels, str(path))
     if reading is None and opened.stage is not None:
