@@ -189,6 +189,8 @@ class ObjectTrainingPlan:
         stored, canvas = self.objects.rows(sample), self.size(*size)
         boxes = move_boxes(stored["box"], row, size)
         kept = _annotated(stored) & _larger(boxes, self.views.smallest_box)
+        if self.views.crowds == "background":
+            kept &= stored["crowd"] == 0
         stored, boxes = stored[kept], boxes[kept]
         masks = None
         if self.masks:

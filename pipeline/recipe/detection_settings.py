@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.recipe.image_size import Side
-from pipeline.recipe.settings_base import MOST_CHANNELS, Settings
+from pipeline.recipe.settings_base import MOST_CHANNELS, Settings, added
 
 Boxes = Annotated[int, Field(ge=1, le=65_536)]
 """A number of boxes of one image."""
@@ -114,6 +114,9 @@ class ObjectViewSettings(Settings):
     """Objects whose box in the view has a side of no more than so many pixels are left out."""
     keep_empty: bool = False
     """Whether training images without any object take part. Those with crowds alone always do, as in mmdetection."""
+    crowds: Literal["ignored", "background"] = added("ignored")
+    """Training: anchors and proposals on a crowd count for nothing, or for background unless they lie on an object, as
+    in mmdetection's published runs."""
     boxes_from_masks: bool = False
     """Training: the box of an object is what surrounds the part of its mask in the view, in whole pixels, instead of
     the annotated box's part (mmdetection: recompute_bbox)."""

@@ -268,7 +268,7 @@ def test_views_of_whole_images_are_pillows_pixels():
     assert (view[:, 48:] == FILL).all()
 
 
-def test_what_is_outside_or_too_small_is_left_out_and_crowds_stay():
+def test_what_is_outside_or_too_small_is_left_out_and_crowds_stay_unless_they_are_background():
     mask = np.ones((20, 30), np.uint8)
     image = [
         ((0.0, 0.0, 30.0, 20.0), mask, False),
@@ -285,6 +285,11 @@ def test_what_is_outside_or_too_small_is_left_out_and_crowds_stay():
     assert objects.classes.tolist() == [0, 3, 4]
     covered = unpack_masks(torch.from_numpy(objects.masks), 64).sum((1, 2)).tolist()
     assert covered == [2400, 0, 2400]
+    published = training_plan([image], 64, kind="resize", flip=0.0, test_size=(60, 40), smallest_box=2.5,
+                              crowds="background")  # fmt: skip
+    _, without, _, _, _ = views_of(np.zeros((20, 30, 3), np.uint8), published)
+    for own, expected in zip(without, objects, strict=True):
+        assert own.tolist() == expected[~objects.crowd].tolist()
     assert (
         training_plan([image], kind="resize", masks=False)._objects_of(0, plans(plan, 1, 20, 30)[0], (1, 1)).masks
         is None
