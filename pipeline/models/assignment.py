@@ -42,10 +42,10 @@ def assign(
         crowd: (M,) bool.
     """
     objects, boxes = overlap.shape
-    if not objects:
+    if not (objects and boxes):
         return torch.full((boxes,), NOTHING, dtype=torch.int64, device=overlap.device)
     parts = overlap.split(CHUNK, 1)
-    highest = torch.stack([_without_crowds(part, crowd)[0].amax(1) for part in parts]).amax(0) if boxes else None
+    highest = torch.stack([_without_crowds(part, crowd)[0].amax(1) for part in parts]).amax(0)
     assigned = []
     for part in parts:
         part, on_crowd = _without_crowds(part, crowd)
