@@ -58,15 +58,12 @@ class ClassificationObjective:
         partners = torch.cat([labels.flip(0) for labels in batch.labels.split(size)])
         share = torch.tensor([mix.share for mix in mixes], dtype=dtype).repeat_interleave(size)
         share = share.to(images.device, non_blocking=True)
-        logits = model(images, self._keep(step, batch, images)).to(dtype)
+        keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates, images)
+        logits = model(images, keep).to(dtype)
         # Cross entropy is linear in the target, so mixing two losses equals mixing two smoothed targets.
         own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
         other = F.cross_entropy(logits, partners, reduction="none", label_smoothing=smoothing)
         return (share * own + (1 - share) * other).mean()
-
-    def _keep(self, step: int, batch: Batch, images: Tensor) -> Tensor | None:
-        keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates)
-        return None if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
 
     def without_mixing(self) -> "ClassificationObjective":
         plain = copy.copy(self)

@@ -12,6 +12,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.image_objects import ImageObjects
 from pipeline.data.objects import Objects
 from pipeline.distributed.world import World
+from pipeline.errors import DataError
 from pipeline.models.detections import Detections
 from pipeline.models.detector import create_detector
 from pipeline.models.detector_options import DetectorOptions
@@ -48,26 +49,23 @@ class DetectionObjective:
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
-        keep = self._keep(images, batch, step)
-        keys = torch.from_numpy(
-            randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS).view("int64")
-        )
-        keys = keys.to(images.device, non_blocking=True)
+        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates, images)
+        keys = randomness.key(self.seed, step, batch.ids.numpy(), Purpose.SAMPLE_OBJECTS)
+        keys = torch.from_numpy(keys.view("int64")).to(images.device, non_blocking=True)
         sums, counts = model(images, batch.view_sizes, batch.objects, keys, keep)
         losses = {name: _within_slots(sums[name], counts[name], slot).mean() for name in sums}
         self.parts = {name: loss.detach() for name, loss in losses.items()}
         return torch.stack([*losses.values()]).sum()
 
     def smooth_loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """The sum of the root mean squares of what the heads say about anchors and fixed boxes: rounding moves it
-        little, whereas it may change which proposals are kept, and so the loss."""
-        images = self._normalised(model, batch)
-        outputs = model.outputs_on_fixed_boxes(images, self._keep(images, batch, step))
-        return torch.stack([x.square().mean().sqrt() for x in outputs]).sum()
+        """Return the sum of the root mean squares of the heads' outputs about anchors and fixed boxes.
 
-    def _keep(self, images: Tensor, batch: Batch, step: int) -> Tensor | None:
-        keep = keep_of_batch(self.seed, step, batch, self.recipe.batch.slot, self._drop_path_rates)
-        return keep if keep is None else keep.to(images.dtype).to(images.device, non_blocking=True)
+        Rounding moves it little. The loss itself may jump, because rounding may change which proposals are kept.
+        """
+        images, slot = self._normalised(model, batch), self.recipe.batch.slot
+        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates, images)
+        outputs = model.outputs_on_fixed_boxes(images, keep)
+        return torch.stack([x.square().mean().sqrt() for x in outputs]).sum()
 
     def without_mixing(self) -> "DetectionObjective":
         return self
@@ -116,7 +114,11 @@ class DetectionTally:
         self._packed.append(pack_objects(samples, own))
 
     def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Each rank compares its share of the classes, outside of any collective's time limit."""
+        """Return COCO's figures. Each rank compares its share of the classes, outside of any collective's time limit.
+
+        Raises:
+            DataError: if no annotated object counts, so that there is no average precision.
+        """
         joined = tuple(map(torch.cat, zip(*self._packed, strict=True)))
         samples, detected = unpack_objects(tuple(world.concatenate(part) for part in joined), self._masks)
         classes = len(self._annotated.category_ids)
@@ -130,7 +132,13 @@ class DetectionTally:
             return None
         tables = compared.new_zeros(*compared.shape[:3], classes, *compared.shape[4:])
         tables[:, :, :, world.rank :: world.size] = compared
-        return summarise(world.sum(tables).numpy(), self._masks).figures
+        figures = summarise(world.sum(tables).numpy(), self._masks).figures
+        if not figures:
+            raise DataError(
+                f"the {len(samples)} undamaged images of data.validation have no single object, so there is no average"
+                " precision; copy or prepare the file again, or name another"
+            )
+        return figures
 
 
 def annotated_objects(objects: Objects, sample: int, size: tuple[int, int]) -> ImageObjects:

@@ -34,12 +34,18 @@ def draw_keep(
 
 
 def keep_of_batch(
-    seed: int, step: int, batch: Batch, slot: int, rates: Sequence[float], purpose: Purpose = Purpose.DROP_PATH
+    seed: int,
+    step: int,
+    batch: Batch,
+    slot: int,
+    rates: Sequence[float],
+    like: Tensor,
+    purpose: Purpose = Purpose.DROP_PATH,
 ) -> Tensor | None:
-    """Return `draw_keep` of a batch's images: (branches, N).
+    """Return `draw_keep` of a batch's images, (branches, N), in the type and on the device of `like`.
 
     Args:
-        batch: whole slots, or this rank's parts of slots; what is drawn is drawn for whole slots.
+        batch: whole slots, or this rank's parts of slots. Factors are drawn for whole slots, so parts share them.
         slot: images of a whole slot.
     """
     size = len(batch.images) // len(batch.slots)
@@ -48,4 +54,5 @@ def keep_of_batch(
     if keep is None:
         return None
     own = [index * parts + number % parts for index, number in enumerate(batch.slots)]
-    return keep.view(len(keep), -1, size)[:, own].flatten(1)
+    keep = keep.view(len(keep), -1, size)[:, own].flatten(1)
+    return keep.to(like.dtype).to(like.device, non_blocking=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.data.maps_file import label_type
+from pipeline.kernels.precision import widen
 from pipeline.models.map_sizes import enlarge
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives.dropping import keep_of_batch
@@ -48,25 +49,21 @@ class SegmentationObjective:
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
-        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates)
-        dropout = keep_of_batch(self.seed, step, batch, slot, self._dropout_rates, Purpose.DROPOUT)
-        if keep is not None:
-            keep = keep.to(images.dtype).to(images.device, non_blocking=True)
-        if dropout is not None:
-            dropout = dropout.T.to(images.dtype).to(images.device, non_blocking=True)
-        logits, auxiliary = model(images, keep, dropout)
+        keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates, images)
+        dropout = keep_of_batch(self.seed, step, batch, slot, self._dropout_rates, images, Purpose.DROPOUT)
+        logits, auxiliary = model(images, keep, None if dropout is None else dropout.T)
         truth = batch.label_maps.long()
-        loss = self._pixel_losses(logits, truth, images.dtype).mean()
+        loss = self._pixel_losses(logits, truth).mean()
         if auxiliary is not None:
-            loss = loss + self.settings.auxiliary_weight * self._pixel_losses(auxiliary, truth, images.dtype).mean()
+            loss = loss + self.settings.auxiliary_weight * self._pixel_losses(auxiliary, truth).mean()
         return loss
 
-    def _pixel_losses(self, logits: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-        """The cross entropy of each pixel, (N, H, W); 0 where it is ignored.
+    def _pixel_losses(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """The cross entropy of each pixel, (N, H, W), in at least fp32; 0 where the pixel is ignored.
 
         mmsegmentation averages over all pixels of a GPU's images, ignored ones too, so each image counts alike here.
         """
-        logits = enlarge(logits.to(dtype), (truth.shape[1], truth.shape[2]))
+        logits = enlarge(widen(logits), (truth.shape[1], truth.shape[2]))
         return F.cross_entropy(logits, truth, ignore_index=self.ignored, reduction="none")
 
     def without_mixing(self) -> "SegmentationObjective":
@@ -84,9 +81,10 @@ class SegmentationObjective:
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, truth = self._image_logits(model, batch), batch.label_maps.long()
         valid = batch.valid.to(truth.device, non_blocking=True)
-        truth = torch.where(valid[:, None, None], truth, self.ignored)  # an image that only fills up counts as nothing
+        # All pixels of an image that only fills up the batch are ignored.
+        truth = torch.where(valid[:, None, None], truth, self.ignored)
         counts = count_confusions(logits.argmax(1), truth, self.settings.classes)
-        return {**counts, "loss": self._pixel_losses(logits, truth, logits.dtype).sum(), "count": valid.sum()}
+        return {**counts, "loss": self._pixel_losses(logits, truth).sum(), "count": valid.sum()}
 
     def metrics(self, sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
         scores = region_metrics(sums["right"], sums["predicted"], sums["present"])
@@ -130,16 +128,17 @@ def segmentation_facts(recipe: StageRecipe) -> dict[str, Any]:
 def count_confusions(predicted: Tensor, truth: Tensor, classes: int) -> dict[str, Tensor]:
     """Count the labelled pixels of each class: int64 (classes,) by name.
 
-    `right` are those whose class was predicted, `predicted` those that were taken for it, and `present` those that are
-    of it. Pixels whose truth is no class are left out. The sums over images are exact on any number of ranks.
+    Of each class, `right` counts the pixels that have it and are predicted to have it, `predicted` those that are
+    predicted to have it, and `present` those that have it. Pixels without a class are left out. Sums over images are
+    exact on any number of ranks.
 
     Args:
-        predicted, truth: int64 of equal shapes.
+        predicted, truth: int64 of equal shapes; `classes` and larger numbers in `truth` are no class.
     """
     known = truth < classes
     named = {"right": known & (predicted == truth), "predicted": known, "present": known}
     labels = {"right": truth, "predicted": predicted, "present": truth}
-    # A place behind the classes takes the other pixels, because the shape must not depend on the data.
+    # Count the other pixels in a place behind the classes: selecting them would make shapes depend on the data.
     counts = {name: torch.where(named[name], labels[name], classes).flatten() for name in named}
     ones = torch.ones_like(truth).flatten()
     return {n: ones.new_zeros(classes + 1).scatter_add_(0, at, ones)[:classes] for n, at in counts.items()}
@@ -148,8 +147,9 @@ def count_confusions(predicted: Tensor, truth: Tensor, classes: int) -> dict[str
 def region_metrics(right: Sequence[float], predicted: Sequence[float], present: Sequence[float]) -> dict[str, float]:
     """Turn the counts of `count_confusions` into percentages.
 
-    Intersection over union and accuracy are means over the classes that have pixels in truth or prediction, or in the
-    truth alone; 0 without any. `constant_miou` is what naming all pixels by the most frequent class would reach.
+    `miou` is a mean over the classes that have pixels in truth or prediction, `mean_accuracy` over those that have
+    pixels in the truth; both are 0 without any such class. `constant_miou` is the mIoU of naming all pixels by the most
+    frequent class.
     """
     r, p, t = (torch.tensor(counts, dtype=torch.float64) for counts in (right, predicted, present))
     pixels = t.sum()

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from pipeline.data.batch import example_evaluation_batch
+from pipeline.data.beton import open_beton
+from pipeline.data.objects import Objects
+from pipeline.distributed.world import World
+from pipeline.errors import DataError
 from pipeline.objectives import create_objective
 from pipeline.objectives.detected_objects import detected_objects
 from pipeline.objectives.detection import detection_facts, detector_options
 from tests.object_batches import HEADS, object_batch
+from tests.tiny_objects import write_objects
 from tests.unit.recipe.test_detection_settings import stage
 
 
@@ -97,6 +102,18 @@ def test_an_invalid_image_only_fills_up_and_a_tally_counts_valid_ones():
     assert [len(part) for part in tally._packed[0]] == [0, 0, 0]
     tally.add(scores, batch)
     assert tally._packed[1][0].tolist() == batch.ids.tolist()
+
+
+def test_an_evaluation_without_an_undamaged_annotated_image_says_so(tmp_path):
+    objective = objective_of()
+    model, batch = objective.build_model().eval(), example_evaluation_batch(objective.recipe)
+    annotated = Objects.open(open_beton(write_objects(tmp_path / "own.beton", range(3))))
+    with torch.no_grad():
+        scores = objective.evaluate(model, batch)
+    tally = objective.tally()
+    tally.add(scores, replace(batch, valid=torch.tensor([False]), annotated=annotated))
+    with pytest.raises(DataError, match="the 0 undamaged images of data.validation have no single object"):
+        tally.metrics(World.alone(), lambda: False)
 
 
 def test_the_facts_build_the_model_again():
