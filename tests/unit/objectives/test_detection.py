@@ -112,7 +112,7 @@ def test_an_evaluation_without_an_undamaged_annotated_image_says_so(tmp_path):
         scores = objective.evaluate(model, batch)
     tally = objective.tally()
     tally.add(scores, replace(batch, valid=torch.tensor([False]), annotated=annotated))
-    with pytest.raises(DataError, match="the 0 undamaged images of data.validation have no single object"):
+    with pytest.raises(DataError, match="the 0 undamaged images of data"):
         tally.metrics(World.alone(), lambda: False)
 
 
