@@ -53,9 +53,7 @@ def assign_by_pairs(objects: list, boxes: list, limits: tuple[float, float, floa
 
 @pytest.mark.parametrize("chunk", [3, 65536])
 @settings(max_examples=60, deadline=None)
-@given(
-    OBJECTS, st.lists(BOX, max_size=12), st.sampled_from([(0.7, 0.3, 0.3), (0.5, 0.5, 0.5)]), st.booleans()
-)
+@given(OBJECTS, st.lists(BOX, max_size=12), st.sampled_from([(0.7, 0.3, 0.3), (0.5, 0.5, 0.5)]), st.booleans())
 def test_each_box_equals_the_loop_over_pairs(chunk, objects, boxes, limits, low):
     truth = torch.tensor([box for box, _ in objects], dtype=torch.float64).view(-1, 4)
     crowd = torch.tensor([crowd for _, crowd in objects], dtype=torch.bool)
