@@ -1,6 +1,7 @@
 """Which value of a mask is which class: from a file of class names, ADE20K's table, or the values that occur."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -145,7 +146,7 @@ def _by_value(path: str, rows: list[tuple[int, str, str]]) -> ClassValues:
             f"classes {path} have both values and colours; give every class a value, or every class a colour"
         )
     numbers: dict[int, int] = {}
-    ignored, names = set(), []
+    ignored, number_of = set(), dict[str, int]()
     for line, key, name in rows:
         value = int(key[1:], 16) if key.startswith("#") else int(key)
         if value > _MOST_VALUE and not key.startswith("#"):
@@ -155,10 +156,8 @@ def _by_value(path: str, rows: list[tuple[int, str, str]]) -> ClassValues:
         if name == IGNORED:
             ignored.add(value)
             continue
-        if name not in names:
-            names.append(name)
-        numbers[value] = names.index(name)
-    return _checked(path, ClassValues(tuple(names), numbers, frozenset(ignored), colours == {True}))
+        numbers[value] = number_of.setdefault(name, len(number_of))
+    return _checked(path, ClassValues(tuple(number_of), numbers, frozenset(ignored), colours == {True}))
 
 
 def _ade20k(path: str, header: list[str], lines: list[tuple[int, str]]) -> ClassValues:
@@ -172,7 +171,8 @@ def _ade20k(path: str, header: list[str], lines: list[tuple[int, str]]) -> Class
         numbers[int(cells["idx"])] = len(texts)
         texts.append(cells["name"])
     names = [text.partition(",")[0].partition(";")[0].strip() for text in texts]
-    names = [name if names.count(name) == 1 else text for name, text in zip(names, texts, strict=True)]
+    times = Counter(names)
+    names = [name if times[name] == 1 else text for name, text in zip(names, texts, strict=True)]
     if len(set(names)) < len(names) or len(numbers) < len(names):
         raise DataError(f"classes {path} have a name or Idx twice; copy the table again")
     descriptions = {name: text for name, text in zip(names, texts, strict=True) if name != text}

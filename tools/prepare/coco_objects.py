@@ -52,6 +52,7 @@ class ObjectTable:
     name: str
     images: list[AnnotatedImage] = field(default_factory=list)
     categories: dict[int, str] = field(default_factory=dict)
+    _category_names: set[str] = field(default_factory=set)
     _image_numbers: dict[int, int] = field(default_factory=dict)
     _tolerated: dict[str, list[int]] = field(default_factory=dict)
     _ids: array = field(default_factory=lambda: array("q"))
@@ -80,15 +81,18 @@ class ObjectTable:
 
     def add_category(self, entry: Any) -> None:
         """Add an entry of "categories"."""
+        if len(self.categories) == MOST_CLASSES:
+            raise DataError(f"{self.name} names more than {MOST_CLASSES:,} classes; leave some out")
         category_id = self._id_of(entry, f"category number {len(self.categories)}")
         what, name = f"category {category_id}", entry.get("name")
         if category_id in self.categories:
             raise self._error(what, "its id is that of two categories", "give each category an id of its own")
         if not isinstance(name, str) or not name.strip():
             raise self._error(what, f"name is {shortened(name)}", "give the category a name")
-        if name in self.categories.values():
+        if name in self._category_names:
             raise self._error(what, f"its name {shortened(name)} is that of two categories", "give each its own")
         self.categories[category_id] = name
+        self._category_names.add(name)
 
     def add_object(self, entry: Any) -> None:
         """Add an entry of "annotations"."""
@@ -132,8 +136,6 @@ class ObjectTable:
         for kind, held in (("images", self.images), ("categories", self.categories), ("annotations", self._ids)):
             if not held:
                 raise DataError(f"{self.name} holds no {kind}; detection needs some, so name another file")
-        if len(self.categories) > MOST_CLASSES:
-            raise DataError(f"{self.name} holds {len(self.categories):,} categories; {MOST_CLASSES:,} at most")
         self._check_ids()
         category_ids = np.array(sorted(self.categories))
         classes = np.searchsorted(category_ids, self._category_ids).clip(max=len(category_ids) - 1)

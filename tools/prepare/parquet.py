@@ -110,7 +110,8 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
     if synsets is None and len(set(names)) != len(names):
         names = [f"{number:05d} {name}" for number, name in enumerate(names)]
     classes = sorted(synsets) if synsets else list(names)
-    label_of = [classes.index(name) for name in synsets] if synsets else range(len(names))
+    place = {name: number for number, name in enumerate(classes)}
+    label_of = [place[name] for name in synsets] if synsets else range(len(names))
     items = [Item(item.name, label_of[number], item.place) for item, number in zip(items, numbers, strict=True)]
     descriptions = {synset: name for synset, name in zip(synsets, names, strict=True)} if synsets else {}
     return ImageSource(

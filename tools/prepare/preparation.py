@@ -42,7 +42,7 @@ from tools.prepare.preparation_report import (
     report_path,
     write_preparation_report,
 )
-from tools.prepare.splits import validation_part
+from tools.prepare.splits import better_fraction, describe_split, validation_part
 from tools.prepare.survey import survey_images, with_window
 
 NAMED = 3  # bad images that the error names
@@ -151,9 +151,11 @@ def prepare_split(
     held_out = _validation_part(images, str(source), fraction, group_by)
     reading, pages = _reading_of(images, chosen)  # one window for both parts
     written = []
+    names = [item.name for item in images.items]
     for name, held in (("validation", True), ("training", False)):
         if held not in held_out:
-            raise DataError(f"no image of {source} is for {name} with --split {fraction}; give another fraction")
+            other = f"give {better_fraction(names, fraction or 0.5, group_by)}, or more images"
+            raise DataError(f"no image of {source} is for {name} with --split {fraction}; {other}")
     for name, path, held in (("validation", validation, True), ("training", destination, False)):
         numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
         part = replace(images, items=[images.items[n] for n in numbers], held_out=None)
@@ -165,7 +167,8 @@ def prepare_split(
         written.append(_write(part, str(source), path, again, reading, capacity, facts))
         if held:
             mark.mkdir(exist_ok=True)
-    return written[1], written[0]
+    said = describe_split(names, held_out, fraction, group_by) if fraction is not None else ""
+    return written[1], replace(written[0], split=said)
 
 
 def _validation_part(images: ImageSource, source: str, fraction: float | None, group_by: str | None) -> Sequence[bool]:

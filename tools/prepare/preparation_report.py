@@ -25,6 +25,8 @@ class Summary:
     beton: Beton
     report: Path
     counts: dict[tuple[str, str], int]
+    split: str = ""
+    """Of validation images that were held out: how many, in a sentence."""
 
 
 def parts_folder(destination: Path) -> Path:
@@ -96,6 +98,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     if beton.objects:
         yield from tolerated
         yield _objects(beton)
+    if summary.split:
+        yield summary.split
     images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
     yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.identity}"
 

@@ -1,10 +1,13 @@
 """Divide images into those for training and those for validation, by hashes of their paths."""
 
+import math
 import re
 from collections.abc import Sequence
 
 from pipeline.errors import DataError
 from pipeline.randomness import text_key
+
+_KEYS = 2**63  # more than any key
 
 
 def validation_part(names: Sequence[str], fraction: float, group_by: str | None = None) -> list[bool]:
@@ -18,8 +21,41 @@ def validation_part(names: Sequence[str], fraction: float, group_by: str | None 
     """
     if not 0 < fraction < 1:
         raise DataError(f"--split {fraction:g} must lie between 0 and 1; give the fraction for validation, such as 0.1")
+    return [key < fraction * _KEYS for key in _keys(names, group_by)]
+
+
+def describe_split(names: Sequence[str], held_out: Sequence[bool], fraction: float, group_by: str | None = None) -> str:
+    """Say how many images are held out, and what to do if these are far fewer or more than was asked for."""
+    count, held, wanted = len(names), sum(held_out), fraction * len(names)
+    said = f"held out for validation: {held:,} of {count:,} images"
+    pairs = (held, wanted), (count - held, count - wanted)
+    if all(max(asked, 1) / 2 <= number <= 2 * max(asked, 1) for number, asked in pairs):
+        return said
+    better, unit = better_fraction(names, fraction, group_by), "path" if group_by is None else "group"
+    return (
+        f"{said}, and --split {fraction:g} asks for about {max(wanted, 1):.0f}: a hash of each {unit} decides, so small"
+        f" numbers vary; repeat with {better}, or with more images"
+    )
+
+
+def better_fraction(names: Sequence[str], fraction: float, group_by: str | None = None) -> str:
+    """Name the option that holds out about as many images as a fraction asks for, such as "--split 0.17 (4 images)"."""
+    keys = sorted(_keys(names, group_by))
+    wanted = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
+    # Images of one group have one key.
+    counts = sorted((n for n in range(1, len(keys)) if keys[n - 1] < keys[n]), key=lambda n: abs(n - wanted))
+    for count in counts:
+        for digits in range(1, 7):
+            rounded = round(math.ceil(keys[count - 1] / _KEYS * 10**digits) / 10**digits, digits)
+            if rounded < 1 and sum(key < rounded * _KEYS for key in keys) == count:
+                return f"--split {rounded:g} ({count:,} image{'' if count == 1 else 's'})"
+    return "another --split"
+
+
+def _keys(names: Sequence[str], group_by: str | None) -> list[int]:
+    """A key from 0 to `_KEYS` for each image: those below a fraction of `_KEYS` are held out."""
     if group_by is None:
-        return [_is_held_out(name, fraction) for name in names]
+        return [text_key("validation", name) for name in names]
     try:
         pattern = re.compile(group_by)
     except re.error as error:
@@ -29,9 +65,4 @@ def validation_part(names: Sequence[str], fraction: float, group_by: str | None 
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"--group-by {group_by!r} does not match {missing[0]}{more}; it must match each image's path")
-    groups = [match.groups("") or (match.group(),) for match in matches if match]
-    return [_is_held_out(group, fraction) for group in groups]
-
-
-def _is_held_out(parts: str | tuple[str, ...], fraction: float) -> bool:
-    return text_key("validation", *((parts,) if isinstance(parts, str) else parts)) < fraction * 2**63
+    return [text_key("validation", *(match.groups("") or (match.group(),))) for match in matches if match]

@@ -158,8 +158,8 @@ def _data_yaml(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
         return {}
     try:
         content = parse_yaml(_text(fs, path))
-    except ValueError:
-        content = None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; correct it") from None
     if not isinstance(content, dict) or "names" not in content:
         raise DataError(f"{path} has no readable key names; list the classes there")
     return content

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_masks
 
+from pipeline.data.objects_file import MOST_CLASSES
 from pipeline.errors import DataError
 from tests.coco_archives import annotations_of, images_of
 from tools.prepare.annotated_source import ObjectOptions, open_annotated_source
 from tools.prepare.coco_json import read_annotations
-from tools.prepare.coco_objects import runs_of
+from tools.prepare.coco_objects import ObjectTable, runs_of
 
 FILES = images_of("train2017", 2)
 WHOLE = annotations_of(FILES)
@@ -162,6 +163,26 @@ def test_files_of_annotations_are_named(tmp_path, annotations, says):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=says):
         open_annotated_source(str(tmp_path / "images"), ObjectOptions(str(tmp_path / annotations)))
+
+
+def test_too_many_classes_are_refused_at_once():
+    """Whatever their number, no name is compared with all others."""
+
+    class Name(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    table = ObjectTable("many.json")
+    for number in range(MOST_CLASSES):
+        table.add_category({"id": number, "name": Name(number)})
+    assert Name.compared == 0
+    with pytest.raises(DataError, match=r"^many.json names more than 65,536 classes; leave some out$"):
+        table.add_category({"id": MOST_CLASSES, "name": "one more"})
 
 
 @given(st.binary(min_size=1, max_size=400), st.integers(1, 60))

@@ -1,6 +1,7 @@
 """A split is a function of the images' paths, and both parts are prepared alike."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.image_source import ByteRanges
 from tools.prepare.preparation import prepare_beton, prepare_split
 from tools.prepare.preparation_report import missing_classes, summary_lines
-from tools.prepare.splits import validation_part
+from tools.prepare.splits import better_fraction, describe_split, validation_part
 from tools.prepare.survey import survey_images
 
 NAMES = [
@@ -55,6 +56,30 @@ def test_splits_that_cannot_be(settings, words):
         validation_part(NAMES, *settings)
 
 
+def test_a_split_far_from_what_was_asked_names_a_better_one():
+    names = [f"img{number:03d}.{'png' if number % 2 else 'jpg'}" for number in range(40)]
+    (held,) = held_out(names, 0.1)
+    assert describe_split(names, [name == held for name in names], 0.1) == (
+        "held out for validation: 1 of 40 images, and --split 0.1 asks for about 4: a hash of each path decides, so"
+        " small numbers vary; repeat with --split 0.15 (4 images), or with more images"
+    )
+    assert len(held_out(names, 0.15)) == 4
+    near = validation_part(names, 0.2)
+    assert describe_split(names, near, 0.2) == f"held out for validation: {sum(near)} of 40 images"
+    assert describe_split(NAMES, [False] * len(NAMES), 0.2, r"patient\d+").count("a hash of each group") == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 40])
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("group_by", [None, r"^patient\d"])
+def test_the_better_split_holds_out_what_it_says(count, fraction, group_by):
+    names = NAMES[::23][:count]
+    split, held = re.fullmatch(r"--split (\S+) \((\d+) images?\)", better_fraction(names, fraction, group_by)).groups()
+    assert len(held_out(names, float(split), group_by)) == int(held)
+    if group_by is None:
+        assert int(held) == min(max(round(fraction * count), 1), count - 1)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("photos") / "photos", class_images(8, ("cat", "dog")))
@@ -75,6 +100,8 @@ def test_both_files_make_the_whole(photos, tmp_path):
     assert train.beton.classes == held.beton.classes == whole.classes
     assert held.beton.settings["split"] == 0.3
     assert held.beton.settings["part"] == "validation"
+    assert f"held out for validation: {held.beton.samples} of 16 images" in [*summary_lines(held)]
+    assert not train.split
     bytes_of = [path.read_bytes() for path in (train.beton.path, held.beton.path)]
     train.beton.path.unlink()
     with pytest.raises(DataError, match=r"own-val.beton exists already"):

@@ -179,6 +179,7 @@ def test_bad_labels_name_their_line(tmp_path, labels, says):
         ("names: 7", "data.yaml: names is 7; give a list, or numbers from 0 on"),
         ("names: {a: 1, 2: b}", r"data.yaml: names is {'a': 1, 2: 'b'}; give a list, or numbers from 0 on"),
         ("names: [cat, [dog]]", r"data.yaml: names is \['cat', \['dog'\]\]; give a list, or numbers from 0 on"),
+        ("names: [cat", r"data.yaml: .* on line \d; correct it"),
         ("[cat]", "data.yaml has no readable key names; list the classes there"),
         ("names: {1: cat}", r"data.yaml: names is {1: 'cat'}; give a list, or numbers from 0 on"),
     ],
