@@ -4,6 +4,7 @@ import colorsys
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,8 @@ def draw_label_maps(
 ) -> None:
     """Draw a row per image: the image, its true label map over it, and the predicted one; a legend is above.
 
-    The PNG's text says how many `columns` and `rows` the grid has, and how many pixels are above it (`head`).
+    The PNG's text says how many `columns` and `rows` the grid has, how many pixels are above it (`head`), and the
+    `heights` of the rows' images in pixels, separated by spaces.
 
     Args:
         images: each (3, H, W) uint8, an array or CPU tensor; sizes may differ.
@@ -111,19 +113,20 @@ def draw_overlays(
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    font, wide, high = ImageFont.load_default(size=13), rows[0][0].shape[1], max(len(row[0]) for row in rows)
+    font, wide, heights = ImageFont.load_default(size=13), rows[0][0].shape[1], [len(row[0]) for row in rows]
     width = 3 * (wide + GAP) + GAP
     legend = _legend(named, colours, width)
     head = legend.height + CAPTION
-    sheet = Image.new("RGB", (width, head + len(rows) * (high + GAP)), PAPER)
+    *tops, bottom = accumulate((high + GAP for high in heights), initial=head)
+    sheet = Image.new("RGB", (width, bottom), PAPER)
     sheet.paste(legend, (0, 0))
     pen = ImageDraw.Draw(sheet)
     for x, caption in enumerate(("image", "truth", "prediction")):
         left = GAP + x * (wide + GAP)
         pen.text((left + wide // 2, head - CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
-        for y, row in enumerate(rows):
-            sheet.paste(Image.fromarray(row[x]), (left, head + y * (high + GAP)))
-    _write_grid(path, sheet, columns=3, rows=len(rows), head=head)
+        for top, row in zip(tops, rows, strict=True):
+            sheet.paste(Image.fromarray(row[x]), (left, top))
+    _write_grid(path, sheet, columns=3, rows=len(rows), head=head, heights=" ".join(map(str, heights)))
 
 
 def resized_to_width(image: ArrayLike, width: int) -> NDArray[np.uint8]:
@@ -233,13 +236,13 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
     _write_png(path, png)
 
 
-def _write_grid(path: str | Path, sheet: "Image", **numbers: int) -> None:
+def _write_grid(path: str | Path, sheet: "Image", **facts: int | str) -> None:
     """Write a PNG file whose text says how its parts lie."""
     from PIL import PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
-    for name, number in numbers.items():
-        text.add_text(name, str(number))
+    for name, fact in facts.items():
+        text.add_text(name, str(fact))
     png = io.BytesIO()
     sheet.save(png, format="PNG", pnginfo=text)
     _write_png(path, png)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,21 +155,20 @@ def _svg(figure: "Figure", salt: str) -> str:
 def sheet(path: Path) -> tuple[bytes, int]:
     """A picture of a grid of images as PNG or JPEG, and its number of columns.
 
-    The lower half of a tall one is put beside the upper half.
+    The lower rows of a tall one are put beside the upper ones.
     """
     from PIL import Image
 
     with Image.open(path) as picture:
-        text = {name: int(value) for name, value in picture.text.items() if name in ("columns", "rows", "head")}
-        whole = picture.convert("RGB")
-    columns = text.get("columns", 3)  # of pictures by earlier versions, whose images were square
-    head = text.get("head", CAPTION)
-    rows = text.get("rows") or round((whole.height - head) / ((whole.width - GAP) // columns))
-    row = (whole.height - head) // rows
-    if rows > 3:
-        upper = (rows + 1) // 2
-        cut = head + upper * row
-        wide = Image.new("RGB", (2 * whole.width + 2 * GAP, cut), "white")
+        text, whole = dict(picture.text), picture.convert("RGB")
+    columns = int(text.get("columns", 3))  # of pictures by earlier versions, whose images were square
+    head = int(text.get("head", CAPTION))
+    tops = _tops_of_rows(text, whole.size, columns, head)
+    if len(tops) > 3:
+        # Of two cuts that are as good, the one with more rows above.
+        cut = min(reversed(tops), key=lambda top: max(top - head, whole.height - top))
+        height = max(cut, head + whole.height - cut)
+        wide = Image.new("RGB", (2 * whole.width + 2 * GAP, height), "white")
         wide.paste(whole.crop((0, 0, whole.width, cut)), (0, 0))
         wide.paste(whole.crop((0, head - CAPTION, whole.width, head)), (whole.width + 2 * GAP, head - CAPTION))
         wide.paste(whole.crop((0, cut, whole.width, whole.height)), (whole.width + 2 * GAP, head))
@@ -182,3 +181,13 @@ def sheet(path: Path) -> tuple[bytes, int]:
     whole.thumbnail((1600, 1600))
     whole.save(jpeg, "JPEG", quality=88)
     return jpeg.getvalue(), columns
+
+
+def _tops_of_rows(text: Mapping[str, str], size: tuple[int, int], columns: int, head: int) -> list[int]:
+    """Where the rows of a grid of images begin. `text` is the PNG's; without `heights` all rows have one height."""
+    if "heights" in text:
+        return list(accumulate((int(high) + GAP for high in text["heights"].split()), initial=head))[:-1]
+    width, height = size
+    rows = int(text.get("rows", 0)) or round((height - head) / ((width - GAP) // columns))
+    row = (height - head) // rows
+    return [head + number * row for number in range(rows)]

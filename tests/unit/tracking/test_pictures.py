@@ -47,13 +47,15 @@ def test_label_maps_lie_over_their_images(tmp_path: Path) -> None:
     truth = np.zeros((64, 128), dtype=np.uint8)  # half the image's size
     truth[:, :64] = 1
     truth[:8] = 255
-    predicted, small = np.full((64, 128), 2, np.uint8), np.zeros((3, 10, 20), np.uint8)
-    maps = [np.zeros((10, 20), np.uint8)] * 2
+    predicted, small = np.full((64, 128), 2, np.uint8), np.full((3, 10, 40), 90, np.uint8)
+    maps = [np.zeros((10, 40), np.uint8)] * 2
     draw_label_maps([image, small], [truth, maps[0]], [predicted, maps[1]], ["a", "b", "c", "d"], tmp_path / "grid.png")
     picture = Image.open(tmp_path / "grid.png")
     assert (picture.text["columns"], picture.text["rows"]) == ("3", "2")
     head, sheet, colours = int(picture.text["head"]), np.asarray(picture), palette(4)
-    assert len(sheet) == head + 2 * (128 + 6)
+    assert picture.text["heights"] == "128 64"
+    assert len(sheet) == head + (128 + 6) + (64 + 6), "each row is as high as its own images"
+    assert (sheet[head + 134 : head + 198, 6 : 6 + 256] == 90).all()
     shown = [sheet[head : head + 128, 6 + x * 262 :][:, :256] for x in range(3)]
     np.testing.assert_array_equal(shown[0], image.transpose(1, 2, 0))
     expected = {(100, 50): 1, (100, 200): 0}

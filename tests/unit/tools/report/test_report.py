@@ -1,6 +1,7 @@
 """The report's figures, from journals written here: what a resume has withdrawn, what was paid, foreign text."""
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.folder import Folder
 from pipeline.storage.working_copy import Mirror
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.pictures import draw_reconstruction
+from pipeline.tracking.pictures import draw_label_maps, draw_reconstruction
 from tests.support import make_tiny_run
 from tools.report import write_report
 from tools.report.compare import comparison_page, run_labels
@@ -150,6 +151,21 @@ def test_a_sheet_fits_the_page_and_keeps_every_image(tmp_path, images, size):
     assert len(content) <= LARGEST_BYTES or shown.format == "JPEG"
     assert shown.width >= shown.height
     assert shown.width * shown.height >= 0.5 * whole.width * whole.height or shown.format == "JPEG"
+
+
+@pytest.mark.parametrize("heights", [[64, 8, 8, 8, 8], [8, 8, 8, 8, 64], [16, 32, 8, 24]])
+def test_a_sheet_of_rows_of_different_heights_cuts_between_rows(tmp_path, heights):
+    images = [np.full((3, high, 256), 10 * number, np.uint8) for number, high in enumerate(heights, 1)]
+    maps = [np.full((high, 256), 255, np.uint8) for high in heights]  # ignored pixels show the image in grey
+    draw_label_maps(images, maps, maps, ["a"], tmp_path / "sheet.png")
+    content, _ = sheet(tmp_path / "sheet.png")
+    whole, shown = (np.asarray(Image.open(file)) for file in (tmp_path / "sheet.png", io.BytesIO(content)))
+    for number, high in enumerate(heights, 1):
+        rows, columns = np.nonzero((shown == 10 * number).all(-1))
+        assert len(rows) == 3 * high * 256
+        assert np.ptp(rows) == high - 1, "a row is not cut"
+        assert np.ptp(columns) < whole.shape[1]
+    assert len(shown) < len(whole)
 
 
 def test_a_run_on_an_object_store_is_reported_from_a_copy(run, tmp_path, monkeypatch):
