@@ -154,7 +154,7 @@ class Engine(ABC):
                 return None
             share = self._backward(self.to_device(batch), objective, step, 1 / total, last=index == total - 1)
             loss += share.double() / self.world.size
-            for name, part in getattr(objective, "parts", {}).items():
+            for name, part in objective.parts.items():
                 parts[name] = parts.get(name, 0.0) + part.double() / total / self.world.size
             self._buffers.after_micro_batch(1 / total)
         norm = self._gradient_norm()

@@ -278,7 +278,7 @@ def _candidates(setting: str, convolutions: list[DepthwiseConv2d], device: torch
 def _loss_and_gradients(model: nn.Module, objective: Objective, batch: Batch, low: bool = False) -> Outcome:
     """The loss, and the gradient of each parameter by name; under autocast to bf16 if `low`."""
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=low):
-        loss = getattr(objective, "smooth_loss", objective.loss)(model, batch, 0)
+        loss = objective.smooth_loss(model, batch, 0)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -12,13 +12,13 @@ from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
 from pipeline.objectives.dropping import keep_of_batch
 from pipeline.objectives.mixing import draw_mix
-from pipeline.objectives.objective import AdaptedWeights, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Objective, recipe_errors
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import ClassificationSettings, StageRecipe
 from pipeline.weights.transfer import encoder_to_classifier
 
 
-class ClassificationObjective:
+class ClassificationObjective(Objective):
     """Fine-tuning, or supervised training from scratch. See `Objective` for the methods."""
 
     metric = ClassificationSettings.metric
@@ -42,9 +42,6 @@ class ClassificationObjective:
 
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
-
-    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
-        return None
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)

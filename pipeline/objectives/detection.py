@@ -19,14 +19,14 @@ from pipeline.models.detector_options import DetectorOptions
 from pipeline.objectives.average_precision import compare_classes, summarise
 from pipeline.objectives.detected_objects import Packed, detected_objects, pack_objects, unpack_objects
 from pipeline.objectives.dropping import keep_of_batch
-from pipeline.objectives.objective import AdaptedWeights, ObjectOverlays, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Objective, ObjectOverlays, recipe_errors
 from pipeline.objectives.pixels import normalise
 from pipeline.randomness import Purpose
 from pipeline.recipe import DetectionSettings, StageRecipe
 from pipeline.weights.transfer import detector_weights
 
 
-class DetectionObjective:
+class DetectionObjective(Objective):
     """Training a detector, and the backbone with it, on boxes and masks. See `Objective` for the methods."""
 
     metric = DetectionSettings.metric
@@ -43,9 +43,6 @@ class DetectionObjective:
 
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
-
-    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
-        return None
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
@@ -66,9 +63,6 @@ class DetectionObjective:
         keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates, images)
         outputs = model.outputs_on_fixed_boxes(images, keep)
         return torch.stack([x.square().mean().sqrt() for x in outputs]).sum()
-
-    def without_mixing(self) -> "DetectionObjective":
-        return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the detections of the batch, which a `tally` collects."""

@@ -10,7 +10,7 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.objective import AdaptedWeights, Reconstructions, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Objective, Reconstructions, recipe_errors
 from pipeline.objectives.pixels import denormalise, normalise
 from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.recipe.image_size import height_and_width
@@ -20,7 +20,7 @@ from pipeline.sparse import VisibleCells, find_layout
 AS_PREDICTED, RESCALED = "as predicted", "as papers draw it"
 
 
-class FCMAEObjective:
+class FCMAEObjective(Objective):
     """Masked autoencoding. See `Objective` for the methods."""
 
     metric = FCMAESettings.metric
@@ -73,9 +73,6 @@ class FCMAEObjective:
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)
         return model(images, self._visible_cells(batch, images.device)).loss
-
-    def without_mixing(self) -> "FCMAEObjective":
-        return self
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images = self._normalised(model, batch)

@@ -1,8 +1,10 @@
 """The interface of an objective: its model, its loss, its evaluation, and the weights it takes from another stage."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,40 +66,77 @@ class Tally(Protocol):
         """Return the metrics of all ranks' images; None if the ranks agreed to stop. Collective."""
 
 
-class Objective(Protocol):
-    """One class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
+class SummedScores:
+    """The tally of most scorers: the sums of all batches, of which `metrics` of the scorer makes metrics."""
 
-    metric: str
+    def __init__(self, scorer: "Scorer"):
+        self._scorer, self._sums = scorer, dict[str, Tensor]()
+
+    def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
+        for name, value in scores.items():
+            value = value.double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float]:
+        sums = self._sums
+        total = world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
+        parts = total.split([value.numel() for value in sums.values()])
+        return self._scorer.metrics(
+            {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
+        )
+
+
+class Scorer(ABC):
+    """Computes the metrics of an evaluation: an objective is one. It has `metrics`, or a `tally` of its own."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return what the tally adds up. By default: sums of scores over the valid images of the batch, numbers or
+        vectors, and their `count`."""
+
+    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
+        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
+        raise NotImplementedError(f"{type(self).__name__} has neither metrics() nor a tally() of its own")
+
+    def tally(self) -> Tally:
+        """Return what collects the scores of one evaluation."""
+        return SummedScores(self)
+
+
+class Objective(Scorer):
+    """The base of one class for each `objective.kind` of the recipe. It knows its model, but no engine and no file."""
+
+    metric: ClassVar[str]
     """The result by which checkpoints are compared: "loss", "top1", "miou" or "box_ap"."""
+    parts: Mapping[str, Tensor] = MappingProxyType({})
+    """What the loss of the last call is the sum of, detached, by name, for the journal."""
 
+    @abstractmethod
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights."""
 
     def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> Prepared | None:
         """Make what the loss of a micro-batch needs from its ids and the epoch alone. Called after `build_model`, in a
         loader's thread."""
+        return None
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids.
+        """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids."""
 
-        An objective whose loss jumps where scores tie also has `smooth_loss`, by which other code is compared with
-        plain torch. An objective may have `parts`, detached: what the loss of the last call is the sum of, by name, for
-        the journal.
-        """
+    def smooth_loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Return a loss that does not jump where scores tie, by which other code is compared with plain torch."""
+        return self.loss(model, batch, step)
 
     def without_mixing(self) -> "Objective":
         """Return this objective without mixup, cutmix and label smoothing."""
+        return self
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return sums over the valid images of the batch, and their `count`. An objective that has a method `tally()`
-        instead of `metrics` returns what its `Tally` collects."""
-
-    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
-        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
-
+    @abstractmethod
     def paint(self, model: nn.Module, batch: Batch) -> Reconstructions | Overlays | ObjectOverlays | None:
         """Return what the model makes of images; None if that is no picture. All ranks call it alike."""
 
+    @abstractmethod
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         """Bring weights of another stage, or released ones, under the names of this stage's model."""
 

@@ -14,7 +14,7 @@ from pipeline.kernels.precision import widen
 from pipeline.models.map_sizes import enlarge
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives.dropping import keep_of_batch
-from pipeline.objectives.objective import AdaptedWeights, Overlays, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Objective, Overlays, recipe_errors
 from pipeline.objectives.pixels import normalise
 from pipeline.objectives.sliding_windows import window_logits
 from pipeline.randomness import Purpose
@@ -23,7 +23,7 @@ from pipeline.recipe.image_size import height_and_width
 from pipeline.weights.transfer import segmenter_weights
 
 
-class SegmentationObjective:
+class SegmentationObjective(Objective):
     """Training a head, and the backbone with it, on label maps. See `Objective` for the methods."""
 
     metric = SegmentationSettings.metric
@@ -44,9 +44,6 @@ class SegmentationObjective:
     def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
-    def prepare(self, ids: Tensor, epoch: int, device: torch.device) -> None:
-        return None
-
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
         keep = keep_of_batch(self.seed, step, batch, slot, self._drop_path_rates, images)
@@ -65,9 +62,6 @@ class SegmentationObjective:
         """
         logits = enlarge(widen(logits), (truth.shape[1], truth.shape[2]))
         return F.cross_entropy(logits, truth, ignore_index=self.ignored, reduction="none")
-
-    def without_mixing(self) -> "SegmentationObjective":
-        return self
 
     def _image_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits of each pixel of the images of a batch, in their original size: (N, classes, H, W)."""

@@ -86,6 +86,11 @@ class StageSections(Settings):
         return statistics.for_channels(self.model.in_channels)
 
     @property
+    def has_batch_grn(self) -> bool:
+        """Whether GRN takes its norms over all images of a slot, which then must be a micro-batch of its own."""
+        return isinstance(self.objective, FCMAESettings) and self.objective.grn_statistics == "batch"
+
+    @property
     def slots_are_whole(self) -> bool:
         """Whether the images of a slot are computed together: mixed, counted by a loss or a norm, or drawn for SNIP."""
         objective = self.objective
@@ -95,7 +100,7 @@ class StageSections(Settings):
             # A BatchNorm counts a norm group there.
             return self.sparsity is not None and self.sparsity.distribution == "snip"
         if isinstance(objective, FCMAESettings):
-            together = objective.grn_statistics == "batch"
+            together = self.has_batch_grn
         else:
             together = bool(objective.mixup or objective.cutmix)
         return together or self.model.counts_batches or self.sparsity is not None

@@ -1,46 +1,16 @@
 """Evaluate a model over all ranks: every image counts once, on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.data.batch import Batch
 from pipeline.distributed.world import World
 from pipeline.engines import Engine
-
-
-class Scorer(Protocol):
-    """Computes metrics: an objective is one. One with a method `tally` collects its scores in another way than sums."""
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sum scores over the valid images of a batch: numbers, and vectors of them. `count` is their number."""
-
-    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
-        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
-
-
-class SummedScores:
-    """The sums of all batches: the tally of most objectives, see `Tally` of pipeline.objectives."""
-
-    def __init__(self, scorer: Scorer):
-        self._scorer, self._sums = scorer, dict[str, Tensor]()
-
-    def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
-        for name, value in scores.items():
-            value = value.double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def metrics(self, world: World, should_stop: Callable[[], bool]) -> dict[str, float]:
-        sums = self._sums
-        total = world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
-        parts = total.split([value.numel() for value in sums.values()])
-        return self._scorer.metrics(
-            {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
-        )
+from pipeline.objectives.objective import Scorer
 
 
 @dataclass
@@ -79,7 +49,7 @@ def evaluate(
         on_batch: gets the model and each batch of this rank, as for pictures.
         around_first: what the first batch is computed in, whose shapes may have to be compiled.
     """
-    tally, is_first = scorer.tally() if hasattr(scorer, "tally") else SummedScores(scorer), True
+    tally, is_first = scorer.tally(), True
     with owner.evaluating() as model:
         for batch in feed:
             if should_stop():

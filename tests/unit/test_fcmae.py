@@ -20,6 +20,7 @@ from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, UserError
 from pipeline.models import create_model
+from pipeline.objectives.objective import Scorer
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
@@ -63,8 +64,8 @@ def test_examples_of_the_docstrings_are_true(inside):
     assert found.failed == 0
 
 
-class Recorder:
-    """Scorer: keeps the logits of an evaluation."""
+class Recorder(Scorer):
+    """Keeps the logits of an evaluation."""
 
     def __init__(self):
         self.logits = []

@@ -308,7 +308,7 @@ def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
 def _micro_slots(recipe: StageRecipe, ranks: int) -> list[int]:
     """Micro-batches to try, in slots: powers of two, the recipe's and a rank's share, if they divide the share."""
     share, groups = recipe.batch.slots // ranks, recipe.norm_group_images is not None
-    if (recipe.model.counts_batches and not groups) or getattr(recipe.objective, "grn_statistics", "") == "batch":
+    if (recipe.model.counts_batches and not groups) or recipe.has_batch_grn:
         return [1]
     sizes = {recipe.batch.micro_slots, share, *(2**power for power in range(8))}
     return sorted(

@@ -12,6 +12,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.beton import Beton, samples_of
 from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
+from pipeline.objectives.objective import Scorer
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.storage.bounded_files import read_json
@@ -98,7 +99,7 @@ def real_answers(path: str | Path, beton: Beton, outputs: Sequence[int | None]) 
     return right
 
 
-class Answers:
+class Answers(Scorer):
     """Scorer: counts correct answers, and keeps each answer in `log` where an image has one correct class.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.objectives.classification import accuracies, count_correct
+from pipeline.objectives.objective import Scorer
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.training.evaluation import FixedModel
@@ -44,7 +45,7 @@ def collect_features(
     return whole[0][order].to(fixed.world.device), whole[1][order].to(fixed.world.device)
 
 
-class Neighbours:
+class Neighbours(Scorer):
     """Scorer: counts the images that their nearest neighbours classify correctly."""
 
     def __init__(self, bank: Tensor, labels: Tensor, classes: int, statistics: ChannelStatistics = IMAGENET):

@@ -31,7 +31,7 @@ def choose_micro_slots(recipe: StageRecipe, processes: int, device: str) -> tupl
 
 def micro_sizes(recipe: StageRecipe, processes: int) -> list[int]:
     """The numbers of slots that divide a process's share, ascending."""
-    if recipe.model.counts_batches or getattr(recipe.objective, "grn_statistics", "") == "batch":
+    if recipe.model.counts_batches or recipe.has_batch_grn:
         return [1]
     share = max(recipe.batch.slots // processes, 1)
     return [size for size in range(1, share + 1) if share % size == 0]

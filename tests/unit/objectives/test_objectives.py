@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import Batch
-from pipeline.objectives import create_objective
+from pipeline.objectives import _KINDS, create_objective
 from pipeline.objectives.dropping import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.objectives.mixing import draw_mix
+from pipeline.objectives.objective import Objective, Scorer
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.image_size import height_and_width
@@ -54,6 +55,15 @@ def test_masks_change_with_the_epoch_and_cover_all_cells():
     assert not torch.equal(masks[0], masks[1])
     share = masks.float().mean((0, 1))
     assert (share - 30 / 49).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("kind", _KINDS.values())
+def test_every_objective_is_whole(kind):
+    """It inherits what it does not have, and makes metrics from sums or by a tally of its own, not both."""
+    assert issubclass(kind, Objective)
+    assert not kind.__abstractmethods__
+    assert dict(kind.parts) == {}, "before the first loss"
+    assert (kind.metrics is Scorer.metrics) != (kind.tally is Scorer.tally)
 
 
 BACKENDS = ("packed", "masked", *(["spconv"] if find_spec("spconv") else []))  # spconv is an extra
