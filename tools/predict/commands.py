@@ -122,7 +122,8 @@ def _segment(
     how: dict[str, Any],
 ) -> None:
     from pipeline.errors import UserError
-    from tools.predict.label_map_files import as_json, write_label_maps
+    from tools.predict.label_map_files import FOLDERS, as_json, write_label_maps
+    from tools.predict.output_folder import OutputFolder
     from tools.predict.segmentation_model import load_segmentation_model
 
     if out is None:
@@ -131,11 +132,12 @@ def _segment(
     model.network.to(_device())
     model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
+    folder = OutputFolder(out, keep=images.all_names)
     with _progress() as progress:
-        segmented = write_label_maps(model, images, out, model.test_of(**how), progress)
+        segmented = write_label_maps(model, images, folder, model.test_of(**how), progress)
     _check_read(images)
     print(as_json(segmented, images.unreadable) if json else "\n".join(map(str, segmented)))
-    print(f"{out} holds maps, overlays and classes.txt", file=sys.stderr)
+    print(f"{out} holds maps, overlays and classes.txt", *folder.notes(FOLDERS), sep="\n", file=sys.stderr)
 
 
 def _detect(
@@ -148,8 +150,9 @@ def _detect(
     test: tuple[float | None, float | None, bool | None],
 ) -> None:
     from pipeline.errors import UserError
-    from tools.predict.coco_files import ANNOTATIONS, SHOWN_SCORE, detections_json, write_detections
+    from tools.predict.coco_files import ANNOTATIONS, PICTURES, SHOWN_SCORE, detections_json, write_detections
     from tools.predict.detection_model import load_detection_model
+    from tools.predict.output_folder import OutputFolder
 
     if out is None:
         raise UserError(f"{weights} is a detector, which answers with boxes and masks; give --out DIR for them")
@@ -157,14 +160,16 @@ def _detect(
     model.network.to(_device())
     model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
+    folder = OutputFolder(out, keep=images.all_names)
     least = SHOWN_SCORE if test[0] is None else test[0]
     with _progress() as progress:
-        searched = write_detections(model, images, out, least, progress)
+        searched = write_detections(model, images, folder, least, progress)
     _check_read(images)
     print(detections_json(searched, images.unreadable) if json else "\n".join(map(str, searched)))
     shown = f"pictures of the objects with scores from {least:g}"
     rest = "all objects" if test[0] is None else "the same objects"
-    print(f"{out} holds {shown}, and {rest} in {ANNOTATIONS}", file=sys.stderr)
+    said = f"{out} holds {shown}, and {rest} in {ANNOTATIONS}"
+    print(said, *folder.notes((PICTURES,)), sep="\n", file=sys.stderr)
 
 
 def embed_images(
