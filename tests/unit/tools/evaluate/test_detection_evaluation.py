@@ -196,7 +196,6 @@ def test_predict_keeps_the_threshold_in_the_json_file(place, monkeypatch) -> Non
     (whole,) = way_in.load("weights.safetensors", device="cpu").detect("images/1.png")
     least = float(np.median(whole.scores))
     earlier = OutputFolder(place / "sure")
-    earlier.clear()
     earlier.add("pictures/old.png", b"old").write_bytes(b"old")
     done = fcmae("predict", "weights.safetensors", "images/1.png", "--out", "sure", "--soft-nms", "--nms", "0.05",
         "--score-threshold", least)  # fmt: skip
