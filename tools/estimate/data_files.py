@@ -11,8 +11,8 @@ from pipeline.data.subset import count_per_class, present_classes
 from pipeline.errors import UserError
 from pipeline.recipe import DetectionSettings, SegmentationSettings, StageRecipe
 
-Items = list[tuple[str, bool]]
-HeldOut = Sequence[bool] | None
+Items = list[tuple[str, bool]]  # the name of each image, and whether it takes part
+HeldOut = Sequence[bool] | None  # for each image whether it is for validation, where the source itself says so
 
 IMAGE_BYTES = 110_000
 """Assumed size of an image in a data file that is not on this machine: the mean of ImageNet-1K."""
@@ -31,6 +31,7 @@ class DataFile:
 
 
 def parse_counts(images: Sequence[str]) -> dict[str, int]:
+    """Read the values of --images: numbers of images by file, "" for all training files."""
     counts = {}
     for text in images:
         name, _, number = text.rpartition("=")
@@ -42,6 +43,7 @@ def parse_counts(images: Sequence[str]) -> dict[str, int]:
 
 
 def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> DataFile | None:
+    """The file of a stage for "train" or "validation"; None if the recipe names none."""
     data = recipe.data
     if not getattr(data, name):
         return None
@@ -70,10 +72,7 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
 
 
 def _with_masks(source: str) -> tuple[Items, HeldOut]:
-    """The images of a source that have masks take part.
-
-    Returns:
-        the name of each image and whether it takes part, and whether the source itself says it is for validation.
+    """List the images of a source, of which those with a mask take part.
 
     Raises:
         DataError: if the source holds no images with masks.
@@ -85,7 +84,8 @@ def _with_masks(source: str) -> tuple[Items, HeldOut]:
 
 
 def _with_objects(source: str, annotated_only: bool) -> tuple[Items, HeldOut]:
-    """The images of a source that are annotated take part; with `annotated_only` those with objects. As `_with_masks`.
+    """List the annotated images of a source, of which those that exist take part; with `annotated_only` they need an
+    object.
 
     Raises:
         DataError: if the source holds no annotated images.

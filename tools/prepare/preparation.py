@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 
-from pipeline.data.beton import JPEG, contents_of, open_beton
+from pipeline.data.beton import JPEG, contents_of, open_beton, sidecar_path
 from pipeline.data.beton_writer import BetonWriter, lock_file
 from pipeline.data.objects_file import AnnotatedObjects, class_counts
 from pipeline.errors import DataError
@@ -189,6 +189,9 @@ def _settings_in(path: Path) -> dict[str, Any]:
 
 
 def _refuse_existing(destination: Path, overwrite: bool) -> None:
+    is_data = destination.suffix == ".beton" or sidecar_path(destination).exists()
+    if destination.is_dir() or (destination.exists() and not is_data):
+        raise DataError(f"{destination} exists and is no .beton file, so it stays; name the .beton file to write")
     if destination.exists() and not overwrite and not (parts_folder(destination) / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
 

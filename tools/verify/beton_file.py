@@ -45,11 +45,11 @@ def verify_beton(path: Path, *, full: bool = False, workers: int = 1) -> tuple[B
         verify_hashes(path)
     except DataError as error:
         damage.append(str(error))
-    for path, side in beton.side_files.items():
-        with path.open("rb") as file:
+    for side_path, side in beton.side_files.items():
+        with side_path.open("rb") as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == side.sha256
         if not intact:
-            damage.append(f"{path} is damaged (SHA-256); copy it again")
+            damage.append(f"{side_path} is damaged (SHA-256); copy it again")
         if full or not intact:
             damage += (_damaged_maps if side is beton.maps else _damaged_objects)(beton, intact)
     if full:

@@ -44,6 +44,17 @@ def reference(images, tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize("name", ["annotations.json", "folder.beton"])
+def test_what_is_no_data_file_is_not_replaced(images, tmp_path, name):
+    write_folder(tmp_path / "train", images)
+    (tmp_path / "annotations.json").write_text("{}")  # OUT was forgotten
+    (tmp_path / "folder.beton").mkdir()
+    with pytest.raises(DataError, match=rf"{name} exists and is no \.beton file, so it stays; name the"):
+        prepare_beton(tmp_path / "train", tmp_path / name, overwrite=True)
+    assert (tmp_path / "annotations.json").read_text() == "{}"
+    assert {path.name for path in tmp_path.iterdir()} == {"annotations.json", "folder.beton", "train"}
+
+
 def written(path):
     return open_beton(path), [bytes(content) for _, content in contents_of(open_beton(path), JPEG)]
 
