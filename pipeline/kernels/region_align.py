@@ -28,19 +28,18 @@ def region_align(
     regions: Tensor,
     bins: int,
     sampling_ratio: int = 0,
-    aligned: bool = True,
     finest: float = 56,
 ) -> Tensor:
     """Return the features (N, R, C, bins, bins) of regions (N, R, 4: x1, y1, x2, y2 in pixels), in the maps' type.
 
-    Gradients flow to the maps alone; all of them get one. A region of side s (its area's root) is read from the map
-    of level floor(log2(s / finest)), or the nearest that there is.
+    Gradients flow to the maps alone, and every map gets one. A region of side s (the root of its area) is read from the
+    map of level floor(log2(s / finest)), or from the nearest level. Centres of pixels lie at .5 (mmcv's `aligned`).
 
     Args:
         maps: (N, C, H, W) of each level, from fine to coarse.
-        strides: pixels per feature of each map.
-        sampling_ratio: samples of a bin along each axis; 0: as many as it has features, rounded up.
-        aligned: whether pixels' centres are at .5, as mmcv has it. Without, regions are at least one feature wide.
+        strides: pixels on a side of a feature of each map.
+        sampling_ratio: samples of a bin along each axis; 0 is as many as the bin has features, rounded up.
+        finest: regions with sides of less than twice so many pixels are read from the first map.
     """
     regions = widen(regions.detach())
     side = (regions[..., 2:] - regions[..., :2]).clamp(min=0).prod(-1).sqrt()
@@ -48,29 +47,28 @@ def region_align(
     for i in range(1, len(strides)):
         coarse = side / finest + 1e-6 >= 2**i
         level, scale = torch.where(coarse, i, level), torch.where(coarse, 1 / strides[i], scale)
-    grids = _lay_grids(level, regions * scale[..., None], bins, sampling_ratio, aligned)
+    grids = _lay_grids(level, regions * scale[..., None], bins, sampling_ratio)
     return _region_align(list(maps), grids, bins, sampling_ratio)
 
 
 def crop_masks(masks: Tensor, width: int, index: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Return what boxes (P, 4) show of their masks as 0 or 1, (P, side, side) fp32: RoIAlign with half as threshold.
+    """Cut boxes (P, 4) out of their masks: (P, side, side) fp32, 1 where RoIAlign of the mask is at least 0.5, else 0.
 
     Args:
         masks: (T, H, bytes) uint8, `width` bits a row, the highest bit first.
-        index: (P,) the mask of each box.
+        index: (P,), the number of each box's mask.
+        boxes: x1, y1, x2, y2 in pixels.
     """
-    grids = _lay_grids(index.to(sum_dtype(boxes.dtype)), widen(boxes.detach()), side, 0, True)
+    grids = _lay_grids(index.to(sum_dtype(boxes.dtype)), widen(boxes.detach()), side, 0)
     return _crop_masks(masks, width, grids, side)
 
 
-def _lay_grids(first: Tensor, boxes: Tensor, bins: int, sampling_ratio: int, aligned: bool) -> Tensor:
+def _lay_grids(first: Tensor, boxes: Tensor, bins: int, sampling_ratio: int) -> Tensor:
     """Return grids (..., 7): `first`, then start, length of a bin and samples in a bin along y, and along x."""
-    boxes = boxes - 0.5 if aligned else boxes
+    boxes = boxes - 0.5
     usable = (boxes.abs() < FARTHEST).all(-1, keepdim=True)  # not if NaN
     boxes = torch.where(usable, boxes, 0)
     start, length = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
-    if not aligned:
-        length = length.clamp(min=1)
     step = length / bins
     samples = torch.full_like(step, sampling_ratio) if sampling_ratio else step.ceil().clamp(min=0)
     axes = torch.stack([start, step, torch.where(usable, samples, 0)], -1).flip(-2)  # (..., y and x, 3)

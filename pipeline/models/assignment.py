@@ -11,8 +11,8 @@ from pipeline.models.boxes import box_area, intersection, intersection_over_unio
 from pipeline.randomness import mix64_tensor
 
 NOTHING, IGNORED = -1, -2  # instead of an object's index: background, and boxes that training leaves out
-CROWD_SHARE = 0.5  # of a box's area inside of one crowd, above which the box is ignored
-CHUNK = 65536  # boxes that are worked on at once, to bound the memory: an image of 1024 px has 262,000 anchors
+CROWD_SHARE = 0.5  # share of a box's area inside of one crowd, above which the box is ignored
+CHUNK = 65536  # boxes that are worked on at once, to bound the memory: an image of 1024 x 1024 pixels has 262,000
 
 
 def overlap_objects(objects: Tensor, crowd: Tensor, boxes: Tensor) -> Tensor:
@@ -32,14 +32,15 @@ def assign(
 ) -> Tensor:
     """Return for each box the index of its object, NOTHING or IGNORED, (A,) int64.
 
-    A box stands for the object with the highest overlap, the first of equals, if that is at least `positive`; for
-    nothing if it is below `negative`; between them the box is ignored, as it is inside of crowds. With
-    `match_low_quality` each object also gets all boxes that overlap it most, if that is at least `least`; of several
-    such objects a box gets the last.
+    A box stands for the object with the highest overlap, the first of equals, if that overlap is at least `positive`.
+    It stands for nothing if the overlap is below `negative`. Between both it is ignored, and so are boxes inside of
+    crowds. With `match_low_quality` each object also gets the boxes that overlap it most, if they overlap it by `least`
+    or more; a box that several objects get so stands for the last of them.
 
     Args:
         overlap: (M, A), see `overlap_objects`.
         crowd: (M,) bool.
+        positive, negative, least: overlaps from 0 to 1.
     """
     objects, boxes = overlap.shape
     if not (objects and boxes):
@@ -67,18 +68,18 @@ def _without_crowds(overlap: Tensor, crowd: Tensor) -> tuple[Tensor, Tensor]:
     return overlap.masked_fill(crowd[:, None] | on_crowd, -1), on_crowd
 
 
-def sample(assigned: Tensor, key: Tensor, number: int, positive_share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, key: Tensor, number: int, positive_share: float) -> tuple[Tensor, Tensor]:
     """Draw `number` of an image's boxes: at most a share of boxes on objects, the rest on nothing.
 
-    A box's rank is a hash of the key and its index.
+    Boxes are taken in the order of a hash of the key and their index.
 
     Args:
         assigned: (A,), see `assign`.
         key: int64 scalar, of the image, the step and the purpose.
 
     Returns:
-        The drawn places (number,), those on objects first, and whether each is one, (number,) bool: where an image
-        has too few boxes the last ones are not.
+        The places of the drawn boxes (number,), those on objects first, and whether a place holds a drawn box,
+        (number,) bool: where an image has too few boxes the last places hold none.
     """
     index = torch.arange(len(assigned), device=assigned.device)
     rank = mix64_tensor(key ^ index) >> 3 & (1 << 61) - 1
@@ -86,7 +87,7 @@ def sample(assigned: Tensor, key: Tensor, number: int, positive_share: float) ->
     on_object = assigned >= 0
     drawn = torch.where(on_object, rank, -1).topk(most)
     is_drawn = torch.zeros_like(on_object).scatter(0, drawn.indices, drawn.values >= 0)
-    # In the highest two bits: objects that are drawn, then nothing, then what fills the places.
+    # The highest two bits put drawn boxes on objects first, then boxes on nothing, then those that only fill places.
     order = torch.where(is_drawn, 2, (assigned == NOTHING).long()) << 61 | rank
     best = order.topk(min(number, len(assigned)))
     missing = number - len(best.indices)

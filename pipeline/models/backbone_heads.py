@@ -1,4 +1,4 @@
-"""What models for segmentation and detection share: a backbone of any family, whose maps their heads read."""
+"""The base of models for segmentation and detection: a backbone of any family, and heads that read its maps."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from pipeline.models.response_norm import ResponseBatchNorm
 
 
 class BackboneWithHeads(nn.Module):
-    """A subclass makes its heads between `super().__init__` and `finish`.
+    """A backbone; a subclass makes its heads between `super().__init__` and `finish`.
 
     Args:
         backbone: an encoder without head, of at least two stages.
@@ -39,7 +39,7 @@ class BackboneWithHeads(nn.Module):
 
 
 def kaiming_deviation(layer: nn.Module) -> float:
-    """The standard deviation of Kaiming's initialisation before a ReLU, by the number of outputs."""
+    """The standard deviation of Kaiming's initialisation before a ReLU, with the fan of the outputs."""
     return (2 / _fans(layer)[1]) ** 0.5
 
 
@@ -49,7 +49,7 @@ def xavier_deviation(layer: nn.Module) -> float:
 
 
 def _fans(layer: nn.Module) -> tuple[int, int]:
-    """Numbers that an output is summed from, and that an input goes to."""
+    """The fans of a layer: how many inputs an output sums, and to how many outputs an input goes."""
     outputs, inputs, *kernel = layer.weight.shape
     area = kernel[0] ** 2 if kernel else 1
     return inputs * area, outputs * area

@@ -73,15 +73,16 @@ def decode_boxes(reference: Tensor, deltas: Tensor, deviations: Sequence[float],
 def make_anchors(
     map_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
-    scale: float = 8,
-    ratios: Sequence[float] = (0.5, 1, 2),
+    scale: float,
+    ratios: Sequence[float],
     device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Return the anchors (H * W * ratios, 4) of each map (H, W), fp32: by rows, columns, ratios.
+    """Return the anchors (H * W * ratios, 4) of each map (H, W) in pixels, fp32: by rows, columns, ratios.
 
-    Those of a feature are centred at its index times the stride, with an area of (scale * stride)^2.
+    Those of a site are centred at its row and column times the stride, with an area of (scale * stride)^2.
 
     Args:
+        strides: pixels on a side of a site of each map.
         ratios: heights over widths.
     """
     levels = []
@@ -105,8 +106,10 @@ def _as_row(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def scattered_boxes(number: int, size: tuple[int, int]) -> Tensor:
-    """Return boxes (number, 4) of whole pixels within an image of this height and width, always the same: of all sizes,
-    from 16 pixels on, and in no order."""
+    """Return boxes (number, 4), float64, that are spread over an image of this height and width in pixels.
+
+    Their sides are whole pixels, from 16 up to the image's, in no order. Equal arguments give equal boxes.
+    """
     place = torch.arange(number, dtype=torch.float64)
     limits = torch.tensor(size[::-1], dtype=torch.float64)
     # Shares of multiples of irrational numbers are spread evenly, here those of Roberts' sequence for three dims.

@@ -10,7 +10,7 @@ from pipeline.kernels.suppression import soft_suppress, suppress
 
 @dataclass(frozen=True)
 class Detections:
-    """As many places for every image, the best detection first."""
+    """The detections of N images, the best first; all images have the same number D of places."""
 
     boxes: Tensor  # (N, D, 4), at least float32: x1, y1, x2, y2 in pixels of the view
     scores: Tensor  # (N, D)
@@ -27,8 +27,8 @@ def select_detections(
     Args:
         scores: (N, R, classes).
         boxes: (N, R, classes, 4), or (N, R, 1, 4) for all classes alike.
-        valid: (N, R).
-        threshold: scores above it count.
+        valid: (N, R) bool, False for regions that hold nothing.
+        threshold: only scores above it count.
         nms: intersection over union above which the lower-scored of two boxes of a class is dropped.
         soft: lower its score instead, see `soft_suppress`.
         most: detections of an image.

@@ -32,22 +32,17 @@ from pipeline.models.region_losses import (
     region_losses,
     sample_regions,
 )
-from pipeline.models.region_proposals import (
-    SCALE,
-    allowed_anchors,
-    proposal_losses,
-    propose,
-    sample_anchors,
-)
+from pipeline.models.region_proposals import SCALE, allowed_anchors, proposal_losses, propose, sample_anchors
 from pipeline.models.segmentation_head import HEAD_NORMS
 from pipeline.models.semantic_fpn import FeaturePyramid
 
 DETECTION_HEADS = ("mask_rcnn", "cascade", "faster_rcnn")
 BOX_LOSSES = ("l1", "giou")
 RPN_BETA = 1 / 9  # of the smooth L1 loss of a cascade's proposals
-DRAW_BITS = 40  # of a key's bits, the upper ones say which stage draws
+DRAW_BITS = 40  # lower bits of a key, which the index of a box changes; the upper ones differ between stages
 Losses = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""Sums of the losses of each image (N,) by part, and the numbers (N,) that their sums over images are divided by."""
+"""By the name of each part: the sum of an image's losses (N,), and how many anchors or regions it counts (N,). A part's
+loss is the first, summed over the images of a slot, divided by the second, summed over them."""
 
 
 class ObjectsOfImages(Protocol):
@@ -76,20 +71,22 @@ class RegionHeads(nn.Module):
             self.mask_head = nn.ModuleList(mask_heads) if options.cascade else mask_heads[0]
 
     def box_heads(self) -> list[BoxHead]:
+        """The box head of each stage."""
         return list(self.bbox_head) if isinstance(self.bbox_head, nn.ModuleList) else [self.bbox_head]
 
     def mask_heads(self) -> list[MaskHead]:
+        """The mask head of each stage; none for boxes alone."""
         if self.mask_head is None:
             return []
         return list(self.mask_head) if isinstance(self.mask_head, nn.ModuleList) else [self.mask_head]
 
 
 class Detector(BackboneWithHeads):
-    """Finds the objects in images, or tells in training how far it is from them.
+    """Finds the objects in images; in training it returns losses instead.
 
     Args:
         backbone: an encoder without head, of at least two stages.
-        options: of all that stands behind it.
+        options: of the pyramid and the heads behind it.
         seed: of the initial weights.
     """
 
@@ -120,10 +117,7 @@ class Detector(BackboneWithHeads):
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train()
-
-    def finish(self, deviations: dict[str, float], seed: int) -> None:
-        super().finish(deviations, seed)
-        self.train()
+        # Frozen BatchNorms never train, so they need no slot of their own.
         self.counts_batches = any(module.training for module in self.modules() if isinstance(module, RunningStatistics))
 
     def _deviations(self) -> Iterator[tuple[str, float]]:
@@ -195,10 +189,10 @@ class Detector(BackboneWithHeads):
         return [*maps, F.max_pool2d(maps[-1], 1, 2)]
 
     def outputs_on_fixed_boxes(self, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:
-        """What each layer of the heads says, about the anchors and about boxes that do not depend on the weights.
+        """Return the output of each head about the anchors, and about boxes that do not depend on the weights.
 
-        So rounding moves it little, unlike losses and detections, in which it may exchange proposals. All kernels take
-        part: features of boxes that suppression drops are 0.
+        Rounding moves these outputs little, whereas it may exchange the proposals of a loss. All kernels take part: the
+        features of boxes that suppression drops are 0.
         """
         maps = self.pyramid(images, keep)
         logits, deltas = self.rpn_head(maps)
@@ -206,13 +200,13 @@ class Detector(BackboneWithHeads):
         boxes = boxes.expand(len(images), -1, -1)
         kept = suppress(boxes, torch.ones_like(boxes[..., 0], dtype=torch.bool), self.options.proposal_nms)
         features = self._region_features(maps, boxes, BOX_BINS) * kept[..., None, None, None]
-        said = [torch.cat(logits, 1), torch.cat(deltas, 1), features]
+        outputs = [torch.cat(logits, 1), torch.cat(deltas, 1), features]
         for head in self.roi_head.box_heads():
-            said += head(features)
+            outputs += head(features)
         if mask_heads := self.roi_head.mask_heads():
             features = self._region_features(maps, boxes[:, : self.options.positives], MASK_BINS)
-            said += [features, *(head(features) for head in mask_heads)]
-        return [widen(x) for x in said]
+            outputs += [features, *(head(features) for head in mask_heads)]
+        return [widen(x) for x in outputs]
 
     def anchors(self, maps: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         """The anchors (sites * ratios, 4) of each map, in type and on the device of `like`."""
@@ -233,7 +227,7 @@ class Detector(BackboneWithHeads):
         objects: ObjectsOfImages,
         keys: Tensor,
     ) -> Losses:
-        options, truth = self.options, objects_of_images(objects, logits[0].dtype)
+        options, truth = self.options, split_by_image(objects, logits[0].dtype)
         every = torch.cat(anchors)
         allowed = allowed_anchors(anchors, view_sizes, inside=options.cascade)
         drawn = sample_anchors(truth, every, allowed, keys, options.anchors_sampled)
@@ -265,12 +259,11 @@ class Detector(BackboneWithHeads):
         anchors: list[Tensor],
         view_sizes: Tensor,
     ) -> Detections:
-        options = self.options
-        number = options.test_proposals
+        options, number = self.options, self.options.test_proposals
         proposals = propose(logits, deltas, anchors, view_sizes, number, number, options.proposal_nms)
         boxes, scores = proposals.boxes[:, :, None], []
         for stage, head in zip(options.stages, self.roi_head.box_heads(), strict=True):
-            if scores:  # the box of the likeliest class goes on
+            if scores:  # a cascade's next stage starts from the box of the likeliest class
                 boxes = boxes_of_class(boxes, scores[-1][..., :-1].argmax(2))[:, :, None]
             class_logits, coded = map(widen, head(self._region_features(maps, boxes[:, :, 0], BOX_BINS)))
             scores.append(class_logits.softmax(2))
@@ -286,15 +279,18 @@ class Detector(BackboneWithHeads):
         return result
 
 
-def objects_of_images(objects: ObjectsOfImages, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Boxes (M, 4), crowd flags (M,) and classes (M,) of each image; one without objects gets a box of zeros."""
+def split_by_image(objects: ObjectsOfImages, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return boxes (M, 4), crowd flags (M,) and classes (M,) of each image.
+
+    An image without objects gets one box of zeros, so that what is indexed by objects is never empty.
+    """
     parts = (objects.boxes.to(dtype), objects.crowd, objects.classes)
     images = zip(*[part.split(list(objects.counts)) for part in parts], strict=True)
     return [own if len(own[0]) else tuple(part.new_zeros(1, *part.shape[1:]) for part in own) for own in images]
 
 
 def mean_logits(masks: Sequence[Tensor]) -> Tensor:
-    """The logits of the mean of several masks' probabilities."""
+    """Return the logits of the mean of several masks' probabilities."""
     if len(masks) == 1:
         return masks[0]
     mean = torch.stack(list(masks)).sigmoid().mean(0)

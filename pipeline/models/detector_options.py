@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BoxStage:
-    """A stage of the second part: one, or each of a cascade."""
+    """A box head's stage: the only one, or one of a cascade's three."""
 
-    deviations: tuple[float, ...]  # with which its boxes are coded
+    deviations: tuple[float, ...]  # by which coded boxes are divided, see `encode_boxes`
     overlap: float = 0.5  # intersection over union from which a box lies on an object
-    weight: float = 1.0  # of its losses
+    weight: float = 1.0  # factor on the stage's losses
 
 
 ONE_STAGE = (BoxStage((0.1, 0.1, 0.2, 0.2)),)
@@ -33,15 +33,16 @@ class DetectorOptions:
         region_norm: of a cascade's convolutions: "none", "batch" or "group".
         class_agnostic: one box for all classes; published configurations of all three heads have one for each class.
         box_loss: "l1" of coded boxes or "giou" of boxes.
-        anchors_sampled: of an image, which the losses of the proposals count.
-        proposals_before, proposals: in training, boxes of each map that go into the NMS, and that remain of an image.
+        anchors_sampled: anchors of an image that the losses of the proposals count.
+        proposals_before, proposals: in training, boxes of each map that go into the NMS, and proposals of an image that
+            remain.
         proposal_nms: intersection over union above which the lower-scored of two proposals is dropped.
-        regions: of an image, which the losses of the second stage count.
-        positive_share: of them, at most, that lies on objects.
+        regions: regions of an image that the losses of the second stage count.
+        positive_share: share of them that lies on objects, at most.
         sampling_ratio: points on a side of a bin of RoIAlign; 0 is one for each site of the map.
         test_proposals: in tests, both of each map before the NMS and of an image after it.
         score_threshold, nms, soft_nms, detections: of tests, see `select_detections`.
-        frozen_stages: stem and so many stages of the backbone stay as they are.
+        frozen_stages: number of the backbone's stages that are not trained; the stem is not trained either then.
         frozen_norms: the backbone's BatchNorms use their running statistics and do not change them.
         map_norms: whether a norm of its own follows each map of the backbone.
     """
@@ -72,17 +73,20 @@ class DetectorOptions:
 
     @property
     def cascade(self) -> bool:
+        """Whether several box heads refine each other's boxes."""
         return self.head == "cascade"
 
     @property
     def stages(self) -> tuple[BoxStage, ...]:
+        """The stages of the box heads, in order."""
         return CASCADE if self.cascade else ONE_STAGE
 
     @property
     def has_masks(self) -> bool:
+        """Whether there are mask heads."""
         return self.masks and self.head != "faster_rcnn"
 
     @property
     def positives(self) -> int:
-        """Regions of an image that can lie on objects."""
+        """The most regions of an image that lie on objects."""
         return int(self.regions * self.positive_share)

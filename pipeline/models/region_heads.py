@@ -1,4 +1,4 @@
-"""The layers of a model for detection behind its pyramid: those that propose regions, and those that look into them.
+"""The layers of a model for detection behind its pyramid: the proposals' head, and the box and mask heads.
 
 Names of parameters and computation are those of mmdetection's RPNHead, ConvFCBBoxHead and FCNMaskHead.
 """
@@ -20,7 +20,7 @@ CONVOLUTIONS = 4  # of a mask head, and of a box head that has any
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1 ones, shared by all maps."""
+    """A 3x3 convolution and two 1x1 ones to logits and boxes, which all maps share."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -29,7 +29,10 @@ class RPNHead(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, 4 * len(RATIOS), 1)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Map [(N, C, h, w), ...] to logits (N, anchors) and coded boxes (N, anchors, 4) of each map, at least fp32."""
+        """Map [(N, C, h, w), ...] to logits (N, anchors) and coded boxes (N, anchors, 4) of each map, at least fp32.
+
+        Anchors are in the order of `make_anchors`.
+        """
         hidden = [F.relu(self.rpn_conv(x)) for x in maps]
         logits = [widen(self.rpn_cls(x)).permute(0, 2, 3, 1).flatten(1) for x in hidden]
         deltas = [widen(self.rpn_reg(x)).permute(0, 2, 3, 1).unflatten(3, (-1, 4)).flatten(1, 3) for x in hidden]
@@ -69,9 +72,8 @@ class BoxHead(nn.Module):
         x = x.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))
-        return self.fc_cls(x).unflatten(0, (images, -1)), self.fc_reg(x).unflatten(1, (-1, 4)).unflatten(
-            0, (images, -1)
-        )
+        logits, coded = (layer(x).unflatten(0, (images, -1)) for layer in (self.fc_cls, self.fc_reg))
+        return logits, coded.unflatten(2, (-1, 4))
 
 
 class MaskHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Training of the second stage: which regions it looks at, what they should be, and how far its heads are from it."""
+"""Training of the second stage: the regions that are drawn for it, their targets, and the losses of its heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.kernels.precision import widen
 from pipeline.kernels.region_align import crop_masks
-from pipeline.models.assignment import IGNORED, assign, overlap_objects, sample
+from pipeline.models.assignment import IGNORED, assign, draw_boxes, overlap_objects
 from pipeline.models.boxes import decode_boxes, encode_boxes, generalised_iou
 from pipeline.models.detector_options import DetectorOptions
 from pipeline.models.region_heads import MASK_SIDE
@@ -21,16 +21,16 @@ GIOU_WEIGHT = 10.0  # ConvNeXt's configurations of Cascade
 
 @dataclass(frozen=True)
 class Regions:
-    """What the second stage looks at in training, R of each image: first those on objects, then background.
+    """The R regions of each image that the second stage is trained on: first those on objects, then background.
 
-    If an image has fewer, the places behind them are empty: they hold some box, and count as nothing in the losses. A
-    BatchNorm of the heads counts them like all others, as shapes must not depend on values.
+    If an image has fewer, the last places are not `valid`: they hold some box that no loss counts. A BatchNorm of the
+    heads counts them like all others, because shapes must not depend on values.
     """
 
     boxes: Tensor  # (N, R, 4)
     valid: Tensor  # (N, R) bool
     positive: Tensor  # (N, R) bool: an object is on it
-    annotated: Tensor  # (N, R) bool: it is the box of an object itself
+    own_box: Tensor  # (N, R) bool: it is the annotated box of an object, not a proposal
     classes: Tensor  # (N, R) int64: of the object, else the number of classes
     objects: Tensor  # (N, R) int64: the object's place among those of its image, else 0
     truth: Tensor  # (N, R, 4): the object's box
@@ -49,8 +49,8 @@ def sample_regions(
     Args:
         objects: boxes (M, 4), crowd flags (M,) and classes (M,) of each image.
         keys: (N,), of the draws.
-        options: say how many, and which share lies on objects at most. In Mask R-CNN the best box of an object lies on
-            it whatever their overlap.
+        options: the number of regions, and the share of them that lies on objects at most. In Mask R-CNN the boxes that
+            overlap an object most lie on it if they overlap it by `overlap`, even if they overlap another one more.
         overlap: intersection over union from which a box lies on an object.
     """
     match_low_quality, drawn = options.head == "mask_rcnn", []
@@ -60,7 +60,7 @@ def sample_regions(
         assigned = assign(shared, crowd, overlap, overlap, overlap, match_low_quality).masked_fill(~valid, IGNORED)
         own = torch.where(crowd | is_filling(truth), IGNORED, torch.arange(count, device=truth.device))
         assigned, boxes = torch.cat((own, assigned)), torch.cat((truth, boxes))
-        places, is_drawn = sample(assigned, key, options.regions, options.positive_share)
+        places, is_drawn = draw_boxes(assigned, key, options.regions, options.positive_share)
         at = assigned[places]
         positive = is_drawn & (at >= 0)
         at = at.clamp(min=0)
@@ -77,7 +77,7 @@ def is_filling(boxes: Tensor) -> Tensor:
 def region_losses(
     logits: Tensor, deltas: Tensor, regions: Regions, deviations: Sequence[float], box_loss: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums of the losses of each image (N,) by classes and boxes, and what they are to be divided by.
+    """Return the sums of an image's losses (N,) of classes and boxes, and how many regions it counts (N,).
 
     Args:
         logits: (N, R, classes + 1), at least fp32.
@@ -112,18 +112,18 @@ def refine(
     """
     classes = torch.where(regions.positive, regions.classes, logits[..., :-1].argmax(2))
     boxes = decode_boxes(regions.boxes, boxes_of_class(deltas, classes), deviations, view_sizes)
-    return Proposals(boxes, regions.valid & ~regions.annotated)
+    return Proposals(boxes, regions.valid & ~regions.own_box)
 
 
 def mask_losses(logits: Tensor, regions: Regions, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross entropy of masks, averaged over a mask's sites and summed over the regions on objects: (N,).
+    """Return the cross entropy of masks: a mean over a mask's sites, summed over an image's regions on objects.
 
     Args:
         logits: (N, K, classes, 28, 28), of the first K regions, which are all those on objects.
         targets: (N, K, 28, 28), see `mask_targets`.
 
     Returns:
-        The sum, and the number of regions (N,).
+        The sum (N,), and the number of these regions (N,).
     """
     most = logits.shape[1]
     positive, classes = regions.positive[:, :most], regions.classes[:, :most].clamp(max=logits.shape[2] - 1)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.suppression import suppress
-from pipeline.models.assignment import IGNORED, assign, overlap_objects, sample
+from pipeline.models.assignment import IGNORED, assign, draw_boxes, overlap_objects
 from pipeline.models.boxes import decode_boxes, encode_boxes
 
-SCALE = 8  # of the square root of an anchor's area, in strides
+SCALE = 8  # square root of an anchor's area, in strides
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
-POSITIVE, NEGATIVE = 0.7, 0.3  # intersection over union with an object from which, and below which, an anchor is so
+POSITIVE, NEGATIVE = 0.7, 0.3  # intersection over union from which an anchor lies on an object; below which, on none
 POSITIVE_SHARE = 0.5  # of the sampled anchors, at most
 
 
@@ -68,10 +68,12 @@ def propose(
 
 
 def allowed_anchors(anchors: Sequence[Tensor], view_sizes: Tensor, inside: bool) -> Tensor:
-    """Which anchors training may sample, (N, anchors of all maps): those of sites within the image.
+    """Return which anchors training may draw, (N, anchors of all maps) bool: those centred within the image.
 
-    view_sizes: (N, 2), height and width of each image.
-    inside: only those that do not stick out of the image.
+    Args:
+        anchors: (sites * ratios, 4) of each map.
+        view_sizes: (N, 2), height and width of each image.
+        inside: whether anchors that stick out of the image are excluded.
     """
     boxes = torch.cat(list(anchors))
     limits = view_sizes.to(boxes)[:, None].flip(2)  # width, height
@@ -101,7 +103,7 @@ def sample_anchors(
     for (boxes, crowd, _), may, key in zip(objects, allowed, keys, strict=True):
         overlap = overlap_objects(boxes, crowd, anchors) * may
         assigned = assign(overlap, crowd, POSITIVE, NEGATIVE, NEGATIVE, True)
-        places, valid = sample(assigned.masked_fill(~may, IGNORED), key, number, POSITIVE_SHARE)
+        places, valid = draw_boxes(assigned.masked_fill(~may, IGNORED), key, number, POSITIVE_SHARE)
         at = assigned[places]
         drawn.append((places, valid, valid & (at >= 0), boxes[at.clamp(min=0)]))
     return tuple(torch.stack(parts) for parts in zip(*drawn, strict=True))
@@ -110,7 +112,7 @@ def sample_anchors(
 def proposal_losses(
     logits: Tensor, deltas: Tensor, anchors: Tensor, drawn: tuple[Tensor, Tensor, Tensor, Tensor], beta: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums of the losses of each image (N,), and what they are to be divided by.
+    """Return the sums of an image's losses (N,) of anchors' classes and boxes, and how many anchors it counts (N,).
 
     Args:
         logits: (N, A), of all maps.
@@ -130,7 +132,10 @@ def proposal_losses(
 
 
 def box_distance(deltas: Tensor, target: Tensor, positive: Tensor, beta: float = 0.0) -> Tensor:
-    """The smooth L1 loss of coded boxes (N, S, 4), summed over those that are `positive` (N, S): (N,)."""
-    # Coding an object that a place only seems to have may give infinity, times which 0 would be no number.
+    """Return the smooth L1 loss of coded boxes (N, S, 4), summed over those that are `positive` (N, S): (N,).
+
+    beta: the distance below which the loss is quadratic; 0 for L1.
+    """
+    # Where no object is, the coded target may be infinite, and 0 * infinity is NaN; so the distance there is made 0.
     target = torch.where(positive[..., None], target, deltas.detach())
     return F.smooth_l1_loss(deltas, target, beta=beta, reduction="none").sum((1, 2))

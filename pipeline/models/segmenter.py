@@ -22,13 +22,13 @@ HEADS = ("upernet", "semantic_fpn")
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What stands behind the backbone.
+    """The heads behind the backbone of a model for segmentation.
 
     Args:
-        classes: outputs.
+        classes: number of classes.
         kind: "upernet" or "semantic_fpn".
-        channels: inside the head, 512 in published UperNets; of Semantic FPN, whose head has half as many, those of its
-            pyramid, published as 256.
+        channels: of the head's maps, 512 in published UperNets; of Semantic FPN those of its pyramid, published as 256,
+            and its head has half as many.
         norm: "batch" or "group".
         auxiliary_channels: of the auxiliary head; 0 for no such head. Semantic FPN has none.
         map_norms: whether a norm of its own follows each map of the backbone, as in all published models.
@@ -45,7 +45,7 @@ class HeadOptions:
 
 
 class Segmenter(BackboneWithHeads):
-    """Maps images to logits of each class for sites of the stem, 4 x 4 pixels in published models.
+    """Maps images to logits of each class, one for each site of the stem: 4 x 4 pixels in published models.
 
     Args:
         backbone: an encoder without head, of at least two stages.

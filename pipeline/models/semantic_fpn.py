@@ -3,6 +3,7 @@
 Names and computation are those of mmsegmentation's FPN and FPNHead.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.lateral_convs, self.fpn_convs = nn.ModuleList(), nn.ModuleList()
         for size in inputs:
-            for convs, conv in ((self.lateral_convs, (size, 1)), (self.fpn_convs, (channels, 3))):
-                convs.append(nn.Sequential())
-                convs[-1].conv = nn.Conv2d(conv[0], channels, conv[1], padding=conv[1] // 2)
+            # Modules named conv inside of others give the parameters mmsegmentation's names.
+            self.lateral_convs.append(nn.Sequential(OrderedDict(conv=nn.Conv2d(size, channels, 1))))
+            self.fpn_convs.append(nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 3, padding=1))))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Map [(N, C, h, w), ...], finest first, to maps of the same sizes."""
@@ -37,10 +38,11 @@ class FeaturePyramid(nn.Module):
         return [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=True)]
 
 
-class Double(nn.Module):
-    """Enlarge a map twofold, bilinearly."""
+class DoubleSize(nn.Module):
+    """Enlarge a map to twice its height and width, bilinearly."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, h, w) to (N, C, 2 h, 2 w)."""
         return enlarge(x, (2 * x.shape[2], 2 * x.shape[3]))
 
 
@@ -63,7 +65,7 @@ class SemanticFPN(SegmentationHead):
             for doubling in range(level):
                 if doubling:
                     head.append(ConvNormReLU(channels, channels, 3, norm))
-                head.append(Double())
+                head.append(DoubleSize())
             self.scale_heads.append(head)
 
     def forward(self, maps: list[Tensor], dropout: Tensor | None = None) -> Tensor:

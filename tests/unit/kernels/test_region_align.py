@@ -68,14 +68,14 @@ BOX = st.tuples(SHARE, LENGTH, SHARE, LENGTH).map(
 )
 
 
-def check_against_reference(reference, boxes: list, bins: int, ratio: int, aligned: bool) -> None:
+def check_against_reference(reference, boxes: list, bins: int, ratio: int) -> None:
     generator = torch.Generator().manual_seed(len(boxes))
     x = torch.randn(2, 3, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
     regions = torch.tensor([boxes, boxes[::-1]], dtype=torch.float64)
     index = torch.arange(2.0).repeat_interleave(len(boxes))[:, None].double()
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = region_align([one], [STRIDE], regions, bins, ratio, aligned)
-    expected = reference(other, torch.cat([index, regions.flatten(0, 1)], 1), 1 / STRIDE, bins, bins, ratio, aligned)
+    y = region_align([one], [STRIDE], regions, bins, ratio)
+    expected = reference(other, torch.cat([index, regions.flatten(0, 1)], 1), 1 / STRIDE, bins, bins, ratio, True)
     torch.testing.assert_close(y, expected.view_as(y), **TOLERANCE)
     gradient = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     (result,), (truth,) = (
@@ -84,14 +84,14 @@ def check_against_reference(reference, boxes: list, bins: int, ratio: int, align
     torch.testing.assert_close(result, truth, **TOLERANCE)
 
 
-ANY = given(st.lists(BOX, min_size=1, max_size=4), st.sampled_from([1, 2, 3]), st.sampled_from([0, 2]), st.booleans())
+ANY = given(st.lists(BOX, min_size=1, max_size=4), st.sampled_from([1, 2, 3]), st.sampled_from([0, 2]))
 FEW = settings(max_examples=10, deadline=None)
 
 
 @FEW
 @ANY
-def test_regions_inside_the_map_equal_torchvision(reference, boxes, bins, ratio, aligned):
-    check_against_reference(reference, boxes, bins, ratio, aligned)
+def test_regions_inside_the_map_equal_torchvision(reference, boxes, bins, ratio):
+    check_against_reference(reference, boxes, bins, ratio)
 
 
 def random_regions(images: int, number: int, side: float = 120.0, seed: int = 0) -> Tensor:
@@ -108,15 +108,15 @@ def pyramid(images: int = 2, channels: int = 5, seed: int = 1, dtype=torch.float
     return [torch.randn(images, channels, *size, generator=generator).to(dtype).requires_grad_() for size in sizes]
 
 
-def pooled_and_gradients(maps: list[Tensor], regions: Tensor, bins: int, ratio: int = 0, aligned: bool = True):
-    y = region_align(maps, STRIDES, regions, bins, ratio, aligned, finest=14)
+def pooled_and_gradients(maps: list[Tensor], regions: Tensor, bins: int, ratio: int = 0):
+    y = region_align(maps, STRIDES, regions, bins, ratio, finest=14)
     weights = torch.linspace(-1, 1, y[0].numel(), dtype=torch.bfloat16).to(y.dtype).view(y.shape[1:])
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), maps)]
 
 
-@pytest.mark.parametrize(("ratio", "aligned", "bins"), [(0, True, 7), (2, True, 3), (0, False, 2), (3, False, 7)])
-def test_the_plain_form_for_gpus_equals_the_loops_for_cpus_everywhere(ratio, aligned, bins, request):
-    case = (pyramid(), random_regions(2, 80), bins, ratio, aligned)
+@pytest.mark.parametrize(("ratio", "bins"), [(0, 7), (2, 3), (0, 2), (3, 7)])
+def test_the_plain_form_for_gpus_equals_the_loops_for_cpus_everywhere(ratio, bins, request):
+    case = (pyramid(), random_regions(2, 80), bins, ratio)
     loops = pooled_and_gradients(*case)
     request.getfixturevalue("plain")
     for result, expected in zip(pooled_and_gradients(*case), loops, strict=True):
@@ -131,8 +131,8 @@ def test_gradients_by_finite_differences():
 
 def test_samples_beyond_one_feature_outside_give_0_and_nearer_ones_the_border():
     x = torch.full((1, 1, 4, 4), 3.0, dtype=torch.float64)
-    regions = torch.tensor([[[-9.0, 0, -1, 4], [-0.9, 1, 0, 2], [4, 0, 5, 4], [2, 2, 6, 3]]])
-    one, two, three, four = region_align([x], [1], regions.double(), 2, 2, aligned=False)[0, :, 0].unbind()
+    regions = torch.tensor([[[-9.0, 0, -1, 4], [-0.9, 1, 0, 2], [4, 0, 5, 4], [2, 2, 6, 3]]]) + 0.5  # features' centres
+    one, two, three, four = region_align([x], [1], regions.double(), 2, 2)[0, :, 0].unbind()
     assert torch.equal(one, torch.zeros_like(one))
     torch.testing.assert_close(two, torch.full_like(two, 3.0), **TOLERANCE)
     # Columns of samples at 4.25 and more are outside, though within the last feature's pixel.
@@ -183,7 +183,7 @@ def test_bf16_maps_are_summed_in_fp32():
 
 def test_the_operators_say_their_shapes_and_run_on_meta_tensors():
     maps, regions = pyramid(dtype=torch.float32), random_regions(2, 6).float()
-    grids = forms._lay_grids(torch.zeros(2, 6), regions, 3, 0, True)
+    grids = forms._lay_grids(torch.zeros(2, 6), regions, 3, 0)
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fcmae.region_align.default, (maps, grids, 3, 0), test_utils=quick)
     sizes = [size for x in maps for size in x.shape[2:]]
@@ -225,14 +225,14 @@ def test_crops_of_packed_masks_are_aligned_regions_of_the_unpacked_ones(width):
     assert crops.dtype == torch.float32
     assert torch.equal(crops[clear], (expected >= 0.5)[clear].float())
     assert 0.05 < crops.mean() < 0.9
-    grids = forms._lay_grids(index.double(), boxes, 7, 0, True)
+    grids = forms._lay_grids(index.double(), boxes, 7, 0)
     torch.testing.assert_close(forms._pool_bits_plainly(pack(masks), width, grids, 7), expected, **TOLERANCE)
 
 
 def test_autocast_does_not_reach_into_the_plain_forms():
     """It stays active inside custom operators: a matrix product in bf16 would move masks' edges."""
     maps = [x.detach().float() for x in pyramid()]
-    grids = forms._lay_grids(torch.zeros(2, 6), random_regions(2, 6, side=24).float(), 7, 0, True)
+    grids = forms._lay_grids(torch.zeros(2, 6), random_regions(2, 6, side=24).float(), 7, 0)
     features, shapes = [forms._channels_last(x) for x in maps], [x.permute(0, 2, 3, 1).shape for x in maps]
     masks = pack(drawn_masks(6, 33, 45))
     of_masks = torch.cat([torch.arange(6.0)[:, None], grids[0, :, 1:]], 1)

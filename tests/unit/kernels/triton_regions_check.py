@@ -34,7 +34,7 @@ def region_errors(dtype: torch.dtype, bins: int, channels: int, ratio: int = 0) 
     expected = torch.autograd.grad(exact, leaves, grad_y.double())
     side = (regions[..., 2:] - regions[..., :2]).clamp(min=0).prod(-1).sqrt()
     level = (side / 8 + 1e-6 >= 2).to(regions.dtype)
-    grids = _lay_grids(level, regions / (4 + 4 * level)[..., None], bins, ratio, True)
+    grids = _lay_grids(level, regions / (4 + 4 * level)[..., None], bins, ratio)
     features = [surround_by_nan(x.permute(0, 2, 3, 1).contiguous()) for x in maps]
     spread, shapes = surround_by_nan(grad_y.permute(0, 1, 3, 4, 2).contiguous()), [x.shape for x in features]
     y, gradients = pool_levels(features, grids, bins), spread_levels(spread, grids, shapes)

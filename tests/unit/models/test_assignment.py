@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.models import assignment
-from pipeline.models.assignment import IGNORED, NOTHING, assign, overlap_objects, sample
+from pipeline.models.assignment import IGNORED, NOTHING, assign, draw_boxes, overlap_objects
 from pipeline.randomness import as_int64, mix64
 from pipeline.randomness import key as image_keys
 
@@ -79,7 +79,7 @@ def sample_by_sorting(assigned: list[int], key: int, number: int, share: float) 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(1, 12))
 def test_draws_are_the_highest_hashes(assigned, key, number):
-    places, valid = sample(torch.tensor(assigned), torch.tensor(as_int64(key)), number, 0.25)
+    places, valid = draw_boxes(torch.tensor(assigned), torch.tensor(as_int64(key)), number, 0.25)
     assert places.shape == valid.shape == (number,)
     expected = sample_by_sorting(assigned, key, number, 0.25)
     assert places[valid].tolist() == expected
@@ -90,7 +90,7 @@ def test_every_box_is_drawn_equally_often():
     assigned = torch.tensor([0] * 10 + [NOTHING] * 30)
     counts = torch.zeros(40)
     for key in image_keys(np.arange(2000)):
-        places, valid = sample(assigned, torch.tensor(as_int64(int(key))), 8, 0.5)
+        places, valid = draw_boxes(assigned, torch.tensor(as_int64(int(key))), 8, 0.5)
         assert valid.all()
         counts[places] += 1
     deviation = (2000 * 0.4 * 0.6) ** 0.5
@@ -101,5 +101,5 @@ def test_every_box_is_drawn_equally_often():
 def test_shapes_are_known_without_values():
     objects, crowd = torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.bool, device="meta")
     assigned = assign(overlap_objects(objects, crowd, torch.empty(50, 4, device="meta")), crowd, 0.7, 0.3, 0.3, True)
-    places, valid = sample(assigned, torch.empty((), dtype=torch.int64, device="meta"), 64, 0.5)
+    places, valid = draw_boxes(assigned, torch.empty((), dtype=torch.int64, device="meta"), 64, 0.5)
     assert (assigned.shape, places.shape, valid.shape) == ((50,), (64,), (64,))

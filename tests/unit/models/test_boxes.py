@@ -82,7 +82,7 @@ def test_decoded_boxes_are_cut_at_the_borders_of_their_image():
 
 
 def test_anchors_lie_by_rows_columns_and_ratios():
-    fine, coarse = make_anchors([(2, 3), (1, 1)], [4, 8])
+    fine, coarse = make_anchors([(2, 3), (1, 1)], [4, 8], 8, (0.5, 1, 2))
     assert fine.shape == (2 * 3 * 3, 4)
     assert fine.dtype == torch.float32
     expected = []

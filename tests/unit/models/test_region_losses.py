@@ -23,7 +23,7 @@ def some_regions() -> Regions:
         boxes=boxes,
         valid=torch.tensor([[True, True, False]]),
         positive=torch.tensor([[True, False, False]]),
-        annotated=torch.tensor([[False, False, False]]),
+        own_box=torch.tensor([[False, False, False]]),
         classes=torch.tensor([[1, 2, 2]]),
         objects=torch.tensor([[0, 0, 0]]),
         truth=tensor([[[2.0, 0, 12, 20]] * 3]),
@@ -78,7 +78,7 @@ def test_a_cascade_moves_regions_and_leaves_annotated_ones_out():
     moved = refine(regions, logits, deltas, (0.1, 0.1, 0.2, 0.2), torch.tensor([[18, 14]]))
     assert moved.boxes[0, :2].tolist() == [[5, 0, 14, 18], [5, 15, 14, 18]]  # cut at the image
     assert moved.valid.tolist() == [[True, True, False]]
-    own = Regions(**{**vars(regions), "annotated": regions.positive})
+    own = Regions(**{**vars(regions), "own_box": regions.positive})
     assert refine(own, logits, deltas, (0.1,) * 4, torch.tensor([[18, 14]])).valid.tolist() == [[False, True, False]]
 
 
