@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.recipe.image_size import Side
-from pipeline.recipe.settings_base import MOST_CHANNELS, Settings, added
+from pipeline.recipe.image_size import LongAndShort, Side
+from pipeline.recipe.settings_base import ASCENDING, MOST_CHANNELS, Settings, added
 
 Boxes = Annotated[int, Field(ge=1, le=65_536)]
 """A number of boxes of one image."""
@@ -55,7 +55,7 @@ class DetectionSettings(Settings):
     """l1 of the coded differences, or generalised intersection over union of the boxes, weighted by 10."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     frozen_stages: int = Field(0, ge=0, le=1000)
-    """Stem and so many stages of the backbone keep the weights that they start with."""
+    """Number of the backbone's stages that keep the weights they start with, and so does the stem; 0 trains all."""
     frozen_norms: bool = False
     """BatchNorms of the backbone keep the statistics that they start with, and use them in training too."""
     score_threshold: float = Field(0.05, ge=0, lt=1)
@@ -100,27 +100,27 @@ class ObjectViewSettings(Settings):
     """large_scale_jitter: fit the image into the canvas, scale it by a random number of `scale` and cut the canvas out
     of it (arXiv 2012.07177). multi_scale: a random short side, in half of the images after a random crop, as DETR.
     resize: as in tests."""
-    scale: tuple[Zoom, Zoom] = (0.1, 2.0)
+    scale: Annotated[tuple[Zoom, Zoom], ASCENDING] = (0.1, 2.0)
     """large_scale_jitter: least and largest factor."""
     short_sides: tuple[Side, ...] = tuple(range(480, 801, 32))
     """multi_scale: one of these becomes the short side, in pixels."""
     longest: Side = 1333
-    """multi_scale: the long side has at most so many pixels, whatever the short side then has."""
+    """multi_scale: most pixels of the long side; the short side becomes smaller where it must."""
     crop_short_sides: tuple[Side, ...] = (400, 500, 600)
     """multi_scale: the short side before a crop."""
-    crop: tuple[Side, Side] = (384, 600)
+    crop: Annotated[tuple[Side, Side], ASCENDING] = (384, 600)
     """multi_scale: least and largest side of a crop, in pixels."""
     smallest_box: float = Field(0.01, gt=0, le=10_000)
-    """Objects whose box in the view has a side of no more than so many pixels are left out."""
+    """Objects whose box in the view has a side of so many pixels or fewer are left out."""
     keep_empty: bool = False
     """Whether training images without any object take part. Those with crowds alone always do, as in mmdetection."""
     crowds: Literal["ignored", "background"] = added("ignored")
     """Training: anchors and proposals on a crowd count for nothing, or for background unless they lie on an object, as
     in mmdetection's published runs."""
     boxes_from_masks: bool = False
-    """Training: the box of an object is what surrounds the part of its mask in the view, in whole pixels, instead of
-    the annotated box's part (mmdetection: recompute_bbox)."""
-    test_size: tuple[Side, Side] = (1333, 800)
+    """Training: an object's box surrounds, in whole pixels, the part of its mask in the view (mmdetection:
+    recompute_bbox); otherwise it is the view's part of the annotated box."""
+    test_size: LongAndShort = (1333, 800)
     """Tests: an image is scaled to the largest size of its own shape within this long and short side."""
 
     @field_validator("short_sides", "crop_short_sides")
@@ -128,20 +128,6 @@ class ObjectViewSettings(Settings):
     def _check_sides(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
         if not sides or len(sides) > 1000:
             raise ValueError(f"{len(sides)} short sides are given; give 1 to 1000 numbers of pixels, such as [800]")
-        return sides
-
-    @field_validator("scale", "crop")
-    @classmethod
-    def _check_range(cls, span: tuple[float, float]) -> tuple[float, float]:
-        if span[0] > span[1]:
-            raise ValueError(f"{list(span)} is no range; write the smaller number first")
-        return span
-
-    @field_validator("test_size")
-    @classmethod
-    def _check_test_size(cls, sides: tuple[int, int]) -> tuple[int, int]:
-        if sides[0] < sides[1]:
-            raise ValueError(f"{list(sides)} has the short side first; write [{sides[1]}, {sides[0]}]")
         return sides
 
     @model_validator(mode="after")

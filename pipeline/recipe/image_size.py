@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.errors import shortened
 
@@ -12,6 +12,16 @@ MOST_PIXELS = 16_384
 Side = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 ImageSize = Side | tuple[Side, Side]
 """Pixels: the edge of a square, or (height, width) of another rectangle."""
+
+
+def _check_long_first(sides: tuple[int, int]) -> tuple[int, int]:
+    if sides[0] < sides[1]:
+        raise ValueError(f"{list(sides)} has the short side first; write [{sides[1]}, {sides[0]}]")
+    return sides
+
+
+LongAndShort = Annotated[tuple[Side, Side], AfterValidator(_check_long_first)]
+"""The long and the short side of an image in pixels, whatever its orientation."""
 
 
 def read_image_size(value: object) -> ImageSize:

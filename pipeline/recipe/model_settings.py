@@ -35,7 +35,12 @@ class ModelSettings(Settings):
     @property
     def stride(self) -> int:
         """Edge in pixels of one site of the last stage, which is a cell of FCMAE's masks."""
-        return self.stem_stride * 2 ** (len(self.depths or (1, 1, 1, 1)) - 1)
+        return self.stem_stride * 2 ** (self.stages - 1)
+
+    @property
+    def stages(self) -> int:
+        """The number of stages; all published sizes have four."""
+        return 4 if self.depths is None else len(self.depths)
 
     @property
     def counts_batches(self) -> bool:

@@ -10,13 +10,13 @@ from pipeline.recipe.sections import FCMAESettings, SparsitySettings
 from pipeline.recipe.segmentation_settings import SegmentationSettings
 from pipeline.recipe.stage_sections import StageSections
 
-# The depths that a numbering of layers is made for, and the sizes that have them.
+# By optimizer.layer_decay_groups: the depths that its numbering of layers is made for, and the sizes that have them.
 GROUPED = {
     "group": ((3, 3, 27, 3), ("convnextv2_base", "convnextv2_large", "convnextv2_huge", "slak_small", "slak_base")),
     "layer_wise_6": ((3, 3, 9, 3), ("convnextv2_tiny", "slak_tiny")),
 }
 
-
+# By objective: the metrics that a gate may limit.
 GATE_METRICS = {
     "fcmae": ("loss",),
     "classification": ("top1", "top5", "loss"),
@@ -46,34 +46,46 @@ class StageRecipe(StageSections):
         self._check_layer_decay()
         if self.sparsity:
             self._check_sparsity(self.sparsity)
-        self._check_views_and_gate()
+        self._check_scenes_and_views()
+        self._check_gate()
+        if isinstance(self.objective, SegmentationSettings | DetectionSettings):
+            self._check_heads(self.objective)
         if isinstance(self.objective, FCMAESettings):
             self._check_fcmae(self.objective)
         if isinstance(self.objective, SegmentationSettings):
-            self._check_segmentation(self.objective)
+            self._check_windows()
         if isinstance(self.objective, DetectionSettings):
             self._check_detection(self.objective)
         if group := self.norm_group_images:
             self._check_norm_group(group)
         return self
 
-    def _check_views_and_gate(self) -> None:
+    def _check_gate(self) -> None:
+        kind = self.objective.kind
+        judged_by, name = GATE_METRICS[kind], "pre-training" if kind == "fcmae" else kind
+        if self.gate.metric not in (None, *judged_by):
+            raise ValueError(f"gate.metric is {self.gate.metric}; {name} is judged by {' or '.join(judged_by)}")
+
+    def _check_scenes_and_views(self) -> None:
         data, kind = self.data, self.objective.kind
         for name, needs in (("scenes", "segmentation"), ("views", "detection")):
             if getattr(data, name) and kind != needs:
                 raise ValueError(f"data.{name} is for the objective {needs} and objective.kind is {kind}; remove it")
             if getattr(data, name) is None and kind == needs:
                 raise ValueError(f"data.{name} is missing, which the objective {needs} needs; set data.{name}: {{}}")
-        judged_by, name = GATE_METRICS[kind], "pre-training" if kind == "fcmae" else kind
-        if self.gate.metric not in (None, *judged_by):
-            raise ValueError(f"gate.metric is {self.gate.metric}; {name} is judged by {' or '.join(judged_by)}")
-        if kind in ("segmentation", "detection"):
-            unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
-            for name, off in unused.items():
-                if (value := getattr(data, name)) != off:
-                    raise ValueError(f"data.{name} is {value}, which {kind} does not use; set it to {off}")
-            if self.init.head == "map":
-                raise ValueError("init.head is map, which is for classification; set it to keep or new")
+
+    def _check_heads(self, objective: SegmentationSettings | DetectionSettings) -> None:
+        unused = {"erase_probability": 0.0, "rand_augment": None, "classes": None}
+        for name, off in unused.items():
+            if (value := getattr(self.data, name)) != off:
+                raise ValueError(f"data.{name} is {value}, which {objective.kind} does not use; set it to {off}")
+        if self.init.head == "map":
+            raise ValueError("init.head is map, which is for classification; set it to keep or new")
+        if self.model.stages < 2:
+            raise ValueError(
+                f"model.depths {list(self.model.depths)} has one stage but the head {objective.head} needs the maps of"
+                " two or more; give more numbers"
+            )
 
     def _check_layer_decay(self) -> None:
         groups = self.optimizer.layer_decay_groups
@@ -83,11 +95,10 @@ class StageRecipe(StageSections):
             raise ValueError(
                 f"optimizer.layer_decay_groups is {groups}, which only ConvNeXt has, and SLaK as one; set it to single"
             )
-        stages = len(self.model.depths or "four")
-        if groups == "stage_wise" and stages != 4:
+        if groups == "stage_wise" and self.model.stages != 4:
             raise ValueError(
                 f"optimizer.layer_decay_groups is stage_wise, made for models of four stages, and model.depths has"
-                f" {stages}; set it to single"
+                f" {self.model.stages}; set it to single"
             )
         if groups in GROUPED:
             depths, sizes = GROUPED[groups]
@@ -162,13 +173,8 @@ class StageRecipe(StageSections):
                 f" {objective.decoder} decoder needs; change one of them"
             )
 
-    def _check_segmentation(self, objective: SegmentationSettings) -> None:
+    def _check_windows(self) -> None:
         data = self.data
-        if len(self.model.depths or (1, 1)) < 2:
-            raise ValueError(
-                f"model.depths {list(self.model.depths)} has one stage but the head {objective.head} needs the maps of"
-                " two or more; give more numbers"
-            )
         if data.scenes.test == "window" and data.scenes.window_step > min(height_and_width(data.image_size)):
             raise ValueError(
                 f"data.scenes.window_step {data.scenes.window_step} is more than a side of data.image_size"
@@ -176,16 +182,11 @@ class StageRecipe(StageSections):
             )
 
     def _check_detection(self, objective: DetectionSettings) -> None:
-        size, stride, stages = self.data.image_size, self.model.stride, len(self.model.depths or (1, 1, 1, 1))
+        size, stride, stages = self.data.image_size, self.model.stride, self.model.stages
         if any(side % stride for side in height_and_width(size)):
             raise ValueError(
                 f"data.image_size {describe_size(size)} is the canvas of the views and must be a multiple of the"
                 f" model's stride, {stride} pixels; change it"
-            )
-        if stages < 2:
-            raise ValueError(
-                f"model.depths {list(self.model.depths)} has one stage but the pyramid of head {objective.head} needs"
-                " the maps of two or more; give more numbers"
             )
         if objective.frozen_stages > stages:
             raise ValueError(

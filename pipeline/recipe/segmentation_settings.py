@@ -2,15 +2,17 @@
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from pipeline.recipe.image_size import Side
-from pipeline.recipe.settings_base import MOST_CHANNELS, Settings
+from pipeline.recipe.image_size import LongAndShort
+from pipeline.recipe.settings_base import ASCENDING, MOST_CHANNELS, Settings
 
 Factor = Annotated[float, Field(gt=0, le=100)]
 
 
 class SegmentationSettings(Settings):
+    """A head behind the backbone that names the class of each pixel; defaults are those of mmsegmentation's runs."""
+
     metric: ClassVar = "miou"
     kind: Literal["segmentation"] = "segmentation"
     classes: int = Field(ge=2, le=65_535)
@@ -34,18 +36,20 @@ class SegmentationSettings(Settings):
 
     @property
     def has_auxiliary_head(self) -> bool:
+        """Whether an auxiliary head is trained."""
         return self.head == "upernet" and self.auxiliary_weight > 0
 
 
 class SceneSettings(Settings):
     """How images with label maps are cut for training and for tests. `data.image_size` is the size of a crop."""
 
-    base_size: tuple[Side, Side] = (2048, 512)
+    base_size: LongAndShort = (2048, 512)
     """Long and short side in pixels: an image is scaled to the largest size of its own shape within both."""
-    ratio: tuple[Factor, Factor] = (0.5, 2.0)
+    ratio: Annotated[tuple[Factor, Factor], ASCENDING] = (0.5, 2.0)
     """Training: base_size is multiplied by a random number between these two."""
     class_limit: float = Field(0.75, gt=0, le=1)
-    """Training: a crop is drawn again if one class has this share of its labelled pixels, or more, or is alone."""
+    """Training: a crop is drawn again if one class has this share of its labelled pixels, or more, or is alone. 1 takes
+    the first crop, whatever it shows."""
     crop_tries: int = Field(10, ge=1, le=100)
     """Training: so many crops are tried by class_limit; if none fits, one more is taken as it is."""
     photometric: bool = True
@@ -53,21 +57,7 @@ class SceneSettings(Settings):
     test: Literal["window", "whole"] = "window"
     """window: sum the logits of crop-sized windows; whole: run the whole image at once."""
     window_step: int = Field(341, ge=1, le=16_384)
-    """Pixels between windows; at most a side of a crop, or pixels between windows would never be seen."""
-
-    @field_validator("base_size")
-    @classmethod
-    def _check_sides(cls, sides: tuple[int, int]) -> tuple[int, int]:
-        if sides[0] < sides[1]:
-            raise ValueError(f"{list(sides)} has the short side first; write [{sides[1]}, {sides[0]}]")
-        return sides
-
-    @field_validator("ratio")
-    @classmethod
-    def _check_ratio(cls, span: tuple[float, float]) -> tuple[float, float]:
-        if span[0] > span[1]:
-            raise ValueError(f"{list(span)} is no range; write the smaller number first")
-        return span
+    """Pixels from one window to the next; at most a side of a crop, or pixels between windows would never be seen."""
 
 
 class NormGroup(NamedTuple):

@@ -6,7 +6,7 @@ keep out what cannot be meant (1e300 epochs) or computed with, not what is unusu
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MOST_STEPS = 999_999_999  # the names of checkpoints have nine digits
 MOST_EPOCHS = 1_000_000
@@ -17,6 +17,16 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Limit = Annotated[float, Field(ge=-1e9, le=1e9)]
 """A value to compare a measured one with."""
+
+
+def _check_ascending(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError(f"{list(span)} is no range; write the smaller number first")
+    return span
+
+
+ASCENDING = AfterValidator(_check_ascending)
+"""For pairs of numbers that are a range."""
 
 
 def operational(default: Any, **constraints: Any) -> Any:
