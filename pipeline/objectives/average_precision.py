@@ -56,12 +56,14 @@ def compare_classes(
     tables = -np.ones((len(kinds), thresholds, recalls + 1, len(classes), areas, most))
     for table, kind in zip(tables, kinds, strict=True) if len(classes) else ():
         evaluation = _evaluation(kind)
-        evaluation.params.catIds = list(classes)
         evaluation.params.imgIds = [objects.image_id(sample) for sample in samples]
-        _enter(evaluation, objects, zip(samples, detected, strict=True), kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        table[:, :-1], table[:, -1] = evaluation.eval["precision"], evaluation.eval["recall"]
+        _enter(evaluation, objects, zip(samples, detected, strict=True), set(classes), kind)
+        for place, number in enumerate(classes):  # one at a time, because a comparison is much larger than its result
+            evaluation.params.catIds = [number]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            table[:, :-1, place : place + 1] = evaluation.eval["precision"]
+            table[:, -1, place : place + 1] = evaluation.eval["recall"]
     return tables
 
 
@@ -93,11 +95,11 @@ def _evaluation(kind: str) -> "COCOeval":
     return Evaluation(iouType=KINDS[kind])
 
 
-def _enter(evaluation: "COCOeval", objects: Objects, images: Any, kind: str) -> None:
-    """Enter annotated objects and detections; ids count from 1, because 0 means unmatched."""
+def _enter(evaluation: "COCOeval", objects: Objects, images: Any, own: set[int], kind: str) -> None:
+    """Enter annotated objects and detections of some classes; ids count from 1, because 0 means unmatched."""
     from pycocotools import mask as coco_mask
 
-    own, truths, results = set(evaluation.params.catIds), 0, 0
+    truths, results = 0, 0
     for sample, detected in images:
         image = objects.image_id(sample)
         for row in objects.rows(sample):
