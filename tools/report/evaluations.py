@@ -64,8 +64,9 @@ def _one_segmentation(results: Sequence[KeptScores[RegionScores]]) -> Iterator[B
     yield Grid(headers, rows, headers[2:])
     for other in others:
         yield Text(f"{difference_of_scores(own.subject, own.scores, other.subject, other.scores)}.")
+    whose = f", {own.subject}" if others else ""
     for title, headers, rows in own.scores.tables():
-        yield Text(f"{title}:")
+        yield Text(f"{title}{whose}:")
         yield Grid(headers, rows, [header for header in headers[1:] if header != "taken for"])
 
 
@@ -77,8 +78,9 @@ def _one_detection(results: Sequence[KeptScores[DetectionScores]]) -> Iterator[B
         yield Grid(["weights", "of the file", *AP_COLUMNS.values()], rows, list(AP_COLUMNS.values()))
     for other in others:
         yield Text(f"{difference_of_detectors(own.subject, own.scores, other.subject, other.scores)}.")
+    whose = f", {own.subject}" if others else ""
     for title, headers, rows in own.scores.tables():
-        yield Text(f"{title}:")
+        yield Text(f"{title}{whose}:")
         yield Grid(headers, rows, headers[1:])
 
 

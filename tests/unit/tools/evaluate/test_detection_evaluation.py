@@ -34,7 +34,7 @@ from tools.evaluate.kept_scores import keep_detections, kept_detections
 from tools.evaluate.segmentation_evaluation import check_classes
 from tools.predict.coco_files import ANNOTATIONS
 from tools.predict.output_folder import OutputFolder
-from tools.report.document import Grid
+from tools.report.document import Grid, Text
 from tools.report.evaluations import evaluation_blocks
 from tools.report.page import final_grid
 
@@ -249,6 +249,8 @@ def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:
     assert beside.rows[1][2] == "1.00 %"
     assert len(figures.rows) == len({name.partition("_")[2] for name in own.scores.metrics})
     assert {row[0] for row in classes.rows} <= set(NAMES)
+    texts = [block.text for block in blocks if isinstance(block, Text)]
+    assert f"Average precision and recall, {own.subject}:" in texts
     for count, other in enumerate(({"weights": "ema of 1"}, {"precision": "bf16"}, {"test": "soft"}), 2):
         keep_detections([replace(own, **other)])
         assert len(kept_detections(tmp_path)) == count
