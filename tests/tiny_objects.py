@@ -7,7 +7,7 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 from pipeline.data.beton_writer import BetonWriter
-from pipeline.data.objects_file import image_objects
+from pipeline.data.objects_file import objects_of_image
 from tests.tiny_scenes import CLASSES as SCENE_CLASSES
 from tests.tiny_scenes import tiny_scene, tiny_segmentation
 
@@ -34,7 +34,7 @@ def write_objects(path: Path, numbers: range) -> Path:
     with BetonWriter(path, CLASSES, len(numbers)) as writer:
         for number in numbers:
             pixels, objects = tiny_objects(number)
-            writer.add(pixels, 0, objects=image_objects(number, pixels.shape[:2], objects, (3, 7)))
+            writer.add(pixels, 0, objects=objects_of_image(number, pixels.shape[:2], objects, (3, 7)))
     return path
 
 

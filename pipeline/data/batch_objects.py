@@ -1,4 +1,4 @@
-"""The annotated objects of a micro-batch, for detection: boxes, classes, crowd flags and masks packed into bits."""
+"""The annotated objects of a micro-batch, for detection: boxes, classes, crowd flags, and masks of one bit a pixel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,17 +14,12 @@ class BatchObjects:
 
     boxes: Tensor  # (T, 4) float32: x1, y1, x2, y2 in pixels of the view
     classes: Tensor  # (T,) int64
-    crowd: Tensor  # (T,) bool: the box surrounds many objects, which are not annotated one by one
+    crowd: Tensor  # (T,) bool: the box surrounds several objects that are not annotated one by one
     masks: Tensor | None  # (T, H, ceil(W / 8)) uint8, see `pack_masks`; empty for crowds; None: without masks
     counts: tuple[int, ...]  # objects of each image, on the host
 
-    def of(self, image: int) -> slice:
-        """The rows of one image's objects."""
-        first = sum(self.counts[:image])
-        return slice(first, first + self.counts[image])
-
     def part(self, images: slice) -> "BatchObjects":
-        """The objects of some images that follow each other."""
+        """Return the objects of some images that follow each other."""
         starts = [0, *accumulate(self.counts)]
         first, last, step = images.indices(len(self.counts))
         assert step == 1, step

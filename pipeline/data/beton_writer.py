@@ -110,9 +110,9 @@ class BetonWriter:
             ) from None
         finally:
             self._file.close()
-            for _, side in self._sides():
-                if side:
-                    side.close()
+            for _, writer in self._side_writers():
+                if writer:
+                    writer.close()
             if not self._keep_partial:
                 self._partial.unlink(missing_ok=True)
 
@@ -159,7 +159,11 @@ class BetonWriter:
 
         Args:
             maps: the label maps of these images; of all images or of none.
-            objects: likewise.
+            objects: those of these images; likewise.
+
+        Raises:
+            DataError: if a file cannot be written, or the partial file lacks images that it should hold.
+            IndexError: if there are more images than `capacity`.
         """
         assert (images["label"] >= 0).all()
         assert (images["label"] < len(self.classes)).all()
@@ -198,15 +202,15 @@ class BetonWriter:
                 self._objects.add(objects)
         except OSError as error:
             raise DataError(f"a side file of {self.path} cannot be written: {error.strerror}") from None
-        self._check_sides()
+        self._check_side_counts()
 
-    def _sides(self) -> tuple[tuple[Path, SideFileWriter | None], ...]:
-        """The paths of the side files, and what writes them."""
+    def _side_writers(self) -> tuple[tuple[Path, SideFileWriter | None], ...]:
+        """The path of each kind of side file, and its writer if the data has it."""
         return (maps_path(self.path), self._maps), (objects_path(self.path), self._objects)
 
-    def _check_sides(self) -> None:
-        for path, side in self._sides():
-            assert side is None or side.count == self._count, f"some images have nothing in {path}"
+    def _check_side_counts(self) -> None:
+        for path, writer in self._side_writers():
+            assert writer is None or writer.count == self._count, f"some images have nothing in {path}"
 
     def _write(self, places: list[int], sizes: list[int], content: memoryview) -> None:
         if self._written is None:  # drop everything behind the known images of an interrupted writer
@@ -234,7 +238,7 @@ class BetonWriter:
     def _finish(self) -> None:
         if self._count == 0:
             raise DataError(f"{self.path} would hold no images; check the source")
-        self._check_sides()
+        self._check_side_counts()
         self._check_kept()
         samples, file = self._samples[: self._count], self._file
         images = samples["f0"]
@@ -274,9 +278,9 @@ class BetonWriter:
             objects=self._objects.finish() if self._objects else None,
         )
         self.path.unlink(missing_ok=True)  # so that an older file never stands beside the new side-car
-        for path, side in self._sides():
-            if side:
-                side.publish(path)
+        for path, writer in self._side_writers():
+            if writer:
+                writer.publish(path)
             else:
                 path.unlink(missing_ok=True)
         sidecar = sidecar_path(self.path)

@@ -31,8 +31,8 @@ class TrainFeed:
     device ahead of their use.
 
     Args:
-        fill: the colour of what is outside of an image, in RandAugment's operations and where views are padded.
-        masks: whether the objects of views come with masks, in detection.
+        fill: RGB colour outside of an image, in RandAugment's operations and where views are padded.
+        masks: whether objects come with masks, in detection.
         prepare: makes what the objective needs of a micro-batch beside the images, in the loader's thread.
 
     Attributes:

@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rle = dict[str, Any]
-"""A mask as run lengths, compressed as COCO does: {"size": [height, width], "counts": bytes}."""
+"""A mask as COCO's compressed run lengths, which pycocotools takes: {"size": [height, width], "counts": bytes}."""
 
 
 class ImageObjects(NamedTuple):
     """Boxes, classes and masks of n objects. Detections come with scores, annotated objects with crowd flags."""
 
     size: tuple[int, int]
-    """Height and width of the image whose pixels the boxes and the masks count."""
+    """Height and width of the image; boxes and masks are in its pixels."""
     boxes: NDArray[np.floating]
     """(n, 4): x1, y1, x2, y2 in pixels."""
     classes: NDArray[np.integer]
@@ -25,11 +25,15 @@ class ImageObjects(NamedTuple):
     crowd: NDArray[np.bool_] | None = None
     """(n,) True for a region that holds many objects, which are not told apart."""
     names: tuple[str, ...] | None = None
-    """(n,) of their classes."""
+    """(n,) names of the objects' classes."""
 
     @property
     def bitmaps(self) -> NDArray[np.bool_]:
-        """The masks pixel by pixel, (n, H, W). Raises ValueError if there are boxes alone."""
+        """The masks pixel by pixel, (n, H, W).
+
+        Raises:
+            ValueError: if there are boxes alone.
+        """
         from pycocotools import mask as coco_masks
 
         if self.masks is None:
@@ -38,7 +42,7 @@ class ImageObjects(NamedTuple):
         return np.array(decoded, dtype=bool).reshape(len(self.masks), *self.size)
 
     def chosen(self, places: NDArray[Any]) -> "ImageObjects":
-        """Some of the objects, by their numbers or a mask of bool (n,)."""
+        """Return some of the objects: `places` are their numbers, or bool (n,)."""
         numbers = np.arange(len(self.boxes))[places]
         return self._replace(
             boxes=self.boxes[numbers],

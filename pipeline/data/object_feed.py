@@ -16,9 +16,9 @@ from pipeline.recipe.sections import DataSettings
 class ObjectEvaluationFeed(EvaluationFeed):
     """All images in the file's order, each valid once over all ranks, in equally many batches on every rank.
 
-    A batch holds one image, uint8 (1, 3, h, w), at the largest size within `settings.views.test_size`, which colour
-    `fill` continues to the right and bottom up to multiples of the network's `stride`. It has
-    no objects: `annotated` has those of the whole file.
+    A batch holds one image, uint8 (1, 3, h, w), at the largest size within `settings.views.test_size`. Colour `fill`
+    pads it at the right and bottom to multiples of the network's `stride`. The batch has no objects of its own:
+    `annotated` holds those of the whole file.
 
     Raises:
         DataError: if the data has no objects; while iterating, as in TrainFeed.

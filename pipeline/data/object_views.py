@@ -1,8 +1,8 @@
 """Plan the views of images with objects for detection, in which image, boxes and masks move together.
 
-Coordinates are those of `scenes`: pixel (y, x) covers [y, y + 1) x [x, x + 1), the image is filtered around an output
-pixel's centre, and a mask takes the source pixel that covers it. A box is scaled in each direction by itself, as the
-image is, so a mask's edge lies at most half a pixel from its box's.
+Coordinates are those of `scenes`: pixel (y, x) covers [y, y + 1) x [x, x + 1). The image is filtered around an output
+pixel's centre, and a mask takes the source pixel that covers this centre. A box is scaled by the image's own factors of
+height and width, so the edge of a mask lies at most half a pixel from that of its box.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Size = tuple[int, int]
 CutObjects = Callable[[int], int]
 """Cuts the objects of the image at a place of a batch, in a decoder's thread. Returns OK, or BAD_OBJECTS if they are
 damaged."""
-_LEAST_SIDE = 1.0  # pixels of an annotated box; mmdetection leaves out smaller ones when it reads annotations
+_LEAST_SIDE = 1.0  # pixels of an annotated box's side; mmdetection leaves out smaller boxes when it reads annotations
 
 
 class ViewObjects(NamedTuple):
@@ -45,12 +45,12 @@ class ViewObjects(NamedTuple):
 
 
 class ViewFacts:
-    """What is known of the N views of a batch beside their pixels.
+    """Sizes and objects of the N views of a batch, which decoding fills in.
 
     Attributes:
-        sizes: int64 (N, 2), the height and width that the image takes up in the view.
+        sizes: int64 (N, 2), height and width in pixels that the image takes up in the view.
         image_sizes: int64 (N, 2), those of the stored image.
-        objects: the `ViewObjects` of each view; None in tests.
+        objects: object array (N,) with the `ViewObjects` of each view; None in views for tests.
     """
 
     def __init__(self, sizes: np.ndarray, image_sizes: np.ndarray, objects: np.ndarray) -> None:
@@ -58,7 +58,7 @@ class ViewFacts:
 
     @classmethod
     def empty(cls, count: int) -> Self:
-        """Views of which nothing is known yet."""
+        """Make room for the facts of so many views."""
         return cls(np.zeros((count, 2), np.int64), np.zeros((count, 2), np.int64), np.full(count, None))
 
     def note_sizes(self, plan: np.ndarray, view: Size) -> None:
@@ -67,12 +67,12 @@ class ViewFacts:
             self.sizes[:, axis] = np.minimum(plan[f"full_{side}"] - plan["yx"[axis] + "0"], view[axis])
 
     def one(self, place: int) -> "ViewFacts":
-        """A window on one of the views."""
+        """The facts of one view, which share their memory with these."""
         part = slice(place, place + 1)
         return ViewFacts(self.sizes[part], self.image_sizes[part], self.objects[part])
 
     def joined(self, pinned: bool) -> BatchObjects | None:
-        """Return the objects of all views in tensors of their own, pinned for copies to a GPU; None in tests."""
+        """Return the objects of all views in new tensors, in pinned memory if asked; None for views without them."""
         if any(own is None for own in self.objects):
             return None
         parts = zip(*self.objects, strict=True)
@@ -92,12 +92,12 @@ def _joined(arrays: tuple[np.ndarray, ...], pinned: bool) -> torch.Tensor:
 class ObjectTrainingPlan:
     """Plan training views: a random size, a random window, flip, then padding to the canvas.
 
-    The draws are hashes of (seed, epoch, sample id, purpose), and their rules those of mmdetection's RandomResize,
+    The draws are hashes of (seed, epoch, sample id, purpose). Their rules are those of mmdetection's RandomResize,
     RandomChoiceResize, RandomCrop and RandomFlip, with `allow_negative_crop`: a view may have lost all its objects.
-    Colour `fill` continues images that are smaller than the canvas to the right and bottom.
+    Colour `fill` pads images that are smaller than the canvas at the right and bottom.
 
     Where published pipelines resize, crop and resize again, the crop's edges are moved to whole pixels of the stored
-    image, and that part is resized once: a view is never blurred twice.
+    image, and this part is resized once, so a view is never blurred twice.
 
     Args:
         masks: whether to cut masks too.
@@ -131,7 +131,10 @@ class ObjectTrainingPlan:
         return plan
 
     def _jittered(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """Large-scale jitter: the part of the image to resize, its new size, and the window's top and left."""
+        """Large-scale jitter.
+
+        Returns the part of the image to resize (top, left, height, width), its new size, and the window's top and left.
+        """
         (low, high), canvas = self.views.scale, self.size(*image)
         factor = low + (high - low) * sizes[0]
         short, long = sorted(max(int(side * factor), 1) for side in canvas)
@@ -142,7 +145,7 @@ class ObjectTrainingPlan:
         return (0, 0, *image), full, (y0, x0)
 
     def _cropped(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """A random short side, of half of the images after a random crop, as `_jittered` returns it."""
+        """multi_scale: a random short side, in half of the images after a random crop; the result is `_jittered`'s."""
         views, box, shape = self.views, (0, 0, *image), image
         if sizes[0] >= 0.5:
             first = resized_to_fit(*image, _long_and_short(views.longest, _chosen(views.crop_short_sides, sizes[2])))
@@ -157,7 +160,7 @@ class ObjectTrainingPlan:
         return box, self._fitted(shape, _long_and_short(views.longest, _chosen(views.short_sides, sizes[1]))), (0, 0)
 
     def _whole(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """The whole image at the size of tests, as `_jittered` returns it."""
+        """resize: the whole image at the size of tests; the result is `_jittered`'s."""
         return (0, 0, *image), self._fitted(image, self.views.test_size), (0, 0)
 
     def _fitted(self, shape: Size, long_and_short: tuple[int, int]) -> Size:
@@ -203,7 +206,7 @@ class ObjectTrainingPlan:
         return ViewObjects(boxes, stored["class"].astype(np.int64), stored["crowd"] != 0, masks)
 
     def _cut_masks(self, stored: np.ndarray, row: np.void, size: Size, masks: np.ndarray) -> np.ndarray:
-        """Write the view's part of all masks but those of crowds; returns what they cover, float32 (n, 4) as boxes."""
+        """Write the view's part of each mask but those of crowds, and return the boxes around them, float32 (n, 4)."""
         y0, x0 = int(row["y0"]), int(row["x0"])
         rows = int(row["top"]) + nearest_sources(int(row["height"]), int(row["full_height"]))[y0 : y0 + size[0]]
         columns = int(row["left"]) + nearest_sources(int(row["width"]), int(row["full_width"]))[x0 : x0 + size[1]]
@@ -241,7 +244,7 @@ class ObjectTestPlan:
         return plan
 
     def cut_objects(self, ids: np.ndarray, plan: np.ndarray, facts: ViewFacts) -> None:
-        """Tests need no objects: predictions are compared with what the file holds."""
+        """Cut no objects: in tests, detections are compared with the objects of the file."""
 
 
 ObjectPlan = ObjectTrainingPlan | ObjectTestPlan
@@ -267,7 +270,7 @@ def move_boxes(boxes: np.ndarray, row: np.void, size: Size) -> np.ndarray:
 
 
 def _annotated(stored: np.ndarray) -> np.ndarray:
-    """Which objects mmdetection reads: those with an area and sides of at least one pixel."""
+    """Return which objects mmdetection reads: those with an area, and with sides of at least one pixel."""
     return (stored["area"] > 0) & (stored["box"][:, 2:] >= _LEAST_SIDE).all(1)
 
 
@@ -294,8 +297,9 @@ def _scaled_back(start: int, length: int, full: int, source: int) -> tuple[int, 
 def decode_runs(counts, pixels):
     """Decode COCO's compressed run lengths, uint8 characters, to where each run ends: int64, the last one `pixels`.
 
-    The runs are of zeros and ones in turn, down the columns. Each is written in digits of five bits from 48 on, lowest
-    first, the sixth bit saying that more follow; from the fourth on it is the difference to the last but one.
+    The runs are of zeros and ones in turn, down the columns. A length is written in digits of five bits, the lowest
+    first, each as the character 48 + digit; the sixth bit says that more digits follow. From the fourth run on, the
+    difference to the last run but one is written.
 
     Returns an empty array if the runs do not have `pixels` in all.
     """
@@ -334,7 +338,8 @@ def cut_mask(counts, height, width, rows, columns, flip, out):
         rows, columns: int64, ascending: the mask's pixel for each of the view's, see `nearest_sources`.
         out: uint8 (H, ceil(W / 8)), zeros; a bit for each pixel, the highest first.
 
-    Returns whether the run lengths fill the mask, and what is covered: x1, y1, x2, y2 of `out`, zeros if nothing is.
+    Returns whether the run lengths fill the mask, and the box around the written pixels: x1, y1, x2, y2 in pixels of
+    `out`, zeros if there are none.
     """
     ends = decode_runs(counts, height * width)
     if len(ends) == 0:

@@ -52,7 +52,7 @@ class ObjectsFile(SideFile):
 
 
 class AnnotatedObjects(NamedTuple):
-    """The objects of some images, as they are stored."""
+    """The objects of some images in the form in which a side file stores them."""
 
     rows: np.ndarray  # ROW (M,), whose `rle_at` is a place in `rles`
     rles: bytes
@@ -62,7 +62,7 @@ class AnnotatedObjects(NamedTuple):
     masks: bool
 
     def of(self, images: Sequence[int] | np.ndarray) -> "AnnotatedObjects":
-        """Return the objects of these images, by their places, in this order."""
+        """Return the objects of the images at these places, in this order."""
         images = np.asarray(images, np.int64)
         ends = np.cumsum(self.counts)
         places = [np.arange(ends[image] - self.counts[image], ends[image]) for image in images]
@@ -71,7 +71,7 @@ class AnnotatedObjects(NamedTuple):
 
 
 def packed(rows: np.ndarray, rles: Sequence[bytes], like: AnnotatedObjects, images: np.ndarray) -> AnnotatedObjects:
-    """Return rows with their masks put one after the other; the images are those of `like` at these places."""
+    """Join rows (M,) and their masks; `counts` and `image_ids` are those of `like` at the places `images`."""
     rows["rle_bytes"] = [len(rle) for rle in rles]
     rows["rle_at"] = np.cumsum(rows["rle_bytes"], dtype=np.uint64) - rows["rle_bytes"]
     return like._replace(rows=rows, rles=b"".join(rles), counts=like.counts[images], image_ids=like.image_ids[images])
@@ -90,15 +90,15 @@ def _bytes_of(row: np.void, rles: bytes) -> bytes:
     return rles[start : start + int(row["rle_bytes"])]
 
 
-def image_objects(
+def objects_of_image(
     image_id: int, size: tuple[int, int], objects: Sequence[dict[str, Any]], category_ids: Sequence[int]
 ) -> AnnotatedObjects:
-    """Return the objects of one image.
+    """Turn the objects of one image into rows.
 
     Args:
-        size: its height and width.
-        objects: of each `box` (x, y, width, height) and `class`, and maybe `area` (that of the box), `crowd` (false)
-            and `rle` (bytes, COCO's compressed counts).
+        size: height and width of the image.
+        objects: each with `box` (x, y, width and height in pixels) and `class`. Optional are `area` (default: the
+            box's), `crowd` (default: false) and `rle` (bytes, COCO's compressed counts; default: no mask).
         category_ids: the original number of each class.
     """
     rows, rles = np.zeros(len(objects), ROW), [one.get("rle") or b"" for one in objects]
@@ -167,7 +167,9 @@ def _header() -> np.ndarray:
 class StoredObjects:
     """The contents of a side file, memory-mapped: processes of a machine share one copy of the bytes.
 
-    `rows` ROW (M,); `firsts` int64 (N + 1,): the first row of each image; `image_ids` int64 (N,).
+    `table` ROW (M,) holds the objects of all images one after the other; `firsts` int64 (N + 1,): the first row of each
+    image; `image_ids` int64 (N,): the number of each image in its annotations; `category_ids`: the original number of
+    each class, with the gaps; `has_masks`: whether every object has a mask.
 
     Raises:
         DataError: if the file is missing, or its size or index differ from the side-car.
@@ -175,17 +177,18 @@ class StoredObjects:
 
     def __init__(self, path: Path, stated: ObjectsFile, samples: int) -> None:
         self.path, objects = path, sum(stated.counts)
+        self.category_ids, self.has_masks = stated.category_ids, stated.masks
         sizes = objects * ROW.itemsize, (samples + 1) * _FIRST.itemsize, samples * _IMAGE_ID.itemsize
         self._file, index = open_side_file(path, stated, "objects", _header(), sum(sizes))
         start = len(self._file) - sum(sizes)
         self._rles_end = start
-        self.rows = np.frombuffer(self._file, ROW, objects, start)
+        self.table = np.frombuffer(self._file, ROW, objects, start)
         self.firsts = np.frombuffer(index, _FIRST, samples + 1, sizes[0]).astype(np.int64)
         self.image_ids = np.frombuffer(index, _IMAGE_ID, samples, sizes[0] + sizes[1])
         counts = np.diff(self.firsts)
         if self.firsts[0] != 0 or self.firsts[-1] != objects or (counts < 0).any():
             raise DataError(
-                f"{path} says which objects each image has in another number than {objects:,}; prepare again"
+                f"the index of {path} does not share out its {objects:,} objects among the images; prepare again"
             )
 
     def rle(self, row: np.void) -> bytes:

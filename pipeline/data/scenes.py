@@ -142,10 +142,17 @@ def nearest_sources(source_size: int, full_size: int) -> np.ndarray:
 
 @compiled()
 def choose_window(label_map, rows, columns, corners, size, limit, ignored):
-    """Return the number of the first window in which no class reaches `limit`, else of the last one, unseen.
+    """Return the number of the first window in which no class reaches `limit`; the last window is not examined.
 
-    label_map: uint8 or uint16 (H, W). rows, columns: of the resized map's pixels, see `nearest_sources`.
-    corners: int64 (N, 2), top and left of each window in the resized map; `size` is its height and width.
+    If none of the others fits, it is taken; with a limit of 1 the first one is.
+
+    Args:
+        label_map: uint8 or uint16 (H, W).
+        rows, columns: the source of each line of the resized map, see `nearest_sources`.
+        corners: int64 (N, 2), top and left of each window in the resized map.
+        size: height and width of a window.
+        limit: share of a window's labelled pixels.
+        ignored: the label of pixels without a class.
     """
     last = len(corners) - 1
     if limit >= 1.0:
@@ -167,7 +174,7 @@ def choose_window(label_map, rows, columns, corners, size, limit, ignored):
 
 @compiled()
 def cut_label_map(label_map, rows, columns, flip, ignored, out):
-    """Write the labels at rows x columns to the top left of `out`, mirrored by `flip`; the rest is ignored."""
+    """Write the labels at rows x columns to the top left of `out`, mirrored if `flip`; the rest becomes `ignored`."""
     height, width = len(rows), len(columns)
     for y in range(height):
         line, result = label_map[rows[y]], out[y]
@@ -179,7 +186,7 @@ def cut_label_map(label_map, rows, columns, flip, ignored, out):
 
 @cache
 def compile_scenes(classes: int) -> None:
-    """Compile what cuts the label maps of so many classes, or load it from disk: call it before any time-out runs."""
+    """Compile the functions that cut label maps of so many classes, or load them: call it before any time-out runs."""
     dtype, ignored = label_type(classes)
     stored, line = np.zeros((1, 1), dtype), np.zeros(1, np.int64)
     stored.flags.writeable = False  # as decompressed maps are; numba compiles for such arrays separately

@@ -1,6 +1,6 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
-from collections.abc import Sequence
+from typing import Any
 
 from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
@@ -41,10 +41,7 @@ def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
     betons = {name: fetch_beton(path, cache, data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
     parts = {
-        name: select_subset(
-            beton, _classes(recipe, name, beton), _fraction(recipe, name), recipe.seed, _annotated(recipe, name)
-        )
-        for name, beton in betons.items()
+        name: select_subset(beton, **selection(recipe, name, beton), seed=recipe.seed) for name, beton in betons.items()
     }
     if "validation" in parts and isinstance(recipe.objective, ClassificationSettings):
         parts["validation"] = parts["validation"].numbered_as(parts["train"].classes)
@@ -57,60 +54,84 @@ def _locations(recipe: StageRecipe) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _fraction(recipe: StageRecipe, name: str) -> float:
-    return recipe.data.fraction if name == "train" else 1.0
+def selection(recipe: StageRecipe, name: str, beton: Beton) -> dict[str, Any]:
+    """Return the images of a file that take part, as arguments of `count_per_class` and `select_subset`.
 
+    Validation data may lack classes: the others are evaluated. It keeps images without objects, because detections in
+    them are errors.
 
-def _annotated(recipe: StageRecipe, name: str) -> bool:
-    """Whether images without objects are left out. Validation has them: detections there are errors."""
-    return name == "train" and recipe.data.annotated_only
-
-
-def _classes(recipe: StageRecipe, name: str, beton: Beton) -> Sequence[str] | None:
-    """The classes that take part. Validation data may lack some: the others are evaluated."""
-    return recipe.data.classes if name == "train" else present_classes(beton, recipe.data.classes)
+    name: "train" or "validation".
+    """
+    data = recipe.data
+    if name == "train":
+        return {"classes": data.classes, "fraction": data.fraction, "annotated_only": data.annotated_only}
+    return {"classes": present_classes(beton, data.classes), "fraction": 1.0}
 
 
 def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
-    counts = {
-        name: count_per_class(beton, _classes(recipe, name, beton), _fraction(recipe, name), _annotated(recipe, name))
-        for name, beton in betons.items()
-    }
-    train, validation = counts["train"], counts.get("validation")
+    counts = {name: count_per_class(beton, **selection(recipe, name, beton)) for name, beton in betons.items()}
     if isinstance(recipe.objective, ClassificationSettings):
-        for name, beton in ((name, beton) for name, beton in betons.items() if beton.side_files):
-            raise DataError(
-                f"stage {recipe.name}: data.{name} {_locations(recipe)[name]} has"
-                f" {'label maps' if beton.maps else 'objects'}, and its images have no"
-                " classes; name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
-            )
-        if len(train) != recipe.objective.classes:
-            verb = "leaves" if recipe.data.classes else "holds"
-            raise DataError(
-                f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.train"
-                f" {recipe.data.train} {verb} {len(train)} classes; correct one of them"
-            )
-        if unknown := sorted(set(validation or ()) - set(train)):
-            raise DataError(
-                f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
-                " data.train lacks; prepare both with the same class names, or list common ones in data.classes"
-            )
+        _check_classes(recipe, betons, counts)
     if isinstance(recipe.objective, SegmentationSettings | DetectionSettings):
-        has_maps = isinstance(recipe.objective, SegmentationSettings)
-        check, what = (_check_label_maps, "label maps") if has_maps else (_check_objects, "objects")
-        for name, beton in betons.items():
-            check(recipe, f"data.{name} {_locations(recipe)[name]}", beton)
-        if "validation" in betons and betons["validation"].classes != betons["train"].classes:
+        _check_side_files(recipe, betons)
+    _check_lengths(recipe, sum(counts["train"].values()))
+
+
+def _check_classes(recipe: StageRecipe, betons: dict[str, Beton], counts: dict[str, dict[str, int]]) -> None:
+    """Check that images have classes, and those of the recipe; `counts` are the images of each class by file."""
+    for name, beton in ((name, beton) for name, beton in betons.items() if beton.side_files):
+        raise DataError(
+            f"stage {recipe.name}: data.{name} {_locations(recipe)[name]} has"
+            f" {'label maps' if beton.maps else 'objects'}, and its images have no"
+            " classes; name a file that `fcmae prepare IMAGES OUT.beton` makes from class folders"
+        )
+    train, validation = counts["train"], counts.get("validation", ())
+    if len(train) != recipe.objective.classes:
+        verb = "leaves" if recipe.data.classes else "holds"
+        raise DataError(
+            f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but data.train"
+            f" {recipe.data.train} {verb} {len(train)} classes; correct one of them"
+        )
+    if unknown := sorted(set(validation) - set(train)):
+        raise DataError(
+            f"stage {recipe.name}: data.validation {recipe.data.validation} holds class {unknown[0]}, which"
+            " data.train lacks; prepare both with the same class names, or list common ones in data.classes"
+        )
+
+
+def _check_side_files(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
+    """Check that the files have the label maps or objects that the recipe needs, of the same classes."""
+    has_maps = isinstance(recipe.objective, SegmentationSettings)
+    check, kind = (_check_label_maps, "label maps") if has_maps else (_check_objects, "objects")
+    for name, beton in betons.items():
+        data = f"data.{name} {_locations(recipe)[name]}"
+        if (beton.maps if has_maps else beton.objects) is None:
+            form = "maps IMAGES MASKS" if has_maps else "coco IMAGES ANNOTATIONS.json"
             raise DataError(
-                f"stage {recipe.name}: the {what} of data.validation {recipe.data.validation} have other classes than"
-                " those of data.train, or in another order; prepare both with the same class names"
+                f"stage {recipe.name}: {data} has no {kind}, which the objective {recipe.objective.kind} needs; make a"
+                f" file with them by `fcmae prepare {form} OUT.beton`"
             )
-    if (images := sum(train.values())) < recipe.batch.global_batch:
+        if len(beton.classes) != recipe.objective.classes:
+            raise DataError(
+                f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the {kind} of {data} have"
+                f" {len(beton.classes)}; correct one of them"
+            )
+        check(recipe, data, beton)
+    if "validation" in betons and betons["validation"].classes != betons["train"].classes:
+        raise DataError(
+            f"stage {recipe.name}: the {kind} of data.validation {recipe.data.validation} have other classes than"
+            " those of data.train, or in another order; prepare both with the same class names"
+        )
+
+
+def _check_lengths(recipe: StageRecipe, images: int) -> None:
+    """Check the global batch, the warm-up and the length of the stage against its number of training images."""
+    if images < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
             f" {images} {'image that takes' if images == 1 else 'images that take'} part; make the batch smaller"
         )
-    schedule, steps_per_epoch = recipe.schedule, sum(train.values()) // recipe.batch.global_batch
+    schedule, steps_per_epoch = recipe.schedule, images // recipe.batch.global_batch
     steps = recipe.total_steps(steps_per_epoch)
     warmup = schedule.warmup_steps or schedule.warmup_epochs * steps_per_epoch
     if steps <= warmup:
@@ -127,16 +148,6 @@ def _check_contents(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
 
 
 def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
-    if beton.objects is None:
-        raise DataError(
-            f"stage {recipe.name}: {data} has no objects, which the objective detection needs; make a file with them by"
-            " `fcmae prepare coco IMAGES ANNOTATIONS.json OUT.beton`"
-        )
-    if len(beton.classes) != recipe.objective.classes:
-        raise DataError(
-            f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the objects of {data} have"
-            f" {len(beton.classes)}; correct one of them"
-        )
     if not beton.objects.annotated:
         raise DataError(f"stage {recipe.name}: no image of {data} has an object; name a file with annotated images")
     if sum(beton.objects.counts) <= beton.objects.crowds:
@@ -149,16 +160,6 @@ def _check_objects(recipe: StageRecipe, data: str, beton: Beton) -> None:
 
 
 def _check_label_maps(recipe: StageRecipe, data: str, beton: Beton) -> None:
-    if beton.maps is None:
-        raise DataError(
-            f"stage {recipe.name}: {data} has no label maps, which the objective segmentation needs; make a file with"
-            " them by `fcmae prepare maps IMAGES MASKS OUT.beton`"
-        )
-    if len(beton.classes) != recipe.objective.classes:
-        raise DataError(
-            f"stage {recipe.name}: objective.classes is {recipe.objective.classes}, but the label maps of {data} have"
-            f" {len(beton.classes)}; correct one of them"
-        )
     if not sum(beton.maps.frequencies):
         raise DataError(
             f"stage {recipe.name}: every pixel in the label maps of {data} is ignored; name a file with labelled pixels"

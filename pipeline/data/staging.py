@@ -24,10 +24,8 @@ from pipeline.data.cache import Cache, CancelledError
 from pipeline.errors import DataError, RetryableError, UserError
 from pipeline.storage.user_cache import user_cache
 
-CHUNK_BYTES, CHUNKS_AT_ONCE = (
-    8 << 20,
-    8,
-)  # several, because one stream of an object store is far slower than the network
+CHUNK_BYTES = 8 << 20
+CHUNKS_AT_ONCE = 8  # because one stream of an object store is far slower than the network
 REPORT_SECONDS = 10.0
 
 

@@ -59,13 +59,14 @@ def present_classes(beton: Beton, classes: Sequence[str] | None) -> Sequence[str
 
 
 def count_per_class(
-    beton: Beton, classes: Sequence[str] | None, fraction: float, annotated: bool = False
+    beton: Beton, classes: Sequence[str] | None, fraction: float, annotated_only: bool = False
 ) -> dict[str, int]:
     """Count the images of each class that take part: `fraction` of the class, rounded, at least one.
 
     Args:
         classes: names of those that take part; None is all. The counts are in the file's order of classes.
-        annotated: count images with objects alone, if the file has objects; all its images are of its first class.
+        annotated_only: leave out images without objects, if the file has objects; all its images then count as those
+            of its first class.
 
     Raises:
         RecipeError: if the file does not have one of the classes.
@@ -77,7 +78,7 @@ def count_per_class(
             f" {', '.join(beton.classes[:3])}"
         )
     sizes = zip(beton.classes, beton.samples_per_class, strict=True)
-    if annotated and beton.objects is not None:
+    if annotated_only and beton.objects is not None:
         sizes = zip(beton.classes, (min(size, beton.objects.annotated) for _, size in sizes), strict=True)
     return {name: min(max(int(fraction * n + 0.5), 1), n) for name, n in sizes if name in chosen}
 
@@ -87,25 +88,25 @@ def select_subset(
     classes: Sequence[str] | None = None,
     fraction: float = 1.0,
     seed: int = 0,
-    annotated: bool = False,
+    annotated_only: bool = False,
 ) -> Subset:
     """Select `fraction` of the images of each of the `classes`, and number the classes that are left anew.
 
-    `annotated` leaves out the images of a file of objects that have none.
-
-    Images are selected by a hash of (seed, sample id). So the subset is the same for any number of ranks, and a
-    smaller fraction is part of a larger one.
+    `annotated_only` leaves out the images without objects, if the file has objects. Images are selected by a hash of
+    (seed, sample id), so the subset is the same for any number of ranks, and a smaller
+    fraction is part of a larger one.
 
     Raises:
         RecipeError: if the file does not have one of the classes.
     """
-    counts, annotated = count_per_class(beton, classes, fraction, annotated), annotated and beton.objects is not None
-    if classes is None and fraction == 1 and not (annotated and beton.objects.annotated < beton.samples):
+    counts = count_per_class(beton, classes, fraction, annotated_only)
+    leaves_out = annotated_only and beton.objects is not None and beton.objects.annotated < beton.samples
+    if classes is None and fraction == 1 and not leaves_out:
         return Subset(beton)
     kept = np.array([name in counts for name in beton.classes])
     labels = samples_of(beton)["f1"]
     takes_part = kept[labels]
-    if annotated:
+    if leaves_out:
         takes_part &= np.diff(Objects.open(beton).firsts) > 0
     ids = np.flatnonzero(takes_part)
     if fraction < 1:

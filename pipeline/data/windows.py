@@ -10,7 +10,7 @@ def resized_to_fit(height: int, width: int, long_and_short: tuple[int, int]) -> 
     """
     most_long, most_short = long_and_short
     short, long = sorted((height, width))
-    # The smaller of most_long / long and most_short / short, as a fraction.
+    # The scale is the smaller of most_long / long and most_short / short, as the fraction up / down.
     up, down = (most_long, long) if most_long * short < most_short * long else (most_short, short)
     height, width = ((2 * side * up + down) // (2 * down) for side in (height, width))
     return max(height, 1), max(width, 1)

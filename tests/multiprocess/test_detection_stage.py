@@ -89,7 +89,7 @@ def detect_stage(directory: Path, ranks: int, *overrides: str) -> StageRecipe:
 
 def fed(world: World, recipe: StageRecipe, steps: range, **places: Path) -> Trained:
     """Steps on the stage's own feed."""
-    data = select_subset(open_beton(Path(recipe.data.train)), annotated=True)
+    data = select_subset(open_beton(Path(recipe.data.train)), annotated_only=True)
     feed = train_feed(recipe, data, 3, world, 1)
     run = train(world, recipe, steps, slots=feed.slots, **places)
     feed.close()
@@ -192,7 +192,7 @@ def test_four_scenes_are_overfit(directory, tmp_path):
 
 def frozen_and_trained(world: World, recipe: StageRecipe, steps: int) -> tuple[list[float], list[str]]:
     """Losses of steps, and which tensors of the frozen parts changed or have moments."""
-    data = select_subset(open_beton(Path(recipe.data.train)), annotated=True)
+    data = select_subset(open_beton(Path(recipe.data.train)), annotated_only=True)
     feed = train_feed(recipe, data, 3, world, 1)
     run = train(world, recipe, range(steps), slots=feed.slots)
     feed.close()

@@ -29,7 +29,7 @@ from pipeline.data.beton import Beton, open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import TrainingPlan
 from pipeline.data.feed import TrainFeed
-from pipeline.data.objects_file import image_objects
+from pipeline.data.objects_file import objects_of_image
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError
@@ -180,7 +180,7 @@ def write_object_file(images: list[Image.Image], path: Path) -> Beton:
                 mask = ((y - centre[0] * height) / high) ** 2 + ((x - centre[1] * width) / wide) ** 2 < 1
                 rle = coco_masks.encode(np.asfortranarray(mask, np.uint8))
                 drawn.append({"box": coco_masks.toBbox(rle), "class": 0, "rle": rle["counts"]})
-            objects = image_objects(number, OBJECTS_SIZE, drawn, (1,))
+            objects = objects_of_image(number, OBJECTS_SIZE, drawn, (1,))
             writer.add(file.getvalue(), 0, size=OBJECTS_SIZE, objects=objects)
     return open_beton(path)
 

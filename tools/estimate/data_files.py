@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.beton import read_sidecar
+from pipeline.data.stage_data import selection
 from pipeline.data.staging import is_url
-from pipeline.data.subset import count_per_class, present_classes
+from pipeline.data.subset import count_per_class
 from pipeline.errors import UserError
 from pipeline.recipe import DetectionSettings, SegmentationSettings, StageRecipe
 
@@ -55,8 +56,7 @@ def find_data_file(recipe: StageRecipe, name: str, counts: dict[str, int]) -> Da
         from tools.prepare.prepared_cache import is_source
     if here and Path(path).is_file() and not is_source(path):
         beton = read_sidecar(Path(path))
-        classes = data.classes if name == "train" else present_classes(beton, data.classes)
-        counted = count_per_class(beton, classes, fraction, name == "train" and data.annotated_only)
+        counted = count_per_class(beton, **selection(recipe, name, beton))
         return DataFile(path, sum(counted.values()), beton.size_bytes, True)
     count = counts.get(path, counts.get(Path(path).name, counts.get("") if name == "train" else None))
     if count is None and here and isinstance(recipe.objective, SegmentationSettings):

@@ -16,7 +16,7 @@ from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.feed import TrainFeed
 from pipeline.data.object_feed import ObjectEvaluationFeed
 from pipeline.data.objects import Objects
-from pipeline.data.objects_file import image_objects, objects_path
+from pipeline.data.objects_file import objects_of_image, objects_path
 from pipeline.data.open import evaluation_feed, train_feed
 from pipeline.data.stage_data import check_stage_data, fetch_stage_data
 from pipeline.data.subset import Subset, count_per_class, select_subset
@@ -52,7 +52,7 @@ def write_objects(path):
     with BetonWriter(path, CLASSES, SAMPLES) as writer:
         for i in range(SAMPLES):
             pixels, annotated = photograph(i)
-            objects = image_objects(100 + i, pixels.shape[:2], annotated, (1, 7, 9))
+            objects = objects_of_image(100 + i, pixels.shape[:2], annotated, (1, 7, 9))
             if i % 2:
                 file = io.BytesIO()
                 Image.fromarray(pixels).save(file, "JPEG")
@@ -79,7 +79,8 @@ def world(rank, size):
 
 
 def training(beton, rank=0, ranks=1, *, workers=1, subset=None, masks=True, **changes):
-    batch, data = BatchSettings(global_batch=SLOTS * SLOT, slot=SLOT), subset or select_subset(beton, annotated=True)
+    batch = BatchSettings(global_batch=SLOTS * SLOT, slot=SLOT)
+    data = subset or select_subset(beton, annotated_only=True)
     settings = data_settings(**changes)
     return TrainFeed(data, settings, batch, world(rank, ranks), seed=3, workers=workers, masks=masks)
 
@@ -123,13 +124,13 @@ def test_a_batch_has_the_objects_of_its_images(beton):
                 height, width = photograph(i)[0].shape[:2]
                 assert batch.image_sizes[place].tolist() == [height, width]
                 size = batch.view_sizes[place].tolist()
-                rows, own = stored.rows(i), objects.of(place)
-                assert objects.counts[place] == len(rows) > 0
-                assert objects.classes[own].tolist() == rows["class"].tolist()
-                assert objects.crowd[own].tolist() == rows["crowd"].tolist()
+                rows, own = stored.rows(i), objects.part(slice(place, place + 1))
+                assert own.counts == (len(rows),) > (0,)
+                assert own.classes.tolist() == rows["class"].tolist()
+                assert own.crowd.tolist() == rows["crowd"].tolist()
                 corners = np.concatenate([rows["box"][:, :2], rows["box"][:, :2] + rows["box"][:, 2:]], 1)
                 scaled = corners * ([size[1] / width, size[0] / height] * 2)
-                np.testing.assert_allclose(objects.boxes[own].numpy(), scaled, rtol=1e-6)
+                np.testing.assert_allclose(own.boxes.numpy(), scaled, rtol=1e-6)
                 seen += len(rows)
     feed.close()
     assert seen > 20
@@ -139,11 +140,11 @@ def test_a_batch_has_the_objects_of_its_images(beton):
 
 
 def test_images_without_objects_are_left_out_of_training_or_kept(beton):
-    part = select_subset(beton, annotated=True)
+    part = select_subset(beton, annotated_only=True)
     assert set(range(SAMPLES)) - set(part.ids.tolist()) == EMPTY
-    assert sum(count_per_class(beton, None, 1.0, annotated=True).values()) == part.samples == ANNOTATED
-    half = select_subset(beton, fraction=0.5, seed=1, annotated=True)
-    assert sum(count_per_class(beton, None, 0.5, annotated=True).values()) == half.samples == ANNOTATED // 2
+    assert sum(count_per_class(beton, None, 1.0, annotated_only=True).values()) == part.samples == ANNOTATED
+    half = select_subset(beton, fraction=0.5, seed=1, annotated_only=True)
+    assert sum(count_per_class(beton, None, 0.5, annotated_only=True).values()) == half.samples == ANNOTATED // 2
     assert set(half.ids.tolist()) < set(part.ids.tolist())
     recipe = detection_recipe(beton)
     subsets = fetch_stage_data(recipe, None)
@@ -274,8 +275,8 @@ def test_data_that_does_not_suit_detection_is_refused_with_the_remedy(beton, tmp
         check_stage_data(detection_recipe(plain))
     with pytest.raises(DataError, match=r"objective.classes is 4, but the objects of data\.train .* have 3"):
         check_stage_data(detection_recipe(beton, classes=4))
-    boxes = image_objects(1, (8, 8), [{"box": (1, 1, 4, 4), "class": 0}], (1, 2, 3))
-    for name, objects in (("boxes", boxes), ("empty", image_objects(1, (8, 8), [], (1, 2, 3)))):
+    boxes = objects_of_image(1, (8, 8), [{"box": (1, 1, 4, 4), "class": 0}], (1, 2, 3))
+    for name, objects in (("boxes", boxes), ("empty", objects_of_image(1, (8, 8), [], (1, 2, 3)))):
         with BetonWriter(tmp_path / f"{name}.beton", CLASSES, 9) as writer:
             for _ in range(9):
                 writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=objects)

@@ -12,7 +12,7 @@ from pipeline.data.beton import open_beton, samples_of, sidecar_path
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.cache import Cache
 from pipeline.data.objects import Objects
-from pipeline.data.objects_file import image_objects, objects_path
+from pipeline.data.objects_file import objects_of_image, objects_path
 from pipeline.data.staging import fetch_beton
 from pipeline.errors import DataError
 from tools.verify.beton_file import verify_beton
@@ -39,7 +39,7 @@ def write(path, sizes, drawn, overwrite=False):
     with BetonWriter(path, ["a", "b", "c"], len(sizes), overwrite=overwrite) as writer:
         for number, (size, objects) in enumerate(zip(sizes, drawn, strict=True)):
             pixels = np.full((*size, 3), number, np.uint8)
-            writer.add(pixels, 0, objects=image_objects(1000 - number, size, objects, CATEGORY_IDS))
+            writer.add(pixels, 0, objects=objects_of_image(1000 - number, size, objects, CATEGORY_IDS))
     return path
 
 
@@ -148,7 +148,9 @@ def test_verify_names_damaged_masks_and_boxes_of_other_images(tmp_path):
     drawn = drawn_objects(SIZES)
     with BetonWriter(path, ["a", "b", "c"], len(SIZES), overwrite=True) as writer:
         for number, objects in enumerate(drawn):
-            writer.add(np.zeros((5, 5, 3), np.uint8), 0, objects=image_objects(number, (5, 5), objects, CATEGORY_IDS))
+            writer.add(
+                np.zeros((5, 5, 3), np.uint8), 0, objects=objects_of_image(number, (5, 5), objects, CATEGORY_IDS)
+            )
         writer._samples["f0"]["width"][sample] = 4
     assert f"an object of sample {sample} is of an image of 5 x 5 pixels" in verify_beton(path, full=True)[1]
 

@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.cache import Cache
 from pipeline.data.feed import EvaluationFeed
-from pipeline.data.objects_file import image_objects
+from pipeline.data.objects_file import objects_of_image
 from pipeline.data.stage_data import check_stage_data, fetch_stage_data
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, RecipeError
@@ -139,7 +139,7 @@ def test_objects_that_a_stage_cannot_learn_are_refused(recipe, tmp_path):
         with BetonWriter(tmp_path / f"{name}.beton", classes, 16) as writer:
             for n in range(16):
                 numbers = tuple(range(1, len(classes) + 1))
-                writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=image_objects(n, (8, 8), [box], numbers))
+                writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=objects_of_image(n, (8, 8), [box], numbers))
         return f"{tmp_path}/{name}.beton"
 
     def check(train, validation=None, **objective):

@@ -12,7 +12,7 @@ from pipeline.data.beton import open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.image_objects import ImageObjects
 from pipeline.data.objects import Objects
-from pipeline.data.objects_file import image_objects
+from pipeline.data.objects_file import objects_of_image
 from pipeline.objectives.average_precision import (
     FIGURES,
     KINDS,
@@ -49,7 +49,7 @@ def scenes(folder, count, seed=0) -> tuple[Objects, list[ImageObjects]]:
                 for box in boxes
             ]  # fmt: skip
             writer.add(
-                np.zeros((*size, 3), np.uint8), 0, objects=image_objects(1000 - number, size, objects, CATEGORY_IDS)
+                np.zeros((*size, 3), np.uint8), 0, objects=objects_of_image(1000 - number, size, objects, CATEGORY_IDS)
             )
             seen = [one for one in objects if random.random() < 0.8]
             moved = [np.abs(one["box"] + random.integers(-1, 2, 4) * random.uniform(0, 8)) + 0.5 for one in seen * 2]

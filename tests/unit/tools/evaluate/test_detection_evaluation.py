@@ -16,7 +16,7 @@ import fcmae as way_in
 from pipeline.data.beton import open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.objects import Objects
-from pipeline.data.objects_file import image_objects
+from pipeline.data.objects_file import objects_of_image
 from pipeline.data.open import evaluation_feed
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
@@ -76,7 +76,7 @@ def place(tmp_path_factory):
                     "area": float(coco_masks.area(found.masks[n])), "rle": found.masks[n]["counts"],
                     "crowd": n % 5 == 0,
                 })  # fmt: skip
-            writer.add(pixels, 0, objects=image_objects(500 - number, size, objects, CATEGORY_IDS))
+            writer.add(pixels, 0, objects=objects_of_image(500 - number, size, objects, CATEGORY_IDS))
     return place, open_beton(place / "scenes.beton")
 
 
@@ -277,7 +277,7 @@ def test_a_file_without_an_object_that_counts_has_no_average_precision(place, tm
     for name, objects in (("crowd", [crowd]), ("empty", [])):
         path = tmp_path / f"{name}.beton"
         with BetonWriter(path, NAMES, 1) as writer:
-            writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=image_objects(1, (8, 8), objects, CATEGORY_IDS))
+            writer.add(np.zeros((8, 8, 3), np.uint8), 0, objects=objects_of_image(1, (8, 8), objects, CATEGORY_IDS))
         request = DetectionRequest(str(place[0] / "weights.safetensors"), str(path), device="cpu")
         with pytest.raises(UserError, match=f"{name}\\.beton has no object, or crowds alone; name a file with single"):
             evaluate_detector(request)
