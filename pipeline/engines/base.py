@@ -109,14 +109,15 @@ class Engine(ABC):
         self.components = [component for component in (sparsity, average, self.guard) if component]
 
     def _sparsity(self, settings: SparsitySettings, average: EMA | None, total_steps: int) -> DynamicSparsity:
-        parameters = dict(self.module.named_parameters())
+        # Weights that are frozen keep their values, so none of them is made zero or moved.
+        trained = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         moments = {name: (e["exp_avg"], e["exp_avg_sq"]) for name, e in self._optimizer_state().items()}
         return DynamicSparsity(
             settings,
-            self.items(),
+            {name: weight for name, weight in self.items().items() if name in trained},
             average.state() if average else {},
             moments,
-            lambda name: parameters[name].grad,
+            lambda name: trained[name].grad,
             seed=text_key(self.recipe.seed, self.recipe.name),
             total_steps=total_steps,
             accepted=self._accepted,

@@ -1,5 +1,7 @@
-"""Let the BatchNorms of a segmentation model take their statistics over a norm group, which may span ranks: those that
-are there, or for a rank that is looked at alone, ones that are played."""
+"""Let the BatchNorms of a segmenter or detector take their statistics over a norm group, which may span ranks.
+
+`share_norm_groups` is for training; `play_norm_groups` is for a single process that stands for one of many ranks.
+"""
 
 import torch.distributed as dist
 from torch import nn

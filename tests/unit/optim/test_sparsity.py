@@ -13,6 +13,8 @@ from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe
 from pipeline.training.initial_sparsity import start_sparsity
 from tests.engines import batches, bits, stage_recipe, store
+from tests.object_batches import HEADS, object_batch
+from tests.unit.recipe.test_detection_settings import stage as detection_stage
 
 SPARSITY = {"sparsity": 0.4, "update_every_steps": 2}
 TOTAL = 9
@@ -213,3 +215,25 @@ def test_what_cannot_be_is_said_at_validation(changes, sentence):
 def test_decomposed_needs_decomposed_kernels(world):
     with pytest.raises(RecipeError, match=r"decomposed but this model has no large_kernel\.LoRA"):
         build(world, {"weights": "decomposed"})
+
+
+@pytest.mark.parametrize(
+    "sparsity", [{"distribution": "erk"}, {"distribution": "snip", "growth": "gradient", "moments": "zeroed"}]
+)
+def test_frozen_weights_are_neither_zeroed_nor_moved(world, sparsity):
+    sparsity = {"sparsity": 0.4, "update_every_steps": 1, **sparsity}
+    batch, heads = {"global_batch": 2}, {**HEADS, "frozen_stages": 2}
+    recipe = detection_stage(objective=heads, batch=batch, sparsity=sparsity)
+    objective = create_objective(recipe, seed=4)
+    engine = create_engine(objective.build_model, recipe, world)
+    engine.attach_components(TOTAL)
+    frozen = {n: p.detach().clone() for n, p in engine.module.named_parameters() if not p.requires_grad}
+    assert any(weight.ndim == 4 for weight in frozen.values())
+    start_sparsity(engine, objective, [object_batch(range(1))])
+    before = masks(engine)
+    assert before
+    assert not before.keys() & frozen.keys()
+    for step in range(2):
+        engine.step([object_batch(range(1))], objective, step=step, lr=1e-3, should_stop=lambda: False)
+    assert any((mask != before[name]).any() for name, mask in masks(engine).items())
+    assert all(torch.equal(engine.items()[name], weight) for name, weight in frozen.items())
