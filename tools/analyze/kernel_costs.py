@@ -67,8 +67,8 @@ def kernel_costs(sizes: Sequence[int] = SIZES, width: float = 1.0, image_size: i
     Raises:
         UserError: for kernels that are not odd.
     """
-    if wrong := next((size for size in sizes if size < 3 or size % 2 == 0), None):
-        raise UserError(f"kernel size {wrong} must be odd and at least 3")
+    if wrong := [size for size in sizes if size < 3 or size % 2 == 0]:
+        raise UserError(f"kernel size {wrong[0]} must be odd and at least 3")
     dims = [int(dim * width) for dim in DIMS]
     forms: tuple[Form, Form] = ("square", "decomposed")
     rows = []

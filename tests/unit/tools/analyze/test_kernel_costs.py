@@ -75,5 +75,6 @@ def test_the_figure_has_both_forms_and_even_kernels_are_refused():
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == [
         numbers["sizes"][-1][form]["macs"] / 1e9 for form in ("square", "decomposed")
     ]
-    with pytest.raises(UserError, match="size 8 must be odd"):
-        kernel_costs([7, 8])
+    for size in (0, 1, 8):
+        with pytest.raises(UserError, match=f"size {size} must be odd and at least 3"):
+            kernel_costs([7, size])
