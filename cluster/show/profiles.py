@@ -18,7 +18,7 @@ from pipeline.tracking.step_profiler import MOST_REQUEST_BYTES, ProfileRequest
 POLL_SECONDS = 1.0
 
 
-class AskedProfile:
+class RequestedProfile:
     """A request for a profile of the running stage of a run.
 
     Attributes:

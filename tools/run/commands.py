@@ -179,17 +179,17 @@ def profile_run(
 
     The ranks write them into the run and train on; the weights stay the same, bit for bit.
     """
-    from cluster.show.profiles import AskedProfile
+    from cluster.show.profiles import RequestedProfile
 
-    asked, console = AskedProfile(directory, steps, rank), Console(stderr=True)
+    profile, console = RequestedProfile(directory, steps, rank), Console(stderr=True)
     with console.status("asking the ranks") as spinner:
         if not console.is_terminal:
             print(f"waiting for the ranks to record {steps} steps", file=sys.stderr, flush=True)
-        answers = asked.wait(spinner.update)
+        answers = profile.wait(spinner.update)
     failed = [answer for answer in answers if "error" in answer]
     for answer in answers:
         for name in answer.get("files", ()):
-            print(f"{asked.place}/{name}")
+            print(f"{profile.place}/{name}")
     if len(failed) < len(answers):
         print("open the traces at https://ui.perfetto.dev, memory snapshots at https://docs.pytorch.org/memory_viz")
     if failed:

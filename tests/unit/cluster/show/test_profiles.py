@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.show import profiles
-from cluster.show.profiles import AskedProfile
+from cluster.show.profiles import RequestedProfile
 from pipeline.distributed.processes import start_time
 from pipeline.distributed.world import World
 from pipeline.errors import StageError
@@ -51,7 +51,7 @@ def test_the_folder_and_the_answers_of_a_running_stage(run):
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        asked, shown = AskedProfile(str(run), steps=3, rank=None), []
+        asked, shown = RequestedProfile(str(run), steps=3, rank=None), []
         (answer,) = asked.wait(shown.append)
     finally:
         ended.set()
@@ -65,18 +65,18 @@ def test_the_folder_and_the_answers_of_a_running_stage(run):
 
 def test_a_run_that_does_not_run_is_refused(run):
     with pytest.raises(StageError, match=r"is not running \(pretrain is waiting, .*\); profile it while it trains"):
-        AskedProfile(str(run), 5, None)
+        RequestedProfile(str(run), 5, None)
 
 
 def test_a_rank_that_does_not_exist_is_refused(run):
     begin(run / "pretrain", world_size=2)
     with pytest.raises(StageError, match="--rank is 2, but stage pretrain runs on ranks 0 to 1; choose one"):
-        AskedProfile(str(run), 5, 2)
+        RequestedProfile(str(run), 5, 2)
 
 
 def test_an_attempt_that_ends_is_not_waited_for(run):
     attempts = begin(run / "pretrain")
-    asked = AskedProfile(str(run), 5, None)
+    asked = RequestedProfile(str(run), 5, None)
 
     def end(_: str) -> None:
         owner = run / "pretrain" / "attempts" / f"{attempts.own:06d}.json"
@@ -90,7 +90,7 @@ def test_an_attempt_that_ends_is_not_waited_for(run):
 
 def test_of_two_requests_the_later_one_counts(run):
     begin(run / "pretrain")
-    first, second = (AskedProfile(str(run), 5, None) for _ in range(2))
+    first, second = (RequestedProfile(str(run), 5, None) for _ in range(2))
     other = b'{"id": "other"}'
     with pytest.raises(StageError, match="took the place of this one"):
         first.wait(lambda _: second._folder.publish(PROFILE_REQUEST_FILE, other))
