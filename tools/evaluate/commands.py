@@ -106,6 +106,7 @@ def evaluate_weights(
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
+    from tools.evaluate.training_precision import precision_notes
     from tools.predict.model_kinds import kind_of, refuse_options
 
     kind = kind_of(weights)
@@ -153,7 +154,7 @@ def evaluate_weights(
         print(json_library.dumps(facts if beside else facts[0], indent=2))
         return
     for result, compared in zip(results, comparisons, strict=True):
-        print(result, *compared, sep="\n")
+        print(result, *compared, *precision_notes(result), sep="\n")
         if per_class and result.confusions:
             _print_tables(result.confusions.tables())
     _print_differences(results)
@@ -211,13 +212,15 @@ def _present(
     import json as json_library
     import sys
 
+    from tools.evaluate.training_precision import precision_notes
+
     if kept is not None:
         print(f"kept for the report: {kept}", file=sys.stderr)
     if json:
         print(json_library.dumps(facts if len(facts) > 1 else facts[0], indent=2))
         return
     for result, lines in zip(results, published, strict=True):
-        print(result, *lines, sep="\n")
+        print(result, *lines, *precision_notes(result), sep="\n")
         if per_class:
             _print_tables(result.scores.tables())
     own, *others = results
