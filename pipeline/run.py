@@ -84,9 +84,8 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
     with ExitStack() as stack:
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.
         group_seconds = 1.5 * PATIENCE * stall_seconds
-        with _bounded(
-            group_seconds + stall_seconds, on_stall
-        ):  # no watchdog yet, and NCCL has no time-out at its start
+        # There is no watchdog yet, and NCCL has no time-out at its start.
+        with _bounded(group_seconds + stall_seconds, on_stall):
             world = World.join(recipe.engine.device, recipe.engine.threads, group_seconds)
         stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
         recipe.check_world_size(world.size)

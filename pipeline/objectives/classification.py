@@ -12,8 +12,7 @@ from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
 from pipeline.objectives.dropping import keep_of_batch
 from pipeline.objectives.mixing import draw_mix
-from pipeline.objectives.objective import AdaptedWeights, Objective, recipe_errors
-from pipeline.objectives.pixels import normalise
+from pipeline.objectives.objective import AdaptedWeights, Objective, check_counted, recipe_errors
 from pipeline.recipe import ClassificationSettings, StageRecipe
 from pipeline.weights.transfer import encoder_to_classifier
 
@@ -24,7 +23,7 @@ class ClassificationObjective(Objective):
     metric = ClassificationSettings.metric
 
     def __init__(self, recipe: StageRecipe, seed: int):
-        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        super().__init__(recipe, seed)
         self._erase = RandomErasing(seed, recipe.data.erase_probability)
 
     def build_model(self) -> nn.Module:
@@ -39,9 +38,6 @@ class ClassificationObjective(Objective):
         self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
         self._head_prefix = model.head_prefix
         return model
-
-    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
-        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)
@@ -74,6 +70,7 @@ class ClassificationObjective(Objective):
         return {**count_correct(logits, batch.labels, valid), "loss": (loss * valid).sum()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        check_counted(sums)
         return {**accuracies(sums), "loss": sums["loss"] / sums["count"]}
 
     def paint(self, model: nn.Module, batch: Batch) -> None:

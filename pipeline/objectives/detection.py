@@ -20,7 +20,6 @@ from pipeline.objectives.average_precision import compare_classes, summarise
 from pipeline.objectives.detected_objects import Packed, detected_objects, pack_objects, unpack_objects
 from pipeline.objectives.dropping import keep_of_batch
 from pipeline.objectives.objective import AdaptedWeights, Objective, ObjectOverlays, recipe_errors
-from pipeline.objectives.pixels import normalise
 from pipeline.randomness import Purpose
 from pipeline.recipe import DetectionSettings, StageRecipe
 from pipeline.weights.transfer import detector_weights
@@ -31,18 +30,12 @@ class DetectionObjective(Objective):
 
     metric = DetectionSettings.metric
 
-    def __init__(self, recipe: StageRecipe, seed: int):
-        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
-
     def build_model(self) -> nn.Module:
         with recipe_errors(self.recipe.name):
             options, model_options = detector_options(self.recipe), self.recipe.model.options
             model = create_detector(self.recipe.model.name, options, seed=self.seed, **model_options)
         self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
         return model
-
-    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
-        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot

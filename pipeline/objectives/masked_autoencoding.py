@@ -10,8 +10,8 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.objective import AdaptedWeights, Objective, Reconstructions, recipe_errors
-from pipeline.objectives.pixels import denormalise, normalise
+from pipeline.objectives.objective import AdaptedWeights, Objective, Reconstructions, check_counted, recipe_errors
+from pipeline.objectives.pixels import denormalise
 from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.recipe.image_size import height_and_width
 from pipeline.sparse import VisibleCells, find_layout
@@ -26,7 +26,7 @@ class FCMAEObjective(Objective):
     metric = FCMAESettings.metric
 
     def __init__(self, recipe: StageRecipe, seed: int):
-        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        super().__init__(recipe, seed)
         height, width = height_and_width(recipe.data.image_size)
         self._grid = height // recipe.model.stride, width // recipe.model.stride  # cells of an image
 
@@ -67,9 +67,6 @@ class FCMAEObjective(Objective):
             return batch.prepared
         return VisibleCells(self.mask(batch), self._grid, device)
 
-    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
-        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
-
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images = self._normalised(model, batch)
         return model(images, self._visible_cells(batch, images.device)).loss
@@ -89,6 +86,7 @@ class FCMAEObjective(Objective):
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        check_counted(sums)
         return {"loss": sums["loss"] / sums["count"]}
 
     def paint(self, model: nn.Module, batch: Batch) -> Reconstructions:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from pipeline.data.batch import Batch, Prepared
 from pipeline.data.image_objects import ImageObjects
 from pipeline.distributed.world import World
-from pipeline.errors import RecipeError
+from pipeline.errors import DataError, RecipeError
+from pipeline.objectives.pixels import normalise
+from pipeline.recipe import StageRecipe
 
 
 class AdaptedWeights(NamedTuple):
@@ -111,6 +113,9 @@ class Objective(Scorer):
     parts: Mapping[str, Tensor] = MappingProxyType({})
     """What the loss of the last call is the sum of, detached, by name, for the journal."""
 
+    def __init__(self, recipe: StageRecipe, seed: int):
+        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+
     @abstractmethod
     def build_model(self) -> nn.Module:
         """Build the model with its initial weights."""
@@ -119,6 +124,10 @@ class Objective(Scorer):
         """Make what the loss of a micro-batch needs from its ids and the epoch alone. Called after `build_model`, in a
         loader's thread."""
         return None
+
+    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the images of a batch as the model takes them: (N, C, H, W), in at least fp32."""
+        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
@@ -139,6 +148,16 @@ class Objective(Scorer):
     @abstractmethod
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
         """Bring weights of another stage, or released ones, under the names of this stage's model."""
+
+
+def check_counted(sums: Mapping[str, float | list[float]]) -> None:
+    """Check that an evaluation counted an image, of whose sums `metrics` makes means.
+
+    Raises:
+        DataError: if it did not, because all images are damaged and left out.
+    """
+    if not sums["count"]:
+        raise DataError("every image of data.validation is damaged; copy or prepare the file again, or name another")
 
 
 @contextmanager

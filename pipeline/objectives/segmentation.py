@@ -14,8 +14,7 @@ from pipeline.kernels.precision import widen
 from pipeline.models.map_sizes import enlarge
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives.dropping import keep_of_batch
-from pipeline.objectives.objective import AdaptedWeights, Objective, Overlays, recipe_errors
-from pipeline.objectives.pixels import normalise
+from pipeline.objectives.objective import AdaptedWeights, Objective, Overlays, check_counted, recipe_errors
 from pipeline.objectives.sliding_windows import window_logits
 from pipeline.randomness import Purpose
 from pipeline.recipe import SegmentationSettings, StageRecipe
@@ -29,7 +28,7 @@ class SegmentationObjective(Objective):
     metric = SegmentationSettings.metric
 
     def __init__(self, recipe: StageRecipe, seed: int):
-        self.recipe, self.settings, self.seed = recipe, recipe.objective, seed
+        super().__init__(recipe, seed)
         self.ignored = int(label_type(self.settings.classes)[1])
 
     def build_model(self) -> nn.Module:
@@ -40,9 +39,6 @@ class SegmentationObjective(Objective):
         self._drop_path_rates = model.drop_path_rates(self.settings.drop_path)
         self._dropout_rates = [self.settings.dropout] * sum(model.dropout_channels)
         return model
-
-    def _normalised(self, model: nn.Module, batch: Batch) -> Tensor:
-        return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         images, slot = self._normalised(model, batch), self.recipe.batch.slot
@@ -81,6 +77,7 @@ class SegmentationObjective(Objective):
         return {**counts, "loss": self._pixel_losses(logits, truth).sum(), "count": valid.sum()}
 
     def metrics(self, sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
+        check_counted(sums)
         scores = region_metrics(sums["right"], sums["predicted"], sums["present"])
         return {**scores, "loss": sums["loss"] / max(sum(sums["present"]), 1)}
 

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import Batch
+from pipeline.distributed.world import World
+from pipeline.errors import DataError
 from pipeline.objectives import _KINDS, create_objective
 from pipeline.objectives.dropping import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
@@ -134,6 +136,17 @@ def test_every_family_trains_on_rectangles(stages, model, size):
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert objective.evaluate(network.eval(), batch((1,), pixels=size))["count"] == 8
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_an_evaluation_of_damaged_images_alone_says_so(stages, stage):
+    objective = create_objective(stages[stage], seed=5)
+    tally = objective.tally()
+    damaged = batch((1,), pixels=stages[stage].data.image_size)
+    damaged = replace(damaged, valid=torch.zeros_like(damaged.valid))
+    tally.add(objective.evaluate(objective.build_model().eval(), damaged), damaged)
+    with pytest.raises(DataError, match="every image of data"):
+        tally.metrics(World.alone(), lambda: False)
 
 
 def changed(stage, **sections):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from skimage.metrics import contingency_table
 
 from pipeline.data.batch import Batch
+from pipeline.distributed.world import World
+from pipeline.errors import DataError
 from pipeline.objectives import create_objective
 from pipeline.objectives.segmentation import count_confusions, region_metrics
 from pipeline.objectives.sliding_windows import window_logits
@@ -151,7 +153,11 @@ def test_an_evaluation_is_the_same_with_any_batch_of_windows(test):
         None,
         batch.label_maps,
     )
-    assert not any(value.any() for value in objective.evaluate(model, filler).values()), "a filler counts as nothing"
+    nothing, tally = objective.evaluate(model, filler), objective.tally()
+    assert not any(value.any() for value in nothing.values()), "a filler counts as nothing"
+    tally.add(nothing, filler)
+    with pytest.raises(DataError, match="every image of data"):
+        tally.metrics(World.alone(), lambda: False)
 
 
 @pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
