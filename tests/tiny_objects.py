@@ -10,6 +10,7 @@ from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.objects_file import objects_of_image
 from tests.tiny_scenes import CLASSES as SCENE_CLASSES
 from tests.tiny_scenes import tiny_scene, tiny_segmentation
+from tools.prepare.composed_scenes import SIDE, compose
 
 CLASSES = SCENE_CLASSES[1:]
 
@@ -35,6 +36,21 @@ def write_objects(path: Path, numbers: range) -> Path:
         for number in numbers:
             pixels, objects = tiny_objects(number)
             writer.add(pixels, 0, objects=objects_of_image(number, pixels.shape[:2], objects, (3, 7)))
+    return path
+
+
+def write_composed(path: Path, numbers: range) -> Path:
+    """Write a data file of the demo's scenes, in which objects of ten classes hide parts of each other."""
+    chance = np.random.default_rng(0)
+    looks = chance.integers(0, 256, (10, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)  # instead of photographs
+    textures = chance.integers(60, 140, (3, 200, 200), np.uint8)
+    with BetonWriter(path, tuple("abcdefghij"), len(numbers)) as writer:
+        for number in numbers:
+            scene, objects = compose(looks, np.arange(10), textures, "train", number), []
+            for place, label in enumerate(scene.labels, 1):
+                rle = coco_masks.encode(np.asfortranarray(scene.instances == place, np.uint8))
+                objects.append({"box": coco_masks.toBbox(rle), "class": label, "rle": rle["counts"]})
+            writer.add(scene.image, 0, objects=objects_of_image(number, (SIDE, SIDE), objects, tuple(range(1, 11))))
     return path
 
 

@@ -46,7 +46,7 @@ def draw_detections(
         shown = resized_to_width(image, WIDTH)
         rows.append([shown, *(objects_over(shown, objects, names) for objects in (truth, prediction))])
     counts = sum(np.bincount(objects.classes, minlength=len(names)) for objects in (*truths, *sure))
-    draw_overlays(rows, frequent(names, counts), palette(len(names)), path)
+    draw_overlays(rows, frequent(names, counts), palette(len(names)), path, f"prediction, scores from {SHOWN_SCORE}")
 
 
 def objects_over(image: NDArray[np.uint8], objects: ImageObjects, names: Sequence[str]) -> NDArray[np.uint8]:

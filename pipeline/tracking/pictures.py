@@ -100,6 +100,7 @@ def draw_overlays(
     named: Mapping[int, str],
     colours: NDArray[np.uint8],
     path: str | Path,
+    predicted: str = "prediction",
 ) -> None:
     """Draw a row per image: the image, its truth and its prediction, each (h, w, 3) uint8; a legend is above.
 
@@ -110,6 +111,7 @@ def draw_overlays(
         named: the names of the classes in the legend, by their number.
         colours: (classes, 3) uint8.
         path: the PNG file, replaced at once.
+        predicted: the caption of the predictions.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -121,7 +123,7 @@ def draw_overlays(
     sheet = Image.new("RGB", (width, bottom), PAPER)
     sheet.paste(legend, (0, 0))
     pen = ImageDraw.Draw(sheet)
-    for x, caption in enumerate(("image", "truth", "prediction")):
+    for x, caption in enumerate(("image", "truth", predicted)):
         left = GAP + x * (wide + GAP)
         pen.text((left + wide // 2, head - CAPTION // 2), caption, fill=INK, font=font, anchor="mm")
         for top, row in zip(tops, rows, strict=True):

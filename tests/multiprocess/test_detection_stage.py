@@ -24,7 +24,7 @@ from tests.engines import ENGINES, Trained, bits, largest_difference, train
 from tests.processes import start_fcmae
 from tests.ranks import on_ranks
 from tests.support import fcmae, wait_for_step, weights_sha256
-from tests.tiny_objects import CLASSES, tiny_detection, write_objects
+from tests.tiny_objects import CLASSES, tiny_detection, write_composed, write_objects
 
 pytestmark = pytest.mark.slow
 
@@ -170,14 +170,15 @@ def test_heads_are_kept_and_each_part_of_the_loss_is_journalled(run, directory, 
 
 
 def test_four_scenes_are_overfit(directory, tmp_path):
-    """Jittered and flipped in training, and tested on the same four."""
-    write_objects(tmp_path / "four.beton", range(1, 5))
+    """The demo's kind of scenes, jittered and flipped in training, and tested on the same four."""
+    write_composed(tmp_path / "four.beton", range(4))
     values = {
         "data.train": tmp_path / "four.beton", "data.validation": tmp_path / "four.beton", "data.image_size": 96,
         "data.views.scale": "[0.8,1.2]", "data.views.test_size": "[96,96]",
         "batch.global_batch": 4, "batch.slot": 4, "batch.micro_slots": 1, "model.dims": "[16,32,48,64]",
-        "objective.head_channels": 64, "objective.fc_channels": 128, "objective.drop_path": 0.0,
-        "objective.regions": 64, "objective.anchors_sampled": 64, "objective.proposals": 100,
+        "objective.classes": 10, "objective.head_channels": 64, "objective.fc_channels": 128,
+        "objective.drop_path": 0.0, "objective.regions": 64, "objective.anchors_sampled": 64,
+        "objective.proposals": 100,
         "optimizer.lr": 1e-3, "optimizer.layer_decay": 1.0, "ema": "null", "schedule.steps": 200,
         "schedule.warmup_steps": 10, "schedule.milestones": "[150]", "evaluation.every_steps": 1000,
         "checkpoint.every_steps": 1000, "tracking.pictures": 4,
