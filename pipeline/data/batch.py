@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data.batch_objects import BatchObjects, example_objects
+from pipeline.data.maps_file import label_type
 from pipeline.data.objects import Objects
 from pipeline.data.windows import padded_size, resized_to_fit, window_places
 from pipeline.recipe import StageRecipe
@@ -37,8 +39,8 @@ class Batch:
     valid: Tensor  # (N,) bool: False for an image that only fills up an evaluation batch
     prepared: Prepared | None = None  # by the objective, for these ids; without it the objective makes it when asked
     label_maps: Tensor | None = None
-    """The class of each pixel, in segmentation: (N, H, W) uint8, or int32 for more than 255 classes. H and W are those
-    of `images` in training, and those of the original image in evaluation."""
+    """The class of each pixel, in segmentation: (N, H, W) of `batch_label_type`. H and W are those of `images` in
+    training, and those of the original image in evaluation."""
     windows_at_most: int = 0
     """In evaluation of segmentation: the largest number of windows that any rank's image of this round is cut into."""
     objects: BatchObjects | None = None
@@ -85,6 +87,11 @@ class Batch:
         )
 
 
+def batch_label_type(stored: np.dtype) -> torch.dtype:
+    """Return the type that label maps stored as uint8 or uint16 have in a batch."""
+    return torch.uint8 if stored.itemsize == 1 else torch.int32  # torch computes little with uint16
+
+
 def example_batch(recipe: StageRecipe, world_size: int = 1) -> Batch:
     """Return a black micro-batch of the size that so many ranks have, for the engine's warm-up."""
     batch = recipe.batch_on(world_size)
@@ -113,8 +120,7 @@ def example_evaluation_batch(recipe: StageRecipe) -> Batch:
 def _black_batch(recipe: StageRecipe, images: int, size: tuple[int, int], slots: tuple[int, ...]) -> Batch:
     objective, label_maps, objects, sizes = recipe.objective, None, None, None
     if objective.kind == "segmentation":
-        dtype = torch.uint8 if objective.classes <= 255 else torch.int32
-        label_maps = torch.zeros(images, *size, dtype=dtype)
+        label_maps = torch.zeros(images, *size, dtype=batch_label_type(label_type(objective.classes)[0]))
     if objective.kind == "detection":
         objects = example_objects(images, size, objective.classes, objective.has_masks)
         sizes = torch.tensor([size] * images)

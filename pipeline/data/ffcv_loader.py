@@ -25,6 +25,7 @@ import numba.typed
 import numpy as np
 import torch
 
+from pipeline.data.batch import batch_label_type
 from pipeline.data.beton import ALLOCATION, HEADER, SAMPLE, Beton, checksums_of, samples_of
 from pipeline.data.crops import Plan
 from pipeline.data.decode import ImageDecoder, StoredImages, compile_decoder, describe_status
@@ -108,13 +109,14 @@ class _MappedFile:
 
 @dataclass(frozen=True)
 class Views:
-    """The parts of images that the network sees."""
+    """What a plan makes of a batch of N images: their views, and what belongs to these."""
 
     images: torch.Tensor  # uint8 (N, H, W, 3)
     label_maps: torch.Tensor | None  # (N, H, W), of segmentation alone; see Batch
     facts: ViewFacts | None  # of detection alone
 
     def one(self, place: int) -> "Views":
+        """Return the views of one image, which share their memory with these."""
         part = slice(place, place + 1)
         label_maps = None if self.label_maps is None else self.label_maps[part]
         return Views(self.images[part], label_maps, self.facts and self.facts.one(place))
@@ -151,7 +153,7 @@ class _Images(Operation):
         height, width = self.samples["f0"][ids[0]][["height", "width"]].item()
         if isinstance(plan, ScenePlan):
             size, map_size = plan.sizes(height, width)
-            dtype = torch.uint8 if plan.maps.dtype.itemsize == 1 else torch.int32
+            dtype = batch_label_type(plan.maps.dtype)
             label_maps = torch.empty(len(ids), *map_size, dtype=dtype, pin_memory=pinned)
         elif isinstance(plan, ObjectPlan):
             size, facts = plan.size(height, width), ViewFacts.empty(len(ids))

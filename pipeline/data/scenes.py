@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from pipeline.data.batch import batch_label_type
 from pipeline.data.compiled_code import compiled, compiling
 from pipeline.data.crops import PLAN
 from pipeline.data.decode import BAD_MAP, OK
@@ -27,8 +29,6 @@ from pipeline.randomness import Purpose, key, uniform
 from pipeline.recipe.image_size import ImageSize, height_and_width
 from pipeline.recipe.segmentation_settings import SceneSettings
 
-VIEW_TYPES = {1: np.dtype("u1"), 2: np.dtype("i4")}
-"""The type of labels in a batch, by the bytes of a stored label: torch computes little with 16 unsigned bits."""
 CutMap = Callable[[int], int]
 """Cuts the label map of the image at a place of a batch, and completes the image's row of the plan. Called in a
 decoder's thread. Returns OK, or BAD_MAP if the stored map is damaged."""
@@ -192,4 +192,5 @@ def compile_scenes(classes: int) -> None:
     stored.flags.writeable = False  # as decompressed maps are; numba compiles for such arrays separately
     with compiling(Path(choose_window.stats.cache_path), f"scenes-{dtype.itemsize}"):
         choose_window(stored, line, line, np.zeros((2, 2), np.int64), (1, 1), 0.5, ignored)
-        cut_label_map(stored, line, line, False, ignored, np.zeros((1, 1), VIEW_TYPES[dtype.itemsize]))
+        out = torch.zeros(1, 1, dtype=batch_label_type(dtype)).numpy()
+        cut_label_map(stored, line, line, False, ignored, out)

@@ -16,11 +16,11 @@ def _compiled(function: Callable) -> Any:
 
 @_compiled
 def weigh_axis(start, step, count, size, weights, bounds):
-    """Write how much each of `size` lines counts in each bin of an axis into weights (bins, lines), and the first line
-    that counts and the one behind the last into bounds (bins, 2).
+    """Write the weights of the `size` lines of a map in each bin of an axis into weights (bins, size), and into
+    bounds (bins, 2) the first line with a weight and the line behind the last one.
 
-    A bin is `step` long and has `count` samples. A sample interpolates two lines; within one line outside of the map
-    it takes the line at the border, further outside 0.
+    The first bin begins at `start`; each is `step` lines long and has `count` samples. A sample interpolates two lines.
+    Up to one line outside of the map it takes the line at the border, further outside 0.
     """
     for b in range(len(weights)):
         weights[b] = 0
@@ -125,7 +125,7 @@ def pool_bits(masks, width, grids, pooled):
 
 @_compiled
 def keep_boxes(corners, threshold, keep):
-    """Clear keep (K,) for each box of corners (4, K) that a kept one before it covers by more than the threshold.
+    """Clear keep (K,) for each box of corners (4, K) that a kept box before it overlaps by more than the threshold.
 
     The overlap is the intersection over the union, in the type of the corners.
     """

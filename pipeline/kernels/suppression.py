@@ -12,14 +12,15 @@ from pipeline.kernels.triton_support import runs_triton
 
 
 def suppress(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Return which valid boxes are kept, (B, K) bool: those that no kept box before them overlaps by more.
+    """Return which valid boxes are kept, (B, K) bool: those that no kept box before them overlaps by more than
+    `threshold`.
 
-    The overlap is the intersection over the union, in the type of the boxes. An invalid box suppresses nothing.
+    An invalid box suppresses nothing.
 
     Args:
-        boxes: (B, K, 4) x1, y1, x2, y2, sorted by falling score (stably, so that ties go by place).
+        boxes: (B, K, 4) x1, y1, x2, y2, sorted by falling score (stably, so that equal scores keep their order).
         valid: (B, K) bool.
-        threshold: 0 or more.
+        threshold: intersection over union, 0 or more; it is computed in the type of the boxes.
     """
     return _suppress(boxes.detach(), valid, threshold)
 
@@ -68,14 +69,17 @@ def _overlap(one: Tensor, others: Tensor) -> Tensor:
 def soft_suppress(
     boxes: Tensor, scores: Tensor, number: int, threshold: float = 0.3, lowest: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Pick `number` boxes one after the other, always the one with the highest score, ties by place; each multiplies
-    the scores of boxes that it overlaps by u, above the threshold, by 1 - u.
+    """Pick `number` boxes one after the other, always the one with the highest score, the first of equals.
 
-    As scores only fall, picks come in the order of their final scores. The rule and the defaults are mmcv's "linear".
+    Each pick lowers the scores of the boxes that it overlaps by more than `threshold`: an overlap of u multiplies them
+    by 1 - u. As scores only fall, picks come in the order of their final scores. The rule and the defaults are mmcv's
+    "linear".
 
     Args:
-        boxes: (B, K, 4), in any order.
-        scores: (B, K); a box below `lowest` is never picked. Give 0 to invalid boxes.
+        boxes: (B, K, 4) x1, y1, x2, y2, in any order.
+        scores: (B, K), 0 for invalid boxes.
+        threshold: intersection over union from 0 to 1.
+        lowest: boxes with a lower score are never picked.
 
     Returns:
         The places of the picked boxes (B, number) and their lowered scores, 0 where there are no more boxes.

@@ -70,13 +70,11 @@ class DetectionObjective(Objective):
         shown = batch.valid.nonzero().flatten().tolist()
         sizes = batch.view_sizes.tolist()
         images = [batch.images[n, :, : sizes[n][0], : sizes[n][1]].cpu().numpy() for n in shown]
-        truths = [annotated_objects(batch.annotated, int(batch.ids[n]), detected[n].size) for n in shown]
+        truths = [true_objects(batch.annotated, int(batch.ids[n]), detected[n].size) for n in shown]
         return ObjectOverlays(images, truths, [detected[n] for n in shown])
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
-        with torch.device("meta"):
-            target = self.build_model().state_dict()
-        return AdaptedWeights(*detector_weights(weights, target, self.recipe.init.head == "keep"))
+        return AdaptedWeights(*detector_weights(weights, self._meta_tensors(), self.recipe.init.head == "keep"))
 
 
 def _within_slots(sums: Tensor, counts: Tensor, slot: int) -> Tensor:
@@ -128,8 +126,8 @@ class DetectionTally:
         return figures
 
 
-def annotated_objects(objects: Objects, sample: int, size: tuple[int, int]) -> ImageObjects:
-    """The annotated objects of a sample, whose image has this height and width."""
+def true_objects(objects: Objects, sample: int, size: tuple[int, int]) -> ImageObjects:
+    """Return the annotated objects of a sample, whose image has this height and width in pixels."""
     rows = objects.rows(sample)
     boxes = rows["box"].copy()
     boxes[:, 2:] += boxes[:, :2]
@@ -143,6 +141,7 @@ def detector_options(recipe: StageRecipe) -> DetectorOptions:
     renamed = {"channels": settings.head_channels, "masks": settings.has_masks, "map_norms": settings.map_norms}
     if settings.map_norms is None:
         renamed["map_norms"] = recipe.model.family != "nextvit"
+    # The other fields have equal names.
     names = DetectorOptions.__dataclass_fields__.keys() & type(settings).model_fields.keys() - renamed.keys()
     return DetectorOptions(**{name: getattr(settings, name) for name in names}, **renamed)
 

@@ -129,6 +129,11 @@ class Objective(Scorer):
         """Return the images of a batch as the model takes them: (N, C, H, W), in at least fp32."""
         return normalise(batch.images, next(model.parameters()).dtype, self.recipe.channel_statistics)
 
+    def _meta_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the model by name, without values."""
+        with torch.device("meta"):
+            return self.build_model().state_dict()
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Return the mean loss of the images. All randomness is a hash of the seed, the step and the batch's ids."""

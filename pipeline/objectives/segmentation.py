@@ -88,9 +88,7 @@ class SegmentationObjective(Objective):
         return Overlays(*([part[n].cpu().numpy() for n in shown] for part in parts))
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
-        with torch.device("meta"):
-            target = self.build_model().state_dict()
-        return AdaptedWeights(*segmenter_weights(weights, target, self.recipe.init.head == "keep"))
+        return AdaptedWeights(*segmenter_weights(weights, self._meta_tensors(), self.recipe.init.head == "keep"))
 
 
 def head_options(settings: SegmentationSettings) -> HeadOptions:
