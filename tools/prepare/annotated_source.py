@@ -100,8 +100,8 @@ def open_annotated_source(
     opened = [_open_part(part) for part in parts]
     if len(opened) == 1:
         return opened[0]
-    if opened[0].classes != opened[1].classes:
-        raise DataError(f"source {source}: its two parts have other categories; prepare them one by one")
+    if len({(one.classes, one.objects.category_ids) for one in opened}) > 1:
+        raise DataError(f"source {source}: its two parts have different categories; prepare them one by one")
     items, before = [], 0
     for one in opened:
         items += [

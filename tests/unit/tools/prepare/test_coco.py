@@ -159,20 +159,48 @@ def test_a_file_is_never_taken_for_another_one_of_its_name(tmp_path, names, stor
     assert len(refused) == (2 if "s/b.jpg" in names else bool(why))
 
 
-def test_masks_of_one_part_are_not_dropped_without_a_word(tmp_path):
+def two_parts(folder, change):
+    """Folders called train and valid; `change` changes the annotations of valid."""
     for part in ("train", "valid"):
         files = images_of("train2017", 3)
         annotations = annotations_of(files)
-        for one in annotations["annotations"] if part == "valid" else ():
-            del one["segmentation"]
-        (tmp_path / "own" / part).mkdir(parents=True)
+        if part == "valid":
+            change(annotations)
+        (folder / part).mkdir(parents=True)
         for name, content in files.items():
-            (tmp_path / "own" / part / name).write_bytes(content)
-        (tmp_path / "own" / part / "_annotations.coco.json").write_text(json.dumps(annotations))
-    training, _ = prepare_targets(tmp_path / "own", tmp_path / "a.beton", None, objects=ObjectOptions())
+            (folder / part / name).write_bytes(content)
+        (folder / part / "_annotations.coco.json").write_text(json.dumps(annotations))
+    return folder
+
+
+def drop_masks(annotations):
+    for one in annotations["annotations"]:
+        del one["segmentation"]
+
+
+def rename_category(annotations):
+    annotations["categories"][0]["name"] = "other"
+
+
+def renumber_categories(annotations):
+    for one in annotations["categories"]:
+        one["id"] += 1000
+    for one in annotations["annotations"]:
+        one["category_id"] += 1000
+
+
+def test_masks_of_one_part_are_not_dropped_without_a_word(tmp_path):
+    source = two_parts(tmp_path / "own", drop_masks)
+    training, _ = prepare_targets(source, tmp_path / "a.beton", None, objects=ObjectOptions())
     assert not training.beton.objects.masks
     said = "train: its masks are left out, because valid has objects without one"
     assert any(said in line for line in summary_lines(training))
+
+
+@pytest.mark.parametrize("change", [rename_category, renumber_categories])
+def test_parts_with_different_categories_are_refused(tmp_path, change):
+    with pytest.raises(DataError, match="its two parts have different categories; prepare them one by one"):
+        open_annotated_source(str(two_parts(tmp_path / "own", change)), ObjectOptions())
 
 
 def test_a_crowd_may_be_a_float(tmp_path):
