@@ -5,6 +5,7 @@ import sys
 
 from pipeline.data.beton import open_beton
 from pipeline.data.channel_measurement import measure_channels
+from pipeline.data.stage_data import selection
 from pipeline.data.staging import is_url
 from pipeline.data.subset import select_subset
 from pipeline.errors import CheckpointError, RecipeError
@@ -66,7 +67,8 @@ def _measured(stage: StageRecipe) -> ChannelStatistics:
             f"stage {stage.name}: data.normalize is measured, but data.train is the URL {data.train}; measure a copy"
             " on this machine, and give its numbers as data.normalize={mean: [...], std: [...]}"
         )
-    subset = select_subset(open_beton(data.train), data.classes, data.fraction, stage.seed, data.annotated_only)
+    beton = open_beton(data.train)
+    subset = select_subset(beton, **selection(stage, "train", beton), seed=stage.seed)
     if subset.samples > SILENT_IMAGES:
         print(f"measuring the means and deviations of {data.train}, once", file=sys.stderr, flush=True)
     return measure_channels(subset, stage.model.in_channels, workers=len(os.sched_getaffinity(0)))
