@@ -30,16 +30,14 @@ demo-segmentation: demo-fcmae  ## classes of pixels in composed scenes, after FC
 	  $(FCMAE) prepare maps runs/data/scenes/$$part runs/data/scenes-$$part.beton || exit 1; done
 	$(FCMAE) run recipes/demo-segmentation.yaml --out runs/demo-segmentation --nproc $(NPROC)
 	$(FCMAE) run recipes/demo-segmentation-scratch.yaml --out runs/demo-segmentation-scratch --nproc $(NPROC)
-	$(FCMAE) evaluate runs/demo-segmentation --data runs/data/scenes-test.beton --nproc $(NPROC) \
-	  --beside runs/demo-segmentation-scratch
+	for run in demo-segmentation demo-segmentation-scratch; do echo "$$run:"; $(FCMAE) status runs/$$run || exit 1; done
 
 demo-detection: demo-fcmae  ## boxes and masks of the objects in these scenes, after FCMAE and from scratch; both AP
 	for part in train test; do [ -e runs/data/objects-$$part.beton ] || $(FCMAE) prepare coco \
 	  runs/data/scenes/$$part/images runs/data/scenes/$$part/annotations.json runs/data/objects-$$part.beton || exit 1; done
 	$(FCMAE) run recipes/demo-detection.yaml --out runs/demo-detection --nproc $(NPROC)
 	$(FCMAE) run recipes/demo-detection-scratch.yaml --out runs/demo-detection-scratch --nproc $(NPROC)
-	$(FCMAE) evaluate runs/demo-detection --data runs/data/objects-test.beton --nproc $(NPROC) \
-	  --beside runs/demo-detection-scratch
+	for run in demo-detection demo-detection-scratch; do echo "$$run:"; $(FCMAE) status runs/$$run || exit 1; done
 
 demo-fcmae: demo-data  ## FCMAE on these photographs, once for the demos of segmentation and detection
 	$(FCMAE) prepare cifar10-scenes runs/data/scenes $(if $(ARCHIVE),--archive $(ARCHIVE))

@@ -53,6 +53,15 @@ def test_diff_prints_only_what_differs(recipe):
     assert recipe("diff", "atto", "convnextv2/atto.yaml").startswith("no difference")
 
 
+@pytest.mark.parametrize(("name", "stage"), [("demo-segmentation", "segment"), ("demo-detection", "detect")])
+def test_the_arms_of_a_demo_differ_in_their_initial_weights_alone(recipe, name, stage):
+    assert squeezed(recipe("diff", name, f"{name}-scratch")) == [
+        f"field {name} {name}-scratch",
+        f"{stage}.init.start file previous",
+        f"{stage}.init.weights runs/demo-fcmae/pretrain/weights.safetensors none",
+    ]
+
+
 def test_list_has_the_published_results(recipe):
     lines = squeezed(recipe("list"))
     assert "convnextv2/huge-22k-512 FCMAE 1600 > 22K 90 > 1K 30, 512 88.9 paper T5, T15, README 88.860 98.740" in lines
