@@ -16,6 +16,7 @@ from pipeline.engines.base import DTYPES, sharding_units
 from pipeline.engines.torch_native import NativeEngine
 from pipeline.errors import RecipeError
 from pipeline.recipe import StageRecipe
+from pipeline.recipe.stage_sections import divisors
 
 MOST_KEPT_BYTES = 4 * 2**30  # of parameters that stay gathered by default, a twentieth of a GPU of 80 GB
 
@@ -69,10 +70,9 @@ class FSDPEngine(NativeEngine):
     def _mesh(self) -> DeviceMesh:
         world, ranks = self.world, self.recipe.engine.shard_ranks or self.world.size
         if world.size % ranks:
-            divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
             raise RecipeError(
                 f"engine.shard_ranks is {ranks} but {world.size} processes run; choose one of"
-                f" {', '.join(map(str, divisors))}, or remove it to shard over all"
+                f" {', '.join(map(str, divisors(world.size)))}, or remove it to shard over all"
             )
         if ranks == world.size:
             return init_device_mesh(world.device.type, (ranks,), mesh_dim_names=("shard",))

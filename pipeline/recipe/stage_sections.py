@@ -5,6 +5,7 @@ Fields marked operational may change on resume; a change of any other field make
 
 import hashlib
 import json
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -32,6 +33,12 @@ from pipeline.recipe.sections import (
 )
 from pipeline.recipe.segmentation_settings import NormGroup, SegmentationSettings, divide_norm_group
 from pipeline.recipe.settings_base import Seed
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number in ascending order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 class StageSections(Settings):
@@ -145,9 +152,9 @@ class StageSections(Settings):
     def world_sizes(self) -> list[int]:
         """The numbers of ranks that can run the stage, in ascending order."""
         batch = self.batch
-        sizes = [ranks for ranks in range(1, batch.slots + 1) if batch.slots % (ranks * batch.micro_slots) == 0]
+        sizes = [ranks for ranks in divisors(batch.slots) if batch.slots % (ranks * batch.micro_slots) == 0]
         if not (self.slots_are_whole or batch.micro_slots > 1):
-            sizes += [batch.slots * parts for parts in range(2, batch.slot + 1) if batch.slot % parts == 0]
+            sizes += [batch.slots * parts for parts in divisors(batch.slot)[1:]]
         return [size for size in sizes if self.norm_group_images is None or self.norm_group_on(size)]
 
     def check_world_size(self, world_size: int) -> None:
@@ -176,7 +183,7 @@ class StageSections(Settings):
 
     def micro_slots_on(self, world_size: int) -> list[int]:
         """The values of batch.micro_slots with which so many ranks can run the stage."""
-        batches = (self.batch.model_copy(update={"micro_slots": n}) for n in range(1, self.batch.slots + 1))
+        batches = (self.batch.model_copy(update={"micro_slots": n}) for n in divisors(self.batch.slots))
         return [b.micro_slots for b in batches if world_size in self.model_copy(update={"batch": b}).world_sizes()]
 
     def remedy_for_ranks(self, world_size: int) -> str:

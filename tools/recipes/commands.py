@@ -169,9 +169,11 @@ def validate_recipes(
 
 def _fitting_ranks(stage: "StageRecipe") -> str:
     """The largest number of ranks; of a stage with norm groups all numbers, with the micro-batch that each needs."""
+    from pipeline.recipe.stage_sections import divisors
+
     if not stage.norm_group_images:
         return f"{stage.world_sizes()[-1]:,}"
-    fitting = {ranks: stage.micro_slots_on(ranks) for ranks in range(1, stage.batch.global_batch + 1)}
+    fitting = {ranks: stage.micro_slots_on(ranks) for ranks in divisors(stage.batch.global_batch)}
     return " or ".join(f"{n:,} (micro_slots {', '.join(map(str, m))})" for n, m in fitting.items() if m)
 
 

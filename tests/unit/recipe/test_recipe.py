@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import changed_fields, load_recipe, load_stage_recipe, write_recipe
+from pipeline.recipe.stage_sections import divisors
 from tests.support import tiny_recipe
 
 
@@ -135,6 +136,11 @@ def test_a_world_size_that_does_not_divide_names_the_nearest(recipe_file):
     stage.check_world_size(4)
     with pytest.raises(RecipeError, match=r"3 processes do not divide the 4 slots .* use 2 or 4 processes"):
         stage.check_world_size(3)
+
+
+@given(st.integers(1, 3000))
+def test_divisors_are_those_that_leave_no_remainder(number):
+    assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
 
 
 @given(slots=st.integers(1, 64), micro=st.integers(1, 8), world=st.integers(1, 80))
