@@ -1,4 +1,4 @@
-"""Instructions, barriers, spills and registers of every Triton kernel on a GPU that need not be there.
+"""Instructions, barriers, spills and registers of Triton kernels of ConvNeXt V2 on a GPU that need not be there.
 
 `python -m tools.bench.kernel_code [--against COMMIT] [--target 80]` compiles the kernels of the working copy, and those
 of a commit, as a training step of ConvNeXt V2 Huge in bf16 would launch them. Of a depthwise convolution it counts the
