@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.data.maps_file import MapsFile, MapStreams, maps_path
 from pipeline.data.objects_file import ObjectsFile, StoredObjects, objects_path
-from pipeline.data.side_file import SideFile
+from pipeline.data.side_file import Count, SideFile
 from pipeline.errors import DataError, shortened
 from pipeline.storage.bounded_files import read_json
 
@@ -46,7 +46,6 @@ SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
 CHECK = slice(13, 16)  # a sample's checksum, in bytes that FFCV leaves unused between image and label
 
 
-Count = Annotated[int, Field(ge=0, lt=2**40)]
 Pixels = Annotated[int, Field(ge=0, lt=2**16)]  # of the sample table's 16 bits; 0 without samples
 
 

@@ -8,12 +8,11 @@ each other in the order in which they were annotated. A mask is in COCO's compre
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
 
-from pipeline.data.side_file import SideFile, SideFileWriter, open_side_file
+from pipeline.data.side_file import Count, SideFile, SideFileWriter, open_side_file
 from pipeline.errors import DataError
 
 MAGIC, VERSION = b"fcmae objects", 1
@@ -37,7 +36,6 @@ its RLE in the file; rle_bytes: 0 without a mask; rle_check: CRC-32. height, wid
 of several objects that nobody told apart."""
 _FIRST, _IMAGE_ID = np.dtype("<u8"), np.dtype("<i8")
 MOST_CLASSES = 1 << 16
-Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class ObjectsFile(SideFile):

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import DataError
 
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+"""A number of images or objects."""
+
 
 class SideFile(BaseModel):
     """What a side-car says of every side file."""

@@ -1,6 +1,6 @@
 """What all model families share: a classifier that can be an encoder alone, drop path, activation checkpointing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,17 @@ class Backbone(nn.Module):
         """
         blocks, frozen = sum(self.depths), sum(self.depths[:frozen_stages])
         return [rate * i / max(blocks - 1, 1) if i >= frozen else 0.0 for i in range(blocks)]
+
+
+def check_choices(**options: tuple[Any, Collection[str]]) -> None:
+    """Check options, each given as its value and the values that it may have.
+
+    Raises:
+        ValueError: if a value is unknown.
+    """
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
 
 def drop_path(branch: Tensor, keep: Tensor | None) -> Tensor:

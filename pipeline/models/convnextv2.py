@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.kernels.large_kernel import SMALL_FORMS, DepthwiseConv2d
 from pipeline.kernels.layer_norm import normalise_sites
-from pipeline.models.backbone import Backbone, drop_path, run_block
+from pipeline.models.backbone import Backbone, check_choices, drop_path, run_block
 from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.initialise import SCHEMES
 from pipeline.models.response_norm import EPS, ResponseNorm
@@ -114,8 +114,7 @@ class ConvNeXt(Backbone):
     ):
         if len(depths) != len(dims) or not depths:
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} must name the same number of stages")
-        if init not in SCHEMES:
-            raise ValueError(f"init is {init!r}; choose one of {', '.join(SCHEMES)}")
+        check_choices(init=(init, SCHEMES))
         super().__init__(depths, dims, num_classes, in_channels, stem_stride, checkpointing)
         self.init = init
         stem = Stem(nn.Conv2d(in_channels, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))

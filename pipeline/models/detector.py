@@ -17,7 +17,7 @@ from pipeline.kernels.precision import widen
 from pipeline.kernels.region_align import region_align
 from pipeline.kernels.suppression import suppress
 from pipeline.models import create_model
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import Backbone, check_choices
 from pipeline.models.backbone_heads import BackboneWithHeads, kaiming_deviation, xavier_deviation
 from pipeline.models.batchnorm import RunningStatistics, update_running_statistics
 from pipeline.models.boxes import decode_boxes, make_anchors, scattered_boxes
@@ -92,14 +92,11 @@ class Detector(BackboneWithHeads):
 
     def __init__(self, backbone: Backbone, options: DetectorOptions, seed: int = 0):
         super().__init__(backbone, "detection")
-        norms = ("none", *HEAD_NORMS)
-        for name, value, known in (
-            ("head", options.head, DETECTION_HEADS),
-            ("region_norm", options.region_norm, norms),
-            ("box_loss", options.box_loss, BOX_LOSSES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        check_choices(
+            head=(options.head, DETECTION_HEADS),
+            region_norm=(options.region_norm, ("none", *HEAD_NORMS)),
+            box_loss=(options.box_loss, BOX_LOSSES),
+        )
         if not 0 <= options.frozen_stages <= len(self.depths):
             raise ValueError(f"frozen_stages is {options.frozen_stages}; give 0 to {len(self.depths)}, the stages")
         if not options.positives:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.backbone import Backbone, drop_path, run_block
+from pipeline.models.backbone import Backbone, check_choices, drop_path, run_block
 from pipeline.models.batchnorm import BatchNorm, affine, fold_after, fold_before, update_running_statistics
 from pipeline.models.rival_blocks import RIVALS, RivalBlock
 
@@ -264,10 +264,8 @@ class NextViT(Backbone):
         map_norms: bool = False,
         seed: int = 0,
     ):
-        choices = (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("pooling", pooling, POOLINGS))
-        for name, value, known in (*choices, ("block", block, BLOCK_KINDS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        check_choices(norm=(norm, NORMS), activation=(activation, ACTIVATIONS))
+        check_choices(pooling=(pooling, POOLINGS), block=(block, BLOCK_KINDS))
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride is {stem_stride}; choose 1, 2 or 4")
         kinds, widths = _plan_blocks(depths, dims, pattern, convolutions_per_transformer)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.models import create_model
-from pipeline.models.backbone import Backbone
+from pipeline.models.backbone import Backbone, check_choices
 from pipeline.models.backbone_heads import BackboneWithHeads, kaiming_deviation, xavier_deviation
 from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.segmentation_head import HEAD_NORMS, FCNHead
@@ -55,9 +55,7 @@ class Segmenter(BackboneWithHeads):
 
     def __init__(self, backbone: Backbone, options: HeadOptions, seed: int = 0):
         super().__init__(backbone, "segmentation")
-        for name, value, known in (("head", options.kind, HEADS), ("norm", options.norm, HEAD_NORMS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        check_choices(head=(options.kind, HEADS), norm=(options.norm, HEAD_NORMS))
         maps, channels, classes, norm = backbone.map_channels, options.channels, options.classes, options.norm
         self.neck = self.auxiliary_head = None
         if options.kind == "upernet":

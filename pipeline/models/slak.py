@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.kernels.large_kernel import DepthwiseConv2d
-from pipeline.models.backbone import drop_path
+from pipeline.models.backbone import check_choices, drop_path
 from pipeline.models.batchnorm import BatchNorm, fold_after, with_weights
 from pipeline.models.convnextv2 import ConvNeXt
 from pipeline.models.response_norm import EPS
@@ -149,9 +149,7 @@ class SLaK(ConvNeXt):
         layer_scale: float = 1e-6,
         **options,
     ):
-        for name, value, choices in (("form", form, FORMS), ("order", order, ORDERS)):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choices(form=(form, FORMS), order=(order, ORDERS))
         if len(kernel_sizes) != len(depths):
             raise ValueError(
                 f"kernel_sizes {tuple(kernel_sizes)} and depths {tuple(depths)} must name the same number of stages"

@@ -45,8 +45,9 @@ class Overlays(NamedTuple):
     images: list[np.ndarray]
     """Each (3, h, w) uint8."""
     truths: list[np.ndarray]
-    """Each (H, W)."""
+    """Each (H, W): the class of each pixel."""
     predictions: list[np.ndarray]
+    """As `truths`."""
 
 
 class ObjectOverlays(NamedTuple):
