@@ -80,7 +80,7 @@ class Engine(ABC):
         settings = recipe.optimizer
         self.groups = parameter_groups(
             [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad],
-            depths=getattr(model, "depths", ()),
+            depths=model.depths,
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
             layer_decay_groups=settings.layer_decay_groups,

@@ -44,6 +44,8 @@ class FCMAE(nn.Module):
         seed: of the initial weights.
     """
 
+    depths = ()  # no rates that decay by layer, whose rule does not know a decoder
+
     def __init__(
         self,
         encoder: ConvNeXtV2,
