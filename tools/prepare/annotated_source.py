@@ -33,7 +33,7 @@ from tools.prepare.image_source import (
     why_ignored,
 )
 from tools.prepare.yolo_labels import divided, read_yolo, unused_files
-from tools.prepare.zip_archives import ZipMembers, ZippedFile, list_zip
+from tools.prepare.zip_archives import ZipMembers, ZippedFile, archive_stamp, list_zip
 
 MISSING = "it is annotated, and missing"
 _OTHER_PART = "it is for neither training nor validation"
@@ -41,7 +41,6 @@ _NO_IMAGE = "it is a label file without an image"
 _COCO_NAME = re.compile(r"(.*/)?(COCO_[a-z]+\d+_)?\d{12}\.jpg")
 _TRAINING, _VALIDATION = ("train2017", "train2014", "train"), ("val2017", "val2014", "val", "valid")
 _JSON_NAMES = ("instances_{part}.json", "{part}.json")
-_STAMPED = ("name", "size", "mtime", "LastModified", "ETag")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class AnnotatedSource(ImageSource):
     notes: tuple[str, ...] = ()
     """What was tolerated in the annotations, for the report."""
     upright: bool = False
-    """Boxes were drawn on upright images. Otherwise the images' sizes say so."""
+    """Boxes were drawn on upright images; False leaves it to the images' sizes."""
 
     @property
     def is_coco(self) -> bool:
@@ -211,8 +210,7 @@ def _zipped(fs: AbstractFileSystem, path: str) -> ImageSource:
     members = {name: place for name, place in list_zip(fs, path).items() if not name.startswith("__MACOSX/")}
     items = [Item(name, 0, place) for name, place in sorted(members.items()) if is_image(name)]
     ignored = tuple((name, why_ignored(name)) for name in sorted(members) if not is_image(name))
-    stamp = repr(sorted((key, str(value)) for key, value in fs.info(path).items() if key in _STAMPED))
-    return ImageSource("zip", ("all",), items, ZipMembers(fs), stamp, ignored)
+    return ImageSource("zip", ("all",), items, ZipMembers(fs), archive_stamp(fs, path), ignored)
 
 
 def _read_table(part: AnnotatedPart) -> tuple[str, ObjectTable]:

@@ -18,12 +18,12 @@ from pipeline.errors import DataError, first_line
 from tools.prepare.class_values import ADE20K_TABLE
 from tools.prepare.folders import flat_folder, is_folder, is_read
 from tools.prepare.image_source import ByteRanges, ImageSource, Item, Reader, base, list_folder, locate, read_whole_file
+from tools.prepare.zip_archives import MOST_FILE_BYTES, archive_stamp
 
 NO_MASK, NO_IMAGE = "it has no mask", "a mask without an image"
 _IMAGES, _MASKS = "images", ("masks", "annotations", "labels")
 CLASS_FILES = ("classes.txt", ADE20K_TABLE)
 _TRAINING, _VALIDATION, _TEST = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
-_MOST_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _ZipReader:
 
     def read(self, place: tuple[str, int, None]) -> bytes:
         try:
-            if (size := self.fs.info(place[0])["size"]) > _MOST_FILE_BYTES:
+            if (size := self.fs.info(place[0])["size"]) > MOST_FILE_BYTES:
                 raise OSError(0, f"{size} bytes, which is no image")
             return self.fs.cat_file(place[0])
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
@@ -99,7 +99,7 @@ def masked_folder(source: str) -> MaskedFolder | None:
     fs, path = locate(source)
     stamp = ""
     if path.lower().endswith(".zip") and fs.isfile(path):
-        stamp = repr(sorted((key, str(value)) for key, value in fs.info(path).items() if key in _STAMPED))
+        stamp = archive_stamp(fs, path)
         try:
             fs, path = ZipFileSystem(source), ""
         except (zipfile.BadZipFile, OSError, ValueError) as error:
@@ -119,9 +119,6 @@ def masked_folder(source: str) -> MaskedFolder | None:
     found = [name for name in CLASS_FILES if name in names]
     classes = (f"{source}/{found[0]}", _content(fs, names[found[0]])) if found else None
     return MaskedFolder(Place(fs, folders[_IMAGES]), Place(fs, folders[masks[0]]), classes, stamp)
-
-
-_STAMPED = ("name", "size", "mtime", "LastModified", "ETag")
 
 
 def _folders(fs: AbstractFileSystem, path: str) -> dict[str, str]:

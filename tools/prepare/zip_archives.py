@@ -12,7 +12,8 @@ from pipeline.errors import DataError, first_line
 from tools.prepare.image_source import ByteRanges, open_stream
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a member; its data follow behind the name and an extra field
-_MOST_FILE_BYTES = 1 << 30
+MOST_FILE_BYTES = 1 << 30
+_STAMPED = ("name", "size", "mtime", "LastModified", "ETag")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -41,12 +42,17 @@ def list_zip(fs: AbstractFileSystem, path: str) -> dict[str, ZippedFile | str]:
     return {info.filename: _file(path, info) for info in infos}
 
 
+def archive_stamp(fs: AbstractFileSystem, path: str) -> str:
+    """What tells an archive from a changed one: its size and dates, as far as the file system knows them."""
+    return repr(sorted((key, str(value)) for key, value in fs.info(path).items() if key in _STAMPED))
+
+
 def _file(path: str, info: zipfile.ZipInfo) -> ZippedFile | str:
     if info.flag_bits & 1:
         return "it is encrypted"
     if info.compress_type not in _METHODS:
         return "it is compressed by a method that is not read"
-    if max(info.file_size, info.compress_size) > _MOST_FILE_BYTES:
+    if max(info.file_size, info.compress_size) > MOST_FILE_BYTES:
         return f"{info.file_size:,} bytes are too many"
     return ZippedFile(path, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
 
