@@ -182,7 +182,7 @@ class Engine(ABC):
         return model.to(DTYPES[self.recipe.engine.precision]).to_empty(device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move the images and labels of a batch to the device."""
+        """Move the tensors of a batch to the device."""
         return batch.to(self.world.device)
 
     def precision(self) -> torch.autocast:

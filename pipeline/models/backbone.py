@@ -26,7 +26,7 @@ class Backbone(nn.Module):
     """
 
     head_prefix: str
-    """Of the names of the head's parameters."""
+    """Prefix of the names of the head's parameters."""
 
     def __init__(
         self,
@@ -57,13 +57,13 @@ class Backbone(nn.Module):
         return self.stem_stride * 2 ** (len(self.depths) - 1)
 
     def first_stages(self, count: int) -> list[nn.Module]:
-        """The stem and the first `count` stages, with what downsamples between them; nothing if `count` is 0."""
+        """The modules of the stem and the first `count` stages, downsampling included; none if `count` is 0."""
         raise NotImplementedError
 
     def drop_path_rates(self, rate: float, frozen_stages: int = 0) -> list[float]:
         """The drop-path rate of each row of `keep`: 0 at the first block, rising evenly to `rate` at the last.
 
-        frozen_stages: so many stages drop no path.
+        frozen_stages: number of the first stages, which drop no path.
         """
         blocks, frozen = sum(self.depths), sum(self.depths[:frozen_stages])
         return [rate * i / max(blocks - 1, 1) if i >= frozen else 0.0 for i in range(blocks)]

@@ -25,7 +25,7 @@ class RivalBlock(nn.Module):
     """
 
     shares: tuple[float, ...] = (1.0, 1.0)
-    """Of the block's drop-path rate, for each residual branch."""
+    """Factors on the block's drop-path rate, one for each residual branch."""
 
     def __init__(self, patch_embed: nn.Module, dim: int, head_dim: int):
         super().__init__()
@@ -137,7 +137,7 @@ class PoolingBlock(RivalBlock):
 
 
 class LayerScale(nn.Module):
-    """A learned factor on each channel of (N, C, H, W), at first `value`."""
+    """A learned factor on each channel of maps (N, C, H, W), which starts at `value`."""
 
     def __init__(self, dim: int, value: float):
         super().__init__()

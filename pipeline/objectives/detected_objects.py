@@ -1,4 +1,4 @@
-"""From a detector's output to the objects of each image, in its original pixels, and their way between ranks."""
+"""Turn a detector's output into the objects of each image, in original pixels, and pack them for other ranks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,11 +18,11 @@ Packed = tuple[Tensor, Tensor, Tensor]
 def detected_objects(detected: Detections, view_sizes: Tensor, image_sizes: Tensor) -> list[ImageObjects]:
     """Return the valid detections of each image in pixels of the original image, the best one first.
 
-    Boxes are float64; masks are enlarged from their boxes bilinearly and cut at a probability of 0.5, as mmdetection
-    does. This runs on the host.
+    Boxes are float64. Masks are enlarged bilinearly to their boxes, and a pixel belongs to the object from a
+    probability of 0.5 on, as in mmdetection. This runs on the host.
 
     Args:
-        view_sizes: (N, 2), height and width of the view that the detector saw, without padding.
+        view_sizes: (N, 2), height and width in pixels of the view that the detector saw, without padding.
         image_sizes: (N, 2), those of the original image.
     """
     valid, boxes = detected.valid.cpu().numpy(), detected.boxes.double().cpu().numpy()
@@ -40,7 +40,7 @@ def detected_objects(detected: Detections, view_sizes: Tensor, image_sizes: Tens
 
 
 def _paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> list[Rle]:
-    """Enlarge masks (n, side, side) into their boxes (n, 4) in an image of this height and width."""
+    """Enlarge masks (n, side, side) to their boxes (n, 4), and return their pixels in an image of height and width."""
     from pycocotools import mask as coco_mask
 
     pixels, rles = np.zeros((*size, 1), np.uint8, order="F"), []
@@ -54,9 +54,14 @@ def _paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, 
 
 
 def _enlarging(start: float, end: float, side: int, length: int) -> tuple[int, np.ndarray]:
-    """The first pixel that a mask of this box touches, and the weights (pixels, side) of the mask's sites there.
+    """Return the first pixel of an axis that a mask touches, and the weights (pixels, side) of its sites from there on.
 
-    Linear between the sites' centres, and 0 beyond the mask.
+    Weights are linear between the centres of the sites, and 0 beyond the mask.
+
+    Args:
+        start, end: of the box on this axis, in pixels.
+        side: sites of the mask.
+        length: pixels of the image.
     """
     first, last = max(int(np.floor(start)) - 1, 0), min(int(np.ceil(end)) + 1, length)
     places = (np.arange(first, max(last, first)) + 0.5 - start) / max(end - start, 1e-6) * side - 0.5
@@ -78,7 +83,7 @@ def pack_objects(samples: Sequence[int], objects: Iterable[ImageObjects]) -> Pac
 
 
 def unpack_objects(packed: Packed, masks: bool) -> tuple[list[int], list[ImageObjects]]:
-    """Return samples and their objects. Those of a sample without objects have no size.
+    """Return samples and their objects; the size of a sample without objects is (0, 0), because it is not packed.
 
     masks: whether the objects have masks.
     """

@@ -412,4 +412,4 @@ class TrackingSettings(Settings):
     log_every_steps: int = operational(10, ge=1, le=MOST_STEPS)
     """Steps between reads of the step losses from the device."""
     pictures: int = operational(8, ge=0, le=10_000)
-    """Number of images in each picture of reconstructions."""
+    """Number of validation images in each picture: of reconstructions, label maps or objects."""

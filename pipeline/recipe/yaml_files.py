@@ -176,7 +176,8 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """Expand a chain's mapping, so that every stage has all its keys.
 
     Every stage gets the shared defaults, its name, the seed and the name of the stage before it. The first stage gets
-    the chain's `init`, its initial weights; the last stage's gate gets the chain's published top-1 or mIoU.
+    the chain's `init`, its initial weights; the last stage's gate gets the chain's published
+    top-1, mIoU or box AP.
     """
     raw = dict(raw)
     defaults, stages, weights = raw.pop("defaults", None) or {}, raw.get("stages"), raw.pop("init", None)
