@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pipeline.recipe.schema import GROUPED
+
 
 @dataclass(frozen=True)
 class Group:
@@ -16,7 +18,7 @@ class Group:
     weight_decay: float
 
 
-BACKBONE = "backbone."  # of the names in a segmentation model, whose other layers count as the head
+BACKBONE = "backbone."  # prefix of names in models for segmentation and detection; other layers count as the head
 
 
 def layer_number(name: str, depths: Sequence[int]) -> int:
@@ -49,7 +51,8 @@ def layer_group(name: str, depths: Sequence[int]) -> int:
 def stage_number(name: str, depths: Sequence[int]) -> int:
     """Return the "stage_wise" id of ConvNeXt's segmentation code: 0 for stem and downsampling, 1 to 4 for the stages.
 
-    All else comes behind as many groups as `layer_group` has, so that the stages of a deep model train slower.
+    The ids of all other layers are one more than the groups that `layer_group` makes, so that the stages of a deep
+    model train slower.
     """
     part = name.removeprefix(BACKBONE).split(".")
     if part[0] == "downsample_layers":
@@ -62,12 +65,11 @@ def groups_of_layers(depths: Sequence[int]) -> int:
     return 3 + -(-depths[2] // 3)
 
 
-# Of the numberings made for certain depths: the function, and the depths if there is but one choice.
 NUMBERINGS = {
-    "single": (layer_number, None),
-    "group": (layer_group, (3, 3, 27, 3)),
-    "layer_wise_6": (layer_group, (3, 3, 9, 3)),
-    "stage_wise": (stage_number, None),
+    "single": layer_number,
+    "group": layer_group,
+    "layer_wise_6": layer_group,
+    "stage_wise": stage_number,
 }
 
 
@@ -88,7 +90,7 @@ def parameter_groups(
     Raises:
         ValueError: if `layer_decay_groups` is made for other depths than `depths`.
     """
-    number, needed = NUMBERINGS[layer_decay_groups]
+    number, (needed, _) = NUMBERINGS[layer_decay_groups], GROUPED.get(layer_decay_groups, (None, ()))
     if needed not in (None, tuple(depths)):
         raise ValueError(
             f"layer_decay_groups is {layer_decay_groups}, which needs depths {str(needed)[1:-1]}; this model has"
