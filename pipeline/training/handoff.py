@@ -81,7 +81,8 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
     head = None
     if stage.recipe.init.head == "keep" and stage.recipe.objective.kind == "detection":
-        if _classes_of(path) not in (None, list(classes)):  # its other layers serve any classes
+        # The layers with rows for classes start anew with other classes; all others serve any classes.
+        if _classes_of(path) not in (None, list(classes)):
             drop, fresh = (*drop, *class_layers(weights)), (*fresh, *class_layers(engine.items()))
     elif stage.recipe.init.head == "keep":
         _check_classes(stage.recipe, path, classes)

@@ -54,6 +54,8 @@ def test_objects_are_read_as_written(tmp_path, sizes, seed, masks):
     beton = open_beton(write(tmp_path / "a.beton", sizes, drawn, overwrite=True))
     objects = Objects.open(beton)
     assert len(objects) == len(sizes)
+    assert objects.firsts.flags.owndata
+    assert objects.image_ids.flags.owndata, "a view would keep the whole index in memory"
     assert objects.category_ids == CATEGORY_IDS
     everything = [one for image in drawn for one in image]
     assert objects.has_masks == (masks and bool(everything))
