@@ -181,7 +181,7 @@ class StoredObjects:
         start = len(self._file) - sum(sizes)
         self._rles_end = start
         self.table = np.frombuffer(self._file, ROW, objects, start)
-        # Copies, because views would keep the whole index with all rows in memory, 55 MB for COCO.
+        # Copies, because views would keep the whole index, with the rows of all objects, in memory.
         self.firsts = np.frombuffer(index, _FIRST, samples + 1, sizes[0]).astype(np.int64)
         self.image_ids = np.frombuffer(index, _IMAGE_ID, samples, sizes[0] + sizes[1]).astype(np.int64)
         counts = np.diff(self.firsts)

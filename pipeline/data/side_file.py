@@ -71,8 +71,9 @@ def open_side_file(
     """Compare a side file with its side-car, and return its bytes, memory-mapped, and its index.
 
     Args:
-        kind: what it holds, for errors: "label maps".
+        kind: the content, for errors: "label maps" or "objects".
         header: as it must be.
+        index_bytes: length of the index.
 
     Raises:
         DataError: if the file is missing, or its size, header or index differ from the side-car.
@@ -88,7 +89,9 @@ def open_side_file(
     except OSError as error:
         raise DataError(f"{kind} {path} cannot be read: {error.strerror}; make them readable") from None
     head, index = file[: header.nbytes].tobytes(), file[size - index_bytes :].tobytes()
-    if hashlib.sha256(head + index).hexdigest() != stated.index_sha256:
+    digest = hashlib.sha256(head)
+    digest.update(index)
+    if digest.hexdigest() != stated.index_sha256:
         raise DataError(f"the index of {path} is damaged (its hash differs from the side-car's); copy it again")
     if head != header.tobytes():
         raise DataError(f"the header of {path} is not that of such {kind}; prepare again")
