@@ -313,9 +313,10 @@ def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) 
     if bad:
         named = ", ".join(f"{note.name} ({note.why})" for note in bad[:NAMED])
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        images, them = ("images", "them") if len(bad) > 1 else ("image", "it")
         raise DataError(
-            f"{len(bad)} bad images in {source}: {named}{more}, listed in {report}; repair them, or pass --on-bad skip"
-            " to leave them out"
+            f"{len(bad)} bad {images} in {source}: {named}{more}, listed in {report}; repair {them}, or pass --on-bad"
+            f" skip to leave {them} out"
         )
 
 

@@ -161,7 +161,7 @@ def _data_yaml(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}: {error}; correct it") from None
     if not isinstance(content, dict) or "names" not in content:
-        raise DataError(f"{path} has no readable key names; list the classes there")
+        raise DataError(f"{path} has no key `names`; list the classes under it")
     return content
 
 
@@ -173,9 +173,11 @@ def _class_names(fs: AbstractFileSystem, folder: str) -> Sequence[str]:
         if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
             raise DataError(f"{folder}/{_YAML}: names is {shortened(names)}; give a list, or numbers from 0 on")
         return [str(name) for name in names]
-    if fs.isfile(f"{folder}/{_CLASSES}"):
-        return [line.strip() for line in _text(fs, f"{folder}/{_CLASSES}").rstrip().splitlines()]
-    raise DataError(f"{folder} holds neither {_YAML} nor {_CLASSES}; write the names of the classes, one a line")
+    if not fs.isfile(f"{folder}/{_CLASSES}"):
+        raise DataError(f"{folder} holds neither {_YAML} nor {_CLASSES}; write the names of the classes, one a line")
+    if names := [line.strip() for line in _text(fs, f"{folder}/{_CLASSES}").rstrip().splitlines()]:
+        return names
+    raise DataError(f"{folder}/{_CLASSES} is empty; write the names of the classes, one a line")
 
 
 def _text(fs: AbstractFileSystem, path: str) -> str:

@@ -114,9 +114,7 @@ def test_own_images_are_turned_where_only_then_their_size_fits(tmp_path):
     assert (images["height"][TURNED], images["width"][TURNED]) == (turned["height"], turned["width"])
     turned["height"] += 1
     folder = own(tmp_path / "own", files, {**annotations, "annotations": objects})
-    with pytest.raises(
-        DataError, match=r"1 bad images in .*000000000025.jpg \(64 x 46 pixels, and its annotations say"
-    ):
+    with pytest.raises(DataError, match=r"1 bad image in .*000000000025.jpg \(64 x 46 pixels, and its annotations say"):
         prepared(folder, tmp_path / "b.beton")
     assert prepared(folder, tmp_path / "b.beton", on_bad="skip").beton.samples == 3
 

@@ -375,9 +375,7 @@ def test_a_damaged_archive_is_named(tmp_path):
     at = member.header_offset + 30 + len(member.filename) + member.compress_size // 2
     damaged[at] ^= 0xFF
     path.write_bytes(damaged)
-    with pytest.raises(
-        DataError, match=r"1 bad images .*mask training/ADE_train_00000002.png: cannot be read from its"
-    ):
+    with pytest.raises(DataError, match=r"1 bad image .*mask training/ADE_train_00000002.png: cannot be read from its"):
         prepare_targets(path, tmp_path / "a.beton", None, maps=MapOptions())
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"archive .*ade.zip cannot be read .*; copy it again"):

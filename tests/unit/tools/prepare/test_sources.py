@@ -319,7 +319,7 @@ def test_a_devkit_that_is_none(val):
 def test_images_beside_class_folders_are_not_lost_without_a_word(images, tmp_path):
     source = write_folder(tmp_path / "train", images)
     (source / "stray.jpg").write_bytes(images[WNIDS[0]][f"{WNIDS[0]}_0.JPEG"])
-    with pytest.raises(DataError, match=r"1 bad images in .*: stray.jpg \(it lies in no class folder\)"):
+    with pytest.raises(DataError, match=r"1 bad image in .*: stray.jpg \(it lies in no class folder\)"):
         prepare_beton(source, tmp_path / "a.beton")
     everything = prepare_beton(source, tmp_path / "all.beton", unlabelled=True)
     assert (everything.beton.samples, everything.beton.classes, everything.counts) == (13, ("all",), {})

@@ -149,7 +149,7 @@ def test_images_over_the_limit_are_named_or_left_out(tmp_path):
     folder = placed(tmp_path / "y", "a.jpg", "b.jpg")
     (folder / "images" / "b.jpg").write_bytes(encoded(photograph(1, 96)))
     options = {"objects": ObjectOptions(yolo=True), "reading": ReadingSettings(max_pixels=1000)}
-    with pytest.raises(DataError, match=r"1 bad images in .*: images/b.jpg \(96 x \d+ pixels may be a decompression"):
+    with pytest.raises(DataError, match=r"1 bad image in .*: images/b.jpg \(96 x \d+ pixels may be a decompression"):
         prepare_targets(folder, tmp_path / "a.beton", None, **options)
     (summary,) = prepare_targets(folder, tmp_path / "a.beton", None, on_bad="skip", **options)
     assert summary.beton.samples == 1
@@ -175,18 +175,26 @@ def test_bad_labels_name_their_line(tmp_path, labels, says):
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
-        ("nc: 2", "data.yaml has no readable key names; list the classes there"),
+        ("nc: 2", "data.yaml has no key `names`; list the classes under it"),
         ("names: 7", "data.yaml: names is 7; give a list, or numbers from 0 on"),
         ("names: {a: 1, 2: b}", r"data.yaml: names is {'a': 1, 2: 'b'}; give a list, or numbers from 0 on"),
         ("names: [cat, [dog]]", r"data.yaml: names is \['cat', \['dog'\]\]; give a list, or numbers from 0 on"),
         ("names: [cat", r"data.yaml: .* on line \d; correct it"),
-        ("[cat]", "data.yaml has no readable key names; list the classes there"),
+        ("[cat]", "data.yaml has no key `names`; list the classes under it"),
         ("names: {1: cat}", r"data.yaml: names is {1: 'cat'}; give a list, or numbers from 0 on"),
     ],
 )
 def test_bad_classes_are_named(tmp_path, yaml, says):
     with pytest.raises(DataError, match=says):
         prepared(write(tmp_path / "a", "", yaml=yaml), tmp_path / "a.beton")
+
+
+def test_an_empty_file_of_classes_is_named(tmp_path):
+    folder = write(tmp_path / "a", "0 0.5 0.5 0.5 0.5")
+    (folder / "data.yaml").unlink()
+    (folder / "classes.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"classes\.txt is empty; write the names of the classes, one a line"):
+        prepared(folder, tmp_path / "a.beton")
 
 
 def test_files_that_were_read_are_not_called_ignored(tmp_path):
