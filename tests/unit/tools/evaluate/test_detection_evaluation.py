@@ -33,7 +33,6 @@ from tools.evaluate.detection_evaluation import DetectionRequest, evaluate_detec
 from tools.evaluate.kept_scores import keep_detections, kept_detections
 from tools.evaluate.segmentation_evaluation import check_classes
 from tools.predict.coco_files import ANNOTATIONS
-from tools.predict.output_folder import OutputFolder
 from tools.report.document import Grid, Text
 from tools.report.evaluations import evaluation_blocks
 from tools.report.page import final_grid
@@ -195,14 +194,10 @@ def test_predict_keeps_the_threshold_in_the_json_file(place, monkeypatch) -> Non
     monkeypatch.chdir(place)
     (whole,) = way_in.load("weights.safetensors", device="cpu").detect("images/1.png")
     least = float(np.median(whole.scores))
-    earlier = OutputFolder(place / "sure")
-    earlier.add("pictures/old.png", b"old").write_bytes(b"old")
     done = fcmae("predict", "weights.safetensors", "images/1.png", "--out", "sure", "--soft-nms", "--nms", "0.05",
         "--score-threshold", least)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "and the same objects in detections.json" in done.stderr
-    assert "sure: 1 file of an earlier prediction removed" in done.stderr
-    assert [file.name for file in (place / "sure" / "pictures").iterdir()] == ["1.png"]
     scores = [one["score"] for one in json.loads((place / "sure" / ANNOTATIONS).read_text())["annotations"]]
     assert 0 < len(scores) < len(whole.scores)
     assert min(scores) >= least

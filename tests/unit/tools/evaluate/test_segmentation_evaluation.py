@@ -150,10 +150,6 @@ def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:
             np.testing.assert_array_equal(np.asarray(label_map), expected)
             assert overlay.size == label_map.size
         assert sum(entry["shares"].values()) == pytest.approx(1)
-    done = fcmae("predict", "weights.safetensors", path, "--out", "seen")
-    # A name stands for its map and its overlay; beside them is classes.txt.
-    assert f"seen: {2 * len(images_of(place)) + 1} files of an earlier prediction removed" in done.stderr
-    assert {file.stem for file in (place / "seen").rglob("*.png")} == {path.stem}
 
 
 def test_kept_evaluations_are_in_the_report(place, tmp_path) -> None:
