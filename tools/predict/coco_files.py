@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from PIL import Image
+
 from pipeline.data.image_objects import ImageObjects
 from pipeline.errors import UserError
 from pipeline.objectives.average_precision import coco_boxes
@@ -14,10 +16,9 @@ from pipeline.storage.folder import Folder
 from pipeline.tracking.object_pictures import SHOWN_SCORE, objects_over
 from tools.predict.detection_model import DetectionModel
 from tools.predict.image_inputs import Photographs
-from tools.predict.label_map_files import places_of, write_png
-from tools.predict.output_folder import OutputFolder
+from tools.predict.label_map_files import places_of
 
-ANNOTATIONS, PICTURES = "detections.json", "pictures"  # in the folder of a prediction
+ANNOTATIONS = "detections.json"  # in the folder of a prediction
 PICTURE_PIXELS = 384  # least long side of a picture; smaller images are enlarged by a whole factor
 OBJECTS_SHOWN = 8  # of an image, in text
 
@@ -82,14 +83,14 @@ class SearchedImage:
 def write_detections(
     model: DetectionModel,
     images: Photographs,
-    out: OutputFolder,
+    out: Path,
     least_score: float = SHOWN_SCORE,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[SearchedImage]:
     """Find objects in images; write OUT/pictures, PNG files under the images' names, and OUT/detections.json.
 
-    Those of an earlier prediction are removed, see `OutputFolder`. The JSON file has COCO's form of annotations:
-    images, categories, and objects with their scores. Nothing is written if no image can be read.
+    The JSON file has COCO's form of annotations: images, categories, and objects with their scores. Nothing is written
+    if no image can be read.
 
     Args:
         least_score: of the objects in the pictures. The JSON file has all objects.
@@ -101,22 +102,23 @@ def write_detections(
     try:
         for name, rgb in images.pixels(model.reading, progress):
             objects = model.objects(rgb)
+            file = (out / "pictures" / places[name]).with_suffix(".png")
+            file.parent.mkdir(parents=True, exist_ok=True)
             shown = objects.chosen(objects.scores >= least_score)
             zoom = -(-PICTURE_PIXELS // max(rgb.shape[:2]))  # names would hide the objects of a small picture
             large = rgb.repeat(zoom, axis=0).repeat(zoom, axis=1)
-            file = write_png(out, Path(PICTURES) / places[name], objects_over(large, shown, model.classes))
+            Image.fromarray(objects_over(large, shown, model.classes)).save(file)
             searched.append(SearchedImage(name, file, objects, shown))
             listed.append({"id": len(searched), "file_name": name, "height": rgb.shape[0], "width": rgb.shape[1]})
             results = coco_results(len(searched), objects, model.category_ids)
             for entry, area in zip(results, _areas(objects), strict=True):
                 entries.append({"id": len(entries) + 1, **entry, "area": area, "iscrowd": 0})
-        if searched:
-            numbered = zip(model.category_ids, model.classes, strict=True)
-            categories = [{"id": number, "name": name} for number, name in numbered]
-            content = json.dumps({"images": listed, "categories": categories, "annotations": entries}).encode()
-            Folder.at(out.add(ANNOTATIONS, content).absolute().parent).publish(ANNOTATIONS, content)
     except OSError as error:
-        raise UserError(f"{out.path} cannot be written ({error.strerror}); give another --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
+    if searched:
+        numbered = zip(model.category_ids, model.classes, strict=True)
+        categories = [{"id": number, "name": name} for number, name in numbered]
+        _write_json(out / ANNOTATIONS, {"images": listed, "categories": categories, "annotations": entries})
     return searched
 
 

@@ -122,8 +122,7 @@ def _segment(
     how: dict[str, Any],
 ) -> None:
     from pipeline.errors import UserError
-    from tools.predict.label_map_files import FOLDERS, as_json, write_label_maps
-    from tools.predict.output_folder import OutputFolder
+    from tools.predict.label_map_files import as_json, write_label_maps
     from tools.predict.segmentation_model import load_segmentation_model
 
     if out is None:
@@ -132,12 +131,12 @@ def _segment(
     model.network.to(_device())
     model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
-    folder = OutputFolder(out, keep=images.all_names)
     with _progress() as progress:
-        segmented = write_label_maps(model, images, folder, model.test_of(**how), progress)
+        segmented = write_label_maps(model, images, out, model.test_of(**how), progress)
     _check_read(images)
     print(as_json(segmented, images.unreadable) if json else "\n".join(map(str, segmented)))
-    print(f"{out} holds maps, overlays and classes.txt", *folder.notes(FOLDERS), sep="\n", file=sys.stderr)
+    print(f"{out} holds maps, overlays and classes.txt", file=sys.stderr)
+    _note_other_files(out, [file for one in segmented for file in (one.label_map, one.overlay)])
 
 
 def _detect(
@@ -150,9 +149,8 @@ def _detect(
     test: tuple[float | None, float | None, bool | None],
 ) -> None:
     from pipeline.errors import UserError
-    from tools.predict.coco_files import ANNOTATIONS, PICTURES, SHOWN_SCORE, detections_json, write_detections
+    from tools.predict.coco_files import ANNOTATIONS, SHOWN_SCORE, detections_json, write_detections
     from tools.predict.detection_model import load_detection_model
-    from tools.predict.output_folder import OutputFolder
 
     if out is None:
         raise UserError(f"{weights} is a detector, which answers with boxes and masks; give --out DIR for them")
@@ -160,16 +158,24 @@ def _detect(
     model.network.to(_device())
     model = replace(model, reading=_with_window(model.reading, window))
     images = _photographs(photos)
-    folder = OutputFolder(out, keep=images.all_names)
     least = SHOWN_SCORE if test[0] is None else test[0]
     with _progress() as progress:
-        searched = write_detections(model, images, folder, least, progress)
+        searched = write_detections(model, images, out, least, progress)
     _check_read(images)
     print(detections_json(searched, images.unreadable) if json else "\n".join(map(str, searched)))
     shown = f"pictures of the objects with scores from {least:g}"
     rest = "all objects" if test[0] is None else "the same objects"
-    said = f"{out} holds {shown}, and {rest} in {ANNOTATIONS}"
-    print(said, *folder.notes((PICTURES,)), sep="\n", file=sys.stderr)
+    print(f"{out} holds {shown}, and {rest} in {ANNOTATIONS}", file=sys.stderr)
+    _note_other_files(out, [one.picture for one in searched])
+
+
+def _note_other_files(out: Path, written: list[Path]) -> None:
+    """Say how many files lie beside those written: pictures of an earlier prediction would pass for new ones."""
+    own = set(written)
+    for folder in sorted({out / file.relative_to(out).parts[0] for file in written}):
+        if others := sum(path.is_file() and path not in own for path in folder.rglob("*")):
+            files = "1 file" if others == 1 else f"{others:,} files"
+            print(f"{folder} also holds {files} that this command did not write", file=sys.stderr)
 
 
 def embed_images(

@@ -1,6 +1,5 @@
 """Write what a segmenter sees in images: label maps as PNG files, and the same over the images."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from PIL import Image
 from pipeline.errors import DataError, UserError
 from pipeline.tracking.pictures import overlay, palette
 from tools.predict.image_inputs import Photographs
-from tools.predict.output_folder import OutputFolder
 from tools.predict.segmentation_model import SegmentationModel, SegmentationTest
 
-FOLDERS = ("maps", "overlays")
 CLASSES_SHOWN = 5  # of an image, in text
 
 
@@ -39,12 +36,11 @@ class SegmentedImage:
 def write_label_maps(
     model: SegmentationModel,
     images: Photographs,
-    out: OutputFolder,
+    out: Path,
     how: SegmentationTest,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[SegmentedImage]:
     """Segment images; write OUT/maps and OUT/overlays, PNG files under the images' names, and OUT/classes.txt.
-    Those of an earlier prediction are removed, see `OutputFolder`.
 
     The pixels of a map are places in classes.txt, of 8 bits for up to 255 classes, of 16 for more. Nothing is
     written if no image can be read.
@@ -56,24 +52,16 @@ def write_label_maps(
     try:
         for name, rgb in images.pixels(model.reading, progress):
             labels = model.labels(rgb, how)
-            drawn = zip(FOLDERS, (labels, overlay(rgb, labels, colours)), strict=True)
-            files = [write_png(out, Path(folder) / places[name], pixels) for folder, pixels in drawn]
+            files = [(out / folder / places[name]).with_suffix(".png") for folder in ("maps", "overlays")]
+            for file, pixels in zip(files, (labels, overlay(rgb, labels, colours)), strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
             segmented.append(SegmentedImage(name, *files, _shares(labels, model.classes)))
         if segmented:
-            names = ("\n".join(model.classes) + "\n").encode()
-            out.add("classes.txt", names).write_bytes(names)
+            (out / "classes.txt").write_text("\n".join(model.classes) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out.path} cannot be written ({error.strerror}); give another --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return segmented
-
-
-def write_png(out: OutputFolder, name: Path, pixels: NDArray[np.integer]) -> Path:
-    """Write a picture of pixels (H, W) or (H, W, 3) under a name whose ending becomes .png; return its path."""
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG")
-    path = out.add(name.with_suffix(".png"), png.getvalue())
-    path.write_bytes(png.getvalue())
-    return path
 
 
 def places_of(names: Sequence[str]) -> dict[str, Path]:

@@ -192,12 +192,15 @@ def test_predict_writes_what_detect_finds(place, monkeypatch) -> None:
 def test_predict_keeps_the_threshold_in_the_json_file(place, monkeypatch) -> None:
     place, _beton = place
     monkeypatch.chdir(place)
+    (place / "sure" / "pictures").mkdir(parents=True)
+    (place / "sure" / "pictures" / "earlier.png").write_bytes(b"")
     (whole,) = way_in.load("weights.safetensors", device="cpu").detect("images/1.png")
     least = float(np.median(whole.scores))
     done = fcmae("predict", "weights.safetensors", "images/1.png", "--out", "sure", "--soft-nms", "--nms", "0.05",
         "--score-threshold", least)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "and the same objects in detections.json" in done.stderr
+    assert "and the same objects in detections.json\n" in done.stderr
+    assert "sure/pictures also holds 1 file that this command did not write\n" in done.stderr
     scores = [one["score"] for one in json.loads((place / "sure" / ANNOTATIONS).read_text())["annotations"]]
     assert 0 < len(scores) < len(whole.scores)
     assert min(scores) >= least

@@ -150,6 +150,10 @@ def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:
             np.testing.assert_array_equal(np.asarray(label_map), expected)
             assert overlay.size == label_map.size
         assert sum(entry["shares"].values()) == pytest.approx(1)
+    done = fcmae("predict", "weights.safetensors", path, "--out", "seen")
+    others = len(images_of(place)) - 1
+    for folder in ("maps", "overlays"):  # that of one image has been replaced
+        assert f"seen/{folder} also holds {others} files that this command did not write\n" in done.stderr
 
 
 def test_kept_evaluations_are_in_the_report(place, tmp_path) -> None:
