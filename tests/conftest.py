@@ -8,11 +8,14 @@ import atexit
 import gc
 import os
 import re
+import subprocess
+import sys
+import zlib
 
 LEFT_BEHIND = re.compile(
     r"(SLURM|SBATCH|SRUN|MASTER|AWS)_.*|FCMAE_(?!GOLDEN).*|(LOCAL_)?(RANK|WORLD_SIZE)|FAULTS|MLFLOW_TRACKING_URI"
     r"|GIT_(DIR|WORK_TREE|INDEX_FILE|PREFIX)"
-    r"|COLUMNS|LINES|FORCE_COLOR|PY_COLORS|TTY_COMPATIBLE|GITHUB_ACTIONS"
+    r"|COLUMNS|LINES|FORCE_COLOR|PY_COLORS|TTY_COMPATIBLE|GITHUB_ACTIONS|PYTHONDONTWRITEBYTECODE"
 )
 for name in filter(LEFT_BEHIND.fullmatch, list(os.environ)):
     del os.environ[name]
@@ -21,6 +24,7 @@ for name in ("NO_PROXY", "no_proxy"):  # the tests' own servers
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests that compare bits need the same order of sums
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads of a test that wait for each other leave the cores to others
 
+sys.dont_write_bytecode = False  # compiling all tests again, in each worker, takes as long as their imports
 gc.disable()  # until all tests are collected: half the time of their imports was garbage collection
 
 import pytest  # noqa: E402
@@ -57,13 +61,21 @@ def group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Compile the decoder before parallel workers start: the copies of the code that jobs on Slurm run would come
-    without it otherwise."""
-    if getattr(session.config.option, "numprocesses", None):
-        from pipeline.data.decode import compile_decoder
+COMPILE = """
+import compileall
+for folder in ("cluster", "pipeline", "tools"):
+    compileall.compile_dir(folder, quiet=1)
+from pipeline.data.decode import compile_decoder
+compile_decoder()
+"""
 
-        compile_decoder()
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the program and its decoder while parallel workers import the tests: the copies of the code that jobs on
+    Slurm run would come without it otherwise, and tests would wait for it."""
+    if getattr(session.config.option, "numprocesses", None):
+        command = [sys.executable, "-c", COMPILE]
+        session.config.compilation = subprocess.Popen(command, cwd=session.config.rootpath)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +93,22 @@ def world():
 
 
 class FileByFile(LoadScopeScheduling):
-    """Each file is run by one worker, as its fixtures are dear; all files that need Slurm by one, as they share it."""
+    """Each file is run by one worker, as its fixtures are dear; all files that need Slurm by one, as they share it.
+
+    The slow tests with Slurm mostly wait, and one after another for longer than all others take: they are divided
+    between two workers, each with a cluster of its own.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "slurm" if file.startswith("tests/slurm/") else file
+        if not file.startswith("tests/slurm/"):
+            return file
+        clusters = 1 if self.config.option.markexpr == "not slow" else 2
+        return f"slurm {zlib.crc32(nodeid.encode()) % clusters}"
+
+    def schedule(self) -> None:
+        self.config.compilation.wait()
+        super().schedule()
 
 
 def pytest_collection_finish() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 import uuid
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,7 +15,7 @@ from pipeline.tracking import journal
 from tests.support import FCMAE, fcmae_anew, tiny_data, write_tiny_recipe
 from tests.unit.data.test_staging import Server
 
-pytest.importorskip("moto")
+pytestmark = pytest.mark.skipif(not find_spec("moto"), reason="needs moto")
 
 
 @pytest.fixture

@@ -44,9 +44,9 @@ def trained(name="nextvit", classes=5, images=IMAGES, **options):
 @pytest.mark.parametrize(
     ("size", "pixels"),
     [
-        ("nextvit_small", 64),
+        pytest.param("nextvit_small", 64, marks=pytest.mark.slow),
         ("nextvit_small", 80),
-        ("nextvit_base", 80),
+        pytest.param("nextvit_base", 80, marks=pytest.mark.slow),
         pytest.param("nextvit_large", 80, marks=pytest.mark.slow),
         pytest.param("nextvit_small", 224, marks=pytest.mark.slow),
     ],

@@ -17,12 +17,14 @@ from pipeline.tracking.forwarder import Forwarder, flat
 from pipeline.tracking.forwarder_process import ForwarderProcess, start_forwarder
 from pipeline.tracking.journal import Journal
 
-mlflow = pytest.importorskip("mlflow")
 WAIT_SECONDS = 400.0  # on a busy machine the forwarder, at low priority, needs minutes to import MLflow
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quiet() -> None:
+    """MLflow is imported here, because only the worker that runs this file needs it."""
+    global mlflow
+    mlflow = pytest.importorskip("mlflow")
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
