@@ -246,6 +246,7 @@ def test_ranks_that_still_start_do_not_outlive_their_launcher(starting, tmp_path
     assert not (stage / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starting", [1], indirect=True)
 def test_a_stop_while_a_rank_still_starts_is_a_stop(starting, tmp_path):
     starting.send_signal(signal.SIGINT)

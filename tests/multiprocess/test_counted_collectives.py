@@ -24,6 +24,7 @@ def compare(ranks: int, variants: list[str]) -> None:
             assert abs(sizes.get(operation, 0) - expected[operation]) <= share * largest, (variant, operation, sizes)
 
 
+@pytest.mark.slow
 def test_the_formulas_count_what_two_ranks_send():
     compare(2, ["ddp", "fsdp, bf16_parameters"])
 

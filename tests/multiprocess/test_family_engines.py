@@ -32,7 +32,8 @@ def trained(world: World, family: str, engine: str, precision: str, steps: int) 
     return run.losses, {name: whole(tensor).detach().numpy() for name, tensor in run.engine.items().items()}
 
 
-@pytest.mark.parametrize("family", [pytest.param("slak", marks=pytest.mark.slow), "nextvit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["slak", "nextvit"])
 def test_two_ranks_make_what_one_makes(family):
     """In float64, buffers included; FSDP too, which gathers block by block."""
     losses, tensors = on_ranks(1, trained, family, "ddp", "fp64", 6)[0]

@@ -60,6 +60,7 @@ def test_the_run_has_scores_overlays_and_weights_that_name_their_classes(run):
     assert rates == pytest.approx([4e-3 * (1 - n / 12) * min(n / 2, 1) for n in range(12)])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_bits(run, directory, tmp_path):
     again = tmp_path / "run"
     process = start_fcmae(
@@ -92,7 +93,8 @@ def evaluated(world: World, engine, objective, recipe: StageRecipe) -> dict[str,
     return evaluate(engine, objective, evaluation_feed(recipe, validation, world, 1))
 
 
-@pytest.mark.parametrize("head", ["upernet", pytest.param("semantic_fpn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
 def test_any_number_of_ranks_trains_and_scores_the_same(directory, head):
     """The norm group of eight images lies on one rank, on two, or on four; 16 ranks would share slots."""
     changes = (f"stages.segment.objective.head={head}", "stages.segment.objective.channels=16")

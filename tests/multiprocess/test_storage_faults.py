@@ -185,6 +185,7 @@ def test_a_full_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, group
     assert [name.step for name in store.committed()][-1] == 7
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_whole_run_is_told_and_the_same_command_goes_on(small_disk, tmp_path):
     only = ["stages.intermediate=null", "stages.finetune=null", "defaults.tracking.log_every_steps=1"]
     seldom = ["defaults.evaluation.every_epochs=5", "defaults.checkpoint.every_steps=8"]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 CODE = """
@@ -30,6 +32,7 @@ except ModuleNotFoundError:
 """
 
 
+@pytest.mark.slow
 def test_engines_and_benchmarks_run_without_ffcv():
     result = subprocess.run(
         [sys.executable, "-c", CODE], cwd=REPOSITORY, capture_output=True, text=True, timeout=400

@@ -14,7 +14,8 @@ TOLERANCES = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3}
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=SLOW), pytest.param("float16", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_kernels_equal_torch(dtype):
     for case in interpret("triton_large_kernel_check", dtype)[dtype]:
         assert all(error <= TOLERANCES[dtype] for error in case.values()), case

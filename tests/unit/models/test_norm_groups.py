@@ -63,7 +63,7 @@ def train(world: World, slot: int, norm_group: int) -> dict[str, np.ndarray]:
     ("ranks", "slot", "norm_group"),
     [
         pytest.param(2, 1, 8, marks=pytest.mark.slow),
-        (4, 2, 4),
+        pytest.param(4, 2, 4, marks=pytest.mark.slow),
         pytest.param(4, 1, 4, marks=pytest.mark.slow),
         pytest.param(4, 2, 8, marks=pytest.mark.slow),
     ],

@@ -145,6 +145,7 @@ def test_kill_rewind_and_resume_keep_one_child_without_duplicates(tmp_path: Path
     assert {r.info.status for r in runs(run).values()} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_two_stages_at_once_make_one_database_and_one_parent(tmp_path: Path) -> None:
     stages = make_run(tmp_path / "run", "a", "b")
     for stage in stages:
@@ -201,6 +202,7 @@ def start(stage: Path, *options: str, before: str = "") -> ForwarderProcess:
         return ForwarderProcess(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=errors))
 
 
+@pytest.mark.slow
 def test_an_outage_is_one_line_and_nothing_is_lost(tmp_path: Path, empty_store: Path) -> None:
     (stage,) = make_run(tmp_path / "run", "pretrain")
     away = tmp_path / "away" / "mlflow.db"

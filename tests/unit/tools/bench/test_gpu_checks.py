@@ -94,6 +94,7 @@ def test_with_torch_alone_steps_are_bare_loops_and_the_rest_says_what_is_missing
     assert {"eager: step", "eager: counted operations", "host waits within a step"} <= {row["what"] for row in others}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_every_check_gives_rows_that_are_right(check, found):
     rows = found[check.name]

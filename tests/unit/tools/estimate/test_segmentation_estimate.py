@@ -110,6 +110,7 @@ def assert_sent_is_the_formula(recipe: StageRecipe, ranks: int, collectives: Map
     assert collectives["all-reduce"] == sum(sums.values()) + norms
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_norm_group_is_rehearsed():
     recipe = fsdp("segmentation/v1-tiny")
     result = rehearse_stage(recipe, 3, 8, 8, gpu=True)

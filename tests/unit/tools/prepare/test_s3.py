@@ -34,6 +34,7 @@ def store():
     server.stop()
 
 
+@pytest.mark.slow
 def test_archives_and_folders_in_an_object_store(store, tmp_path):
     images = class_images(6)
     store.pipe_file(f"{BUCKET}/train.tar", train_tar(images))

@@ -30,6 +30,7 @@ def site(memory_gib: float, gpus_per_node: int = 8) -> Site:
     return Site(nodes=64, gpus_per_node=gpus_per_node, tasks_per_node=8, gpu=gpu)
 
 
+@pytest.mark.slow
 def test_the_first_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch, capsys):
     (result,) = rehearse_chain([recipe()], site(80))
     assert (result["rank"], result["ranks"], result["problem"], result["unknown"]) == (0, 512, "", "")
