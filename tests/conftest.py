@@ -49,7 +49,10 @@ def seed(request: pytest.FixtureRequest) -> int:
     return request.config.option.seed
 
 
-LONGEST_FIRST = ("tests/slurm/", "tests/multiprocess/", "tests/unit/tracking/test_forwarder.py", "tests/unit/tools/")
+LONGEST_FIRST = (
+    "tests/slurm/", "tests/multiprocess/", "tests/unit/tracking/test_forwarder.py", "tests/unit/test_fcmae.py",
+    "tests/unit/tools/",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
