@@ -42,7 +42,7 @@ demo-fcmae: demo-data  ## FCMAE on these photographs, once for the demos of segm
 	$(FCMAE) run recipes/demo-fcmae.yaml --out runs/demo-fcmae --nproc $(NPROC)
 
 # An arm of a comparison. Two side by side, each on half of the processes, end sooner than one after the other, because
-# ranks wait for each other. Any number of processes gives the same weights.
+# ranks wait for each other. Any number of processes trains the same, but for rounding.
 arm-%:
 	$(FCMAE) run recipes/$*.yaml --out runs/$* --nproc $(shell expr \( $(NPROC) + 1 \) / 2)
 
