@@ -8,6 +8,7 @@ import atexit
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -21,6 +22,8 @@ for name in filter(LEFT_BEHIND.fullmatch, list(os.environ)):
     del os.environ[name]
 for name in ("NO_PROXY", "no_proxy"):  # the tests' own servers
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,0.0.0.0,localhost")))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests that compare bits need the same order of sums
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads of a test that wait for each other leave the cores to others
 
