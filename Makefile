@@ -10,8 +10,8 @@ WORKERS ?= $(shell expr $$(nproc) + 2)
 PYTEST = .venv/bin/python -m pytest
 # What failed beside other tests (exit code 1) runs once more alone: on a busy machine a test may miss the moment that it
 # waits for. What fails twice is a fault; the first of them ends it. Both results are printed.
-RUN_TESTS = set -f; $(PYTEST) -n $(WORKERS) $(1) || { [ $$? = 1 ] && echo "The tests that failed, once more, alone:" && \
-  $(PYTEST) -v -x --last-failed --last-failed-no-failures none $(1); }
+RUN_TESTS = set -f; $(PYTEST) -n $(WORKERS) -m "$(1)" $(2) || { [ $$? = 1 ] && echo "Once more, alone:" && \
+  $(PYTEST) -v -x -m "$(1)" --last-failed --last-failed-no-failures none; }
 
 help:  ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,13 +54,13 @@ demo-data: setup
 	$(FCMAE) prepare cifar10 runs/data $(if $(ARCHIVE),--archive $(ARCHIVE))
 
 test: setup  ## the test suite, real Slurm included
-	@$(call RUN_TESTS,-m "not slow")
+	@$(call RUN_TESTS,not slow)
 
 test-ci: setup  ## the slow tests that a change must pass: those in tests/slow_in_ci.txt
-	@$(call RUN_TESTS,$$(grep '^tests/' tests/slow_in_ci.txt))
+	@$(call RUN_TESTS,slow,$$(grep '^tests/' tests/slow_in_ci.txt))
 
 test-slow: setup  ## all slow tests, minutes each (more than an hour on 2 cores)
-	@$(call RUN_TESTS,-m slow)
+	@$(call RUN_TESTS,slow)
 
 lint: setup  ## style and formatting
 	.venv/bin/ruff check .
