@@ -42,9 +42,10 @@ demo-fcmae: demo-data  ## FCMAE on these photographs, once for the demos of segm
 	$(FCMAE) run recipes/demo-fcmae.yaml --out runs/demo-fcmae --nproc $(NPROC)
 
 # An arm of a comparison. Two side by side, each on half of the processes, end sooner than one after the other, because
-# ranks wait for each other. Any number of processes trains the same, but for rounding.
+# ranks wait for each other. Any number of processes trains the same, but for rounding. Each has one thread: more than
+# there are cores would wait for each other too.
 arm-%:
-	$(FCMAE) run recipes/$*.yaml --out runs/$* --nproc $(shell expr \( $(NPROC) + 1 \) / 2)
+	OMP_NUM_THREADS=1 $(FCMAE) run recipes/$*.yaml --out runs/$* --nproc $(shell expr \( $(NPROC) + 1 \) / 2)
 
 demo-slurm: demo-data  ## run the demo on a private Slurm, preempt it, kill a node, compare the bits (SHORT=1: fewer steps)
 	.venv/bin/python -m tests.chaos.slurm_demo recipes/demo.yaml --out $(RUN)-slurm$(if $(SHORT),-short) \
