@@ -131,7 +131,7 @@ class ObjectTrainingPlan:
         return plan
 
     def _jittered(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """Large-scale jitter.
+        """Views of kind `large_scale_jitter`: the image at a random size, and a window on it.
 
         Returns the part of the image to resize (top, left, height, width), its new size, and the window's top and left.
         """
@@ -145,7 +145,10 @@ class ObjectTrainingPlan:
         return (0, 0, *image), full, (y0, x0)
 
     def _cropped(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """multi_scale: a random short side, in half of the images after a random crop; the result is `_jittered`'s."""
+        """Views of kind `multi_scale`: a random short side, in half of the images after a random crop.
+
+        Returns what `_jittered` returns.
+        """
         views, box, shape = self.views, (0, 0, *image), image
         if sizes[0] >= 0.5:
             first = resized_to_fit(*image, _long_and_short(views.longest, _chosen(views.crop_short_sides, sizes[2])))
@@ -160,7 +163,7 @@ class ObjectTrainingPlan:
         return box, self._fitted(shape, _long_and_short(views.longest, _chosen(views.short_sides, sizes[1]))), (0, 0)
 
     def _whole(self, image: Size, sizes: list[float], places: list[float]) -> tuple[tuple[int, ...], Size, Size]:
-        """resize: the whole image at the size of tests; the result is `_jittered`'s."""
+        """Views of kind `resize`: the whole image at the size of tests. Returns what `_jittered` returns."""
         return (0, 0, *image), self._fitted(image, self.views.test_size), (0, 0)
 
     def _fitted(self, shape: Size, long_and_short: tuple[int, int]) -> Size:
@@ -244,7 +247,7 @@ class ObjectTestPlan:
         return plan
 
     def cut_objects(self, ids: np.ndarray, plan: np.ndarray, facts: ViewFacts) -> None:
-        """Cut no objects: in tests, detections are compared with the objects of the file."""
+        """Leave the views of tests without objects: detections are compared with the objects of the file."""
 
 
 ObjectPlan = ObjectTrainingPlan | ObjectTestPlan

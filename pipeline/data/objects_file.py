@@ -186,9 +186,7 @@ class StoredObjects:
         self.image_ids = np.frombuffer(index, _IMAGE_ID, samples, sizes[0] + sizes[1]).astype(np.int64)
         counts = np.diff(self.firsts)
         if self.firsts[0] != 0 or self.firsts[-1] != objects or (counts < 0).any():
-            raise DataError(
-                f"the index of {path} does not share out its {objects:,} objects among the images; prepare again"
-            )
+            raise DataError(f"the index of {path} does not add up to the file's {objects:,} objects; prepare again")
 
     def rle(self, row: np.void) -> bytes:
         """Return the RLE of a row; empty if it has none.

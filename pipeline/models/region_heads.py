@@ -20,7 +20,7 @@ CONVOLUTIONS = 4  # of a mask head, and of a box head that has any
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1 ones to logits and boxes, which all maps share."""
+    """A 3x3 convolution, then two 1x1 ones for logits and coded boxes. All maps go through the same weights."""
 
     def __init__(self, channels: int):
         super().__init__()

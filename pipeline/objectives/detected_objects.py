@@ -83,7 +83,7 @@ def pack_objects(samples: Sequence[int], objects: Iterable[ImageObjects]) -> Pac
 
 
 def unpack_objects(packed: Packed, masks: bool) -> tuple[list[int], list[ImageObjects]]:
-    """Return samples and their objects; the size of a sample without objects is (0, 0), because it is not packed.
+    """Return the numbers of the samples, and their objects. Images without objects get size (0, 0): it is not packed.
 
     masks: whether the objects have masks.
     """

@@ -94,8 +94,11 @@ class Scorer(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return what the tally adds up. By default: sums of scores over the valid images of the batch, numbers or
-        vectors, and their `count`."""
+        """Return the scores of a batch for the tally to collect.
+
+        By default these are sums over the valid images, numbers or vectors by name, and the number of these images
+        under `count`.
+        """
 
     def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
         """Turn the sums over all images and ranks, of vectors as lists, into metrics."""

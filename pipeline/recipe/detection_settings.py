@@ -55,7 +55,7 @@ class DetectionSettings(Settings):
     """l1 of the coded differences, or generalised intersection over union of the boxes, weighted by 10."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     frozen_stages: int = Field(0, ge=0, le=1000)
-    """Number of the backbone's stages that keep the weights they start with, and so does the stem; 0 trains all."""
+    """Number of the backbone's first stages that are not trained; from 1 on, neither is the stem. 0 trains all."""
     frozen_norms: bool = False
     """BatchNorms of the backbone keep the statistics that they start with, and use them in training too."""
     score_threshold: float = Field(0.05, ge=0, lt=1)

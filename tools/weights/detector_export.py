@@ -180,7 +180,7 @@ def part_names(options: DetectorOptions) -> tuple[str, ...]:
 
 
 def part_file(path: Path, part: str) -> Path:
-    """The file of a part beside the first file: OUT-regions.onnx."""
+    """Return the path of a further part of an exported detector: OUT-regions.onnx beside OUT.onnx."""
     return path.with_name(f"{path.stem}-{part}.onnx")
 
 
