@@ -12,7 +12,7 @@ from pipeline.data.random_erasing import RandomErasing
 from pipeline.models import create_model
 from pipeline.objectives.dropping import keep_of_batch
 from pipeline.objectives.mixing import draw_mix
-from pipeline.objectives.objective import AdaptedWeights, Objective, check_counted, recipe_errors
+from pipeline.objectives.objective import AdaptedWeights, Objective, SummedScores, check_counted, recipe_errors
 from pipeline.recipe import ClassificationSettings, StageRecipe
 from pipeline.weights.transfer import encoder_to_classifier
 
@@ -68,6 +68,9 @@ class ClassificationObjective(Objective):
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
         valid = batch.valid.to(logits.device, non_blocking=True)
         return {**count_correct(logits, batch.labels, valid), "loss": (loss * valid).sum()}
+
+    def tally(self) -> SummedScores:
+        return SummedScores(self.metrics)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         check_counted(sums)

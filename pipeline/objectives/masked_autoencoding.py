@@ -10,7 +10,14 @@ from pipeline import randomness
 from pipeline.data.batch import Batch
 from pipeline.models import create_model
 from pipeline.models.fcmae import FCMAE
-from pipeline.objectives.objective import AdaptedWeights, Objective, Reconstructions, check_counted, recipe_errors
+from pipeline.objectives.objective import (
+    AdaptedWeights,
+    Objective,
+    Reconstructions,
+    SummedScores,
+    check_counted,
+    recipe_errors,
+)
 from pipeline.objectives.pixels import denormalise
 from pipeline.recipe import FCMAESettings, StageRecipe
 from pipeline.recipe.image_size import height_and_width
@@ -84,6 +91,9 @@ class FCMAEObjective(Objective):
             visible = VisibleCells(self._draw_mask(batch.ids[places], batch.epoch), self._grid, images.device)
         loss = model(images, visible).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
+
+    def tally(self) -> SummedScores:
+        return SummedScores(self.metrics)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         check_counted(sums)

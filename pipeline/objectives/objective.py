@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -70,10 +70,14 @@ class Tally(Protocol):
 
 
 class SummedScores:
-    """The tally of most scorers: the sums of all batches, of which `metrics` of the scorer makes metrics."""
+    """The tally of most scorers: adds up their scores by name, numbers or vectors.
 
-    def __init__(self, scorer: "Scorer"):
-        self._scorer, self._sums = scorer, dict[str, Tensor]()
+    Args:
+        make_metrics: turns the sums over all images and ranks, of vectors as lists, into metrics.
+    """
+
+    def __init__(self, make_metrics: Callable[[dict[str, Any]], dict[str, float]]):
+        self._make_metrics, self._sums = make_metrics, dict[str, Tensor]()
 
     def add(self, scores: Mapping[str, Tensor], batch: Batch) -> None:
         for name, value in scores.items():
@@ -84,29 +88,24 @@ class SummedScores:
         sums = self._sums
         total = world.sum(torch.cat([value.cpu().reshape(-1) for value in sums.values()]))
         parts = total.split([value.numel() for value in sums.values()])
-        return self._scorer.metrics(
+        return self._make_metrics(
             {name: part.reshape(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
         )
 
 
 class Scorer(ABC):
-    """Computes the metrics of an evaluation: an objective is one. It has `metrics`, or a `tally` of its own."""
+    """Computes the metrics of an evaluation: an objective is one."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the scores of a batch for the tally to collect.
 
-        By default these are sums over the valid images, numbers or vectors by name, and the number of these images
-        under `count`.
+        For `SummedScores` these are sums over the valid images, and the number of these images under `count`.
         """
 
-    def metrics(self, sums: Mapping[str, float | list[float]]) -> dict[str, float]:
-        """Turn the sums over all images and ranks, of vectors as lists, into metrics."""
-        raise NotImplementedError(f"{type(self).__name__} has neither metrics() nor a tally() of its own")
-
+    @abstractmethod
     def tally(self) -> Tally:
-        """Return what collects the scores of one evaluation."""
-        return SummedScores(self)
+        """Return what collects the scores of one evaluation and makes metrics of them."""
 
 
 class Objective(Scorer):

@@ -14,7 +14,14 @@ from pipeline.kernels.precision import widen
 from pipeline.models.map_sizes import enlarge
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives.dropping import keep_of_batch
-from pipeline.objectives.objective import AdaptedWeights, Objective, Overlays, check_counted, recipe_errors
+from pipeline.objectives.objective import (
+    AdaptedWeights,
+    Objective,
+    Overlays,
+    SummedScores,
+    check_counted,
+    recipe_errors,
+)
 from pipeline.objectives.sliding_windows import window_logits
 from pipeline.randomness import Purpose
 from pipeline.recipe import SegmentationSettings, StageRecipe
@@ -75,6 +82,9 @@ class SegmentationObjective(Objective):
         truth = torch.where(valid[:, None, None], truth, self.ignored)
         counts = count_confusions(logits.argmax(1), truth, self.settings.classes)
         return {**counts, "loss": self._pixel_losses(logits, truth).sum(), "count": valid.sum()}
+
+    def tally(self) -> SummedScores:
+        return SummedScores(self.metrics)
 
     def metrics(self, sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
         check_counted(sums)

@@ -20,7 +20,7 @@ from pipeline.data.feed import EvaluationFeed
 from pipeline.data.subset import Subset
 from pipeline.errors import DataError, UserError
 from pipeline.models import create_model
-from pipeline.objectives.objective import Scorer
+from pipeline.objectives.objective import Scorer, SummedScores
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.sections import DataSettings
 from pipeline.training.evaluation import FixedModel, evaluate
@@ -74,8 +74,8 @@ class Recorder(Scorer):
         self.logits.append(model(normalise(batch.images, torch.float32)).float()[batch.valid])
         return {"count": batch.valid.sum()}
 
-    def metrics(self, sums):
-        return dict(sums)
+    def tally(self):
+        return SummedScores(dict)
 
 
 @pytest.mark.parametrize(("image_size", "crop_pct"), [(24, 1.0), (32, 0.875)])

@@ -12,7 +12,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.beton import Beton, samples_of
 from pipeline.errors import DataError
 from pipeline.objectives.classification import accuracies, count_correct
-from pipeline.objectives.objective import Scorer
+from pipeline.objectives.objective import Scorer, SummedScores
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.storage.bounded_files import read_json
@@ -155,6 +155,9 @@ class Answers(Scorer):
         logits = F.pad(logits, (0, 1), value=-torch.inf)
         chosen = [logits.shape[1] - 1 if output is None else output for output in self._outputs]
         return logits.index_select(1, torch.tensor(chosen, device=logits.device))
+
+    def tally(self) -> SummedScores:
+        return SummedScores(self.metrics)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         if not sums["count"]:

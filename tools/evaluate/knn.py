@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch
 from pipeline.objectives.classification import accuracies, count_correct
-from pipeline.objectives.objective import Scorer
+from pipeline.objectives.objective import Scorer, SummedScores
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
 from pipeline.training.evaluation import FixedModel
@@ -57,6 +57,9 @@ class Neighbours(Scorer):
         votes = vote(features, self._bank, self._labels, self._classes)
         self.log.add(batch.labels, votes.argmax(1), batch.valid)
         return count_correct(votes, batch.labels, batch.valid.to(votes.device))
+
+    def tally(self) -> SummedScores:
+        return SummedScores(self.metrics)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {**accuracies(sums), "images": int(sums["count"])}

@@ -18,7 +18,7 @@ from pipeline.objectives import _KINDS, create_objective
 from pipeline.objectives.dropping import draw_keep
 from pipeline.objectives.masked_autoencoding import draw_mask
 from pipeline.objectives.mixing import draw_mix
-from pipeline.objectives.objective import Objective, Scorer
+from pipeline.objectives.objective import Objective
 from pipeline.objectives.pixels import normalise
 from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.recipe.image_size import height_and_width
@@ -61,11 +61,9 @@ def test_masks_change_with_the_epoch_and_cover_all_cells():
 
 @pytest.mark.parametrize("kind", _KINDS.values())
 def test_every_objective_is_whole(kind):
-    """It inherits what it does not have, and makes metrics from sums or by a tally of its own, not both."""
     assert issubclass(kind, Objective)
     assert not kind.__abstractmethods__
     assert dict(kind.parts) == {}, "before the first loss"
-    assert (kind.metrics is Scorer.metrics) != (kind.tally is Scorer.tally)
 
 
 BACKENDS = ("packed", "masked", *(["spconv"] if find_spec("spconv") else []))  # spconv is an extra

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.data.batch import Batch
 from pipeline.distributed.world import World
-from pipeline.objectives.objective import Scorer
+from pipeline.objectives.objective import Scorer, SummedScores
 from pipeline.training.evaluation import FixedModel, evaluate
 
 
@@ -24,8 +24,8 @@ class Sum(Scorer):
         self.said.append(f"batch {int(batch.images[0, 0, 0, 0])}")
         return {"sum": batch.images.double().mean(), "count": torch.tensor(1.0)}
 
-    def metrics(self, sums):
-        return {"mean": sums["sum"] / sums["count"]}
+    def tally(self):
+        return SummedScores(lambda sums: {"mean": sums["sum"] / sums["count"]})
 
 
 def test_the_first_batch_alone_is_computed_in_what_is_given_for_it():
