@@ -4,6 +4,7 @@ The internal names and shapes are the official ones. For SLaK and Next-ViT they 
 nothing depends on these integers, so they are dropped on import and written as zeros on export.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(ABC):
     """The architecture of a model, with or without head.
 
     Attributes:
@@ -47,14 +48,14 @@ class Architecture:
     classes: int = 0
 
     @property
+    @abstractmethod
     def model_options(self) -> dict[str, Any]:
         """Arguments of `create_model(family, ...)`: the encoder, and the head if there is one."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def variant(self) -> str | None:
         """The published name of this architecture, if it has one."""
-        raise NotImplementedError
 
     def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
         """Internal name and shape of every tensor, in the order of the official state dict."""
@@ -203,13 +204,13 @@ class HeadedArchitecture(Architecture):
         return None
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """The name of the heads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def create(self) -> nn.Module:
         """Create the model."""
-        raise NotImplementedError
 
     def shapes(self, *, counters: bool = False) -> dict[str, Shape]:
         try:
