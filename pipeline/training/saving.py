@@ -83,7 +83,6 @@ def has_checkpoint(stage: Stage, world: World) -> bool:
 
 def open_store(
     stage: Stage,
-    world: World,
     facts: dict[str, Any],
     on_event: Callable[[str], None],
     parents: Iterable[str] = (),

@@ -154,7 +154,6 @@ class Training:
             log.write("sparsity", step=0, densities=start_sparsity(engine, self.objective, self.feed.slots(0)))
         store = open_store(
             stage,
-            self.world,
             facts=records.checkpoint_facts(stage.recipe, data_hashes),
             parents=[f"weights of sha256 {received.sha256}"] if received else [],
             on_event=lambda message: log.write("event", level="warning", message=message),

@@ -104,7 +104,7 @@ def train(stage_directory, rank, meeting, pipe, settings, gate, dies_at_removal)
         stage.attempts.own = world.on_main(lambda: stage.attempts.claim(RANKS))
         with stage.attempts.heartbeat() if rank == 0 else contextlib.nullcontext():
             resumes = has_checkpoint(stage, world)
-            store = open_store(stage, world, {}, lambda message: log.write("event", message=message))
+            store = open_store(stage, {}, lambda message: log.write("event", message=message))
             start = store.restore(engine.state(0)) if resumes else 0
             pipe.send(("resumed", start, engine.digest(start)))
             health = stage.recipe.health.model_copy(update={"window_steps": 0, "skip_before": 0})  # prune at once

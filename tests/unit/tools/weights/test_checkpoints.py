@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, StageError
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
@@ -35,7 +34,7 @@ def stage(tmp_path_factory):
     stage = Stage(make_tiny_run(directory) / "intermediate")
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=0, world_size=1)
     stage.attempts.claim(1)
-    store = open_store(stage, World(0, 0, 1, 1, torch.device("cpu"), dist.group.WORLD), {"recipe": "abc"}, print)
+    store = open_store(stage, {"recipe": "abc"}, print)
     for step in (10, 20, 30, 40):
         store.save(state_of(step), step=step, why="due")
     dist.destroy_process_group()
