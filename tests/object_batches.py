@@ -1,15 +1,22 @@
 """Batches of noise with boxes and masks, for detectors with small heads."""
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.data.batch_objects import BatchObjects, pack_masks
+from pipeline.data.batch_objects import BatchObjects
 
 HEADS = {
     "head_channels": 32, "fc_channels": 64, "anchors_sampled": 32, "proposals_before": 200, "proposals": 50,
     "test_proposals": 50, "regions": 32,
 }  # fmt: skip
 """Small heads, which a few hundred regions train."""
+
+
+def pack_masks(masks: Tensor) -> Tensor:
+    """Masks (T, H, W), zero or not, as bits (T, H, ceil(W / 8))."""
+    return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
 
 
 def object_batch(slots: range, slot: int = 2, pixels: int = 64, classes: int = 3, seed: int = 0) -> Batch:

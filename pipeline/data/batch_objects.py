@@ -15,7 +15,7 @@ class BatchObjects:
     boxes: Tensor  # (T, 4) float32: x1, y1, x2, y2 in pixels of the view
     classes: Tensor  # (T,) int64
     crowd: Tensor  # (T,) bool: the box surrounds several objects that are not annotated one by one
-    masks: Tensor | None  # (T, H, ceil(W / 8)) uint8, see `pack_masks`; empty for crowds; None: without masks
+    masks: Tensor | None  # (T, H, ceil(W / 8)) uint8, bits as of np.packbits; empty for crowds; None: without masks
     counts: tuple[int, ...]  # objects of each image, on the host
 
     def part(self, images: slice) -> "BatchObjects":
@@ -34,25 +34,6 @@ class BatchObjects:
         """Return the objects with `move` applied to each tensor."""
         boxes, classes, crowd = move(self.boxes), move(self.classes), move(self.crowd)
         return BatchObjects(boxes, classes, crowd, None if self.masks is None else move(self.masks), self.counts)
-
-
-def pack_masks(masks: Tensor) -> Tensor:
-    """Pack masks (T, H, W), zero or not, into bits: uint8 (T, H, ceil(W / 8)).
-
-    The first pixel is the highest bit of the first byte, as in numpy's packbits; the last byte is filled with zeros.
-    """
-    pixels, width = masks.bool().byte(), masks.shape[-1]
-    pixels = torch.nn.functional.pad(pixels, (0, -width % 8)).unflatten(-1, (-1, 8))
-    return (pixels << _shifts(masks.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_masks(masks: Tensor, width: int) -> Tensor:
-    """Unpack masks that `pack_masks` made of this width in pixels: uint8 (T, H, W), 0 or 1."""
-    return (masks[..., None] >> _shifts(masks.device) & 1).flatten(-2)[..., :width]
-
-
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
 def example_objects(images: int, size: tuple[int, int], classes: int, masks: bool) -> BatchObjects:

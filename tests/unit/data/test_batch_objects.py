@@ -1,20 +1,9 @@
-"""Objects of a batch: masks packed into bits, and parts of batches."""
+"""Objects of a batch: parts of batches, and moves to a device."""
 
-import numpy as np
-import pytest
 import torch
 
 from pipeline.data.batch import Batch
-from pipeline.data.batch_objects import BatchObjects, example_objects, pack_masks, unpack_masks
-
-
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 33])
-def test_masks_are_packed_as_numpy_packs_them(width):
-    masks = torch.from_numpy(np.random.default_rng(width).integers(0, 2, (3, 5, width), dtype=np.uint8))
-    packed = pack_masks(masks)
-    assert (packed.numpy() == np.packbits(masks.numpy(), axis=-1)).all()
-    assert (unpack_masks(packed, width) == masks).all()
-    assert unpack_masks(packed, width).dtype == torch.uint8
+from pipeline.data.batch_objects import BatchObjects, example_objects
 
 
 def objects_of(counts):

@@ -3,13 +3,11 @@ run lengths."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_masks
 
-from pipeline.data.batch_objects import unpack_masks
 from pipeline.data.beton import RAW
 from pipeline.data.decode import BAD_OBJECTS, OK, ImageDecoder, StoredImages
 from pipeline.data.object_views import (
@@ -107,7 +105,7 @@ def test_a_drawn_square_is_found_where_its_box_says_under_any_plan(square, kind,
     x1, y1, x2, y2 = objects.boxes[0].tolist()
     assert 0 <= x1 < x2 <= size[1]
     assert 0 <= y1 < y2 <= size[0]
-    (found,) = unpack_masks(torch.from_numpy(objects.masks), view.shape[1]).bool().numpy()
+    (found,) = np.unpackbits(objects.masks, axis=-1, count=view.shape[1]).astype(bool)
     assert not found[~content].any()
     deep, far = content.copy(), np.zeros_like(content)
     for axis, (side, low, high) in enumerate((("height", y1, y2), ("width", x1, x2))):
@@ -283,7 +281,7 @@ def test_what_is_outside_or_too_small_is_left_out_and_crowds_stay_unless_they_ar
     assert objects.boxes.tolist() == [[0, 0, 60, 40], [57, 0, 60, 30], [6, 6, 14, 14]]
     assert objects.crowd.tolist() == [False, True, False]
     assert objects.classes.tolist() == [0, 3, 4]
-    covered = unpack_masks(torch.from_numpy(objects.masks), 64).sum((1, 2)).tolist()
+    covered = np.unpackbits(objects.masks, axis=-1, count=64).sum((1, 2)).tolist()
     assert covered == [2400, 0, 2400]
     published = training_plan([image], 64, kind="resize", flip=0.0, test_size=(60, 40), smallest_box=2.5,
                               crowds="background")  # fmt: skip

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.batch_objects import BatchObjects, pack_masks
+from pipeline.data.batch_objects import BatchObjects
 from pipeline.models.batchnorm import set_norm_group
 from pipeline.models.detector import create_detector
 from pipeline.models.detector_options import DetectorOptions
+from tests.object_batches import pack_masks
 from tests.unit.models.test_segmenter import SMALL, V1, dims
 from tests.unit.models.tiny_models import scatter_norms
 
