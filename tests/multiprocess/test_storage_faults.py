@@ -221,7 +221,7 @@ def test_a_read_only_disk_is_an_event_or_the_end_as_the_recipe_says(small_disk, 
 
 
 @pytest.mark.slow
-def test_an_object_store_that_drops_a_fifth_of_the_requests(group, tmp_path, monkeypatch):
+def test_an_object_store_that_drops_a_fifth_of_the_requests(group, monkeypatch):
     with flaky_s3(monkeypatch, share=0.2, seed=1) as (server, url):
         store = open_store(f"{url}/c", group)
         run = Run(store, group, 2000, on_failure="continue", keep_last=2)

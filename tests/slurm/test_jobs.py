@@ -278,7 +278,7 @@ def test_a_time_limit_is_anticipated(submit, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undisturbed, tmp_path):
+def test_a_time_limit_that_comes_unawares_is_made_good_by_resume(submit, undisturbed):
     """No rank can save: a node hangs until Slurm kills all, the batch script too."""
     run = submit(hold_at=25, seconds=FOR_EVER)
     stage = run / "pretrain"
@@ -486,7 +486,7 @@ def _started(run: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path, monkeypatch):
+def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path):
     """A node that fails to start a job is drained and the job held, for ever."""
     recipe, run = write_tiny_recipe(tmp_path, ONE_STAGE), tmp_path / "run"
     with faults.devcluster(tmp_path / "slurm", 0, 1):

@@ -192,9 +192,7 @@ def make_checkpoint(folder, name, committed, damaged):
     st.sets(st.integers(0, 9), max_size=3),
     st.one_of(st.none(), st.integers(0, 12)),
 )
-def test_whatever_lies_there_and_whenever_it_is_killed(
-    open_store, tmp_path, kinds, keep_last, keep_every, keep_steps, survives
-):
+def test_whatever_lies_there_and_whenever_it_is_killed(open_store, kinds, keep_last, keep_every, keep_steps, survives):
     store = open_store(3, f"memory://{uuid.uuid4().hex}")
     for name, kind in kinds.items():
         make_checkpoint(store.folder, name, kind != "uncommitted", kind == "damaged")

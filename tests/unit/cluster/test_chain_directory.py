@@ -51,7 +51,7 @@ def test_a_corrected_recipe_starts_in_the_same_directory(refused):
     assert stages[0].attempts.newest() == 0
 
 
-def test_files_of_the_user_are_never_removed(refused, tmp_path):
+def test_files_of_the_user_are_never_removed(refused):
     recipe, run = refused
     notes = run / "finetune" / "notes.txt"
     notes.write_text("mine")

@@ -35,7 +35,7 @@ def test_a_kept_trace_is_the_trace(stages, tmp_path, monkeypatch, damage):
     assert again == first
 
 
-def test_another_recipe_or_device_has_a_trace_of_its_own(stages, tmp_path):
+def test_another_recipe_or_device_has_a_trace_of_its_own(stages):
     made = []
 
     def compute() -> dict[str, np.ndarray]:

@@ -130,7 +130,7 @@ def test_a_server_that_falls_silent_and_then_speaks_again(source, server, tmp_pa
     assert again == set(range(kept, source.size_bytes, PIECE))
 
 
-def test_a_lost_connection(source, server, tmp_path):
+def test_a_lost_connection(server, tmp_path):
     server.stop()
     with Cache(tmp_path) as cache, pytest.raises(RetryableError, match=r"the connection to .*a\.beton\.json was lost"):
         fetch_beton(f"{server.url}/a.beton", cache, 10)

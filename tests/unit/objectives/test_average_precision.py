@@ -97,7 +97,7 @@ def as_json(objects: Objects, found: list[ImageObjects], kind: str):
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_all_figures_are_those_of_a_second_implementation(hundred, kind, tmp_path, capfd):
+def test_all_figures_are_those_of_a_second_implementation(hundred, kind, capfd):
     objects, found = hundred
     assert (objects.table["crowd"] == 1).any()
     assert (np.diff(objects.firsts) == 0).any()

@@ -55,7 +55,7 @@ def test_crops_and_masks_do_not_depend_on_ranks_or_micro_batches(recipe):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_ranks_that_share_a_slot_compute_its_loss(recipe, stage, tmp_path):
+def test_ranks_that_share_a_slot_compute_its_loss(stage, tmp_path):
     """Eight ranks on four slots: same images, crops, masks and dropped paths, and the mean of two halves' losses."""
     plain = ["stages.finetune.objective.mixup=0.0", "stages.finetune.objective.cutmix=0.0"]
     stage_recipe = load_recipe(write_tiny_recipe(tmp_path, plain)).stages[stage]

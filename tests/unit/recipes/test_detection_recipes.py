@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
+from tests.unit.recipes.multiply_adds import count_macs, meta_model
 from tests.unit.recipes.published_values import TASK_TABLES, chain
 from tools.recipes.library import find_recipe
 
@@ -14,32 +13,6 @@ DETECTION = TASK_TABLES["detection"]
 # all parameters those alone that are trained, as mmcv does.
 NEXTVIT_HEAD = 1024 * 1000 + 1000
 SIZE = 800, 1280  # of the image that multiply-adds are printed for
-
-
-def counted(recipe) -> tuple[int, int]:
-    """Trained parameters, and multiply-adds of convolutions, linear layers and ReLUs, about as mmcv counts them."""
-    with torch.device("meta"):
-        model = create_objective(recipe, seed=0).build_model().eval()
-    macs = 0
-
-    def count(module, _, out):
-        nonlocal macs
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            macs += out.numel() // module.weight.shape[0] * module.weight.numel()
-        elif isinstance(
-            module, nn.ConvTranspose2d
-        ):  # a site is made of one site, because the step is the kernel's size
-            macs += out.numel() * module.weight.shape[0]
-        elif isinstance(module, nn.ReLU):
-            macs += out.numel()
-
-    for module in model.modules():
-        module.register_forward_hook(count)
-    with torch.no_grad():
-        model(torch.empty(1, 3, *SIZE, device="meta"), torch.tensor([SIZE], device="meta"))
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), macs
-
-
 QUICK = ("v1-tiny-mask-rcnn", "v1-tiny-cascade", "nextvit-small-1x")  # the others take seconds each
 
 
@@ -53,7 +26,9 @@ def _printed():
 @pytest.mark.parametrize("name", list(_printed()))
 def test_parameters_and_multiply_adds_are_the_printed_ones(name):
     _, _, printed_parameters, printed_macs, _ = DETECTION["recipes"][name]["published"]
-    parameters, macs = counted(chain(f"detection/{name}").stages["detect"])
+    model = meta_model(chain(f"detection/{name}").stages["detect"])
+    macs = count_macs(model, torch.empty(1, 3, *SIZE, device="meta"), torch.tensor([SIZE], device="meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert macs / 1e9 == pytest.approx(float(printed_macs.removesuffix("G")), abs=1.05)
     if printed_parameters:
         number = printed_parameters.removesuffix("M")

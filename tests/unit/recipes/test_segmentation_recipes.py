@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
+from tests.unit.recipes.multiply_adds import count_macs, meta_model
 from tests.unit.recipes.published_values import TASK_TABLES, chain
 from tools.recipes.library import find_recipe
 
@@ -16,32 +15,14 @@ NEXTVIT_HEAD = 1024 * 1000 + 1000
 MISPRINTED = ("nextvit-large-fpn",)
 
 
-def counted(recipe) -> tuple[int, int]:
-    """Parameters, and multiply-adds of convolutions, linear layers and ReLUs, about as mmcv counts them."""
-    with torch.device("meta"):
-        model = create_objective(recipe, seed=0).build_model().eval()
-    macs = 0
-
-    def count(module, _, out):
-        nonlocal macs
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            macs += out.numel() // module.weight.shape[0] * module.weight.numel()
-        elif isinstance(module, nn.ReLU):
-            macs += out.numel()
-
-    for module in model.modules():
-        module.register_forward_hook(count)
-    long, short = recipe.data.scenes.base_size
-    with torch.no_grad():
-        model(torch.empty(1, 3, short, long, device="meta"))
-    return sum(parameter.numel() for parameter in model.parameters()), macs
-
-
 # SLaK's printed figures leave out the zeros.
 @pytest.mark.parametrize("name", [name for name in SEGMENTATION["recipes"] if not name.startswith("slak")])
 def test_parameters_and_multiply_adds_are_the_printed_ones(name):
     _, _, printed_parameters, printed_macs, _ = SEGMENTATION["recipes"][name]["published"]
-    parameters, macs = counted(chain(f"segmentation/{name}").stages["segment"])
+    recipe = chain(f"segmentation/{name}").stages["segment"]
+    model, (long, short) = meta_model(recipe), recipe.data.scenes.base_size
+    macs = count_macs(model, torch.empty(1, 3, short, long, device="meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     digits = len(printed_parameters.partition(".")[2].removesuffix("M"))
     millions = (parameters + (NEXTVIT_HEAD if name.startswith("nextvit") else 0)) / 1e6
     assert f"{millions:.{digits}f}M" == printed_parameters

@@ -126,7 +126,7 @@ def test_odd_requests_count_as_absent(tmp_path, content):
     assert [path.name for path in tmp_path.iterdir()] == [PROFILE_REQUEST_FILE]
 
 
-def test_an_object_store_is_read_beside_the_training(tmp_path):
+def test_an_object_store_is_read_beside_the_training():
     folder = Folder.at("memory://profiles-of-a-run")
     folder.publish(PROFILE_REQUEST_FILE, json.dumps(asdict(REQUEST)).encode())
     profiler = StepProfiler(folder, 3, World.alone())

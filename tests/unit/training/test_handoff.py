@@ -125,7 +125,7 @@ def test_a_kept_head_is_of_the_same_classes_in_the_same_order(begin, tmp_path):
     assert handoff.receive(*drawn, CLASSES[::-1]).transfer.initialised
 
 
-def test_a_head_cannot_be_mapped_from_weights_without_class_names(begin, pretrained, tmp_path):
+def test_a_head_cannot_be_mapped_from_weights_without_class_names(begin, pretrained):
     path, _ = pretrained
     change = ["stages.pretrain=null", f"init={path}", "stages.intermediate.init.head=map"]
     stage, engine, objective = begin("intermediate", *change)

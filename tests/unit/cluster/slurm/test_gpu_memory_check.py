@@ -98,7 +98,7 @@ def test_near_the_limit_it_is_a_warning(chain):
     )
 
 
-def test_nothing_is_checked_where_nobody_says_what_there_is(chain, monkeypatch):
+def test_nothing_is_checked_where_nobody_says_what_there_is(chain):
     recipe = chain.stages["pretrain"]
     assert check_gpu_memory(recipe, site(None)) is None
     assert check_gpu_memory(recipe, site(1e-6, gpus_per_node=0)) is None

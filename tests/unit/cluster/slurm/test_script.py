@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).with_name("golden")
     [("generic", "finetune", "41"), ("preemptible", "pretrain", None), ("pyxis", "a-b", "7")],
 )
 def test_script_to_the_letter(monkeypatch, site, stage, after):
-    """Look at what changed, then: FCMAE_GOLDEN=write python -m pytest tests/unit/cluster/test_script.py"""
+    """Look at what changed, then: FCMAE_GOLDEN=write python -m pytest tests/unit/cluster/slurm/test_script.py"""
     monkeypatch.setattr(sys, "executable", "/opt/fcmae/bin/python")
     profile = load_site(str(GOLDEN / "pyxis.yaml") if site == "pyxis" else site)
     text = JobScript(Path("/runs/my huge") / stage, profile.for_stage(stage), Path("/runs/my huge/code/0123"), after)

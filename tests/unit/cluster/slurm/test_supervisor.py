@@ -114,7 +114,7 @@ def strike(stage: Stage, monkeypatch, restart: int, node: str, code: int = 700) 
 
 
 @pytest.fixture
-def requeued(stage, fake_slurm: FakeSlurm, monkeypatch) -> FakeSlurm:
+def requeued(stage, fake_slurm: FakeSlurm) -> FakeSlurm:
     """A Slurm that requeues the job, on a machine without a word from nvidia-smi or the kernel."""
     (stage.directory.parent / SITE_FILE).write_text("nodes: 1\n")
     fake_slurm.answer("scontrol", "")

@@ -115,7 +115,7 @@ def test_own_and_given_weights_stand_beside_each_other(place):
     assert f"{given.top1:.2f} %" in report
 
 
-def test_damaged_results_are_left_out_of_the_report(place, tmp_path):
+def test_damaged_results_are_left_out_of_the_report(place):
     folder = place / "run" / "finetune" / "evaluations"
     folder.mkdir(exist_ok=True)
     names = [f"zz{number}.json" for number in range(5)]

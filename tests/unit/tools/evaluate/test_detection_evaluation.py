@@ -235,7 +235,7 @@ def test_classes_in_another_order_are_named() -> None:
         check_classes("w", ("jug", "cup"), "d.beton", ("cup", "jug"))
 
 
-def test_kept_evaluations_are_in_the_report(place, result, tmp_path) -> None:
+def test_kept_evaluations_are_in_the_report(result, tmp_path) -> None:
     own = replace(result, stage=str(tmp_path))
     worse = replace(own.scores, metrics={**own.scores.metrics, "box_ap": 1.0})
     keep_detections([own, replace(own, subject="others", scores=worse)])

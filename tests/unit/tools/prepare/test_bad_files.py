@@ -242,7 +242,7 @@ def test_sizes_qualities_and_pixels(tmp_path):
         assert content == np.asarray(image).tobytes()
 
 
-def test_what_does_not_fit_a_page_is_shrunk(tmp_path, monkeypatch):
+def test_what_does_not_fit_a_page_is_shrunk(monkeypatch):
     page = 20_000
     monkeypatch.setattr(encoding, "PAGE_BYTES", page)
     noise = Image.effect_noise((300, 250), 200).convert("RGB")
@@ -259,7 +259,7 @@ def test_what_does_not_fit_a_page_is_shrunk(tmp_path, monkeypatch):
     assert encoding.encode(encoded(noise, quality=50), "a", Encoding(raw_fraction=1.0))[0].mode == 0
 
 
-def test_without_libturbojpeg_jpegs_are_kept_with_a_note(tmp_path, monkeypatch):
+def test_without_libturbojpeg_jpegs_are_kept_with_a_note(monkeypatch):
     monkeypatch.setattr(encoding, "has_turbojpeg", lambda: False)
     monkeypatch.setattr(encoding, "jpeg_status", None)
     content = encoded(photograph(1))

@@ -66,7 +66,7 @@ def assert_equal_to_the_annotations(beton, expected):
             assert objects.mask(row)["size"] == [images["height"][number], images["width"][number]]
 
 
-def test_cocos_archives_are_read_where_they_lie(coco, tmp_path, capsys):
+def test_cocos_archives_are_read_where_they_lie(coco, tmp_path):
     train, val = prepare_targets(coco, tmp_path / "coco.beton", None, objects=ObjectOptions(), workers=1)
     assert (train.beton.path.name, val.beton.path.name) == ("coco.beton", "coco-val.beton")
     for part, beton, count in (("train2017", train.beton, 6), ("val2017", val.beton, 4)):

@@ -458,13 +458,13 @@ def test_class_names_that_are_refused(images, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_labels_labelled_by_hashes_are_one_sentence(images, tmp_path):
+def test_labels_labelled_by_hashes_are_one_sentence(tmp_path):
     parquet(tmp_path / "a.parquet", [(None, b"", 2**62)])
     with pytest.raises(DataError, match="holds 4611686018427387904, and its classes have no names; number them from 0"):
         open_source(str(tmp_path / "a.parquet"))
 
 
-def test_labels_that_give_a_name_two_classes(images, tmp_path):
+def test_labels_that_give_a_name_two_classes(tmp_path):
     (tmp_path / "labels.txt").write_text("a/1.jpg cat\nb/1.jpg dog\n")
     (tmp_path / "flat.tar").write_bytes(tar({"a/1.jpg": b"", "b/1.jpg": b""}))
     with pytest.raises(DataError, match="give 1 two classes, cat and dog"):

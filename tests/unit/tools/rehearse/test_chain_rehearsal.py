@@ -31,7 +31,7 @@ def site(memory_gib: float, gpus_per_node: int = 8) -> Site:
 
 
 @pytest.mark.slow
-def test_the_first_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch, capsys):
+def test_the_first_of_512_ranks_passes_once_and_is_refused_by_a_small_gpu(monkeypatch):
     (result,) = rehearse_chain([recipe()], site(80))
     assert (result["rank"], result["ranks"], result["problem"], result["unknown"]) == (0, 512, "", "")
     assert "passes" in rendered(result)
