@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +35,12 @@ from pipeline.training.trainer import Training
 from pipeline.url_secrets import redact, redact_tracebacks
 
 
-def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) -> Outcome:
+def run_stage(directory: Path) -> Outcome:
     """Run the stage to its end, or until a signal asks for a stop. One call per rank (see `World.join`).
 
     Returns when the outcome is recorded in the stage directory. User errors are a permanent outcome, a lost rank or
-    machine a bad node's; any other exception is recorded as permanent and raised.
-
-    Args:
-        on_stall: must end the process. Called in a thread of every rank that still runs, with the outcome, if the stage
-            stands still, because `run_stage` cannot return then.
+    machine a bad node's; any other exception is recorded as permanent and raised. If the stage stands still, a thread
+    of every rank that still runs ends the process, because `run_stage` cannot return then.
     """
     request = StopRequest().install()
     keep_imports_safe()
@@ -57,7 +54,7 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
     if done := stage.done():
         return Outcome(OutcomeKind.DONE, step=done.step)
     try:
-        outcome = _train(stage, request, on_stall)
+        outcome = _train(stage, request)
     except BaseException as error:
         outcome = classify_error(error)
         with suppress(OSError):  # a full disk may be the error
@@ -71,7 +68,7 @@ def run_stage(directory: Path, on_stall: Callable[[Outcome], None] = exit_rank) 
     return outcome
 
 
-def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], None]) -> Outcome:
+def _train(stage: Stage, request: StopRequest) -> Outcome:
     """Join the other ranks, claim the stage, and train it."""
     recipe, stall_seconds = stage.recipe, stage.recipe.health.stall_seconds
     compile_decoder()  # before the ranks meet, so that no time-out counts it
@@ -85,14 +82,14 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
         # Collectives time out later than the watchdog acts, because the watchdog can say which rank is to blame.
         group_seconds = 1.5 * PATIENCE * stall_seconds
         # There is no watchdog yet, and NCCL has no time-out at its start.
-        with _bounded(group_seconds + stall_seconds, on_stall):
+        with _bounded(group_seconds + stall_seconds):
             world = World.join(recipe.engine.device, recipe.engine.threads, group_seconds)
         stack.push(lambda kind, error, trace: world.leave(broken=error is not None))
         recipe.check_world_size(world.size)
         threads = recipe.engine.threads or world.threads(world.on_main(lambda: stage.attempts.last_threads(world.size)))
         torch.set_num_threads(threads)
         stage.attempts.own = world.on_main(lambda: stage.attempts.claim(world.size, threads))
-        watchdog = stack.enter_context(_watchdog(stage, world, on_stall))
+        watchdog = stack.enter_context(_watchdog(stage, world))
         # Later than the other ranks notice and than a stuck rank needs to write its stacks.
         sentinel = run_sentinel(stage.directory, stage.attempts.own, watchdog.beat_file, 2 * stall_seconds)
         stack.enter_context(sentinel)
@@ -111,13 +108,13 @@ def _train(stage: Stage, request: StopRequest, on_stall: Callable[[Outcome], Non
 
 
 @contextmanager
-def _bounded(seconds: float, end: Callable[[Outcome], None]) -> Iterator[None]:
+def _bounded(seconds: float) -> Iterator[None]:
     """End this process if the block takes longer."""
 
     def give_up() -> None:
         sentence = f"the ranks have not met after {seconds / 60:.0f} minutes; look at the network between the nodes"
         print(sentence, file=sys.stderr)
-        end(Outcome(OutcomeKind.BAD_NODE, sentence))
+        exit_rank(Outcome(OutcomeKind.BAD_NODE, sentence))
 
     timer = Timer(seconds, give_up)
     timer.daemon = True
@@ -128,14 +125,14 @@ def _bounded(seconds: float, end: Callable[[Outcome], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _watchdog(stage: Stage, world: World, on_stall: Callable[[Outcome], None]) -> Watchdog:
+def _watchdog(stage: Stage, world: World) -> Watchdog:
     def end(sentence: str, step: int) -> None:
         outcome = Outcome(OutcomeKind.BAD_NODE, sentence, step)
         print(sentence, file=sys.stderr)
         with suppress(Exception):  # the process must end even if the stage's disk fails
             stage.attempts.record(outcome)
             outcome = stage.attempts.last_outcome() or outcome
-        on_stall(outcome)
+        exit_rank(outcome)
 
     directory = stage.directory / HEALTH_FOLDER / f"{stage.attempts.own:06d}"
     return Watchdog(directory, world.rank, world.size, stage.recipe.health.stall_seconds, end)

@@ -54,14 +54,13 @@ class World:
     rank: int
     local_rank: int
     size: int
-    local_size: int
     device: torch.device
     group: dist.ProcessGroup | None
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> "World":
         """Return a world of one rank without process groups, for programs that read data but train nothing."""
-        return cls(0, 0, 1, 1, torch.device(device), None)
+        return cls(0, 0, 1, torch.device(device), None)
 
     @classmethod
     def join(cls, device: str = "auto", threads: int = 0, timeout_seconds: float = 600) -> "World":
@@ -112,7 +111,7 @@ class World:
                 raise RetryableError(f"{', '.join(sorted(without))} shows no GPU, and other nodes of the job do")
             if not without and shared_gpus(places):
                 raise too_few
-        world = cls(rank, local_rank, size, local_size, own_device, group)
+        world = cls(rank, local_rank, size, own_device, group)
         torch.set_num_threads(threads or world.threads())
         return world
 

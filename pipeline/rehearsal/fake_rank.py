@@ -91,7 +91,7 @@ def fake_world(rank: int, ranks: int, ranks_per_node: int) -> Iterator[World]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         group = dist.new_group(backend="fake")
-        yield World(rank, rank % ranks_per_node, ranks, ranks_per_node, torch.device("cpu"), group)
+        yield World(rank, rank % ranks_per_node, ranks, torch.device("cpu"), group)
     finally:
         dist.destroy_process_group()
 

@@ -99,7 +99,7 @@ def train(stage_directory, rank, meeting, pipe, settings, gate, dies_at_removal)
     LocalFileSystem.rm_file = remove_or_die
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-        world = World(rank, rank, RANKS, RANKS, torch.device("cpu"), dist.group.WORLD)
+        world = World(rank, rank, RANKS, torch.device("cpu"), dist.group.WORLD)
         stage, engine, log = Stage(stage_directory), TinyEngine(world), Log()
         stage.attempts.own = world.on_main(lambda: stage.attempts.claim(RANKS))
         with stage.attempts.heartbeat() if rank == 0 else contextlib.nullcontext():

@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, store, group, numel, **settings):
         self.lines, self.numel = [], numel
-        self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
+        self.world = World(0, 0, 1, torch.device("cpu"), group)
         recipe = SimpleNamespace(checkpoint=CheckpointSettings(**settings), health=SimpleNamespace(reach_steps=0))
         self.checkpoints = Checkpoints(
             store, self, self, recipe, steps_per_epoch=10, restored=None, agreement=Agreement()

@@ -6,7 +6,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from pipeline import run
@@ -113,12 +112,13 @@ def test_what_a_lost_peer_looks_like(error, broken):
     assert is_broken_collective(wrapped) is broken
 
 
-def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path):
+def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path, monkeypatch):
     """Also when a newer attempt has claimed the stage, or the outcome cannot be written."""
     stage = Stage(make_tiny_run(tmp_path) / "pretrain")
     stage.attempts.claim(world_size=1)
     left = []
-    end = run._watchdog(stage, World(0, 0, 1, 1, torch.device("cpu"), None), left.append)._on_stall
+    monkeypatch.setattr(run, "exit_rank", left.append)
+    end = run._watchdog(stage, World.alone())._on_stall
     (stage.directory / "attempts" / "000002.json").write_text("{}")
     end("rank 0 stands still", 3)
     (stage.directory / "attempts").rename(stage.directory / "gone")

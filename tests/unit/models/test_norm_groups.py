@@ -69,7 +69,7 @@ def train(world: World, slot: int, norm_group: int) -> dict[str, np.ndarray]:
     ],
 )
 def test_any_number_of_ranks_trains_the_same(ranks, slot, norm_group):
-    expected = train(World(0, 0, 1, 1, torch.device("cpu"), None), slot, norm_group)
+    expected = train(World.alone(), slot, norm_group)
     for found in on_ranks(ranks, train, slot, norm_group):
         assert found.keys() == expected.keys()
         for name, array in expected.items():

@@ -17,7 +17,7 @@ from tests.unit.checkpoint.conftest import steps_in
 
 class Engine:
     def __init__(self, group, state_of):
-        self.world = World(0, 0, 1, 1, torch.device("cpu"), group)
+        self.world = World(0, 0, 1, torch.device("cpu"), group)
         self.state = state_of
 
 

@@ -84,7 +84,7 @@ def test_eighteen_of_twenty_photographs(unpacked, group, tmp_path):
     prepare_beton(tmp_path / "images", tmp_path / "data.beton", workers=1)
     beton = open_beton(tmp_path / "data.beton")
     model = Lite0(next(unpacked.glob("efficientnet*/models/*.pth")))
-    world = World(0, 0, 1, 1, torch.device("cpu"), group)
+    world = World(0, 0, 1, torch.device("cpu"), group)
     settings = DataSettings(train=str(beton.path), image_size=224, crop_pct=0.875)
     feed = EvaluationFeed(Subset(beton), settings, 10, world, workers=1)
     scorer = Answers(outputs_of(beton.classes, None, 1000), restricted=False)

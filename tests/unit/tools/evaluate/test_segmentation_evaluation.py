@@ -73,7 +73,7 @@ def test_the_offline_scores_are_those_of_training(place, test) -> None:
     objective = create_objective(recipe, seed=0)
     objective.build_model()
     weights = way_in.load(place / "weights.safetensors", device="cpu").network
-    world = World(0, 0, 1, 1, torch.device("cpu"), None)
+    world = World.alone()
     online = evaluate(FixedModel(weights, world), objective, evaluation_feed(recipe, Subset(beton), world, workers=1))
     request = SegmentationRequest(str(place / "weights.safetensors"), str(beton.path), test=test, device="cpu", batch=8)
     offline = evaluate_segmenter(request)
