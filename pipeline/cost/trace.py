@@ -180,8 +180,7 @@ class StepTraces:
 
     def _trace(self, micro_slots: int) -> Trace:
         if micro_slots not in self._traces:
-            batch = self._recipe.batch.model_copy(update={"micro_slots": micro_slots})
-            recipe = self._recipe.model_copy(update={"batch": batch})
+            recipe = self._recipe.with_micro_slots(micro_slots)
             group = recipe.norm_group_on(self._ranks)
             kind = f"step with {group}" if group else "step"
             self._traces[micro_slots] = _kept(kind, lambda *of: trace_step(*of, self._ranks), recipe, self._device)

@@ -6,7 +6,7 @@ Fields marked operational may change on resume; a change of any other field make
 import hashlib
 import json
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -183,8 +183,11 @@ class StageSections(Settings):
 
     def micro_slots_on(self, world_size: int) -> list[int]:
         """The values of batch.micro_slots with which so many ranks can run the stage."""
-        batches = (self.batch.model_copy(update={"micro_slots": n}) for n in divisors(self.batch.slots))
-        return [b.micro_slots for b in batches if world_size in self.model_copy(update={"batch": b}).world_sizes()]
+        return [n for n in divisors(self.batch.slots) if world_size in self.with_micro_slots(n).world_sizes()]
+
+    def with_micro_slots(self, micro_slots: int) -> Self:
+        """The stage with micro-batches of so many slots."""
+        return self.model_copy(update={"batch": self.batch.model_copy(update={"micro_slots": micro_slots})})
 
     def remedy_for_ranks(self, world_size: int) -> str:
         """What to change for more ranks than slots, or for a norm group; "" if nothing helps."""

@@ -269,7 +269,7 @@ def _estimate_stage(
                 notes.append(f"{name} is left out: {reason}")
                 continue
             for slots in _micro_slots(recipe, site.ranks):
-                option, trace = _with_micro_slots(variant, slots), changed_traces(slots)
+                option, trace = variant.with_micro_slots(slots), changed_traces(slots)
                 terms = _corrected(estimate_memory(option, model, site.ranks, trace, evaluation, device), correction)
                 kernels, step = kernels_of(option, trace), None
                 if rates:
@@ -294,7 +294,7 @@ def _with_dividing_nodes(recipe: StageRecipe, site: Site, nodes: int) -> Site:
     """The site with the largest number of nodes, up to `nodes`, that divides the recipe's slots."""
     # A norm group may want larger micro-batches on fewer ranks.
     most = 1 if recipe.norm_group_images is None else recipe.batch.slots
-    sizes = {ranks for slots in range(1, most + 1) for ranks in _with_micro_slots(recipe, slots).world_sizes()}
+    sizes = {ranks for slots in range(1, most + 1) for ranks in recipe.with_micro_slots(slots).world_sizes()}
     for count in range(nodes, 0, -1):
         if count * site.ranks_per_node in sizes:
             return site.model_copy(update={"nodes": count})
@@ -312,12 +312,8 @@ def _micro_slots(recipe: StageRecipe, ranks: int) -> list[int]:
         return [1]
     sizes = {recipe.batch.micro_slots, share, *(2**power for power in range(8))}
     return sorted(
-        k for k in sizes if k <= share and share % k == 0 and ranks in _with_micro_slots(recipe, k).world_sizes()
+        k for k in sizes if k <= share and share % k == 0 and ranks in recipe.with_micro_slots(k).world_sizes()
     )
-
-
-def _with_micro_slots(recipe: StageRecipe, micro_slots: int) -> StageRecipe:
-    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": micro_slots})})
 
 
 def _unsupported(recipe: StageRecipe, name: EngineName) -> str:

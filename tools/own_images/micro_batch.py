@@ -42,7 +42,7 @@ def _estimated(recipe: StageRecipe, sizes: list[int], processes: int) -> tuple[i
     free = available_bytes() * CPU_SHARE / processes
     fitting = [size for size in sizes if size * recipe.batch.slot <= CPU_IMAGES] or sizes[:1]
     for size in reversed(fitting):
-        peak = sum(term.bytes for term in estimate_peak(_with_micro_slots(recipe, size), processes, "cpu"))
+        peak = sum(term.bytes for term in estimate_peak(recipe.with_micro_slots(size), processes, "cpu"))
         if peak <= free:
             return size, f"{peak / 2**30:.1f} GiB by estimate, of {free / 2**30:.1f} for each process"
     return fitting[0], f"the smallest; {peak / 2**30:.1f} GiB by estimate, and {free / 2**30:.1f} are free"
@@ -78,7 +78,7 @@ def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, flo
     best: tuple[int, float] | None = None
     for size in sizes:
         try:
-            measured = measure_steps(_with_micro_slots(recipe, size), steps=2)
+            measured = measure_steps(recipe.with_micro_slots(size), steps=2)
         except torch.OutOfMemoryError:
             break
         fits = measured.allocated_bytes <= GPU_SHARE * memory
@@ -88,10 +88,6 @@ def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, flo
     if best is None:
         raise RuntimeError("out of memory")
     return best
-
-
-def _with_micro_slots(recipe: StageRecipe, size: int) -> StageRecipe:
-    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": size})})
 
 
 if __name__ == "__main__":

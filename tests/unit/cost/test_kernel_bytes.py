@@ -157,7 +157,7 @@ def test_no_kernel_reads_a_gradient_of_4c_channels_for_a_bias_alone(kind):
 
 def test_two_traces_tell_the_kernels_of_all_others():
     recipe = stage("fcmae", engine={"precision": "bf16"})
-    five = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 5})})
+    five = recipe.with_micro_slots(5)
     extrapolated, direct = StepTraces(recipe, "cuda")(5), trace_step(five, "cuda")
     assert extrapolated.eager.tolist() == direct.eager.tolist()
     assert extrapolated.fused.tolist() == direct.fused.tolist()

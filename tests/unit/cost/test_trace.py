@@ -109,7 +109,7 @@ def test_the_packed_encoder_computes_the_visible_share():
 def test_two_traces_tell_all_others(kind, precision):
     recipe = stage(kind, engine={"precision": precision})
     extrapolated = StepTraces(recipe, "cuda")(5)
-    direct = trace_step(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_slots": 5})}), "cuda")
+    direct = trace_step(recipe.with_micro_slots(5), "cuda")
     np.testing.assert_array_equal(extrapolated.timeline, direct.timeline)
     counts = (extrapolated.images, extrapolated.forward_macs, extrapolated.backward_macs)
     assert counts == (10, direct.forward_macs, direct.backward_macs)
