@@ -53,11 +53,6 @@ class DetectionModel(TrainedModel):
     kind: ClassVar[Kind] = "detector"
 
     @property
-    def device(self) -> torch.device:
-        """The device that computes."""
-        return next(self.network.parameters()).device
-
-    @property
     def has_masks(self) -> bool:
         """Whether it finds masks as well as boxes."""
         return self.network.options.has_masks

@@ -79,11 +79,6 @@ class ImageModel(TrainedModel):
         """The centre crop's side as a share of the resized image's short side; 1 squashes the whole image."""
         return self.transform.crop_pct
 
-    @property
-    def device(self) -> torch.device:
-        """The device that computes."""
-        return next(self.network.parameters()).device
-
     def predict(
         self, images: ImageLike | Iterable[ImageLike], top: int = 5, batch: int = BATCH
     ) -> list[list[Prediction]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 from pipeline.errors import CheckpointError, UserError, first_line
 
 if TYPE_CHECKING:
+    import torch
+
     from tools.weights.model import OpenedWeights
 
 Kind = Literal["classifier", "segmenter", "detector"]
@@ -19,10 +21,16 @@ _OTHERS = ("embed", "transform", "logits", "predict_pixels", "logits_of_pixels",
 
 
 class TrainedModel:
-    """What models of all kinds share: a sentence where another kind's method is called."""
+    """What models of all kinds share: their device, and a sentence where another kind's method is called."""
 
     kind: ClassVar[Kind]
     source: str
+    network: "torch.nn.Module"
+
+    @property
+    def device(self) -> "torch.device":
+        """The device that computes."""
+        return next(self.network.parameters()).device
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """Name classes of images; a classifier's."""

@@ -74,11 +74,6 @@ class SegmentationModel(TrainedModel):
 
     kind: ClassVar[Kind] = "segmenter"
 
-    @property
-    def device(self) -> torch.device:
-        """The device that computes."""
-        return next(self.network.parameters()).device
-
     def segment(
         self,
         images: ImageLike | Iterable[ImageLike],
