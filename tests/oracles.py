@@ -2,11 +2,13 @@
 
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
 
 import pytest
 import torch
 
+from pipeline.weights.architecture import Architecture
 from tools.analyze.timm_import import import_torchvision
 
 
@@ -34,6 +36,17 @@ def randomise(tensors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torc
         else:
             result[name] = 0.1 * noise + name.endswith(".weight")
     return result
+
+
+def random_weights(architecture: Architecture) -> dict[str, torch.Tensor]:
+    """float64 weights of a model of this architecture, as `randomise` makes them."""
+    return randomise({name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()})
+
+
+def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """The same names in the same order, and equal bits."""
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def different_images(count: int, size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

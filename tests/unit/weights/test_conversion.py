@@ -12,15 +12,11 @@ from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.inference import infer_architecture
 from pipeline.weights.tensor_names import LAYOUTS
-from tests.oracles import randomise
+from tests.oracles import assert_same, random_weights
 
 SMALL = ConvNeXtArchitecture((1, 1, 2, 1), (8, 16, 24, 32))
 CLASSIFIER = ConvNeXtArchitecture(SMALL.depths, SMALL.dims, norm=True, classes=7)
 PRETRAINING = ConvNeXtArchitecture(SMALL.depths, SMALL.dims, decoder=(16, 2))
-
-
-def weights(architecture):
-    return randomise({name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()})
 
 
 def sparse(tensors):
@@ -48,11 +44,6 @@ def sparse(tensors):
     return result
 
 
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 @pytest.mark.parametrize("stages", [1, 3, 4])
 @pytest.mark.parametrize("classes", [0, 7])
 def test_the_formula_is_the_model(stages, classes):
@@ -76,7 +67,7 @@ def test_the_formula_is_fcmae(dim, depth):
 
 
 def test_official_sparse_comes_back_to_the_bit():
-    expected = weights(PRETRAINING)
+    expected = random_weights(PRETRAINING)
     given = sparse(expected)
     assert given["encoder.downsample_layers.1.1.kernel"].shape == (4, 8, 16)
     assert given["encoder.stages.0.0.dwconv.kernel"].shape == (49, 8)
@@ -92,7 +83,7 @@ def test_official_sparse_comes_back_to_the_bit():
 
 
 def test_a_sparse_encoder_becomes_a_released_one():
-    encoder = {name: t for name, t in sparse(weights(PRETRAINING)).items() if name.startswith("encoder.")}
+    encoder = {name: t for name, t in sparse(random_weights(PRETRAINING)).items() if name.startswith("encoder.")}
     found, report = to_internal(encoder)
     assert report.architecture == SMALL
     assert list(found) == list(SMALL.shapes())
@@ -105,7 +96,7 @@ def test_a_sparse_encoder_becomes_a_released_one():
 @pytest.mark.parametrize("shape", [(-1,), (1, -1), (1, 1, 1, -1)])
 @pytest.mark.parametrize("architecture", [SMALL, CLASSIFIER, PRETRAINING])
 def test_grn_of_any_rank(shape, architecture):
-    expected = weights(architecture)
+    expected = random_weights(architecture)
     given = {name: tensor.reshape(shape) if ".grn." in name else tensor for name, tensor in expected.items()}
     found, report = to_internal(given)
     assert_same(found, expected)
@@ -114,7 +105,7 @@ def test_grn_of_any_rank(shape, architecture):
 
 
 def test_what_the_official_code_makes_of_grn_the_second_time_is_refused_by_name():
-    given = {name: t[None, None] if ".grn." in name else t for name, t in weights(CLASSIFIER).items()}
+    given = {name: t[None, None] if ".grn." in name else t for name, t in random_weights(CLASSIFIER).items()}
     with pytest.raises(CheckpointError, match=r"stages\.0\.0\.grn\.gamma is \(1, 1, 1, 1, 1, 32\) in the file but"):
         to_internal(given)
 
@@ -122,7 +113,7 @@ def test_what_the_official_code_makes_of_grn_the_second_time_is_refused_by_name(
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("architecture", [SMALL, CLASSIFIER, ConvNeXtArchitecture(SMALL.depths, SMALL.dims, norm=True)])
 def test_there_and_back_twice_is_once(layout, architecture):
-    expected = weights(architecture)
+    expected = random_weights(architecture)
     there, dropped = from_internal(expected, architecture, layout)
     assert dropped == ()
     back, report = to_internal(there)
@@ -135,7 +126,7 @@ def test_there_and_back_twice_is_once(layout, architecture):
 
 @pytest.mark.parametrize("layout", ["timm", "transformers"])
 def test_fcmae_leaves_its_decoder_behind_and_says_so(layout):
-    tensors = weights(PRETRAINING)
+    tensors = random_weights(PRETRAINING)
     there, dropped = from_internal(tensors, PRETRAINING, layout)
     assert dropped == tuple(name for name in tensors if not name.startswith("encoder."))
     back, report = to_internal(there)
@@ -147,7 +138,7 @@ def test_fcmae_leaves_its_decoder_behind_and_says_so(layout):
 def test_timm_cannot_have_other_stages():
     small = ConvNeXtArchitecture((1, 1), (8, 16))
     with pytest.raises(CheckpointError, match=r"timm builds ConvNeXts of 4 stages .* has 2 behind"):
-        from_internal(weights(small), small, "timm")
+        from_internal(random_weights(small), small, "timm")
 
 
 def without(*parts):
@@ -196,12 +187,12 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
 def test_what_is_unexpected_is_one_sentence(damage, sentence):
     with pytest.raises(CheckpointError, match=sentence) as caught:
-        to_internal(damage(weights(CLASSIFIER)))
+        to_internal(damage(random_weights(CLASSIFIER)))
     assert "\n" not in str(caught.value)
 
 
 def test_two_tensors_of_one_name():
-    tensors = sparse(weights(PRETRAINING))
+    tensors = sparse(random_weights(PRETRAINING))
     tensors["encoder.stages.0.0.norm.weight"] = tensors["encoder.stages.0.0.norm.ln.weight"]
     with pytest.raises(CheckpointError, match=r"are both encoder\.stages\.0\.0\.norm\.weight in the official sparse"):
         to_internal(tensors)
@@ -209,17 +200,17 @@ def test_two_tensors_of_one_name():
 
 @pytest.mark.parametrize("shape", [(48, 8), (49, 8, 1, 1), ()])
 def test_kernels_must_be_square(shape):
-    tensors = sparse(weights(PRETRAINING)) | {"encoder.stages.0.0.dwconv.kernel": torch.zeros(shape)}
+    tensors = sparse(random_weights(PRETRAINING)) | {"encoder.stages.0.0.dwconv.kernel": torch.zeros(shape)}
     with pytest.raises(CheckpointError, match=r"^encoder\.stages\.0\.0\.dwconv\.kernel is \("):
         to_internal(tensors)
 
 
 FILES = {
-    "official dense": weights(CLASSIFIER),
-    "fcmae": weights(PRETRAINING),
-    "official sparse": sparse(weights(PRETRAINING)),
-    "timm": from_internal(weights(CLASSIFIER), CLASSIFIER, "timm")[0],
-    "transformers": from_internal(weights(CLASSIFIER), CLASSIFIER, "transformers")[0],
+    "official dense": random_weights(CLASSIFIER),
+    "fcmae": random_weights(PRETRAINING),
+    "official sparse": sparse(random_weights(PRETRAINING)),
+    "timm": from_internal(random_weights(CLASSIFIER), CLASSIFIER, "timm")[0],
+    "transformers": from_internal(random_weights(CLASSIFIER), CLASSIFIER, "transformers")[0],
 }
 
 

@@ -6,13 +6,9 @@ import torch
 from pipeline.models import VARIANTS, create_model
 from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
-from tests.oracles import assert_equal_outputs, oracle, randomise
+from tests.oracles import assert_equal_outputs, assert_same, oracle, random_weights
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def weights_of(architecture):
-    return randomise({name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()})
 
 
 @torch.no_grad()
@@ -21,11 +17,6 @@ def our_logits(tensors, architecture):
         model = create_model("convnextv2", **architecture.model_options)
     model.load_state_dict(tensors, assign=True)
     return model.eval()(IMAGES)
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 V2, V1 = "convnextv2", "convnext"
@@ -50,7 +41,7 @@ def test_timm_gives_the_same_logits(family, size):
     timm = oracle("timm", always_in_ci=True)
     architecture = architecture_of(family, size)
     assert architecture.variant == f"{family}_{size}"
-    ours = weights_of(architecture)
+    ours = random_weights(architecture)
     theirs, dropped = from_internal(ours, architecture, "timm")
     with torch.device("meta"):
         model = timm.create_model(f"{family}_{size}", num_classes=13)
@@ -74,7 +65,7 @@ def test_timm_gives_the_same_logits(family, size):
 def test_timm_takes_any_shape_with_linear_layers(classes):
     timm = oracle("timm", always_in_ci=True)
     architecture = ConvNeXtArchitecture((1, 2, 1, 1), (8, 16, 24, 32), in_channels=4, norm=True, classes=classes)
-    theirs, _ = from_internal(weights_of(architecture), architecture, "timm")
+    theirs, _ = from_internal(random_weights(architecture), architecture, "timm")
     model = timm.models.convnext.ConvNeXt(
         in_chans=4, num_classes=classes, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None
     )  # fmt: skip
@@ -86,7 +77,7 @@ def test_transformers_gives_the_same_logits(family, size):
     transformers = oracle("transformers", always_in_ci=False)
     architecture = architecture_of(family, size)
     name = "ConvNextV2" if family == V2 else "ConvNext"
-    ours = weights_of(architecture)
+    ours = random_weights(architecture)
     theirs, dropped = from_internal(ours, architecture, "transformers")
     shape = {"depths": list(architecture.depths), "hidden_sizes": list(architecture.dims)}
     config = getattr(transformers, f"{name}Config")(**shape, num_labels=13, layer_norm_eps=1e-6)

@@ -16,7 +16,7 @@ from pipeline.weights.architecture import COUNTER, DetectorArchitecture
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.transfer import class_layers, detector_weights, plan_transfer, segmenter_weights
-from tests.oracles import randomise
+from tests.oracles import assert_same, randomise
 from tests.unit.weights.test_segmenter_weights import BACKBONES
 from tools.weights.convert import convert
 
@@ -55,8 +55,7 @@ def test_file_and_model_have_the_same_tensors(family, form):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
     written, _ = from_internal(tensors, architecture, "official")
-    assert list(written) == list(state)
-    assert all(torch.equal(written[name], state[name]) for name in state)
+    assert_same(written, state)
     with pytest.raises(CheckpointError, match="timm has no such detection model"):
         from_internal(tensors, architecture, "timm")
 

@@ -16,18 +16,10 @@ from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.conversion import from_internal
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import write_weights
-from tests.oracles import randomise
+from tests.oracles import assert_same, random_weights
 
 MODEL = ConvNeXtArchitecture((1, 1, 1, 1), (4, 4, 8, 8), norm=True, classes=3)
-TENSORS = {
-    name: tensor.float()
-    for name, tensor in randomise({n: torch.empty(s, device="meta") for n, s in MODEL.shapes().items()}).items()
-}
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+TENSORS = {name: tensor.float() for name, tensor in random_weights(MODEL).items()}
 
 
 def refusal(path, **options):

@@ -8,7 +8,7 @@ from pipeline.models import FAMILIES, create_model
 from pipeline.weights.architecture import COUNTER
 from pipeline.weights.conversion import from_internal, to_internal
 from pipeline.weights.foreign import load_weights
-from tests.oracles import as_if_trained, assert_equal_outputs, different_images, oracle
+from tests.oracles import as_if_trained, assert_equal_outputs, assert_same, different_images, oracle
 
 MICRO = {
     "slak": {"depths": (1, 2), "dims": (6, 8), "stem_stride": 2, "kernel_sizes": (9, 7), "small_kernel": 3},
@@ -32,11 +32,6 @@ def build(family, **options):
 
 def ours(model):
     return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("family", "options"), SHAPES, ids=str)

@@ -13,7 +13,7 @@ from pipeline.weights.foreign import load_weights
 from pipeline.weights.inference import refuse_other_heads
 from pipeline.weights.input_channels import adapt_channels, input_channels
 from pipeline.weights.transfer import plan_transfer, segmenter_weights
-from tests.oracles import randomise
+from tests.oracles import assert_same, randomise
 from tools.weights.convert import convert
 
 BACKBONES = {
@@ -54,8 +54,7 @@ def test_file_and_model_have_the_same_tensors(family, head):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
     written, _ = from_internal(tensors, architecture, "official")
-    assert list(written) == list(state)
-    assert all(torch.equal(written[name], state[name]) for name in state)
+    assert_same(written, state)
     with pytest.raises(CheckpointError, match="timm has no such segmentation model"):
         from_internal(tensors, architecture, "timm")
 

@@ -7,7 +7,7 @@ from pipeline.errors import CheckpointError
 from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts, write_weights
-from tests.oracles import randomise
+from tests.oracles import assert_same, random_weights
 from tests.support import fcmae
 from tools.weights.convert import convert
 
@@ -15,25 +15,15 @@ CLASSIFIER = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), norm=True, classes
 PRETRAINING = ConvNeXtArchitecture((1, 1, 2, 1), (4, 8, 8, 8), decoder=(8, 1))
 
 
-def weights(architecture):
-    names = {name: torch.empty(shape, device="meta") for name, shape in architecture.shapes().items()}
-    return randomise(names)
-
-
 def saved(path, content):
     torch.save(content, path)
     return path
 
 
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
 @pytest.mark.parametrize("to", ["official", "timm", "transformers"])
 def test_twice_is_once_and_back_is_the_same(tmp_path, to, suffix):
-    ours = weights(CLASSIFIER)
+    ours = random_weights(CLASSIFIER)
     first = convert(saved(tmp_path / "w.pth", {"model": ours, "epoch": 3}), tmp_path / f"1{suffix}", to)
     second = convert(tmp_path / f"1{suffix}", tmp_path / f"2{suffix}", to)
     assert first.sha256 == second.sha256
@@ -48,7 +38,7 @@ def test_twice_is_once_and_back_is_the_same(tmp_path, to, suffix):
 
 def test_facts_of_ours_stay_and_say_what_was_written(tmp_path):
     source = tmp_path / "w.safetensors"
-    write_weights(source, weights(CLASSIFIER), {"stage": "finetune", "image_size": 64})
+    write_weights(source, random_weights(CLASSIFIER), {"stage": "finetune", "image_size": 64})
     convert(source, tmp_path / "timm.safetensors", "timm")
     facts = read_facts(tmp_path / "timm.safetensors")
     assert (facts["stage"], facts["image_size"], facts["layout"]) == ("finetune", 64, "timm")
@@ -58,7 +48,7 @@ def test_facts_of_ours_stay_and_say_what_was_written(tmp_path):
 
 def test_the_names_of_classes_are_those_of_the_head_that_is_written(tmp_path):
     source = tmp_path / "w.safetensors"
-    write_weights(source, weights(CLASSIFIER), {"stage": "finetune", "classes": ["a", "b", "c"]})
+    write_weights(source, random_weights(CLASSIFIER), {"stage": "finetune", "classes": ["a", "b", "c"]})
     (tmp_path / "old.txt").write_text("a\nb\nc\n")
     (tmp_path / "new.json").write_text(json.dumps(["c", "d"]))
     found = {}
@@ -72,7 +62,7 @@ def test_the_names_of_classes_are_those_of_the_head_that_is_written(tmp_path):
 
 
 def test_a_form_of_grn_that_others_would_compute_differently_is_refused(tmp_path):
-    write_weights(tmp_path / "w.safetensors", weights(CLASSIFIER), {"model": {"grn_normaliser": "sum"}})
+    write_weights(tmp_path / "w.safetensors", random_weights(CLASSIFIER), {"model": {"grn_normaliser": "sum"}})
     with pytest.raises(
         CheckpointError, match=r"model\.grn_normaliser sum, which no other code computes \(theirs is mean"
     ):
@@ -81,7 +71,7 @@ def test_a_form_of_grn_that_others_would_compute_differently_is_refused(tmp_path
 
 
 def test_dropping_the_head(tmp_path):
-    source = saved(tmp_path / "w.pt", weights(CLASSIFIER))
+    source = saved(tmp_path / "w.pt", random_weights(CLASSIFIER))
     done = convert(source, tmp_path / "d.pt", "official", head="drop")
     assert done.report.dropped == ("head.weight", "head.bias")
     assert "dropped: head.weight, head.bias" in str(done)
@@ -91,7 +81,7 @@ def test_dropping_the_head(tmp_path):
 
 
 def test_dropping_what_follows_the_encoder_of_fcmae(tmp_path):
-    ours = weights(PRETRAINING)
+    ours = random_weights(PRETRAINING)
     source = saved(tmp_path / "w.pt", ours)
     whole = convert(source, tmp_path / "whole.pt", "official")
     assert not whole.report.dropped
@@ -106,7 +96,7 @@ def test_dropping_what_follows_the_encoder_of_fcmae(tmp_path):
 
 
 def test_mapping_the_head(tmp_path):
-    ours = weights(CLASSIFIER)
+    ours = random_weights(CLASSIFIER)
     (tmp_path / "old.txt").write_text("a\nb\nc\n")
     (tmp_path / "new.json").write_text(json.dumps(["c", "d"]))
     classes = (tmp_path / "old.txt", tmp_path / "new.json")
@@ -130,7 +120,7 @@ def test_mapping_the_head(tmp_path):
     ],
 )
 def test_refusals(tmp_path, options, sentence):
-    source = saved(tmp_path / "w.pt", weights(CLASSIFIER))
+    source = saved(tmp_path / "w.pt", random_weights(CLASSIFIER))
     (tmp_path / "there.pt").write_bytes(b"mine")
     destination = tmp_path / options.pop("destination", "new.pt")
     with pytest.raises(CheckpointError) as caught:
@@ -141,7 +131,7 @@ def test_refusals(tmp_path, options, sentence):
 
 
 def test_the_command(tmp_path):
-    source = saved(tmp_path / "w.pt", weights(CLASSIFIER))
+    source = saved(tmp_path / "w.pt", random_weights(CLASSIFIER))
     done = fcmae("convert", source, tmp_path / "t.safetensors", "--to", "timm")
     assert done.returncode == 0, done.stderr
     assert "official dense layout, a ConvNeXt V2 of depths (1, 1, 2, 1)" in done.stdout

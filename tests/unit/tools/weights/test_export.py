@@ -13,7 +13,7 @@ from pipeline.models import create_model
 from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts, write_weights
-from tests.oracles import assert_equal_outputs, oracle, randomise
+from tests.oracles import assert_equal_outputs, oracle, random_weights
 from tests.support import fcmae
 from tools.weights import export as tool
 from tools.weights.export import export, relative_difference
@@ -27,8 +27,7 @@ IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 @functools.cache
 def weights(architecture):
-    tensors = randomise({n: torch.empty(s, device="meta") for n, s in architecture.shapes().items()})
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return {name: tensor.float() for name, tensor in random_weights(architecture).items()}
 
 
 def saved(path, architecture):
