@@ -56,9 +56,9 @@ def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
     return read_file(path, most_bytes).decode()
 
 
-def read_json(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file."""
-    return parse_json(read_file(path, most_bytes))
+    return parse_json(read_file(path))
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

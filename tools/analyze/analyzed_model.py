@@ -95,13 +95,13 @@ def _with_random_weights(name: str, options: dict[str, Any]) -> AnalyzedModel:
 
 
 @torch.no_grad()
-def keep_variance(model: nn.Module, gain: float, seed: int = 0) -> None:
+def keep_variance(model: nn.Module, gain: float) -> None:
     """Draw weights of standard deviation gain / sqrt(inputs of the layer), and set layer scales to 1.
 
     Initial weights for training are far smaller: their blocks add almost nothing, and the receptive field would be that
     of the patches.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.normal_(0, gain / math.sqrt(module.weight[0].numel()), generator=generator)

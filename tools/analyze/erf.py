@@ -63,13 +63,13 @@ def centred_shares(field: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums / sums[-1]
 
 
-def area_ratios(field: NDArray[np.float64], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict[str, float]]:
-    """For each threshold, the smallest centred square that holds more than that share of the field's sum.
+def area_ratios(field: NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """For each of THRESHOLDS, the smallest centred square that holds more than that share of the field's sum.
 
     Returns its side in pixels, and its area as a share of the image's: the larger the area, the wider the field.
     """
     shares, size = centred_shares(field), field.shape[0]
-    sides = {t: min(2 * int(np.argmax(shares > t)) + 1, size) for t in thresholds}
+    sides = {t: min(2 * int(np.argmax(shares > t)) + 1, size) for t in THRESHOLDS}
     return {str(t): {"side": side, "area_ratio": (side / size) ** 2} for t, side in sides.items()}
 
 

@@ -40,10 +40,8 @@ def branch_kernels(form: Form, size: int) -> list[tuple[int, int]]:
     return [*large, *([(SHORT_EDGE, SHORT_EDGE)] if size > SHORT_EDGE else [])]
 
 
-def model_cost(
-    form: Form, size: int, dims: Sequence[int] = DIMS, image_size: int = 224, classes: int = 1000
-) -> ModelCost:
-    """Cost of the skeleton with kernels of `stage_kernels(size)`, BatchNorm not folded."""
+def model_cost(form: Form, size: int, dims: Sequence[int] = DIMS, image_size: int = 224) -> ModelCost:
+    """Cost of the skeleton with 1000 classes and kernels of `stage_kernels(size)`, BatchNorm not folded."""
     side = image_size // 4
     parameters = (3 * 16 + 1 + 2) * dims[0]  # stem: convolution, bias, LayerNorm
     macs = 3 * 16 * dims[0] * side**2
@@ -57,8 +55,8 @@ def model_cost(
         # BatchNorms, LayerNorm, biases of both linear layers, layer scale
         parameters += depth * (weights + (2 * len(kernels) + 2 + 5 + 1) * dim)
         macs += depth * weights * sites
-    parameters += 2 * dims[-1] + (dims[-1] + 1) * classes
-    return ModelCost(parameters, macs + dims[-1] * classes)
+    parameters += 2 * dims[-1] + (dims[-1] + 1) * 1000
+    return ModelCost(parameters, macs + dims[-1] * 1000)
 
 
 def kernel_costs(sizes: Sequence[int] = SIZES, width: float = 1.0, image_size: int = 224) -> dict[str, Any]:

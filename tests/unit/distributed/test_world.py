@@ -33,27 +33,27 @@ def test_ranks_of_one_machine_listen_on_loopback_alone():
     assert on_ranks(2, _listening_addresses) == [["0100007F"]] * 2
 
 
+@pytest.fixture
+def patient_world():
+    """A world of one rank whose collectives may take 4321 seconds."""
+    threads = torch.get_num_threads()
+    world = World.join("cpu", threads=1, timeout_seconds=4321)
+    yield world
+    world.leave()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("patient_world")
 def test_groups_that_engines_make_wait_as_long_as_the_world():
-    threads = torch.get_num_threads()
-    world = World.join("cpu", threads=1, timeout_seconds=4321)
-    try:
-        group = dist.new_group()
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
-    finally:
-        world.leave()
-        torch.set_num_threads(threads)
+    group = dist.new_group()
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
 
 
+@pytest.mark.usefixtures("patient_world")
 def test_a_group_with_a_timeout_of_its_own_gets_the_worlds():
-    threads = torch.get_num_threads()
-    world = World.join("cpu", threads=1, timeout_seconds=4321)
-    try:
-        group = dist.new_group(timeout=timedelta(seconds=5))  # as a half that was split off with torch's default
-        match_timeout(group)
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
-    finally:
-        world.leave()
-        torch.set_num_threads(threads)
+    group = dist.new_group(timeout=timedelta(seconds=5))  # as a half that was split off with torch's default
+    match_timeout(group)
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
 
 
 def test_beside_a_gpu_the_cpu_can_talk_too():
@@ -62,14 +62,8 @@ def test_beside_a_gpu_the_cpu_can_talk_too():
     assert found.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
 
 
-def test_nccl_is_not_asked_to_wait_for_ranks_that_are_gone():
-    threads = torch.get_num_threads()
-    world = World.join("cpu", threads=1)
-    try:
-        replace(world, device=torch.device("cuda", 0)).leave(broken=True)
-        assert dist.is_initialized()
-        world.leave(broken=True)
-        assert not dist.is_initialized()
-    finally:
-        world.leave()
-        torch.set_num_threads(threads)
+def test_nccl_is_not_asked_to_wait_for_ranks_that_are_gone(patient_world):
+    replace(patient_world, device=torch.device("cuda", 0)).leave(broken=True)
+    assert dist.is_initialized()
+    patient_world.leave(broken=True)
+    assert not dist.is_initialized()

@@ -176,30 +176,31 @@ def test_a_header_that_promises_too_much(tmp_path):
     assert "cut short or damaged" in refusal(path)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_cut_file_is_refused(tmp_path, data):
-    kind = data.draw(st.sampled_from(["zip", "legacy", "safetensors"]))
-    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+KINDS = st.sampled_from(["zip", "legacy", "safetensors"])
+
+
+def written(folder, kind):
+    """A file of this kind, with TENSORS in it."""
     if kind == "safetensors":
-        safetensors.torch.save_file(TENSORS, path)
-    else:
-        saved(path, TENSORS, _use_new_zipfile_serialization=kind == "zip")
+        safetensors.torch.save_file(TENSORS, folder / "w.safetensors")
+        return folder / "w.safetensors"
+    return saved(folder / "w.pt", TENSORS, _use_new_zipfile_serialization=kind == "zip")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=KINDS, data=st.data())
+def test_a_cut_file_is_refused(tmp_path, kind, data):
+    path = written(tmp_path, kind)
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     refusal(path)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, data):
+@given(kind=KINDS, data=st.data())
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, kind, data):
     """Safetensors and old pickles hold no checksums, so changed values of the right shape are not detected."""
-    kind = data.draw(st.sampled_from(["zip", "legacy", "safetensors"]))
-    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
-    if kind == "safetensors":
-        safetensors.torch.save_file(TENSORS, path)
-    else:
-        saved(path, TENSORS, _use_new_zipfile_serialization=kind == "zip")
+    path = written(tmp_path, kind)
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
