@@ -31,6 +31,9 @@ RESERVED_OPTIONS = {
     "kill-on-invalid-dep", "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos",
     "requeue", "no-requeue", "signal", "time", "array", "wrap",
 }  # fmt: skip
+# Options after which sbatch does not tell the job's number, or only once the job has ended, or after which squeue does
+# not list the job, because it runs on another cluster.
+LOSING_OPTIONS = {"cluster", "clusters", "parsable", "quiet", "test-only", "wait"}
 # Options that hide GPUs from a rank, which takes the GPU of its own number on the node.
 BINDING_OPTIONS = {"gpu-bind", "gpus-per-task", "ntasks-per-gpu"}
 
@@ -181,6 +184,11 @@ class Site(Settings):
             )
         if reserved := sorted(RESERVED_OPTIONS & self.sbatch.keys()):
             raise ValueError(f"sbatch.{reserved[0]} is set by fcmae itself; remove it, or use the site's own field")
+        if losing := sorted(LOSING_OPTIONS & self.sbatch.keys()):
+            raise ValueError(
+                f"sbatch.{losing[0]} would keep fcmae from finding the job that it submits; remove it"
+                + (", and submit from a machine of that cluster" if losing[0].startswith("cluster") else "")
+            )
         if binding := sorted(BINDING_OPTIONS & self.sbatch.keys()):
             raise ValueError(
                 f"sbatch.{binding[0]} would hide GPUs from ranks, which take the one of their own number on the node;"

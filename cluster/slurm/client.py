@@ -14,7 +14,9 @@ from pipeline.errors import LaunchError
 TIMEOUT_SECONDS = 60
 TICKET = "-new"  # ends the name of a job that is the ticket of a submission (`cluster.slurm.ticket`)
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node failed to start
-NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints")  # BadConstraints: no node is left that fits the job's request
+# Slurm's reasons for holding a job that only a person can start again: a node failed to start it; no node is left that
+# fits its request; it was requeued more often after the loss of a node than MaxBatchRequeue allows (5 by default).
+NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints", "JobHoldMaxRequeue")
 
 # sbatch's words for a job that the available nodes cannot hold, and those and others that blame the excluded nodes.
 TOO_FEW_NODES = "node configuration is not available"
@@ -26,7 +28,11 @@ IN_SERVICE = {"allocated", "completing", "idle", "mixed", "planned"}  # sinfo's 
 AWAY = (
     "Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes were transmitted",
     "Communication connection failure", "Message send failure", "Message receive failure", "standby mode",
+    "Protocol authentication error",  # munged is away or has too much to do
 )  # fmt: skip
+# Environment variables by which a user's shell may filter or reformat what Slurm's commands print. With
+# SQUEUE_PARTITION or SQUEUE_USERS, for example, jobs that live would seem gone, and be submitted again.
+OUTPUT_VARIABLES = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
 
 
 class JobState(StrEnum):
@@ -42,12 +48,13 @@ class JobState(StrEnum):
     UNKNOWN = "unknown"  # submitted, but Slurm does not answer
 
 
-# Slurm's words for these states; a job in any other state has failed.
-_WAITING = ["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "CONFIGURING"]
+# Slurm's words for these states. In any other state (REQUEUE_HOLD, RESV_DEL_HOLD, SUSPENDED, one of a later version) a
+# job counts as waiting, because a job that lives must not be taken for one that has ended, and be submitted again.
 _RUNNING = ["RUNNING", "SIGNALING", "STOPPED", "STAGE_OUT", "RESIZING"]
+_FAILED = ["FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE"]
 _STATES = {
-    **dict.fromkeys(_WAITING, JobState.WAITING),
     **dict.fromkeys(_RUNNING, JobState.RUNNING),
+    **dict.fromkeys(_FAILED, JobState.FAILED),
     "COMPLETING": JobState.ENDING,
     "COMPLETED": JobState.ENDED,
     "CANCELLED": JobState.CANCELLED,
@@ -111,24 +118,23 @@ def job_name(stage_directory: Path) -> str:
     return f"fcmae-{stage_directory.name}-{run}"
 
 
-def query_jobs(stages: Collection[Path] = (), *, ids: Iterable[str] = ()) -> list[Job]:
-    """List the jobs that Slurm remembers, the newest last: all, those of the ids, or those of these stage directories.
+def query_jobs(stages: Collection[Path] = ()) -> list[Job]:
+    """List the jobs that Slurm remembers, the newest last: all, or those of these stage directories.
 
     Raises:
         LaunchError: if Slurm does not answer.
     """
-    chosen = [f"--jobs={','.join(ids)}"] if ids else []
-    chosen += [f"--name={_job_names(stages)}"] if stages else []
+    chosen = [f"--name={_job_names(stages)}"] if stages else []
     # --all also lists jobs of hidden partitions. The directory comes last because it may hold the separator.
     command = ["squeue", "--noheader", "--all", "--states=all", *chosen, "--format=%A|%T|%r|%N|%E|%Q|%j|%Z"]
     jobs = []
-    for line in run_command(*command, unless="Invalid job id").splitlines():
+    for line in run_command(*command).splitlines():
         id, state, reason, nodes, dependency, priority, name, directory = line.split("|", 7)
         if stages and Path(directory) not in stages:
             continue
         reason = "" if reason == "None" else reason
         after = dependency.partition("afterok:")[2].partition("(")[0] or None
-        known = _STATES.get(state, JobState.FAILED)
+        known = _STATES.get(state, JobState.WAITING)
         jobs.append(Job(id, known, state, reason, nodes, after, Path(directory), name, held=priority == "0"))
     return sorted(jobs, key=lambda job: int(job.id))
 
@@ -143,7 +149,7 @@ def ended_jobs(stages: Collection[Path], ids: Collection[str]) -> list[Job]:
     jobs = []
     for id, state, directory in (line.split("|", 2) for line in lines if line.count("|") >= 2):
         word = state.partition(" ")[0]  # CANCELLED by 1000
-        job = Job(id, _STATES.get(word, JobState.FAILED), word, directory=Path(directory))
+        job = Job(id, _STATES.get(word, JobState.WAITING), word, directory=Path(directory))
         if id in ids and not job.live and job.directory in stages:
             jobs.append(job)
     return jobs
@@ -210,7 +216,8 @@ def partition_fields(name: str | None) -> dict[str, str] | None:
 def has_nodes_out_of_service(partition: str | None) -> bool:
     """Whether some node of a partition (or several: a,b) is down, drained, reserved or asleep."""
     where = f"--partition={partition}" if partition else "--all"  # a named partition may be hidden
-    return not set(run_command("sinfo", "--noheader", "--format=%T", where).split()) <= IN_SERVICE
+    states = run_command("sinfo", "--noheader", "--format=%T", where).split()
+    return not {state.removesuffix("-") for state in states} <= IN_SERVICE  # mixed-: planned for another job
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -236,8 +243,12 @@ def run_command(*command: str, unless: str = "") -> str:
         CommandError: if the command fails.
         LaunchError: if the command is absent.
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OUTPUT_VARIABLES)}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        answer = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=TIMEOUT_SECONDS, check=False,
+        )  # fmt: skip
     except FileNotFoundError:
         raise LaunchError(
             f"there is no {command[0]} on PATH; do this on a machine of the Slurm cluster, or use `fcmae run`"

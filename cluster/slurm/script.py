@@ -196,11 +196,12 @@ class JobScript:
 
 @contextmanager
 def _without_inherited_settings() -> Iterator[None]:
-    """Hide the SBATCH_* variables, which would overrule the script silently, and the SLURM_* variables of a job that
-    this process runs in, because sbatch would hand that job's memory, CPUs and tasks on to the new job."""
-    inside = "SLURM_JOB_ID" in os.environ
-    names = [name for name in os.environ if inside and name.startswith("SLURM_") and name != "SLURM_CONF"]
-    names += [name for name in os.environ if name.startswith("SBATCH_")]
+    """Hide the SBATCH_* variables, which would overrule the script silently, those that would change what squeue prints
+    in the job, and the SLURM_* variables of a job that this process runs in, because sbatch would hand that job's
+    memory, CPUs and tasks on to the new job."""
+    prefixes = ("SBATCH_", *client.OUTPUT_VARIABLES, *(["SLURM_"] if "SLURM_JOB_ID" in os.environ else []))
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")  # they say which cluster, to squeue too
+    names = [name for name in os.environ if name.startswith(prefixes) and name not in kept]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield

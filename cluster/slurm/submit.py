@@ -125,7 +125,10 @@ def _settled_jobs(run: Path, stages: list[str]) -> dict[str, list[Job]]:
         if not ending:
             return {name: of_stage for name in stages if (of_stage := [j for j in jobs if j.directory.name == name])}
         if time.monotonic() >= deadline:
-            raise LaunchError(f"{ending[0]} is just ending; try again in a minute, nothing has been changed")
+            raise LaunchError(
+                f"{ending[0]} is just ending; try again in a minute, nothing has been changed (if Slurm calls it"
+                " COMPLETING for long, a node cannot end its processes: tell the administrators)"
+            )
         if ending[0] != announced:
             announced = ending[0]
             print(f"waiting for {announced}, which is just ending, for up to {ENDING_SECONDS:.0f} s", flush=True)
@@ -245,9 +248,16 @@ def submit_planned(
     Raises:
         SubmissionLostError: if another command submits jobs of this run at the same moment, or cancels them; nothing of
             this call is queued then. Plan anew.
-        UserError: if the directory belongs to another recipe, cannot be written, or Slurm refuses a job. Jobs that were
-            submitted before stay queued; the same command submits the rest.
+        UserError: if the directory belongs to another recipe, was removed, cannot be written, or Slurm refuses a job.
+            Jobs that were submitted before stay queued; the same command submits the rest.
     """
+    own = [stage.job for stage in planned if stage.job and stage.directory.parent == run]
+    if own and not (run / RECIPE_FILE).exists():
+        ids = " ".join(job.id for job in own)
+        raise LaunchError(
+            f"{run} was removed while jobs of it were queued, which would find neither their code nor their stage;"
+            f" end them (`scancel {ids}`), then submit again"
+        )
     open_chain(chain, run, bound=any(stage.job for stage in planned))
     needed = [stage for stage in planned if stage.needs_job]
     ids = {stage.name: stage.job.id for stage in planned if stage.job}

@@ -54,6 +54,8 @@ def test_paths_may_name_the_home_and_variables(tmp_path, monkeypatch):
         ({"sbatch": {"wrap": "rm"}}, r"sbatch\.wrap is set by fcmae itself"),
         ({"sbatch": {"a b": "rm"}}, r"sbatch\.a b"),
         ({"sbatch": {"array": "1-3"}}, r"sbatch\.array is set by fcmae itself"),
+        ({"sbatch": {"clusters": "b"}}, r"sbatch\.clusters would keep fcmae from finding .* from a machine of that"),
+        ({"sbatch": {"wait": True}}, r"sbatch\.wait would keep fcmae from finding the job that it submits; remove it$"),
         ({"sbatch": {"gpus-per-task": 1}}, r"sbatch\.gpus-per-task would hide GPUs"),
         ({"gpus_per_node": 2, "tasks_per_node": 4}, "tasks_per_node 4 exceeds gpus_per_node 2"),
         ({"gpu_type": "a100"}, "gpu_type is a100, but gpus_per_node is 0; set how many"),

@@ -18,6 +18,7 @@ from tests.unit.cluster.fake_slurm import FakeSlurm, queued
         "slurm_load_jobs error: Zero Bytes were transmitted or received",
         "slurm_load_jobs error: Slurm backup controller in standby mode",
         "slurm_update error: Message receive failure",
+        "slurm_load_jobs error: Protocol authentication error",
     ],
 )
 def test_a_controller_that_is_away_or_busy_is_asked_again(words):
@@ -60,9 +61,14 @@ def test_whom_a_preemption_has_cancelled_is_requeued_and_nobody_else(fake_slurm:
     assert fake_slurm.calls()[-1] == "scontrol requeue 7"
 
 
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "CONFIGURING", "SPECIAL_EXIT")
+WAITING = (
+    "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "CONFIGURING", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+    "REVOKED", "A_STATE_OF_TOMORROW",
+)  # fmt: skip
 RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STOPPED", "STAGE_OUT", "RESIZING")
-OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "A_STATE_OF_TOMORROW")
+OVER = (
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE",
+)  # fmt: skip
 
 
 def test_which_states_of_slurm_are_live(fake_slurm: FakeSlurm):
@@ -85,16 +91,31 @@ def test_what_is_known_of_a_job(fake_slurm: FakeSlurm):
     ]
     fake_slurm.answer("squeue", "".join(lines))
     stages = [odd, Path("/runs/c/pretrain"), Path("/runs/d/finetune")]
-    older, newer = query_jobs(stages, ids=["9", "10"])
+    older, newer = query_jobs(stages)
     assert (older.id, older.nodes, older.reason, older.after) == ("9", "n[1-2,4]", "", None)
     assert (newer.id, newer.directory, newer.reason, newer.after) == ("10", odd, "Dependency", "9")
     (call,) = fake_slurm.calls()
-    assert "--jobs=9,10" in call
     (names,) = [word.split("=")[1].split(",") for word in call.split() if word.startswith("--name=")]
     assert len(names) == 9
     assert all(len({n for n in names if n.startswith(job_name(s))}) == 2 for s in stages)
     assert "fcmae-pretrain" in names, "as earlier versions called them"
     assert "--all" in call, "also in hidden partitions"
+
+
+def test_what_a_shell_has_set_for_squeue_hides_no_job(fake_slurm: FakeSlurm, monkeypatch):
+    """squeue adds SQUEUE_PARTITION to the options that it is given; scontrol prints times as SLURM_TIME_FORMAT says."""
+    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS", "SCANCEL_STATE", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(name, "relative")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    fake_slurm.install("squeue", "env | grep -E '^(SLURM|SQUEUE|SCANCEL)_' >&2; exit 1")
+    with pytest.raises(client.CommandError) as seen:
+        query_jobs()
+    assert seen.value.words == "SLURM_CONF=/etc/slurm.conf"
+
+
+def test_a_name_that_is_no_utf8_breaks_nothing(fake_slurm: FakeSlurm):
+    fake_slurm.install("scontrol", r"printf 'JobId=7 AllocNode:Sid=login:1 Comment=caf\351\n'")
+    assert client.submitting_host("7") == "login"
 
 
 def test_times_of_slurm_in_minutes():

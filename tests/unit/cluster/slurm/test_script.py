@@ -175,12 +175,13 @@ def test_a_job_submitted_from_within_another_inherits_nothing_of_it(tmp_path, mo
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     monkeypatch.setenv("SLURM_JOB_ID", "4")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CLUSTERS", "gpu")  # which squeue obeys too
     script = JobScript(tmp_path / "run" / "pretrain", Site(memory_gb_per_node=1), tmp_path / "code")
     script.test()
     script.code.mkdir()
     assert script.submit() == "5"
     seen = environment.read_text()
-    assert seen.count("SLURM_CONF=") == 2
+    assert seen.count("SLURM_CONF=") == seen.count("SLURM_CLUSTERS=") == 2
     assert "SLURM_MEM_PER_CPU" not in seen
     assert os.environ["SLURM_JOB_ID"] == "4"
 
@@ -190,12 +191,14 @@ def test_what_a_shell_has_set_for_sbatch_does_not_overrule_the_site(tmp_path, mo
     environment = sbatch("echo Submitted batch job 5")
     monkeypatch.setenv("SBATCH_PARTITION", "debug")
     monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")  # the job asks squeue what is left of its time
     script = JobScript(tmp_path / "run" / "pretrain", Site(partition="gpu"), tmp_path / "code")
     script.test()
     script.code.mkdir()
     script.submit()
     seen = environment.read_text()
     assert "SBATCH_" not in seen
+    assert "SQUEUE_" not in seen
     assert os.environ["SBATCH_PARTITION"] == "debug"
 
 
@@ -214,7 +217,7 @@ def test_a_job_that_needs_a_node_out_of_service_may_wait_for_it(tmp_path, sbatch
 
 def test_a_job_that_needs_more_than_there_is_is_refused(tmp_path, sbatch):
     sbatch(UNAVAILABLE)
-    (tmp_path / "sinfo").write_text("#!/bin/sh\n[ $3 = --all ] && printf 'idle\nmixed\nallocated\ncompleting\n'\n")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n[ $3 = --all ] && echo idle mixed mixed- allocated completing\n")
     (tmp_path / "sinfo").chmod(0o755)
     script = JobScript(tmp_path / "run" / "pretrain", Site(), tmp_path / "code")
     with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: .*configuration is not available$"):

@@ -17,7 +17,7 @@ from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 from tools.run.commands import resume_run, submit_run
 
 
-@pytest.mark.parametrize("reason", ["BadConstraints", client.LAUNCH_FAILED])
+@pytest.mark.parametrize("reason", ["BadConstraints", client.LAUNCH_FAILED, "JobHoldMaxRequeue"])
 def test_a_job_that_slurm_will_never_start_is_replaced(fake_slurm: FakeSlurm, tmp_path, reason):
     run, chain = tmp_path / "run", load_recipe(write_tiny_recipe(tmp_path))
     never = queued(7, "PENDING", run / "pretrain", reason=reason)
@@ -60,6 +60,16 @@ def test_a_job_that_takes_too_long_to_end_leaves_all_as_it_was(fake_slurm: FakeS
     mark_done(run / "pretrain")  # it is finished, whatever its epilog does
     planned = plan_jobs(load_recipe(run / RECIPE_FILE), run, Site(nodes=2))
     assert [stage.done for stage in planned] == [True, False, False]
+
+
+def test_a_run_that_was_removed_while_its_jobs_wait_is_not_begun_anew(fake_slurm: FakeSlurm, tmp_path):
+    """Its jobs would start without their code, hours later."""
+    run, chain = tmp_path / "run", load_recipe(write_tiny_recipe(tmp_path))
+    fake_slurm.answer("squeue", queued(7, "PENDING", run / "pretrain"))
+    planned = plan_jobs(chain, run, Site())
+    with pytest.raises(LaunchError, match=r"run was removed while jobs of it were queued, .* \(`scancel 7`\)"):
+        jobs.submit_planned(chain, run, Site(), planned, print)
+    assert not run.exists()
 
 
 def test_a_partition_may_be_several(fake_slurm: FakeSlurm, tmp_path):
