@@ -70,9 +70,10 @@ def gpu_health(
             yield CheckResult("gpu health", Level.BAD_NODE, f"nvidia-smi: {message}", remedy)
         return
     troubles = []
-    for uuid, uncorrected, pending, failure in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
-        if visible is not None and _uuid(uuid) not in visible:
-            continue
+    for row in csv.reader(answer.stdout.splitlines(), skipinitialspace=True):
+        if len(row) != len(FIELDS) or (visible is not None and _uuid(row[0]) not in visible):
+            continue  # such as "WARNING: infoROM is corrupted at gpu 0000:3B:00.0"
+        uuid, uncorrected, pending, failure = row
         if uncorrected.isdigit() and int(uncorrected):
             troubles.append(f"{uuid}: {uncorrected} uncorrected memory errors since the driver was loaded")
         if pending == "Yes":
@@ -145,13 +146,16 @@ def foreign_processes(table: str, visible: set[str], allowed: list[str]) -> list
     """List the processes in nvidia-smi's table that use a visible GPU and are neither of our job nor allowed, as
     `pid (name)`."""
     others = []
-    for pid, name, uuid in csv.reader(table.splitlines(), skipinitialspace=True):
-        if _uuid(uuid) not in visible or any(part in name for part in allowed):
+    for row in csv.reader(table.splitlines(), skipinitialspace=True):
+        if len(row) < 3 or _uuid(row[-1]) not in visible:
+            continue
+        pid, name = row[0], ", ".join(row[1:-1])  # nvidia-smi does not quote a name with a comma
+        if any(part in name for part in allowed):
             continue
         try:
             if is_ours(psutil.Process(int(pid))):
                 continue
-        except psutil.Error:  # the process is another user's, or outside of our container
+        except (psutil.Error, ValueError):  # another user's, or outside of our container; [N/A] in place of a number
             pass
         others.append(f"{pid} ({name})")
     return others

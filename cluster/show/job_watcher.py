@@ -68,10 +68,14 @@ class JobWatcher:
             return
         known = {job.id for job in jobs}
         forgotten = {str(id) for path in self._stages.values() if (id := last_submitted(path)) is not None} - known
+        self._publish(jobs, forgotten)
         if forgotten - self._asked:
             self._asked |= forgotten
-            ended = ended_jobs(self._stages.values(), forgotten)
+            ended = ended_jobs(self._stages.values(), forgotten)  # may take a minute
             self._forgotten.update((job.id, job) for job in ended)
+            self._publish(jobs, forgotten)
+
+    def _publish(self, jobs: Sequence[Job], forgotten: set[str]) -> None:
         jobs = [*(self._forgotten[id] for id in forgotten & self._forgotten.keys()), *jobs]
         # The tickets of submissions that lost say nothing about the stage.
         jobs = [job for job in jobs if job.live or not job.name.endswith(TICKET)]

@@ -180,6 +180,8 @@ class StageFollower:
             status.state = "cancelled" if "cancelled" in (last["event"], status.reason) else "failed"
         elif job and job.state is JobState.CANCELLED and status.state != "running":
             status.state = "cancelled"
+        elif job and job.state is JobState.FAILED and status.state == "waiting":
+            status.state = "interrupted"  # before its first attempt
 
     def _is_running(self, owner: dict[str, Any], attempt: Path, job: Job | None) -> bool:
         """Whether the processes of the newest attempt live: by this machine, by Slurm, or by their last write."""
@@ -188,7 +190,8 @@ class StageFollower:
                 return True
             if not (job and job.runs):
                 return False
-        if job and job.state is not JobState.UNKNOWN:
+        of_a_job = owner.get("job", "") is not None  # unlike one of `fcmae run`, which Slurm knows nothing of
+        if job and of_a_job and job.state is not JobState.UNKNOWN:
             return job.runs
         last_write = max(_modified(attempt), _modified(self.directory / file_names.JOURNAL_FILE))
         return bool(owner) and self._now() - last_write < SILENCE_SECONDS

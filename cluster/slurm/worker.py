@@ -11,7 +11,7 @@ from typing import NoReturn
 from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.rendezvous import export_rank_environment
 from pipeline.distributed.stop import STOP_SIGNALS
-from pipeline.errors import UserError
+from pipeline.errors import LaunchError, UserError
 from pipeline.stage.outcome import Outcome, OutcomeKind, SrunCode
 from pipeline.url_secrets import redact
 
@@ -35,7 +35,7 @@ class RunStage:
         try:
             rank = export_rank_environment()
             if scratch := os.environ.get("FCMAE_SCRATCH"):
-                os.environ["FCMAE_SCRATCH"] = os.path.expandvars(scratch)
+                os.environ["FCMAE_SCRATCH"] = scratch_on_node(scratch)
             if rank == 0:
                 remove_torn_files(slurm_directory(directory))
             # Imported here because it loads torch, which a machine that only submits can do without.
@@ -59,6 +59,21 @@ class RunStage:
             _exit(SrunCode.CRASHED, f"rank {os.environ.get('RANK', '?')}: {redact(traceback.format_exc())}")
         sentence = f"rank {rank} on {socket.gethostname()}: {outcome.kind}. {outcome.reason}".rstrip(". ")
         _exit(outcome.kind.srun_code, sentence)
+
+
+def scratch_on_node(text: str) -> str:
+    """The site's local_scratch with the variables of the job replaced.
+
+    Raises:
+        LaunchError: if the job lacks one, because a folder called $NAME in the stage directory would take its place.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if "$" in path or not os.path.isabs(path):
+        raise LaunchError(
+            f"local_scratch of the site (FCMAE_SCRATCH) is {text}, on this node {path}, no absolute path; set its"
+            " variables in the site's environment, or write the path out, then `fcmae resume` with --site"
+        )
+    return path
 
 
 def preflight_outcome(directory: Path) -> Outcome | None:

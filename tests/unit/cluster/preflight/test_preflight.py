@@ -214,6 +214,7 @@ def health(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
         ("echo 'GPU-aaaa, 0, Yes, No'", Level.BAD_NODE, "wait for a reset"),
         ("echo 'GPU-aaaa, 0, No, Yes'", Level.BAD_NODE, "could not be remapped"),
         ("echo 'GPU-cccc, 9, Yes, Yes'", Level.OK, "no uncorrected"),  # another job's
+        ("echo 'GPU-aaaa, 0, No, No'; echo 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0'", Level.OK, "no uncor"),
         ("echo 'Unable to determine the device handle for GPU0: Unknown Error'; exit 9", Level.BAD_NODE, "handle"),
         ("echo 'Field \"remapped_rows.pending\" is not a valid field to query.'; exit 2", Level.SKIPPED, "not a valid"),
         ("exec sleep 30", Level.BAD_NODE, "did not answer within 1 s"),
@@ -235,10 +236,10 @@ def test_processes_of_others_on_our_gpus(rank_of, monkeypatch):
     ours, other = rank_of(SLURM_JOB_ID="7"), rank_of(SLURM_JOB_ID="8")
     table = (
         f"{ours.pid}, python, GPU-aaaa\n{other.pid}, python, GPU-aaaa\n4194305, [Not Found], GPU-bbbb\n"
-        "12, /usr/bin/nvidia-cuda-mps-server, GPU-aaaa\n13, python, GPU-cccc\n"
+        "12, /usr/bin/nvidia-cuda-mps-server, GPU-aaaa\n13, python, GPU-cccc\n[N/A], a, b, GPU-aaaa\nWARNING: infoROM\n"
     )
     others = foreign_processes(table, UUIDS, PreflightSettings().allowed_processes)
-    assert others == [f"{other.pid} (python)", "4194305 ([Not Found])"]
+    assert others == [f"{other.pid} (python)", "4194305 ([Not Found])", "[N/A] (a, b)"]
 
 
 def test_gpus_are_expected_of_a_torch_that_knows_them(tmp_path):

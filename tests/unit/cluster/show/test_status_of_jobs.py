@@ -115,6 +115,23 @@ def test_what_slurm_says_of_a_stage_that_left_no_word(run, fake_slurm: FakeSlurm
     assert (first.state, first.job_state) == (state, slurm_state)
 
 
+@pytest.mark.parametrize("slurm_state", ["NODE_FAIL", "TIMEOUT", "FAILED"])
+def test_a_job_that_failed_before_its_first_attempt_is_not_waiting(run, fake_slurm: FakeSlurm, slurm_state):
+    submit(run, "pretrain", "41")
+    fake_slurm.answer("squeue", queued(41, slurm_state, run / "pretrain"))
+    assert RunFollower(run).statuses()[0].state == "interrupted"
+
+
+def test_slurm_says_nothing_of_an_attempt_of_fcmae_run(run, fake_slurm: FakeSlurm):
+    """The run was submitted, cancelled, and is trained by `fcmae run` on another machine."""
+    submit(run, "pretrain", "41")
+    (run / "pretrain" / "attempts").mkdir()
+    write_json(run / "pretrain" / "attempts" / "000001.json", {"attempt": 1, "host": "n7", "pid": 1, "job": None})
+    fake_slurm.answer("squeue", "")
+    fake_slurm.answer("sacct", f"41|CANCELLED by 0|{run}/pretrain")
+    assert RunFollower(run).statuses()[0].state == "running"
+
+
 def test_accounting_knows_what_squeue_has_forgotten(run, fake_slurm: FakeSlurm, monkeypatch):
     submit(run, "pretrain", "41")
     submit(run, "finetune", "42")
@@ -125,6 +142,29 @@ def test_accounting_knows_what_squeue_has_forgotten(run, fake_slurm: FakeSlurm, 
     assert [(s.job, s.job_state) for s in follower.statuses()] == [("41", "CANCELLED"), ("42", "PENDING")]
     assert [s.state for s in follower.statuses()] == ["cancelled", "queued"]
     assert len(fake_slurm.calls("sacct")) == 1
+
+
+def test_an_accounting_that_is_slow_holds_back_nothing_that_squeue_knows(run, fake_slurm: FakeSlurm, tmp_path):
+    submit(run, "pretrain", "41")
+    submit(run, "finetune", "42")
+    fake_slurm.answer("squeue", queued(42, "PENDING", run / "finetune"))
+    fake_slurm.install("sacct", f"until [ -e {tmp_path}/answer ]; do sleep 0.05; done; echo '41|FAILED|{run}/pretrain'")
+    watcher, deadline = JobWatcher([run / "pretrain", run / "finetune"]), time.monotonic() + 60
+
+    def wait_for(*states: str) -> None:
+        while [job.slurm_state for job in watcher.jobs().values()] != list(states):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(job_watcher, "PATIENCE_SECONDS", 0.1)
+        watcher.jobs()
+    try:
+        wait_for("PENDING", "FORGOTTEN")
+        assert watcher.trouble == ""
+    finally:
+        (tmp_path / "answer").touch()
+    wait_for("FAILED", "PENDING")
 
 
 def test_a_silent_slurmctld_holds_nobody_up(run, fake_slurm: FakeSlurm, monkeypatch):
