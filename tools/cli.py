@@ -1,5 +1,6 @@
 """The `fcmae` command: which command runs which function."""
 
+import errno
 import importlib.metadata
 import io
 import os
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.distributed.processes import keep_imports_safe
 from pipeline.errors import UserError
-from pipeline.stage.outcome import exit_code
+from pipeline.stage.outcome import ExitCode, exit_code
 from pipeline.storage.announcement import announced
 from pipeline.storage.user_cache import redirect_caches
 from pipeline.url_secrets import redact_tracebacks
@@ -185,6 +186,12 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "a file could not be written"
+        print(f"fcmae: {place}: {error.strerror}; make room, then run the same command again", file=sys.stderr)
+        sys.exit(ExitCode.PERMANENT)
     sys.exit(code if isinstance(code, int) else 0)
 
 

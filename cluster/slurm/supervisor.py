@@ -218,7 +218,9 @@ def main() -> int:
         return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], most_without_progress)
     except UserError as error:
         print(error, flush=True)
-        return 1
+    except OSError as error:  # the file system of the run is full, over a quota, or away
+        print(f"stage {directory.name} is not retried: {error}; then `fcmae resume {directory.parent}`", flush=True)
+    return 1
 
 
 if __name__ == "__main__":

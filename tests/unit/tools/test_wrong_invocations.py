@@ -1,12 +1,15 @@
 """Forty ways to get a command wrong: one sentence, the exit code, and nothing left behind."""
 
+import errno
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.support import fcmae, tiny_data, write_tiny_recipe
+from tools import cli
 
 ONE = ("stages.intermediate=null", "stages.finetune=null")
 RUN = ("run", "tiny.yaml", "--out", "out")
@@ -139,3 +142,18 @@ def test_one_sentence_and_nothing_left_behind(here, arguments, words, code):
 
 def test_there_are_forty():
     assert len({case[0] for case in WRONG + USAGE}) >= 40
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    def full(**options: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/run/code")
+
+    for name in ("keep_imports_safe", "redirect_caches", "redact_tracebacks", "_escape_odd_names"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(sys, "argv", ["fcmae", "submit"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    sentence = "fcmae: /home/me/run/code: Disk quota exceeded; make room, then run the same command again\n"
+    assert capsys.readouterr().err == sentence

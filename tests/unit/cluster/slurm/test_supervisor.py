@@ -1,5 +1,6 @@
 """What becomes of a job whose ranks have ended, on a Slurm whose commands are scripts."""
 
+import sys
 import time
 from dataclasses import replace
 
@@ -63,6 +64,17 @@ def test_a_start_that_did_not_take_the_stage_lends_no_reason_from_the_one_before
     assert conclude(stage, SrunCode.PERMANENT, "7", 3) == 1
     reason = read_job_history(stage.directory)[-1]["reason"]
     assert reason == "the ranks ended with exit code 78 and recorded no reason"
+
+
+def test_a_disk_that_is_full_is_one_sentence(stage, monkeypatch, capsys):
+    (slurm_directory(stage.directory) / "jobs.jsonl").mkdir(parents=True)  # so that nothing can be written into it
+    (stage.directory.parent / SITE_FILE).write_text("nodes: 1\n")
+    monkeypatch.setattr(supervisor.signal, "pthread_sigmask", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["supervisor", str(stage.directory), "70", "3"])
+    assert supervisor.main() == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("stage pretrain is not retried: [Errno 21] Is a directory")
+    assert last.endswith(f"then `fcmae resume {stage.directory.parent}`")
 
 
 def test_a_run_that_moved_to_another_cluster_is_retried_there(stage, requeued: FakeSlurm, monkeypatch):
