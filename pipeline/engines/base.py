@@ -72,6 +72,7 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module, recipe: StageRecipe, world: World, guard: StepFilter | None = None):
         self.world, self.recipe = world, recipe
+        dimensions = {name: parameter.ndim for name, parameter in model.named_parameters()}
         self.module = self._place(model)
         share_norm_groups(self.module, recipe.norm_group_on(world.size), world)
         self._compiles = compiles_blocks(recipe.engine, world.device)
@@ -85,6 +86,7 @@ class Engine(ABC):
             layer_decay=settings.layer_decay,
             layer_decay_groups=settings.layer_decay_groups,
             decay_grn=settings.decay_grn,
+            dimensions=dimensions,
         )
         self.components: list[Component] = []
         self.guard = guard

@@ -1,6 +1,6 @@
 """Group parameters by learning-rate scale and weight decay."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -81,11 +81,15 @@ def parameter_groups(
     layer_decay: float = 1.0,
     layer_decay_groups: str = "single",
     decay_grn: bool = False,
+    dimensions: Mapping[str, int] | None = None,
 ) -> list[Group]:
     """Group named parameters by learning-rate scale and weight decay.
 
     The scale is `layer_decay ** (last - id)`. Biases and 1-D tensors have no weight decay. GRN's gamma and beta and the
     mask token have it only with `decay_grn`, as in the official pre-training but not in its fine-tuning.
+
+    Args:
+        dimensions: how many each parameter has, by name; by default those it shows. ZeRO-3 empties parameters to one.
 
     Raises:
         ValueError: if `layer_decay_groups` is made for other depths than `depths`.
@@ -99,7 +103,7 @@ def parameter_groups(
     last = number("norm", depths)
     grouped: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters:
-        exempt = parameter.ndim == 1 or name.endswith(".bias")
+        exempt = (dimensions[name] if dimensions else parameter.ndim) == 1 or name.endswith(".bias")
         if not decay_grn:
             exempt = exempt or name.endswith((".gamma", ".beta")) or name == "mask_token"
         layer = number(name, depths) if layer_decay < 1 else last

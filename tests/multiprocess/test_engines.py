@@ -9,20 +9,28 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.distributed.world import World
-from tests.engines import ENGINES, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
+from tests.engines import ENGINES, Trained, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
 from tests.ranks import in_processes, on_ranks
 
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
 
 
-def reference(world: World, stage: str, steps: int, directory: Path) -> tuple[list[float], float]:
-    """DDP's losses; its averaged weights' loss halfway on what two ranks see first, where its state is saved."""
+Groups = dict[str, tuple[float, float]]  # of each parameter the scale of its learning rate, and its weight decay
+
+
+def groups_of(run: Trained) -> Groups:
+    return {name: (group.lr_scale, group.weight_decay) for group in run.engine.groups for name in group.names}
+
+
+def reference(world: World, stage: str, steps: int, directory: Path) -> tuple[list[float], float, Groups]:
+    """DDP's losses; its averaged weights' loss halfway on what two ranks see first, where its state is saved; and its
+    groups of parameters."""
     recipe, half = stage_recipe(stage, "ddp"), steps // 2
     first = train(world, recipe, range(half), save=directory / "ddp")
     with first.engine.evaluating() as model:
         metric = sum(float(first.objective.evaluate(model, batch)["loss"]) for batch in batches(recipe, half)[:2])
     second = train(world, recipe, range(half, steps), load=directory / "ddp")
-    return first.losses + second.losses, metric
+    return first.losses + second.losses, metric, groups_of(first)
 
 
 def compare(world: World, stage: str, engine: str, steps: int, directory: Path) -> dict[str, object]:
@@ -64,11 +72,12 @@ def compare(world: World, stage: str, engine: str, steps: int, directory: Path) 
         "from_ddp": from_ddp.losses,
         "exported": exported,
         "metric": metric,
+        "groups": groups_of(run),
     }
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> tuple[Path, list[float], float]:
+def ddp(tmp_path_factory) -> tuple[Path, list[float], float, Groups]:
     directory = tmp_path_factory.mktemp("engines")
     return directory, *on_ranks(1, reference, "finetune", 6, directory)[0]
 
@@ -77,7 +86,7 @@ def ddp(tmp_path_factory) -> tuple[Path, list[float], float]:
     "engine", [pytest.param(kind, marks=pytest.mark.slow if kind.startswith("zero") else ()) for kind in SHARDED]
 )
 def test_sharded_engine_is_ddp(ddp, engine):
-    directory, losses, metric = ddp
+    directory, losses, metric, groups = ddp
     found = on_ranks(2, compare, "finetune", engine, 6, directory)
     assert found[0]["exported"]
     assert not found[1]["exported"]
@@ -85,6 +94,7 @@ def test_sharded_engine_is_ddp(ddp, engine):
         assert largest_difference(rank["losses"], losses) < 1e-6
         assert largest_difference(rank["from_ddp"], losses[3:]) < 1e-6
         assert rank["metric"] == pytest.approx(metric, rel=1e-6)
+        assert rank["groups"] == groups
         assert not rank["accepted"]
         assert rank["stopped"]
         assert rank["changed"] == []

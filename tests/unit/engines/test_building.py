@@ -7,6 +7,7 @@ import torch
 
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
+from pipeline.engines.base import Engine
 from pipeline.objectives import create_objective
 from tests.engines import ENGINES, stage_recipe
 from tests.ranks import on_ranks
@@ -55,3 +56,21 @@ def test_each_weight_is_drawn_once(monkeypatch):
         world.leave()
     names = {name for name, p in engine.module.named_parameters() if p.ndim > 1 and "grn" not in name}
     assert sorted(drawn) == sorted(names)
+
+
+def test_weight_decay_does_not_depend_on_how_parameters_are_sharded(monkeypatch):
+    recipe = stage_recipe("finetune", "ddp")
+    with torch.device("meta"):
+        model = create_objective(recipe, seed=4).build_model()
+    wide = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+
+    def empty(engine: Engine, model: torch.nn.Module) -> torch.nn.Module:
+        for parameter in model.parameters():  # as ZeRO-3 does
+            parameter.data = torch.empty(0, device="meta")
+        return model
+
+    monkeypatch.setattr(Engine, "__abstractmethods__", frozenset())
+    monkeypatch.setattr(Engine, "_place", empty)
+    groups = Engine(model, recipe, World.alone()).groups
+    assert wide
+    assert wide <= {name for group in groups if group.weight_decay for name in group.names}
