@@ -48,7 +48,11 @@ def claim_home(stage: Stage) -> Folder:
     name, directory = stage.recipe.name, stage.recipe.checkpoint.directory
     path, home = stage.directory / CHECKPOINTS_FILE, checkpoint_home(stage)
     remedy = f"restore it from a copy; without one, write the line of {home}/OWNER into it as id, and its directory"
-    note = required_record(path, remedy, _names_a_home) or {"id": uuid.uuid4().hex, "directory": directory}
+    note = required_record(path, remedy, _names_a_home)
+    if note is None:  # recorded before OWNER has the id, so that a start that is killed in between stays the owner
+        note = {"id": uuid.uuid4().hex, "directory": None}
+        write_json(path, note)
+        stage.attempts.upload()
     if note["directory"] != directory:
         before = _home(stage, note["directory"])
         if (before / EVER_COMMITTED).exists() and not (home / EVER_COMMITTED).exists():

@@ -11,7 +11,8 @@ from pipeline.distributed.agreement import Agreement, Topic
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, OvertakenError
 from pipeline.recipe.sections import CheckpointSettings
-from pipeline.training.saving import Checkpoints, best_evaluation
+from pipeline.storage.folder import Folder
+from pipeline.training.saving import Checkpoints, best_evaluation, claim_home
 from tests.unit.checkpoint.conftest import steps_in
 
 
@@ -226,3 +227,24 @@ def test_minutes_take_the_place_of_steps(open_checkpoints):
     checkpoints.poll()
     assert not checkpoints.due(502)
     finish_save(checkpoints)
+
+
+def test_a_start_that_is_killed_while_it_marks_the_folder_of_checkpoints_stays_its_owner(tmp_path, monkeypatch):
+    settings = CheckpointSettings(directory=str(tmp_path / "elsewhere"))
+    stage = SimpleNamespace(
+        directory=tmp_path,
+        remote=None,
+        recipe=SimpleNamespace(name="pretrain", checkpoint=settings),
+        attempts=SimpleNamespace(upload=lambda: None),
+    )
+    create = Folder.create
+
+    def create_and_die(*arguments):
+        create(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Folder, "create", create_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            claim_home(stage)
+    assert claim_home(stage).path == str(tmp_path / "elsewhere" / "pretrain")
