@@ -16,7 +16,7 @@ from pipeline.objectives.detection import detection_facts
 from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.recipe import StageRecipe
 from pipeline.recipe.channel_statistics import ChannelStatistics
-from pipeline.stage.directory import Stage
+from pipeline.stage.directory import Done, Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
 from pipeline.weights.foreign import decode_weights
 from pipeline.weights.heads import HeadMatch, head_names, map_head
@@ -104,14 +104,20 @@ def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, T
     before = stage.previous()
     if before is None:
         return None
+    done = engine.world.on_main(lambda: _finished(stage, before))  # on NFS other nodes may see the marker later
+    file = before.directory / done.weights
+    return str(file), done.weights_sha256, read_weights(file, done.weights_sha256)
+
+
+def _finished(stage: Stage, before: Stage) -> Done:
+    """The DONE marker of the stage before, which must be on track if its gate says so."""
     done = before.done()
     if done is None:
         raise StageError(
             f"stage {stage.recipe.name} starts from {before.recipe.name}, which is not done; run the chain to finish it"
         )
     refuse_off_track(before)
-    file = before.directory / done.weights
-    return str(file), done.weights_sha256, read_weights(file, done.weights_sha256)
+    return done
 
 
 def _check_statistics(recipe: StageRecipe, path: str) -> None:

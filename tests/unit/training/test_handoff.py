@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 
+from pipeline.distributed.world import World
 from pipeline.engines import create_engine
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, RecipeError, StageError
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe
-from pipeline.stage.directory import Stage
+from pipeline.stage.directory import Done, Stage
 from pipeline.training import handoff
 from tests.support import write_tiny_recipe
 from tools.weights.convert import convert
@@ -177,3 +178,15 @@ def test_a_classifier_starts_from_a_segmenters_backbone_alone(begin, tmp_path):
         assert torch.equal(engine.items()[name], segmenter[f"backbone.{name}"])
     with pytest.raises(CheckpointError, match="holds a model for segmentation"):
         build_model(segmenter)
+
+
+def test_rank_zero_says_whether_the_stage_before_is_done(begin, monkeypatch):
+    """Another node may not see its marker yet, as over NFS, where a look at an absent file is remembered."""
+    before, engine, _ = begin("pretrain")
+    weights = handoff.hand_on(before, engine, 1, CLASSES)
+    stage, engine, objective = begin("intermediate")
+    with pytest.raises(StageError, match="starts from pretrain, which is not done"):
+        handoff.receive(stage, engine, objective, CLASSES)
+    done = Done(weights["weights"], weights["weights_sha256"], 1)
+    monkeypatch.setattr(World, "on_main", lambda world, work: done)
+    assert handoff.receive(stage, engine, objective, CLASSES).sha256 == done.weights_sha256
