@@ -3,6 +3,7 @@
 Their clocks go on only when a test lets them, so that a machine which stands still decides nothing.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.health import sentinel as sentinel_module
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import OutcomeKind
 from tests.support import make_tiny_run
@@ -155,3 +158,18 @@ def test_a_job_that_was_suspended_goes_on_and_writes_no_stacks(stage):
     assert (rank.returncode, said) == (0, "")
     assert stage.attempts.last_outcome() is None
     assert not beat.with_suffix(".stacks").exists()
+
+
+def test_a_beat_file_that_cannot_be_read_now_neither_ends_the_sentinel_nor_the_rank(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(sentinel_module, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    looks = [b"1", b"1", *[OSError(errno.ESTALE, "stale file handle")] * 100, b"2", *[b"2"] * 50]
+
+    class BeatFile:
+        def read_bytes(self) -> bytes:
+            look = looks.pop(0)
+            if isinstance(look, OSError):
+                raise look
+            return look
+
+    assert sentinel_module.wait_for_silence(BeatFile(), 1.0) == b"2"
