@@ -112,7 +112,11 @@ class Folder:
 
             def link(temporary: str, target: str) -> None:
                 last_check()
-                os.link(temporary, target)
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:  # NFS says so too when it is asked again, because its first answer was lost
+                    if not os.path.samefile(temporary, target):
+                        raise
 
             self._write_locally(name, data, link)
             return

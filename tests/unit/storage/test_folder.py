@@ -27,6 +27,21 @@ def test_a_file_is_created_once_and_whole(folder):
     assert list(folder.entries()) == ["a"], "nothing is left aside"
 
 
+def test_over_nfs_a_file_that_was_linked_at_the_second_asking_is_created(folder, monkeypatch):
+    link = os.link
+
+    def answer_was_lost(*names):
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", answer_was_lost)
+    folder.create("a", b"mine")
+    with pytest.raises(FileExistsError):
+        folder.create("a", b"yours")
+    assert folder.read("a") == b"mine"
+    assert list(folder.entries()) == ["a"], "nothing is left aside"
+
+
 def test_a_file_is_replaced_whole(folder):
     folder.publish("a", b"one")
     folder.publish("a", b"two")
