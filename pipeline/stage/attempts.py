@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,10 +61,10 @@ class Attempts:
         Raises:
             StageError: if a live process holds the stage.
         """
+        number = self.newest() + 1  # before the check, so that whoever comes during its wait has taken this number
         self.check_free()
         if self._mirror:
             self._mirror.pull()
-        number = self.newest() + 1
         entry = {
             "attempt": number,
             "host": socket.gethostname(),
@@ -114,25 +114,30 @@ class Attempts:
 
     @contextmanager
     def heartbeat(self) -> Iterator[None]:
-        """Change the heartbeat file from a thread, and upload the working copy. A beat that fails is left out."""
-        end = threading.Event()
+        """Change the heartbeat file from a thread, and upload the working copy from another one, because an owner that
+        uploads for long must not look dead. What fails is left out."""
+        end, counts = threading.Event(), itertools.count(1)
 
         def beat() -> None:
-            for count in itertools.count(1):
+            self._folder.publish(f"{self.own:06d}.heartbeat", b"%d\n" % next(counts))
+
+        def repeat(work: Callable[[], None]) -> None:
+            while True:
                 with suppress(Exception):
-                    self.upload()
-                with suppress(Exception):
-                    self._folder.publish(f"{self.own:06d}.heartbeat", b"%d\n" % count)
+                    work()
                 if end.wait(self.heartbeat_seconds):
                     return
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
+        works = [beat, self.upload] if self._mirror else [beat]
+        threads = [threading.Thread(target=repeat, args=(work,), name="heartbeat", daemon=True) for work in works]
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             end.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
 
     def upload(self) -> None:
         """Upload a working copy to its object store, unless a newer attempt has claimed the stage."""

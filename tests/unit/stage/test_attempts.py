@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,6 +75,28 @@ def test_a_requeued_job_takes_over_at_once(stage, monkeypatch):
         assert Stage(stage.directory).attempts.claim(world_size=1) == 2
 
 
+def test_an_owner_that_uploads_for_long_does_not_look_dead(stage):
+    stage.attempts.heartbeat_seconds = 0.01
+    stage.attempts.claim(world_size=1)
+    beat, uploads, done = stage.directory / "attempts" / "000001.heartbeat", threading.Event(), threading.Event()
+
+    class SlowMirror:
+        def push(self):
+            uploads.set()
+            done.wait(60)
+
+    stage.attempts._mirror = SlowMirror()
+    with stage.attempts.heartbeat():
+        try:
+            assert uploads.wait(60)
+            deadline = time.monotonic() + 10
+            while not (beat.exists() and int(beat.read_bytes()) > 3) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            done.set()
+    assert int(beat.read_bytes()) > 3
+
+
 def test_an_owner_that_said_how_it_ended_is_gone(stage):
     stage.attempts.claim(world_size=1)
     with stage.attempts.heartbeat():
@@ -88,6 +111,14 @@ def test_of_two_that_come_at_the_same_moment_one_gets_the_stage(stage, monkeypat
     stage.attempts.claim(world_size=1)
     with pytest.raises(StageError, match="at the same moment"):
         other.attempts.claim(world_size=1)
+    assert stage.attempts.is_newest()
+
+
+def test_who_waits_for_a_silent_owner_gets_no_stage_that_another_has_taken_meanwhile(stage, monkeypatch):
+    late = Stage(stage.directory)
+    monkeypatch.setattr(late.attempts, "check_free", lambda: stage.attempts.claim(world_size=1))
+    with pytest.raises(StageError, match="at the same moment"):
+        late.attempts.claim(world_size=1)
     assert stage.attempts.is_newest()
 
 
