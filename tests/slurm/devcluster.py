@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from cluster.slurm.client import Job, query_jobs
 from pipeline.tracking import journal
 from tests.slurm.slow_stages import release
 
@@ -110,6 +111,11 @@ def job_of(stage: Path) -> str:
     """The id of the running job of a stage."""
     lines = slurm("squeue", "--noheader", "--states=running", "--format=%i|%Z").splitlines()
     return next(line.partition("|")[0] for line in lines if line.partition("|")[2] == str(stage.resolve()))
+
+
+def job_with(id: str) -> Job:
+    """A job, as Slurm remembers it."""
+    return next(job for job in query_jobs() if job.id == id)
 
 
 def restarts(job: str) -> int:

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.slurm import client
 from cluster.slurm.job_history import last_submitted, read_job_history
 from tests.multiprocess.test_canary import CANARY, IN_ENVIRONMENT, files_with_the_canary, watched_command_lines
-from tests.slurm.devcluster import wait_for
+from tests.slurm.devcluster import job_with, wait_for
 from tests.support import fcmae, write_tiny_recipe
 
 TWO_STAGES = ("stages.finetune=null",)
 
 
 def state_of(stage: Path) -> str:
-    return client.query_jobs(ids=[str(last_submitted(stage))])[0].slurm_state
+    return job_with(str(last_submitted(stage))).slurm_state
 
 
 def _alter_compiled(code: Path) -> None:

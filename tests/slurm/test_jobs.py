@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def job_of(stage: Path) -> Job:
     """The last job submitted for a stage."""
     id = [entry["job"] for entry in read_job_history(stage) if entry["event"] == "submitted"][-1]
-    return scheduler.query_jobs(ids=[id])[0]
+    return faults.job_with(id)
 
 
 def log(stage: Path) -> str:
@@ -421,7 +421,7 @@ def test_resume_submits_exactly_what_is_missing(submit, tmp_path, capsys):
     subprocess.run(["scontrol", "update", f"JobId={stale}", f"Dependency=afterok:{first['pretrain'].id}"], check=True)
     assert said(run_commands.resume_run).count("to submit") == 1
     assert job_of(run / "finetune").after == job_of(run / "intermediate").id
-    assert scheduler.query_jobs(ids=[stale])[0].state is JobState.CANCELLED
+    assert faults.job_with(stale).state is JobState.CANCELLED
     assert said(run_commands.cancel_run).count("is cancelled") == 3
     assert not [job for job in scheduler.query_jobs() if job.live]
 
@@ -502,7 +502,7 @@ def test_a_job_that_slurm_could_not_start_is_replaced_by_resume(slurm, tmp_path)
         run_commands.resume_run(run)
         wait_for(lambda: _started(run), "the new job")
         assert job_of(run / "pretrain").id != held
-        assert scheduler.query_jobs(ids=[held])[0].state is JobState.CANCELLED
+        assert faults.job_with(held).state is JobState.CANCELLED
         run_commands.cancel_run(run)
 
 
@@ -549,7 +549,7 @@ def test_without_slurmctld_the_run_directory_carries_the_word(submit, undisturbe
 
 
 def test_forgotten_and_foreign_jobs(slurm):
-    assert scheduler.query_jobs(ids=["999999999"]) == []
+    assert scheduler.query_jobs([Path("/no/run/pretrain")]) == []
     with pytest.raises(LaunchError, match="scancel"):
         scheduler.cancel_job("not-a-job")
 
