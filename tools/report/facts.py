@@ -113,7 +113,8 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run. `origin` is the recipe as its author wrote it; empty for runs that do not record it."""
+    """A run. `origin` is the recipe as its author wrote it; empty for runs that do not record it. `stages` lacks those
+    whose directory was removed."""
 
     name: str
     directory: Path
@@ -127,6 +128,11 @@ class RunFacts:
         """The recipe's `published`: top1 in percent, source, and further values."""
         published = self.recipe.get("published")
         return published if isinstance(published, dict) else {}
+
+    @property
+    def stage_names(self) -> list[str]:
+        """All stages of the recipe, in order."""
+        return [str(name) for name in self.recipe["stages"]]
 
     def stage(self, name: str) -> StageFacts | None:
         return next((stage for stage in self.stages if stage.name == name), None)

@@ -74,13 +74,13 @@ def period(run: RunFacts) -> str:
 
 def summary(run: RunFacts) -> str:
     """The state of the run in a sentence or two."""
-    done = sum(stage.done for stage in run.stages)
-    if done == len(run.stages):
+    done, count = sum(stage.done for stage in run.stages), len(run.stage_names)
+    if done == count:
         state = "All stages are done" if done > 1 else "The stage is done"
         off = ", ".join(stage.name for stage in run.stages if not stage.verdict.on_track)
         return f"{state}; off track: {off}. Look there first." if off else f"{state}, and on track."
     active = [f"; {s.name} is {s.status.state}" for s in run.stages if s.status.state not in ("done", "waiting")]
-    return f"{done} of {len(run.stages)} stages are done{''.join(active)}. This page shows the state so far."
+    return f"{done} of {count} stages are done{''.join(active)}. This page shows the state so far."
 
 
 def headline(run: RunFacts) -> Iterator[tuple[str, str]]:
@@ -135,7 +135,7 @@ def final_grid(run: RunFacts) -> Grid:
         lines: list[dict[str, str | Toned]] = []
         for name, value in metrics.items():
             lines.append({"metric": name, "here": _metric(name, value)})
-            if stage is run.stages[-1]:
+            if stage.name == run.stage_names[-1]:
                 lines[-1] |= {title: _metric(name, values.get(name)) for title, values in references.items()}
                 target = references.get("published", {}).get(name)
                 lines[-1]["difference"] = f"{value - target:+.2f}" if target is not None else ""

@@ -87,6 +87,18 @@ def test_the_page_escapes_what_others_wrote_and_shows_events(run):
     assert "node1" in text
 
 
+def test_a_stage_whose_directory_was_removed_is_not_done(run):
+    for name in ("intermediate", "finetune"):
+        shutil.rmtree(run / name)
+    facts = gather(run)
+    facts = dataclasses.replace(facts, recipe={**facts.recipe, "published": {"top1": 88.9}})
+    facts.stages[-1].status.metrics.update(top1=60.0)
+    page = run_page(facts)
+    assert "1 of 3 stages are done" in page.html()
+    rows = {row[1]: row[2:5] for row in page.chapters[0].blocks[0].rows}
+    assert rows["top1"] == ["60.00 %", "", ""], "the published value is that of the last stage"
+
+
 def test_the_recipe_is_shown_as_it_was_written(run, tmp_path):
     base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
     base.write_text("seed: 3  # the paper's\n")
