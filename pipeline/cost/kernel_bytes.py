@@ -133,7 +133,7 @@ class OperationLog:
             group = INPUT
         else:
             group = RESPONSE if self.block and name in _RESPONSE else POINTWISE
-        barrier = name in _REDUCTIONS and not _along_channels(args, made)
+        barrier = name in _REDUCTIONS and not _along_channels(args)
         self.operations.append(Operation(name, reads, writes, flops, self.block, self.repeats, group, opaque, barrier))
 
     def _sizes(self, tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -187,7 +187,7 @@ def _is_depthwise(name: str, args: tuple) -> bool:
     return weight is not None and args[weight].shape[0] > 1 == args[weight].shape[1]
 
 
-def _along_channels(args: tuple, made: Sequence[Tensor]) -> bool:
+def _along_channels(args: tuple) -> bool:
     """Whether a reduction is over the last axis alone."""
     dims = args[1] if len(args) > 1 and isinstance(args[1], list | tuple | int) else None
     x = args[0]

@@ -113,7 +113,7 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
     place = {name: number for number, name in enumerate(classes)}
     label_of = [place[name] for name in synsets] if synsets else range(len(names))
     items = [Item(item.name, label_of[number], item.place) for item, number in zip(items, numbers, strict=True)]
-    descriptions = {synset: name for synset, name in zip(synsets, names, strict=True)} if synsets else {}
+    descriptions = dict(zip(synsets, names, strict=True)) if synsets else {}
     return ImageSource(
         "parquet", tuple(classes), items, ParquetRows(fs, is_struct), stamp.hex(), descriptions=descriptions
     )
