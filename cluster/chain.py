@@ -170,7 +170,8 @@ def resolve_paths(recipe: StageRecipe) -> StageRecipe:
         RecipeError: if a variable in a path is not set.
     """
     data = {name: _absolute(recipe, f"data.{name}", getattr(recipe.data, name)) for name in ("train", "validation")}
-    init = {"weights": _absolute(recipe, "init.weights", recipe.init.weights)}
+    weights = _absolute(recipe, "init.weights", recipe.init.weights)
+    init = {"weights": weights and _file_of_weights(weights)}
     sections = {"data": recipe.data.model_copy(update=data), "init": recipe.init.model_copy(update=init)}
     return recipe.model_copy(update=sections)
 
@@ -187,6 +188,18 @@ def _absolute(recipe: StageRecipe, field: str, path: str | None) -> str | None:
         )
     RecipeError.refuse_secrets(path, f"stage {recipe.name}: {field}")  # a variable may hold one
     return path if is_url(path) else str(Path(path).absolute())
+
+
+def _file_of_weights(path: str) -> str:
+    """The weights of a finished stage, or of the finished last stage of a run; any other path as it is."""
+    directory = Path(path)
+    if is_url(path) or not directory.is_dir():
+        return path
+    if not (done := read_done(directory)):
+        with suppress(RecipeError):  # no run
+            directory /= list(load_recipe(directory / RECIPE_FILE).stages)[-1]
+            done = read_done(directory)
+    return str(directory / done.weights) if done else path
 
 
 def _difference(old: dict[str, StageRecipe], new: dict[str, StageRecipe]) -> str:
@@ -251,8 +264,15 @@ def _refuse_other_data(recipe: StageRecipe, directory: Path) -> None:
 def check_weights(recipe: StageRecipe, directory: Path) -> None:
     """Raise CheckpointError if a stage that has not begun starts from weights that do not exist."""
     weights = recipe.init.weights
-    if weights is not None and not (directory / INIT_FILE).exists() and not Folder.at(weights).exists():
+    if weights is None or (directory / INIT_FILE).exists():
+        return
+    if not Folder.at(weights).exists():
         raise CheckpointError(f"stage {recipe.name}: init.weights {weights} does not exist; correct the path")
+    if Path(weights).is_dir():
+        raise CheckpointError(
+            f"stage {recipe.name}: init.weights {weights} is a directory, and neither a finished stage nor a run whose"
+            " last stage is finished; finish it, or name a file of weights"
+        )
 
 
 def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:

@@ -253,8 +253,8 @@ class InitSettings(Settings):
     start: Literal["previous", "scratch", "file"] = "previous"
     """Start with the weights of the stage before, with new ones, or with those of the file `weights`."""
     weights: str | None = operational(None)
-    """Path or URL of weights in any layout that `fcmae convert` reads, for start file. Their hash is fixed at the first
-    start."""
+    """For start file: path or URL of weights in any layout that `fcmae convert` reads, or the directory of a finished
+    run or stage. Their hash is fixed at the first start."""
     head: Literal["new", "keep", "map"] = "new"
     """The classifier's head: new, that of the stage before, or its rows of the classes that both have, by name. Of a
     segmentation or detection stage, new or that of the stage of its kind before."""

@@ -10,7 +10,7 @@ from pipeline.engines import create_engine
 from pipeline.errors import CheckpointError, RecipeError, StageError
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives import create_objective
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, write_recipe
 from pipeline.stage.directory import Done, Stage
 from pipeline.training import handoff
 from tests.support import write_tiny_recipe
@@ -161,6 +161,30 @@ def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(tmp_path, monkey
     stage = load_recipe(write_tiny_recipe(tmp_path), ["defaults.data.train=$NOWHERE/train.beton"]).stages["finetune"]
     with pytest.raises(RecipeError, match=r"\$NOWHERE is not set; export it, or give stages.finetune.data.train=PATH"):
         resolve_paths(stage)
+
+
+def test_a_run_or_stage_stands_for_its_weights_once_it_is_finished(tmp_path):
+    from cluster.chain import check_weights, resolve_paths
+
+    run, other = tmp_path / "runs" / "nextvit", tmp_path / "other"
+    write_recipe(load_recipe(write_tiny_recipe(tmp_path)), ensured(run) / "recipe.yaml")
+
+    def resolved(place):
+        change = ["stages.pretrain=null", f"init={place}"]
+        return resolve_paths(load_recipe(write_tiny_recipe(tmp_path), change).stages["intermediate"])
+
+    for name in ("pretrain", "intermediate"):  # the last stage is missing
+        (ensured(run / name) / "DONE").write_text('{"weights": "w.safetensors", "weights_sha256": "0", "step": 1}')
+    with pytest.raises(CheckpointError, match=f"{run} is a directory, and neither a finished stage nor a run whose"):
+        check_weights(resolved(run), other)
+    assert resolved(run / "pretrain").init.weights == f"{run}/pretrain/w.safetensors"
+    (run / "pretrain" / "DONE").rename(ensured(run / "finetune") / "DONE")
+    assert resolved(run).init.weights == f"{run}/finetune/w.safetensors"
+
+
+def ensured(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_a_classifier_starts_from_a_segmenters_backbone_alone(begin, tmp_path):
