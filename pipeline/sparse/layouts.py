@@ -124,7 +124,7 @@ class Masked(Dense):
 
 
 class Leaking(Dense):
-    """Dense features of images whose hidden pixels are zero, and nothing more: the paper's comparison (section 3.2).
+    """Dense features of images whose hidden pixels are zero, and nothing more: the paper's comparison (section 3).
 
     Convolutions carry visible content into hidden cells and every site counts, so the result equals no other layout's.
     """

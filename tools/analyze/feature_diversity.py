@@ -1,4 +1,4 @@
-"""Feature diversity, layer by layer: how much the channels of a network differ (arXiv 2301.00808, section 3.1).
+"""Feature diversity, layer by layer: how much the channels of a network differ (arXiv 2301.00808, section 4).
 
 The channels of an image are vectors over its sites; their diversity is the mean over all pairs of (1 - cos) / 2. It is
 0 if all channels are the same picture, and 0.5 if they are unrelated. The paper's sum includes the pair of each channel
