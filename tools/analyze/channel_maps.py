@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from tools.analyze.analyzed_model import AnalyzedModel
@@ -43,7 +43,11 @@ def mlp_channels(model: AnalyzedModel, layer: Layer, pixels: Tensor) -> Tensor:
     """The MLP channels of a block for uint8 images (n, 3, S, S), as float (n, C, sites)."""
     assert layer.reader is not None
     seen: list[Tensor] = []
-    with watching({layer.reader: layer.reader}, lambda reader, x: seen.append(by_channel(reader, x)), inputs=True):
+
+    def look(reader: nn.Module, x: Tensor) -> None:
+        seen.append(by_channel(model.network, reader, x))
+
+    with watching({layer.reader: layer.reader}, look, inputs=True):
         for part in pixels.split(16):
             model.network(model.prepare(part))
     return torch.cat(seen).float().cpu()

@@ -58,7 +58,7 @@ def layer_diversity(model: AnalyzedModel, images: Images, batch: int = 16) -> di
 
     def hidden(layer: Layer, x: Tensor) -> None:
         assert layer.reader is not None
-        channels, into = by_channel(layer.reader, x), seen[layer.name]
+        channels, into = by_channel(model.network, layer.reader, x), seen[layer.name]
         into["mlp_diversity"].append(diversity(channels))
         dead, saturated = dead_and_saturated(channels)
         into["dead"].append(dead)

@@ -96,11 +96,11 @@ def run_to_last_map(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return result, outputs[-1]
 
 
-def by_channel(reader: nn.Module, x: Tensor) -> Tensor:
-    """The input of a linear layer or convolution as (N, C, sites)."""
+def by_channel(model: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
+    """The input of a model's linear layer or convolution as (N, C, sites), without class tokens."""
     if isinstance(reader, nn.Conv2d):
         return x.flatten(2)
-    return x.flatten(1, -2).transpose(1, 2)
+    return x.flatten(1, -2)[:, getattr(model, "num_prefix_tokens", 0) :].transpose(1, 2)
 
 
 def _channels_first(model: nn.Module, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pipeline.models import create_model
 from tools.analyze.analyzed_model import AnalyzedModel
 from tools.analyze.channel_maps import channel_maps, layer_at, montage
 from tools.analyze.images import Images
+from tools.analyze.layer_adapters import by_channel
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_the_maps_are_the_mlp_channels_and_flat_ones_are_counted(model):
     assert (of_model["dead"], of_model["saturated"]) == (pytest.approx(8 / 64), pytest.approx(16 / 64, abs=2 / 64))
     assert of_model["channels"] == list(range(64))
     np.testing.assert_array_equal(maps, seen[0].permute(0, 3, 1, 2).detach().numpy())
+
+
+def test_the_class_token_of_a_transformer_is_no_site():
+    model = torch.nn.Linear(4, 2)
+    tokens = torch.randn(2, 1 + 9, 4)
+    assert by_channel(model, model, tokens).shape == (2, 4, 10)
+    model.num_prefix_tokens = 1  # timm's name
+    assert torch.equal(by_channel(model, model, tokens), tokens[:, 1:].transpose(1, 2))
 
 
 def test_a_montage_has_each_channel_in_its_place():
