@@ -36,8 +36,8 @@ DataHashes = Mapping[str, str]  # "train" and "validation" -> SHA-256
 def stage_key(recipe: StageRecipe, data: DataHashes, before: str | None) -> str:
     """The hash by which equal stages are known.
 
-    Engine and gate count too, although they may change on resume: arms that compare engines are not the same, and one
-    study's gate says nothing about another's.
+    Engine, encoder backend and gate count too, although they may change on resume: arms that compare engines are not
+    the same, and one study's gate says nothing about another's.
 
     Args:
         data: what identifies the data files: hashes or, to plan, their paths.
@@ -46,6 +46,10 @@ def stage_key(recipe: StageRecipe, data: DataHashes, before: str | None) -> str:
     # Defaults too, because a later version may change them; without the fields that it adds, see `added`.
     settings = [{path: value for path, value, _ in written_fields(section)} for section in (recipe.engine, recipe.gate)]
     facts = [recipe.fingerprint(), *settings, dict(sorted(data.items())), before]
+    if (backend := getattr(recipe.objective, "encoder_backend", "packed")) != "packed":
+        facts.append(backend)
+    if recipe.data.normalize == "imagenet":  # has the fingerprint of null, which may be the numbers of the stage before
+        facts.append("imagenet")
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

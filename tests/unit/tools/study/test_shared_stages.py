@@ -83,6 +83,16 @@ def test_a_default_that_a_later_version_changes_makes_another_stage(recipe):
     assert stage_key(stage, {}, None) == stage_key(stage.model_copy(update={"gate": GateSettings()}), {}, None)
 
 
+def test_values_that_a_fingerprint_leaves_out_make_another_stage(recipe):
+    def keys(*changes):
+        stages = load_recipe(recipe, ["stages.pretrain.data.normalize=measured", *changes]).stages
+        return [stage_key(stages[name], {}, "before") for name in ("pretrain", "intermediate")]
+
+    plain = keys()
+    assert keys("stages.pretrain.objective.encoder_backend=masked")[0] != plain[0], "arms may compare encoders"
+    assert keys("stages.intermediate.data.normalize=imagenet")[1] != plain[1], "null is what was measured before"
+
+
 def test_a_stage_that_this_user_may_not_write_is_shared_once_it_is_done(study, recipe, monkeypatch):
     first = opened(study, "first", recipe)
     monkeypatch.setattr(shared_stages, "may_write", lambda stage: stage.parent != first)  # root may write everywhere
