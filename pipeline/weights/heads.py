@@ -103,7 +103,7 @@ def read_class_names(path: str | os.PathLike) -> list[str]:
         CheckpointError: if the file cannot be read or holds no such list.
     """
     try:
-        text = read_bytes(path).decode()
+        text = read_bytes(path).decode("utf-8-sig")
         if os.fspath(path).endswith(".json"):
             content = parse_json(text)
             names = content["classes"] if isinstance(content, dict) else content

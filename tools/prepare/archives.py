@@ -55,9 +55,9 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
     by_class: dict[str, list[Member]] = {}
     parents: dict[str, str] = {}
     for member in members:
-        parent = posixpath.normpath(member.name.rpartition("/")[0])
+        parent = member.name.rpartition("/")[0]
         folder = base(parent)
-        if is_image(member.name) and folder in ("", "."):
+        if is_image(member.name) and not folder:
             raise DataError(
                 f"{path} holds images without class folders ({member.name}); give their classes by --labels, or pass"
                 " --unlabelled if they have none"
@@ -73,10 +73,13 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
 
 
 def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
-    """One archive of images, such as ILSVRC2012_img_val.tar. All are of class 0 until labels are applied."""
+    """One archive of images, such as ILSVRC2012_img_val.tar, named by their paths in it, in the order of their names.
+
+    All are of class 0 until labels are applied.
+    """
     with open_stream(fs, path) as stream:
         members = sorted(_members(stream, path), key=lambda member: base(member.name))
-    items = [Item(base(m.name), 0, m.place(path)) for m in members if is_image(m.name)]
+    items = [Item(m.name, 0, m.place(path)) for m in members if is_image(m.name)]
     ignored = tuple(m.ignored() for m in members if not is_image(m.name))
     return ImageSource("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
 
@@ -118,6 +121,8 @@ def _stamp(fs: AbstractFileSystem, paths: Sequence[str], items: Sequence[Item]) 
 def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list[Member]:
     """List the files of an archive with their offsets in `stream`; links and devices with the reason not to read them.
 
+    Of members with one path the last counts, as for whoever unpacks the archive.
+
     Args:
         within: the member of an outer archive that is the archive to list.
 
@@ -128,20 +133,21 @@ def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list
     start = within.offset if within else 0
     stream.seek(start)
     with _reading(name), tarfile.open(fileobj=stream, mode="r:") as archive:
-        members = []
+        members: dict[str, Member] = {}
         for member in archive:
             if within and member.offset >= within.offset + within.size:
                 break
+            path = posixpath.normpath(member.name).lstrip("/")
             if member.isfile():
-                members.append(Member(member.name, member.offset_data, member.size))
+                members[path] = Member(path, member.offset_data, member.size)
             elif not member.isdir():
                 kind = "link" if member.islnk() or member.issym() else "device or pipe"
-                members.append(Member(member.name, member.offset_data, 0, f"a {kind} in the archive, not a file"))
+                members[path] = Member(path, member.offset_data, 0, f"a {kind} in the archive, not a file")
         stream.seek(archive.offset)
         mark = stream.read(_BLOCK_BYTES)
         if (within and archive.offset + _BLOCK_BYTES > within.offset + within.size) or mark.strip(b"\0") or not mark:
             raise tarfile.ReadError("its end is missing")
-    return members
+    return list(members.values())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Find out which kind of source a path or URL is, and open it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fsspec import AbstractFileSystem
@@ -64,20 +65,19 @@ def _open_folder(
 ) -> ImageSource:
     entries = [entry for entry in list_folder(fs, path) if is_read(entry["name"])]
     names = [entry["name"] for entry in entries]
+    folders = [entry for entry in entries if is_folder(fs, entry) and not is_image(entry["name"])]
+    at_top = [name for name in names if is_image(name)]
+    tars = [name for name in names if name.endswith(".tar")]
     if parquet := [name for name in names if name.endswith(".parquet")]:
+        _refuse_other_kinds(source, {"Parquet files": parquet, "archives": tars, "images": at_top})
         splits = sorted({base(name).partition("-")[0] for name in parquet if "-" in base(name)})
         if len(splits) > 1:
             raise DataError(f"source {source} holds {', '.join(splits)}; choose one: '{source}/{splits[0]}-*.parquet'")
         return parquet_files(fs, parquet, unlabelled)
-    folders = [entry for entry in entries if is_folder(fs, entry) and not is_image(entry["name"])]
-    if tars := [name for name in names if name.endswith(".tar")]:
-        if folders:
-            raise DataError(
-                f"source {source} holds both archives ({base(tars[0])}, ...) and folders"
-                f" ({base(folders[0]['name'])}, ...), and only one kind can be the classes; move the other away"
-            )
+    if tars:
+        inner = [folder["name"] for folder in folders]
+        _refuse_other_kinds(source, {"archives": tars, "folders": inner, "images": at_top})
         return class_tars(fs, tars)
-    at_top = [name for name in names if is_image(name)]
     if by_name or (at_top and (labelled or unlabelled or not folders)):
         return flat_folder(fs, path)
     if folders:
@@ -89,6 +89,13 @@ def _open_folder(
     packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
     hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
     raise DataError(f"source {source} has no class folders; {hint}")
+
+
+def _refuse_other_kinds(source: str, entries: Mapping[str, Sequence[str]]) -> None:
+    """Raise DataError if a folder holds entries of more than one kind, by kind, because one of them would be lost."""
+    some = [f"{kind} ({base(names[0])}, ...)" for kind, names in entries.items() if names]
+    if len(some) > 1:
+        raise DataError(f"source {source} holds both {some[0]} and {some[1]}; move one kind away")
 
 
 def _open_file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bool) -> ImageSource:

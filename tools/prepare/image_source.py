@@ -201,7 +201,8 @@ def read_whole_file(fs: AbstractFileSystem, path: str) -> bytes:
 def read_lines(path: str) -> list[str]:
     """Read the stripped lines of a text file, by path or URL, without empty ones. Raises DataError if that fails."""
     try:
-        return [line.strip() for line in read_whole_file(*locate(path)).decode().splitlines() if line.strip()]
+        text = read_whole_file(*locate(path)).decode("utf-8-sig")
+        return [line.strip() for line in text.splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise DataError(f"{path} is no text file; name another file") from None
 

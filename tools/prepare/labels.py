@@ -1,5 +1,6 @@
 """The classes of images that lie in no class folder, and readable names of classes."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -100,6 +101,7 @@ def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
         names: Sequence[str] = labels.ordered
     else:
         rows = [_row_of(item, labels) for item in source.items]
+        _refuse_shared_lines(source.items, labels)
         missing = [item.name for item, row in zip(source.items, rows, strict=True) if row is None]
         if missing:
             more = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
@@ -122,6 +124,19 @@ def _row_of(item: Item, labels: Labels) -> LabelRow | None:
             " path; give its path below the source"
         )
     return row
+
+
+def _refuse_shared_lines(items: Sequence[Item], labels: Labels) -> None:
+    """Raise DataError where more images than lines have one file name: a line may be about another image."""
+    lines, images = Counter(map(_stem, labels.by_path)), defaultdict(list)
+    for item in items:
+        images[_stem(item.name)].append(item.name)
+    for stem, names in images.items():
+        if len(names) > lines[stem] > 0:
+            raise DataError(
+                f"labels {labels.path} name {stem} {lines[stem]:,} times, and the source holds {len(names):,} images of"
+                f" this name, such as {names[0]} and {names[1]}; list each by its path below the source"
+            )
 
 
 def read_descriptions(path: str) -> dict[str, str]:

@@ -77,7 +77,13 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
             with with_retries(fs, path, lambda path=path: fs.open(path, "rb")) as stream:
                 file = arrow.parquet.ParquetFile(stream)
                 is_struct = _check_columns(arrow, file.schema_arrow, path, unlabelled)
-                names = names or _label_names(file.schema_arrow)
+                own = _label_names(file.schema_arrow)
+                if own and names and own != names and not unlabelled:
+                    raise DataError(
+                        f"{path} names other classes than the files before it, or in another order, so equal numbers"
+                        " are other classes; give all files the same names, or pass --unlabelled"
+                    )
+                names = names or own
                 stamp.add_file(fs.info(path))
                 with_path = is_struct and file.schema_arrow.field("image").type.get_field_index("path") >= 0
                 columns = [*([] if unlabelled else ["label"]), *(["image.path"] if with_path else [])]

@@ -28,7 +28,7 @@ from tools.prepare.annotated_source import (
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
-from tools.prepare.image_source import ImageSource, Item, read_lines
+from tools.prepare.image_source import ImageSource, Item, base, read_lines
 from tools.prepare.labels import read_descriptions
 from tools.prepare.mask_pairs import MapOptions
 from tools.prepare.masked_source import MaskedSource, has_parts, open_masked_source
@@ -223,7 +223,8 @@ def _unusable(name: str) -> str:
 
 def _reading_of(images: ImageSource, options: Options) -> tuple[ReadingSettings, list[int]]:
     """The settings with a window if one is needed, and the images that each item gives at the most."""
-    is_imagenet = all(map(_WORDNET_ID.fullmatch, images.classes)) or images.items[0].name.startswith("ILSVRC2012_")
+    first = base(images.items[0].name)
+    is_imagenet = all(map(_WORDNET_ID.fullmatch, images.classes)) or first.startswith("ILSVRC2012_")
     is_published = is_imagenet or (isinstance(images, MaskedSource) and images.is_ade20k)
     if isinstance(images, AnnotatedSource):
         is_published |= images.is_coco
@@ -279,7 +280,8 @@ def _write(
                 write_preparation_report(destination, images, notes)
                 if options.on_bad == "refuse":
                     _refuse_bad_images(source, notes, report)
-    return Summary(open_beton(destination), report, count_outcomes(report))
+    excludes = bool(options.exclude_images or options.exclude_names)
+    return Summary(open_beton(destination), report, count_outcomes(report), excludes)
 
 
 def _append_parts(
@@ -376,7 +378,14 @@ def _digests(source: str | None) -> frozenset[bytes]:
     if source is None:
         return frozenset()
     if source.endswith(".beton"):
-        return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(open_beton(source), JPEG))
+        beton = open_beton(source)
+        for name in ("max_side", "raw_fraction"):
+            if value := beton.settings.get(name):
+                raise DataError(
+                    f"--exclude-images {source} was prepared with {name} {value:g}, so it holds other bytes than the"
+                    " files that it was made from; name these files instead"
+                )
+        return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(beton, JPEG))
     images = open_source(source, unlabelled=True)
     readable = [item for item in images.items if not isinstance(item.place, str)]
     try:

@@ -25,6 +25,8 @@ class Summary:
     beton: Beton
     report: Path
     counts: dict[tuple[str, str], int]
+    excludes: bool = False
+    """Images were to be excluded by their names or bytes."""
     split: str = ""
     """Of validation images that were held out: how many, in a sentence."""
 
@@ -93,6 +95,11 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         names = f": {', '.join(left_out)}{more}" if left_out else ""
         yield f"{_counted(beton.samples, 'image', 's')}; {', '.join(said)}{names}"
         yield f"each by name: {summary.report}"
+    if summary.excludes and not totals["excluded"]:
+        yield (
+            "no image was excluded: none has a listed name, or the bytes of an image to exclude (a .beton file tells"
+            " those of JPEGs that it stores as they came; its source tells all)"
+        )
     if beton.maps:
         yield _pixels(beton)
     if beton.objects:

@@ -13,12 +13,15 @@ import pytest
 
 from pipeline.data.beton import JPEG, contents_of, open_beton, samples_of
 from pipeline.errors import DataError
+from pipeline.weights.heads import read_class_names
 from tests.archives import (
     WNIDS,
     WORDS,
     class_images,
     devkit,
+    encoded,
     meta_mat,
+    photograph,
     tar,
     train_tar,
     validation,
@@ -26,7 +29,10 @@ from tests.archives import (
 )
 from tools.prepare.detect import open_source
 from tools.prepare.devkit import read_synsets
+from tools.prepare.encoding import Encoding
+from tools.prepare.image_source import read_lines
 from tools.prepare.preparation import prepare_beton
+from tools.prepare.preparation_report import summary_lines
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}
 
@@ -237,6 +243,20 @@ def test_images_and_names_to_exclude(images, tmp_path):
         assert not set(stolen.values()) & set(written(tmp_path / f"{source}.beton")[1])
 
 
+def test_exclusions_that_exclude_nothing_are_a_note(images, tmp_path):
+    train = write_folder(tmp_path / "train", images)
+    write_folder(tmp_path / "other", {"cat": {"a.png": encoded(photograph(7), "PNG")}})
+    other = str(prepare_beton(tmp_path / "other", tmp_path / "other.beton").beton.path)
+    said = list(summary_lines(prepare_beton(train, tmp_path / "a.beton", exclude_images=other)))
+    assert said[0].startswith("no image was excluded: none has a listed name, or the bytes of an image to exclude (")
+    assert not [line for line in summary_lines(prepare_beton(train, tmp_path / "b.beton")) if "no image was" in line]
+    raw = str(prepare_beton(train, tmp_path / "raw.beton", encoding=Encoding(raw_fraction=1.0)).beton.path)
+    with pytest.raises(
+        DataError, match=r"raw\.beton was prepared with raw_fraction 1, so it holds other bytes than the"
+    ):
+        prepare_beton(train, tmp_path / "c.beton", exclude_images=raw)
+
+
 def cut(content):
     """An archive whose download stopped between two members."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -333,6 +353,35 @@ def test_an_archive_beside_class_folders_does_not_replace_them(images, tmp_path)
     (source / "old.tar").write_bytes(tar(images[WNIDS[0]]))
     with pytest.raises(DataError, match=rf"holds both archives \(old.tar, ...\) and folders \({WNIDS[0]}, ...\)"):
         prepare_beton(source, tmp_path / "a.beton")
+
+
+@pytest.mark.parametrize(
+    ("files", "kinds"),
+    [
+        (("a.jpg", "backup.tar"), r"archives \(backup.tar, ...\) and images \(a.jpg, ...\)"),
+        (("a.jpg", "table.parquet"), r"Parquet files \(table.parquet, ...\) and images \(a.jpg, ...\)"),
+        (("a.tar", "b.parquet"), r"Parquet files \(b.parquet, ...\) and archives \(a.tar, ...\)"),
+    ],
+)
+def test_an_archive_or_table_beside_images_does_not_replace_them(tmp_path, files, kinds):
+    for name in files:
+        (tmp_path / name).write_bytes(tar({"x.jpg": b""}))
+    with pytest.raises(DataError, match=f"holds both {kinds}; move one kind away"):
+        open_source(str(tmp_path), unlabelled=True)
+
+
+def test_of_members_with_one_path_the_last_counts(tmp_path):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in (("./b/1.jpg", b"old"), ("a/1.jpg", b"other"), ("b/1.jpg", b"new")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "set.tar").write_bytes(file.getvalue())
+    for unlabelled in (True, False):
+        source = open_source(str(tmp_path / "set.tar"), unlabelled=unlabelled)
+        held = {item.name: source.reader.read(item.place) for item in source.items}
+        assert held == {"a/1.jpg": b"other", "b/1.jpg": b"new"}
 
 
 def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
@@ -467,8 +516,39 @@ def test_labels_labelled_by_hashes_are_one_sentence(tmp_path):
 def test_labels_that_give_a_name_two_classes(tmp_path):
     (tmp_path / "labels.txt").write_text("a/1.jpg cat\nb/1.jpg dog\n")
     (tmp_path / "flat.tar").write_bytes(tar({"a/1.jpg": b"", "b/1.jpg": b""}))
+    source = open_source(str(tmp_path / "flat.tar"), str(tmp_path / "labels.txt"))
+    assert {item.name: source.classes[item.label] for item in source.items} == {"a/1.jpg": "cat", "b/1.jpg": "dog"}
+    (tmp_path / "flat.tar").write_bytes(tar({"c/1.jpg": b""}))
     with pytest.raises(DataError, match="give 1 two classes, cat and dog"):
-        prepare_beton(tmp_path / "flat.tar", tmp_path / "a.beton", labels=str(tmp_path / "labels.txt"))
+        open_source(str(tmp_path / "flat.tar"), str(tmp_path / "labels.txt"))
+
+
+@pytest.mark.parametrize("line", ["a/1.jpg,cat", "1.jpg,cat", "1,cat"])
+def test_a_line_is_of_one_image(tmp_path, line):
+    (tmp_path / "labels.csv").write_text(f"{line}\n")
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        (tmp_path / "photos" / name).write_bytes(b"")
+    said = "name 1 1 times, and the source holds 2 images of this name, such as a/1.jpg and b/1.jpg; list each by its"
+    with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path / "photos"), str(tmp_path / "labels.csv"))
+    (tmp_path / "labels.csv").write_text("old/a/1.jpg,cat\nold/b/1.jpg,cat\n")
+    assert open_source(str(tmp_path / "photos"), str(tmp_path / "labels.csv")).classes == ("cat",)
+
+
+def test_parquet_files_that_number_classes_otherwise_are_not_merged(tmp_path):
+    parquet(tmp_path / "a.parquet", [(None, b"", 0)], ["cat", "dog"])
+    parquet(tmp_path / "b.parquet", [(None, b"", 0)], ["dog", "cat"])
+    with pytest.raises(
+        DataError, match=r"b\.parquet names other classes than the files before it, or in another order"
+    ):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), unlabelled=True).items) == 2
+
+
+def test_lists_of_names_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_lines(str(tmp_path / "names.txt")) == read_class_names(tmp_path / "names.txt") == ["cat", "dog"]
 
 
 def test_names_that_are_no_text(images, tmp_path):
