@@ -102,7 +102,7 @@ def evaluate_weights(
     import sys
     from dataclasses import replace
 
-    from tools.evaluate.evaluated_data import evaluated_files
+    from tools.evaluate.evaluated_data import evaluated_files, note_other_window
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
@@ -120,6 +120,8 @@ def evaluate_weights(
         ("classifier", "segmenter"): {"--batch": batch},
     })  # fmt: skip
     shown = {"per_class": per_class, "json": json}
+    if data.endswith(".beton"):
+        note_other_window(weights, data)
     if kind == "segmenter":
         settings = {"ema": ema, "test": test, "scales": scale, "flip": flip, "batch": batch, "bf16": bf16}
         _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, **shown)

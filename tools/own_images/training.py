@@ -26,7 +26,7 @@ from tools.own_images.micro_batch import choose_micro_slots
 from tools.own_images.starting_weights import RECOMMENDED, RELEASED, SCRATCH, StartingWeights, starting_weights
 from tools.prepare.detect import open_source
 from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, say, window_of
-from tools.prepare.recipe_data import bound_file
+from tools.prepare.recipe_data import bound_file, note_doubtful_validation
 from tools.prepare.splits import validation_part
 from tools.recipes.library import find_recipe
 from tools.run.local_run import stoppable_preparation, train_here
@@ -91,6 +91,7 @@ def train_on_images(request: Request) -> None:
     directory = working_copy(request.out)
     plan = plan_training(request, directory)
     show_plan(request, plan)
+    note_doubtful_validation(plan.chain, directory)
     train_here(plan.chain, directory, plan.base[1], plan.overrides, request.processes)
     print(_next_command(request))
 

@@ -103,8 +103,8 @@ def is_source(path: str) -> bool:
     """Whether a data path must be prepared first: a folder, an archive, a pattern or Parquet, and no .beton file."""
     if path.endswith(".beton"):
         return False
-    if not is_url(path):
-        return not sidecar_path(Path(path)).is_file()
+    if not is_url(path):  # beside a folder of images, NAME.json may hold their annotations
+        return os.path.isdir(path) or not sidecar_path(Path(path)).is_file()
     fs, inner = locate(path)
     return not fs.isfile(f"{inner}.json")
 
@@ -188,6 +188,16 @@ def window_of(path: str) -> ReadingSettings | None:
     compared with them need the same window."""
     reading = None if is_url(path) else ReadingSettings.of_side_car(open_beton(path).settings)
     return reading if reading and reading.window else None
+
+
+def unlike_windows(name: str, used: ReadingSettings, others: str, wanted: ReadingSettings) -> Iterator[str]:
+    """Say so if the images of two data files have different windows over values of more than 8 bits."""
+    if used.window and wanted.window and used.window != wanted.window:
+        own, window = (" ".join(map(repr, reading.window)) for reading in (used, wanted))
+        yield (
+            f"{name} was prepared with the window {own}, so equal values have another brightness than in {others};"
+            f" prepare it with --window {window}"
+        )
 
 
 def held_out(prepared_file: Path) -> Path:
@@ -285,8 +295,11 @@ def list_source(source: str, settings: SourceSettings) -> tuple[str, int]:
 
 def _listed(place: str, is_wanted: Callable[[str], bool]) -> Iterator[str]:
     if not is_url(place) and os.path.isdir(place):
-        for folder, folders, names in os.walk(place):
-            folders[:] = filter(is_read, folders)
+        seen = {os.path.realpath(place)}  # links to folders are followed, as preparation does
+        for folder, folders, names in os.walk(place, followlinks=True):
+            inner = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(filter(is_read, folders))}
+            folders[:] = [name for name, real in inner.items() if real not in seen]
+            seen.update(inner.values())
             for name in filter(is_wanted, names):
                 path = os.path.join(folder, name)
                 with suppress(OSError):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.chain import resolve_chain_paths
+from pipeline.data.beton import read_sidecar
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import (
@@ -18,6 +19,7 @@ from pipeline.recipe import (
 )
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
+from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.prepared_cache import (
     SourceSettings,
     held_out,
@@ -26,6 +28,7 @@ from tools.prepare.prepared_cache import (
     prepared,
     read_entry,
     say,
+    unlike_windows,
     window_of,
 )
 
@@ -65,9 +68,29 @@ def with_prepared_data(
                 settings = replace(sources[source], reading=reading)
                 kept = None if refresh else bound_file(run, source, settings)
                 files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
-    return chain.model_copy(
+    chain = chain.model_copy(
         update={"stages": {name: _with_files(stage, sources, files) for name, stage in chain.stages.items()}}
     )
+    note_doubtful_validation(chain, run, report)
+    return chain
+
+
+def note_doubtful_validation(chain: ChainRecipe, run: Path, report: Callable[[str], None] = say) -> None:
+    """Say so where unfinished stages validate on their training images, or on images of more than 8 bits that were put
+    through another window than these."""
+    named = [stage.data for name, stage in chain.stages.items() if not read_done(run / name)]
+    for paths in dict.fromkeys((data.train, data.validation) for data in named if data.validation):
+        try:
+            train, validation = (None if is_url(path) else read_sidecar(Path(path)) for path in paths)
+        except DataError:  # which the start of the stage says
+            continue
+        name = f"data.validation {paths[1]}"
+        if paths[0] == paths[1] or (train and validation and train.identity == validation.identity):
+            report(f"{name} holds the images of data.train, so its figures do not tell how the model does on others")
+        elif train and validation:
+            readings = [ReadingSettings.of_side_car(beton.settings) for beton in (validation, train)]
+            for sentence in unlike_windows(name, readings[0], "data.train", readings[1]):
+                report(sentence)
 
 
 def sources_of(chain: ChainRecipe, run: Path) -> dict[str, SourceSettings]:

@@ -16,7 +16,7 @@ from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.evaluate.answers import Answers
 from tools.evaluate.commands import evaluate_weights
-from tools.evaluate.evaluated_data import evaluated_files
+from tools.evaluate.evaluated_data import evaluated_files, note_other_window
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.preparation import prepare_beton
 
@@ -126,3 +126,14 @@ def test_a_run_decides_how_images_are_read(run, photos, monkeypatch):
     monkeypatch.setattr("tools.evaluate.evaluated_data.reading_of_stage", lambda stage: AS_LOADER)
     file, _ = evaluated_files(str(run), str(photos), None)
     assert ReadingSettings.of_side_car(open_beton(file).settings) == AS_LOADER
+
+
+def test_a_file_of_another_window_than_the_training_images_is_a_note(tmp_path, monkeypatch, capsys):
+    reading, trained = (ReadingSettings(window=(0.0, high)) for high in (2000.0, 4000.0))
+    data = prepare_beton(write_deep(tmp_path / "data", 0, 2000), tmp_path / "data.beton", reading=reading).beton.path
+    monkeypatch.setattr("tools.evaluate.evaluated_data._reading_of", lambda weights: trained)
+    note_other_window("run", str(data))
+    said = (
+        f"{data} was prepared with the window 0.0 2000.0, so equal values have another brightness than in what run was"
+    )
+    assert said in capsys.readouterr().err

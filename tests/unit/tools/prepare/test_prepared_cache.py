@@ -63,6 +63,26 @@ def test_a_changed_folder_is_a_note_and_refresh_leaves_the_old_file(photos, cach
     assert all(is_made_from(str(path), str(photos), SourceSettings()) for path in (first, second))
 
 
+def test_a_changed_folder_is_a_note_if_it_is_linked(photos, tmp_path, cache):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in CLASSES:
+        (linked / name).symlink_to(photos / name)
+        (photos / name / "loop").symlink_to(photos / name)
+    first, said = prepared(str(linked), SourceSettings(), cache=cache), []
+    assert prepared(str(linked), SourceSettings(), cache=cache, report=said.append) == first
+    assert said == []
+    write_images(photos, 4, first=100)
+    assert prepared(str(linked), SourceSettings(), cache=cache, report=said.append) == first
+    assert "(8 files then, 12 now)" in said[0]
+
+
+def test_a_folder_is_a_source_beside_its_annotations_too(photos):
+    photos.with_name(f"{photos.name}.json").write_text("{}")
+    assert is_source(str(photos))
+    assert is_source(f"{photos}/")
+
+
 @pytest.mark.parametrize("name", [".DS_Store", "README.txt", "rings/Thumbs.db", "__MACOSX/a.png", ".hidden/a.png"])
 def test_files_that_are_no_images_are_no_change(photos, cache, name):
     path, said = prepared(str(photos), ANY, cache=cache), []

@@ -14,8 +14,15 @@ from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.estimate.stage_estimate import estimate
 from tools.prepare import recipe_data
 from tools.prepare.image_pixels import ReadingSettings
+from tools.prepare.preparation import prepare_beton
 from tools.prepare.prepared_cache import read_entry
-from tools.prepare.recipe_data import note_unshared_data, refuse_sources, sources_of, with_prepared_data
+from tools.prepare.recipe_data import (
+    note_doubtful_validation,
+    note_unshared_data,
+    refuse_sources,
+    sources_of,
+    with_prepared_data,
+)
 from tools.recipes.commands import validate_recipes
 
 
@@ -108,3 +115,26 @@ def test_an_estimate_and_a_validation_count_and_prepare_nothing(recipe, photos, 
     validate_recipes([str(recipe), folders])
     assert f"checked when the run starts: {photos}" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "fcmae").iterdir()] == ["traces"]  # of the estimate
+
+
+def test_figures_of_training_images_or_of_another_window_are_a_note(recipe, photos, tmp_path):
+    overrides = "stages.intermediate=null", "stages.finetune=null"
+    chain = chain_of(recipe, photos, f"defaults.data.validation={photos}", *overrides)
+    said = []
+    used = with_prepared_data(chain, tmp_path / "run", cache=tmp_path / "cache", report=said.append)
+    path = used.stages["pretrain"].data.validation
+    assert f"data.validation {path} holds the images of data.train, so its figures do not tell" in said[-1]
+    files = {}
+    for name, high in (("train", 4000.0), ("validation", 2000.0)):
+        values = np.linspace(0, high, 24 * 24).reshape(24, 24).astype(np.uint16)
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "0.png")
+        reading, out = ReadingSettings(window=(0.0, high)), tmp_path / f"{name}-deep.beton"
+        files[name] = prepare_beton(tmp_path / name, out, unlabelled=True, reading=reading).beton.path
+    chain = load_recipe(recipe, [*(f"defaults.data.{name}={path}" for name, path in files.items()), *overrides])
+    said.clear()
+    note_doubtful_validation(chain, tmp_path / "run", said.append)
+    assert said == [
+        f"data.validation {files['validation']} was prepared with the window 0.0 2000.0, so equal values have another"
+        " brightness than in data.train; prepare it with --window 0.0 4000.0"
+    ]
