@@ -267,7 +267,8 @@ def _write(
     folder = PartFolder(
         parts_folder(destination), images.reader, options.encoding, reading, exclusion, masks, turns_to_fit
     )
-    plan = _hash_plan(images, exclusion, {**settings, "max_pixels": reading.max_pixels}, size)
+    unsaid = [reading.max_pixels, reading.upright, turns_to_fit, capacity]  # by a side-car
+    plan = _hash_plan(images, exclusion, {**settings, "unsaid": unsaid}, size)
     with _locked_folder(folder.directory, destination, plan) as data:
         if data.exists():
             with BetonWriter(
@@ -363,6 +364,10 @@ def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Pa
         yield data
         _empty_folder(directory)
         directory.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"{destination} cannot be written: {error.strerror or error}; the same command continues from here"
+        ) from None
     finally:
         os.close(lock)
 

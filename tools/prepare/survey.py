@@ -8,6 +8,7 @@ are whole numbers, so the window does not depend on the number of workers.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -15,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.distributed.processes import LibraryContext, die_with_parent
+from pipeline.errors import DataError
 from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
 from tools.prepare.image_pixels import DEEP, ReadingSettings, deep_values, page_count
 from tools.prepare.image_source import Item, Reader
@@ -89,10 +91,15 @@ def mapped(function: Callable[[Sequence[Item]], T], chunks: Sequence[Sequence[It
         yield from map(function, chunks)
         return
     context = LibraryContext()
-    with ProcessPoolExecutor(
-        min(workers, len(chunks)), context, initializer=_start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        yield from pool.map(function, chunks)
+    try:
+        with ProcessPoolExecutor(
+            min(workers, len(chunks)), context, initializer=_start_worker, initargs=(os.getpid(),)
+        ) as pool:
+            yield from pool.map(function, chunks)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for lack of memory; repeat the command with fewer --workers"
+        ) from None
 
 
 def _start_worker(parent: int) -> None:

@@ -330,3 +330,22 @@ def test_objects_lie_beside_their_file(tmp_path):
     with pytest.raises(DataError, match="do not exist; copy them too"):
         open_beton(beton.path)
     assert Image.open(tmp_path / "own/images/000000000009.jpg").size == (60, 40)
+
+
+def test_another_orientation_begins_anew(tmp_path):
+    """COCO's pixels are those of torchvision's loader, so the side-car does not name the orientation."""
+    half_turn = Image.Exif()
+    half_turn[0x0112] = 3
+    names = images_of("train2017", 2)
+    files = {name: encoded(photograph(n, 64), exif=half_turn) for n, name in enumerate(names)}
+    folder = own(tmp_path / "own", files)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    options = {"objects": ObjectOptions(upright=True), "part_samples": 1}
+    with pytest.raises(KeyboardInterrupt):
+        prepared(folder, tmp_path / "a.beton", part_samples=1, progress=stop)
+    for name in ("a", "undisturbed"):
+        prepare_targets(folder, tmp_path / f"{name}.beton", None, **options)
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "undisturbed.beton").read_bytes()

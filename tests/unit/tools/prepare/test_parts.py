@@ -1,5 +1,6 @@
 """The file is the same after any interruption and with any number of workers."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.beton import open_beton, sidecar_path, verify_hashes
+from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
 from tests.archives import class_images, write_folder
 from tools.prepare.encoding import Encoding
@@ -202,6 +204,20 @@ def test_a_full_disk_is_one_sentence(made, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
+    prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
+    assert files(tmp_path / "a.beton") == files(undisturbed)
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_at_a_flush_is_one_sentence(made, tmp_path, monkeypatch):
+    source, undisturbed = made
+    with monkeypatch.context() as patch:
+        patch.setattr(BetonWriter, "sync", full_disk)
+        with pytest.raises(DataError, match="cannot be written: No space left on device; the same command continues"):
+            prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)
 

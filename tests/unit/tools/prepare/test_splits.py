@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from pipeline.data.beton import contents_of, open_beton, samples_of
 from pipeline.errors import DataError
 from tests.archives import class_images, encoded, photograph, write_folder
+from tools.prepare import survey
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_pixels import ReadingSettings
@@ -262,3 +265,13 @@ def test_heic_without_its_reader_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("tools.prepare.image_files._reads_heif", lambda: False)
     with pytest.raises(DataError, match=r"a.heic .HEIC needs pillow-heif; run `pip install pillow-heif`"):
         prepare_beton(tmp_path / "phone", tmp_path / "a.beton", unlabelled=True)
+
+
+def test_a_killed_worker_is_one_sentence(monkeypatch):
+    class Pool(ProcessPoolExecutor):
+        def map(self, *arguments):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(survey, "ProcessPoolExecutor", Pool)
+    with pytest.raises(DataError, match="a worker process was killed, perhaps for lack of memory; repeat the command"):
+        list(survey.mapped(len, [[], []], 2))
