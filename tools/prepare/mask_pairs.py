@@ -233,8 +233,9 @@ def _parts(items: list[Item]) -> tuple[list[Item], tuple[bool, ...] | None, list
     """The items, which of them are for validation if their folders say so, and those of a test part, left out."""
     parts = [item.name.partition("/")[0].lower() if "/" in item.name else "" for item in items]
     known = _TRAINING | _VALIDATION | _TEST
-    if not (known.issuperset(parts) and _TRAINING.intersection(parts) and _VALIDATION.intersection(parts)):
+    if not (known.issuperset(parts) and _TRAINING.intersection(parts)):
         return items, None, []
     test = [(item.name, "of the test part") for item, part in zip(items, parts, strict=True) if part in _TEST]
     kept = [(item, part in _VALIDATION) for item, part in zip(items, parts, strict=True) if part not in _TEST]
-    return [item for item, _ in kept], tuple(held for _, held in kept), test
+    held_out = tuple(held for _, held in kept) if _VALIDATION.intersection(parts) else None
+    return [item for item, _ in kept], held_out, test

@@ -162,6 +162,8 @@ def _data_yaml(fs: AbstractFileSystem, folder: str) -> dict[str, Any]:
         raise DataError(f"{path}: {error}; correct it") from None
     if not isinstance(content, dict) or "names" not in content:
         raise DataError(f"{path} has no key `names`; list the classes under it")
+    if content.get("kpt_shape"):
+        raise DataError(f"{path} has kpt_shape: its labels are points of a pose; export boxes or polygons instead")
     return content
 
 
@@ -172,6 +174,8 @@ def _class_names(fs: AbstractFileSystem, folder: str) -> Sequence[str]:
             names = [names[number] for number in range(len(names))]
         if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
             raise DataError(f"{folder}/{_YAML}: names is {shortened(names)}; give a list, or numbers from 0 on")
+        if unquoted := [name for name in names if isinstance(name, bool)]:
+            raise DataError(f"{folder}/{_YAML}: YAML reads a name as {unquoted[0]}; put yes, no, on and off in quotes")
         return [str(name) for name in names]
     if not fs.isfile(f"{folder}/{_CLASSES}"):
         raise DataError(f"{folder} holds neither {_YAML} nor {_CLASSES}; write the names of the classes, one a line")

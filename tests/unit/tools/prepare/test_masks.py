@@ -392,3 +392,11 @@ def test_verify_names_damaged_maps(tmp_path):
     assert len(damage) == 2
     assert "a.beton.maps is damaged (SHA-256); copy it again" in damage[0]
     assert damage[1].startswith("the label map of sample 0 in")
+
+
+def test_images_for_tests_are_not_trained_on(tmp_path):
+    names = [f"{kind}/{part}/{n}.png" for part in ("train", "test") for n in range(2) for kind in ("images", "masks")]
+    write_files(tmp_path / "set", {name: PICTURE if name.startswith("images") else png(LABELS) for name in names})
+    (summary,) = prepare_targets(tmp_path / "set", tmp_path / "a.beton", None, maps=MapOptions())
+    assert summary.counts.pop(("ignored", "of the test part")) == 2
+    assert summary.beton.samples == 2

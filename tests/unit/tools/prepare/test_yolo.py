@@ -182,6 +182,8 @@ def test_bad_labels_name_their_line(tmp_path, labels, says):
         ("names: [cat", r"data.yaml: .* on line \d; correct it"),
         ("[cat]", "data.yaml has no key `names`; list the classes under it"),
         ("names: {1: cat}", r"data.yaml: names is {1: 'cat'}; give a list, or numbers from 0 on"),
+        ("names: [cat, no]", r"data.yaml: YAML reads a name as False; put yes, no, on and off in quotes"),
+        ("names: [cat]\nkpt_shape: [17, 2]", r"data.yaml has kpt_shape: its labels are points of a pose; export boxes"),
     ],
 )
 def test_bad_classes_are_named(tmp_path, yaml, says):
