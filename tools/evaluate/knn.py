@@ -73,7 +73,9 @@ def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, rows: int 
     best = queries.new_full((len(queries), 0), 0.0)
     voters = labels.new_zeros(len(queries), 0)
     for first in range(0, len(bank), rows):
-        near, rank = (queries @ bank[first : first + rows].t()).topk(min(NEIGHBOURS, len(bank) - first, rows), dim=1)
+        with torch.autocast(queries.device.type, enabled=False):  # bf16 similarities would mostly be ties
+            near = queries @ bank[first : first + rows].t()
+        near, rank = near.topk(min(NEIGHBOURS, len(bank) - first, rows), dim=1)
         best, voters = torch.cat([best, near], 1), torch.cat([voters, labels[first + rank]], 1)
         best, rank = best.topk(min(NEIGHBOURS, best.shape[1]), dim=1)
         voters = voters.gather(1, rank)

@@ -151,3 +151,12 @@ def test_parts_of_the_bank_change_nothing():
     bank, labels = nn.functional.normalize(torch.randn(50, 4, dtype=torch.float64)), torch.arange(50) % 3
     whole = vote(bank[:7], bank, labels, 3)
     torch.testing.assert_close(vote(bank[:7], bank, labels, 3, rows=8), whole)
+
+
+def test_similarities_are_not_rounded_to_bf16():
+    generator = torch.Generator().manual_seed(0)
+    middle, noise = torch.randn(1, 16, generator=generator), torch.randn(200, 16, generator=generator)
+    bank, labels = nn.functional.normalize(middle + 0.05 * noise), torch.arange(200) % 7
+    whole = vote(bank[:5], bank, labels, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vote(bank[:5], bank, labels, 7), whole)
