@@ -46,10 +46,13 @@ def write_label_maps(
     written if no image can be read.
 
     Raises:
-        UserError: if a file cannot be written, or two images would have one.
+        UserError: if a file cannot be written, two images would have one, or OUT/classes.txt lists other classes.
     """
     places, colours, segmented = places_of(images.all_names), palette(len(model.classes)), []
+    classes, names = out / "classes.txt", "\n".join(model.classes) + "\n"
     try:
+        if classes.exists() and classes.read_bytes() != names.encode():
+            raise UserError(f"{classes} lists other classes than those of the model; give another --out")
         for name, rgb in images.pixels(model.reading, progress):
             labels = model.labels(rgb, how)
             files = [(out / folder / places[name]).with_suffix(".png") for folder in ("maps", "overlays")]
@@ -58,7 +61,7 @@ def write_label_maps(
                 Image.fromarray(pixels).save(file)
             segmented.append(SegmentedImage(name, *files, _shares(labels, model.classes)))
         if segmented:
-            (out / "classes.txt").write_text("\n".join(model.classes) + "\n", encoding="utf-8")
+            classes.write_bytes(names.encode())
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return segmented

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 
 import fcmae as way_in
+from pipeline.errors import UserError
 from pipeline.models import create_model
 from tests.archives import tar
 from tests.fitted import write_fitted_run, write_photos
 from tests.support import CLASSES, fcmae, fcmae_anew
+from tools.predict.label_map_files import write_label_maps
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,14 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence(place, tmp_path):
         lines = [line for line in done.stderr.splitlines() if "is left out" not in line]
         assert (done.returncode, done.stdout, len(lines)) == (1, "", 1), (name, done)
         assert sentence in lines[0], name
+
+
+def test_label_maps_are_not_mixed_with_those_of_other_classes(tmp_path):
+    """Their numbers would mean other classes; and a data set may have its classes in a file of this name."""
+    (tmp_path / "classes.txt").write_text("0 sky\n255 road\n")
+    model, no_images = SimpleNamespace(classes=("sky", "road")), SimpleNamespace(all_names=[])
+    with pytest.raises(
+        UserError, match=r"classes\.txt lists other classes than those of the model; give another --out"
+    ):
+        write_label_maps(model, no_images, tmp_path, None)
+    assert (tmp_path / "classes.txt").read_text() == "0 sky\n255 road\n"
