@@ -5,11 +5,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os.path import commonprefix
 from typing import IO, NamedTuple
 
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError, first_line
+from tools.prepare.folders import is_read
 from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream, why_ignored
 
 _BLOCK_BYTES = 512
@@ -21,12 +23,15 @@ class Member(NamedTuple):
     size: int
     why: str = ""
     """Why it cannot be read, if it is no regular file."""
+    is_image: bool = False
+    """Whether it is an image by its name, and in no hidden folder."""
 
     def place(self, path: str) -> tuple | str:
         return self.why or (path, self.offset, self.size)
 
     def ignored(self, prefix: str = "") -> tuple[str, str]:
-        return f"{prefix}{base(self.name)}", self.why or why_ignored(self.name)
+        why = "in a folder that is hidden or not the user's" if is_image(self.name) else why_ignored(self.name)
+        return f"{prefix}{base(self.name)}", self.why or why
 
 
 def tar_of_classes(fs: AbstractFileSystem, path: str) -> ImageSource:
@@ -57,19 +62,21 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
     for member in members:
         parent = member.name.rpartition("/")[0]
         folder = base(parent)
-        if is_image(member.name) and not folder:
+        if member.is_image and not folder:
             raise DataError(
                 f"{path} holds images without class folders ({member.name}); give their classes by --labels, or pass"
                 " --unlabelled if they have none"
             )
-        if is_image(member.name) and parents.setdefault(folder, parent) != parent:
+        if member.is_image and parents.setdefault(folder, parent) != parent:
             raise DataError(
                 f"{path} holds two folders of class {folder}, {parents[folder]} and {parent}, such as those of training"
                 " and validation; unpack it and name one folder of classes"
             )
         by_class.setdefault(folder, []).append(member)
-    parts = [(n, path, by_class[n]) for n in sorted(by_class) if any(is_image(m.name) for m in by_class[n])]
-    return _by_class(fs, "tar of class folders", parts, [path])
+    parts = [(n, path, by_class[n]) for n in sorted(by_class) if any(m.is_image for m in by_class[n])]
+    images, classes = _by_class(fs, "tar of class folders", parts, [path]), {name for name, *_ in parts}
+    others = (m.ignored(f"{name}/" if name else "") for name in by_class if name not in classes for m in by_class[name])
+    return replace(images, ignored=(*images.ignored, *others))
 
 
 def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
@@ -79,8 +86,8 @@ def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
     """
     with open_stream(fs, path) as stream:
         members = sorted(_members(stream, path), key=lambda member: base(member.name))
-    items = [Item(m.name, 0, m.place(path)) for m in members if is_image(m.name)]
-    ignored = tuple(m.ignored() for m in members if not is_image(m.name))
+    items = [Item(m.name, 0, m.place(path)) for m in members if m.is_image]
+    ignored = tuple(m.ignored() for m in members if not m.is_image)
     return ImageSource("flat tar", ("all",), items, ByteRanges(fs), _stamp(fs, [path], items), ignored)
 
 
@@ -99,11 +106,11 @@ def _by_class(
     for label, (name, path, members) in enumerate(parts):
         if any(member.name.endswith(".tar") and not member.why for member in members):
             raise DataError(f"{path} holds archives itself; name it alone as the source")
-        images = [m for m in sorted(members, key=lambda member: base(member.name)) if is_image(m.name)]
+        images = [m for m in sorted(members, key=lambda member: base(member.name)) if m.is_image]
         if not images:
             raise DataError(f"{path}: class {classes[label]} has no images; remove its archive {name}")
         items += [Item(f"{classes[label]}/{base(m.name)}", label, m.place(path)) for m in images]
-        ignored += [m.ignored(f"{classes[label]}/") for m in members if not is_image(m.name)]
+        ignored += [m.ignored(f"{classes[label]}/") for m in members if not m.is_image]
     if len(set(classes)) != len(classes) or not classes:
         raise DataError(f"{paths[0]} holds {'a class twice' if classes else 'no images'}; look at its members")
     return ImageSource(kind, classes, items, ByteRanges(fs), _stamp(fs, paths, items), tuple(ignored))
@@ -147,7 +154,14 @@ def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list
         mark = stream.read(_BLOCK_BYTES)
         if (within and archive.offset + _BLOCK_BYTES > within.offset + within.size) or mark.strip(b"\0") or not mark:
             raise tarfile.ReadError("its end is missing")
-    return list(members.values())
+    return _with_images(list(members.values()))
+
+
+def _with_images(members: Sequence[Member]) -> list[Member]:
+    """Say which members are images. Hidden folders hold none, as in `folders`, unless all images lie in them."""
+    folders = {member.name: member.name.split("/")[:-1] for member in members if is_image(member.name)}
+    above = len(commonprefix([*folders.values()]))  # noqa: RUF071 (of lists of parts)
+    return [m._replace(is_image=m.name in folders and all(map(is_read, folders[m.name][above:]))) for m in members]
 
 
 @contextmanager

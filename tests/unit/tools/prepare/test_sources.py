@@ -384,6 +384,19 @@ def test_of_members_with_one_path_the_last_counts(tmp_path):
         assert held == {"a/1.jpg": b"other", "b/1.jpg": b"new"}
 
 
+def test_hidden_folders_of_a_tar_are_no_classes(tmp_path):
+    names = ("cat/a.jpg", "cat/.ipynb_checkpoints/a-checkpoint.jpg", "dog/b.jpg", "__MACOSX/cat/c.jpg")
+    for above in ("", "./", "home/.cache/set/"):
+        (tmp_path / "set.tar").write_bytes(tar({above + name: b"" for name in names}))
+        source = open_source(str(tmp_path / "set.tar"))
+        assert [item.name for item in source.items] == ["cat/a.jpg", "dog/b.jpg"]
+        assert len(open_source(str(tmp_path / "set.tar"), unlabelled=True).items) == 2
+        assert dict(source.ignored) == {
+            ".ipynb_checkpoints/a-checkpoint.jpg": "in a folder that is hidden or not the user's",
+            "cat/c.jpg": "in a folder that is hidden or not the user's",
+        }
+
+
 def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
     splits = {
         f"set/{split}/{wnid}/{name}": c
