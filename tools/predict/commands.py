@@ -266,7 +266,7 @@ def _progress() -> "ProgressBar":
 
 
 def _check_read(images: "Photographs") -> None:
-    """Name the images that could not be read.
+    """Name the images that could not be read, and a file of which only the first page was.
 
     Raises:
         DataError: if there is no other image.
@@ -275,6 +275,9 @@ def _check_read(images: "Photographs") -> None:
 
     for name, reason in images.unreadable:
         print(f"fcmae: {name} is left out: {reason}", file=sys.stderr)
+    if images.paged:
+        files = "1 file holds" if len(images.paged) == 1 else f"{len(images.paged):,} files hold"
+        print(f"fcmae: {files} several pages or frames, and the first was read: {images.paged[0]}", file=sys.stderr)
     if not images.names:
         raise DataError(f"none of {len(images)} images could be read; the lines above say why")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline.errors import DataError
 from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
 from tools.prepare.detect import open_source
-from tools.prepare.image_pixels import ReadingSettings
+from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
+from tools.prepare.image_pixels import ReadingSettings, page_count
 from tools.prepare.image_source import ByteRanges, Item, Reader, is_image, locate
 
 THUMBNAIL_PIXELS = 192  # longest side: twice what the page shows, for fine displays
@@ -25,6 +26,7 @@ class Photographs:
     Attributes:
         names: of the images that were read so far; those of a folder or an archive begin with its path.
         unreadable: (name, reason) of those that could not be read.
+        paged: of the files that hold several pages or frames, of which the first was read.
         thumbnails: data URLs of the images in `names`, if they are wanted.
 
     Raises:
@@ -34,6 +36,7 @@ class Photographs:
     def __init__(self, paths: Sequence[str], thumbnails: bool = False) -> None:
         self.names: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
+        self.paged: list[str] = []
         self.thumbnails: list[str] = []
         self._with_thumbnails = thumbnails
         self._items: list[tuple[Item, Reader]] = [item for path in paths for item in _items_of(path)]
@@ -65,11 +68,14 @@ class Photographs:
         """Yield name and pixels, uint8 (H, W, 3), of each readable image in its own size."""
         for number, (item, reader) in enumerate(self._items, 1):
             try:
-                rgb = rgb_pixels(_content(item, reader), reading)
+                content = _content(item, reader)
+                rgb = rgb_pixels(content, reading)
             except DataError as error:
                 self.unreadable.append((item.name, str(error).removeprefix("image cannot be read: ")))
             else:
                 self.names.append(item.name)
+                if _has_pages(content):
+                    self.paged.append(item.name)
                 if self._with_thumbnails:
                     self.thumbnails.append(_thumbnail(Image.fromarray(rgb)))
                 yield item.name, rgb
@@ -91,6 +97,14 @@ def _content(item: Item, reader: Reader) -> bytes:
         return reader.read(item.place)
     except OSError as error:
         raise DataError(error.strerror or str(error)) from None
+
+
+def _has_pages(content: bytes) -> bool:
+    try:
+        with opened_image(content, MOST_PIXELS_SHRUNK) as image:
+            return page_count(image) > 1
+    except Exception:  # decoders raise all kinds of errors for damage behind the first page
+        return False
 
 
 def _thumbnail(image: Image.Image) -> str:

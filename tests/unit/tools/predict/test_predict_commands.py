@@ -19,7 +19,10 @@ from pipeline.models import create_model
 from tests.archives import tar
 from tests.fitted import write_fitted_run, write_photos
 from tests.support import CLASSES, fcmae, fcmae_anew
+from tools.predict.commands import _check_read
+from tools.predict.image_inputs import Photographs
 from tools.predict.label_map_files import write_label_maps
+from tools.prepare.image_pixels import ReadingSettings
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +175,14 @@ def test_label_maps_are_not_mixed_with_those_of_other_classes(tmp_path):
     ):
         write_label_maps(model, no_images, tmp_path, None)
     assert (tmp_path / "classes.txt").read_text() == "0 sky\n255 road\n"
+
+
+def test_files_of_which_one_page_is_read_are_named(tmp_path, capsys):
+    page = Image.new("RGB", (8, 8))
+    page.save(tmp_path / "one.tif")
+    page.save(tmp_path / "several.tif", save_all=True, append_images=[page, page])
+    images = Photographs([str(tmp_path)])
+    assert len(list(images.pixels(ReadingSettings()))) == 2
+    _check_read(images)
+    said = f"fcmae: 1 file holds several pages or frames, and the first was read: {tmp_path}/several.tif\n"
+    assert capsys.readouterr().err == said
