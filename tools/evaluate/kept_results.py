@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import UserError, first_line
-from pipeline.recipe.image_size import height_and_width
+from pipeline.recipe.image_size import describe_size, height_and_width
 from pipeline.storage.bounded_files import read_json
 from pipeline.storage.file_names import EVALUATIONS_FOLDER
 from pipeline.storage.folder import Folder
@@ -30,8 +30,10 @@ class KeptResult:
     data: str
     neighbours_of: str | None
     """The training images whose nearest neighbours voted; None if the head answered."""
-    image_size: Any
-    """Pixels on a side, or [height, width]."""
+    input: str
+    """What went through the network, in words."""
+    conditions: tuple[str, ...]
+    """What else the figures depend on: a sentence for each thing."""
     images: int
     top1: float
     top5: float
@@ -45,9 +47,12 @@ class KeptResult:
             KeyError, TypeError, ValueError: if they are others.
         """
         metrics = facts["metrics"]
+        size = describe_size(facts["image_size"])
         return cls(
             str(facts["subject"]), str(facts["weights"]), str(facts["data"]), facts["neighbours_of"],
-            facts["image_size"], int(metrics["images"]), float(metrics["top1"]), float(metrics["top5"]),
+            str(facts.get("input", f"{size} px")),  # absent in files of earlier versions, as conditions are
+            tuple(map(str, facts.get("conditions", ()))),
+            int(metrics["images"]), float(metrics["top1"]), float(metrics["top5"]),
             Confusions.of_json(facts) if "confused" in facts else None,
         )  # fmt: skip
 
@@ -62,10 +67,10 @@ class Measured(Protocol):
 
 
 def keep_results(results: Sequence[EvaluationResult]) -> Path | None:
-    """Write results of a classifier, see `publish_results`; the method is what answered, at which size."""
+    """Write results of a classifier, see `publish_results`; the method is what answered, its size, and whose labels."""
     first = results[0]
     size = "x".join(map(str, height_and_width(first.image_size)))
-    method = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{size}"
+    method = f"{NEIGHBOURS if first.neighbours_of else HEAD}-{size}{'-real' if first.real else ''}"
     return publish_results(first, method, [result_facts(result) for result in results])
 
 

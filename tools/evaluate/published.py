@@ -202,4 +202,4 @@ def result_facts(result: EvaluationResult, comparisons: Sequence[AccuracyCompari
     ]
     facts = {name: value for name, value in asdict(result).items() if name != "confusions"}
     confused = result.confusions.json_facts() if result.confusions else {}
-    return {**facts, "published": published, **confused}
+    return {**facts, "input": result.input, "conditions": result.conditions, "published": published, **confused}

@@ -88,26 +88,40 @@ class EvaluationResult:
     """Outputs of the classifier, if only those of the data's classes were compared and it has others."""
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    def __str__(self) -> str:
+    real: str | None = None
+    """The file of ImageNet-ReaL whose labels judged, in place of the images' own."""
+
+    @property
+    def input(self) -> str:
+        """What goes through the network, in words."""
         cover = describe_size([int(side / self.crop_pct) for side in height_and_width(self.image_size)])
         resized = "squashed" if self.crop_pct == 1 else f"cut from {cover}"
-        resized += ", in grey" if self.in_channels == 1 else ""
-        lines = [
-            f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}"
-            + (f", by the nearest neighbours in {self.neighbours_of}" if self.neighbours_of else ""),
-            f"{self.metrics['images']:,} images of {self._classes()}, {describe_size(self.image_size)} px"
-            f" {resized}: top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
-        ]
+        return f"{describe_size(self.image_size)} px {resized}{', in grey' if self.in_channels == 1 else ''}"
+
+    @property
+    def conditions(self) -> list[str]:
+        """What else the figures depend on: a sentence for each thing."""
+        said = [f"judged by the labels of {self.real}"] if self.real else []
         if self.outputs is not None:
             known = self.classes - len(self.missing)
-            lines.append(
+            said.append(
                 f"compared were {known:,} of the classifier's {self.outputs:,} outputs: those of the data's classes"
             )
         if self.missing:
-            lines.append(
+            said.append(
                 f"the classifier lacks {len(self.missing)} of the classes ({', '.join(self.missing[:5])}"
                 f"{', ...' if len(self.missing) > 5 else ''}): their images count as wrong"
             )
+        return said
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}"
+            + (f", by the nearest neighbours in {self.neighbours_of}" if self.neighbours_of else ""),
+            f"{self.metrics['images']:,} images of {self._classes()}, {self.input}: top-1 {self.metrics['top1']:.3f} %,"
+            f" top-5 {self.metrics['top5']:.3f} %",
+            *self.conditions,
+        ]
         return "\n".join(lines)
 
     def _classes(self) -> str:
@@ -242,7 +256,7 @@ def _evaluate(request: EvaluationRequest) -> EvaluationResult:
         metrics, str(request.weights), loaded.variant, loaded.weights, loaded.image_size, loaded.crop_pct,
         len(beton.classes), missing, str(Path(request.data)), beton.identity, loaded.network.in_channels, request.knn,
         str(loaded.stage) if loaded.stage else None, confusions, part.classes_with_images,
-        _compared_outputs(request, loaded, outputs), "bf16" if request.bf16 else "fp32",
+        _compared_outputs(request, loaded, outputs), "bf16" if request.bf16 else "fp32", request.real,
     )  # fmt: skip
 
 

@@ -46,8 +46,8 @@ def evaluation_blocks(stage: StageFacts) -> Iterator[Block]:
 def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
     own, *others = results
     how = f"by the nearest neighbours in {own.neighbours_of}" if own.neighbours_of else "by the head"
-    size = "x".join(map(str, own.image_size)) if isinstance(own.image_size, list) else own.image_size
-    yield Text(f"Evaluated on the {own.images:,} images of {own.data} at {size} px, {how}:")
+    how = "; ".join((how, *own.conditions))
+    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}, {how}:")
     rows = [[r.subject, r.weights, f"{r.top1:.2f} %", f"{r.top5:.2f} %", _gain(own, r)] for r in results]
     headers = ["weights", "of the file", "top-1", "top-5", "difference in top-1"]
     yield Grid(headers, rows, headers[2:])

@@ -73,13 +73,17 @@ def test_only_what_can_be_compared_is():
 def test_results_are_kept_beside_each_other_by_weights_and_precision(tmp_path):
     own = replace(result(None, 100), weights="ema", stage=str(tmp_path), data_sha256="0" * 64)
     others = {"weights": "model of 12"}, {"precision": "bf16"}, {"data_sha256": "1" * 64}, {"image_size": 384}
-    for count, other in enumerate(({}, *others, {"neighbours_of": "train"}), 1):
+    for count, other in enumerate(({}, *others, {"neighbours_of": "train"}, {"real": "real.json"}), 1):
         keep_results([replace(own, **other)])
         assert len(kept_results(tmp_path)) == count, other
     keep_results([replace(own, weights="ema of 12", metrics={**own.metrics, "top1": 84.0})])
-    kept = [(one.weights, one.image_size, one.neighbours_of, one.top1) for (one,) in kept_results(tmp_path)]
-    assert len(kept) == 6
-    assert ("ema of 12", 224, None, 84.0) in kept, "the newer result of the moving average replaces the older one"
+    kept = [(one.weights, one.input, one.neighbours_of, one.top1) for (one,) in kept_results(tmp_path)]
+    assert len(kept) == 7
+    newer = ("ema of 12", "224 px cut from 256", None, 84.0)
+    assert newer in kept, "the newer result of the moving average replaces the older one"
+    assert [one.conditions for (one,) in kept_results(tmp_path) if one.conditions] == [
+        ("judged by the labels of real.json",)
+    ]
     assert keep_results([replace(own, stage=None)]) is None
 
 
