@@ -1,5 +1,6 @@
 """The classes of images that lie in no class folder, and readable names of classes."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -98,6 +99,7 @@ def apply_labels(source: ImageSource, labels: Labels) -> ImageSource:
                 f"labels {labels.path} are {len(labels.ordered)}, but the source holds {len(source.items)} images; give"
                 " one label for each image"
             )
+        _refuse_doubtful_order(source.items, labels)
         names: Sequence[str] = labels.ordered
     else:
         rows = [_row_of(item, labels) for item in source.items]
@@ -124,6 +126,21 @@ def _row_of(item: Item, labels: Labels) -> LabelRow | None:
             " path; give its path below the source"
         )
     return row
+
+
+def _refuse_doubtful_order(items: Sequence[Item], labels: Labels) -> None:
+    """Raise DataError if people would order the images otherwise: by letters 10.jpg comes before 2.jpg."""
+    names = [item.name for item in items]
+    pairs = zip(names, sorted(names, key=_natural), strict=True)
+    if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+        raise DataError(
+            f"labels {labels.path} have one class on each line, and the order of the images is in doubt: {other[0]} or"
+            f" {other[1]} first; write NAME,CLASS on each line"
+        )
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _refuse_shared_lines(items: Sequence[Item], labels: Labels) -> None:

@@ -549,6 +549,21 @@ def test_a_line_is_of_one_image(tmp_path, line):
     assert open_source(str(tmp_path / "photos"), str(tmp_path / "labels.csv")).classes == ("cat",)
 
 
+def test_one_class_a_line_needs_a_plain_order(tmp_path):
+    (tmp_path / "labels.txt").write_text("".join(f"class{n % 3}\n" for n in range(11)))
+    for form, refused in (("{}.jpg", True), ("{:02}.jpg", False)):
+        folder = tmp_path / form
+        folder.mkdir()
+        for n in range(11):
+            (folder / form.format(n)).write_bytes(b"")
+        if refused:
+            with pytest.raises(DataError, match=r"order of the images is in doubt: 10\.jpg or 2\.jpg first; write"):
+                open_source(str(folder), str(tmp_path / "labels.txt"))
+        else:
+            found = open_source(str(folder), str(tmp_path / "labels.txt"))
+            assert [item.label for item in found.items] == [n % 3 for n in range(11)]
+
+
 def test_parquet_files_that_number_classes_otherwise_are_not_merged(tmp_path):
     parquet(tmp_path / "a.parquet", [(None, b"", 0)], ["cat", "dog"])
     parquet(tmp_path / "b.parquet", [(None, b"", 0)], ["dog", "cat"])
