@@ -130,6 +130,7 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
     size = request.image_size or (weights and weights.image_size) or USUAL_SIDE
     longest = request.max_side or (size if isinstance(size, int) else max(size)) * 16 // 7
     if not is_source(request.images):
+        _refuse_preparing(request)
         train, validation = open_beton(request.images), None
     else:
         train, validation = _divided(request, run, longest)
@@ -141,6 +142,16 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
     if request.stage == "finetune":
         _check_classes(request.images, train, validation)
     return train, validation
+
+
+def _refuse_preparing(request: Request) -> None:
+    """Refuse options that say how images are prepared where a data file is given, and say that it is not divided."""
+    options = {"--labels": request.labels, "--group-by": request.group_by, "--max-side": request.max_side}
+    for name, value in options.items():
+        if value is not None:
+            raise DataError(f"{name} {value} is for images to prepare, and {request.images} is prepared; leave it out")
+    if not request.validation:
+        say(f"{request.images} is a data file, which is not divided, so nothing is evaluated; give --validation")
 
 
 def _divided(request: Request, run: Path, longest: int) -> tuple[Beton, Beton | None]:

@@ -11,6 +11,7 @@ from pipeline.recipe import load_recipe
 from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.own_images.training import Request, plan_training, show_plan
+from tools.prepare.preparation import prepare_beton
 
 SMALL = ["model.name=convnextv2", "model.depths=[1,1,1,1]", "model.dims=[4,4,4,4]", "data.image_size=64"]
 
@@ -39,6 +40,15 @@ def test_pretrain_and_finetune_share_the_prepared_files_and_the_split(photos, tm
     assert finetune.chain.stages["finetune"].objective.classes == 4
     assert list(pretrain.chain.stages) == ["pretrain"]
     assert list(finetune.chain.stages) == ["finetune"]
+
+
+def test_a_data_file_is_neither_prepared_nor_divided(photos, tmp_path, capsys):
+    path = prepare_beton(photos, tmp_path / "own.beton").beton.path
+    with pytest.raises(UserError, match=r"--labels classes.csv is for images to prepare, and .*own\.beton is prepared"):
+        plan("finetune", path, tmp_path, labels="classes.csv")
+    _, made = plan("pretrain", path, tmp_path)
+    assert (made.train.samples, made.validation) == (40, None)
+    assert "own.beton is a data file, which is not divided, so nothing is evaluated; give" in capsys.readouterr().err
 
 
 def test_what_is_shown_is_a_run_that_does_the_same(photos, tmp_path, capsys):
