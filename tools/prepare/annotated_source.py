@@ -160,7 +160,9 @@ def annotated_parts(source: str) -> list[AnnotatedPart]:
     inner = {name: f"{source.rstrip('/')}/{name}" for name in names}
     if "images" in inner and ANNOTATIONS_FILE in inner:
         return [AnnotatedPart(inner["images"], inner[ANNOTATIONS_FILE])]
-    annotations = next((inner[n] for n in sorted(inner, reverse=True) if n.startswith("annotations")), None)
+    archives = sorted((name for name in inner if name.startswith("annotations")), reverse=True)
+    # Unpacked ones come first, as unpacked images do: who corrects annotations does so there.
+    annotations = next((inner[name] for name in ("annotations", *archives) if name in inner), None)
     found = []
     for held_out, known in ((False, _TRAINING), (True, _VALIDATION)):
         images = next((inner[n] for part in known for n in (part, f"{part}.zip") if n in inner), None)

@@ -17,7 +17,7 @@ from pipeline.data.objects_file import objects_path
 from pipeline.errors import DataError
 from tests.archives import encoded, photograph
 from tests.coco_archives import CATEGORIES, EMPTY, TURNED, annotations_of, images_of, spread, write_coco
-from tools.prepare.annotated_source import ObjectOptions, open_annotated_source
+from tools.prepare.annotated_source import ObjectOptions, annotated_parts, open_annotated_source
 from tools.prepare.image_source import locate
 from tools.prepare.preparation import prepare_beton, prepare_targets
 from tools.prepare.preparation_report import missing_classes, summary_lines
@@ -330,6 +330,14 @@ def test_objects_lie_beside_their_file(tmp_path):
     with pytest.raises(DataError, match="do not exist; copy them too"):
         open_beton(beton.path)
     assert Image.open(tmp_path / "own/images/000000000009.jpg").size == (60, 40)
+
+
+def test_unpacked_annotations_come_before_their_archive(tmp_path):
+    for name in ("train2017", "annotations"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "annotations_trainval2017.zip").touch()
+    (part,) = annotated_parts(str(tmp_path))
+    assert (part.images, part.annotations) == (f"{tmp_path}/train2017", f"{tmp_path}/annotations")
 
 
 def test_another_orientation_begins_anew(tmp_path):
