@@ -310,3 +310,12 @@ def lock_file(file: BinaryIO | int, path: Path) -> None:
         raise DataError(f"{path} is being written by another process; wait for it, or name another file") from None
     except OSError:
         pass
+
+
+def refuse_locked(folder: Path, path: Path) -> None:
+    """Raise DataError if another process holds the lock of a folder, because it is writing `path`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock_file(descriptor, path)
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from pipeline.data.beton import JPEG, contents_of, open_beton, sidecar_path
-from pipeline.data.beton_writer import BetonWriter, lock_file
+from pipeline.data.beton_writer import BetonWriter, lock_file, refuse_locked
 from pipeline.data.objects_file import AnnotatedObjects, class_counts
 from pipeline.errors import DataError
 from tools.prepare.annotated_source import (
@@ -145,7 +145,9 @@ def prepare_split(
     # An earlier try that ended between the two files left this folder; validation is then written again.
     mark = parts_folder(destination)
     began = not destination.exists() and mark.is_dir() and _settings_in(validation).get("part") == "validation"
-    if not began:
+    if began:
+        refuse_locked(mark, destination)
+    else:
         _refuse_existing(validation, chosen.overwrite)
     images = _open(str(source), chosen)
     held_out = _validation_part(images, str(source), fraction, group_by)
@@ -365,9 +367,7 @@ def _locked_folder(directory: Path, destination: Path, plan: str) -> Iterator[Pa
         _empty_folder(directory)
         directory.rmdir()
     except OSError as error:
-        raise DataError(
-            f"{destination} cannot be written: {error.strerror or error}; the same command continues from here"
-        ) from None
+        raise DataError(f"{destination} cannot be written: {error.strerror or error}; repeat the command") from None
     finally:
         os.close(lock)
 

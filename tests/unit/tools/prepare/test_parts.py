@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_at_a_flush_is_one_sentence(made, tmp_path, monkeypa
     source, undisturbed = made
     with monkeypatch.context() as patch:
         patch.setattr(BetonWriter, "sync", full_disk)
-        with pytest.raises(DataError, match="cannot be written: No space left on device; the same command continues"):
+        with pytest.raises(DataError, match=r"a\.beton cannot be written: No space left on device; repeat the command"):
             prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     prepare_beton(source, tmp_path / "a.beton", on_bad="skip", part_samples=PART)
     assert files(tmp_path / "a.beton") == files(undisturbed)

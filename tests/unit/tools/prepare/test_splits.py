@@ -275,3 +275,19 @@ def test_a_killed_worker_is_one_sentence(monkeypatch):
     monkeypatch.setattr(survey, "ProcessPoolExecutor", Pool)
     with pytest.raises(DataError, match="a worker process was killed, perhaps for lack of memory; repeat the command"):
         list(survey.mapped(len, [[], []], 2))
+
+
+def test_a_second_source_does_not_replace_the_validation_images_of_one_at_work(tmp_path):
+    first, second = (write_folder(tmp_path / str(n), class_images(4, start=n)) for n in (0, 100))
+    refused = []
+
+    def progress(done, total):
+        if (tmp_path / "a-val.beton").exists() and not refused:
+            with pytest.raises(DataError, match="is being written by another process") as caught:
+                prepare_split(second, tmp_path / "a.beton", 0.5)
+            refused.append(caught)
+
+    prepare_split(first, tmp_path / "a.beton", 0.5, progress=progress)
+    prepare_split(first, tmp_path / "b.beton", 0.5)
+    assert refused
+    assert open_beton(tmp_path / "a-val.beton").identity == open_beton(tmp_path / "b-val.beton").identity
