@@ -282,9 +282,12 @@ class Watchdog:
         return self.directory / f"rank-{rank:05d}.{kind}"
 
     def _publish_always(self, **changes: object) -> None:
-        """Publish the beat with these fields, and keep them in all later beats."""
+        """Publish the beat with these fields, and keep them in all later beats. Other nodes wait for such a beat, and
+        over NFS they would see it half a minute later without the flush."""
         self._fixed |= changes
         self._publish()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
 
     def _publish(self, **changes: object) -> None:
         line = json.dumps(asdict(replace(self._beat, beats=self._count, **{**changes, **self._fixed})))

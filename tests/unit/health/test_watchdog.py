@@ -112,6 +112,14 @@ def test_what_a_lost_peer_looks_like(error, broken):
     assert is_broken_collective(wrapped) is broken
 
 
+def test_the_beat_that_other_nodes_wait_for_is_flushed(tmp_path, monkeypatch):
+    flushed, beat = [], tmp_path / "rank-00000.beat"
+    monkeypatch.setattr(watchdog_module.os, "fsync", lambda file: flushed.append(json.loads(beat.read_bytes())))
+    with Watchdog(tmp_path, 0, 1, 60.0, print):
+        assert flushed == []
+    assert [seen["left"] for seen in flushed] == [True]
+
+
 def test_a_standstill_ends_the_process_whatever_its_stage_says(tmp_path, monkeypatch):
     """Also when a newer attempt has claimed the stage, or the outcome cannot be written."""
     stage = Stage(make_tiny_run(tmp_path) / "pretrain")
