@@ -37,12 +37,14 @@ _SET_BY_RECIPE = {
     "zero_optimization.offload_optimizer": "engine.offload",
     "zero_optimization.offload_param": "engine.offload",
     "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
     "zero_optimization.compute_grad_norm": "optimizer.clip_norm",
 }
 # Settings that would change the computation or the place of the state without the recipe's knowledge.
 _FORBIDDEN = {
     "data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue", "compression_training",
     "sparse_gradients", "sparse_attention", "autotuning", "elasticity", "gradient_allreduce_op", "hybrid_engine",
+    "tensor_parallel", "sequence_parallel_size", "expert_parallel",
     "zero_optimization.zenflow", "zero_optimization.round_robin_gradients", "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.legacy_stage1",

@@ -44,6 +44,8 @@ def test_communication_overlaps_on_gpus_unless_the_user_says_otherwise():
         ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is set by engine.zero_stage"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "would change what is computed"),
         ({"curriculum_learning": {}}, "would change what is computed"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "would change what is computed"),
+        ({"zero_optimization": {"cpu_offload_param": True}}, "cpu_offload_param is set by engine.offload"),
         ({"zero_optimization": True}, "give a mapping of settings"),
     ],
 )
