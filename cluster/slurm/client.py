@@ -265,4 +265,6 @@ def run_command(*command: str, unless: str = "") -> str:
     if any(sign in words for sign in AWAY):
         sentence = " ".join(words.split())
         raise NoControllerError(f"slurmctld does not answer ({command[0]}: {sentence}); try again when it is back")
+    if "configuration source" in words:  # no slurm.conf, and no server that hands one out
+        words = "no cluster is configured here; use a machine of the cluster, set SLURM_CONF, or use `fcmae run`"
     raise CommandError(command, words)

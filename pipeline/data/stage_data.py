@@ -1,10 +1,11 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
+import os
 from typing import Any
 
 from pipeline.data.beton import Beton
 from pipeline.data.cache import Cache
-from pipeline.data.staging import describe_beton, fetch_beton
+from pipeline.data.staging import describe_beton, fetch_beton, is_url
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ClassificationSettings, DetectionSettings, SegmentationSettings, StageRecipe
@@ -17,6 +18,9 @@ def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
     Raises:
         DataError, RetryableError: as `fetch_stage_data`.
     """
+    for path in _locations(recipe).values():
+        if not is_url(path) and _is_missing(path):
+            raise DataError(f"data file {path} does not exist; make it with `fcmae prepare {_sources(recipe)} {path}`")
     betons = {name: describe_beton(path, recipe.data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
     return betons
@@ -46,6 +50,22 @@ def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
     if "validation" in parts and isinstance(recipe.objective, ClassificationSettings):
         parts["validation"] = parts["validation"].numbered_as(parts["train"].classes)
     return parts
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False  # `open_beton` says what is wrong with it
+    return False
+
+
+def _sources(recipe: StageRecipe) -> str:
+    """The arguments that `fcmae prepare` makes the stage's data from."""
+    forms = {SegmentationSettings: "maps IMAGES MASKS", DetectionSettings: "coco IMAGES ANNOTATIONS.json"}
+    return forms.get(type(recipe.objective), "SOURCE")
 
 
 def _locations(recipe: StageRecipe) -> dict[str, str]:
@@ -106,10 +126,9 @@ def _check_side_files(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
     for name, beton in betons.items():
         data = f"data.{name} {_locations(recipe)[name]}"
         if (beton.maps if has_maps else beton.objects) is None:
-            form = "maps IMAGES MASKS" if has_maps else "coco IMAGES ANNOTATIONS.json"
             raise DataError(
                 f"stage {recipe.name}: {data} has no {kind}, which the objective {recipe.objective.kind} needs; make a"
-                f" file with them by `fcmae prepare {form} OUT.beton`"
+                f" file with them by `fcmae prepare {_sources(recipe)} OUT.beton`"
             )
         if len(beton.classes) != recipe.objective.classes:
             raise DataError(
@@ -124,13 +143,18 @@ def _check_side_files(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         )
 
 
-def _check_lengths(recipe: StageRecipe, images: int) -> None:
-    """Check the global batch, the warm-up and the length of the stage against its number of training images."""
+def check_batch(recipe: StageRecipe, images: int) -> None:
+    """Raise DataError if the training images do not fill one global batch."""
     if images < recipe.batch.global_batch:
         raise DataError(
             f"stage {recipe.name}: batch.global_batch is {recipe.batch.global_batch}, but {recipe.data.train} holds"
             f" {images} {'image that takes' if images == 1 else 'images that take'} part; make the batch smaller"
         )
+
+
+def _check_lengths(recipe: StageRecipe, images: int) -> None:
+    """Check the global batch, the warm-up and the length of the stage against its number of training images."""
+    check_batch(recipe, images)
     schedule, steps_per_epoch = recipe.schedule, images // recipe.batch.global_batch
     steps = recipe.total_steps(steps_per_epoch)
     warmup = schedule.warmup_steps or schedule.warmup_epochs * steps_per_epoch

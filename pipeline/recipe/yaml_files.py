@@ -26,6 +26,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "recipes"
 _STAGE_NAME = object()
 _MOST_FILES = 256  # that a recipe extends, one counted as often as it is read
 _MOST_OVERRIDE_CHARACTERS = 100_000
+_FILE_KEYS = {"defaults", "extends", "init"}  # of a recipe file, and of no chain: `expand_stages` distributes them
 _TAGGED = ("objective", "model")  # keys with several kinds of sections, selected by the value of one of their keys
 
 
@@ -245,15 +246,30 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         key = first["ctx"]["discriminator"][1:-1]
         return f"{field}.{key} is {first['ctx']['tag']!r}; choose one of {', '.join(near)}"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(kind, first["loc"][:-1])
-        near = get_close_matches(where[-1], known, n=3, cutoff=0.5) or sorted(known)
+        known, deeper = _known_keys(kind, first["loc"][:-1]), []
+        if kind is ChainRecipe and len(where) in (1, 3):
+            known |= _FILE_KEYS if len(where) == 1 else set()
+            deeper = _section_keys(where[1] if len(where) == 3 else "STAGE", where[-1])
+        near = get_close_matches(where[-1], known, n=3, cutoff=0.5) or deeper or sorted(known)
+        if kind is ChainRecipe and field in StageRecipe.model_fields:
+            near = [f"defaults.{field}", f"stages.STAGE.{field}"]
         return f"unknown key {field}; did you mean {' or '.join(near)}?"
     if first["type"] == "missing":
+        if len(where) == 3 and where[0] == "stages" and where[2] == "objective":
+            return f"{field} is missing; give it a value, or correct {where[1]} to the name of a stage of this recipe"
         return f"{field} is missing; give it a value"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{field}: {reason}" if field else reason
     return f"{field} is {shortened(value)}: {reason[0].lower()}{reason[1:]}"
+
+
+def _section_keys(stage: str, wanted: str) -> list[str]:
+    """The keys like `wanted` in the sections of a stage, such as stages.pretrain.schedule.epochs."""
+    keys = [(name, key) for name, field in StageRecipe.model_fields.items()
+            for section in _sections(field.annotation) for key in section.model_fields]  # fmt: skip
+    near = get_close_matches(wanted, {key for _, key in keys}, n=1, cutoff=0.8)
+    return list(dict.fromkeys(f"stages.{stage}.{name}.{key}" for name, key in keys if key in near))
 
 
 def _known_keys(kind: type[Settings], location: Sequence[str | int]) -> set[str]:

@@ -21,6 +21,7 @@ from pipeline.cost.memory import (
 )
 from pipeline.cost.roofline import kernels_of, predict_step
 from pipeline.cost.trace import StepTraces, Trace, trace_evaluation
+from pipeline.data.stage_data import check_batch
 from pipeline.errors import RecipeError, UserError
 from pipeline.recipe import ChainRecipe, StageRecipe
 from tools.estimate.data_files import DataFile, find_data_file, parse_counts
@@ -227,6 +228,7 @@ def estimate(
         measured_here: run a few real steps of each stage on this machine, and correct the estimate by them.
 
     Raises:
+        DataError: if the training images do not fill a batch.
         RecipeError: if no number of the site's nodes divides a stage's slots.
         UserError: if an element of `images` has another form, or this machine has too little memory to measure.
     """
@@ -240,6 +242,9 @@ def estimate(
 def _estimate_stage(
     recipe: StageRecipe, site: Site, nodes: int | None, counts: dict[str, int], measured_here: bool
 ) -> StageEstimate:
+    train, validation = (find_data_file(recipe, name, counts) for name in ("train", "validation"))
+    if train.images is not None:
+        check_batch(recipe, train.images)
     requested = nodes or site.nodes
     site, notes = _with_dividing_nodes(recipe, site, requested), []
     if site.nodes != requested:
@@ -282,7 +287,6 @@ def _estimate_stage(
     trace = traces(recipe.batch.micro_slots if micro_batches(recipe, site.ranks) else 1)
     copies = 1 + 2 + (recipe.ema is not None)  # weights, two moments of AdamW, moving average
     width = 8 if recipe.engine.precision == "fp64" else 4
-    train, validation = (find_data_file(recipe, name, counts) for name in ("train", "validation"))
     return StageEstimate(
         recipe, site, model, trace.published_macs, train, validation, tuple(options),
         trace.forward_macs / trace.images, evaluation.forward_macs / evaluation.images, measured, correction,

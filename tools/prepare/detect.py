@@ -87,7 +87,9 @@ def _open_folder(
         ignored = [*images.ignored, *((base(path), why_ignored(path)) for path in others)]
         return replace(images, items=[*images.items, *strays], ignored=tuple(ignored))
     packed = next((base(name) for name in names if name.endswith(_COMPRESSED)), None)
-    hint = f"unpack {packed} first" if packed else f"it must look like {source}/CLASS/IMAGE.jpg"
+    if unlabelled and not packed:
+        raise DataError(f"source {source} holds no images; name another source")
+    hint = f"unpack {packed} first" if packed else f"it must look like {source.rstrip('/')}/CLASS/IMAGE.jpg"
     raise DataError(f"source {source} has no class folders; {hint}")
 
 
@@ -103,6 +105,8 @@ def _open_file(fs: AbstractFileSystem, path: str, labelled: bool, unlabelled: bo
         return parquet_files(fs, [path], unlabelled)
     if path.endswith(_COMPRESSED):
         raise DataError(f"{path} is compressed, so its images cannot be read one by one; unpack it first")
+    if is_image(path):
+        raise DataError(f"source {path} is one image; name the folder that it lies in")
     if holds_tars(fs, path):
         return tar_of_classes(fs, path)
     return flat_tar(fs, path) if labelled or unlabelled else tar_of_folders(fs, path)

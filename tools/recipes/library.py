@@ -45,6 +45,7 @@ def _find(name: str, known: dict[str, Path], kind: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     wanted = name.removesuffix(".yaml").removeprefix("recipes/")
+    names = {full.rpartition("/")[2]: full for full in reversed(known)} | dict(zip(known, known, strict=True))
     for full in (wanted, f"convnextv2/{wanted}"):
         if full in known:
             return known[full]
@@ -52,10 +53,12 @@ def _find(name: str, known: dict[str, Path], kind: str) -> Path:
     if len(same) == 1:
         return known[same[0]]
     if name.endswith((".yaml", ".yml")) and not same:
-        near = get_close_matches(wanted, known, n=3, cutoff=0.75)  # a file was meant, not one of ours
+        near = [names[name] for name in get_close_matches(wanted, names, n=3, cutoff=0.75)]  # a file was meant
     else:
-        near = same or get_close_matches(wanted, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+        near = same or [names[name] for name in get_close_matches(wanted, names, n=3, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+    if Path(name).is_dir() and kind == "recipe":
+        hint = "it is a folder; `fcmae pretrain` and `fcmae finetune` train on folders of images; "
     raise RecipeError(f"there is no {kind} {name}, as a file or included; {hint}`fcmae {kind} list` shows all")
 
 

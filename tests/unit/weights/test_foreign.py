@@ -151,7 +151,7 @@ def test_foreign_content(tmp_path, content, sentence):
 
 def test_files_that_are_none(tmp_path):
     path = tmp_path / "w.pt"
-    assert "cannot be read (FileNotFoundError)" in refusal(path)
+    assert "w.pt does not exist; correct the path" in refusal(path)
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
     path.write_bytes(b"<!DOCTYPE html><html>")

@@ -28,6 +28,8 @@ def test_a_controller_that_is_away_or_busy_is_asked_again(words):
     with pytest.raises(LaunchError, match="Invalid job id") as refused:
         client.run_command("sh", "-c", "echo 'slurm_requeue error: Invalid job id specified' >&2; exit 1")
     assert not isinstance(refused.value, client.NoControllerError)
+    with pytest.raises(client.CommandError, match=r"no cluster is configured here; .* SLURM_CONF, or use `fcmae run`"):
+        client.run_command("sh", "-c", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
 
 
 PREEMPTED = "PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=2026-11-22T22:08:50"
