@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster.show.allocations import stage_times
 from cluster.slurm.job_history import read_job_history
-from pipeline.storage.file_names import JOURNAL_FILE
+from pipeline.storage.file_names import JOURNAL_FILE, RECIPE_FILE
 from pipeline.tracking.journal import Event, read_events
 
 
@@ -132,10 +132,10 @@ def restart_tables(stages: list[Path]) -> Group:
 
 def restart_times_json(stages: list[Path]) -> str:
     """A JSON object: {"handovers": [...], "starts": [...], "stages": [...]}, the stages with their allocations and
-    decisions."""
+    decisions, without those whose directory was removed."""
     times = {
         "handovers": [{**asdict(r), "total": round(r.total, 3)} for stage in stages for r in restarts(stage)],
         "starts": [asdict(s) for stage in stages for s in attempt_starts(stage)],
-        "stages": [asdict(stage_times(stage)) for stage in stages],
+        "stages": [asdict(stage_times(stage)) for stage in stages if (stage / RECIPE_FILE).exists()],
     }
     return json.dumps(times, indent=2)

@@ -44,26 +44,32 @@ def take_code_snapshot(run: Path) -> Path:
     if not _is_whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(mkdtemp(prefix=".new-", dir=folder.parent))
-        new.chmod(0o755)
-        sources = source_files(ROOT)
-        # numba keeps compiled code beside the sources and knows it by their dates. Without a copy of it every rank of
-        # every new run would compile for 20 s first.
-        for path in (*sources, *_compiled_files(sources)):
-            copy = new / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # compiled code that another process replaces now
-                shutil.copy2(path, copy)
-        if not sys.dont_write_bytecode:  # the jobs may not, see `JobScript`
-            compileall.compile_dir(new, quiet=2)
-        (new / SNAPSHOT).write_text(json.dumps({**describe_software(), "commit": describe_commit()}, indent=2) + "\n")
-        (new / RECORD).write_text(hash_folder(str(new)) + "\n")
-        if folder.exists() and not _is_whole(folder):
-            folder.rename(mkdtemp(prefix=".changed-", dir=folder.parent))
         try:
-            new.rename(folder)
-        except OSError:  # another process has made the same snapshot meanwhile
-            shutil.rmtree(new)
+            _copy_code(new)
+            if folder.exists() and not _is_whole(folder):
+                folder.rename(mkdtemp(prefix=".changed-", dir=folder.parent))
+            with suppress(OSError):  # another process has made the same snapshot meanwhile
+                new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # where it was not renamed, as on a full disk
     return folder
+
+
+def _copy_code(new: Path) -> None:
+    """Copy the code into an empty folder, with its versions and its hash."""
+    new.chmod(0o755)
+    sources = source_files(ROOT)
+    # numba keeps compiled code beside the sources and knows it by their dates. Without a copy of it every rank of every
+    # new run would compile for 20 s first.
+    for path in (*sources, *_compiled_files(sources)):
+        copy = new / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # compiled code that another process replaces now
+            shutil.copy2(path, copy)
+    if not sys.dont_write_bytecode:  # the jobs may not, see `JobScript`
+        compileall.compile_dir(new, quiet=2)
+    (new / SNAPSHOT).write_text(json.dumps({**describe_software(), "commit": describe_commit()}, indent=2) + "\n")
+    (new / RECORD).write_text(hash_folder(str(new)) + "\n")
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,13 +1,15 @@
 """Where the time between a stop and the next step goes, from files as the pipeline writes them."""
 
 import io
+import json
+import shutil
 
 from rich.console import Console
 
-from cluster.show.restart_times import attempt_starts, restart_tables, restarts
+from cluster.show.restart_times import attempt_starts, restart_tables, restart_times_json, restarts
 from cluster.slurm.job_history import note_job_event
 from pipeline.tracking.journal import Journal
-from tests.support import open_journal
+from tests.support import make_tiny_run, open_journal
 
 BEGAN = 1e9
 
@@ -45,3 +47,10 @@ def test_a_run_that_has_only_begun_is_told_so(tmp_path):
     console = Console(file=io.StringIO())
     console.print(restart_tables([tmp_path / "pretrain"]))
     assert console.file.getvalue() == "no attempt has made its first step yet\n"
+
+
+def test_a_stage_whose_directory_was_removed_is_left_out(tmp_path):
+    run = make_tiny_run(tmp_path)
+    shutil.rmtree(run / "intermediate")
+    times = json.loads(restart_times_json([run / name for name in ("pretrain", "intermediate", "finetune")]))
+    assert [stage["stage"] for stage in times["stages"]] == ["pretrain", "finetune"]

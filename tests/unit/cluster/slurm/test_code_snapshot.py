@@ -1,5 +1,6 @@
 """The copy of the code that the jobs of a run execute."""
 
+import errno
 import json
 import os
 import py_compile
@@ -35,6 +36,17 @@ def test_the_snapshot_runs_alone_and_is_kept_once(tmp_path):
     assert noted["interpreter"] == sys.executable
     assert noted["packages"]["torch"]
     assert run_with(folder, "import cluster.slurm.supervisor as s; print(s.__file__)").startswith(str(folder))
+
+
+def test_a_full_disk_leaves_no_part_of_a_snapshot(tmp_path, monkeypatch):
+    def full(source: Path, copy: Path) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(copy))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "copy2", full)
+        with pytest.raises(OSError, match="Disk quota exceeded"):
+            take_code_snapshot(tmp_path)
+    assert list((tmp_path / "code").iterdir()) == []
 
 
 def test_the_snapshot_brings_compiled_code_that_numba_takes(tmp_path, monkeypatch):
