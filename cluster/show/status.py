@@ -190,8 +190,8 @@ class StageFollower:
                 return True
             if not (job and job.runs):
                 return False
-        of_a_job = owner.get("job", "") is not None  # unlike one of `fcmae run`, which Slurm knows nothing of
-        if job and of_a_job and job.state is not JobState.UNKNOWN:
+        # A job that has ended says nothing about an attempt of `fcmae run`, be it inside of another job.
+        if job and job.state is not JobState.UNKNOWN and (job.live or owner.get("job", job.id) == job.id):
             return job.runs
         last_write = max(_modified(attempt), _modified(self.directory / file_names.JOURNAL_FILE))
         return bool(owner) and self._now() - last_write < SILENCE_SECONDS

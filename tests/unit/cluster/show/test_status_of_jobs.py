@@ -122,11 +122,12 @@ def test_a_job_that_failed_before_its_first_attempt_is_not_waiting(run, fake_slu
     assert RunFollower(run).statuses()[0].state == "interrupted"
 
 
-def test_slurm_says_nothing_of_an_attempt_of_fcmae_run(run, fake_slurm: FakeSlurm):
+@pytest.mark.parametrize("job", [None, "77"], ids=["", "inside of a job of one's own"])
+def test_slurm_says_nothing_of_an_attempt_of_fcmae_run(run, fake_slurm: FakeSlurm, job):
     """The run was submitted, cancelled, and is trained by `fcmae run` on another machine."""
     submit(run, "pretrain", "41")
     (run / "pretrain" / "attempts").mkdir()
-    write_json(run / "pretrain" / "attempts" / "000001.json", {"attempt": 1, "host": "n7", "pid": 1, "job": None})
+    write_json(run / "pretrain" / "attempts" / "000001.json", {"attempt": 1, "host": "n7", "pid": 1, "job": job})
     fake_slurm.answer("squeue", "")
     fake_slurm.answer("sacct", f"41|CANCELLED by 0|{run}/pretrain")
     assert RunFollower(run).statuses()[0].state == "running"
