@@ -237,9 +237,24 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def write_study(study: Study, path: Path) -> None:
     """Write the study with all published values beside its runs, so that `fcmae study table` needs no other file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arms = {}
+    study, arms = _with_earlier_runs(study, path), {}
     for name, arm in study.arms.items():
         value, several = study.published_values(name)
         arms[name] = arm.model_copy(update={"published": value, "published_multi_scale": several})
     study = study.model_copy(update={"arms": arms})
     Folder.at(path.parent).publish(path.name, yaml_text(study.model_dump(mode="json")).encode())
+
+
+def _with_earlier_runs(study: Study, path: Path) -> Study:
+    """The study with the arms and seeds that it leaves out and that an earlier command ran, for the table."""
+    try:
+        earlier = load_study(path)
+    except RecipeError:  # there is none
+        return study
+    if earlier.name != study.name:
+        return study
+    begun = [run for run in study_runs(earlier, path.parent) if run.directory.is_dir()]
+    arms = study.arms | {run.arm: earlier.arms[run.arm] for run in begun if run.arm not in study.arms}
+    seeds = dict.fromkeys((*study.seeds, *(run.seed for run in begun)))
+    pairs = [pair for pair in earlier.pairs if set(pair) <= arms.keys() and not set(pair) <= study.arms.keys()]
+    return study.model_copy(update={"arms": arms, "seeds": tuple(seeds), "pairs": (*study.pairs, *pairs)})

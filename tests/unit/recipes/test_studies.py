@@ -159,6 +159,15 @@ def test_the_file_of_a_study_is_replaced_at_once(study_file, tmp_path):
     assert (load_study(tmp_path / "before").seeds, load_study(path).seeds) == (study.seeds, (7,))
 
 
+def test_runs_that_a_later_command_leaves_out_stay_in_the_table(study_file, tmp_path):
+    path = tmp_path / "out" / STUDY_FILE
+    write_study(load_study(study_file), path)
+    (path.parent / "plain" / "seed-1").mkdir(parents=True)
+    write_study(load_study(study_file, ["arms.plain=null", "seeds=[8]"]), path)
+    later = open_study(path.parent)
+    assert (list(later.arms), later.seeds, later.published("plain")) == (["mixed", "plain"], (8, 1), 50.0)
+
+
 def test_the_table_is_made_of_the_results(study_file, tmp_path):
     study, out = load_study(study_file), tmp_path / "out"
     write_study(study, out / STUDY_FILE)
