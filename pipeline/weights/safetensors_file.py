@@ -115,7 +115,7 @@ def read_bytes(path: str | os.PathLike, expected_sha256: str | None = None) -> b
 
 def _not_readable(path: str | os.PathLike, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{path} does not exist; correct the path, or run the stage that writes these weights")
+        return CheckpointError(f"{path} does not exist; correct the path, or first run the stage that writes it")
     return CheckpointError(
         f"{path}: the weights cannot be read ({type(error).__name__}); "
         "run the stage that writes them, or correct the path"

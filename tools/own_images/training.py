@@ -145,13 +145,11 @@ def _data(request: Request, run: Path, weights: StartingWeights | None) -> tuple
 
 
 def _refuse_preparing(request: Request) -> None:
-    """Refuse options that say how images are prepared where a data file is given, and say that it is not divided."""
+    """Refuse options that say how images are prepared where a data file is given."""
     options = {"--labels": request.labels, "--group-by": request.group_by, "--max-side": request.max_side}
     for name, value in options.items():
         if value is not None:
             raise DataError(f"{name} {value} is for images to prepare, and {request.images} is prepared; leave it out")
-    if not request.validation:
-        say(f"{request.images} is a data file, which is not divided, so nothing is evaluated; give --validation")
 
 
 def _divided(request: Request, run: Path, longest: int) -> tuple[Beton, Beton | None]:
@@ -315,6 +313,8 @@ def show_plan(request: Request, plan: PlannedTraining) -> None:
             f"{plan.train.samples:,} images are few to learn from scratch: below {FEW_IMAGES:,} it is recommended to"
             f" start from released weights, --from {RECOMMENDED} ({RELEASED}pt_only/{RECOMMENDED})"
         )
+    if not (plan.validation or is_source(request.images)):
+        say(f"{request.images} is a data file, which is not divided, so nothing is evaluated; give --validation")
     command = shlex.join(["fcmae", "run", plan.base[0], "--out", request.out, *plan.overrides])
     console.print(f"the same as: {command}", soft_wrap=True, markup=False)
 

@@ -124,7 +124,8 @@ def results_svg(bars: Sequence[Bar], metric: str, salt: str) -> str:
             axis.plot(published, place, "D", color=SERIES[1], markersize=5, markerfacecolor="none", zorder=4)
     axis.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axis.set_ylim(len(bars) - 0.5, -0.5)
-    axis.set_title(f"{metric}: mean and deviation over seeds, each seed; diamonds are published values")
+    diamonds = "; diamonds are published values" if any(published is not None for *_, published in bars) else ""
+    axis.set_title(f"{metric}: mean and deviation over seeds, each seed{diamonds}")
     _style(axis, [])
     axis.grid(True, axis="x", color=LINE, linewidth=0.8)
     return _svg(figure, salt)

@@ -96,5 +96,5 @@ def test_files_without_class_names(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="holds no class names"):
         read_class_names(path)
-    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         read_class_names(tmp_path / "nowhere")

@@ -116,7 +116,7 @@ def test_timms_models_take_weights_from_a_file(tmp_path):
         ("convnextv2_atto label='x", "its words after the first are not all KEY=VALUE"),
         ("convnextv2_atto depths=[1", "its words after the first are not all KEY=VALUE"),
         ("convnextv2_atto gain=much", "could not convert"),
-        ("missing.safetensors", "cannot be read"),
+        ("missing.safetensors", "missing.safetensors does not exist"),
         ("missing.safetensors depths=[1]", "depths does not go with weights"),
         ("timm:resnet17", "timm cannot make the model resnet17"),
     ],

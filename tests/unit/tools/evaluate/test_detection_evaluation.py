@@ -262,7 +262,9 @@ def test_the_report_has_the_published_values_beside_its_own(result) -> None:
         "verdict": SimpleNamespace(on_track=True),
     }
     published = {"box_ap": 50.0, "mask_ap": 40.0, "source": "a table"}
-    rows = final_grid(SimpleNamespace(published=published, stages=[SimpleNamespace(**facts)])).rows
+    rows = final_grid(
+        SimpleNamespace(published=published, stages=[SimpleNamespace(**facts)], stage_names=["detect"])
+    ).rows
     for name, value in (("box_ap", 50.0), ("mask_ap", 40.0)):
         own = result.scores.metrics[name]
         (row,) = [row for row in rows if row[1] == name]

@@ -46,7 +46,8 @@ def test_a_data_file_is_neither_prepared_nor_divided(photos, tmp_path, capsys):
     path = prepare_beton(photos, tmp_path / "own.beton").beton.path
     with pytest.raises(UserError, match=r"--labels classes.csv is for images to prepare, and .*own\.beton is prepared"):
         plan("finetune", path, tmp_path, labels="classes.csv")
-    _, made = plan("pretrain", path, tmp_path)
+    request, made = plan("pretrain", path, tmp_path)
+    show_plan(request, made)
     assert (made.train.samples, made.validation) == (40, None)
     assert "own.beton is a data file, which is not divided, so nothing is evaluated; give" in capsys.readouterr().err
 

@@ -110,8 +110,8 @@ def test_validation_images_have_the_window_of_the_training_images(recipe, tmp_pa
 def test_an_estimate_and_a_validation_count_and_prepare_nothing(recipe, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders = f"defaults.data.train={photos}"
-    alone = chain_of(recipe, photos, "stages.intermediate=null", "stages.finetune=null")
-    assert estimate(alone, load_site("single-node"))[0].train.images == 8
+    small = ("defaults.batch.global_batch=8", "stages.intermediate=null", "stages.finetune=null")
+    assert estimate(chain_of(recipe, photos, *small), load_site("single-node"))[0].train.images == 8
     validate_recipes([str(recipe), folders])
     assert f"checked when the run starts: {photos}" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "fcmae").iterdir()] == ["traces"]  # of the estimate
