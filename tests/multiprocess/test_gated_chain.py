@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.show.status import RunFollower
-from pipeline.distributed.world import World
 from pipeline.errors import OffTrackError, StageError
 from pipeline.stage.directory import Stage
 from pipeline.tracking import journal
@@ -46,8 +45,9 @@ def test_an_off_track_stage_ends_the_chain_if_the_recipe_says_so(chain):
 
 def test_the_next_stage_refuses_by_itself_to_start(chain):
     """Whoever started it: a scheduler's dependency is a hint."""
+    alone = SimpleNamespace(on_main=lambda work: work())
     with pytest.raises(OffTrackError, match=r"pretrain.gate.stop=false"):
-        receive(Stage(chain[1] / "intermediate"), SimpleNamespace(world=World.alone()), None, ())
+        receive(Stage(chain[1] / "intermediate"), SimpleNamespace(world=alone), None, ())
 
 
 class Page(html.parser.HTMLParser):
