@@ -106,7 +106,7 @@ WRONG = [
     (("prepare", "maps", "folder", "out.beton"), "source folder holds no folders images and masks"),
     (("evaluate", "weights.safetensors", "--data", "data/validation.beton"), "weights.safetensors"),
     (("evaluate", "nowhere.pt", "--data", "data/validation.beton"), "nowhere.pt"),
-    (("predict", "nowhere", "photo.png"), "nowhere does not exist; correct the path, or run"),
+    (("predict", "nowhere", "photo.png"), "nowhere does not exist; correct the path, or first run"),
     (("convert", "weights.safetensors", "out.pth", "--to", "timm"), "weights.safetensors begins with 'no weights'"),
     (("convert", "photo.png", "out.pth", "--to", "timm"), "photo.png is a PNG image, so it is neither"),
     (("estimate", "tiny.yaml", "--site", "generic", "--images", "many"), "--images 'many' is no number of images"),
