@@ -48,8 +48,11 @@ def take_code_snapshot(run: Path) -> Path:
             _copy_code(new)
             if folder.exists() and not _is_whole(folder):
                 folder.rename(mkdtemp(prefix=".changed-", dir=folder.parent))
-            with suppress(OSError):  # another process has made the same snapshot meanwhile
+            try:
                 new.rename(folder)
+            except OSError:
+                if not folder.exists():  # no other process has made the same snapshot meanwhile
+                    raise
         finally:
             shutil.rmtree(new, ignore_errors=True)  # where it was not renamed, as on a full disk
     return folder

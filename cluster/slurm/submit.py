@@ -256,7 +256,7 @@ def submit_planned(
         ids = " ".join(job.id for job in own)
         raise LaunchError(
             f"{run} was removed while jobs of it were queued, which would find neither their code nor their stage;"
-            f" end them (`scancel {ids}`), then submit again"
+            f" cancel them (`scancel {ids}`), then submit again"
         )
     open_chain(chain, run, bound=any(stage.job for stage in planned))
     needed = [stage for stage in planned if stage.needs_job]

@@ -219,7 +219,8 @@ def main() -> int:
     except UserError as error:
         print(error, flush=True)
     except OSError as error:  # the file system of the run is full, over a quota, or away
-        print(f"stage {directory.name} is not retried: {error}; then `fcmae resume {directory.parent}`", flush=True)
+        remedy = f"mend that, then `fcmae resume {directory.parent}`"
+        print(f"stage {directory.name} is not retried: {error}; {remedy}", flush=True)
     return 1
 
 

@@ -128,7 +128,7 @@ def _check_side_files(recipe: StageRecipe, betons: dict[str, Beton]) -> None:
         if (beton.maps if has_maps else beton.objects) is None:
             raise DataError(
                 f"stage {recipe.name}: {data} has no {kind}, which the objective {recipe.objective.kind} needs; make a"
-                f" file with them by `fcmae prepare {_sources(recipe)} OUT.beton`"
+                f" file that has them: `fcmae prepare {_sources(recipe)} OUT.beton`"
             )
         if len(beton.classes) != recipe.objective.classes:
             raise DataError(

@@ -83,7 +83,8 @@ def pack_objects(samples: Sequence[int], objects: Iterable[ImageObjects]) -> Pac
 
 
 def unpack_objects(packed: Packed, masks: bool) -> tuple[list[int], list[ImageObjects]]:
-    """Return the numbers of the samples, and their objects. Images without objects get size (0, 0): it is not packed.
+    """Return the numbers of the samples, and their objects. Images without objects get size (0, 0), because a
+    size is packed with each object.
 
     masks: whether the objects have masks.
     """

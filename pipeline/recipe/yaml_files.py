@@ -265,7 +265,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
 
 
 def _section_keys(stage: str, wanted: str) -> list[str]:
-    """The keys like `wanted` in the sections of a stage, such as stages.pretrain.schedule.epochs."""
+    """The keys of a stage that are spelled almost like `wanted`, such as stages.pretrain.schedule.epochs for epoch."""
     keys = [(name, key) for name, field in StageRecipe.model_fields.items()
             for section in _sections(field.annotation) for key in section.model_fields]  # fmt: skip
     near = get_close_matches(wanted, {key for _, key in keys}, n=1, cutoff=0.8)

@@ -92,7 +92,7 @@ def test_secrets_of_the_environment_stay_there(place):
             "stages.intermediate.schedule.epochs=1", **IN_ENVIRONMENT,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr
-        # A stage waits a minute for its forwarder, which may be too short on a busy machine; this one takes the rest.
+        # A stage waits a minute for its forwarder, which may be too short on a busy machine; a second logs the rest.
         command = module_command("pipeline.tracking.forwarder", run / "intermediate")
         subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, **IN_ENVIRONMENT}, check=True)
         written = fcmae("report", "out", **IN_ENVIRONMENT)

@@ -41,7 +41,7 @@ def branch_kernels(form: Form, size: int) -> list[tuple[int, int]]:
 
 
 def model_cost(form: Form, size: int, dims: Sequence[int] = DIMS, image_size: int = 224) -> ModelCost:
-    """Cost of the skeleton with 1000 classes and kernels of `stage_kernels(size)`, BatchNorm not folded."""
+    """Cost of the skeleton with kernels of `stage_kernels(size)` and 1000 classes, BatchNorm counted as a layer."""
     side = image_size // 4
     parameters = (3 * 16 + 1 + 2) * dims[0]  # stem: convolution, bias, LayerNorm
     macs = 3 * 16 * dims[0] * side**2

@@ -94,7 +94,7 @@ def _open_folder(
 
 
 def _refuse_other_kinds(source: str, entries: Mapping[str, Sequence[str]]) -> None:
-    """Raise DataError if a folder holds entries of more than one kind, by kind, because one of them would be lost."""
+    """Raise DataError if `entries` (names by kind) has more than one kind, because the others would be lost."""
     some = [f"{kind} ({base(names[0])}, ...)" for kind, names in entries.items() if names]
     if len(some) > 1:
         raise DataError(f"source {source} holds both {some[0]} and {some[1]}; move one kind away")

@@ -387,7 +387,7 @@ def _digests(source: str | None) -> frozenset[bytes]:
         for name in ("max_side", "raw_fraction"):
             if value := beton.settings.get(name):
                 raise DataError(
-                    f"--exclude-images {source} was prepared with {name} {value:g}, so it holds other bytes than the"
+                    f"--exclude-images {source} was prepared with {name} {value:g}, so its images equal none of the"
                     " files that it was made from; name these files instead"
                 )
         return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(beton, JPEG))

@@ -246,7 +246,7 @@ def write_study(study: Study, path: Path) -> None:
 
 
 def _with_earlier_runs(study: Study, path: Path) -> Study:
-    """The study with the arms and seeds that it leaves out and that an earlier command ran, for the table."""
+    """The study, with the arms and seeds of earlier commands that it leaves out, so that the table shows their runs."""
     try:
         earlier = load_study(path)
     except RecipeError:  # there is none

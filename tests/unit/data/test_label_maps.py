@@ -65,7 +65,7 @@ def test_without_maps_files_are_as_before(tmp_path):
     beton = open_beton(plain)
     assert beton.identity == beton.sha256
     assert "maps" not in sidecar_path(plain).read_text()
-    with pytest.raises(DataError, match="has no label maps, which segmentation needs; make a file with them by"):
+    with pytest.raises(DataError, match="has no label maps, which segmentation needs; make a file that has them:"):
         LabelMaps.open(beton)
     with BetonWriter(path, ["all"], 4, overwrite=True) as writer:
         writer.add(np.zeros((2, 2, 3), np.uint8), 0)

@@ -269,7 +269,9 @@ def test_data_that_does_not_suit_detection_is_refused_with_the_remedy(beton, tmp
         for _ in range(9):
             writer.add(np.zeros((8, 8, 3), np.uint8), 0)
     plain = open_beton(tmp_path / "plain.beton")
-    with pytest.raises(DataError, match=r"has no objects, which detection needs; make a file with them by `fcmae prep"):
+    with pytest.raises(
+        DataError, match=r"has no objects, which detection needs; make a file that has them: `fcmae prep"
+    ):
         training(plain)
     with pytest.raises(DataError, match=r"data\.train .*plain\.beton has no objects, which the objective detection"):
         check_stage_data(detection_recipe(plain))

@@ -89,7 +89,7 @@ def test_without_objects_files_are_as_before(tmp_path):
     beton = open_beton(plain)
     assert beton.identity == beton.sha256
     assert "objects" not in sidecar_path(plain).read_text()
-    with pytest.raises(DataError, match="has no objects, which detection needs; make a file with them by"):
+    with pytest.raises(DataError, match="has no objects, which detection needs; make a file that has them:"):
         Objects.open(beton)
     with BetonWriter(path, ["all"], 4, overwrite=True) as writer:
         writer.add(np.zeros((2, 2, 3), np.uint8), 0)

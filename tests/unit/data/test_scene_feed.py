@@ -231,7 +231,7 @@ def test_data_that_does_not_suit_segmentation_is_refused_with_the_remedy(beton, 
         for _ in range(9):
             writer.add(np.zeros((8, 8, 3), np.uint8), 0)
     plain = open_beton(path)
-    with pytest.raises(DataError, match="has no label maps, which segmentation needs; make a file with them by"):
+    with pytest.raises(DataError, match="has no label maps, which segmentation needs; make a file that has them:"):
         scenes_tested(plain)
     check_stage_data(segmentation_recipe(beton))
     with pytest.raises(
