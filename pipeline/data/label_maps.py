@@ -28,7 +28,7 @@ class LabelMaps:
         """
         if beton.maps is None:
             raise DataError(
-                f"{beton.path} has no label maps, which segmentation needs; make a file with them by"
+                f"{beton.path} has no label maps, which segmentation needs; make a file that has them:"
                 f" `fcmae prepare maps IMAGES MASKS OUT.beton`"
             )
         streams = MapStreams(maps_path(beton.path), beton.maps, beton.samples, len(beton.classes))

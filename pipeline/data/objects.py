@@ -22,7 +22,7 @@ class Objects(StoredObjects):
         """
         if beton.objects is None:
             raise DataError(
-                f"{beton.path} has no objects, which detection needs; make a file with them by"
+                f"{beton.path} has no objects, which detection needs; make a file that has them:"
                 f" `fcmae prepare coco IMAGES ANNOTATIONS.json OUT.beton`"
             )
         return cls(objects_path(beton.path), beton.objects, beton.samples)
