@@ -251,9 +251,7 @@ def test_exclusions_that_exclude_nothing_are_a_note(images, tmp_path):
     assert said[0].startswith("no image was excluded: none has a listed name, or the bytes of an image to exclude (")
     assert not [line for line in summary_lines(prepare_beton(train, tmp_path / "b.beton")) if "no image was" in line]
     raw = str(prepare_beton(train, tmp_path / "raw.beton", encoding=Encoding(raw_fraction=1.0)).beton.path)
-    with pytest.raises(
-        DataError, match=r"raw\.beton was prepared with raw_fraction 1, so it holds other bytes than the"
-    ):
+    with pytest.raises(DataError, match=r"raw\.beton was prepared with raw_fraction 1, .*name these files instead"):
         prepare_beton(train, tmp_path / "c.beton", exclude_images=raw)
 
 
