@@ -1,16 +1,19 @@
 """The YAML file of a study: a recipe, arms that change it, seeds, and published values to compare with."""
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StageError
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
-from pipeline.recipe.settings_base import Percent, Seed, Settings
+from pipeline.recipe.settings_base import ASCENDING, Percent, Seed, Settings
 from pipeline.recipe.yaml_files import parse_settings, read_mapping
 from pipeline.storage.bounded_files import yaml_text
 from pipeline.storage.folder import Folder
@@ -56,7 +59,7 @@ class Arm(Settings):
     """Published top-1, mean IoU or box AP in percent; the default for an arm without changes is the recipe's."""
     published_multi_scale: Percent | None = None
     """Published mean IoU with several scales and flips, shown but not compared; the default is as for `published`."""
-    expected: tuple[Percent, Percent] | None = None
+    expected: Annotated[tuple[Percent, Percent], ASCENDING] | None = None
     """The band of the final top-1, mean IoU or box AP in percent, outside of which the arm is off track; in a ladder
     the next rung then does not start."""
     figures: PublishedFigures = PublishedFigures()
@@ -118,6 +121,12 @@ class Study(Settings):
     overrides: tuple[str, ...] = ()
     """`key=value` of the command line, which win over the arms' changes."""
 
+    @model_validator(mode="after")
+    def _check_seeds(self) -> "Study":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} names one twice, which would count its run twice; leave it out")
+        return self
+
     @property
     def known_figures(self) -> dict[str, str]:
         """Field and column title of each kind of published figure that some arm or reference has."""
@@ -140,6 +149,12 @@ class Study(Settings):
             chain = load_recipe(*self.origin(arm, seed))
         except RecipeError as error:
             raise RecipeError(f"study {self.name}, arm {arm}: {error}") from None
+        if all(stage.seed != seed for stage in chain.stages.values()):
+            fixed = next(iter(chain.stages.values())).seed
+            raise RecipeError(
+                f"study {self.name}, arm {arm}: the recipe's seed is {fixed} in the run for seed {seed}, so the runs of"
+                f" all seeds would be the same; give seeds=[{fixed}] instead"
+            )
         *_, last = chain.stages.values()
         if last.data.validation is None:
             raise RecipeError(
@@ -216,12 +231,16 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         RecipeError: names the file and field, the value, and what is allowed.
     """
     own = [text for text in overrides if text.partition("=")[0].partition(".")[0] in ("seeds", "arms")]
-    raw = read_mapping(path, own)
     others = [text for text in overrides if text not in own]
-    left_out = set()
+    known = read_mapping(path).get("arms")
+    known = known if isinstance(known, dict) else {}
+    left_out = {name for name in known if f"arms.{name}=null" in own}  # found here, because a name may have a dot
+    raw = read_mapping(path, [text for text in own if text not in [f"arms.{name}=null" for name in left_out]])
     if isinstance(arms := raw.get("arms"), dict):
-        left_out = {name for name, arm in arms.items() if arm is None}
-        raw["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+        left_out |= {name for name, arm in arms.items() if arm is None}
+        for name in left_out - known.keys():
+            raise RecipeError(f"{path}: arms.{name}=null leaves out no arm; the arms are {', '.join(known)}")
+        raw["arms"] = {name: arm for name, arm in arms.items() if name not in left_out}
     if isinstance(earlier := raw.get("overrides", []), list):
         raw["overrides"] = [*earlier, *others]
     study = parse_settings(Study, raw, str(path))
@@ -234,15 +253,43 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return study.model_copy(update={"pairs": pairs})
 
 
+def refuse_another_study(study: Study, directory: Path) -> None:
+    """Refuse a directory whose file STUDY_FILE is another study's, or a person's, for `write_study` replaces it.
+
+    Raises:
+        StageError: naming the directory.
+    """
+    path = directory / STUDY_FILE
+    try:
+        known = load_study(path)
+    except RecipeError:  # there is none
+        return
+    begun = any(run.directory.is_dir() for run in study_runs(known, directory))
+    if begun and known.name != study.name:
+        raise StageError(f"--out {directory} holds runs of the study {known.name}; choose another directory")
+    if not begun and path.read_text() != _text(known):
+        raise StageError(f"--out {directory} holds a {STUDY_FILE} that no study wrote; choose another directory")
+
+
 def write_study(study: Study, path: Path) -> None:
     """Write the study with all published values beside its runs, so that `fcmae study table` needs no other file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    study, arms = _with_earlier_runs(study, path), {}
+    arms = {}
     for name, arm in study.arms.items():
         value, several = study.published_values(name)
         arms[name] = arm.model_copy(update={"published": value, "published_multi_scale": several})
     study = study.model_copy(update={"arms": arms})
-    Folder.at(path.parent).publish(path.name, yaml_text(study.model_dump(mode="json")).encode())
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(directory, fcntl.LOCK_EX)  # of two commands at once each keeps the other's arms and seeds
+        Folder.at(path.parent).publish(path.name, _text(_with_earlier_runs(study, path)).encode())
+    finally:
+        os.close(directory)
+
+
+def _text(study: Study) -> str:
+    return yaml_text(study.model_dump(mode="json"))
 
 
 def _with_earlier_runs(study: Study, path: Path) -> Study:

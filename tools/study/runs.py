@@ -16,7 +16,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tools.prepare.recipe_data import refuse_sources, with_prepared_data
 from tools.rehearse.chain_rehearsal import refuse_failing_stages
-from tools.study.definition import STUDY_FILE, Study, StudyRun, study_runs, write_study
+from tools.study.definition import STUDY_FILE, Study, StudyRun, refuse_another_study, study_runs, write_study
 from tools.study.shared_stages import SharedStages, owner_of
 
 Print = Callable[[str], None]
@@ -50,6 +50,7 @@ def checked_chains(
     Raises:
         UserError: for the first defect.
     """
+    refuse_another_study(study, directory)
     chains = {}
     for run in study_runs(study, directory):
         chain = study.chain(run.arm, run.seed)
@@ -151,6 +152,7 @@ def plan_submission(
         UserError: for the first defect.
     """
     check_path(directory)
+    refuse_another_study(study, directory)
     cache = Path(site.data_cache) if site.data_cache else None
     planned, warnings = {}, {}
     for run in study_runs(study, directory):
@@ -222,6 +224,8 @@ def _submit_run(
 
 def _prepare(study: Study, directory: Path) -> SharedStages:
     try:
+        for run in study_runs(study, directory):  # first, because another command keeps what has a directory
+            run.directory.mkdir(parents=True, exist_ok=True)
         write_study(study, directory / STUDY_FILE)
         return SharedStages(directory)
     except OSError as error:

@@ -8,12 +8,13 @@ import torch
 import yaml
 
 from cluster.chain import open_chain
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, StageError
 from pipeline.models import create_model
 from tests.support import write_tiny_recipe
 from tests.unit.models.tiny_models import multiply_adds
 from tools.recipes.library import find_study, included_studies
-from tools.study.definition import STUDY_FILE, load_study, study_runs, write_study
+from tools.study.definition import STUDY_FILE, load_study, refuse_another_study, study_runs, write_study
+from tools.study.runs import _prepare as prepare
 from tools.study.study_table import (
     ArmResult,
     arm_results,
@@ -110,6 +111,7 @@ def test_arms_change_the_recipe_and_the_command_line_changes_all(study_file):
     assert chain.stages["finetune"].objective.mixup == 0.4
     assert study.chain("plain", 4).stages["finetune"].objective.mixup == 0.8
     assert list(load_study(study_file, ["arms.mixed=null"]).arms) == ["plain"]
+    assert "r-0.5" not in load_study(find_study("nextvit"), ["arms.r-0.5=null"]).arms
     above = load_study(study_file, ["stages.finetune.objective.mixup=0.1"])
     assert above.chain("mixed", 0).stages["finetune"].objective.mixup == 0.1
 
@@ -120,6 +122,10 @@ def test_arms_change_the_recipe_and_the_command_line_changes_all(study_file):
         ({"arms": {"a": {"chnage": {}}}}, "unknown key arms.a.chnage; did you mean change"),
         ({"arms": {}}, "arms"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds [1, 1] names one twice"),
+        ({"change": {"defaults.seed": 3}}, "the recipe's seed is 3 in the run for seed 0, so the runs of all seeds"),
+        ({"overrides": ["seed=3"]}, "the recipe's seed is 3 in the run for seed 0, so the runs of all seeds"),
+        ({"arms": {"a": {"expected": [2.0, 1.0]}}}, "[2.0, 1.0] is no range"),
         ({"arms": {"a/b": {}}}, "arm 'a/b' may have letters"),
         ({"arms": {"a": {"change": {"stages.pretrain.objective.mask_ratio": 2}}}}, "study s, arm a: "),
         ({"recipe": "nowhere"}, "there is no recipe nowhere"),
@@ -140,6 +146,30 @@ def test_a_wrong_study_is_one_sentence(study_file, change, sentence):
         first_chain()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_leaving_out_an_arm_that_there_is_not_is_refused(study_file):
+    with pytest.raises(RecipeError, match=r"arms.mixd=null leaves out no arm; the arms are plain, mixed$"):
+        load_study(study_file, ["arms.mixd=null"])
+
+
+def test_a_directory_of_another_study_or_with_a_file_of_a_person_is_refused(study_file, tmp_path):
+    study, out = load_study(study_file), tmp_path / "out"
+    write_study(study, out / STUDY_FILE)
+    other = study.model_copy(update={"name": "other"})
+    refuse_another_study(other, out)  # nothing was trained
+    (out / "plain" / "seed-0").mkdir(parents=True)
+    refuse_another_study(study, out)
+    with pytest.raises(StageError, match=r"out holds runs of the study s; choose another directory"):
+        refuse_another_study(other, out)
+    with pytest.raises(StageError, match=r"holds a study.yaml that no study wrote; choose another directory"):
+        refuse_another_study(study, study_file.parent)
+
+
+def test_two_commands_that_start_at_once_keep_each_others_seeds(study_file, tmp_path):
+    for seed in (0, 1):  # neither has trained anything when the other writes the study
+        prepare(load_study(study_file, [f"seeds=[{seed}]"]), tmp_path / "out")
+    assert open_study(tmp_path / "out").seeds == (1, 0)
 
 
 def test_a_single_scale_is_not_compared_with_several(tmp_path):
