@@ -33,7 +33,7 @@ class JobScript:
         stage_directory: absolute; need not exist before `submit`.
         site: as this stage sees it.
         code: the code snapshot that the job runs.
-        after: id of the job to wait for.
+        after: id of the job to wait for, or several with colons between them.
     """
 
     def __init__(self, stage_directory: Path, site: Site, code: Path, after: str | None = None):

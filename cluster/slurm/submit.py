@@ -240,7 +240,7 @@ def submit_planned(
     Args:
         report: gets a sentence per job.
         code: the code snapshot that the jobs run, if several runs share one; by default one is taken beside the run.
-        after: id of a job of another run that the first of these jobs waits for.
+        after: id of a job of another run that the first of these jobs waits for too.
 
     Returns:
         The job id of each stage that has a job.
@@ -269,7 +269,8 @@ def submit_planned(
         store_site(site, run)  # for `fcmae resume`, should this command die
     folder = code or take_code_snapshot(run)  # before the ticket, whose script holds its hash
     first, replaced = needed[0], [job for stage in needed for job in stage.replaces]
-    before = ids.get(first.recipe.previous or "", after)
+    # Both: the stage before may be one that another run trains, and `after` is a rung of a ladder.
+    before = ":".join(filter(None, (ids.get(first.recipe.previous or ""), after))) or None
     script = JobScript(first.directory, first.site, folder, before)
     chain_of, own = [stage.directory for stage in planned], [stage.directory for stage in needed]
     with hold_run(run), ticket(script, chain_of, own, [job.id for job in replaced]) as submitted:
@@ -297,7 +298,7 @@ def submit_planned(
 def _note_submitted(stage: PlannedStage, id: str, after: str | None, code: Path, report: Callable[[str], None]) -> None:
     facts = {"nodes": stage.site.nodes, "ranks": stage.site.ranks, "after": after, "code": code.name}
     note_job_event(stage.directory, "submitted", id, committed=committed_step(stage.directory), **facts)
-    report(f"{stage.name}: job {id}" + (f", after job {after}" if after else ""))
+    report(f"{stage.name}: job {id}" + (f", after job {after.replace(':', ' and ')}" if after else ""))
 
 
 def _refuse_another_recipe(chain: ChainRecipe, run: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from cluster.site import Site, stored_site
 from cluster.slurm import client
 from cluster.slurm import submit as jobs
+from cluster.slurm.job_history import slurm_directory
 from cluster.slurm.submit import PlannedStage, check_partition, live_jobs, plan_jobs
 from cluster.slurm.time_limit import CANCELLED_FILE
 from pipeline.errors import LaunchError
@@ -116,6 +117,20 @@ def test_a_job_keeps_the_site_that_it_was_submitted_to(fake_slurm: FakeSlurm, tm
     submit_to(Site(gpus_per_node=4))
     assert [stored_site(run, name).gpus_per_node for name in chain.stages] == [8, 4, 4]
     assert stored_site(run).gpus_per_node == 4  # what `fcmae resume` takes without --site
+
+
+def test_a_rung_waits_for_the_rung_before_and_for_a_stage_that_it_shares(fake_slurm: FakeSlurm, tmp_path):
+    run = make_tiny_run(tmp_path)
+    chain, lines = load_recipe(run / RECIPE_FILE), []
+    (tmp_path / "code").mkdir()
+    fake_slurm.answer("squeue", queued(7, "RUNNING", run / "pretrain"))
+    fake_slurm.answer("sbatch", "Submitted batch job 11", "Submitted batch job 12")
+    fake_slurm.answer("scontrol", "")
+    planned = plan_jobs(chain, run, Site())
+    jobs.submit_planned(chain, run, Site(), planned, lines.append, tmp_path / "code", after="5")
+    assert lines == ["intermediate: job 11, after job 7 and 5", "finetune: job 12, after job 11"]
+    script = slurm_directory(run / "intermediate") / "11_submission.sh"
+    assert "#SBATCH --dependency=afterok:7:5\n" in script.read_text()
 
 
 def test_without_slurm_it_is_one_sentence(tmp_path):
