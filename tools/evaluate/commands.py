@@ -102,6 +102,7 @@ def evaluate_weights(
     import sys
     from dataclasses import replace
 
+    from pipeline.errors import UserError
     from tools.evaluate.evaluated_data import evaluated_files, note_other_window
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
@@ -132,6 +133,9 @@ def evaluate_weights(
         return
     batch = batch or BATCH
     if benchmark == "c":
+        others = {"--real": real, "--knn": knn, "--chain": chain, "--per-class": per_class, "--beside": beside}
+        for name in (name for name, value in others.items() if value):
+            raise UserError(f"--benchmark c has no {name}; leave it out")
         # Its images have the size of the network's input, so nothing is cropped.
         settings = {"image_size": image_size, "crop_pct": crop_pct or 1.0, "ema": ema, "channels": channels,
             "classes": classes, "all_outputs": all_outputs, "batch": batch, "bf16": bf16}  # fmt: skip

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.models import create_model
 from tests.archives import class_images, write_folder
 from tests.support import fcmae
+from tools.evaluate.commands import evaluate_weights
 from tools.evaluate.corruptions import ALEXNET_ERRORS, SEVERITIES, CorruptionErrors, corrupted_folders
 from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 from tools.prepare.preparation import prepare_beton
@@ -42,6 +43,11 @@ def test_a_folder_of_groups_is_searched_and_another_one_refused(tmp_path):
     assert {name: list(parts) for name, parts in found.items()} == {"shot_noise": ["2"], "snow": ["1", "5"]}
     with pytest.raises(DataError, match=r"holds no corruption of ImageNet-C; it must hold CORRUPTION/SEVERITY"):
         corrupted_folders(tmp_path / "extra")
+
+
+def test_options_that_it_does_not_have_are_refused_and_not_ignored(tmp_path):
+    with pytest.raises(UserError, match=r"^--benchmark c has no --knn; leave it out$"):
+        evaluate_weights(str(tmp_path / "weights.pt"), data=str(tmp_path), benchmark="c", knn="train.beton")
 
 
 def test_each_folder_is_evaluated_as_by_itself(tmp_path: Path):
