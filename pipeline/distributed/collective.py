@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from contextvars import copy_context
 from threading import Thread
 from typing import TypeVar
 
@@ -44,7 +45,8 @@ def on_every_rank(
         except BaseException as error:
             outcome.append((None, error))
 
-    thread = Thread(target=run, daemon=True)
+    # In the caller's context, because torch 2.13 keeps its settings of compilation there.
+    thread = Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
     while True:
         thread.join(poll_seconds)

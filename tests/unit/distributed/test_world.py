@@ -1,6 +1,7 @@
 """Joining a group: what a rank without a GPU is told, and how long groups wait that are made later."""
 
 import os
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_a_group_with_a_timeout_of_its_own_gets_the_worlds():
     group = dist.new_group(timeout=timedelta(seconds=5))  # as a half that was split off with torch's default
     match_timeout(group)
     assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=4321)
+
+
+def test_work_on_every_rank_has_the_context_of_its_caller(patient_world):
+    """From 2.13 on torch keeps there how many processes compile, and 32 of each rank are too many."""
+    setting = ContextVar("setting", default=0)
+    setting.set(3)
+    assert patient_world.on_every_rank(setting.get, lambda: False) == 3
 
 
 def test_beside_a_gpu_the_cpu_can_talk_too():
