@@ -7,10 +7,11 @@ nor random numbers nor the optimizer are touched, every engine and every shardin
 compilation falls into it: no time-out counts it.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -157,10 +158,9 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
             if world.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(world.device))  # which each thread has for itself
             batch = noise_batch(recipe, world.size)
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return difference_from_plain(recipe, objective, world, batch)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            _free_memory(world.device)  # not while the error is handled, which keeps all tensors of the first try
             one = batch.part(slice(len(batch.images) // len(batch.slots)), batch.slots[:1])
             return difference_from_plain(recipe, objective, world, one)
     except torch.OutOfMemoryError:
@@ -170,8 +170,14 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
             raise
         return Difference(error=f"{type(error).__name__}: {first_line(error)}")
     finally:
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_memory(world.device)
+
+
+def _free_memory(device: torch.device) -> None:
+    """Give back the memory of models that nothing refers to: a compiled block is part of a cycle."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def difference_from_plain(recipe: StageRecipe, objective: Objective, world: World, batch: Batch) -> Difference:

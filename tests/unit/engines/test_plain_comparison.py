@@ -1,19 +1,22 @@
 """The chosen code is compared with plain torch: rounding passes, a wrong sum in one place does not."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from pipeline.data.batch import Batch
 from pipeline.distributed.world import World
+from pipeline.engines import plain_comparison
 from pipeline.engines.plain_comparison import TOLERANCE, Difference, _judge, difference_from_plain, noise_batch
 from pipeline.kernels.region_align import region_align
 from pipeline.kernels.suppression import suppress
 from pipeline.kernels.triton_support import takes_plain_kernels
 from pipeline.models import detector
-from pipeline.objectives import create_objective
+from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 from tests.engines import stage_recipe
 from tests.object_batches import HEADS
@@ -109,6 +112,24 @@ def test_the_comparison_leaves_random_numbers_and_settings_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.backends.cudnn.allow_tf32 == tf32
     assert first == second
+
+
+def test_models_are_freed_before_a_second_try_and_at_the_end(monkeypatch):
+    models = []
+
+    def compare(recipe: StageRecipe, objective: Objective, world: World, batch: Batch) -> Difference:
+        assert not any(model() for model in models)
+        model = nn.Linear(1, 1)
+        model.forward = model.forward  # as a compiled block refers to itself
+        models.append(weakref.ref(model))
+        if len(models) == 1:
+            raise torch.OutOfMemoryError("the memory is full")
+        return Difference()
+
+    monkeypatch.setattr(plain_comparison, "difference_from_plain", compare)
+    recipe = stage_recipe("pretrain", "ddp")
+    assert plain_comparison._compare(recipe, create_objective(recipe, seed=4), World.alone()).error == ""
+    assert [model() for model in models] == [None, None]
 
 
 def test_one_wrong_rank_makes_all_fall_back_with_one_sentence():
