@@ -316,6 +316,7 @@ class Producer(epoch_iterator.EpochIterator):
         pinned: bool = False,
     ) -> None:
         self.work, self.finish, self.timeout_seconds, self.pinned = work, finish, timeout_seconds, pinned
+        self._gpu = torch.cuda.current_device() if pinned else None
         super().__init__(loader, [])
         _live.add(self)
 
@@ -323,6 +324,8 @@ class Producer(epoch_iterator.EpochIterator):
         started: deque[_StartedBatch | Exception] = deque()
         ahead = 1 if self.loader.num_workers > 1 else 0  # a single worker is this thread
         try:
+            if self._gpu is not None:  # a new thread starts on GPU 0, where pinning memory could make a context
+                torch.cuda.set_device(self._gpu)
             for batch in self._begin_batches():
                 started.append(batch)
                 if len(started) > ahead and not self._deliver(started.popleft()):

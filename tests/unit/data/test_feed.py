@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numba
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.data.beton import open_beton
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.data.crops import EvaluationPlan
 from pipeline.data.feed import EvaluationFeed, TrainFeed
-from pipeline.data.ffcv_loader import ImageLoader, Producer
+from pipeline.data.ffcv_loader import ImageLoader, Producer, _Images
 from pipeline.data.subset import Subset
 from pipeline.distributed.world import World
 from pipeline.errors import DataError, RecipeError
@@ -382,6 +383,17 @@ def test_numbers_that_do_not_fit(beton):
         train_feed(beton, batch={"global_batch": 280, "slot": 70})
     with pytest.raises(RecipeError, match="world size 3 does not divide slots=4"):
         train_feed(beton, 0, 3)
+
+
+def test_a_thread_that_pins_memory_is_on_the_gpu_of_its_rank(beton, monkeypatch):
+    told, empty_views = [], _Images.empty_views
+    monkeypatch.setattr(_Images, "empty_views", lambda self, ids, pinned: empty_views(self, ids, False))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: told.append((gpu, threading.current_thread())))
+    producer = producer_of(beton, iter([(0, np.arange(8), None)]), kind=partial(Producer, pinned=True))
+    next(producer)
+    producer.close()
+    assert told == [(3, producer)]
 
 
 def test_reading_ahead_touches_no_gpu(beton):
