@@ -79,8 +79,10 @@ def _compile_kernels() -> None:
     from pipeline.cost.measure import measure_steps
     from pipeline.recipe import load_recipe
     from pipeline.storage.announcement import announced
+    from pipeline.storage.user_cache import keep_compiled_code_local
     from tools.recipes.library import find_recipe
 
+    keep_compiled_code_local()  # where ranks look for it
     recipe = load_recipe(find_recipe("own-images"), ["stages.pretrain.batch.slot=8"]).stages["pretrain"]
     with announced("compiling the kernels for the GPU, once"):
         measure_steps(recipe, steps=1)

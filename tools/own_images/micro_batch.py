@@ -3,9 +3,11 @@
 The choice changes how fast a stage runs, and no result: slots are computed alike in any micro-batch.
 """
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +15,7 @@ from pipeline.cost.measure import available_bytes
 from pipeline.cost.memory import estimate_peak
 from pipeline.distributed.processes import module_command
 from pipeline.recipe import StageRecipe, load_stage_recipe, write_recipe
+from pipeline.storage.user_cache import keep_compiled_code_local
 
 CPU_IMAGES = 32  # a larger micro-batch is no faster on a CPU
 CPU_SHARE = 0.6  # of the free memory, for all processes together
@@ -49,23 +52,32 @@ def _estimated(recipe: StageRecipe, sizes: list[int], processes: int) -> tuple[i
 
 
 def _measured(recipe: StageRecipe, sizes: list[int]) -> tuple[int, str]:
-    """The fastest micro-batch that fits, measured in a process of its own, which frees the GPU's memory by its end."""
+    """The fastest micro-batch that fits, measured in a process of its own, which frees the GPU's memory by its end.
+
+    Each size is compiled anew, which may take longer than the time that all of them have: those that were measured by
+    then count.
+    """
+    trouble = ""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "stage.yaml"
         write_recipe(recipe, path)
         command = module_command("tools.own_images.micro_batch", path, *sizes)
         try:
-            answer = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, timeout=MEASURE_SECONDS, check=True
-            ).stdout
-            chosen, speed = json.loads(answer.splitlines()[-1])
-        except (subprocess.SubprocessError, ValueError, IndexError) as error:
-            return 1, f"the smallest, because measuring failed ({type(error).__name__})"
-    return chosen, f"measured: {speed:,.0f} images a second"
+            answer = subprocess.run(command, stdout=subprocess.PIPE, timeout=MEASURE_SECONDS, check=True).stdout
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            answer, trouble = error.stdout or b"", type(error).__name__
+    try:
+        chosen, speed = json.loads(answer.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        return 1, f"the smallest, because measuring failed ({trouble or type(error).__name__})"
+    return chosen, f"measured: {speed:,.0f} images a second" + (
+        f", before measuring failed ({trouble})" * bool(trouble)
+    )
 
 
-def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, float]:
-    """Run steps of ever larger micro-batches until one does not fit or is no faster; returns the best and its speed.
+def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> Iterator[tuple[int, float]]:
+    """Run steps of ever larger micro-batches until one does not fit or is no faster; yields each better one with its
+    images a second.
 
     Raises:
         RuntimeError: if not even the smallest fits.
@@ -77,6 +89,7 @@ def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, flo
     memory = torch.cuda.get_device_properties(0).total_memory
     best: tuple[int, float] | None = None
     for size in sizes:
+        gc.collect()  # the last model, because compiled blocks refer to themselves
         try:
             measured = measure_steps(recipe.with_micro_slots(size), steps=2)
         except torch.OutOfMemoryError:
@@ -85,10 +98,12 @@ def measure_micro_batch(recipe: StageRecipe, sizes: list[int]) -> tuple[int, flo
         if best and not (fits and measured.images_per_second > FASTER * best[1]):
             break
         best = size, measured.images_per_second
+        yield best
     if best is None:
         raise RuntimeError("out of memory")
-    return best
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_micro_batch(load_stage_recipe(Path(sys.argv[1])), [int(size) for size in sys.argv[2:]])))
+    keep_compiled_code_local()  # where ranks look for it
+    for better in measure_micro_batch(load_stage_recipe(Path(sys.argv[1])), [int(size) for size in sys.argv[2:]]):
+        print(json.dumps(better), flush=True)

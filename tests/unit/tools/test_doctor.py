@@ -49,6 +49,19 @@ def test_the_whole_command_where_ffcv_is_broken(tmp_path):
     assert all(f["remedy"] for f in found.values() if f["level"] in ("warning", "missing"))
 
 
+def test_kernels_are_compiled_where_ranks_look_for_them(monkeypatch, tmp_path):
+    """Ranks keep compiled code on the node, not in the home directory."""
+    monkeypatch.setenv("FCMAE_SCRATCH", str(tmp_path))
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_DEFAULT_FP_FUSION"):
+        monkeypatch.setenv(name, "")  # so that the test's end removes what is set here
+    places = []
+    monkeypatch.setattr(
+        "pipeline.cost.measure.measure_steps", lambda *_, **__: places.append(os.environ["TRITON_CACHE_DIR"])
+    )
+    doctor._compile_kernels()
+    assert places == [str(tmp_path / "fcmae" / "triton")]
+
+
 def test_a_crash_while_importing_is_survived(monkeypatch, tmp_path):
     path = shadow(tmp_path, "torch", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
     (found,) = examine(monkeypatch, doctor.check_torch, PYTHONPATH=path)
