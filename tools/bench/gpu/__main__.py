@@ -56,6 +56,7 @@ def make_check(check: TimedCheck, options: argparse.Namespace) -> None:
     try:
         for row in check.run(bench):
             send(row=asdict(row))
+        send(complete=True)
     except CheckSkippedError as skipped:
         send(skipped=str(skipped))
 

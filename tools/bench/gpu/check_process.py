@@ -28,6 +28,8 @@ class MeasuredCheck:
     trouble: str = ""
     """Why it gave no more; a skipped check has a reason and no fault."""
     skipped: bool = False
+    complete: bool = False
+    """Whether it has given all its rows."""
     seconds: float = 0.0
     machine: dict[str, str] = field(default_factory=dict)
 
@@ -38,7 +40,8 @@ class MeasuredCheck:
 
 
 def send(**content: Any) -> None:
-    """Send a `row`, facts about the `machine`, or why the check is `skipped`, to the process that waits for them."""
+    """Send a `row`, facts about the `machine`, why the check is `skipped`, or that it is `complete`, to the process
+    that waits for them."""
     print(MESSAGE + json.dumps(content), flush=True)
 
 
@@ -73,7 +76,9 @@ def run_check(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     result.seconds = round(time.monotonic() - began, 1)
-    if process.returncode and not result.trouble:
+    if result.complete:  # threads of libraries sometimes abort or hold a process that ends
+        result.trouble = ""
+    elif process.returncode and not result.trouble:
         result.trouble = _last_line(log) or f"it ended with {process.returncode}"
     if not any((result.rows, result.trouble)):
         result.trouble = "it gave no row"
@@ -96,6 +101,8 @@ def _take(line: str, result: MeasuredCheck, show: Callable[[Row], None]) -> bool
             show(result.rows[-1])
         case {"skipped": reason}:
             result.skipped, result.trouble = True, reason
+        case {"complete": complete}:
+            result.complete = complete
         case {"machine": facts}:
             result.machine = facts
     return True

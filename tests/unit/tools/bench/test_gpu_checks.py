@@ -143,6 +143,13 @@ def test_what_fails_or_hangs_is_a_sentence_and_keeps_its_rows(check, tmp_path, m
     assert broken.failed is hanging.failed is silent.failed is check.is_correctness
 
 
+def test_a_check_that_is_complete_is_not_blamed_for_the_end_of_its_process(tmp_path):
+    """Threads of torch and NCCL sometimes abort a process that ends."""
+    code = ROW % "0" + """\nsend('{"complete": true}')\nimport os\nos.abort()"""
+    result, _ = run(code, tmp_path)
+    assert (result.trouble, result.failed, len(result.rows)) == ("", False, 1)
+
+
 def test_a_skipped_check_is_no_fault(tmp_path):
     result, _ = run("""send('{"skipped": "pydantic is not installed"}')""", tmp_path)
     assert (result.trouble, result.skipped, result.failed) == ("pydantic is not installed", True, False)
