@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.backbone import run_block
+from pipeline.models.backbone import check_choices, run_block
 from pipeline.models.convnextv2 import ConvNeXtBlock, ConvNeXtV2
 from pipeline.models.response_norm import EPS
 from pipeline.sparse import Layout, VisibleCells
@@ -25,8 +25,7 @@ def create_decoder(kind: str, encoder: ConvNeXtV2, dim: int, depth: int) -> "FCM
     Raises:
         ValueError: if the kind is unknown, or cannot have this width.
     """
-    if kind not in KINDS:
-        raise ValueError(f"decoder is {kind!r}; choose one of {', '.join(KINDS)}")
+    check_choices(decoder=(kind, KINDS))
     if kind == "convnext":
         return ConvNeXtDecoder(encoder, dim, depth)
     if kind == "transformer":

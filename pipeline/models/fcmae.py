@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.backbone import check_choices
 from pipeline.models.batchnorm import update_running_statistics
 from pipeline.models.convnextv2 import ConvNeXtV2
 from pipeline.models.decoder import create_decoder
@@ -40,7 +41,6 @@ class FCMAE(nn.Module):
         decoder: "convnext", or for comparison "transformer", "unet", "unet_no_skips", see decoder.py.
         decoder_dim, decoder_depth: width and number of decoder blocks; a U-Net has this many blocks at each stride,
             and half the width at each finer one.
-        cell: pixels on a side of a cell; must be the encoder's stride.
         seed: of the initial weights.
     """
 
@@ -54,27 +54,23 @@ class FCMAE(nn.Module):
         normalize_target: bool = True,
         decoder_dim: int = 512,
         decoder_depth: int = 1,
-        cell: int = 32,
         decoder: str = "convnext",
         seed: int = 0,
     ):
         super().__init__()
         if encoder.num_classes:
             raise ValueError(f"FCMAE needs an encoder without head; this one has {encoder.num_classes} classes")
-        if cell != encoder.stride:
-            raise ValueError(f"cell is {cell} pixels but the encoder's stride is {encoder.stride}; they must be equal")
-        if grn_statistics not in ("image", "batch"):
-            raise ValueError(f"grn_statistics is {grn_statistics!r}; choose image or batch")
+        check_choices(grn_statistics=(grn_statistics, ("image", "batch")))
         if grn_statistics == "batch" and encoder.response.kind != "grn":
             raise ValueError(f"grn_statistics is batch but the blocks' response is {encoder.response.kind}; use image")
-        self.normalize_target, self.cell = normalize_target, cell
+        self.normalize_target, self.cell = normalize_target, encoder.stride
         self._layout = find_layout(encoder_backend)
         self.init = encoder.init
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.encoder = encoder
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.decoder = create_decoder(decoder, encoder, decoder_dim, decoder_depth)
-        patch = cell // self.decoder.upscale
+        patch = self.cell // self.decoder.upscale
         self.pred = nn.Conv2d(self.decoder.width, patch * patch * encoder.in_channels, 1)
         for module in encoder.modules():
             if isinstance(module, GRN):

@@ -16,6 +16,7 @@ from pipeline.kernels.gelu_grn import gelu_grn
 from pipeline.kernels.grn import grn
 from pipeline.kernels.precision import widen
 from pipeline.kernels.triton_support import runs_triton, takes_plain_kernels
+from pipeline.models.backbone import check_choices
 from pipeline.models.batchnorm import RunningStatistics
 from pipeline.sparse import Layout
 
@@ -45,11 +46,11 @@ class ResponseNorm:
     residual: bool = True
 
     def __post_init__(self):
-        for field, choices in (("kind", KINDS), ("aggregation", AGGREGATIONS), ("normaliser", NORMALISERS)):
-            value = getattr(self, field)
-            if value not in choices:
-                name = "response" if field == "kind" else f"grn_{field}"
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choices(
+            response=(self.kind, KINDS),
+            grn_aggregation=(self.aggregation, AGGREGATIONS),
+            grn_normaliser=(self.normaliser, NORMALISERS),
+        )
         if self.kind != "grn" and (self.aggregation, self.normaliser, self.residual) != ("l2", "mean", True):
             raise ValueError(
                 f"response is {self.kind!r}, which has no grn_aggregation, grn_normaliser, grn_residual; leave them out"

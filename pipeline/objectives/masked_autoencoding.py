@@ -51,7 +51,6 @@ class FCMAEObjective(Objective):
                 decoder=self.settings.decoder,
                 decoder_dim=self.settings.decoder_dim,
                 decoder_depth=self.settings.decoder_depth,
-                cell=encoder.stride,
                 seed=self.seed,
             )
 

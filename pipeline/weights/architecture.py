@@ -62,7 +62,7 @@ class Architecture(ABC):
         with torch.device("meta"):
             if self.decoder:
                 encoder = create_model(self.family, **self.model_options)
-                model = FCMAE(encoder, decoder_dim=self.decoder[0], decoder_depth=self.decoder[1], cell=encoder.stride)
+                model = FCMAE(encoder, decoder_dim=self.decoder[0], decoder_depth=self.decoder[1])
             else:
                 model = create_model(self.family, **{**self.model_options, "num_classes": self.classes or 1})
         absent = () if self.classes else ("head.", "proj_head.") if self.norm else ("head.", "proj_head.", "norm.")

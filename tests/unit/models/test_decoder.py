@@ -131,4 +131,4 @@ def test_wrong_choices_are_one_sentence(options, sentence):
     response = options.pop("response")
     encoder = create_model("convnextv2", 0, depths=(1, 1, 1), dims=(4, 6, 8), stem_stride=2, response=response)
     with pytest.raises(ValueError, match=sentence):
-        FCMAE(encoder, cell=8, **options)
+        FCMAE(encoder, **options)

@@ -55,7 +55,7 @@ def test_checkpointing_includes_the_decoder():
         results = []
         for checkpointing in (False, True):
             encoder = create_model("convnextv2", 0, **SHAPE, checkpointing=checkpointing)
-            model = FCMAE(encoder, decoder=decoder, decoder_dim=32, decoder_depth=2, cell=8)
+            model = FCMAE(encoder, decoder=decoder, decoder_dim=32, decoder_depth=2)
             output = model(images, mask)
             output.loss.backward()
             results.append({"prediction": output.prediction.detach(), **gradients(model)})
@@ -107,7 +107,7 @@ def test_compiled_blocks_under_checkpointing():
     images, mask = torch.randn(3, 3, 24, 40), visible_cells().mask
     results = []
     for compiled in (False, True):
-        model = FCMAE(create_model("convnextv2", 0, **SHAPE, checkpointing=True), decoder_dim=16, cell=8)
+        model = FCMAE(create_model("convnextv2", 0, **SHAPE, checkpointing=True), decoder_dim=16)
         if compiled:
             for stage in (*model.encoder.stages, model.decoder):
                 for block in stage:
@@ -168,7 +168,7 @@ def test_convolutions_see_channels_last_memory():
 def test_a_model_made_on_meta_gets_the_same_weights(init):
     def build() -> FCMAE:
         encoder = create_model("convnextv2", 0, **SHAPE, response="bn", layer_scale=0.1, init=init, seed=4)
-        return FCMAE(encoder, decoder_dim=16, cell=8, seed=4)
+        return FCMAE(encoder, decoder_dim=16, seed=4)
 
     expected = build().state_dict()
     with torch.device("meta"):
@@ -190,7 +190,7 @@ def test_a_model_made_on_meta_gets_the_same_weights(init):
 @pytest.mark.parametrize("channels", [1, 4, 13])
 def test_any_grid_and_any_number_of_channels(grid, channels):
     encoder = create_model("convnextv2", 0, depths=(1, 1), dims=(4, 8), stem_stride=2, in_channels=channels)
-    model = FCMAE(encoder, decoder_dim=8, cell=4)
+    model = FCMAE(encoder, decoder_dim=8)
     cells = grid[0] * grid[1]
     mask = torch.rand(2, cells).argsort(1) >= max(cells // 4, 1)
     images = torch.randn(2, channels, grid[0] * 4, grid[1] * 4)

@@ -52,7 +52,7 @@ from pipeline.models.fcmae import FCMAE
 encoder = pipeline.models.create_model("convnextv2", 0, depths=(1, 1), dims=(4, 8), stem_stride=2)
 mask = torch.rand(2, 9).argsort(1) >= 3
 for backend in ("packed", "masked"):
-    FCMAE(encoder, backend, decoder_dim=8, cell=4)(torch.randn(2, 3, 12, 12), mask).loss.backward()
+    FCMAE(encoder, backend, decoder_dim=8)(torch.randn(2, 3, 12, 12), mask).loss.backward()
 loaded = {name.split(".")[0] for name in sys.modules}
 print("works", *loaded & {"yaml", "pydantic", "ffcv", "mlflow", "triton", "spconv"} - allowed)
 """

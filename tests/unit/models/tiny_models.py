@@ -26,7 +26,7 @@ def tiny_fcmae(backend: str = "packed", decoder: str = "convnext", decoder_dim: 
     """An FCMAE with cells of 8 pixels and three stages; `options` are the encoder's."""
     shape = {"depths": (1, 1, 1), "dims": (6, 8, 10), "stem_stride": 2, "num_classes": 0}
     encoder = create_model("convnextv2", **shape | options)
-    return FCMAE(encoder, backend, decoder=decoder, decoder_dim=decoder_dim, cell=encoder.stride)
+    return FCMAE(encoder, backend, decoder=decoder, decoder_dim=decoder_dim)
 
 
 def scatter_norms(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:

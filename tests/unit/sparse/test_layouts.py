@@ -179,7 +179,7 @@ def test_unequal_numbers_of_visible_cells_are_refused():
 
 def test_paint_changes_hidden_cells_only():
     encoder = create_model("convnextv2", 0, depths=(1, 1, 1), dims=(6, 8, 10), stem_stride=2)
-    model = scatter_weights(FCMAE(encoder, decoder_dim=16, cell=8))
+    model = scatter_weights(FCMAE(encoder, decoder_dim=16))
     mask, batch = random_mask(2, 16, 0.6, seed=3), pixels(2, (4, 4), 8)
     painted = model.paint(batch, mask, model(batch, mask).prediction.detach())
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(batch)

@@ -39,12 +39,12 @@ def test_the_repairs_last_no_longer_than_needed():
 
     stream, (images, mask) = ops.get_current_stream, masked_pixels()
     encoder = create_model("convnextv2", 0, depths=(1, 1), dims=(8, 12), stem_stride=4)
-    FCMAE(encoder, "spconv", decoder_dim=8, cell=8)(images, mask).loss.backward()
+    FCMAE(encoder, "spconv", decoder_dim=8)(images, mask).loss.backward()
     assert torch.get_num_threads() == 2
     assert ops.get_current_stream is stream
 
 
 def test_parameters_are_those_of_the_dense_model():
     encoder = create_model("convnextv2", 0, depths=(1, 1), dims=(8, 12), stem_stride=4)
-    names = [list(FCMAE(encoder, name, decoder_dim=8, cell=8).state_dict()) for name in ("spconv", "packed", "dense")]
+    names = [list(FCMAE(encoder, name, decoder_dim=8).state_dict()) for name in ("spconv", "packed", "dense")]
     assert names[0] == names[1] == names[2]

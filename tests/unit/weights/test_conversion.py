@@ -58,7 +58,7 @@ def test_the_formula_is_the_model(stages, classes):
 @pytest.mark.parametrize(("dim", "depth"), [(16, 1), (8, 3)])
 def test_the_formula_is_fcmae(dim, depth):
     encoder = create_model("convnextv2", depths=(1, 2), dims=(8, 16), stem_stride=2, num_classes=0)
-    state = FCMAE(encoder, decoder_dim=dim, decoder_depth=depth, cell=4).state_dict()
+    state = FCMAE(encoder, decoder_dim=dim, decoder_depth=depth).state_dict()
     architecture = ConvNeXtArchitecture((1, 2), (8, 16), stem_stride=2, decoder=(dim, depth))
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == architecture.shapes()
     assert list(state) == list(architecture.shapes())

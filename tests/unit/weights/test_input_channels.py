@@ -115,4 +115,4 @@ def test_converted_weights_and_their_facts_are_adapted_together(tmp_path):
 
 
 def test_an_fcmae_of_grey_images_has_one_channel_in_every_cell():
-    assert FCMAE(create_model("convnextv2", 0, in_channels=1, **FAMILIES["convnextv2"]), cell=8).pred.out_channels == 64
+    assert FCMAE(create_model("convnextv2", 0, in_channels=1, **FAMILIES["convnextv2"])).pred.out_channels == 64

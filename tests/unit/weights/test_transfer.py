@@ -12,7 +12,7 @@ PRETRAINING = ("mask_token", "proj.", "decoder.", "pred.")
 
 
 def fcmae():
-    model = FCMAE(ConvNeXtV2((1, 1, 1), (4, 8, 8), 0, stem_stride=2), decoder_dim=8, cell=8)
+    model = FCMAE(ConvNeXtV2((1, 1, 1), (4, 8, 8), 0, stem_stride=2), decoder_dim=8)
     with torch.no_grad():
         for index, value in enumerate(model.state_dict().values()):
             value.fill_(index + 1)

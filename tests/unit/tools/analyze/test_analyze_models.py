@@ -48,7 +48,7 @@ def test_other_layouts_come_through_the_loader(tmp_path, images):
 @torch.no_grad()
 def test_of_pre_training_the_encoder_is_taken(tmp_path, images):
     encoder = create_model(**FORM, num_classes=0)
-    weights = FCMAE(encoder, decoder_dim=8, cell=4).state_dict()
+    weights = FCMAE(encoder, decoder_dim=8).state_dict()
     write_weights(tmp_path / "w.safetensors", weights, {"model": FORM})
     assert torch.equal(open_model(f"{tmp_path}/w.safetensors", 16).network(images), encoder.eval()(images))
 
