@@ -67,13 +67,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     path, sha256, weights = source
     _check_statistics(stage.recipe, path)
     how = None if stage.recipe.init.channels == "keep" else stage.recipe.init.channels
-    weights = match_channels(
-        weights,
-        stage.recipe.model.in_channels,
-        how,
-        source=f"stage {stage.recipe.name}: {path}",
-        option="init.channels",
-    )
+    weights = match_channels(weights, stage.recipe.model.in_channels, how, f"stage {stage.recipe.name}: {path}")
     if stage.recipe.objective.kind in ("fcmae", "classification"):
         refuse_other_heads(weights, path)
     weights, drop, fresh = objective.adapt_weights(weights)

@@ -10,7 +10,7 @@ from pipeline.errors import CheckpointError
 Adaptation = Literal["sum", "repeat"]
 """sum: one input channel of three. repeat: three of one."""
 _STEMS = ("downsample_layers.0.0.weight", "stem.0.conv.weight")
-_RESULT = {"sum": (3, 1), "repeat": (1, 3)}
+_TAKES = {"sum": 3, "repeat": 1}  # input channels
 
 
 def input_channels(tensors: Mapping[str, Tensor]) -> int | None:
@@ -29,14 +29,13 @@ def refuse_other_channels(channels: int, source: str) -> None:
 
 
 def match_channels(
-    tensors: Mapping[str, Tensor], channels: int, how: Adaptation | None, *, source: str, option: str
+    tensors: Mapping[str, Tensor], channels: int, how: Adaptation | None, source: str
 ) -> dict[str, Tensor]:
-    """Adapt weights to a model of so many input channels, if they have another number.
+    """Adapt weights to a model of one or three input channels, if they have another number.
 
     Args:
         how: None adapts nothing.
         source: the file's name, for errors.
-        option: what the user sets to adapt weights.
 
     Raises:
         CheckpointError: if they need another adaptation than `how`.
@@ -44,16 +43,12 @@ def match_channels(
     given = input_channels(tensors)
     if given in (None, channels):
         return dict(tensors)
-    needed = next((name for name, pair in _RESULT.items() if pair == (given, channels)), None)
-    if needed is None:
-        raise CheckpointError(
-            f"{source} has weights for images of {given} channels, which nothing here adapts to {channels}; images have"
-            " 3 channels, or 1 if they are grey, so hand over weights for one of these"
-        )
+    refuse_other_channels(given, source)
+    needed = "sum" if channels == 1 else "repeat"
     if how != needed:
         raise CheckpointError(
             f"{source} has weights for images of {_count(given)}, and the model takes"
-            f" {channels}; adapt them by {option} {needed}, or use a model of {given}"
+            f" {channels}; adapt them by init.channels {needed}, or use a model of {given}"
         )
     return adapt_channels(tensors, needed)
 
@@ -67,12 +62,11 @@ def adapt_channels(tensors: Mapping[str, Tensor], how: Adaptation) -> dict[str, 
     Raises:
         CheckpointError: if `how` is another, or the weights have another number of channels than it starts from.
     """
-    if how not in _RESULT:
+    if how not in _TAKES:
         raise CheckpointError(f"channels is {how!r}; set it to 'sum' or 'repeat'")
-    given, _ = _RESULT[how]
-    if (actual := input_channels(tensors)) != given:
+    if (actual := input_channels(tensors)) != _TAKES[how]:
         raise CheckpointError(
-            f"the weights are for images of {_count(actual)}, and to {how} them needs {given}; leave channels out"
+            f"the weights are for images of {_count(actual)}, and to {how} them needs {_TAKES[how]}; leave channels out"
         )
     adapted, stem = dict(tensors), _stem(tensors)
     weight = tensors[stem]
