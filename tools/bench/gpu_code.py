@@ -74,7 +74,7 @@ def record_launches() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def compile_launch(launch: Launch, capability: int = 90) -> Any:
+def compile_launch(launch: Launch, capability: int) -> Any:
     """Compile the kernel of a launch for sm_80 (`capability` 80), sm_90 and so on, specialised as the launch would."""
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
@@ -99,7 +99,7 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
     return build(source, target=GPUTarget("cuda", capability, WARP), options=launch.options)
 
 
-def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[str, CompiledKernel]:
+def compile_launches(run: Callable[[], object], capability: int) -> dict[str, CompiledKernel]:
     """Call `run` with kernels recorded instead of launched, compile each and count; by the kernels' names."""
     with record_launches() as launches:
         run()
@@ -108,7 +108,7 @@ def compile_launches(run: Callable[[], object], capability: int = 90) -> dict[st
     return {launch.kernel.fn.__name__: count_code(launch, capability) for launch in launches}
 
 
-def count_code(launch: Launch, capability: int = 90) -> CompiledKernel:
+def count_code(launch: Launch, capability: int) -> CompiledKernel:
     """Compile the kernel of a launch and count its instructions."""
     import triton
 

@@ -1,19 +1,13 @@
 """Instructions, barriers, spills and registers of Triton kernels of ConvNeXt V2 on a GPU that need not be there.
 
-`python -m tools.bench.kernel_code [--against COMMIT] [--target 80]` compiles the kernels of the working copy, and those
-of a commit, as a training step of ConvNeXt V2 Huge in bf16 would launch them. Of a depthwise convolution it counts the
-instructions of one tap of 32 sites x 64 channels, which 128 threads share; of other kernels, those of one value.
+`python -m tools.bench.kernel_code [--target 80]` compiles the kernels as a training step of ConvNeXt V2 Huge in bf16
+would launch them. Of a depthwise convolution it counts the instructions of one tap of 32 sites x 64 channels, which 128
+threads share; of other kernels, those of one value.
 """
 
 import argparse
-import importlib.util
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +15,8 @@ from torch import Tensor
 from tools.bench.gpu_code import CompiledKernel, Loop, compile_launches
 from tools.tables import markdown_table
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BEFORE = "6946a76"  # the kernels before they were written by kernel rows
 WIDTHS = {8: 352, 4: 704, 2: 1408, 1: 2816}  # channels of Huge by the side of a cell
-COLUMNS = ("instructions", "barriers", "spills", "registers")
-HEADER = ("kernels", "kernel", *(f"{column} before" for column in COLUMNS), *COLUMNS)
-DEPTHWISE = "pipeline/kernels/triton_depthwise.py"
-GELU_GRN = "pipeline/kernels/triton_gelu_grn.py"
-LAYER_NORM = "pipeline/kernels/triton_layer_norm.py"
+HEADER = ("kernels", "kernel", "instructions", "barriers", "spills", "registers")
 
 
 def instructions_per_tap(loop: Loop) -> float:
@@ -47,21 +35,15 @@ def features(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def packed_depthwise(side: int, module: ModuleType | None = None, images: int = 64, cells: int = 20) -> None:
-    """Launch the kernels of packed tokens with cells of side x side, `cells` of them visible in each image."""
-    if module is None:
-        from pipeline.kernels import triton_depthwise as module
-    channels = WIDTHS.get(side, 64)
-    x = features(images * cells * side * side, channels)
-    weight, bias = features(channels, 1, 7, 7), features(channels)
-    if hasattr(module, "forward_tokens"):  # before the kernels by rows
-        halo = features(images * cells, side + 6, side + 6, dtype=torch.int64)
-        module.forward_tokens(x, weight, bias, halo)
-        module.backward_tokens(x, x, weight, halo)
-        return
-    sites = module.packed_sites(features(images * cells, side + 6, side + 6, dtype=torch.int32), 7)
-    module.convolve_rows(x, weight, bias, sites)
-    module.correlate_rows(x, x, 7, sites)
+def packed_depthwise(side: int, images: int = 64) -> None:
+    """Launch the kernels of packed tokens with cells of side x side, 20 of them visible in each image."""
+    from pipeline.kernels.triton_depthwise import convolve_rows, correlate_rows, packed_sites
+
+    channels, cells = WIDTHS.get(side, 64), 20 * images
+    x = features(cells * side * side, channels)
+    sites = packed_sites(features(cells, side + 6, side + 6, dtype=torch.int32), 7)
+    convolve_rows(x, features(channels, 1, 7, 7), features(channels), sites)
+    correlate_rows(x, x, 7, sites)
 
 
 def dense_depthwise(size: int = 56, images: int = 64, channels: int = 352) -> None:
@@ -109,41 +91,14 @@ def suppression(boxes: int) -> None:
     )
 
 
-class Subject(NamedTuple):
-    """Kernels that one call launches."""
-
-    name: str
-    module: str
-    """The file of the kernels."""
-    launch: Callable[[], None]
-    launch_old: Callable[[ModuleType], None] | None = None
-    """The same with the module as it was; None if it had no such kernels."""
-
-
-def subjects() -> Iterator[Subject]:
-    """All kernels, with the shapes of Huge at 64 images of 224 px."""
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The name and the launch of all kernels, with the shapes of Huge at 64 images of 224 px."""
     for side in WIDTHS:
-        launch = partial(packed_depthwise, side)
-        yield Subject(f"depthwise, packed, side {side}", DEPTHWISE, launch, launch)
-    yield Subject("depthwise, maps 56x56", DEPTHWISE, dense_depthwise)
-    yield Subject("GELU and GRN", GELU_GRN, partial(gelu_grn, 80, 4 * WIDTHS[2]))
+        yield f"depthwise, packed, side {side}", partial(packed_depthwise, side)
+    yield "depthwise, maps 56x56", dense_depthwise
+    yield "GELU and GRN", partial(gelu_grn, 80, 4 * WIDTHS[2])
     for side in (8, 1):
-        yield Subject(
-            f"LayerNorm, {WIDTHS[side]} channels", LAYER_NORM, partial(layer_norm, 64 * 20 * side**2, WIDTHS[side])
-        )
-
-
-def load_module(commit: str, path: str, folder: Path) -> ModuleType | None:
-    """Load a module's source at a commit; None if git does not have it. Triton reads it from a file in `folder`."""
-    source = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=REPOSITORY, capture_output=True)
-    if source.returncode:
-        return None
-    file = folder / Path(path).name
-    file.write_bytes(source.stdout)
-    spec = importlib.util.spec_from_file_location(f"before_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        yield f"LayerNorm, {WIDTHS[side]} channels", partial(layer_norm, 64 * 20 * side**2, WIDTHS[side])
 
 
 def describe(code: CompiledKernel) -> list[str]:
@@ -153,32 +108,21 @@ def describe(code: CompiledKernel) -> list[str]:
     return [f"{count:.0f}", *map(str, (barriers, code.spills, code.registers))]
 
 
-def rows(against: str, capability: int, folder: Path) -> Iterator[list[str]]:
+def rows(capability: int) -> Iterator[list[str]]:
     """The rows of the table."""
-    olds = {}
-    for subject in subjects():
-        before = []
-        if subject.launch_old:
-            if subject.module not in olds:
-                olds[subject.module] = load_module(against, subject.module, folder)
-            if old := olds[subject.module]:
-                before = list(compile_launches(partial(subject.launch_old, old), capability).values())
-        for i, (name, code) in enumerate(compile_launches(subject.launch, capability).items()):
-            old = describe(before[i]) if before else ["-"] * 4
-            yield [subject.name, name.removesuffix("_kernel"), *old, *describe(code)]
+    for subject, launch in launches():
+        for name, code in compile_launches(launch, capability).items():
+            yield [subject, name.removesuffix("_kernel"), *describe(code)]
 
 
 def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--against", default=BEFORE, help="compare with the kernels at this commit")
     parser.add_argument("--target", type=int, default=90, help="80 for A100, 90 for H100 and H200")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = list(rows(options.against, options.target, Path(folder)))
-    print(f"sm_{options.target}, Triton {triton.__version__}; before: {options.against}\n")
-    print(markdown_table(HEADER, found, right=HEADER[2:]))
+    print(f"sm_{options.target}, Triton {triton.__version__}\n")
+    print(markdown_table(HEADER, list(rows(options.target)), right=HEADER[2:]))
 
 
 if __name__ == "__main__":
