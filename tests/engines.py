@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.store import CheckpointStore, flatten
+from pipeline.cost.memory import ENGINES
 from pipeline.data.batch import Batch, example_batch
 from pipeline.distributed.sharded_tensors import whole
 from pipeline.distributed.world import World
@@ -18,14 +19,6 @@ from pipeline.engines import Engine, create_engine
 from pipeline.objectives import Objective, create_objective
 from pipeline.recipe import StageRecipe
 from tests.support import tiny_recipe
-
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "fsdp": {"kind": "fsdp"},
-    "zero1": {"kind": "deepspeed", "zero_stage": 1},
-    "zero2": {"kind": "deepspeed", "zero_stage": 2},
-    "zero3": {"kind": "deepspeed", "zero_stage": 3},
-}
 
 
 def stage_recipe(stage: str, engine: str | Mapping[str, Any], **changes: Mapping[str, Any]) -> StageRecipe:
@@ -106,6 +99,19 @@ def train(
     if save:
         store(save, world).save(engine.state(steps.stop), step=steps.stop, why="due")
     return Trained(engine, objective, losses)
+
+
+def resume_halfway(
+    world: World, recipe: StageRecipe, half: int, directory: Path, make: Callable[..., Trained] = train
+) -> tuple[list[str], list[str]]:
+    """Names of the state's tensors, and of those that have other bits after a resume; `half` the steps come before it.
+
+    make: makes steps as `train` does.
+    """
+    make(world, recipe, range(half), save=directory)
+    found = bits(make(world, recipe, range(half, 2 * half), load=directory).engine)
+    expected = bits(make(world, recipe, range(2 * half)).engine)
+    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
 
 
 def world_loss(share: torch.Tensor) -> float:

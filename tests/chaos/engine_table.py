@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distributed.world import World
-from tests.engines import ENGINES, bits, gentle, harsh, largest_difference, stage_recipe, train
+from tests.engines import ENGINES, gentle, harsh, largest_difference, resume_halfway, stage_recipe, train
 from tests.ranks import on_ranks
 
 STEPS = 50
@@ -52,22 +52,11 @@ def curves(only: str) -> None:
             say(f"| {label} | {' | '.join(row)} |")
 
 
-def interrupted(world: World, case: str, engine: str, directory: Path) -> tuple[int, list[str]]:
-    """How many tensors there are, and which have other bits after a resume halfway."""
-    this, half = recipe(case, engine), 6
-    run = train(world, this, range(half), save=directory)
-    again = train(world, this, range(half, 2 * half), load=directory)
-    straight = train(world, this, range(2 * half))
-    found, expected = bits(again.engine), bits(straight.engine)
-    del run
-    return len(expected), [name for name, digest in expected.items() if found[name] != digest]
-
-
 def resume(only: str) -> None:
     for case, engine in [(case, engine) for case in CHANGES for engine in ENGINES if only in f"{case} | {engine}"]:
         with tempfile.TemporaryDirectory() as folder:
-            count, other = on_ranks(4, interrupted, case, engine, Path(folder))[0]
-        say(f"| {case} | {engine} | 4 ranks | {len(other)} of {count} tensors differ |")
+            names, other = on_ranks(4, resume_halfway, recipe(case, engine), 6, Path(folder))[0]
+        say(f"| {case} | {engine} | 4 ranks | {len(other)} of {len(names)} tensors differ |")
 
 
 def saved(world: World, engine: str, directory: Path) -> None:

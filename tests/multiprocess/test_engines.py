@@ -9,7 +9,18 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.distributed.world import World
-from tests.engines import ENGINES, Trained, batches, bits, gentle, largest_difference, stage_recipe, train, world_loss
+from tests.engines import (
+    ENGINES,
+    Trained,
+    batches,
+    bits,
+    gentle,
+    largest_difference,
+    resume_halfway,
+    stage_recipe,
+    train,
+    world_loss,
+)
 from tests.ranks import in_processes, on_ranks
 
 SHARDED = ("fsdp", "zero1", "zero2", "zero3")
@@ -184,15 +195,6 @@ def test_a_run_that_wanders_over_engines_and_ranks_keeps_its_curve(tmp_path):
     assert largest_difference(losses, straight) < 1e-6
 
 
-def interrupted(world: World, engine: dict, directory: Path) -> tuple[list[str], list[str]]:
-    """Names of the state's tensors, and of those that have other bits after a resume halfway."""
-    recipe = stage_recipe("finetune", engine, model={"response": "bn"})
-    train(world, recipe, range(4), save=directory)
-    found = bits(train(world, recipe, range(4, 8), load=directory).engine)
-    expected = bits(train(world, recipe, range(8)).engine)
-    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
@@ -206,7 +208,8 @@ def interrupted(world: World, engine: dict, directory: Path) -> tuple[list[str],
     ],
 )
 def test_on_four_ranks_a_resume_has_the_same_bits(tmp_path, engine):
-    names, other = on_ranks(4, interrupted, engine, tmp_path)[0]
+    recipe = stage_recipe("finetune", engine, model={"response": "bn"})
+    names, other = on_ranks(4, resume_halfway, recipe, 4, tmp_path)[0]
     assert {"model", "optim", "ema"} <= {name.split(".")[0] for name in names}
     assert any("running_mean" in name for name in names)
     assert other == []

@@ -1,13 +1,11 @@
 """SLaK and Next-ViT in the engines: BatchNorm's buffers do not depend on ranks, and a resume has the same bits."""
 
-from pathlib import Path
-
 import pytest
 
 from pipeline.distributed.sharded_tensors import whole
 from pipeline.distributed.world import World
 from pipeline.recipe import StageRecipe
-from tests.engines import ENGINES, bits, largest_difference, stage_recipe, train
+from tests.engines import ENGINES, largest_difference, resume_halfway, stage_recipe, train
 from tests.ranks import on_ranks
 
 MICRO = {
@@ -61,22 +59,13 @@ def test_sharded_engines_are_ddp(family, precision):
                 assert abs(others[name] - tensor).max() <= apart * max(abs(tensor).max(), 1), (engine, name)
 
 
-def interrupted(world: World, family: str, engine: str, precision: str, directory: Path) -> tuple[list[str], list[str]]:
-    """Names of the state's tensors, and of those that have other bits after a resume halfway."""
-    recipe = recipe_of(family, engine, precision)
-    train(world, recipe, range(3), save=directory)
-    found = bits(train(world, recipe, range(3, 6), load=directory).engine)
-    expected = bits(train(world, recipe, range(6)).engine)
-    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
-
-
 @pytest.mark.parametrize(
     ("engine", "precision"),
     [("ddp", "fp32")] + [pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ENGINES],
 )
 @pytest.mark.parametrize("family", MICRO)
 def test_a_resume_has_the_same_bits(tmp_path, family, engine, precision):
-    names, other = on_ranks(2, interrupted, family, engine, precision, tmp_path)[0]
+    names, other = on_ranks(2, resume_halfway, recipe_of(family, engine, precision), 3, tmp_path)[0]
     assert any(name.startswith("ema.") and "running_var" in name for name in names)
     assert any(name.startswith("model.") and "running_mean" in name for name in names)
     assert other == []

@@ -16,7 +16,7 @@ from pipeline.recipe import StageRecipe, load_recipe
 from pipeline.tracking import journal
 from pipeline.training.evaluation import evaluate
 from pipeline.weights.safetensors_file import read_facts
-from tests.engines import ENGINES, bits, largest_difference, train
+from tests.engines import ENGINES, largest_difference, resume_halfway, train
 from tests.processes import start_fcmae
 from tests.ranks import on_ranks
 from tests.support import fcmae, wait_for_step, weights_sha256
@@ -193,19 +193,11 @@ def test_sharded_engines_are_ddp(directory):
         assert others["miou"] == pytest.approx(scores["miou"], abs=0.1), engine
 
 
-def interrupted(world: World, recipe: StageRecipe, directory: Path) -> tuple[list[str], list[str]]:
-    """Names of the state's tensors, and of those that have other bits after a resume halfway."""
-    train(world, recipe, range(2), save=directory)
-    found = bits(train(world, recipe, range(2, 4), load=directory).engine)
-    expected = bits(train(world, recipe, range(4)).engine)
-    return list(expected), [name for name, digest in expected.items() if found[name] != digest]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resume_has_the_same_bits_on_any_engine(directory, tmp_path, engine):
     settings = (f"defaults.engine.{name}={value}" for name, value in ENGINES[engine].items())
     recipe = segment_stage(directory, 2, "defaults.engine.precision=bf16", *settings)
-    names, other = on_ranks(2, interrupted, recipe, tmp_path)[0]
+    names, other = on_ranks(2, resume_halfway, recipe, 2, tmp_path)[0]
     assert any("running_var" in name for name in names)
     assert other == []
