@@ -101,9 +101,7 @@ def _region_align(maps: list[Tensor], grids: Tensor, bins: int, sampling_ratio: 
 
 
 @torch.library.custom_op("fcmae::region_align_backward", mutates_args=())
-def _region_align_backward(
-    gradient: Tensor, grids: Tensor, sizes: list[int], bins: int, sampling_ratio: int
-) -> list[Tensor]:
+def _region_align_backward(gradient: Tensor, grids: Tensor, sizes: list[int], sampling_ratio: int) -> list[Tensor]:
     """Return the gradients of maps with these heights and widths. Bytes: reads the gradient once for each part of a
     map that a region reaches, writes the gradients of the maps."""
     gradient = gradient.permute(0, 1, 3, 4, 2).contiguous()
@@ -148,7 +146,7 @@ def _(maps, grids, bins, sampling_ratio):
 
 
 @_region_align_backward.register_fake
-def _(gradient, grids, sizes, bins, sampling_ratio):
+def _(gradient, grids, sizes, sampling_ratio):
     images, channels = gradient.shape[0], gradient.shape[2]
     shapes = [(images, *sizes[i : i + 2], channels) for i in range(0, len(sizes), 2)]
     return [gradient.new_empty(shape).permute(0, 3, 1, 2) for shape in shapes]
@@ -160,14 +158,14 @@ def _(masks, width, grids, side):
 
 
 def _save_grids(ctx, inputs, output):
-    maps, grids, ctx.bins, ctx.sampling_ratio = inputs
+    maps, grids, _, ctx.sampling_ratio = inputs
     ctx.sizes = [size for x in maps for size in x.shape[2:]]
     ctx.save_for_backward(grids)
 
 
 def _gradients(ctx, gradient):
     (grids,) = ctx.saved_tensors
-    return _region_align_backward(gradient, grids, ctx.sizes, ctx.bins, ctx.sampling_ratio), None, None, None
+    return _region_align_backward(gradient, grids, ctx.sizes, ctx.sampling_ratio), None, None, None
 
 
 _region_align.register_autograd(_gradients, setup_context=_save_grids)

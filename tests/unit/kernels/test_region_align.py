@@ -187,7 +187,7 @@ def test_the_operators_say_their_shapes_and_run_on_meta_tensors():
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fcmae.region_align.default, (maps, grids, 3, 0), test_utils=quick)
     sizes = [size for x in maps for size in x.shape[2:]]
-    arguments = (torch.randn(2, 6, 5, 3, 3), grids, sizes, 3, 0)
+    arguments = (torch.randn(2, 6, 5, 3, 3), grids, sizes, 0)
     torch.library.opcheck(torch.ops.fcmae.region_align_backward.default, arguments, test_utils=quick)
     masks = (torch.zeros(3, 20, 3, dtype=torch.uint8), 20, torch.zeros(4, 7), 5)
     torch.library.opcheck(torch.ops.fcmae.crop_masks.default, masks, test_utils=quick)
