@@ -27,7 +27,7 @@ META = torch.device("meta")
 class MetaEngine(NativeEngine):
     """One rank without a wrapper, because DDP and FSDP refuse meta tensors. Use it within `as_on_gpu`."""
 
-    def __init__(self, model: nn.Module, recipe: StageRecipe, guard: StepFilter | None = None):
+    def __init__(self, model: nn.Module, recipe: StageRecipe, guard: StepFilter):
         super().__init__(model, recipe, World.alone(META), guard)
         self._callable = self.module
 
@@ -51,7 +51,7 @@ def as_on_gpu(recipe: StageRecipe) -> Iterator[None]:
 
 
 def meta_engine(
-    recipe: StageRecipe, guard: Callable[[torch.device], StepFilter] | None = None, ranks: int = 1
+    recipe: StageRecipe, guard: Callable[[torch.device], StepFilter], ranks: int = 1
 ) -> tuple[MetaEngine, Objective]:
     """Make the engine of a stage for one rank, with its components, and the stage's objective.
 
@@ -63,7 +63,7 @@ def meta_engine(
     with META:
         model = objective.build_model()
     # A rank alone runs as many micro-batches as the recipe has, which are alike.
-    engine = MetaEngine(model, recipe, guard(META) if guard else None)
+    engine = MetaEngine(model, recipe, guard(META))
     play_norm_groups(engine.module, recipe, ranks, recipe.batch.slot * recipe.batch.micro_slots)
     engine.attach_components(total_steps=100)
     return engine, objective

@@ -313,7 +313,7 @@ class Producer(epoch_iterator.EpochIterator):
         work: Iterator[tuple[int, np.ndarray, Any]],
         finish: Callable[..., Any],
         timeout_seconds: float,
-        pinned: bool = False,
+        pinned: bool,
     ) -> None:
         self.work, self.finish, self.timeout_seconds, self.pinned = work, finish, timeout_seconds, pinned
         self._gpu = torch.cuda.current_device() if pinned else None

@@ -109,7 +109,7 @@ def _fill(result: StageRehearsal, recipe: StageRecipe, played: PlayedRank, gpu: 
     result.peak_bytes = sum(term.bytes for term in estimate_peak(recipe, ranks, "cuda" if gpu else "cpu"))
 
 
-def play_on_meta(recipe: StageRecipe, ranks: int = 1) -> None:
+def play_on_meta(recipe: StageRecipe, ranks: int) -> None:
     """Make two steps and evaluate a batch as one rank whose device is meta, with a GPU's kernels and casts.
 
     ranks: over which norm groups may span.

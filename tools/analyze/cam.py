@@ -61,9 +61,7 @@ def class_heat_maps(
     return {**model.facts(), "images": answers}, torch.stack(heats)
 
 
-def heat_maps(
-    models: Sequence[AnalyzedModel], images: Images, of: ClassChoice = "predicted"
-) -> tuple[dict[str, Any], list[Tensor]]:
+def heat_maps(models: Sequence[AnalyzedModel], images: Images, of: ClassChoice) -> tuple[dict[str, Any], list[Tensor]]:
     """The numbers of the figure, and each model's heat maps."""
     measured, heats = zip(*(class_heat_maps(model, images, of) for model in models), strict=True)
     labels = [images.classes[label] for label in images.labels.tolist()]

@@ -14,22 +14,20 @@ from pipeline.data.batch import Batch
 from pipeline.objectives.classification import accuracies, count_correct
 from pipeline.objectives.objective import Scorer, SummedScores
 from pipeline.objectives.pixels import normalise
-from pipeline.recipe.channel_statistics import IMAGENET, ChannelStatistics
+from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.training.evaluation import FixedModel
 from tools.evaluate.confusions import AnswerLog, gather_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
-def unit_features(model: nn.Module, images: Tensor, statistics: ChannelStatistics = IMAGENET) -> Tensor:
+def unit_features(model: nn.Module, images: Tensor, statistics: ChannelStatistics) -> Tensor:
     """uint8 images (N, 3, H, W) -> unit vectors (N, C) of the pooled features."""
     pooled = model.pooled_features(normalise(images, next(model.parameters()).dtype, statistics))
     return F.normalize(pooled.float(), dim=1)
 
 
-def collect_features(
-    fixed: FixedModel, feed: Iterable[Batch], statistics: ChannelStatistics = IMAGENET
-) -> tuple[Tensor, Tensor]:
+def collect_features(fixed: FixedModel, feed: Iterable[Batch], statistics: ChannelStatistics) -> tuple[Tensor, Tensor]:
     """Features (images, C) and labels (images,) of all images of the feed, on every rank, in the order of the file."""
     features, labels, ids = [], [], []
     with fixed.evaluating() as model:
@@ -48,7 +46,7 @@ def collect_features(
 class Neighbours(Scorer):
     """Scorer: counts the images that their nearest neighbours classify correctly."""
 
-    def __init__(self, bank: Tensor, labels: Tensor, classes: int, statistics: ChannelStatistics = IMAGENET):
+    def __init__(self, bank: Tensor, labels: Tensor, classes: int, statistics: ChannelStatistics):
         self._bank, self._labels, self._classes, self._statistics = bank, labels, classes, statistics
         self.log = AnswerLog()
 

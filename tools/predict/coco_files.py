@@ -13,7 +13,7 @@ from pipeline.data.image_objects import ImageObjects
 from pipeline.errors import UserError
 from pipeline.objectives.average_precision import coco_boxes
 from pipeline.storage.folder import Folder
-from pipeline.tracking.object_pictures import SHOWN_SCORE, objects_over
+from pipeline.tracking.object_pictures import objects_over
 from tools.predict.detection_model import DetectionModel
 from tools.predict.image_inputs import Photographs
 from tools.predict.label_map_files import places_of
@@ -81,11 +81,7 @@ class SearchedImage:
 
 
 def write_detections(
-    model: DetectionModel,
-    images: Photographs,
-    out: Path,
-    least_score: float = SHOWN_SCORE,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    model: DetectionModel, images: Photographs, out: Path, least_score: float, progress: Callable[[int, int], Any]
 ) -> list[SearchedImage]:
     """Find objects in images; write OUT/pictures, PNG files under the images' names, and OUT/detections.json.
 

@@ -149,7 +149,8 @@ def _detect(
     test: tuple[float | None, float | None, bool | None],
 ) -> None:
     from pipeline.errors import UserError
-    from tools.predict.coco_files import ANNOTATIONS, SHOWN_SCORE, detections_json, write_detections
+    from pipeline.tracking.object_pictures import SHOWN_SCORE
+    from tools.predict.coco_files import ANNOTATIONS, detections_json, write_detections
     from tools.predict.detection_model import load_detection_model
 
     if out is None:

@@ -26,7 +26,7 @@ _NOT_READ = ("__MACOSX",)  # what macOS adds to archives
 
 
 def class_folders(
-    fs: AbstractFileSystem, path: str, folders: Sequence[dict[str, Any]], empty_allowed: bool = False
+    fs: AbstractFileSystem, path: str, folders: Sequence[dict[str, Any]], empty_allowed: bool
 ) -> ImageSource:
     """CLASS/IMAGE, and CLASS/ANY/FOLDERS/IMAGE: classes and images in the order of their names.
 

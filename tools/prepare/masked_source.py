@@ -23,10 +23,7 @@ class MaskedSource(ImageSource):
 
 
 def open_masked_source(
-    source: str,
-    options: MapOptions,
-    workers: int = 1,
-    looking: Callable[[int, int], None] = lambda done, total: None,
+    source: str, options: MapOptions, workers: int, looking: Callable[[int, int], None]
 ) -> MaskedSource:
     """List the images of a source that have masks, and find out their classes.
 

@@ -182,10 +182,7 @@ def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def values_in_masks(
-    items: Sequence[Item],
-    reader: Reader,
-    workers: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    items: Sequence[Item], reader: Reader, workers: int, progress: Callable[[int, int], None]
 ) -> set[int]:
     """Return the values that occur in the masks of some items, but for masks that cannot be read.
 

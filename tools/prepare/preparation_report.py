@@ -41,7 +41,7 @@ def report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
-def class_notes(classes: Sequence[str], counts: np.ndarray, counted: str = "pixels") -> Iterator[Note]:
+def class_notes(classes: Sequence[str], counts: np.ndarray, counted: str) -> Iterator[Note]:
     """A line for each class. `counts` (2, classes): its pixels or objects, and the images in which it occurs."""
     total = max(int(counts[0].sum()), 1)
     for name, count, images in zip(classes, *counts.tolist(), strict=True):

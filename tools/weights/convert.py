@@ -97,7 +97,7 @@ def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) ->
 
 
 def change_head(
-    tensors: Mapping[str, Tensor], head: Head, classes: tuple[Path, Path] | None = None
+    tensors: Mapping[str, Tensor], head: Head, classes: tuple[Path, Path] | None
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...], HeadMatch | None]:
     """Keep, drop or map the head of internal tensors.
 
