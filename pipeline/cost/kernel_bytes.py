@@ -31,10 +31,6 @@ PASSES = {"fcmae.gelu_grn": 2, "fcmae.gelu_grn_backward": 2}
 # Of the depthwise kernels, by direction: instructions that a warp issues for each that multiplies and adds, from the
 # code that is compiled for sm_90 (upper limits, held by a test).
 INSTRUCTIONS = {"forward": 75 / 16, "backward": (75 + 90) / 2 / 16}
-# The same of the first packed kernel, which reads the features and the gradient anew for each of 49 taps.
-FIRST_INSTRUCTIONS = {"forward": 130 / 16, "backward": (130 + 361) / 2 / 16}
-FIRST_SWEEPS = 49
-CACHE_BYTES = 50e6  # the second-level cache of an H100 or H200; a tensor of less is read once
 
 _MATRIX = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "convolution_backward"}
 _RESPONSE = {"gelu", "gelu_backward", "pow", "square", "addcmul", "mul", "sum", "sqrt", "mean", "div", "where", "gt"}
@@ -195,9 +191,9 @@ def _along_channels(args: tuple) -> bool:
     return bool(dims) and all(d % x.ndim == x.ndim - 1 for d in dims)
 
 
-def count_eager(operations: Sequence[Operation], *, first_kernels: bool = False) -> Kernels:
-    """Each operator is a kernel; with `first_kernels`, the packed depthwise convolution is the first one."""
-    return _table([_own_kernel(o, first_kernels) for o in operations])
+def count_eager(operations: Sequence[Operation]) -> Kernels:
+    """Each operator is a kernel."""
+    return _table(list(map(_own_kernel, operations)))
 
 
 def count_fused(operations: Sequence[Operation]) -> Kernels:
@@ -207,7 +203,7 @@ def count_fused(operations: Sequence[Operation]) -> Kernels:
     rows = []
     for index, operation in enumerate(operations):
         if operation.block is None or operation.group == WEIGHTS:
-            rows.append(_own_kernel(operation, False))
+            rows.append(_own_kernel(operation))
         else:
             passes[operation.block].append(index)
     for indices in passes.values():
@@ -222,19 +218,15 @@ def _table(rows: Sequence[Row]) -> Kernels:
     return Kernels(*np.array(rows, np.int64).reshape(-1, 5).T.copy())
 
 
-def _own_kernel(o: Operation, first_kernels: bool) -> Row:
+def _own_kernel(o: Operation) -> Row:
     read, written = sum(size for _, size in o.reads), sum(size for _, size in o.writes)
     slots = o.flops
     if o.group == DEPTHWISE:
         direction = "backward" if "backward" in o.name else "forward"
-        instructions = FIRST_INSTRUCTIONS if first_kernels else INSTRUCTIONS
-        slots = int(o.flops * instructions[direction])
+        slots = int(o.flops * INSTRUCTIONS[direction])
         if direction == "backward":
             # Two kernels: the gradient of the input reads the gradient, that of the weight reads it and the input.
-            gradient, x = (size for _, size in o.reads[:2])
-            swept = gradient + x
-            sweeps = FIRST_SWEEPS if first_kernels and o.name.startswith("fcmae.") and swept > CACHE_BYTES else 1
-            read += gradient + (sweeps - 1) * swept
+            read += o.reads[0][1]
     elif o.name in PASSES:
         largest = max(size for _, size in o.reads)
         read += (PASSES[o.name] - 1) * sum(size for _, size in o.reads if 2 * size >= largest)
@@ -269,7 +261,7 @@ class _Fusion:
         for index in indices:
             operation = self._operations[index]
             if operation.opaque:
-                rows.append(_own_kernel(operation, False))
+                rows.append(_own_kernel(operation))
                 continue
             one = passes[level[index]]
             inputs = frozenset().union(

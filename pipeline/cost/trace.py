@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.cost.block_repeats import BlockMarks, repeat_segments, shorten
-from pipeline.cost.kernel_bytes import Kernels, OperationLog, count_eager, count_fused
+from pipeline.cost.kernel_bytes import OperationLog, count_eager, count_fused
 from pipeline.cost.trace_cache import kept
 from pipeline.data.batch import example_batch, example_evaluation_batch
 from pipeline.engines.base import DTYPES
@@ -81,7 +81,7 @@ def meta_model(recipe: StageRecipe) -> tuple[Objective, nn.Module]:
 
 def trace_step(recipe: StageRecipe, device: str, ranks: int = 1) -> Trace:
     """Trace a micro-batch of the recipe's size as a device of type "cpu" or "cuda" would compute it."""
-    live, forward_macs, norm_macs = _follow_step(recipe, device, _kernels_of(device), ranks)
+    live, forward_macs, norm_macs = _follow_step(recipe, device, ranks)
     images = recipe.batch.slot * recipe.batch.micro_slots
     operations = live.log.finish() if live.log else ()
     return Trace(
@@ -90,15 +90,7 @@ def trace_step(recipe: StageRecipe, device: str, ranks: int = 1) -> Trace:
     )  # fmt: skip
 
 
-def trace_first_kernels(recipe: StageRecipe) -> Kernels:
-    """Trace a micro-batch as a GPU ran it before blocks were compiled and most own kernels were written."""
-    live, *_ = _follow_step(recipe, "cuda", nullcontext())
-    return count_eager(live.log.finish(), first_kernels=True)
-
-
-def _follow_step(
-    recipe: StageRecipe, device: str, kernels: AbstractContextManager, ranks: int = 1
-) -> "tuple[_Live, int, int]":
+def _follow_step(recipe: StageRecipe, device: str, ranks: int = 1) -> "tuple[_Live, int, int]":
     """Follow a step; return also the multiply-adds of the forward pass and those of its norms."""
     objective, model = meta_model(recipe)
     batch = example_batch(recipe).to(torch.device("meta"))
@@ -107,7 +99,7 @@ def _follow_step(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(live.is_gradient)
-    with kernels, DeviceCasts(device, recipe.engine.precision), live:
+    with _kernels_of(device), DeviceCasts(device, recipe.engine.precision), live:
         loss = objective.loss(model, batch, 0)
         forward_macs, norm_macs = live.macs, live.norm_macs
         live.marks.backward = True

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.cost import trace as trace_module
 from pipeline.cost.kernel_bytes import (
-    CACHE_BYTES,
     DEPTHWISE,
-    FIRST_SWEEPS,
     GROUPS,
     INSTRUCTIONS,
     MATRIX,
@@ -24,7 +22,7 @@ from pipeline.cost.kernel_bytes import (
     count_eager,
     count_fused,
 )
-from pipeline.cost.trace import StepTraces, _Live, trace_first_kernels, trace_step
+from pipeline.cost.trace import StepTraces, _Live, trace_step
 from tests.unit.cost.test_trace import stage
 
 SITES, C = 1000, 64
@@ -136,19 +134,10 @@ def test_depthwise_convolutions_are_limited_by_their_instructions():
     assert (kernels.slots[~depthwise] == kernels.flops[~depthwise]).all()
 
 
-def test_the_first_kernels_swept_the_features_for_each_tap():
-    recipe = stage("fcmae", 32, slot=2048, options={"depths": [1, 1], "dims": [96, 8]}, engine={"precision": "bf16"})
-    first, now = trace_first_kernels(recipe), Kernels(*trace_step(recipe, "cuda").fused)
-    swept, once = (int(kernels.bytes[kernels.group == DEPTHWISE].max()) for kernels in (first, now))
-    gradient_and_features = 2 * 2048 * 25 * 4 * 96 * 2  # of the visible cells
-    assert gradient_and_features > CACHE_BYTES
-    assert swept - once == pytest.approx((FIRST_SWEEPS - 1) * gradient_and_features, rel=0.01)
-
-
 @pytest.mark.parametrize("kind", ["classification", "fcmae"])
 def test_no_kernel_reads_a_gradient_of_4c_channels_for_a_bias_alone(kind):
     recipe = stage(kind, slot=8, engine={"precision": "bf16"})
-    live, *_ = trace_module._follow_step(recipe, "cuda", trace_module._kernels_of("cuda"))
+    live, *_ = trace_module._follow_step(recipe, "cuda")
     operations = [o for o in live.log.finish() if o.block is not None]
     hidden = {o.writes[0] for o in operations if o.name == "fcmae.gelu_grn_backward"}
     assert hidden

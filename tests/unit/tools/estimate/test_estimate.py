@@ -227,12 +227,12 @@ def test_sharding_within_nodes_and_bf16_parameters_are_tried(chain):
     assert reason(slow[-1], slow, None).startswith("fsdp/2 + bf16_parameters")
 
 
-def test_the_roofline_shows_before_and_after(chain):
+def test_the_roofline_shows_the_kernels_of_a_step(chain):
     limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, "limits": LIMITS}))
     one = chain.model_copy(update={"stages": {"p": chain.stages["pretrain"]}})
     console = Console(width=200, record=True)
     with console.capture() as text:
         console.print(render_roofline(*estimate(one, limited)), render_roofline(*estimate(one, site())))
-    for words in ("PREDICTED", "ms small before", "ms H100 SXM", "ms H200 SXM", "matrix products", "largest sink"):
+    for words in ("PREDICTED", "ms small", "ms H100 SXM", "ms H200 SXM", "matrix products", "largest sink"):
         assert words in text.get(), text.get()
     assert "set gpu.limits" in text.get()
