@@ -165,7 +165,7 @@ def _reconstruction(recipe: StageRecipe, evaluations: Metrics) -> Check:
         why = "no evaluation yet" if loss is None else "the loss of grey cells is known for normalised targets only"
         return Check("better than grey", None, why)
     # A cell's n target values are divided by their unbiased deviation, so predicting their mean has a loss of 1 - 1/n.
-    grey = 1 - 1 / (3 * recipe.model.stride**2)
+    grey = 1 - 1 / (recipe.model.in_channels * recipe.model.stride**2)
     detail = f"the reconstruction loss is {loss:.4f}; cells painted in their mean colour have {grey:.4f}"
     return Check("better than grey", loss < 0.99 * grey, detail)
 

@@ -84,6 +84,13 @@ def test_what_no_sound_training_does_is_seen(recipes, stage, losses, refused, me
     assert verdict.sentence.startswith("off track, look here: ")
 
 
+def test_cells_of_one_channel_have_fewer_values(recipes):
+    recipe = recipes["pretrain"]
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"in_channels": 1})})
+    painted = history(falling(1.1, 0.95), loss=1 - 1 / CELL**2)
+    assert failed(judge_journal(recipe, painted)) == ["better than grey"]
+
+
 def test_more_than_one_rollback_is_off_track_and_left_out_steps_count(recipes):
     sound = history(falling(0.98, 0.6, 400), loss=0.63)
     left_out = [e for e in sound if not (e["kind"] == "step" and 100 < e["step"] <= 103)]
