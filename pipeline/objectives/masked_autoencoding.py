@@ -101,10 +101,10 @@ class FCMAEObjective(Objective):
     def paint(self, model: nn.Module, batch: Batch) -> Reconstructions:
         images, mask = self._normalised(model, batch), self.mask(batch)
         prediction = model(images, VisibleCells(mask, self._grid, images.device)).prediction
-        drawn = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
-        painted = {n: model.paint(images, mask, prediction, rescaled=rescaled) for n, rescaled in drawn.items()}
-        shown = {n: denormalise(images, self.recipe.channel_statistics) for n, images in painted.items()}
-        drawn = {caption: images.cpu().numpy() for caption, images in shown.items()}
+        forms = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
+        painted = {name: model.paint(images, mask, prediction, rescaled=rescaled) for name, rescaled in forms.items()}
+        shown = {name: denormalise(each, self.recipe.channel_statistics) for name, each in painted.items()}
+        drawn = {name: each.cpu().numpy() for name, each in shown.items()}
         return Reconstructions(batch.images.cpu().numpy(), mask.cpu().numpy(), drawn)
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> AdaptedWeights:
