@@ -22,8 +22,11 @@ def render_roofline(stage: StageEstimate) -> RenderableType:
     if option is None or site_rates(stage.site) is None:
         why = "no option fits" if option is None else "the site does not say what its GPUs reach; set gpu.limits"
         return Text(f"{name}: no roofline, because {why}")
+    # Operations that activation checkpointing repeats do not count as useful.
+    plain = next(each for each in stage.options if not each.checkpointing and each.images == option.images)
+    useful = 2 * plain.training_macs * plain.images
     steps = {
-        gpu: predict_step(option.recipe, stage.model, option.kernels, stage.ranks, rates)
+        gpu: predict_step(option.recipe, stage.model, option.kernels, stage.ranks, rates, useful)
         for gpu, rates in _all_rates(stage, option).items()
     }
     columns = ["GB", "TFLOP", *(f"ms {gpu}" for gpu in steps), "share"]

@@ -227,6 +227,18 @@ def test_sharding_within_nodes_and_bf16_parameters_are_tried(chain):
     assert reason(slow[-1], slow, None).startswith("fsdp/2 + bf16_parameters")
 
 
+def test_what_checkpointing_computes_again_is_no_utilisation_in_the_roofline(chain):
+    slow = {"bf16_tflops": 0.001, "limits": LIMITS.model_copy(update={"bf16_tflops": 0.001})}
+    limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, **slow}))
+    (stage,) = estimate(chain.model_copy(update={"stages": {"p": chain.stages["pretrain"]}}), limited)
+    vars(stage)["chosen"] = next(option for option in stage.options if option.checkpointing)
+    console = Console(width=200, record=True)
+    with console.capture() as text:
+        console.print(render_roofline(stage))
+    (row,) = (line.split() for line in text.get().splitlines() if line.startswith("utilisation"))
+    assert row[1] == f"{stage.chosen.step.utilisation:.0%}"
+
+
 def test_the_roofline_shows_the_kernels_of_a_step(chain):
     limited = site(gpu=CARD.model_copy(update={"memory_gib": 1.0, "limits": LIMITS}))
     one = chain.model_copy(update={"stages": {"p": chain.stages["pretrain"]}})
