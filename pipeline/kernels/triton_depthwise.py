@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.precision import sum_dtype
-from pipeline.kernels.triton_support import triton_sum_type
+from pipeline.kernels.triton_support import on_own_gpu, triton_sum_type
 
 COLUMNS = 4  # sites of a line, at most
 LINES = 16  # that a program works on at once
@@ -162,6 +162,7 @@ def packed_sites(halo: Tensor, window: int) -> Sites:
     return Sites(halo, halo.shape[1] - window + 1, halo.shape[2] - window + 1)
 
 
+@on_own_gpu
 def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, sites: Sites, flip: bool = False) -> Tensor:
     """Convolve contiguous features (sites..., C) with kernels (C, 1, k, k) and a bias (C,).
 
@@ -180,6 +181,7 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, sites: Sites, 
     return y
 
 
+@on_own_gpu
 def correlate_rows(grad_y: Tensor, x: Tensor, window: int, sites: Sites) -> tuple[Tensor, Tensor]:
     """Return the gradients of the kernels (C, 1, k, k) and of the bias (C,), in at least fp32."""
     channels = x.shape[-1]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.precision import sum_dtype
-from pipeline.kernels.triton_support import triton_sum_type
+from pipeline.kernels.triton_support import on_own_gpu, triton_sum_type
 
 SITES = 16  # that a program works on at once
 CHANNELS = 128  # per program, at most
@@ -128,6 +128,7 @@ def gelu_grn_gradient_kernel(
     tl.store(place, tl.sum(totals, 0), inside)
 
 
+@on_own_gpu
 def forward_gelu_grn(x: Tensor, gamma: Tensor, beta: Tensor, across_images: bool, eps: float) -> tuple[Tensor, Tensor]:
     """Map contiguous features (N, sites, C) to GRN of their GELU, and each channel's norm (N or 1, C)."""
     grid, constants = _arrange(x)
@@ -141,6 +142,7 @@ def forward_gelu_grn(x: Tensor, gamma: Tensor, beta: Tensor, across_images: bool
     return y, norm
 
 
+@on_own_gpu
 def backward_gelu_grn(
     grad_y: Tensor, x: Tensor, norm: Tensor, gamma: Tensor, across_images: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

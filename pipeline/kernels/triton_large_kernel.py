@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.precision import sum_dtype
-from pipeline.kernels.triton_support import triton_sum_type
+from pipeline.kernels.triton_support import on_own_gpu, triton_sum_type
 
 ROWS, COLUMNS = 64, 64  # lines per program, and places on a line; at least 16 for tl.dot
 SPLIT = 4096  # lines that one program of the weight gradient sums
@@ -75,6 +75,7 @@ def correlate_lines_kernel(
         tl.store(parts + place + t, tl.sum(tl.sum(tl.where(tap == t, total, 0), 1), 0))
 
 
+@on_own_gpu
 def triton_forward(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve maps (N, C, H, W) with kernels (C, 1, kh, kw) and keep the size."""
     if weight.shape[2] > weight.shape[3]:
@@ -88,6 +89,7 @@ def triton_forward(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+@on_own_gpu
 def triton_weight_gradient(grad_y: Tensor, x: Tensor, kernel: tuple[int, int]) -> Tensor:
     """Return the gradient (C, 1, kh, kw) of the kernels, in at least fp32."""
     if kernel[0] > kernel[1]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.precision import sum_dtype
-from pipeline.kernels.triton_support import triton_sum_type
+from pipeline.kernels.triton_support import on_own_gpu, triton_sum_type
 
 VALUES = 4096  # sites times channels that a program works on at once
 PARTS = 256  # programs of the backward pass, at most: each writes sums of its own for the weight and the bias
@@ -69,6 +69,7 @@ def layer_norm_gradient_kernel(
     tl.store(place + channels, tl.sum(grad_bias, 0), inside)
 
 
+@on_own_gpu
 def forward_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise contiguous features (sites, C); return them, the mean and the inverse deviation of each site."""
     y, constants = torch.empty_like(x), _arrange(x)
@@ -79,6 +80,7 @@ def forward_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
     return y, mean, deviation
 
 
+@on_own_gpu
 def backward_layer_norm(
     grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, deviation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

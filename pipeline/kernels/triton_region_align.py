@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.triton_support import triton_sum_type
+from pipeline.kernels.triton_support import on_own_gpu, triton_sum_type
 
 CHANNELS = 128  # per program forward, at most
 ROWS, COLUMNS, TILE_CHANNELS = 4, 8, 64  # of a tile of the backward pass
@@ -111,6 +111,7 @@ def spread_regions_kernel(
     tl.store(features + place, total.to(features.dtype.element_ty), exists)
 
 
+@on_own_gpu
 def pool_levels(features: Sequence[Tensor], grids: Tensor, bins: int) -> Tensor:
     """Pool contiguous features (N, H, W, C) of each level at grids (N, R, 7) to (N, R, bins, bins, C)."""
     images, regions, channels = *grids.shape[:2], features[0].shape[-1]
@@ -125,6 +126,7 @@ def pool_levels(features: Sequence[Tensor], grids: Tensor, bins: int) -> Tensor:
     return pooled
 
 
+@on_own_gpu
 def spread_levels(gradient: Tensor, grids: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Return the gradients (N, H, W, C) of each level's features; `gradient` (N, R, bins, bins, C) is contiguous."""
     channels, features = gradient.shape[-1], [gradient.new_empty(shape) for shape in shapes]

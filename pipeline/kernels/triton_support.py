@@ -3,16 +3,19 @@
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.kernels.precision import sum_dtype
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 # Of the whole process, not of a thread, because autograd recomputes checkpointed blocks in threads of its own.
 _SWITCHES = {"meta_stands_for_gpu": False, "plain_kernels": False}
@@ -85,6 +88,17 @@ def missing_compiler(device: torch.device) -> str:
         return f"no {name} is on PATH"
     header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # the scheme that Triton looks in
     return "" if header.is_file() else f"{header} is missing (Debian: python3-dev)"
+
+
+def on_own_gpu(launch: Callable[P, R]) -> Callable[P, R]:
+    """Have a function launch its Triton kernels on the GPU of its first tensor: Triton takes the current GPU."""
+
+    @wraps(launch)
+    def launch_there(*arguments: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device_of(next(each for each in arguments if isinstance(each, Tensor))):
+            return launch(*arguments, **options)
+
+    return launch_there
 
 
 def triton_sum_type(dtype: torch.dtype) -> Any:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.triton_support import on_own_gpu
+
 
 @triton.jit
 def keep_in_order_kernel(corners, valid, keep, threshold, boxes, BLOCK: tl.constexpr):
@@ -43,6 +45,7 @@ def keep_in_order_kernel(corners, valid, keep, threshold, boxes, BLOCK: tl.const
     tl.store(keep + image * boxes + place, alive.to(tl.uint8), exists)
 
 
+@on_own_gpu
 def keep_in_order(corners: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """Return which valid boxes of contiguous corners (B, 4, K) are kept, (B, K) bool."""
     images, _, boxes = corners.shape

@@ -1,6 +1,8 @@
 """Triton is chosen only where its kernels can be compiled."""
 
+import re
 import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pipeline.models.response_norm import GRN
 from pipeline.sparse import DENSE, VisibleCells
 from pipeline.sparse.depthwise import convolve_tokens, fastest_variant, plan_depthwise
 from tests.unit.models.tiny_models import visible_cells
+from tools.bench import kernel_code
 
 GPU = torch.device("cuda", 0)
 
@@ -39,6 +42,42 @@ def test_triton_is_not_chosen_where_nothing_compiles_its_kernels(monkeypatch, tm
     assert fastest_variant(GPU, 7) == "triton"
     assert "triton" in available_forms(GPU)
     triton_support._finds_compiler.cache_clear()
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU, which `fcmae.load(..., device="cuda:1")` does not change."""
+    runtime = pytest.importorskip("triton.runtime")
+    from pipeline.kernels.triton_large_kernel import triton_forward, triton_weight_gradient
+
+    current, launched = [], set()
+
+    class Guard:
+        def __init__(self, tensor: torch.Tensor):
+            self.device = tensor.device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    def launch(kernel: object, *arguments: object, **options: object) -> None:
+        assert current[-1:] == [torch.device("meta")], kernel.fn.__name__
+        launched.add(kernel.fn.__name__)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(runtime.JITFunction, "run", launch)
+    kernel_code.packed_depthwise(8)
+    kernel_code.dense_depthwise()
+    kernel_code.gelu_grn(80, 64)
+    kernel_code.layer_norm(80, 64)
+    kernel_code.region_align()
+    kernel_code.suppression(100)
+    maps = kernel_code.features(2, 3, 14, 14)
+    triton_forward(maps, kernel_code.features(3, 1, 11, 3))
+    triton_weight_gradient(maps, maps, (11, 3))
+    sources = Path(triton_support.__file__).parent.glob("triton_*.py")
+    assert launched == {name for path in sources for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
 
 
 def test_meta_tensors_stand_for_a_gpu():
