@@ -11,13 +11,14 @@ from cluster.site import Site, check_path
 from cluster.slurm import submit as jobs
 from cluster.slurm.ticket import SubmissionLostError
 from pipeline.errors import OffTrackError, StageError
-from pipeline.recipe import ChainRecipe
+from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
+from pipeline.storage.file_names import RECIPE_FILE
 from tools.prepare.recipe_data import refuse_sources, with_prepared_data
 from tools.rehearse.chain_rehearsal import refuse_failing_stages
 from tools.study.definition import STUDY_FILE, Study, StudyRun, refuse_another_study, study_runs, write_study
-from tools.study.shared_stages import SharedStages, owner_of
+from tools.study.shared_stages import SharedStages, is_same_experiment, owner_of
 
 Print = Callable[[str], None]
 LOOK_AGAIN_SECONDS = 2.0
@@ -63,7 +64,8 @@ def checked_chains(
 
 
 def _train_all(opened: Mapping[StudyRun, list[Stage]], launcher: LocalLauncher, ladder: bool, report: Print) -> Outcome:
-    launch, failed, later = _sharing(retrying(launcher, report)), [], set()
+    opened_as = {stage.directory: stage.recipe for stages in opened.values() for stage in stages}
+    launch, failed, later = _sharing(retrying(launcher, report), opened_as), [], set()
     left = dict(enumerate(opened.items(), 1))
     while left:
         before = len(left)
@@ -100,13 +102,26 @@ def _train_all(opened: Mapping[StudyRun, list[Stage]], launcher: LocalLauncher, 
     return Outcome(OutcomeKind.PERMANENT, "; ".join(failed)) if failed else Outcome(OutcomeKind.DONE)
 
 
-def _sharing(launch: Callable[[Path], Outcome]) -> Callable[[Path, str, Print], Outcome]:
+def _sharing(
+    launch: Callable[[Path], Outcome], opened_as: Mapping[Path, StageRecipe]
+) -> Callable[[Path, str, Print], Outcome]:
     """Return what runs a stage that other runs and other commands may share: a stage that has failed is not tried
-    again, and StageError is raised while another command trains it."""
+    again, and StageError is raised while another command trains it.
+
+    Args:
+        opened_as: the recipe of each stage. A stage that has another one now is not trained.
+    """
     failed: dict[Path, Outcome] = {}
 
     def train(directory: Path, title: str, report: Print) -> Outcome:
+        if not (directory / RECIPE_FILE).exists():
+            return Outcome(OutcomeKind.PERMANENT, f"{directory} was removed meanwhile; the same command trains it anew")
         stage = Stage(directory)
+        if not is_same_experiment(stage.recipe, opened_as[directory]):
+            return Outcome(
+                OutcomeKind.PERMANENT,
+                f"another command made {directory} anew with another recipe; the same command trains this run's own",
+            )
         stage.attempts.check_free()
         if directory not in failed:
             report(f"{title}: {directory.name}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from cluster.chain import has_begun, open_chain, remove_stages
 from pipeline.data.staging import describe_beton, is_url
 from pipeline.errors import StageError
-from pipeline.recipe import ChainRecipe, StageRecipe
+from pipeline.recipe import ChainRecipe, StageRecipe, changed_fields, load_recipe
 from pipeline.recipe.fields import written_fields
 from pipeline.stage.directory import Stage, read_done
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, INIT_FILE, RECIPE_FILE, SHARED_FILE
@@ -85,7 +85,8 @@ class SharedStages:
 
     def open_run(self, chain: ChainRecipe, run: Path, *, bound: bool = False) -> list[Stage]:
         """Make or reopen the run directory of a chain, as `open_chain` does, with links in place of the stages that
-        another run owns. A stage or link that has begun stays as it is.
+        another run owns. A stage or link that has begun stays as it is, unless its owner was made anew with another
+        recipe before it began.
 
         Returns:
             The stages in order; those of another run with that run's directory.
@@ -94,9 +95,13 @@ class SharedStages:
             UserError: as `open_chain`, or if data or weights cannot be read.
         """
         run = run.resolve()
-        for link in (run / name for name in chain.stages):
-            if link.is_symlink() and not _has_begun(link):
-                link.unlink()
+        known = load_recipe(run / RECIPE_FILE).stages if (run / RECIPE_FILE).exists() else {}
+        for name in chain.stages:
+            link = run / name
+            if link.is_symlink():
+                mine = _has_begun(link) and (name not in known or is_same_experiment(Stage(link).recipe, known[name]))
+                if not mine:
+                    link.unlink()
         open_chain(chain, run, bound)
         keys: dict[str, str] = {}
         for name, recipe in chain.stages.items():
@@ -166,6 +171,12 @@ def may_write(stage_directory: Path) -> bool:
 def owner_of(stage_directory: Path) -> Path | None:
     """The run that trains this stage for its own run too; None if the run trains it itself."""
     return stage_directory.resolve().parent if stage_directory.is_symlink() else None
+
+
+def is_same_experiment(one: StageRecipe, other: StageRecipe) -> bool:
+    """Whether two recipes train the same; the last digits of measured means and deviations are the machine's."""
+    changes, _ = changed_fields(one, other)
+    return all(change.startswith("data.normalize") for change in changes)
 
 
 def _has_begun(stage_directory: Path) -> bool:

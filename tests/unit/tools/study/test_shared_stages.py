@@ -166,6 +166,15 @@ def test_an_owner_that_changed_before_it_began_is_replaced(study, recipe):
     assert Stage(study / "first" / "pretrain").recipe.seed == 8
 
 
+def test_an_owner_that_began_with_another_recipe_is_left(study, recipe):
+    first, same = opened(study, "first", recipe), opened(study, "same", recipe)
+    opened(study, "first", recipe, "seed=8")
+    begin(first / "pretrain")
+    assert owner_of(same / "pretrain") == first.resolve()
+    assert owners(opened(study, "same", recipe)) == [None] * 3
+    assert [Stage(arm / "pretrain").recipe.seed for arm in (first, same)] == [8, 3]
+
+
 def test_changing_a_run_that_never_began_removes_its_links_and_nothing_of_the_owner(study, recipe):
     first, same = opened(study, "first", recipe), opened(study, "same", recipe)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -194,6 +195,30 @@ def test_a_shared_stage_is_trained_once_and_a_failed_one_tried_once(study, tmp_p
     assert outcome.kind is OutcomeKind.PERMANENT
     assert outcome.reason.count("broken") == 4
     assert [path.name for path in failures] == ["pretrain", "intermediate"], "plain's and scratch's"
+
+
+def test_runs_that_others_remove_or_make_anew_meanwhile_fail_and_are_not_waited_for(study, tmp_path, monkeypatch):
+    own, out = study(seeds=[0], arms={"scratch": ARMS["scratch"], **ARMS}), tmp_path / "out"
+    launched = trained(monkeypatch, 50.0)
+    train = LocalLauncher.run
+
+    def disturbed(self, directory):
+        if not launched:
+            other = load_recipe(own.origin("plain", 0)[0], ["stages.pretrain.objective.mask_ratio=0.3", "name=other"])
+            SharedStages(out).open_run(other, out / "plain" / "seed-0")
+        return train(self, directory)
+
+    monkeypatch.setattr(LocalLauncher, "run", disturbed)
+    monkeypatch.setattr("tools.study.runs.LOOK_AGAIN_SECONDS", -1)  # which sleep() refuses
+    reason = run_study(own, out, 1, lambda line: None).reason
+    assert launched == ["scratch/seed-0/intermediate", "scratch/seed-0/finetune"]
+    assert reason.count("plain/seed-0/pretrain anew with another recipe; the same command trains this run's own") == 3
+    shutil.rmtree(out / "plain")
+    monkeypatch.setattr(LocalLauncher, "run", lambda self, directory: shutil.rmtree(out / "plain") or Outcome(
+        OutcomeKind.PERMANENT, "broken"))  # fmt: skip
+    reason = run_study(own, out, 1, lambda line: None).reason
+    assert "mixed with seed 0: " in reason
+    assert "plain/seed-0/pretrain was removed meanwhile; the same command trains it anew" in reason
 
 
 def test_the_page_has_the_numbers_of_the_runs(study, tmp_path):
