@@ -14,9 +14,13 @@ from pipeline.errors import LaunchError
 TIMEOUT_SECONDS = 60
 TICKET = "-new"  # ends the name of a job that is the ticket of a submission (`cluster.slurm.ticket`)
 LAUNCH_FAILED = "launch failed requeued held"  # Slurm's reason for holding a job that a node failed to start
-# Slurm's reasons for holding a job that only a person can start again: a node failed to start it; no node is left that
-# fits its request; it was requeued more often after the loss of a node than MaxBatchRequeue allows (5 by default).
-NEVER_STARTS = (LAUNCH_FAILED, "BadConstraints", "JobHoldMaxRequeue")
+# Slurm's reasons for holding a job that only a person can start again: a node failed to start it, or to find the user's
+# environment; no node is left that fits its request; it was requeued more often after the loss of a node than
+# MaxBatchRequeue allows (5 by default; other words since Slurm 23.02).
+NEVER_STARTS = (
+    LAUNCH_FAILED, "user env retrieval failed requeued held", "BadConstraints", "JobHoldMaxRequeue",
+    "launch failure limit exceeded requeued held",
+)  # fmt: skip
 
 # sbatch's words for a job that the available nodes cannot hold, and those and others that blame the excluded nodes.
 TOO_FEW_NODES = "node configuration is not available"
@@ -29,6 +33,7 @@ AWAY = (
     "Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes were transmitted",
     "Communication connection failure", "Message send failure", "Message receive failure", "standby mode",
     "Protocol authentication error",  # munged is away or has too much to do
+    "Rate limit exceeded",  # retried by Slurm's commands, except where slurmctld drops requests of a queue that is full
 )  # fmt: skip
 # Environment variables by which a user's shell may filter or reformat what Slurm's commands print. With
 # SQUEUE_PARTITION or SQUEUE_USERS, for example, jobs that live would seem gone, and be submitted again.
@@ -191,13 +196,15 @@ def requeue_job(id: str) -> None:
 
 
 def _ended_by_preemption(job: dict[str, str]) -> bool:
-    """Whether PreemptMode=CANCEL ended a job: then it has a PreemptTime and ended after the grace period. A requeued
-    job has no PreemptTime any more, a job that a person cancelled has none or ended within the grace period."""
+    """Whether PreemptMode=CANCEL ended a job: then it has a PreemptTime, which is its end, or up to Slurm 21.08 the
+    beginning of its grace period. A requeued job has none any more, a job that a person cancelled has none or ended
+    within the grace period."""
     if job.get("PreemptTime", "None") == "None":
         return False
     grace_seconds = (partition_fields(job["Partition"]) or {}).get("GraceTime", "0")
     preempted, ended = (datetime.fromisoformat(job[name]) for name in ("PreemptTime", "EndTime"))
-    return (ended - preempted).total_seconds() >= int(grace_seconds)
+    seconds = (ended - preempted).total_seconds()
+    return seconds <= 1 or seconds >= int(grace_seconds)
 
 
 def exclude_nodes(id: str, nodes: Iterable[str]) -> None:
@@ -217,7 +224,8 @@ def has_nodes_out_of_service(partition: str | None) -> bool:
     """Whether some node of a partition (or several: a,b) is down, drained, reserved or asleep."""
     where = f"--partition={partition}" if partition else "--all"  # a named partition may be hidden
     states = run_command("sinfo", "--noheader", "--format=%T", where).split()
-    return not {state.removesuffix("-") for state in states} <= IN_SERVICE  # mixed-: planned for another job
+    # mixed-: planned for another job; allocated+: another job is just ending there.
+    return not {state.rstrip("-+") for state in states} <= IN_SERVICE
 
 
 def _fields(line: str) -> dict[str, str]:

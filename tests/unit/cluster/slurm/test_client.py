@@ -19,6 +19,7 @@ from tests.unit.cluster.fake_slurm import FakeSlurm, queued
         "slurm_load_jobs error: Slurm backup controller in standby mode",
         "slurm_update error: Message receive failure",
         "slurm_load_jobs error: Protocol authentication error",
+        "Rate limit exceeded, please retry later for job 7",
     ],
 )
 def test_a_controller_that_is_away_or_busy_is_asked_again(words):
@@ -39,7 +40,12 @@ PREEMPTED = "PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=2026-11-22T22:0
     ("times", "grace", "again"),
     [
         (f"EndTime=2026-11-22T22:08:50 Deadline=N/A {PREEMPTED}", 0, True),  # PreemptMode=CANCEL
-        (f"EndTime=2026-11-22T22:09:12 Deadline=N/A {PREEMPTED}", 10, True),  # its ranks took too long
+        (f"EndTime=2026-11-22T22:09:12 Deadline=N/A {PREEMPTED}", 10, True),  # its ranks took too long, up to 21.08
+        (
+            f"EndTime=2026-11-22T22:08:50 Deadline=N/A {PREEMPTED}",
+            10,
+            True,
+        ),  # the same since 22.05: the time of its end
         (f"EndTime=2026-11-22T22:08:54 Deadline=N/A {PREEMPTED}", 10, False),  # cancelled while they saved
         ("EndTime=2026-11-22T22:08:50 PreemptEligibleTime=2026-11-22T22:08:46 PreemptTime=None", 0, False),  # scancel
         ("EndTime=2026-11-22T22:18:51 Deadline=N/A SuspendTime=None", 0, False),  # requeued already

@@ -217,7 +217,9 @@ def test_a_job_that_needs_a_node_out_of_service_may_wait_for_it(tmp_path, sbatch
 
 def test_a_job_that_needs_more_than_there_is_is_refused(tmp_path, sbatch):
     sbatch(UNAVAILABLE)
-    (tmp_path / "sinfo").write_text("#!/bin/sh\n[ $3 = --all ] && echo idle mixed mixed- allocated completing\n")
+    (tmp_path / "sinfo").write_text(
+        "#!/bin/sh\n[ $3 = --all ] && echo idle mixed mixed- allocated allocated+ completing\n"
+    )
     (tmp_path / "sinfo").chmod(0o755)
     script = JobScript(tmp_path / "run" / "pretrain", Site(), tmp_path / "code")
     with pytest.raises(LaunchError, match=r"^Slurm would refuse stage pretrain: .*configuration is not available$"):

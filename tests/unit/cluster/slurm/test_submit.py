@@ -18,7 +18,13 @@ from tests.unit.cluster.fake_slurm import FakeSlurm, queued
 from tools.run.commands import resume_run, submit_run
 
 
-@pytest.mark.parametrize("reason", ["BadConstraints", client.LAUNCH_FAILED, "JobHoldMaxRequeue"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "BadConstraints", client.LAUNCH_FAILED, "JobHoldMaxRequeue", "launch failure limit exceeded requeued held",
+        "user env retrieval failed requeued held",
+    ],
+)  # fmt: skip
 def test_a_job_that_slurm_will_never_start_is_replaced(fake_slurm: FakeSlurm, tmp_path, reason):
     run, chain = tmp_path / "run", load_recipe(write_tiny_recipe(tmp_path))
     never = queued(7, "PENDING", run / "pretrain", reason=reason)
