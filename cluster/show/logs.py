@@ -46,12 +46,14 @@ def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: b
         finished = all((directory / DONE_FILE).exists() for directory in stages)  # before the files are read
         for path in (path for directory in stages for path in log_files(directory, rank)):
             try:
-                data = read_file(path, None)
+                new = read_file(path, None, start=offsets.get(path, 0))
             except OSError as error:
                 name_unreadable(path, error.strerror)
                 continue
-            new = data[offsets.get(path, 0) :] if path in offsets else b"".join(data.splitlines(True)[-lines:])
-            offsets[path] = len(data)
+            length = offsets.get(path, 0) + len(new)
+            if path not in offsets:
+                new = b"".join(new.splitlines(True)[-lines:])
+            offsets[path] = length
             if new:
                 if path != last:
                     print(f"==> {path.relative_to(run)} <==")

@@ -31,10 +31,10 @@ MOST_DEPTH = 64
 _MOST_CHARACTERS_OF_A_NUMBER = 400
 
 
-def read_file(path: str | os.PathLike, most_bytes: int | None = MOST_BYTES) -> bytes:
+def read_file(path: str | os.PathLike, most_bytes: int | None = MOST_BYTES, start: int = 0) -> bytes:
     """Read a whole regular file: no pipe, for whose writer it would wait, and no endless device.
 
-    most_bytes: a longer file is refused; None reads any.
+    most_bytes: a longer file is refused; None reads any, from the byte `start`.
     """
     # Without O_NONBLOCK opening a pipe waits for somebody who writes into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -44,6 +44,7 @@ def read_file(path: str | os.PathLike, most_bytes: int | None = MOST_BYTES) -> b
             number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
             raise OSError(number, "it is a folder" if number == errno.EISDIR else "it is no regular file", str(path))
         if most_bytes is None:
+            file.seek(start)
             return file.read()
         data = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
         if max(status.st_size, len(data)) > most_bytes:

@@ -11,6 +11,7 @@ import yaml
 
 from cluster.show.logs import print_logs
 from pipeline.errors import LaunchError
+from pipeline.storage.bounded_files import read_file
 from tests.support import FCMAE, make_tiny_run
 
 DEADLINE_SECONDS = 300
@@ -45,6 +46,30 @@ def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1:] == ["other"]
     with pytest.raises(LaunchError, match="there is no stage nope"):
         print_logs(run, "nope", 0, 5, follow=False)
+
+
+def test_follow_reads_only_what_is_new(tmp_path, capsys, monkeypatch):
+    """The log of weeks lies on a file system that all ranks share."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"pretrain": {}}}))
+    log = tmp_path / "pretrain" / "logs" / "rank-0.log"
+    append(log, "old\n" * 1000)
+    additions, read = ["first\n", "second\n"], []
+
+    def read_and_count(path: Path, *arguments: object, **options: object) -> bytes:
+        read.append(read_file(path, *arguments, **options))
+        return read[-1]
+
+    def sleep(seconds: float) -> None:
+        if additions:
+            append(log, additions.pop(0))
+        else:
+            (tmp_path / "pretrain" / "DONE").touch()
+
+    monkeypatch.setattr("cluster.show.logs.read_file", read_and_count)
+    monkeypatch.setattr(time, "sleep", sleep)
+    print_logs(tmp_path, None, 0, 1, follow=True)
+    assert capsys.readouterr().out == "==> pretrain/logs/rank-0.log <==\nold\nfirst\nsecond\n"
+    assert b"".join(read) == log.read_bytes()
 
 
 def append(path: Path, text: str) -> None:
