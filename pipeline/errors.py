@@ -55,6 +55,10 @@ class CheckpointError(UserError):
     """No usable checkpoint, or weights that do not fit the model."""
 
 
+class UnansweredError(CheckpointError, RetryableError):
+    """Storage of checkpoints or weights that does not answer now, or not on this machine, so the stage is retried."""
+
+
 class OvertakenError(CheckpointError):
     """A newer attempt owns the stage, so this attempt may write nothing any more."""
 

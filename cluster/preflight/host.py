@@ -15,6 +15,7 @@ import psutil
 
 from cluster.check_results import CheckResult, Level
 from cluster.preflight.settings import Expectations
+from pipeline.storage.folder import UNANSWERED
 
 T = TypeVar("T")
 GIB = 2**30
@@ -22,7 +23,7 @@ DISK_PROBE_BYTES = 4 * 2**20
 # Modules that ranks are started by, locally and under Slurm. Other processes that name the stage do not train it.
 RANK_MODULES = ("pipeline.run", "submitit.core._submit", "cluster.slurm.worker")
 # Errors of a shared directory that another node may not have, unlike a full disk, a quota or a permission.
-NODE_ERRNOS = {errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT}
+NODE_ERRNOS = UNANSWERED | {errno.EROFS, errno.ENOENT}
 
 
 def check_host(expected: Expectations) -> Iterator[CheckResult]:

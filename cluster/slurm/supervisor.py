@@ -32,10 +32,12 @@ from pipeline.stage.device_errors import program_at_fault, returning_node
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import SrunCode
 from pipeline.storage.file_names import RECIPE_FILE
+from pipeline.storage.folder import is_unanswered
 from pipeline.storage.run_records import is_count
 from pipeline.url_secrets import redact_tracebacks
 
 ASK_AGAIN_SECONDS = 5
+TRIES = 6  # while the file system of the run does not answer
 T = TypeVar("T")
 
 
@@ -128,19 +130,18 @@ def retry(directory: Path, job: str, end: JobEnd, reason: str) -> int:
             reason += f"; {', '.join(kept)} may be used again: too few nodes are left otherwise"
     print(f"stage {directory.name}: {reason}; it is retried: Slurm is asked to requeue job {job}", flush=True)
     note_job_event(directory, "requeued", job, committed=end.committed, code=end.code, reason=reason)
-
-    def requeue() -> None:
-        client.requeue_job(job)
-        if known or _restarts():  # a suspect was left out for one start alone
-            client.exclude_nodes(job, {*excluded, *site.exclude})
-
     try:
-        _until_answered(requeue)
+        _until_answered(lambda: client.requeue_job(job))
     except LaunchError as error:
         # Somebody else requeued or cancelled the job in this moment, so the decision is no longer ours.
         print(error, flush=True)
         note_job_event(directory, "stopped", job, reason=str(error))
         return 1
+    if known or _restarts():  # a suspect was left out for one start alone
+        try:
+            _until_answered(lambda: client.exclude_nodes(job, {*excluded, *site.exclude}))
+        except LaunchError as error:  # as for a node that is no longer in the cluster; the job is requeued all the same
+            print(error, flush=True)
     return 0
 
 
@@ -214,13 +215,19 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     redact_tracebacks()
     directory, code, most_without_progress = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    try:
-        return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], most_without_progress)
-    except UserError as error:
-        print(error, flush=True)
-    except OSError as error:  # the file system of the run is full, over a quota, or away
-        remedy = f"mend that, then `fcmae resume {directory.parent}`"
-        print(f"stage {directory.name} is not retried: {error}; {remedy}", flush=True)
+    for tries_left in range(TRIES - 1, -1, -1):
+        try:
+            return conclude(Stage(directory), code, os.environ["SLURM_JOB_ID"], most_without_progress)
+        except UserError as error:
+            print(error, flush=True)
+            break
+        except OSError as error:  # the file system of the run is full, over a quota, or away
+            if tries_left and is_unanswered(error):
+                time.sleep(ASK_AGAIN_SECONDS)
+                continue
+            remedy = f"mend that, then `fcmae resume {directory.parent}`"
+            print(f"stage {directory.name} is not retried: {error}; {remedy}", flush=True)
+            break
     return 1
 
 

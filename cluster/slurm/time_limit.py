@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -44,8 +45,9 @@ class TimeLimitWatch(threading.Thread):
         """Whether the stage must stop now (seconds of `time.monotonic`)."""
         for event in self._tail.poll():
             self._stop_time.add(event)
-        if self._cancelled.exists():
-            return True
+        with suppress(OSError):  # a file server that is away for a moment must not end this thread
+            if self._cancelled.exists():
+                return True
         return now >= self._stop_time.stop_at(self._began, self._ends_at)
 
 

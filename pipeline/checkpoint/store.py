@@ -26,7 +26,7 @@ from pipeline.checkpoint.save_plan import Planner, Plans
 from pipeline.checkpoint.verification import file_problem, read_manifest
 from pipeline.distributed.collective import from_rank_zero
 from pipeline.errors import CheckpointError, OvertakenError, UserError
-from pipeline.storage.folder import Folder, is_storage_error
+from pipeline.storage.folder import Folder, is_storage_error, storage_failure
 
 QUARANTINE, EVER_COMMITTED = "quarantine", "EVER_COMMITTED"
 State = Mapping[str, "torch.Tensor | State"]
@@ -78,7 +78,7 @@ class CheckpointStore:
         """Re-read a checkpoint, each rank a share of its files; returns the problems of all. Collective.
 
         Raises:
-            CheckpointError: if an object store does not answer, which says nothing about the checkpoint.
+            CheckpointError: if the storage does not answer, which says nothing about the checkpoint.
         """
         folder = self.folder / str(name)
         manifest, problems = self.from_rank_zero(lambda: read_manifest(folder, name))
@@ -91,7 +91,7 @@ class CheckpointStore:
             problems_or_error = [problem for file, record in share if (problem := file_problem(folder, file, record))]
         except Exception as error:  # sent to the other ranks, which wait in the gather
             reason = f"{type(error).__name__}: {error}"
-            problems_or_error = CheckpointError(f"{folder} could not be read ({reason}); repair the storage")
+            problems_or_error = storage_failure(f"{folder} could not be read ({reason}); repair the storage", error)
         of_all_ranks: list[Any] = [None] * world
         dist.all_gather_object(of_all_ranks, problems_or_error, group=self.group)
         for result in of_all_ranks:
@@ -268,7 +268,7 @@ def _storage_errors_explained(folder: Folder) -> Iterator[None]:
     except Exception as error:
         if not is_storage_error(error):
             raise
-        raise CheckpointError(f"{folder}: {error}; free, unlock or repair the storage") from error
+        raise storage_failure(f"{folder}: {error}; free, unlock or repair the storage", error) from error
 
 
 def flatten(state: State, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -319,5 +319,6 @@ def _one_error(failure: CheckpointException, problem: str, remedy: str) -> Excep
             return error
     for rank, error in causes.items():
         if is_storage_error(error):
-            return CheckpointError(f"{problem} because rank {rank} met {type(error).__name__} ({error}); {remedy}")
+            reason = f"because rank {rank} met {type(error).__name__} ({error})"
+            return storage_failure(f"{problem} {reason}; {remedy}", error)
     return RuntimeError(f"{problem}: {failure}")

@@ -4,6 +4,7 @@ A written file appears whole or not at all, and survives a power cut: on a local
 and a rename or link; object stores do so by themselves.
 """
 
+import errno
 import json
 import os
 import re
@@ -17,8 +18,13 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import StageError
+from pipeline.errors import CheckpointError, StageError, UnansweredError
 from pipeline.storage.bounded_files import read_file
+
+# Errors of storage that does not answer now, or not on this machine. Lustre's is ESHUTDOWN when it has evicted a node.
+UNANSWERED = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.EHOSTDOWN}
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,16 @@ def is_storage_error(error: BaseException) -> bool:
     """Whether an error comes from the storage; clients of object stores do not all raise OSError."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure", "google")
+
+
+def is_unanswered(error: BaseException) -> bool:
+    """Whether an error may be gone at the next try or on another machine."""
+    return isinstance(error, OSError) and error.errno in UNANSWERED
+
+
+def storage_failure(sentence: str, error: BaseException) -> CheckpointError:
+    """The error with this sentence about checkpoints or weights that an error of their storage leads to."""
+    return UnansweredError(sentence) if is_unanswered(error) else CheckpointError(sentence)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.storage.bounded_files import parse_json
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, storage_failure
 
 FACTS = "fcmae"  # the only metadata key, because safetensors writes several in random order
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
@@ -116,10 +116,8 @@ def read_bytes(path: str | os.PathLike, expected_sha256: str | None = None) -> b
 def _not_readable(path: str | os.PathLike, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} does not exist; correct the path, or first run the stage that writes it")
-    return CheckpointError(
-        f"{path}: the weights cannot be read ({type(error).__name__}); "
-        "run the stage that writes them, or correct the path"
-    )
+    sentence = f"{path}: the weights cannot be read ({type(error).__name__}); "
+    return storage_failure(sentence + "run the stage that writes them, or correct the path", error)
 
 
 def _not_weights(path: str | os.PathLike, error: Exception) -> CheckpointError:

@@ -1,15 +1,19 @@
+import errno
 import json
+import math
 import os
 import shutil
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.checkpoint import verification
 from pipeline.checkpoint.manifest import COMMIT, MANIFEST, METADATA, CheckpointName
 from pipeline.checkpoint.store import ever_committed, flatten
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RetryableError
 from tests.unit.checkpoint.conftest import steps_in
 
 DATA = "__0_0.distcp"
@@ -126,6 +130,58 @@ def test_no_flipped_bit_goes_unseen(two, data):
     assert store.verify(CheckpointName.parse(newer.name))
     path.write_bytes(good)
     assert store.verify(CheckpointName.parse(newer.name)) == []
+
+
+class Reads:
+    """Makes reads of the data of step 20 fail: so many times, with this error."""
+
+    def __init__(self, monkeypatch, times: float, number: int) -> None:
+        self.left = times
+        honest = LocalFileSystem.open
+        monkeypatch.setattr(verification, "PAUSES", (0.0,) * 3)
+
+        def open_file(fs, path, *arguments, **options):
+            if self.left and "step-000000020" in path and path.endswith(DATA):
+                self.left -= 1
+                raise OSError(number, os.strerror(number), path)
+            return honest(fs, path, *arguments, **options)
+
+        monkeypatch.setattr(LocalFileSystem, "open", open_file)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN])
+def test_a_file_server_that_is_away_for_a_moment_damages_no_checkpoint(
+    two, open_store, state_of, events, monkeypatch, number
+):
+    reads, target = Reads(monkeypatch, 3, number), state_of(0)
+    assert open_store(2).restore(target) == 20
+    assert same(target, state_of(20))
+    assert (reads.left, events) == (0, [])
+
+
+def test_what_stays_unreadable_is_set_aside_only_if_the_disk_may_be_damaged(
+    two, open_store, state_of, events, monkeypatch
+):
+    Reads(monkeypatch, math.inf, errno.ESTALE)
+    with pytest.raises(RetryableError, match=r"step-000000020.*Stale file handle.*repair the storage"):
+        open_store(2).restore(state_of(0))
+    assert (steps_in(two[0]), events) == ([10, 20], [])
+    Reads(monkeypatch, math.inf, errno.EIO)
+    assert open_store(3).restore(state_of(0)) == 10
+    assert len(events) == 1
+
+
+@pytest.mark.parametrize(("number", "retried"), [(errno.EIO, True), (errno.ENOSPC, False)])
+def test_a_save_that_the_file_server_did_not_answer_is_worth_another_attempt(
+    open_store, state_of, monkeypatch, number, retried
+):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=os.strerror(number)) as failed:
+        open_store().save(state_of(1), step=1, why="due")
+    assert isinstance(failed.value, RetryableError) is retried
 
 
 def test_when_all_are_damaged_nothing_starts_from_scratch(two, open_store, state_of, events, tree):

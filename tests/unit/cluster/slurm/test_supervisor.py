@@ -1,5 +1,6 @@
 """What becomes of a job whose ranks have ended, on a Slurm whose commands are scripts."""
 
+import errno
 import sys
 import time
 from dataclasses import replace
@@ -77,6 +78,23 @@ def test_a_disk_that_is_full_is_one_sentence(stage, monkeypatch, capsys):
     assert last.endswith(f"then `fcmae resume {stage.directory.parent}`")
 
 
+def test_a_file_server_that_is_away_for_a_moment_costs_no_requeue(stage, requeued: FakeSlurm, monkeypatch, capsys):
+    failures = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def note(*arguments: object, **fields: object) -> None:
+        if failures:
+            raise failures.pop()
+        note_job_event(*arguments, **fields)
+
+    monkeypatch.setattr(supervisor, "note_job_event", note)
+    monkeypatch.setattr(supervisor, "ASK_AGAIN_SECONDS", 0)
+    monkeypatch.setattr(supervisor.signal, "pthread_sigmask", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["supervisor", str(stage.directory), "70", "9"])
+    assert supervisor.main() == 0
+    assert [entry["event"] for entry in read_job_history(stage.directory)] == ["submitted", "requeued"]
+    assert requeued.calls("scontrol requeue") == ["scontrol requeue Incomplete 7"]
+
+
 def test_a_run_that_moved_to_another_cluster_is_retried_there(stage, requeued: FakeSlurm, monkeypatch):
     """Its jobs have lower numbers than those of the cluster before, of which one made the newest attempt."""
     with monkeypatch.context() as other:
@@ -111,6 +129,18 @@ def test_a_node_that_was_bad_once_is_not_the_reason_ever_after(stage, fake_slurm
     reason = read_job_history(stage.directory)[-1]["reason"]
     assert reason == "the ranks ended with exit code 70 and recorded no reason"
     assert fake_slurm.calls("scontrol")[-1].endswith("ExcNodeList=n3")  # still kept off it
+
+
+def test_a_node_that_is_no_longer_in_the_cluster_does_not_begin_the_count_of_attempts_anew(
+    stage, requeued: FakeSlurm, monkeypatch
+):
+    (stage.directory.parent / SITE_FILE).write_text("nodes: 1\nexclude: [gone]\n")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    requeued.install("scontrol", 'case "$1" in update) echo Invalid node name specified >&2; exit 1;; esac')
+    assert conclude(stage, SrunCode.CRASHED, "7", 2) == 0
+    assert requeued.calls("scontrol")[-1].endswith("ExcNodeList=gone")
+    assert conclude(stage, SrunCode.CRASHED, "7", 2) == 1
+    assert [entry["event"] for entry in read_job_history(stage.directory)] == ["submitted", "requeued", "stopped"]
 
 
 def strike(stage: Stage, monkeypatch, restart: int, node: str, code: int = 700) -> int:

@@ -1,9 +1,11 @@
 """When a stage stops by itself: in time before its time limit, and when its run is cancelled."""
 
+import errno
 import math
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,16 @@ def test_a_run_that_is_cancelled_stops_without_slurm(tmp_path):
     assert not watch.is_due(0.0)
     (tmp_path / CANCELLED_FILE).touch()
     assert watch.is_due(0.0)
+
+
+def test_a_file_server_that_is_away_for_a_moment_does_not_end_the_watch(tmp_path, monkeypatch):
+    watch = TimeLimitWatch(tmp_path / "pretrain", math.inf)
+
+    def is_stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "stat", is_stale)
+    assert not watch.is_due(0.0)
 
 
 def test_what_is_left_of_the_time_limit_needs_no_clock(monkeypatch):
