@@ -98,7 +98,7 @@ def write_detections(
     try:
         for name, rgb in images.pixels(model.reading, progress):
             objects = model.objects(rgb)
-            file = (out / "pictures" / places[name]).with_suffix(".png")
+            file = out / "pictures" / places[name]
             file.parent.mkdir(parents=True, exist_ok=True)
             shown = objects.chosen(objects.scores >= least_score)
             zoom = -(-PICTURE_PIXELS // max(rgb.shape[:2]))  # names would hide the objects of a small picture

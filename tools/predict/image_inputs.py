@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +26,8 @@ class Photographs:
     """The images of some paths, in their order; folders with all folders in them, by name.
 
     Attributes:
-        names: of the images that were read so far; those of a folder or an archive begin with its path.
+        names: of the images that were read so far; those of a folder or an archive begin with its path. Images of a tar
+            of tars, or rows of Parquet files, may have one name: the second one becomes "NAME (2).jpg".
         unreadable: (name, reason) of those that could not be read.
         paged: of the files that hold several pages or frames, of which the first was read.
         thumbnails: data URLs of the images in `names`, if they are wanted.
@@ -39,7 +42,7 @@ class Photographs:
         self.paged: list[str] = []
         self.thumbnails: list[str] = []
         self._with_thumbnails = thumbnails
-        self._items: list[tuple[Item, Reader]] = [item for path in paths for item in _items_of(path)]
+        self._items = _with_own_names([item for path in paths for item in _items_of(path)])
 
     def __len__(self) -> int:
         return len(self._items)
@@ -88,6 +91,23 @@ def _items_of(path: str) -> list[tuple[Item, Reader]]:
         return [(Item(path, 0, (place, 0, None)), ByteRanges(fs))]
     source = open_source(path, unlabelled=True)
     return [(item._replace(name=f"{path.rstrip('/')}/{item.name}"), source.reader) for item in source.items]
+
+
+def _with_own_names(items: Sequence[tuple[Item, Reader]]) -> list[tuple[Item, Reader]]:
+    """Number the images that have the name of another one, because their files and rows would pass for its own."""
+    own: dict[tuple, str] = {}
+    taken: set[str] = set()
+    times: Counter[str] = Counter()
+    for item, _ in items:
+        name, (stem, ending) = item.name, os.path.splitext(item.name)
+        if (item.name, item.place) in own:  # the same image once more
+            continue
+        while name in taken:
+            times[item.name] += 1
+            name = f"{stem} ({times[item.name] + 1}){ending}"
+        own[item.name, item.place] = name
+        taken.add(name)
+    return [(item._replace(name=own[item.name, item.place]), reader) for item, reader in items]
 
 
 def _content(item: Item, reader: Reader) -> bytes:

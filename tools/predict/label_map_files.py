@@ -15,6 +15,7 @@ from pipeline.errors import DataError, UserError
 from pipeline.tracking.pictures import overlay, palette
 from tools.predict.image_inputs import Photographs
 from tools.predict.segmentation_model import SegmentationModel, SegmentationTest
+from tools.prepare.image_source import is_image
 
 CLASSES_SHOWN = 5  # of an image, in text
 
@@ -55,7 +56,7 @@ def write_label_maps(
             raise UserError(f"{classes} lists other classes than those of the model; give another --out")
         for name, rgb in images.pixels(model.reading, progress):
             labels = model.labels(rgb, how)
-            files = [(out / folder / places[name]).with_suffix(".png") for folder in ("maps", "overlays")]
+            files = [out / folder / places[name] for folder in ("maps", "overlays")]
             for file, pixels in zip(files, (labels, overlay(rgb, labels, colours)), strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(file)
@@ -68,17 +69,20 @@ def write_label_maps(
 
 
 def places_of(names: Sequence[str]) -> dict[str, Path]:
-    """Where files for images go, relative to one folder: the images' paths without the folders that all share.
+    """The PNG files for images, relative to one folder: the images' paths without the folders that all share.
 
     Raises:
         DataError: if two images differ in their endings alone.
     """
     parts = [tuple(part for part in Path(name).parts if part not in ("..", "/")) for name in names]
     above = len(commonprefix([part[:-1] for part in parts]))  # noqa: RUF071 (of lists of parts)
-    places = {name: Path(*part[above:]) for name, part in zip(names, parts, strict=True)}
+    places: dict[str, Path] = {}
     taken: dict[Path, str] = {}
-    for name, place in places.items():
-        if (other := taken.setdefault(place.with_suffix(""), name)) != name:
+    for name, part in zip(names, parts, strict=True):
+        path = Path(*part[above:])
+        stem = path.stem if is_image(name) else path.name  # a row of a Parquet file: train.parquet:0:12
+        places[name] = path.with_name(f"{stem}.png")
+        if (other := taken.setdefault(places[name], name)) != name:
             raise DataError(f"{other} and {name} would get one file; give each its own command and --out")
     return places
 

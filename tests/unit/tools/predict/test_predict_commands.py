@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 import fcmae as way_in
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.models import create_model
 from tests.archives import tar
 from tests.fitted import write_fitted_run, write_photos
 from tests.support import CLASSES, fcmae, fcmae_anew
 from tools.predict.commands import _check_read
 from tools.predict.image_inputs import Photographs
-from tools.predict.label_map_files import write_label_maps
+from tools.predict.label_map_files import places_of, write_label_maps
 from tools.prepare.image_pixels import ReadingSettings
 
 
@@ -186,3 +186,23 @@ def test_files_of_which_one_page_is_read_are_named(tmp_path, capsys):
     _check_read(images)
     said = f"fcmae: 1 file holds several pages or frames, and the first was read: {tmp_path}/several.tif\n"
     assert capsys.readouterr().err == said
+
+
+def test_images_of_one_name_get_files_of_their_own(tmp_path):
+    """Two folders in a class's tar, rows of Parquet files: the second map lay in the place of the first."""
+    colours = {"a/1.png": 10, "b/1.png": 20, "c/1 (2).png": 30}
+    members = {name: io.BytesIO() for name in colours}
+    for name, file in members.items():
+        Image.new("RGB", (4, 4), (colours[name],) * 3).save(file, "PNG")
+    inner = tar({name: file.getvalue() for name, file in members.items()})
+    (tmp_path / "set.tar").write_bytes(tar({"n01.tar": inner}))
+    images = Photographs([str(tmp_path / "set.tar")] * 2)  # an image that is named twice keeps its name
+    assert list(places_of(images.all_names).values()) == [Path(f"1{more}.png") for more in (" (2)", "", " (3)")]
+    assert [int(rgb.mean()) for _, rgb in images.pixels(ReadingSettings())] == [30, 10, 20] * 2
+
+
+def test_rows_without_a_path_get_files_of_their_own():
+    names = [f"set.parquet/train.parquet:0:{row}" for row in range(2)]
+    assert [place.name for place in places_of(names).values()] == ["train.parquet:0:0.png", "train.parquet:0:1.png"]
+    with pytest.raises(DataError, match=r"a\.jpg and photos/a\.png would get one file"):
+        places_of(["photos/a.jpg", "photos/a.png"])
