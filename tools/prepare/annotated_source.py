@@ -8,7 +8,7 @@ YOLO            images/        labels/      data.yaml or classes.txt         see
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -256,10 +256,11 @@ def _matched(
     kind: str, images: ImageSource, table: ObjectTable, objects: AnnotatedObjects, name: str
 ) -> AnnotatedSource:
     """The annotated images in the order of their annotations; images without an entry are ignored."""
-    by_base = defaultdict(list)
+    by_name, by_end = {item.name: item for item in images.items}, defaultdict(list)
     for item in images.items:
-        by_base[base(item.name)].append(item)
-    items, found = [], [_item_of(image, by_base[base(image.file_name)]) for image in table.images]
+        for end in _shorter_ends(item.name):
+            by_end[end].append(item)
+    items, found = [], [_item_of(image, by_name, by_end) for image in table.images]
     takers = Counter(item.name for item in found)
     for number, (image, item) in enumerate(zip(table.images, found, strict=True)):
         if takers[item.name] > 1 and item.name != image.file_name:
@@ -282,12 +283,19 @@ def _matched(
     )
 
 
-def _item_of(image: AnnotatedImage, found: Sequence[Item]) -> Item:
+def _shorter_ends(path: str) -> Iterator[str]:
+    """The ends of a/b/c.jpg without its first folders: b/c.jpg and c.jpg."""
+    while "/" in path:
+        path = path.partition("/")[2]
+        yield path
+
+
+def _item_of(image: AnnotatedImage, by_name: Mapping[str, Item], by_end: Mapping[str, Sequence[Item]]) -> Item:
     """The file of an annotated image: that of its path, or the only one whose path ends with it or is its end."""
     wanted = image.file_name.lstrip("./")
-    exact = [item for item in found if item.name == wanted]
-    longer = [item for item in found if item.name.endswith(f"/{wanted}") or wanted.endswith(f"/{item.name}")]
-    match exact or longer:
+    if wanted in by_name:
+        return by_name[wanted]
+    match [*by_end.get(wanted, ()), *(by_name[end] for end in _shorter_ends(wanted) if end in by_name)]:
         case [one]:
             return one
         case []:
