@@ -38,6 +38,8 @@ def tar_of_classes(fs: AbstractFileSystem, path: str) -> ImageSource:
     """An archive of archives CLASS.tar, such as ILSVRC2012_img_train.tar and fall11_whole.tar."""
     with open_stream(fs, path) as stream:
         inner = sorted(_members(stream, path), key=lambda member: base(member.name))
+        if lost := next((m for m in inner if m.why and m.name.endswith(".tar")), None):
+            raise DataError(f"{path}: {lost.name} is {lost.why}, so a class would be missing; pack the archive anew")
         links = tuple(member.ignored() for member in inner if member.why)
         parts = [(m, _members(stream, f"{path}: {m.name}", m)) for m in inner if not m.why]
         images = _by_class(fs, "tar of class tars", [(base(m.name), path, members) for m, members in parts], [path])
@@ -73,10 +75,26 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
                 " and validation; unpack it and name one folder of classes"
             )
         by_class.setdefault(folder, []).append(member)
+    _refuse_doubtful_depth(path, [member.name for member in members if member.is_image])
     parts = [(n, path, by_class[n]) for n in sorted(by_class) if any(m.is_image for m in by_class[n])]
     images, classes = _by_class(fs, "tar of class folders", parts, [path]), {name for name, *_ in parts}
     others = (m.ignored(f"{name}/" if name else "") for name in by_class if name not in classes for m in by_class[name])
     return replace(images, ignored=(*images.ignored, *others))
+
+
+def _refuse_doubtful_depth(path: str, images: Sequence[str]) -> None:
+    """Raise DataError unless all images lie one folder below those that they share.
+
+    Of cat/indoor/1.jpg and dog/2.jpg the classes may be cat and dog, as in folders, or indoor and dog.
+    """
+    folders = {name.rpartition("/")[0]: name for name in images}
+    above = len(commonprefix([folder.split("/") for folder in folders]))  # noqa: RUF071 (of lists of parts)
+    depths = {name.count("/") - above: name for name in folders.values()}
+    if len(folders) > 1 and set(depths) != {1}:
+        raise DataError(
+            f"{path} holds folders in folders ({depths[max(depths)]}), so its classes are in doubt; unpack it and name"
+            " the folder that holds one folder for each class"
+        )
 
 
 def flat_tar(fs: AbstractFileSystem, path: str) -> ImageSource:
@@ -145,7 +163,9 @@ def _members(stream: IO[bytes], name: str, within: Member | None = None) -> list
             if within and member.offset >= within.offset + within.size:
                 break
             path = posixpath.normpath(member.name).lstrip("/")
-            if member.isfile():
+            if member.issparse():  # its holes are left out of the archive
+                members[path] = Member(path, member.offset_data, 0, "a sparse file; pack it without tar's option -S")
+            elif member.isfile():
                 members[path] = Member(path, member.offset_data, member.size)
             elif not member.isdir():
                 kind = "link" if member.islnk() or member.issym() else "device or pipe"

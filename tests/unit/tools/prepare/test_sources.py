@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import tarfile
 import tempfile
 from contextlib import contextmanager
@@ -407,6 +408,43 @@ def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
         DataError, match=f"two folders of class {WNIDS[0]}, set/train/{WNIDS[0]} and set/val/{WNIDS[0]}"
     ):
         prepare_beton(tmp_path / "set.tar", tmp_path / "a.beton")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("cat/in/1.jpg", "cat/out/2.jpg", "dog/3.jpg"), ("cat/in/1.jpg", "dog/out/2.jpg"), ("a/1.jpg", "a/b/2.jpg")],
+)
+def test_a_tar_of_folders_in_class_folders_is_refused(tmp_path, names):
+    """Unpacked, its classes would be the outer folders."""
+    for above in ("", "set/"):
+        (tmp_path / "set.tar").write_bytes(tar({above + name: b"" for name in names}))
+        with pytest.raises(DataError, match=r"folders in folders \(.*\), so its classes are in doubt; unpack it"):
+            open_source(str(tmp_path / "set.tar"))
+
+
+def test_sparse_files_of_a_tar_are_not_read(tmp_path):
+    """The archive leaves out their holes, so at their place lie the bytes of other members."""
+    (tmp_path / "cat").mkdir()
+    with (tmp_path / "cat" / "a.bmp").open("wb") as file:
+        file.write(b"BM")
+        file.truncate(1 << 16)
+    (tmp_path / "cat" / "b.bmp").write_bytes(b"b" * (1 << 17))
+    subprocess.run(["tar", "-cSf", "set.tar", "cat/a.bmp", "cat/b.bmp"], cwd=tmp_path, check=True)
+    if (tmp_path / "set.tar").stat().st_size > 3 << 16:
+        pytest.skip("this file system has no holes")
+    places = {item.name: item.place for item in open_source(str(tmp_path / "set.tar")).items}
+    assert places["cat/a.bmp"] == "a sparse file; pack it without tar's option -S"
+    assert not isinstance(places["cat/b.bmp"], str)
+
+
+def test_a_link_to_a_class_tar_is_refused(images, tmp_path):
+    (tmp_path / "train.tar").write_bytes(train_tar(images))
+    with tarfile.open(tmp_path / "train.tar", "a") as archive:
+        link = tarfile.TarInfo("n09999999.tar")
+        link.type, link.linkname = tarfile.SYMTYPE, f"{WNIDS[0]}.tar"
+        archive.addfile(link)
+    with pytest.raises(DataError, match=r"n09999999.tar is a link in the archive, .* a class would be missing; pack"):
+        open_source(str(tmp_path / "train.tar"))
 
 
 TABLES = {
