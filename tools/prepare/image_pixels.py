@@ -123,9 +123,10 @@ def pixels_of(image: Image.Image, settings: ReadingSettings | None = None) -> tu
     settings = settings or ReadingSettings()
     header = read_header(image, settings)
     changes = [*header.changes]
+    stretch = stretch_of(image)
     image.load()
     if image.mode in DEEP and not settings.as_loader:
-        grey, alpha = _windowed(image, settings, changes)
+        grey, alpha = _windowed(image, stretch, settings, changes)
         if header.profile is not None:
             changes.append(Change("colour profile ignored", f"colour profile ignored (mode {image.mode})"))
         rgb = Image.fromarray(grey).convert("RGB")
@@ -228,9 +229,26 @@ def _coded_bits(image: Image.Image) -> int:
     return 12 if flags & 0x60 == 0x60 else 10 if flags & 0x40 else 8
 
 
-def deep_values(image: Image.Image) -> np.ndarray:
-    """The values of a loaded image of a DEEP mode: int32, uint32 or float32 (H, W)."""
+def stretch_of(image: Image.Image) -> float:
+    """The factor by which Pillow will multiply the values of a DEEP mode when it loads the image.
+
+    It spreads those of PGM and JPEG 2000 over 16 bits: 4095 of 12 bits becomes 65535 or 65520.
+    """
+    if image.mode not in DEEP:
+        return 1.0
+    if image.format == "PPM" and image.tile and image.tile[0].codec_name != "raw":
+        return 0xFFFF / image.tile[0].args[-1]
+    return 2.0 ** (16 - (_coded_bits(image) or 16)) if image.format == "JPEG2000" else 1.0
+
+
+def deep_values(image: Image.Image, stretch: float) -> np.ndarray:
+    """The values of a loaded image of a DEEP mode, as its file has them: int32, uint32 or float32 (H, W).
+
+    stretch: see `stretch_of`, called before the image was loaded.
+    """
     values = np.asarray(image if image.mode in ("I", "F") else image.convert("I"))
+    if stretch != 1:
+        return np.rint(values / stretch).astype(np.int32)
     if image.format == "TIFF" and image.mode == "I" and image.tag_v2.get(_BITS) == (32,):
         unsigned = image.tag_v2.get(_SAMPLE_FORMAT, (1,)) == (1,)
         return values.view(np.uint32) if unsigned else values  # Pillow reads both as signed
@@ -238,14 +256,14 @@ def deep_values(image: Image.Image) -> np.ndarray:
 
 
 def _windowed(
-    image: Image.Image, settings: ReadingSettings, changes: list[Change]
+    image: Image.Image, stretch: float, settings: ReadingSettings, changes: list[Change]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     if settings.window is None:
         raise DataError(
             f"an image of mode {image.mode} has more than 8 bits; give the values that become black and white by"
             " --window LOW HIGH"
         )
-    values, (low, high) = deep_values(image), settings.window
+    values, (low, high) = deep_values(image, stretch), settings.window
     missing = ~np.isfinite(values)
     if missing.any():
         text = f"{int(missing.sum())} pixels that are no numbers stored as black"
@@ -258,7 +276,7 @@ def _windowed(
         grey = 255 - grey
         changes.append(Change("inverted", "inverted (0 is white)"))
     key = image.info.get("transparency")
-    alpha = None if not isinstance(key, int) else np.where(deep_values(image) == key, 0, 255).astype(np.uint8)
+    alpha = None if not isinstance(key, int) else np.where(deep_values(image, stretch) == key, 0, 255).astype(np.uint8)
     return grey, alpha
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.distributed.processes import LibraryContext, die_with_parent
 from pipeline.errors import DataError
 from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
-from tools.prepare.image_pixels import DEEP, ReadingSettings, deep_values, page_count
+from tools.prepare.image_pixels import DEEP, ReadingSettings, deep_values, page_count, stretch_of
 from tools.prepare.image_source import Item, Reader
 
 _LOW, _HIGH = 0.001, 0.999
@@ -129,8 +129,9 @@ def _count_file(content: bytes, reading: ReadingSettings, found: list[tuple[np.n
                 if page:
                     image.seek(page)
                 if reading.window is None and image.mode in DEEP:
+                    stretch = stretch_of(image)
                     image.load()
-                    found.append(_values(deep_values(image)))
+                    found.append(_values(deep_values(image, stretch)))
     except Exception:  # decoders raise all kinds of errors, which the preparation itself reports
         pass
     return count

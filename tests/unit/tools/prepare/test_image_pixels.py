@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageCms
 
 from pipeline.errors import DataError
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings, pixels_of
+from tools.prepare.image_source import ByteRanges, Item
+from tools.prepare.survey import survey_images
 
 HEIGHT, WIDTH = 6, 8
 RANDOM = np.random.default_rng(0)
@@ -247,6 +250,34 @@ def test_images_of_more_than_eight_bits_need_a_window():
     for window in ((1, 1), (2, 1), (0, float("nan")), (0, float("inf"))):
         with pytest.raises(DataError, match="give LOW below HIGH"):
             ReadingSettings(window=window)
+
+
+def twelve_bit_files():
+    """(values, files that hold them): TIFF, PGM in both forms, and JPEG 2000."""
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    tiff, coded = io.BytesIO(), io.BytesIO()
+    Image.fromarray(values).save(tiff, "TIFF")
+    # Pillow writes 16 bits. The field of the depth says 12 then, by which the level in the middle moves down.
+    Image.fromarray(values + (2**15 - 2**11)).save(coded, "JPEG2000", no_jp2=True)
+    codestream = bytearray(coded.getvalue())
+    codestream[codestream.index(b"\xff\x4f\xff\x51") + 42] = 12 - 1
+    plain = " ".join(map(str, values.ravel())).encode()
+    files = {
+        "tif": tiff.getvalue(), "pgm": b"P5 64 64 4095\n" + values.astype(">u2").tobytes(),
+        "plain.pgm": b"P2 64 64 4095\n" + plain, "j2k": bytes(codestream),
+    }  # fmt: skip
+    return values, files
+
+
+def test_a_window_is_of_the_values_in_the_file(tmp_path):
+    """Pillow spreads 12 bits of PGM and JPEG 2000 over 16."""
+    values, files = twelve_bit_files()
+    for name, content in files.items():
+        pixels, _ = pixels_of(Image.open(io.BytesIO(content)), ReadingSettings(window=(1000, 3000)))
+        np.testing.assert_array_equal(pixels, windowed(values, 1000, 3000), err_msg=name)
+        items = [Item(name, 0, (str(tmp_path / name), 0, None))]
+        (tmp_path / name).write_bytes(content)
+        assert survey_images(items, ByteRanges(LocalFileSystem()), ReadingSettings()).window == (4, 4091), name
 
 
 def test_numbers_that_are_none_are_black_and_counted():
