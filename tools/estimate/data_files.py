@@ -113,5 +113,5 @@ def _count_prepared(items: Items, held_out: HeldOut, name: str, divided: bool) -
         held_out = validation_part([item for item, _ in items], HELD_OUT)
     if held_out is None:
         return sum(takes_part for _, takes_part in items)
-    wanted = name == "validation" and divided
+    wanted = name == "validation"
     return sum(takes_part and held == wanted for (_, takes_part), held in zip(items, held_out, strict=True))

@@ -135,7 +135,7 @@ def prepared(
     with _only_one(home, source, report):
         newest = newest_entry(home)
         if newest and not refresh and (entry := read_entry(newest)):
-            path = _beton_in(newest, source)
+            path = main_file(newest, source)
             files = (path, held_out(path)) if settings.split else (path,)
             try:
                 for file in files:
@@ -239,7 +239,8 @@ def _name(source: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in last)[:40] or "images"
 
 
-def _beton_in(generation: Path, source: str) -> Path:
+def main_file(generation: Path, source: str) -> Path:
+    """The file of a folder of the cache that holds the source's images, but for those of `held_out`."""
     return generation / f"{_name(source)}.beton"
 
 
@@ -349,7 +350,7 @@ def _prepare(
                 "reading": settings.reading,
                 "workers": min(len(os.sched_getaffinity(0)), MOST_WORKERS, 1 + files // PART_SAMPLES),
             }  # fmt: skip
-            path = _beton_in(generation, source)
+            path = main_file(generation, source)
             if targets:
                 fraction = None if own_parts else settings.split or None
                 options |= targets

@@ -25,6 +25,7 @@ from tools.prepare.prepared_cache import (
     held_out,
     is_made_from,
     is_source,
+    main_file,
     prepared,
     read_entry,
     say,
@@ -48,7 +49,8 @@ def with_prepared_data(
     """Prepare what the stages of a chain name as data, unless that is done, and name the prepared files instead.
 
     A run keeps the files that it was started with. Finished stages read no data, so nothing is prepared for them.
-    Where a segmentation or detection stage names the same source for training and for validation, it is divided.
+    Where a segmentation or detection stage names the same source for training and for validation, it is divided. Of a
+    source that has two parts itself, validation reads its own.
 
     Args:
         run: the run directory, which need not exist.
@@ -69,7 +71,7 @@ def with_prepared_data(
                 kept = None if refresh else bound_file(run, source, settings)
                 files[source] = str(kept or prepared(source, settings, cache=cache, refresh=refresh, report=report))
     chain = chain.model_copy(
-        update={"stages": {name: _with_files(stage, sources, files) for name, stage in chain.stages.items()}}
+        update={"stages": {name: _with_files(stage, files) for name, stage in chain.stages.items()}}
     )
     note_doubtful_validation(chain, run, report)
     return chain
@@ -162,19 +164,22 @@ def _paths(stage: StageRecipe) -> list[str]:
 
 
 def bound_file(run: Path, source: str, settings: SourceSettings) -> Path | None:
-    """The data file that a run was started with, if it was prepared from this source with these settings."""
+    """The data file that a run was started with, if it was prepared from this source with these settings.
+
+    Of a source with two parts that is the file for training, also where the run names that for validation alone.
+    """
     try:
         stages = load_recipe(run / RECIPE_FILE).stages.values()
     except UserError:
         return None
     paths = (path for stage in stages for path in (stage.data.train, stage.data.validation) if path)
-    return next((Path(path) for path in paths if is_made_from(path, source, settings)), None)
+    return next((main_file(Path(path).parent, source) for path in paths if is_made_from(path, source, settings)), None)
 
 
-def _with_files(stage: StageRecipe, sources: dict[str, SourceSettings], files: dict[str, str]) -> StageRecipe:
+def _with_files(stage: StageRecipe, files: dict[str, str]) -> StageRecipe:
     named = {name: getattr(stage.data, name) for name in NAMES}
     changed = {name: files[path] for name, path in named.items() if path in files}
-    validation = named["validation"]
-    if "validation" in changed and validation == named["train"] and sources[validation].split:
-        changed["validation"] = str(held_out(Path(files[validation])))
+    file = Path(changed.get("validation", ""))
+    if "validation" in changed and read_sidecar(file).settings.get("part") == "training":
+        changed["validation"] = str(held_out(file))
     return stage.model_copy(update={"data": stage.data.model_copy(update=changed)}) if changed else stage

@@ -8,11 +8,11 @@ import fcmae
 from pipeline.data.beton import open_beton
 from pipeline.data.stage_data import check_stage_data
 from pipeline.errors import DataError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, write_recipe
 from tests.coco_archives import CATEGORIES, annotations_of, images_of, write_coco
 from tests.label_map_folders import write_masked_folder
 from tools.estimate.data_files import find_data_file
-from tools.prepare.recipe_data import refuse_sources, sources_of, with_prepared_data
+from tools.prepare.recipe_data import bound_file, refuse_sources, sources_of, with_prepared_data
 from tools.recipes.library import find_recipe
 
 
@@ -85,6 +85,21 @@ def test_cocos_own_folder_keeps_its_parts(tmp_path):
     assert estimated_images(chain_naming(folder, folder)) == [6, 4]
     chain = with_prepared_data(chain_naming(folder, folder), tmp_path / "run", cache=tmp_path)
     assert [beton.samples for beton in files_of(chain)] == [6, 4]
+
+
+def test_validation_reads_its_part_of_a_source_that_has_one(tmp_path):
+    """Named for validation alone, the training images of the source were evaluated."""
+    train, folder = write_own(tmp_path / "boxes", 5), write_coco(tmp_path / "coco", 6, 4)
+    named = chain_naming(train, folder)
+    assert estimated_images(named) == [5, 4]
+    chain = with_prepared_data(named, tmp_path / "run", cache=tmp_path)
+    assert [beton.samples for beton in files_of(chain)] == [5, 4]
+    settings = sources_of(named, tmp_path / "run")[str(folder)]
+    (tmp_path / "run").mkdir()
+    write_recipe(chain, tmp_path / "run" / "recipe.yaml")
+    assert open_beton(bound_file(tmp_path / "run", str(folder), settings)).samples == 6  # for a stage that trains on it
+    again = with_prepared_data(named, tmp_path / "run", cache=tmp_path / "other", report=pytest.fail)
+    assert again.stages["detect"].data == chain.stages["detect"].data
 
 
 def test_yolos_folder_is_recognised(tmp_path):
