@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,22 +60,26 @@ def check_timm_step(bench: Bench) -> Iterator[Row]:
     timm = import_timm()
     images, size = (2, 64) if bench.tiny else (64, 224)
     for count in (images, images // 2):
+        _free(bench)
         try:
-            with bench.device:  # where initial weights are drawn fast
-                model = timm.create_model(bench.model, num_classes=1000)
-            model.to(memory_format=torch.channels_last)
-            batch = torch.randn(count, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
-            labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
-            run = bare_loop(model, lambda: F.cross_entropy(model(batch), labels), bench)  # noqa: B023 - runs at once
-            milliseconds = 1e3 * seconds_each(run, bench, repeats=3, rounds=3)
+            milliseconds = _timm_milliseconds(bench, timm, count, size)
         except torch.OutOfMemoryError:
-            del model
-            _free(bench)
             continue
         yield Row(f"timm {timm.__version__}, {size} px x {count}, eager: step", milliseconds, "ms")
         yield Row(f"timm, {size} px x {count}, eager: speed", 1e3 * count / milliseconds, "images/s")
         yield Row(f"timm, {size} px x {count}, eager: peak memory", bench.peak_gib(), "GiB")
         return
+
+
+def _timm_milliseconds(bench: Bench, timm: Any, count: int, size: int) -> float:
+    """Milliseconds of a step. In a function, so that nothing of a step that did not fit is left for the next one."""
+    with bench.device:  # where initial weights are drawn fast
+        model = timm.create_model(bench.model, num_classes=1000)
+    model.to(memory_format=torch.channels_last)
+    batch = torch.randn(count, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
+    run = bare_loop(model, lambda: F.cross_entropy(model(batch), labels), bench)
+    return 1e3 * seconds_each(run, bench, repeats=3, rounds=3)
 
 
 def _first_steps(bench: Bench, stage: StageName, images: int, size: int, compiled: bool) -> Iterator[Row]:

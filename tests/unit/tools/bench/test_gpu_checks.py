@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from tools.bench.gpu import check_process
+from tools.bench.gpu import check_process, step_checks
 from tools.bench.gpu.__main__ import main
 from tools.bench.gpu.check_process import MESSAGE, run_check
-from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Row, TimedCheck
+from tools.bench.gpu.check_table import CHECKS, PART_SECONDS, Bench, Row, TimedCheck
 from tools.bench.gpu.results_page import markdown, plan_lines, read_results, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -148,6 +150,27 @@ def test_a_check_that_is_complete_is_not_blamed_for_the_end_of_its_process(tmp_p
     code = ROW % "0" + """\nsend('{"complete": true}')\nimport os\nos.abort()"""
     result, _ = run(code, tmp_path)
     assert (result.trouble, result.failed, len(result.rows)) == ("", False, 1)
+
+
+def test_half_of_the_images_have_the_memory_that_all_of_them_took(tmp_path, monkeypatch):
+    models = []
+
+    class Model(nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(models) == 1:
+                raise torch.OutOfMemoryError("the memory is full")
+            return super().forward(images.mean((2, 3)))
+
+    def create(name: str, num_classes: int) -> nn.Module:
+        assert not any(model() for model in models)
+        model = Model(3, num_classes)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(step_checks, "import_timm", lambda: SimpleNamespace(create_model=create, __version__="0"))
+    rows = list(step_checks.check_timm_step(Bench(torch.device("cpu"), True, tmp_path)))
+    assert len(models) == 2
+    assert rows[0].what == "timm 0, 64 px x 1, eager: step"
 
 
 def test_a_skipped_check_is_no_fault(tmp_path):
