@@ -64,7 +64,8 @@ def _shared(study: Study, directory: Path) -> Iterator[Block]:
 def _results(study: Study, results: Sequence[ArmResult]) -> Iterator[Block]:
     metric = next((arm.metric for arm in results if arm.metric), "")
     if metric:
-        bars = [(arm.arm, arm.results, arm.published) for arm in results]
+        # On one axis; an arm may end in another metric, as a ladder's rung of pre-training alone does.
+        bars = [(arm.arm, arm.results, arm.published) for arm in results if arm.metric in (metric, "")]
         bars += [(reference.name, (), reference.result) for reference in study.references]
         yield Picture("results", "Results of the arms", results_svg(bars, metric, "results"))
     header = study_header(study)

@@ -21,7 +21,9 @@ from tools.study.plan import StudyPlan, dry_run_lines, plan_json, plan_table
 from tools.study.runs import checked_chains, run_study
 from tools.study.shared_stages import SharedStages
 from tools.study.study_estimate import estimate_study, study_cost_json, study_cost_table
+from tools.study.study_page import _results as study_page_results
 from tools.study.study_page import study_page
+from tools.study.study_table import ArmResult
 from tools.tables import wide_console
 
 ARMS = {
@@ -239,3 +241,12 @@ def test_the_page_has_the_numbers_of_the_runs(study, tmp_path):
     assert "3 of 8 runs are done" in text
     assert "| mixed | 0 | intermediate | plain/seed-0 |" in text
     assert page.chapters == study_page(out).chapters, "the same runs give the same page"
+
+
+def test_arms_with_other_metrics_are_not_drawn_on_one_axis(study):
+    top1 = ArmResult("plain", "top1", (50.0,), (0,), 1, None, None, "")
+    loss = ArmResult("mixed", "loss", (0.4,), (0,), 1, None, None, "")
+    picture, table, *_ = study_page_results(study(seeds=[0]), [top1, loss])
+    assert ">plain<" in picture.content
+    assert ">mixed<" not in picture.content
+    assert [row[:2] for row in table.rows] == [("plain", "50.00"), ("mixed", "0.4000")]
