@@ -145,8 +145,8 @@ class Engine(ABC):
         Returns:
             None if the ranks agreed to stop; the partial step is discarded and nothing has changed.
         """
-        batch = self.recipe.batch_on(self.world.size)
-        total = batch.slots // self.world.size // batch.micro_slots
+        own = self.recipe.batch_on(self.world.size)
+        total = own.slots // self.world.size // own.micro_slots
         loss = torch.zeros((), device=self.world.device, dtype=torch.float64)
         parts: dict[str, Tensor] = {}
         self._buffers.begin()
