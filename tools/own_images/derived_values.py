@@ -59,7 +59,7 @@ def derive(kind: str, recipe: StageRecipe, facts: ImageFacts, given: Mapping[str
         values["evaluation.batch"] = Value(32, "little memory, and as fast on a CPU")
     batch = _batch(kind, facts.images, given)
     values |= batch
-    size = int(given.get("batch.global_batch", batch["batch.global_batch"].value))
+    size = _given_batch(given, batch["batch.global_batch"].value)
     values["optimizer.base_lr"] = _learning_rate(kind, recipe, size, given)
     values |= _schedule(kind, facts, size, given)
     values["data.image_size"] = _image_size(recipe, facts)
@@ -72,13 +72,17 @@ def _batch(kind: str, images: int, given: Mapping[str, Any]) -> dict[str, Value]
     most = MOST_BATCH[kind]
     size = _power_of_two(min(max(images / STEPS_PER_EPOCH, LEAST_BATCH), most, images))
     why = f"{STEPS_PER_EPOCH} steps an epoch or more, from {LEAST_BATCH} to {most} images"
-    chosen = int(given.get("batch.global_batch", size))
+    chosen = _given_batch(given, size)
     if kind == "pretrain":
         slot, slot_why = max(chosen // 16, 1), "16 slots, so that 1, 2, 4, 8 or 16 processes can share a step"
     else:
         slot, slot_why = min(max(chosen // 4, 1), 16), "up to 16 images are mixed with each other; 4 slots or more"
     slot = next(size for size in range(slot, 0, -1) if chosen % size == 0)
     return {"batch.global_batch": Value(size, why), "batch.slot": Value(slot, slot_why)}
+
+
+def _given_batch(given: Mapping[str, Any], derived: int) -> int:
+    return max(int(given.get("batch.global_batch", derived)), 1)  # the recipe refuses 0.5
 
 
 def _power_of_two(most: float) -> int:

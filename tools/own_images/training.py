@@ -3,8 +3,9 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.storage.working_copy import working_copy
 from tools.own_images.derived_values import FEW_IMAGES, USUAL_SIDE, ImageFacts, Value, derive
 from tools.own_images.micro_batch import choose_micro_slots
 from tools.own_images.starting_weights import RECOMMENDED, RELEASED, SCRATCH, StartingWeights, starting_weights
-from tools.prepare.detect import open_source
+from tools.prepare.detect import open_source, refuse_missing
 from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, say, window_of
 from tools.prepare.recipe_data import bound_file, note_doubtful_validation
 from tools.prepare.splits import validation_part
@@ -38,6 +39,8 @@ DERIVED = (
     "evaluation.every_epochs",
 )  # fmt: skip
 CALCULATED = {"batch.global_batch", "schedule.epochs", "schedule.steps"}  # fields from which others are derived
+# Each derived batch with the fewest images, which are trained for the most epochs; and each derived image size.
+IMAGES_TRIED, SIDES_TRIED = (10_000_000, *(2**n for n in (14, 13, 12, 11, 10, 9, 4, 3, 2, 1, 0))), (224, 100, 64)
 OF_CHAIN = ("stages", "defaults", "seed", "name", "init", "published", "extends")  # first parts of a recipe's keys
 
 
@@ -103,8 +106,12 @@ def plan_training(request: Request, run: Path) -> PlannedTraining:
         UserError: if the images, the weights or a value is refused.
     """
     weights = None if request.start == SCRATCH else starting_weights(request.start)
+    model = _model(request, weights)
     base = _base_recipe(request, weights)
     path, given = find_recipe(base), _given_values(request)
+    kept = _kept_values(run, request.stage)
+    if not kept:
+        _refuse_for_all_images(request, weights, model, path, given)
     with stoppable_preparation():
         train, validation = _data(request, run, weights)
     if (batch := given.get("batch.global_batch", 0)) > train.samples:
@@ -112,9 +119,9 @@ def plan_training(request: Request, run: Path) -> PlannedTraining:
             f"batch.global_batch is {batch}, but {request.images} holds {train.samples:,} images to train on; make the"
             " batch smaller"
         )
-    fixed = _fixed_values(request, weights, train, validation)
-    values = _kept_values(run, request.stage)
-    if not values:
+    paths = str(train.path), validation and str(validation.path)
+    fixed = _fixed_values(request, weights, model, paths, len(train.classes))
+    if not (values := kept):
         facts = _facts(train, weights)
         values = derive(request.stage, _stage(path, fixed, request), facts, given)
         if "batch.micro_slots" not in given:
@@ -163,6 +170,8 @@ def _divided(request: Request, run: Path, longest: int) -> tuple[Beton, Beton | 
     for kept in () if request.refresh else dict.fromkeys((split, 0.0)):
         if path := bound_file(run, request.images, settings(kept)):
             return open_beton(path), open_beton(held_out(path)) if kept else None
+    if request.validation:
+        (refuse_missing if is_source(request.validation) else open_beton)(request.validation)
     split = _possible_split(request) if split else 0.0
     path = prepared(request.images, settings(split), refresh=request.refresh)
     return open_beton(path), open_beton(held_out(path)) if split else None
@@ -176,6 +185,8 @@ def _prepared(source: str, settings: SourceSettings, run: Path, refresh: bool) -
 def _possible_split(request: Request) -> float:
     """The split, or 0 if it would leave one side without images."""
     images = open_source(request.images, request.labels, unlabelled=request.stage == "pretrain")
+    if request.stage == "finetune":
+        _refuse_one_class(request.images, images.classes)
     parts = set(validation_part([item.name for item in images.items], request.split, request.group_by))
     if len(parts) == 2:
         return request.split
@@ -183,12 +194,16 @@ def _possible_split(request: Request) -> float:
     return 0.0
 
 
-def _check_classes(source: str, train: Beton, validation: Beton | None) -> None:
-    if len(train.classes) < 2:
+def _refuse_one_class(source: str, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
         raise DataError(
-            f"{source} holds one class, {train.classes[0]}, and a classifier tells two or more apart; make one folder"
-            " for each class"
+            f"{source} holds one class, {classes[0]}, and a classifier tells two or more apart; make one folder for"
+            " each class"
         )
+
+
+def _check_classes(source: str, train: Beton, validation: Beton | None) -> None:
+    _refuse_one_class(source, train.classes)
     for beton, verb in ((train, "train on"), (validation, "validate on")):
         counts = zip(beton.classes, beton.samples_per_class, strict=True) if beton else ()
         if empty := [name for name, count in counts if not count]:
@@ -204,28 +219,63 @@ def _base_recipe(request: Request, weights: StartingWeights | None) -> str:
     return f"convnextv2/{name.removeprefix('convnextv2_')}" if name in VARIANTS else "own-images-finetune"
 
 
-def _fixed_values(
-    request: Request, weights: StartingWeights | None, train: Beton, validation: Beton | None
-) -> dict[str, Any]:
-    """The values that the arguments, the data and the weights leave no choice about, by key of the recipe."""
-    if weights and request.model and weights.model["name"] != f"convnextv2_{request.model}":
+def _model(request: Request, weights: StartingWeights | None) -> dict[str, Any]:
+    """The values of the recipe's model section."""
+    named = f"convnextv2_{request.model or 'tiny'}"
+    if weights and request.model and weights.model["name"] != named:
         raise RecipeError(
             f"--model {request.model} is not that of --from {request.start}, {weights.model['name']}; leave --model out"
         )
-    model = weights.model if weights else {"name": f"convnextv2_{request.model or 'tiny'}"}
-    if not weights and model["name"] not in VARIANTS:
+    if not weights and named not in VARIANTS:
         sizes = ", ".join(name.removeprefix("convnextv2_") for name in VARIANTS)
         raise RecipeError(f"--model is {request.model}; choose one of {sizes}")
+    return weights.model if weights else {"name": named}
+
+
+def _fixed_values(
+    request: Request,
+    weights: StartingWeights | None,
+    model: Mapping[str, Any],
+    data: tuple[str, str | None],
+    classes: int,
+) -> dict[str, Any]:
+    """The values that the arguments, the data and the weights leave no choice about, by key of the recipe.
+
+    data: the files of the images to train on, and of those to validate on.
+    """
     values: dict[str, Any] = {f"defaults.model.{name}": value for name, value in model.items()}
-    values |= {"defaults.data.train": str(train.path), "defaults.data.validation": validation and str(validation.path)}
+    values |= {"defaults.data.train": data[0], "defaults.data.validation": data[1]}
     if weights:
         values["init"] = weights.path
     if request.stage == "finetune":
         values |= {
             "name": "own-images-finetune", "published": None, "stages.pretrain": None,
-            "stages.finetune.objective.classes": len(train.classes),
+            "stages.finetune.objective.classes": classes,
         }  # fmt: skip
     return values
+
+
+def _refuse_for_all_images(
+    request: Request, weights: StartingWeights | None, model: Mapping[str, Any], path: Path, given: Mapping[str, Any]
+) -> None:
+    """Refuse now what would be refused for any images, because preparing them may take hours.
+
+    Values are derived for many numbers and sizes of images; one of them must give a recipe that the processes can run.
+
+    Raises:
+        RecipeError: as for the most images.
+    """
+    fixed = _fixed_values(request, weights, model, (request.images, request.images), 2)
+    base, refused = _stage(path, fixed, request), None
+    sides = (USUAL_SIDE,) if weights or "data.image_size" in given else SIDES_TRIED
+    for images, side in product(IMAGES_TRIED, sides):
+        facts = ImageFacts(images, side, weights is not None, weights and weights.image_size, _device())
+        values = fixed | _keyed(request.stage, derive(request.stage, base, facts, given))
+        try:
+            return _stage(path, values, request, _user_overrides(request)).check_world_size(request.processes)
+        except RecipeError as error:
+            refused = refused or error
+    raise refused or AssertionError("unreachable")
 
 
 def _given_values(request: Request) -> dict[str, Any]:
@@ -277,8 +327,11 @@ def _kept_values(run: Path, stage: str) -> dict[str, Value]:
 def _facts(train: Beton, weights: StartingWeights | None) -> ImageFacts:
     sizes = samples_of(train)["f0"]
     short = int(np.median(np.minimum(sizes["height"], sizes["width"])))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ImageFacts(train.samples, short, weights is not None, weights and weights.image_size, device)
+    return ImageFacts(train.samples, short, weights is not None, weights and weights.image_size, _device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _stage(base: Path, values: dict[str, Any], request: Request, overrides: Sequence[str] = ()) -> StageRecipe:

@@ -27,17 +27,16 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
     """
     if labels is not None and unlabelled:
         raise DataError(f"labels {labels} and --unlabelled exclude each other; give one of them")
+    refuse_missing(source)
     fs, path = locate(source)
     given = read_labels(labels) if labels is not None else None
     by_name = given is not None and given.ordered is None
-    if any(character in path for character in "*?["):
+    if _is_pattern(path):
         images = _open_pattern(fs, source, path, unlabelled)
     elif fs.isdir(path):
         images = _open_folder(fs, source, path, labels is not None, unlabelled, by_name)
-    elif fs.isfile(path):
-        images = _open_file(fs, path, labels is not None, unlabelled)
     else:
-        raise DataError(f"source {source} does not exist; name a folder, a .tar or .parquet files")
+        images = _open_file(fs, path, labels is not None, unlabelled)
     is_flat = images.kind.startswith("flat")
     if labels is not None and not is_flat:
         raise DataError(f"labels {labels} are given, but {source} is a {images.kind} and has its own; leave them out")
@@ -49,6 +48,17 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
             " folders (CLASS/IMAGE.jpg), or give their classes by --labels, or pass --unlabelled if they have none"
         )
     return apply_labels(images, given) if given is not None else images
+
+
+def refuse_missing(source: str) -> None:
+    """Raise DataError if there is neither a folder nor a file of this name; a pattern may match nothing."""
+    fs, path = locate(source)
+    if not (_is_pattern(path) or fs.isdir(path) or fs.isfile(path)):
+        raise DataError(f"source {source} does not exist; name a folder, a .tar or .parquet files")
+
+
+def _is_pattern(path: str) -> bool:
+    return any(character in path for character in "*?[")
 
 
 def _open_pattern(fs: AbstractFileSystem, source: str, path: str, unlabelled: bool) -> ImageSource:

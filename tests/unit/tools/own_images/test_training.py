@@ -122,6 +122,31 @@ def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(photos, tmp_p
     assert not list(tmp_path.glob("cache/**/*.parts"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "options", "words"),
+    [
+        (["batch.slott=3"], {}, r"unknown key stages\.finetune\.batch\.slott; did you mean slot"),
+        (["batch"], {}, "is not of the form key=value"),
+        (["batch.slot=3"], {}, "global_batch 256 is not a multiple of slot 3"),
+        (["batch.global_batch=0.5"], {}, "global_batch is 0.5: "),
+        ([], {"processes": 3}, "3 processes do not divide the 16 slots"),
+        ([], {"model": "small"}, "--model is small"),
+        ([], {"validation": "nowhere"}, "source .*nowhere does not exist"),
+        ([], {"validation": "nowhere.beton"}, r"nowhere\.beton"),
+    ],
+)
+def test_what_no_images_can_mend_is_refused_before_they_are_prepared(photos, tmp_path, overrides, options, words):
+    with pytest.raises(UserError, match=words):
+        plan("finetune", photos, tmp_path, *overrides, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_some_images_allow_is_not_refused_before_they_are_counted(photos, tmp_path):
+    """A warm-up that is longer than many images are trained for, on more processes than one image can be divided to."""
+    _, made = plan("finetune", photos, tmp_path, "schedule.warmup_epochs=150", "batch.slot=1", processes=4)
+    assert made.chain.stages["finetune"].schedule.warmup_epochs == 150
+
+
 @pytest.mark.parametrize("images", [1, 2, 3, 12])
 def test_few_images_train(tmp_path, images, capfd):
     photos = write_images(tmp_path / "few", images)
