@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -155,6 +156,23 @@ class Folder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def unwritable(path: Path) -> str:
+    """Why `publish` cannot write a local file; "" if it can. Tries its nearest folder, and leaves nothing."""
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_writable(path: Path) -> None:
+    """Raise StageError if a local file cannot be written, before hours are spent on its content."""
+    if why := unwritable(path):
+        raise StageError(f"{path} cannot be written ({why}); give another path")
 
 
 def is_remote(path: str | os.PathLike) -> bool:

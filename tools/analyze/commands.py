@@ -52,6 +52,7 @@ def _add_command(name: str, images: int, size: int = 224) -> Callable[[Analysis]
             dpi: Dpi = 200,
             device: Device = "auto",
         ) -> None:
+            _check_place(name, out)
             numbers, figure, lines = analysis(*_open(models, data, count, image_size, crop_pct, device))
             _publish(figure, name, numbers, out, dpi)
             print("\n".join(lines))
@@ -111,6 +112,7 @@ def draw_cam(
     """Draw Grad-CAM heat maps of the last map: a row for each image, a column for each model."""
     from tools.analyze.cam import draw_heat_maps, heat_maps
 
+    _check_place("cam", out)
     opened, images = _open(models, data, count, image_size, crop_pct, device)
     numbers, heats = heat_maps(opened, images, of)
     _publish(draw_heat_maps(numbers, images, heats), "cam", numbers, out, dpi)
@@ -131,6 +133,7 @@ def draw_activations(
     """Draw 64 MLP channels of a block as pictures: dead ones are black, saturated ones bright all over."""
     from tools.analyze.channel_maps import channel_maps, draw_channel_maps
 
+    _check_place("activations", out)
     opened, images = _open(models, data, count, image_size, crop_pct, device)
     numbers, maps = channel_maps(opened, images, depth)
     _publish(draw_channel_maps(numbers, images, maps), "activations", numbers, out, dpi)
@@ -179,6 +182,12 @@ def _open(
         raise UserError(f"two models are called {twice}; rename one, as in '{twice} label=NAME'")
     file = Path(data_file(str(data), SourceSettings(needs_classes=False)))
     return opened, load_images(file, count, image_size, crop_pct)
+
+
+def _check_place(name: str, out: Path) -> None:
+    from tools.analyze.paper_figure import figure_place
+
+    figure_place(name, out)
 
 
 def _publish(figure: "Figure", name: str, numbers: dict[str, Any], out: Path, dpi: int) -> None:

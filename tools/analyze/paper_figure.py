@@ -21,7 +21,7 @@ from matplotlib.figure import Figure, SubFigure
 from pipeline.errors import UserError
 from pipeline.recipe.yaml_files import read_mapping
 from pipeline.storage.file_names import RECIPE_FILE
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, unwritable
 from pipeline.storage.run_records import read_record, text_of
 from pipeline.tracking.mlflow_store import DATABASE_FILE, bring_artifacts_home
 
@@ -68,11 +68,8 @@ def add_caption(figure: Figure | SubFigure, text: str, models: Sequence[Mapping[
     figure.supxlabel(text, fontsize=7, color="#555555")
 
 
-def publish_figure(figure: Figure, name: str, numbers: Mapping[str, Any], out: Path, dpi: int) -> list[Path]:
-    """Write NAME.png, NAME.pdf and NAME.json, each whole or not at all; returns their paths.
-
-    out: a .png file, whose name the others share, or a folder. A run or a stage keeps the files in `analyses/`; inside
-        a run that MLflow tracks, they become artifacts of its MLflow run.
+def figure_place(name: str, out: Path) -> tuple[Path, str]:
+    """The folder and the name of a figure's files, see `publish_figure`. Call it before hours of computation too.
 
     Raises:
         UserError: if `out` has another ending than .png, or cannot be written.
@@ -83,6 +80,21 @@ def publish_figure(figure: Figure, name: str, numbers: Mapping[str, Any], out: P
         directory, name = out.parent, out.stem
     else:
         directory = out / FOLDER if (out / RECIPE_FILE).is_file() else out
+    if why := unwritable(directory / f"{name}.png"):
+        raise UserError(f"{directory} cannot be written ({why}); give another --out")
+    return directory, name
+
+
+def publish_figure(figure: Figure, name: str, numbers: Mapping[str, Any], out: Path, dpi: int) -> list[Path]:
+    """Write NAME.png, NAME.pdf and NAME.json, each whole or not at all; returns their paths.
+
+    out: a .png file, whose name the others share, or a folder. A run or a stage keeps the files in `analyses/`; inside
+        a run that MLflow tracks, they become artifacts of its MLflow run.
+
+    Raises:
+        UserError: as `figure_place`.
+    """
+    directory, name = figure_place(name, out)
     contents = {".json": (json.dumps({"torch": torch.__version__, **numbers}, indent=1) + "\n").encode()}
     for kind in ("png", "pdf"):
         buffer = io.BytesIO()

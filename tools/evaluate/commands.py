@@ -109,6 +109,7 @@ def evaluate_weights(
     from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
     from tools.evaluate.training_precision import precision_notes
     from tools.predict.model_kinds import kind_of, refuse_options
+    from tools.prepare.prepared_cache import is_source
 
     kind = kind_of(weights)
     refuse_options(weights, kind, {
@@ -120,6 +121,10 @@ def evaluate_weights(
             "--results": results},
         ("classifier", "segmenter"): {"--batch": batch},
     })  # fmt: skip
+    if beside or is_source(data) or (knn and is_source(knn)):
+        _check_weights(kind, (weights, *(beside or ())))
+    if real and knn:
+        raise UserError(f"--real {real} judges the head's answers, and with --knn neighbours answer; leave one out")
     shown = {"per_class": per_class, "json": json}
     if data.endswith(".beton"):
         note_other_window(weights, data)
@@ -164,6 +169,18 @@ def evaluate_weights(
         if per_class and result.confusions:
             _print_tables(result.confusions.tables())
     _print_differences(results)
+
+
+def _check_weights(kind: str, names: "Sequence[str]") -> None:
+    """Refuse weights that cannot be read or are of another kind now, and not after hours of preparing or measuring."""
+    from pipeline.errors import UserError
+    from tools.predict.model_kinds import kind_of
+    from tools.weights.model import open_weights
+
+    for name in names:
+        if (other := kind_of(name)) != kind:
+            raise UserError(f"--beside {name} is a {other}, and {names[0]} a {kind}; name weights of one kind")
+        open_weights(name)
 
 
 def _evaluate_segmenter(

@@ -14,11 +14,12 @@ from pipeline.distributed.world import World
 from pipeline.errors import DataError
 from pipeline.objectives.average_precision import average_precision
 from pipeline.objectives.detected_objects import pack_objects, unpack_objects
+from pipeline.storage.folder import check_writable
 from tools.evaluate.detection_scores import DetectionScores
 from tools.evaluate.run_evaluation import run_on_processes
 from tools.evaluate.segmentation_evaluation import check_classes
 from tools.evaluate.stored_images import images_of_rank
-from tools.predict.coco_files import check_writable, write_coco_results
+from tools.predict.coco_files import write_coco_results
 from tools.predict.detection_model import DetectionModel, load_detection_model
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from PIL import Image
@@ -50,19 +49,6 @@ def write_coco_results(path: Path, found: Iterable[tuple[int, ImageObjects]], ca
     """
     entries = [entry for image_id, objects in found for entry in coco_results(image_id, objects, category_ids)]
     _write_json(path, entries)
-
-
-def check_writable(path: Path) -> None:
-    """Raise UserError if a JSON file cannot be written; the folder is made, and what the file holds stays."""
-    reason = "it is a folder"
-    try:
-        if not path.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=path.parent):
-                return
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise UserError(f"{path} cannot be written ({reason}); give another path")
 
 
 @dataclass(frozen=True)

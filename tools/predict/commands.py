@@ -78,6 +78,7 @@ def predict_classes(
     Images that cannot be read are named and left out. Exit code 0; 1 if no image could be read, or for another error.
     """
     from pipeline.errors import UserError
+    from pipeline.storage.folder import check_writable
     from tools.predict.model_kinds import kind_of, refuse_options
     from tools.predict.predictions import PredictedImages
 
@@ -99,6 +100,8 @@ def predict_classes(
     if kind == "detector":
         _detect(weights, photos, out, ema, window, json, (score_threshold, nms, soft_nms))
         return
+    if sheet is not None:
+        check_writable(sheet)
     model = _load(weights, ema, image_size, crop_pct, classes, window)
     images = _photographs(photos, thumbnails=sheet is not None)
     with _progress() as progress:
@@ -202,9 +205,11 @@ def embed_images(
     import torch
 
     from pipeline.errors import UserError
+    from pipeline.storage.folder import check_writable
 
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite")
+    check_writable(out)
     model = _load(weights, ema, image_size, crop_pct, None, window)
     images = _photographs(photos)
     with _progress() as progress:

@@ -1,10 +1,11 @@
 import os
+from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import StageError
-from pipeline.storage.folder import Folder, is_remote, is_storage_error
+from pipeline.storage.folder import Folder, is_remote, is_storage_error, unwritable
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -25,6 +26,15 @@ def test_a_file_is_created_once_and_whole(folder):
         folder.create("a", b"yours")
     assert folder.read("a") == b"mine"
     assert list(folder.entries()) == ["a"], "nothing is left aside"
+
+
+def test_what_cannot_be_written_is_told_without_leaving_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert unwritable(tmp_path / "new" / "folders" / "a") == unwritable(tmp_path / "file") == ""
+    assert unwritable(tmp_path / "file" / "a") == "Not a directory"
+    assert unwritable(tmp_path) == "it is a folder"
+    assert unwritable(Path("/proc/none/a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_over_nfs_a_file_that_was_linked_at_the_second_asking_is_created(folder, monkeypatch):

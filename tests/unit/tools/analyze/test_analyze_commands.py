@@ -78,6 +78,12 @@ def test_models_of_one_name_and_other_kinds_of_figures_are_refused(data, tmp_pat
         fcmae("kernels", "--out", tmp_path / "x.jpg")
 
 
+@pytest.mark.parametrize("command", ["spectrum", "cam", "activations"])
+def test_a_place_that_cannot_be_written_is_refused_before_models_and_images_are_read(command):
+    with pytest.raises(UserError, match=r"/proc/none cannot be written \(.*\); give another --out"):
+        fcmae(command, "nowhere.pt", "--data", "nowhere", "--out", "/proc/none/figure.png")
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 50))
 def test_images_are_of_as_many_classes_as_there_are(labels, count):
     labels = np.array(labels)

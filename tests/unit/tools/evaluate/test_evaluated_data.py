@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.beton import open_beton
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.evaluate.answers import Answers
@@ -48,6 +48,23 @@ def test_a_folder_gives_the_figures_of_its_file(run, photos, tmp_path, capsys, k
         assert named == (str(source), str(source) if knn else None)
     assert results[0] == results[1]
     assert results[0]["metrics"]["top1"] > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"beside": ["nowhere.pt"]}, "nowhere.pt does not exist"),
+        ({"weights": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"knn": "nowhere"}, "source nowhere does not exist"),
+        ({"knn": "voters", "real": "real.json"}, "--real real.json judges the head's answers, and with --knn"),
+    ],
+)
+def test_what_is_wrong_is_said_before_images_are_prepared(run, photos, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    photos.with_name("voters").mkdir()
+    with pytest.raises(UserError, match=words):
+        evaluate_weights(**{"weights": str(run), "data": str(photos), **options})
+    assert not (tmp_path / "cache").exists()
 
 
 def keep_batches(batches):

@@ -19,7 +19,7 @@ from pipeline.models import create_model
 from tests.archives import tar
 from tests.fitted import write_fitted_run, write_photos
 from tests.support import CLASSES, fcmae, fcmae_anew
-from tools.predict.commands import _check_read
+from tools.predict.commands import _check_read, embed_images, predict_classes
 from tools.predict.image_inputs import Photographs
 from tools.predict.label_map_files import places_of, write_label_maps
 from tools.prepare.image_pixels import ReadingSettings
@@ -164,6 +164,13 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence(place, tmp_path):
         lines = [line for line in done.stderr.splitlines() if "is left out" not in line]
         assert (done.returncode, done.stdout, len(lines)) == (1, "", 1), (name, done)
         assert sentence in lines[0], name
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_weights_and_images_are_read():
+    with pytest.raises(UserError, match=r"/proc/none/features\.npz cannot be written"):
+        embed_images("nowhere.pt", ["nowhere.jpg"], Path("/proc/none/features.npz"))
+    with pytest.raises(UserError, match=r"/proc/none/page\.html cannot be written"):
+        predict_classes("nowhere.pt", ["nowhere.jpg"], sheet=Path("/proc/none/page.html"))
 
 
 def test_label_maps_are_not_mixed_with_those_of_other_classes(tmp_path):
