@@ -21,14 +21,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from pipeline.data.beton import JPEG, contents_of, open_beton
 from pipeline.data.beton_writer import STORED
 from pipeline.data.image_checksum import checksum
 from pipeline.data.maps_file import CompressedMaps, compress_map, join_maps
 from pipeline.distributed.processes import LibraryContext, die_with_parent
 from pipeline.errors import DataError
+from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding, Stored, encode
 from tools.prepare.image_pixels import ReadingSettings
-from tools.prepare.image_source import Item, Reader, base
+from tools.prepare.image_source import Item, Reader, base, read_lines
 from tools.prepare.masks import MaskReading
 
 PART_SAMPLES = 256
@@ -60,6 +62,15 @@ class Exclusion:
     digests: frozenset[bytes] = frozenset()
     names: frozenset[str] = frozenset()
 
+    @classmethod
+    def read(cls, images: str | None, names: str | None) -> "Exclusion":
+        """The images of a .beton file or another source, and the names that a file lists, one a line.
+
+        Raises:
+            DataError: if one cannot be read.
+        """
+        return cls(_digests(images), frozenset(read_lines(names) if names else ()))
+
     def reason(self, name: str, content: bytes) -> str:
         """Why an image is excluded; "" if it is not."""
         if self.names and not self.names.isdisjoint({name, base(name), base(name).rpartition(".")[0]}):
@@ -67,6 +78,27 @@ class Exclusion:
         if self.digests and sha256(content).digest() in self.digests:
             return "its bytes are listed"
         return ""
+
+
+def _digests(source: str | None) -> frozenset[bytes]:
+    """SHA-256 of the images of a .beton file (of those stored as JPEG) or of another source."""
+    if source is None:
+        return frozenset()
+    if source.endswith(".beton"):
+        beton = open_beton(source)
+        for name in ("max_side", "raw_fraction"):
+            if value := beton.settings.get(name):
+                raise DataError(
+                    f"--exclude-images {source} was prepared with {name} {value:g}, so its images equal none of the"
+                    " files that it was made from; name these files instead"
+                )
+        return frozenset(sha256(content).digest() for _, content in contents_of(beton, JPEG))
+    images = open_source(source, unlabelled=True)
+    readable = [item for item in images.items if not isinstance(item.place, str)]
+    try:
+        return frozenset(sha256(images.reader.read(item.place)).digest() for item in readable)
+    except OSError as error:
+        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; correct that") from None
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
 import PIL
 
-from pipeline.data.beton import JPEG, contents_of, open_beton, sidecar_path
+from pipeline.data.beton import open_beton, sidecar_path
 from pipeline.data.beton_writer import BetonWriter, lock_file, refuse_locked
 from pipeline.data.objects_file import AnnotatedObjects, class_counts
 from pipeline.errors import DataError
@@ -28,7 +29,7 @@ from tools.prepare.annotated_source import (
 from tools.prepare.detect import open_source
 from tools.prepare.encoding import Encoding
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
-from tools.prepare.image_source import ImageSource, Item, base, read_lines
+from tools.prepare.image_source import ImageSource, Item, base
 from tools.prepare.labels import read_descriptions
 from tools.prepare.mask_pairs import MapOptions
 from tools.prepare.masked_source import MaskedSource, has_parts, open_masked_source
@@ -96,10 +97,10 @@ def prepare_beton(source: str | Path, destination: str | Path, **options: Any) -
         DataError: if the source or destination cannot be used, or images are bad and `on_bad` is "refuse".
     """
     chosen, destination = Options(**options), Path(destination)
-    _refuse_existing(destination, chosen.overwrite)
-    images = _open(str(source), chosen)
+    _refuse_destination(destination, chosen.overwrite)
+    images, exclusion = _open(str(source), chosen), Exclusion.read(chosen.exclude_images, chosen.exclude_names)
     reading, pages = _reading_of(images, chosen)
-    return _write(images, str(source), destination, chosen, reading, sum(pages), {})
+    return _write(images, str(source), destination, chosen, exclusion, reading, sum(pages), {})
 
 
 def prepare_targets(
@@ -140,24 +141,25 @@ def prepare_split(
         DataError: as `prepare_beton`; or if a path does not match `group_by`, or one part has no images.
     """
     chosen, destination = Options(**options), Path(destination)
+    if fraction is not None:
+        validation_part((), fraction, group_by)  # refuses both before all masks are read
     validation = destination.with_name(f"{destination.name.removesuffix('.beton')}-val.beton")
-    _refuse_existing(destination, chosen.overwrite)
+    _refuse_destination(destination, chosen.overwrite)
     # An earlier try that ended between the two files left this folder; validation is then written again.
     mark = parts_folder(destination)
     began = not destination.exists() and mark.is_dir() and _settings_in(validation).get("part") == "validation"
     if began:
         refuse_locked(mark, destination)
     else:
-        _refuse_existing(validation, chosen.overwrite)
-    images = _open(str(source), chosen)
-    held_out = _validation_part(images, str(source), fraction, group_by)
-    reading, pages = _reading_of(images, chosen)  # one window for both parts
-    written = []
+        _refuse_destination(validation, chosen.overwrite)
+    images, exclusion = _open(str(source), chosen), Exclusion.read(chosen.exclude_images, chosen.exclude_names)
+    held_out, written = _validation_part(images, str(source), fraction, group_by), []
     names = [item.name for item in images.items]
     for name, held in (("validation", True), ("training", False)):
         if held not in held_out:
             other = f"give {better_fraction(names, fraction or 0.5, group_by)}, or more images"
             raise DataError(f"no image of {source} is for {name} with --split {fraction}; {other}")
+    reading, pages = _reading_of(images, chosen)  # one window for both parts
     for name, path, held in (("validation", validation, True), ("training", destination, False)):
         numbers = [number for number, is_held in enumerate(held_out) if is_held == held]
         part = replace(images, items=[images.items[n] for n in numbers], held_out=None)
@@ -166,7 +168,7 @@ def prepare_split(
         again = replace(chosen, overwrite=chosen.overwrite or (held and began))
         facts = {"split": fraction, "group_by": group_by, "part": name}
         capacity = sum(pages[n] for n in numbers)
-        written.append(_write(part, str(source), path, again, reading, capacity, facts))
+        written.append(_write(part, str(source), path, again, exclusion, reading, capacity, facts))
         if held:
             mark.mkdir(exist_ok=True)
     said = describe_split(names, held_out, fraction, group_by) if fraction is not None else ""
@@ -190,12 +192,16 @@ def _settings_in(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _refuse_existing(destination: Path, overwrite: bool) -> None:
+def _refuse_destination(destination: Path, overwrite: bool) -> None:
     is_data = destination.suffix == ".beton" or sidecar_path(destination).exists()
     if destination.is_dir() or (destination.exists() and not is_data):
         raise DataError(f"{destination} exists and is no .beton file, so it stays; name the .beton file to write")
     if destination.exists() and not overwrite and not (parts_folder(destination) / "plan").exists():
         raise DataError(f"{destination} exists already; remove it, name another file, or pass --overwrite")
+    try:
+        TemporaryFile(dir=destination.parent).close()  # now, and not after all images were looked over
+    except OSError as error:
+        raise DataError(f"{destination} cannot be written: {error.strerror}; name another file") from None
 
 
 def _open(source: str, options: Options) -> ImageSource:
@@ -247,15 +253,13 @@ def _write(
     source: str,
     destination: Path,
     options: Options,
+    exclusion: Exclusion,
     reading: ReadingSettings,
     capacity: int,
     facts: Mapping[str, str | float | None],
 ) -> Summary:
     """Write the file of some images. `capacity` is the most images that they give, `facts` go into the side-car."""
     size, report = options.part_samples, report_path(destination)
-    exclusion = Exclusion(
-        _digests(options.exclude_images), frozenset(read_lines(options.exclude_names) if options.exclude_names else ())
-    )
     parts = [images.items[start : start + size] for start in range(0, len(images.items), size)]
     encoding = asdict(options.encoding)
     settings = {"source": images.kind, **encoding, "pillow": PIL.__version__, **reading.side_car(), **facts}
@@ -376,24 +380,3 @@ def _empty_folder(directory: Path) -> None:
     """Delete all files, the plan last, because the plan marks the folder as ours."""
     for path in sorted(directory.iterdir(), key=lambda path: path.name == "plan"):
         path.unlink()
-
-
-def _digests(source: str | None) -> frozenset[bytes]:
-    """SHA-256 of the images of a .beton file (of those stored as JPEG) or of another source."""
-    if source is None:
-        return frozenset()
-    if source.endswith(".beton"):
-        beton = open_beton(source)
-        for name in ("max_side", "raw_fraction"):
-            if value := beton.settings.get(name):
-                raise DataError(
-                    f"--exclude-images {source} was prepared with {name} {value:g}, so its images equal none of the"
-                    " files that it was made from; name these files instead"
-                )
-        return frozenset(hashlib.sha256(content).digest() for _, content in contents_of(beton, JPEG))
-    images = open_source(source, unlabelled=True)
-    readable = [item for item in images.items if not isinstance(item.place, str)]
-    try:
-        return frozenset(hashlib.sha256(images.reader.read(item.place)).digest() for item in readable)
-    except OSError as error:
-        raise DataError(f"{source}, whose images are to be left out, cannot be read: {error}; correct that") from None

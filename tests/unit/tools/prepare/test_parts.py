@@ -14,8 +14,9 @@ from pipeline.data.beton import open_beton, sidecar_path, verify_hashes
 from pipeline.data.beton_writer import BetonWriter
 from pipeline.errors import DataError
 from tests.archives import class_images, write_folder
+from tools.prepare import preparation
 from tools.prepare.encoding import Encoding
-from tools.prepare.preparation import prepare_beton
+from tools.prepare.preparation import prepare_beton, prepare_split
 
 ROOT = Path(__file__).resolve().parents[4]
 PART = 5
@@ -137,6 +138,21 @@ def test_interrupted_in_the_end(made, tmp_path, monkeypatch, moment):
     prepare_beton(source, path, on_bad="skip", part_samples=PART)
     assert files(path) == files(undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json", "a.beton.report.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("nowhere/a.beton", {}, "cannot be written"),
+        ("a.beton", {"exclude_names": "nowhere.txt"}, "nowhere.txt"),
+        ("a.beton", {"exclude_images": "nowhere"}, "nowhere does not exist"),
+        ("a.beton", {"fraction": 0.0001}, "is for validation with --split 0.0001"),
+    ],
+)
+def test_wrong_options_are_refused_before_all_images_are_looked_over(made, tmp_path, monkeypatch, name, options, words):
+    monkeypatch.setattr(preparation, "survey_images", lambda *_: pytest.fail("all images were looked over first"))
+    with pytest.raises(DataError, match=words):
+        (prepare_split if "fraction" in options else prepare_beton)(made[0], tmp_path / name, on_bad="skip", **options)
 
 
 def test_destinations(made, tmp_path):

@@ -642,7 +642,7 @@ def as_nobody():
 
 def test_what_may_not_be_read_is_one_sentence(images):
     with tempfile.TemporaryDirectory() as place:  # tmp_path is closed to other users
-        os.chmod(place, 0o755)
+        os.chmod(place, 0o777)
         folder = write_folder(Path(place) / "train", images)
         (folder / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").chmod(0)
         refused = r"train, whose images are to be left out, cannot be read: .*Permission denied"
