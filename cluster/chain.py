@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from pipeline.recipe.yaml_files import recipe_text
 from pipeline.stage.directory import Stage, read_done
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import DATA_FILE, DONE_FILE, IN_STAGES, INIT_FILE, JOURNAL_FILE, RECIPE_FILE
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, unwritable
 from pipeline.storage.working_copy import remote_of
 from pipeline.tracking.journal import read_events
+from pipeline.training.handoff import check_handoff
 
 
 def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> list[Stage]:
@@ -236,19 +237,45 @@ def check_before_start(recipe: ChainRecipe, directory: Path, processes: int, *, 
     Raises:
         UserError: for the first defect.
     """
+    check_before_data(recipe, directory, processes, beside=beside)
+    classes: dict[str, set[str]] = {}
+    for name, stage in resolve_chain_paths(recipe).stages.items():
+        if not read_done(directory / name):
+            check_data(stage, classes)
+        elif (directory / name / DATA_FILE).exists():
+            _refuse_other_data(stage, directory / name)
+
+
+def check_before_data(recipe: ChainRecipe, directory: Path, processes: int, *, beside: bool = False) -> None:
+    """The part of `check_before_start` that needs no data, which may have to be prepared for hours.
+
+    Raises:
+        UserError: for the first defect.
+    """
     recipe = resolve_chain_paths(recipe)
     for stage in recipe.stages.values():
         stage.check_world_size(processes)
     check_run_directory(recipe, directory)
-    classes: dict[str, set[str]] = {}
+    refuse_unwritable(directory)
     for name, stage in recipe.stages.items():
         if not read_done(directory / name):
             if (directory / name / RECIPE_FILE).exists() and not beside:
                 Stage(directory / name).attempts.check_free()
             check_weights(stage, directory / name)
-            check_data(stage, classes)
-        elif (directory / name / DATA_FILE).exists():
-            _refuse_other_data(stage, directory / name)
+    check_handoffs({name: stage for name, stage in recipe.stages.items() if not read_done(directory / name)})
+
+
+def check_handoffs(stages: Mapping[str, StageRecipe]) -> None:
+    """Raise RecipeError if one of the stages to run could not take the weights of the one before, days later."""
+    for stage in stages.values():
+        if before := stages.get(stage.previous or ""):
+            check_handoff(before, stage)
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raise StageError if a run directory cannot be written; makes nothing."""
+    if why := unwritable(directory / RECIPE_FILE):
+        raise StageError(f"--out {directory} cannot be written ({why}); choose another directory")
 
 
 def _refuse_other_data(recipe: StageRecipe, directory: Path) -> None:

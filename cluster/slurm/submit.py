@@ -12,11 +12,14 @@ from pathlib import Path
 
 from cluster.chain import (
     check_data,
+    check_handoffs,
     check_run_directory,
     check_weights,
     hold_run,
     open_chain,
+    refuse_unwritable,
     resolve_chain_paths,
+    resolve_paths,
 )
 from cluster.site import SITE_FILE, Site, check_stage_names, store_site, stored_site
 from cluster.slurm import client
@@ -135,6 +138,27 @@ def _settled_jobs(run: Path, stages: list[str]) -> dict[str, list[Job]]:
         time.sleep(ASK_AGAIN_SECONDS)
 
 
+def check_without_data(chain: ChainRecipe, run: Path, site: Site, code: Path, start: str | None = None) -> None:
+    """Refuse what needs no data to be refused, before its images are prepared for hours.
+
+    Args:
+        code: as of `check_with_slurm`.
+        start: as of `plan_jobs`.
+
+    Raises:
+        UserError: for the first defect.
+    """
+    check_run_directory(resolve_chain_paths(chain), run)
+    refuse_unwritable(run)
+    planned = plan_jobs(chain, run, site, start=start)
+    for stage in planned:
+        if stage.needs_job:
+            stage.recipe.check_world_size(stage.site.ranks)
+            check_weights(resolve_paths(stage.recipe), stage.directory)
+    check_handoffs({stage.name: stage.recipe for stage in planned if not stage.done})
+    check_with_slurm(planned, code)
+
+
 def check_planned(planned: list[PlannedStage]) -> dict[str, MemoryNeed]:
     """Refuse what can be refused without Slurm, such as a stage that is done but off track.
 
@@ -150,6 +174,7 @@ def check_planned(planned: list[PlannedStage]) -> dict[str, MemoryNeed]:
             refuse_off_track(Stage(stage.directory), stage.recipe)
         elif stage.needs_job:
             _check_stage(stage, classes)
+    check_handoffs({stage.name: stage.recipe for stage in planned if not stage.done})
     # Last, because it takes longest.
     needs = {stage.name: check_gpu_memory(stage.recipe, stage.site) for stage in planned if stage.needs_job}
     return {name: need for name, need in needs.items() if need}

@@ -1,6 +1,7 @@
 """Find the data files of a stage and check that they suit its recipe: before submission, and in every attempt."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from pipeline.data.beton import Beton
@@ -18,12 +19,17 @@ def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
     Raises:
         DataError, RetryableError: as `fetch_stage_data`.
     """
-    for path in _locations(recipe).values():
-        if not is_url(path) and _is_missing(path):
-            raise DataError(f"data file {path} does not exist; make it with `fcmae prepare {_sources(recipe)} {path}`")
+    refuse_missing_files(recipe)
     betons = {name: describe_beton(path, recipe.data.timeout_seconds) for name, path in _locations(recipe).items()}
     _check_contents(recipe, betons)
     return betons
+
+
+def refuse_missing_files(recipe: StageRecipe, sources: Collection[str] = ()) -> None:
+    """Raise DataError for a local data file that does not exist and is none of the sources, which become data files."""
+    for path in _locations(recipe).values():
+        if path not in sources and not is_url(path) and _is_missing(path):
+            raise DataError(f"data file {path} does not exist; make it with `fcmae prepare {_sources(recipe)} {path}`")
 
 
 def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pipeline.distributed.sharded_tensors import fill, whole
 from pipeline.engines import Engine
-from pipeline.errors import CheckpointError, StageError
+from pipeline.errors import CheckpointError, RecipeError, StageError
 from pipeline.health.verdict import refuse_off_track
-from pipeline.objectives import Objective
+from pipeline.objectives import Objective, create_objective
 from pipeline.objectives.detection import detection_facts
 from pipeline.objectives.segmentation import segmentation_facts
 from pipeline.recipe import StageRecipe
@@ -66,13 +67,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         return None
     path, sha256, weights = source
     _check_statistics(stage.recipe, path)
-    how = None if stage.recipe.init.channels == "keep" else stage.recipe.init.channels
-    weights = match_channels(weights, stage.recipe.model.in_channels, how, f"stage {stage.recipe.name}: {path}")
-    if stage.recipe.objective.kind in ("fcmae", "classification"):
-        refuse_other_heads(weights, path)
-    weights, drop, fresh = objective.adapt_weights(weights)
-    if stage.recipe.init.response == "new":
-        drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(engine.items()))
+    weights, drop, fresh = _adapted(objective, weights, path, engine.items())
     head = None
     if stage.recipe.init.head == "keep" and stage.recipe.objective.kind == "detection":
         # The layers with rows for classes start anew with other classes; all others serve any classes.
@@ -85,6 +80,58 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
     transfer = _copy_weights(engine.items(), weights, drop, fresh)
     engine.refresh()
     return Received(path, sha256, transfer, head)
+
+
+def check_handoff(before: StageRecipe, recipe: StageRecipe) -> None:
+    """Refuse a stage that could not take the weights of the stage before, by the names and shapes of both models.
+
+    What the class names decide, rows of a head that is mapped or kept for other objects, is taken to fit.
+
+    Raises:
+        RecipeError: naming the first tensor that does not fit.
+    """
+    objectives = [create_objective(each, seed=0) for each in (before, recipe)]
+    with torch.device("meta"):
+        weights, target = (_floating(objective.build_model()) for objective in objectives)
+    try:
+        weights, drop, fresh = _adapted(objectives[1], weights, f"stage {before.name}", target)
+        rows = {"map": head_names, "keep": class_layers}.get(recipe.init.head)
+        if rows and recipe.objective.kind in ("classification", "detection"):
+            drop, fresh = (*drop, *rows(weights)), (*fresh, *rows(target))
+        plan_transfer(*_shapes(weights, target), drop=drop, fresh=fresh)
+    except CheckpointError as error:
+        raise RecipeError(
+            f"stage {recipe.name} could not start from the weights of stage {before.name}:"
+            f" {str(error).partition(';')[0]}; give both stages the same model, or set init.start to scratch"
+        ) from None
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    """What `Engine.items` has of a model."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _adapted(
+    objective: Objective, weights: Mapping[str, Tensor], source: str, target: Iterable[str]
+) -> tuple[Mapping[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """The weights under the names of a stage's model, and `drop` and `fresh` of `plan_transfer`, but for kept heads.
+
+    target: the names of the model's tensors.
+    """
+    recipe = objective.recipe
+    how = None if recipe.init.channels == "keep" else recipe.init.channels
+    weights = match_channels(weights, recipe.model.in_channels, how, f"stage {recipe.name}: {source}")
+    if recipe.objective.kind in ("fcmae", "classification"):
+        refuse_other_heads(weights, source)
+    weights, drop, fresh = objective.adapt_weights(weights)
+    if recipe.init.response == "new":
+        drop, fresh = (*drop, *_responses(weights)), (*fresh, *_responses(target))
+    return weights, drop, fresh
+
+
+def _shapes(*sides: Mapping[str, Tensor]) -> list[dict[str, tuple[int, ...]]]:
+    return [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in sides]
 
 
 def _read_source(stage: Stage, engine: Engine) -> tuple[str, str, Mapping[str, Tensor]] | None:
@@ -170,8 +217,7 @@ def _map_head(
 def _copy_weights(
     target: Mapping[str, Tensor], weights: Mapping[str, Tensor], drop: tuple[str, ...], fresh: tuple[str, ...]
 ) -> Transfer:
-    shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, target))
-    transfer = plan_transfer(*shapes, drop=drop, fresh=fresh)
+    transfer = plan_transfer(*_shapes(weights, target), drop=drop, fresh=fresh)
     for name in transfer.loaded:
         fill(target[name], weights[name])
     return transfer

@@ -30,7 +30,7 @@ from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, pr
 from tools.prepare.recipe_data import bound_file, note_doubtful_validation
 from tools.prepare.splits import validation_part
 from tools.recipes.library import find_recipe
-from tools.run.local_run import stoppable_preparation, train_here
+from tools.run.local_run import check_without_data, stoppable_preparation, train_here
 from tools.tables import plain_table, wide_console
 
 DERIVED = (
@@ -111,7 +111,8 @@ def plan_training(request: Request, run: Path) -> PlannedTraining:
     path, given = find_recipe(base), _given_values(request)
     kept = _kept_values(run, request.stage)
     if not kept:
-        _refuse_for_all_images(request, weights, model, path, given)
+        draft = _chain_for_some_images(request, weights, model, path, given)
+        check_without_data(draft, run, request.processes)
     with stoppable_preparation():
         train, validation = _data(request, run, weights)
     if (batch := given.get("batch.global_batch", 0)) > train.samples:
@@ -255,24 +256,26 @@ def _fixed_values(
     return values
 
 
-def _refuse_for_all_images(
+def _chain_for_some_images(
     request: Request, weights: StartingWeights | None, model: Mapping[str, Any], path: Path, given: Mapping[str, Any]
-) -> None:
-    """Refuse now what would be refused for any images, because preparing them may take hours.
+) -> ChainRecipe:
+    """Refuse what would be refused for any images, before they are prepared for hours.
 
-    Values are derived for many numbers and sizes of images; one of them must give a recipe that the processes can run.
+    Values are derived for many numbers and sizes of images; returns the first recipe that so many processes can run.
 
     Raises:
-        RecipeError: as for the most images.
+        RecipeError: as for the most images, if there is none.
     """
-    fixed = _fixed_values(request, weights, model, (request.images, request.images), 2)
+    fixed = _fixed_values(request, weights, model, ("train.beton", "validation.beton"), 2)
     base, refused = _stage(path, fixed, request), None
     sides = (USUAL_SIDE,) if weights or "data.image_size" in given else SIDES_TRIED
     for images, side in product(IMAGES_TRIED, sides):
         facts = ImageFacts(images, side, weights is not None, weights and weights.image_size, _device())
         values = fixed | _keyed(request.stage, derive(request.stage, base, facts, given))
         try:
-            return _stage(path, values, request, _user_overrides(request)).check_world_size(request.processes)
+            chain = load_recipe(path, [*_texts(values), *_user_overrides(request)])
+            chain.stages[request.stage].check_world_size(request.processes)
+            return chain
         except RecipeError as error:
             refused = refused or error
     raise refused or AssertionError("unreachable")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.chain import resolve_chain_paths
 from pipeline.data.beton import read_sidecar
+from pipeline.data.stage_data import refuse_missing_files
 from pipeline.data.staging import is_url
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import (
@@ -19,6 +20,7 @@ from pipeline.recipe import (
 )
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
+from tools.prepare.detect import refuse_missing
 from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.prepared_cache import (
     SourceSettings,
@@ -61,6 +63,11 @@ def with_prepared_data(
     """
     chain = resolve_chain_paths(chain)
     sources, files = sources_of(chain, run), {}
+    if sources and not (run / RECIPE_FILE).exists():  # before the first one is prepared for hours
+        for stage in chain.stages.values():
+            refuse_missing_files(stage, sources)
+        for source in sources:
+            refuse_missing(source)
     for name in NAMES:  # validation images have the window of the training images
         for stage in chain.stages.values():
             source = getattr(stage.data, name)

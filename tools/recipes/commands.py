@@ -146,7 +146,7 @@ def validate_recipes(
         help="Check that the global batch can be divided among this many ranks.")] = None,
 ) -> None:  # fmt: skip
     """Check that recipes can be run: their values, and the data files that are on this machine."""
-    from cluster.chain import check_data, resolve_paths
+    from cluster.chain import check_data, check_handoffs, resolve_paths
     from pipeline.recipe import load_recipe
     from tools.recipes.library import find_recipe
 
@@ -162,6 +162,7 @@ def validate_recipes(
             absent += missing
             if not missing:
                 check_data(resolve_paths(stage), classes)
+        check_handoffs(chain.stages)
         unchecked = f"; not here, so checked when the run starts: {', '.join(dict.fromkeys(absent))}" if absent else ""
         ranks = ", ".join(f"{name} {_fitting_ranks(stage)}" for name, stage in chain.stages.items())
         print(f"{chain.name} is valid: {', '.join(chain.stages)}{unchecked}; most ranks: {ranks}")

@@ -39,12 +39,11 @@ def run_here(
     from pipeline.storage.working_copy import working_copy
     from tools.prepare.recipe_data import with_prepared_data
     from tools.recipes.library import find_recipe
-    from tools.run.local_run import stoppable_preparation, train_here
+    from tools.run.local_run import check_without_data, stoppable_preparation, train_here
 
     path = find_recipe(recipe)
     chain, directory = load_recipe(path, overrides or []), working_copy(out)
-    for stage in chain.stages.values():
-        stage.check_world_size(nproc)
+    check_without_data(chain, directory, nproc)
     with stoppable_preparation():
         chain = with_prepared_data(chain, directory, refresh=refresh)
     train_here(chain, directory, path, overrides or [], nproc)
@@ -72,7 +71,7 @@ def submit_run(
     from cluster.slurm import submit as jobs
     from cluster.slurm.code_snapshot import code_snapshot_path
     from pipeline.recipe import load_recipe
-    from tools.prepare.recipe_data import note_unshared_data, refuse_sources, with_prepared_data
+    from tools.prepare.recipe_data import note_unshared_data, refuse_sources, sources_of, with_prepared_data
     from tools.recipes.library import find_recipe
     from tools.run.local_run import stoppable_preparation
 
@@ -87,6 +86,8 @@ def submit_run(
         for text in jobs.job_scripts(planned, code_snapshot_path(run)):
             print(text)
         return
+    if sources_of(chain, run):
+        jobs.check_without_data(chain, run, profile, code_snapshot_path(run), start)
     with stoppable_preparation():
         cache = Path(profile.data_cache) if profile.data_cache else None
         chain = with_prepared_data(chain, run, cache=cache, refresh=refresh)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from cluster.chain import check_before_start, hold_run, open_chain, run_chain
+from cluster.chain import check_before_data, check_before_start, hold_run, open_chain, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.show.progress import Progress
@@ -38,10 +38,8 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
         UserError: if the run is refused or fails.
         typer.Exit: with the outcome's exit code, if the same command resumes the run.
     """
-    if importlib.util.find_spec("ffcv") is None:
-        raise DataError("FFCV is not installed, and training reads .beton files with it; `fcmae doctor` says more")
+    check_without_data(chain, directory, processes)
     check_before_start(chain, directory, processes)
-    refuse_beside_jobs(directory.resolve(), chain.stages)
     stages = open_chain(chain, directory)
     write_origin(directory, recipe, overrides)
     remote = remote_of(directory)
@@ -63,6 +61,18 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
     console.print(run_table(RunFollower(directory).statuses()))
+
+
+def check_without_data(chain: ChainRecipe, directory: Path, processes: int) -> None:
+    """Refuse what needs no data to be refused, before its images are prepared for hours.
+
+    Raises:
+        UserError: for the first defect.
+    """
+    if importlib.util.find_spec("ffcv") is None:
+        raise DataError("FFCV is not installed, and training reads .beton files with it; `fcmae doctor` says more")
+    check_before_data(chain, directory, processes)
+    refuse_beside_jobs(directory.resolve(), chain.stages)
 
 
 @contextmanager

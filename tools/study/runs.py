@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cluster.chain import check_before_start, run_chain
+from cluster.chain import check_before_data, check_before_start, resolve_chain_paths, run_chain
 from cluster.local import LocalLauncher, retrying
 from cluster.recipe_origin import write_origin
 from cluster.site import Site, check_path
@@ -15,7 +15,7 @@ from pipeline.recipe import ChainRecipe, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from pipeline.storage.file_names import RECIPE_FILE
-from tools.prepare.recipe_data import refuse_sources, with_prepared_data
+from tools.prepare.recipe_data import refuse_sources, sources_of, with_prepared_data
 from tools.rehearse.chain_rehearsal import refuse_failing_stages
 from tools.study.definition import STUDY_FILE, Study, StudyRun, refuse_another_study, study_runs, write_study
 from tools.study.shared_stages import SharedStages, is_same_experiment, owner_of
@@ -52,11 +52,12 @@ def checked_chains(
         UserError: for the first defect.
     """
     refuse_another_study(study, directory)
-    chains = {}
-    for run in study_runs(study, directory):
-        chain = study.chain(run.arm, run.seed)
+    chains = {run: study.chain(run.arm, run.seed) for run in study_runs(study, directory)}
+    for run, chain in chains.items():  # all runs, before the images of the first one are prepared for hours
         if dry_run:
             refuse_sources(chain, run.directory)
+        check_before_data(chain, run.directory, processes, beside=True)
+    for run, chain in chains.items():
         chains[run] = with_prepared_data(chain, run.directory)
         check_before_start(chains[run], run.directory, processes, beside=True)
         jobs.refuse_beside_jobs(run.directory.resolve(), chains[run].stages)
@@ -166,12 +167,18 @@ def plan_submission(
     Raises:
         UserError: for the first defect.
     """
+    from cluster.slurm.code_snapshot import code_snapshot_path
+
     check_path(directory)
     refuse_another_study(study, directory)
     cache = Path(site.data_cache) if site.data_cache else None
     planned, warnings = {}, {}
-    for run in study_runs(study, directory):
-        chain = study.chain(run.arm, run.seed)
+    # All recipes, before the images of the first one are prepared for hours.
+    chains = {run: study.chain(run.arm, run.seed) for run in study_runs(study, directory)}
+    first, chain = next(iter(chains.items()))
+    if not dry_run and sources_of(resolve_chain_paths(chain), first.directory):
+        jobs.check_without_data(chain, first.directory, site, code_snapshot_path(directory))
+    for run, chain in chains.items():
         if dry_run:
             refuse_sources(chain, run.directory)
         chain = with_prepared_data(chain, run.directory, cache=cache)

@@ -129,6 +129,22 @@ def test_a_refused_start_makes_nothing(tmp_path, change):
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "stages.finetune.model.dims=[8,24]",
+        "stages.intermediate.model.stem_stride=4",
+        "stages.finetune.model.response=none",
+        "stages.pretrain.model.layer_scale=0.1",
+    ],
+)
+def test_weights_that_the_next_stage_could_not_take_are_refused_before_they_are_trained(tmp_path, change):
+    recipe = write_tiny_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"stage \w+ could not start from the weights of stage \w+: .* in the model;"):
+        check_before_start(load_recipe(recipe, [change]), tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_stage_keeps_its_data(tmp_path):
     recipe, run = write_tiny_recipe(tmp_path), tmp_path / "run"
     stage = open_chain(load_recipe(recipe), run)[0]

@@ -214,3 +214,24 @@ def test_rank_zero_says_whether_the_stage_before_is_done(begin, monkeypatch):
     done = Done(weights["weights"], weights["weights_sha256"], 1)
     monkeypatch.setattr(World, "on_main", lambda world, work: done)
     assert handoff.receive(stage, engine, objective, CLASSES).sha256 == done.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        (["finetune.init.head=keep"], True),
+        (["finetune.init.head=keep", "finetune.objective.classes=3"], False),
+        (["finetune.init.head=map", "finetune.objective.classes=3"], True),
+        (["finetune.model.response=ln", "finetune.init.response=new"], True),
+        (["finetune.model.response=ln"], False),
+        (["finetune.model.in_channels=1", "finetune.init.channels=sum"], True),
+    ],
+)
+def test_a_handoff_is_checked_before_there_are_weights(tmp_path, changes, fits):
+    stages = load_recipe(write_tiny_recipe(tmp_path), [f"stages.{change}" for change in changes]).stages
+    handoff.check_handoff(stages["pretrain"], stages["intermediate"])
+    if fits:
+        handoff.check_handoff(stages["intermediate"], stages["finetune"])
+        return
+    with pytest.raises(RecipeError, match=r"finetune could not start from the weights of stage intermediate: .* and "):
+        handoff.check_handoff(stages["intermediate"], stages["finetune"])

@@ -6,8 +6,9 @@ from PIL import Image
 
 from cluster.chain import open_chain
 from cluster.site import load_site
+from cluster.slurm import submit
 from pipeline.data.beton import open_beton
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.recipe import load_recipe
 from tests.support import mark_done, write_tiny_recipe
 from tests.unit.tools.prepare.test_prepared_cache import write_images
@@ -24,6 +25,7 @@ from tools.prepare.recipe_data import (
     with_prepared_data,
 )
 from tools.recipes.commands import validate_recipes
+from tools.run.commands import run_here, submit_run
 
 
 @pytest.fixture
@@ -66,6 +68,59 @@ def test_finished_stages_need_no_data(recipe, photos, tmp_path):
         (tmp_path / "run" / name).mkdir(parents=True)
         mark_done(tmp_path / "run" / name)
     assert sources_of(chain, tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "words"),
+    [
+        ("stages.finetune.data.train", "nowhere", "source .*/nowhere does not exist"),
+        ("stages.pretrain.data.validation", "nowhere.beton", "data file .*/nowhere.beton does not exist"),
+    ],
+)
+def test_all_data_must_be_there_before_the_first_is_prepared(recipe, photos, tmp_path, key, name, words):
+    chain = chain_of(recipe, photos, f"{key}={tmp_path / name}")
+    with pytest.raises(DataError, match=words):
+        with_prepared_data(chain, tmp_path / "run", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def prepare_nothing(*_, **__):
+    pytest.fail("images were prepared first")
+
+
+@pytest.mark.parametrize(
+    ("out", "override", "words"),
+    [
+        ("/proc/out", "seed=1", "--out /proc/out cannot be written"),
+        ("photos", "seed=1", "is no run of ours"),
+        ("run", "init=nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("run", "stages.finetune.model.dims=[8,24]", "could not start from the weights of stage intermediate"),
+    ],
+)
+def test_a_run_is_refused_before_its_images_are_prepared(recipe, photos, tmp_path, monkeypatch, out, override, words):
+    monkeypatch.setattr(recipe_data, "prepared", prepare_nothing)
+    with pytest.raises(UserError, match=words):
+        run_here(str(recipe), str(tmp_path / out), [f"defaults.data.train={photos}", override])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"out": "photos"}, "is no run of ours"),
+        ({"overrides": ["init=nowhere.safetensors"]}, "nowhere.safetensors does not exist"),
+        ({"start": "finetune"}, "finetune starts from intermediate, which is neither done nor queued"),
+        ({}, "there is no squeue on PATH"),
+    ],
+)
+def test_a_submission_is_refused_before_its_images_are_prepared(recipe, photos, tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(recipe_data, "prepared", prepare_nothing)
+    if options:
+        monkeypatch.setattr(submit, "jobs_without_tickets", lambda directories: [])
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    overrides = [f"defaults.data.train={photos}", *options.get("overrides", ())]
+    with pytest.raises(UserError, match=words):
+        submit_run(str(recipe), "generic", tmp_path / options.get("out", "run"), overrides, start=options.get("start"))
 
 
 def test_only_classification_needs_classes(recipe, photos, tmp_path):

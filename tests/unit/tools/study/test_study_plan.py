@@ -15,6 +15,7 @@ from pipeline.stage.directory import Stage
 from pipeline.stage.outcome import Outcome, OutcomeKind
 from tests.support import write_tiny_recipe
 from tools.estimate.stage_estimate import estimate
+from tools.prepare import recipe_data
 from tools.recipes.library import find_recipe, find_study
 from tools.study.definition import STUDY_FILE, load_study, study_runs, write_study
 from tools.study.plan import StudyPlan, dry_run_lines, plan_json, plan_table
@@ -94,6 +95,19 @@ def test_a_dry_run_checks_and_writes_nothing(study, tmp_path):
     assert not out.exists()
     with pytest.raises(RecipeError, match="3 processes"):
         checked_chains(own, out, 3, dry_run=True)
+
+
+def test_all_arms_are_checked_before_the_images_of_the_first_are_prepared(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_data, "prepared", lambda *_, **__: pytest.fail("images were prepared first"))
+    (tmp_path / "photos").mkdir()
+    photos = {"defaults.data.train": str(tmp_path / "photos")}
+    for change, words in (
+        ({"stages.finetune.batch.slot": 7}, "arm last: .* is not a multiple of slot 7"),
+        ({"stages.finetune.model.dims": [8, 24]}, "stage finetune could not start from the weights"),
+    ):
+        own = study(change=photos, arms={"first": {}, "last": {"change": change}})
+        with pytest.raises(RecipeError, match=words):
+            checked_chains(own, tmp_path / "out", 1)
 
 
 def test_a_study_costs_what_its_stages_cost_once(study, recipe):
