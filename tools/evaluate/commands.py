@@ -121,10 +121,8 @@ def evaluate_weights(
             "--results": results},
         ("classifier", "segmenter"): {"--batch": batch},
     })  # fmt: skip
-    if beside or is_source(data) or (knn and is_source(knn)):
+    if benchmark != "c" and (beside or is_source(data) or (knn and is_source(knn))):
         _check_weights(kind, (weights, *(beside or ())))
-    if real and knn:
-        raise UserError(f"--real {real} judges the head's answers, and with --knn neighbours answer; leave one out")
     shown = {"per_class": per_class, "json": json}
     if data.endswith(".beton"):
         note_other_window(weights, data)
@@ -146,6 +144,8 @@ def evaluate_weights(
             "classes": classes, "all_outputs": all_outputs, "batch": batch, "bf16": bf16}  # fmt: skip
         _evaluate_corruptions(weights, data, settings, nproc, refresh, json)
         return
+    if real and knn:
+        raise UserError(f"--real {real} judges the head's answers, and with --knn neighbours answer; leave one out")
     file, voters = evaluated_files(weights, data, knn, refresh)
     request = EvaluationRequest(
         weights, file, image_size=image_size, crop_pct=crop_pct, ema=ema, channels=channels, classes=classes,
