@@ -112,7 +112,8 @@ def plan_table(plan: StudyPlan) -> Group:
     for reference in study.references:
         figures = study.figure_texts(reference.figures)
         table.add_row(reference.name, reference.source, f"{reference.result:.1f}", *figures, "", "")
-    common = f"Every arm: {_listed(study.recipe, study.change)}."
+    unless = ", unless it names another recipe" if any(arm.recipe for arm in study.arms.values()) else ""
+    common = f"Every arm{unless}: {_listed(study.recipe, study.change)}."
     ladder = ["Each arm starts only when the one before it is done and on track."] if study.ladder else []
     source = [f"Other published figures: {study.figures_source}."] if study.figures_source else []
     return Group(table, "", common, f"{plan.total}.", *ladder, *source)

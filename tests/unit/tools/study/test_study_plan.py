@@ -184,6 +184,8 @@ def test_the_included_ladder_is_judged_by_published_values():
         low, high = ladder.arms[arm].expected
         assert (low + high) / 2 == pytest.approx(ladder.published(arm))
     chains = {arm: ladder.chain(arm, 0) for arm in ladder.arms}
+    shown = printed(plan_table(StudyPlan.of(ladder)))
+    assert "Every arm, unless it names another recipe: convnextv2/huge." in shown
     assert all([*chain.stages.values()][-1].gate.stop for chain in chains.values())
     tenth, huge = chains["huge-160-epochs"].stages["pretrain"], load_recipe(find_recipe("convnextv2/huge"))
     whole = huge.stages["pretrain"].schedule
