@@ -9,7 +9,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.zip import ZipFileSystem
@@ -75,6 +77,22 @@ class Pairs(NamedTuple):
     stamp: str
 
 
+class _ListedZip(ZipFileSystem):
+    """A .zip whose folders are listed from an index, where fsspec goes through all members for each folder."""
+
+    @cached_property
+    def _entries(self) -> dict[str, list[dict[str, Any]]]:
+        self._get_dirs()
+        entries = defaultdict(list)
+        for path, entry in self.dir_cache.items():
+            entries[path.rpartition("/")[0]].append(entry)
+        return entries
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list:
+        entries = self._entries.get(path.rstrip("/")) if detail and path[:1] not in ("", "/") else None
+        return sorted(entries, key=itemgetter("name")) if entries else super().ls(path, detail, **options)
+
+
 @dataclass(frozen=True)
 class _ZipReader:
     """Reader of places (path, 0, None) in a .zip, which compares each file with its checksum."""
@@ -101,7 +119,7 @@ def masked_folder(source: str) -> MaskedFolder | None:
     if path.lower().endswith(".zip") and fs.isfile(path):
         stamp = archive_stamp(fs, path)
         try:
-            fs, path = ZipFileSystem(source), ""
+            fs, path = _ListedZip(source), ""
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise DataError(f"archive {source} cannot be read ({first_line(error)}); copy it again") from None
     elif not fs.isdir(path):
