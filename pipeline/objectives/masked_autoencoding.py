@@ -1,6 +1,8 @@
 """FCMAE pre-training: hide cells of each image and predict their pixels."""
 
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -82,13 +84,14 @@ class FCMAEObjective(Objective):
         # Leave out padding. Every image hides equally many cells, so the loss is a mean over the images.
         count = int(batch.valid.sum())
         if count == len(batch.valid):
-            visible = self._visible_cells(batch, images.device)
+            loss = model(images, self._visible_cells(batch, images.device)).loss
         else:
             # Without a valid image compute one all the same: if parameters are sharded, every rank must take part.
             places = batch.valid.nonzero().flatten() if count else torch.zeros(1, dtype=torch.int64)
             images = images.index_select(0, places.to(images.device, non_blocking=True))
             visible = VisibleCells(self._draw_mask(batch.ids[places], batch.epoch), self._grid, images.device)
-        loss = model(images, visible).loss
+            with _uncompiled():
+                loss = model(images, visible).loss
         return {"loss": loss * count, "count": torch.tensor(float(count))}
 
     def tally(self) -> SummedScores:
@@ -100,7 +103,8 @@ class FCMAEObjective(Objective):
 
     def paint(self, model: nn.Module, batch: Batch) -> Reconstructions:
         images, mask = self._normalised(model, batch), self.mask(batch)
-        prediction = model(images, VisibleCells(mask, self._grid, images.device)).prediction
+        with _uncompiled():
+            prediction = model(images, VisibleCells(mask, self._grid, images.device)).prediction
         forms = {AS_PREDICTED: False, RESCALED: True} if model.normalize_target else {AS_PREDICTED: True}
         painted = {name: model.paint(images, mask, prediction, rescaled=rescaled) for name, rescaled in forms.items()}
         shown = {name: denormalise(each, self.recipe.channel_statistics) for name, each in painted.items()}
@@ -114,6 +118,12 @@ class FCMAEObjective(Objective):
         rest = {name: tensor for name, tensor in weights.items() if name.startswith(classifier_only)}
         encoder = {f"encoder.{name}": tensor for name, tensor in weights.items() if name not in rest}
         return AdaptedWeights(encoder | rest, classifier_only, pretraining_only)
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Use no compiled blocks in a `with` block: compiling for a number of images that comes once takes longer."""
+    # Without dynamo, which takes a second to import, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def draw_mask(seed: int, epoch: int, ids: np.ndarray, cells: int, ratio: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Blocks are compiled by default on a GPU, where a compiler can be started, and never under a switch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -9,6 +11,7 @@ from pipeline.engines.compiled_blocks import compiles_blocks, eager_blocks, want
 from pipeline.kernels.triton_support import plain_kernels
 from pipeline.objectives import create_objective
 from pipeline.recipe.sections import EngineSettings
+from tests.engines import batches, stage_recipe
 from tests.unit.objectives.test_segmentation import scene_batch
 from tests.unit.recipe.test_segmentation_settings import stage as segmentation_stage
 
@@ -71,4 +74,26 @@ def test_scenes_of_many_sizes_are_evaluated_uncompiled_and_trained_compiled(worl
         objective.evaluate(model, scene_batch(range(1), slot=1))
     objective.loss(engine.module, scene_batch(range(1)), 0).backward()
     assert counter.frame_count == trained
+    torch._dynamo.reset()
+
+
+def test_an_fcmae_batch_that_is_not_full_and_pictures_are_computed_uncompiled(world, monkeypatch):
+    """Each has a number of images of its own, once in an evaluation."""
+    torch._dynamo.reset()
+    counter, compiler = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(compiled_blocks, "missing_compiler", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **how: compiler(*arguments, **how, backend=counter))
+    recipe = stage_recipe("pretrain", {"compile": True}, model={"depths": [1], "dims": [6]})
+    objective = create_objective(recipe, seed=4)
+    engine = create_engine(objective.build_model, recipe, world)
+    batch = batches(recipe, 0)[0]
+    with engine.evaluating() as model:
+        objective.evaluate(model, batch)
+        full = counter.frame_count
+        assert full == 2, "a graph for the encoder's block and one for the decoder's"
+        part = replace(batch, valid=torch.arange(len(batch.valid)) > 0)
+        scores = objective.evaluate(model, part)
+        assert scores["count"] == len(batch.valid) - 1
+        objective.paint(model, batch.part(slice(1)))
+    assert counter.frame_count == full
     torch._dynamo.reset()
