@@ -15,6 +15,7 @@ from pipeline.cost.measure import available_bytes
 from pipeline.cost.memory import estimate_peak
 from pipeline.distributed.processes import module_command
 from pipeline.recipe import StageRecipe, load_stage_recipe, write_recipe
+from pipeline.storage.announcement import announced
 from pipeline.storage.user_cache import keep_compiled_code_local
 
 CPU_IMAGES = 32  # a larger micro-batch is no faster on a CPU
@@ -58,7 +59,7 @@ def _measured(recipe: StageRecipe, sizes: list[int]) -> tuple[int, str]:
     then count.
     """
     trouble = ""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, announced("measuring which micro-batch is the fastest on this GPU"):
         path = Path(folder) / "stage.yaml"
         write_recipe(recipe, path)
         command = module_command("tools.own_images.micro_batch", path, *sizes)
