@@ -39,7 +39,7 @@ class FakeSlurm:
 
 
 def queued(
-    id: int, state: str, stage: Path, *, reason: str = "None", nodes: str = "", after: int | None = None,
+    id: int, state: str, stage: Path, *, reason: str = "None", nodes: str = "", after: int | str | None = None,
     ticket: bool = False,
 ) -> str:  # fmt: skip
     """A line of squeue, as `cluster.slurm.client` asks for it. `ticket`: a job that is just being submitted."""

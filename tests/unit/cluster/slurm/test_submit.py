@@ -137,6 +137,10 @@ def test_a_rung_waits_for_the_rung_before_and_for_a_stage_that_it_shares(fake_sl
     assert lines == ["intermediate: job 11, after job 7 and 5", "finetune: job 12, after job 11"]
     script = slurm_directory(run / "intermediate") / "11_submission.sh"
     assert "#SBATCH --dependency=afterok:7:5\n" in script.read_text()
+    both = queued(11, "PENDING", run / "intermediate", reason="Dependency", after="7(unfulfilled),afterok:5")
+    after = queued(12, "PENDING", run / "finetune", reason="Dependency", after=11)
+    fake_slurm.answer("squeue", queued(7, "RUNNING", run / "pretrain") + both + after)
+    assert not any(stage.needs_job for stage in plan_jobs(chain, run, Site()))
 
 
 def test_without_slurm_it_is_one_sentence(tmp_path):
