@@ -76,3 +76,12 @@ def shortened(value: object, most: int = 120) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class if it has no text."""
     return (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_full_gpu(error: Exception) -> str:
+    """The sentence for torch's OutOfMemoryError in a command that trains nothing."""
+    return (
+        "a GPU's memory is full; take fewer or smaller images at once (--batch, --image-size; of a recipe,"
+        " batch.micro_slots), or free it: `nvidia-smi` shows who holds it"
+        f" ({first_line(error)})"
+    )

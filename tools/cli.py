@@ -15,7 +15,7 @@ import typer.core
 from pydantic import ValidationError
 
 from pipeline.distributed.processes import keep_imports_safe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, describe_full_gpu
 from pipeline.stage.outcome import ExitCode, exit_code
 from pipeline.storage.announcement import announced
 from pipeline.storage.user_cache import redirect_caches
@@ -186,6 +186,11 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(128 + signal.SIGPIPE)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; most commands do not import torch
+            raise
+        print(f"fcmae: {describe_full_gpu(error)}", file=sys.stderr)
+        sys.exit(ExitCode.PERMANENT)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.multiprocessing as mp
 
 from cluster.local import reserve_port
@@ -20,7 +21,7 @@ from pipeline.data.beton import open_beton
 from pipeline.data.subset import Subset
 from pipeline.distributed.processes import die_with_parent
 from pipeline.distributed.world import World
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError, UserError, describe_full_gpu
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
@@ -207,6 +208,9 @@ def _run_spawned(rank: int, processes: int, port: int, work: Callable[[], Any], 
         result = work()
     except UserError as error:
         answers.put(str(error))
+        raise
+    except torch.OutOfMemoryError as error:
+        answers.put(describe_full_gpu(error))
         raise
     if rank == 0:
         answers.put(result)

@@ -158,16 +158,33 @@ def test_there_are_forty():
     assert len({case[0] for case in WRONG + USAGE}) >= 40
 
 
-def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
-    def full(**options: object) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/run/code")
+def end_of_command(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command that raises the error, which must exit with 1."""
+
+    def fail(**options: object) -> None:
+        raise error
 
     for name in ("keep_imports_safe", "redirect_caches", "redact_tracebacks", "_escape_odd_names"):
         monkeypatch.setattr(cli, name, lambda: None)
-    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(cli, "app", fail)
     monkeypatch.setattr(sys, "argv", ["fcmae", "submit"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    end_of_command(OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me/run/code"), monkeypatch)
     sentence = "fcmae: /home/me/run/code: Disk quota exceeded; make room, then run the same command again\n"
     assert capsys.readouterr().err == sentence
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+    import torch
+
+    end_of_command(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), monkeypatch)
+    said = capsys.readouterr().err
+    assert said.startswith("fcmae: a GPU's memory is full; take fewer or smaller images at once (--batch")
+    assert said.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)\n")
+    with pytest.raises(RuntimeError, match="a defect"):
+        end_of_command(RuntimeError("a defect"), monkeypatch)

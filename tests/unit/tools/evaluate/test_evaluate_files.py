@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from pipeline.weights.safetensors_file import write_weights
 from tests.archives import class_images, write_folder
 from tests.oracles import randomise
 from tests.support import fcmae, tiny_recipe
+from tools.evaluate import run_evaluation as module
 from tools.evaluate.run_evaluation import EvaluationRequest, run_evaluation
 from tools.predict.image_model import default_crop, load_image_model
 from tools.prepare.preparation import prepare_beton
@@ -215,6 +217,21 @@ def wait_for_nobody() -> None:
     world = World.join("cpu", timeout_seconds=3600)
     os.write(1, f"{os.getpid()}\n".encode())
     torch.distributed.recv(torch.zeros(1), 1 - world.rank)
+
+
+def test_a_rank_whose_gpu_is_full_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(module, "die_with_parent", lambda parent: None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that the test's end removes what is set here
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    answers = SimpleQueue()
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        module._run_spawned(1, 2, 0, full, answers, 0)
+    assert "fewer or smaller images at once" in answers.get()
 
 
 def test_neighbours_of_files(place):
