@@ -47,12 +47,13 @@ def export_checkpoint(
     overwrite: Overwrite = False,
 ) -> None:
     """Verify a checkpoint and write its weights to a file, which `fcmae convert` and `fcmae export` read."""
-    from pipeline.storage.folder import Folder
+    from pipeline.storage.folder import Folder, check_writable
     from pipeline.weights.safetensors_file import write_weights
     from tools.weights.checkpoint_weights import read_checkpoint_weights
 
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists already; name another file, or give --overwrite")
+    check_writable(destination)
     tensors, facts = read_checkpoint_weights(checkpoint, ema)
     name = Folder.at(checkpoint).path.rpartition("/")[2]
     facts = {"checkpoint": name, "weights": "ema" if ema else "model", **facts}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.recipe.channel_statistics import ChannelStatistics
+from pipeline.storage.folder import check_writable
 from pipeline.weights.architecture import Architecture, HeadedArchitecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import load_weights
@@ -89,11 +90,12 @@ def convert(
 
 
 def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raise CheckpointError if the path has another suffix, is a directory, or exists and `overwrite` is False."""
+    """Raise UserError for another suffix, a directory, a file without `overwrite`, or a place that is not writable."""
     if path.suffix not in suffixes:
         raise CheckpointError(f"{path} ends in none of {', '.join(suffixes)}; name a file with one of these suffixes")
     if path.is_dir() or (path.exists() and not overwrite):
         raise CheckpointError(f"{path} exists already; name another file, or add --overwrite to replace a file")
+    check_writable(path)
 
 
 def change_head(

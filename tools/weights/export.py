@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.errors import CheckpointError, UserError
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width, read_image_size
+from pipeline.storage.folder import check_writable
 from pipeline.weights.architecture import Architecture, DetectorArchitecture
 from pipeline.weights.conversion import ConversionReport, from_internal
 from pipeline.weights.foreign import LoadedWeights, load_weights
@@ -172,6 +173,7 @@ def _export_timm(
 ) -> Export:
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise CheckpointError(f"{folder} exists already; name another folder, or add --overwrite to write into one")
+    check_writable(folder / "config.json")
     report, notes = loaded.report, []
     tensors, dropped = from_internal(loaded.tensors, report.architecture, "timm")
     report = replace(report, dropped=(*report.dropped, *dropped))

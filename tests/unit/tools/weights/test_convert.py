@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, UserError
 from pipeline.weights.architecture import ConvNeXtArchitecture
 from pipeline.weights.foreign import load_weights
 from pipeline.weights.safetensors_file import read_facts, write_weights
@@ -116,6 +116,7 @@ def test_mapping_the_head(tmp_path):
         ({"classes": ("a", "b")}, "head is keep with files of class names"),
         ({"destination": "there.pt"}, "there.pt exists already"),
         ({"destination": "w.onnx"}, "w.onnx ends in none of .safetensors, .pt, .pth, .bin"),
+        ({"destination": "w.pt/new.pt"}, "w.pt/new.pt cannot be written (Not a directory); give another path"),
         ({"entry": "ema"}, "no dictionary under 'ema'"),
     ],
 )
@@ -123,7 +124,7 @@ def test_refusals(tmp_path, options, sentence):
     source = saved(tmp_path / "w.pt", random_weights(CLASSIFIER))
     (tmp_path / "there.pt").write_bytes(b"mine")
     destination = tmp_path / options.pop("destination", "new.pt")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         convert(source, destination, "official", **options)
     assert sentence in str(caught.value)
     assert not (tmp_path / "new.pt").exists()

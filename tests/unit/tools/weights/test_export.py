@@ -204,6 +204,10 @@ def test_an_exported_file_says_how_its_images_are_normalised(tmp_path, exported)
         ("m.onnx", "onnx", {"image_size": 16}, "image_size is 16 pixels, less than the model's stride of 32"),
         ("there.onnx", "timm", {}, "there.onnx exists already"),
         ("full", "timm", {}, "full exists already"),
+        *(
+            (f"w.pt/m{suffix}", kind, {}, "cannot be written (Not a directory)")
+            for suffix, kind in ((".safetensors", "safetensors"), (".onnx", "onnx"), ("", "timm"))
+        ),
     ],
 )
 def test_refusals(tmp_path, destination, kind, options, sentence):
