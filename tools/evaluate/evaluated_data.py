@@ -5,9 +5,16 @@ from pathlib import Path
 
 from pipeline.data.beton import open_beton
 from tools.predict.image_model import reading_of_stage
-from tools.prepare.detect import refuse_missing
 from tools.prepare.image_pixels import ReadingSettings
-from tools.prepare.prepared_cache import SourceSettings, data_file, is_source, say, unlike_windows, window_of
+from tools.prepare.prepared_cache import (
+    SourceSettings,
+    data_file,
+    is_source,
+    refuse_absent,
+    say,
+    unlike_windows,
+    window_of,
+)
 from tools.weights.model import stage_of
 
 
@@ -36,7 +43,7 @@ def evaluated_files(weights: str, data: str, knn: str | None, refresh: bool = Fa
     """
     for path in (data, knn):
         if path and is_source(path):
-            refuse_missing(path)  # before the other one is prepared for hours
+            refuse_absent(path)  # before the other one is prepared for hours
     reading = _reading_of(weights)
     voters = knn and data_file(knn, SourceSettings(reading=reading), refresh=refresh)
     reading = reading or (window_of(voters) if voters else None)

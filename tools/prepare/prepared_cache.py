@@ -29,7 +29,7 @@ from pipeline.storage.bounded_files import read_json
 from pipeline.storage.folder import write_json
 from pipeline.storage.user_cache import user_cache
 from tools.prepare.annotated_source import ObjectOptions
-from tools.prepare.detect import open_source
+from tools.prepare.detect import open_source, refuse_missing
 from tools.prepare.encoding import Encoding
 from tools.prepare.folders import is_read
 from tools.prepare.image_pixels import ReadingSettings
@@ -221,6 +221,15 @@ def is_made_from(path: str, source: str, settings: SourceSettings) -> bool:
         return False
     unlabelled = not settings.needs_classes and bool(entry.settings.get("unlabelled"))
     return entry.settings == settings.stored(unlabelled)
+
+
+def refuse_absent(source: str, cache: Path | None = None) -> None:
+    """Raise DataError for a source that does not exist, unless images were prepared from it when it did."""
+    name = source if is_url(source) else os.path.abspath(source)
+    homes = ((cache or user_cache()) / "prepared").glob(f"{_name(name)}-*")
+    entries = (read_entry(generation) for home in homes for generation in _generations(home))
+    if not any(entry and entry.source == name for entry in entries):
+        refuse_missing(source)
 
 
 def newest_entry(home: Path) -> Path | None:

@@ -20,7 +20,6 @@ from pipeline.recipe import (
 )
 from pipeline.stage.directory import read_done
 from pipeline.storage.file_names import RECIPE_FILE
-from tools.prepare.detect import refuse_missing
 from tools.prepare.image_pixels import ReadingSettings
 from tools.prepare.prepared_cache import (
     SourceSettings,
@@ -30,6 +29,7 @@ from tools.prepare.prepared_cache import (
     main_file,
     prepared,
     read_entry,
+    refuse_absent,
     say,
     unlike_windows,
     window_of,
@@ -67,7 +67,7 @@ def with_prepared_data(
         for stage in chain.stages.values():
             refuse_missing_files(stage, sources)
         for source in sources:
-            refuse_missing(source)
+            refuse_absent(source, cache)
     for name in NAMES:  # validation images have the window of the training images
         for stage in chain.stages.values():
             source = getattr(stage.data, name)

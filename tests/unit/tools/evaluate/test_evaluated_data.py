@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_before_images_are_prepared(run, photos, tmp_path,
     photos.with_name("voters").mkdir()
     with pytest.raises(UserError, match=words):
         evaluate_weights(**{"weights": str(run), "data": str(photos), **options})
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*/prepared"))
 
 
 def keep_batches(batches):

@@ -138,7 +138,7 @@ def test_what_cannot_be_trained_is_one_sentence_and_leaves_nothing(photos, tmp_p
 def test_what_no_images_can_mend_is_refused_before_they_are_prepared(photos, tmp_path, overrides, options, words):
     with pytest.raises(UserError, match=words):
         plan("finetune", photos, tmp_path, *overrides, **options)
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*/prepared"))
 
 
 def test_what_some_images_allow_is_not_refused_before_they_are_counted(photos, tmp_path):

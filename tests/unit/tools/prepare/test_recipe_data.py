@@ -84,6 +84,13 @@ def test_all_data_must_be_there_before_the_first_is_prepared(recipe, photos, tmp
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_source_that_is_gone_serves_new_runs_as_it_was_prepared(recipe, photos, tmp_path):
+    chain, cache = chain_of(recipe, photos), tmp_path / "cache"
+    before = with_prepared_data(chain, tmp_path / "first", cache=cache)
+    photos.rename(tmp_path / "away")
+    assert with_prepared_data(chain, tmp_path / "second", cache=cache) == before
+
+
 def prepare_nothing(*_, **__):
     pytest.fail("images were prepared first")
 
