@@ -23,7 +23,7 @@ from pipeline.storage.file_names import DATA_FILE, DONE_FILE, IN_STAGES, INIT_FI
 from pipeline.storage.folder import Folder, unwritable
 from pipeline.storage.working_copy import remote_of
 from pipeline.tracking.journal import read_events
-from pipeline.training.handoff import check_handoff
+from pipeline.training.handoff import check_handoff, check_weights_file
 
 
 def open_chain(recipe: ChainRecipe, directory: Path, bound: bool = False) -> list[Stage]:
@@ -289,7 +289,7 @@ def _refuse_other_data(recipe: StageRecipe, directory: Path) -> None:
 
 
 def check_weights(recipe: StageRecipe, directory: Path) -> None:
-    """Raise CheckpointError if a stage that has not begun starts from weights that do not exist."""
+    """Raise CheckpointError if a stage that has not begun starts from weights that do not exist or do not fit."""
     weights = recipe.init.weights
     if weights is None or (directory / INIT_FILE).exists():
         return
@@ -300,6 +300,8 @@ def check_weights(recipe: StageRecipe, directory: Path) -> None:
             f"stage {recipe.name}: init.weights {weights} is a directory, and neither a finished stage nor a run whose"
             " last stage is finished; finish it, or name a file of weights"
         )
+    if not is_url(weights):
+        check_weights_file(recipe, weights)
 
 
 def check_data(recipe: StageRecipe, classes: dict[str, set[str]]) -> dict[str, Beton]:

@@ -1,7 +1,9 @@
 """Load the weights of the stage before, or foreign ones, and write the weights for the next stage."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from pipeline.distributed.sharded_tensors import fill, whole
 from pipeline.engines import Engine
 from pipeline.errors import CheckpointError, RecipeError, StageError
 from pipeline.health.verdict import refuse_off_track
+from pipeline.models import FAMILIES
 from pipeline.objectives import Objective, create_objective
 from pipeline.objectives.detection import detection_facts
 from pipeline.objectives.segmentation import segmentation_facts
@@ -19,9 +22,10 @@ from pipeline.recipe import StageRecipe
 from pipeline.recipe.channel_statistics import ChannelStatistics
 from pipeline.stage.directory import Done, Stage
 from pipeline.storage.file_names import MASKS_FILE, WEIGHTS_FILE
-from pipeline.weights.foreign import decode_weights
+from pipeline.weights.architecture import Architecture, HeadedArchitecture
+from pipeline.weights.foreign import decode_weights, read_shapes
 from pipeline.weights.heads import HeadMatch, head_names, map_head
-from pipeline.weights.inference import refuse_other_heads
+from pipeline.weights.inference import infer_architecture, refuse_other_heads
 from pipeline.weights.input_channels import match_channels
 from pipeline.weights.safetensors_file import read_bytes, read_facts, read_weights, write_weights
 from pipeline.weights.transfer import Transfer, class_layers, plan_transfer
@@ -67,6 +71,7 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         return None
     path, sha256, weights = source
     _check_statistics(stage.recipe, path)
+    given = weights
     weights, drop, fresh = _adapted(objective, weights, path, engine.items())
     head = None
     if stage.recipe.init.head == "keep" and stage.recipe.objective.kind == "detection":
@@ -77,7 +82,8 @@ def receive(stage: Stage, engine: Engine, objective: Objective, classes: Sequenc
         _check_classes(stage.recipe, path, classes)
     if stage.recipe.init.head == "map":
         weights, head = _map_head(path, weights, engine.items(), classes)
-    transfer = _copy_weights(engine.items(), weights, drop, fresh)
+    with _naming_models(stage.recipe, path, given, engine.items()):
+        transfer = _copy_weights(engine.items(), weights, drop, fresh)
     engine.refresh()
     return Received(path, sha256, transfer, head)
 
@@ -90,20 +96,80 @@ def check_handoff(before: StageRecipe, recipe: StageRecipe) -> None:
     Raises:
         RecipeError: naming the first tensor that does not fit.
     """
-    objectives = [create_objective(each, seed=0) for each in (before, recipe)]
     with torch.device("meta"):
-        weights, target = (_floating(objective.build_model()) for objective in objectives)
+        weights = _floating(create_objective(before, seed=0).build_model())
     try:
-        weights, drop, fresh = _adapted(objectives[1], weights, f"stage {before.name}", target)
-        rows = {"map": head_names, "keep": class_layers}.get(recipe.init.head)
-        if rows and recipe.objective.kind in ("classification", "detection"):
-            drop, fresh = (*drop, *rows(weights)), (*fresh, *rows(target))
-        plan_transfer(*_shapes(weights, target), drop=drop, fresh=fresh)
+        _check_shapes(recipe, weights, f"stage {before.name}")
     except CheckpointError as error:
         raise RecipeError(
             f"stage {recipe.name} could not start from the weights of stage {before.name}:"
             f" {str(error).partition(';')[0]}; give both stages the same model, or set init.start to scratch"
         ) from None
+
+
+def check_weights_file(recipe: StageRecipe, path: str) -> None:
+    """`check_handoff` for a local file of weights.
+
+    Left to the rank are files that take long to read, and a kept head of other classes, of which it compares the names.
+
+    Raises:
+        CheckpointError: naming the model of the weights, or the first tensor that does not fit; or if it is damaged.
+    """
+    try:
+        status = os.stat(path)
+        weights = read_shapes(path, status.st_size, status.st_mtime_ns)
+    except OSError:  # the rank's machine may read it
+        return
+    if weights is None:
+        return
+    classes = _classes_of(path) if recipe.init.head == "keep" and recipe.objective.kind != "fcmae" else None
+    if not classes or len(classes) == recipe.objective.classes or recipe.objective.kind == "detection":
+        _check_shapes(recipe, weights, path)
+
+
+def _check_shapes(recipe: StageRecipe, weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError if a stage could not start from weights of these names and shapes."""
+    objective = create_objective(recipe, seed=0)
+    with torch.device("meta"):
+        target = _floating(objective.build_model())
+    adapted, drop, fresh = _adapted(objective, weights, source, target)
+    rows = {"map": head_names, "keep": class_layers}.get(recipe.init.head)
+    if rows and recipe.objective.kind in ("classification", "detection"):
+        drop, fresh = (*drop, *rows(adapted)), (*fresh, *rows(target))
+    with _naming_models(recipe, source, weights, target):
+        plan_transfer(*_shapes(adapted, target), drop=drop, fresh=fresh)
+
+
+@contextmanager
+def _naming_models(
+    recipe: StageRecipe, source: str, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Where weights do not fit because they are of another published size, say so instead of naming a tensor."""
+    try:
+        yield
+    except CheckpointError:
+        given, wanted = (_backbone(shapes) for shapes in _shapes(weights, target))
+        if given is None or wanted is None or given.variant not in FAMILIES[given.family][1]:
+            raise
+        if given.family != wanted.family:
+            remedy = f"use a recipe of {given.title}"
+        elif (given.depths, given.dims) != (wanted.depths, wanted.dims):
+            remedy = f"set stages.{recipe.name}.model.name={given.variant}"
+        else:
+            raise
+        raise CheckpointError(
+            f"stage {recipe.name}: {source} holds weights of {given.variant}, and the stage's model is"
+            f" {recipe.model.name}; {remedy}, or start from other weights"
+        ) from None
+
+
+def _backbone(shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
+    """The architecture of a model's backbone; None if its tensors do not tell it."""
+    try:
+        architecture = infer_architecture(shapes, "internal")
+    except CheckpointError:
+        return None
+    return architecture.backbone if isinstance(architecture, HeadedArchitecture) else architecture
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:

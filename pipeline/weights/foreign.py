@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import safetensors
@@ -24,6 +25,7 @@ from pipeline.weights.input_channels import refuse_other_channels
 from pipeline.weights.safetensors_file import read_bytes
 
 _ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")  # keys of weights in checkpoints; the first is used
+_QUICK_BYTES = 2**30  # read, with checksums, in a few seconds
 _ZIP = b"PK\x03\x04"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +69,41 @@ def load_weights(
 
 def decode_weights(path: str | os.PathLike, data: bytes, entry: str | None = None) -> LoadedWeights:
     """`load_weights` from the file's content; `path` is its name for error texts."""
-    tensors, chosen, ignored = _tensors(path, data, entry)
+    return _converted(path, *_tensors(path, data, entry))
+
+
+@lru_cache(maxsize=8)
+def read_shapes(path: str, size_bytes: int, changed_ns: int) -> dict[str, Tensor] | None:
+    """The weights of a local file on the meta device: names and shapes. Of a safetensors file only the header is read.
+
+    Args:
+        size_bytes, changed_ns: of the file, so that another one under its name is read anew.
+
+    Returns:
+        None for a pickle that takes long to read.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+        OSError: if the file cannot be read.
+    """
+    with open(path, "rb") as stream:
+        kind = _kind(path, stream.read(20))
+    if kind != "safetensors":
+        if size_bytes > _QUICK_BYTES:
+            return None
+        return {name: tensor.to("meta") for name, tensor in load_weights(path).tensors.items()}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, kind, error) from error
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return _converted(path, _unwrapped(tensors)).tensors
+
+
+def _converted(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], chosen: str | None = None, ignored: tuple[str, ...] = ()
+) -> LoadedWeights:
     try:
         converted, report = to_internal(tensors)
     except CheckpointError as error:

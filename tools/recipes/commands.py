@@ -148,6 +148,7 @@ def validate_recipes(
     """Check that recipes can be run: their values, and the data files that are on this machine."""
     from cluster.chain import check_data, check_handoffs, resolve_paths
     from pipeline.recipe import load_recipe
+    from pipeline.training.handoff import check_weights_file
     from tools.recipes.library import find_recipe
 
     overrides = [name for name in names if "=" in name]
@@ -161,7 +162,10 @@ def validate_recipes(
             missing = [file for file in files if not _is_on_disk(file) or _is_folder_of_images(stage, file)]
             absent += missing
             if not missing:
-                check_data(resolve_paths(stage), classes)
+                resolved = resolve_paths(stage)
+                check_data(resolved, classes)
+                if resolved.init.weights:
+                    check_weights_file(resolved, resolved.init.weights)
         check_handoffs(chain.stages)
         unchecked = f"; not here, so checked when the run starts: {', '.join(dict.fromkeys(absent))}" if absent else ""
         ranks = ", ".join(f"{name} {_fitting_ranks(stage)}" for name, stage in chain.stages.items())

@@ -8,12 +8,16 @@ import torch
 from pipeline.distributed.world import World
 from pipeline.engines import create_engine
 from pipeline.errors import CheckpointError, RecipeError, StageError
+from pipeline.models import create_model
+from pipeline.models.fcmae import FCMAE
 from pipeline.models.segmenter import HeadOptions, create_segmenter
 from pipeline.objectives import create_objective
 from pipeline.recipe import load_recipe, write_recipe
 from pipeline.stage.directory import Done, Stage
 from pipeline.training import handoff
+from pipeline.weights.safetensors_file import write_weights
 from tests.support import write_tiny_recipe
+from tools.recipes.library import find_recipe
 from tools.weights.convert import convert
 from tools.weights.model import build_model
 
@@ -235,3 +239,31 @@ def test_a_handoff_is_checked_before_there_are_weights(tmp_path, changes, fits):
         return
     with pytest.raises(RecipeError, match=r"finetune could not start from the weights of stage intermediate: .* and "):
         handoff.check_handoff(stages["intermediate"], stages["finetune"])
+
+
+def test_weights_of_another_model_are_named_when_the_run_starts(tmp_path):
+    """A run that was to train a Tiny from the weights of an Atto failed on its ranks, naming a bias of 40 channels."""
+    from cluster.chain import check_weights
+
+    atto = FCMAE(create_model("convnextv2_atto", num_classes=0), decoder_dim=16, decoder_depth=1).state_dict()
+    ours, foreign = tmp_path / "ours.safetensors", tmp_path / "atto.pt"
+    write_weights(ours, atto, {"objective": "fcmae"})
+    convert(ours, foreign, "official", head="drop")
+
+    def check(weights, *overrides):
+        stage = load_recipe(find_recipe("segment-own"), [f"init={weights}", *overrides]).stages["segment"]
+        check_weights(stage, tmp_path / "run")
+
+    for path in (ours, foreign):
+        with pytest.raises(CheckpointError) as refused:
+            check(path)
+        assert str(refused.value).endswith(
+            f"{path} holds weights of convnextv2_atto, and the stage's model is convnextv2_tiny; set"
+            " stages.segment.model.name=convnextv2_atto, or start from other weights"
+        )
+        check(path, "stages.segment.model.name=convnextv2_atto")
+    with pytest.raises(CheckpointError, match="weights have no head for segmentation"):
+        check(ours, "stages.segment.init.head=keep")
+    ours.write_bytes(ours.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is cut short or damaged"):
+        check(ours)
