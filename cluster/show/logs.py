@@ -63,4 +63,5 @@ def print_logs(run: Path, stage: str | None, rank: int, lines: int, *, follow: b
             break
         time.sleep(POLL_SECONDS)
     if last is None:
-        print(f"rank {rank} has not printed anything yet")
+        done = f"has printed nothing, and {stage or 'the run'} is done: see `fcmae report {run}`"
+        print(f"rank {rank} {done if finished else 'has not printed anything yet'}")

@@ -30,7 +30,7 @@ FEWEST_STEPS = 2 * PARTS
 RISE = 1.25  # most that the last part's loss may be over the lowest part's
 MOST_SKIPPED = 0.01  # most of the steps that may be skipped
 MOST_ROLLBACKS = 1
-DEVIATIONS = 3.0  # least margin of accuracy over guessing, in standard deviations of guessing
+DEVIATIONS = 3.0  # of an accuracy by chance, in standard deviations: what is within them proves nothing
 WORSE = 1.3  # most that a reconstruction's validation loss may be over its training loss, whose crops are easier
 FALL_POINTS = {"top1": 1.0, "miou": 5.0}  # most points below the best evaluation; mIoU varies with rare classes
 
@@ -88,9 +88,10 @@ def judge_journal(recipe: StageRecipe, events: Iterable[Event]) -> Verdict:
         checks += [_finds_objects(evaluations)]
     else:
         segments = isinstance(recipe.objective, SegmentationSettings)
-        guessing = _guessing(recipe.objective.classes, evaluations, _images(data))
+        images = None if segments else _images(data)
+        guessing = _guessing(recipe.objective.classes, evaluations, images)
         checks += [_one_class(evaluations) if segments else guessing]
-        checks += [_validation_gap(recipe, losses, evaluations)]
+        checks += [_validation_gap(recipe, losses, evaluations, images)]
     checks += [_curve(recipe, losses, attempt.get("total_steps")), _gate(recipe, evaluations)]
     checks += [_published(recipe, evaluations)]
     return Verdict(tuple(checks))
@@ -183,10 +184,31 @@ def _guessing(classes: int, evaluations: Metrics, images: int | None) -> Check:
     top1 = _last(evaluations, "top1")
     if top1 is None:
         return Check("better than guessing", None, "no evaluation yet")
+    name, chance = "better than guessing", 1 / classes
+    bound = 100 * chance + _by_chance(chance, images)
+    detail = f"top-1 is {top1:.2f} %; guessing has {100 * chance:.2f} %"
+    needed = _fewest_images(classes)
+    if images is None:
+        return Check(name, top1 > bound, detail)
+    if top1 <= bound and images < needed:
+        few = f"only {images} images judge this, too few to tell from guessing"
+        return Check(name, None, f"{detail}, and {few}; hold out {needed} or more (--split)")
+    return Check(name, top1 > bound, f"{detail}, by chance up to {bound:.2f} % of {images:,} images")
+
+
+def _by_chance(accuracy: float, images: int | None) -> float:
+    """How many points DEVIATIONS of an accuracy over so many images are; 0 if their number is unknown."""
+    return 100 * DEVIATIONS * math.sqrt(accuracy * (1 - accuracy) / images) if images else 0.0
+
+
+def _fewest_images(classes: int) -> int:
+    """So many images that a classifier halfway from guessing to 100 % is surely above what guessing has by chance.
+
+    With fewer, an accuracy that guessing may have says nothing against a classifier.
+    """
     chance = 1 / classes
-    spread = math.sqrt(chance * (1 - chance) / images) if images else 0.0
-    bound = 100 * (chance + DEVIATIONS * spread)
-    return Check("better than guessing", top1 > bound, f"top-1 is {top1:.2f} %; guessing reaches {bound:.2f} %")
+    halfway = (1 + chance) / 2
+    return math.ceil(((_by_chance(chance, 1) + _by_chance(halfway, 1)) / (100 * (halfway - chance))) ** 2)
 
 
 def _one_class(evaluations: Metrics) -> Check:
@@ -204,19 +226,24 @@ def _finds_objects(evaluations: Metrics) -> Check:
     return Check("finds objects", box_ap > 0, f"box AP is {box_ap:.2f} %; a detector that finds nothing has 0")
 
 
-def _validation_gap(recipe: StageRecipe, losses: Mapping[int, float], evaluations: Metrics) -> Check:
+def _validation_gap(
+    recipe: StageRecipe, losses: Mapping[int, float], evaluations: Metrics, images: int | None
+) -> Check:
+    """images: how many the accuracy is a mean of; None for other metrics."""
     classes, metric = recipe.objective.classes, recipe.objective.metric
     name, loss = "validation near training", _last(evaluations, "loss")
     if loss is None or len(losses) < FEWEST_STEPS:
         return Check(name, None, "too few steps or evaluations to compare")
     training, uniform = _medians(list(losses.values()))[-1], math.log(classes)
     detail = f"validation loss {loss:.4g}, training loss {training:.4g}"
+    if images is not None and images < _fewest_images(classes):
+        return Check(name, None, f"{detail}; only {images} images are too few to judge by")
     if loss > uniform > training:
         hint = f"equal probabilities have {uniform:.4g}; check that both data files have the same classes"
         return Check(name, False, f"{detail}; {hint}")
     values = [metrics[metric] for metrics in evaluations if is_number(metrics.get(metric))]
     best, last = max(values, default=0.0), values[-1] if values else 0.0
-    if best - last > FALL_POINTS[metric]:
+    if best - last > max(FALL_POINTS[metric], _by_chance((best + last) / 200, images)):
         return Check(name, False, f"{TITLES[metric]} has fallen from {best:.2f} to {last:.2f} %")
     return Check(name, True, detail)
 

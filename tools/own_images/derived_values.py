@@ -71,7 +71,7 @@ def derive(kind: str, recipe: StageRecipe, facts: ImageFacts, given: Mapping[str
 def _batch(kind: str, images: int, given: Mapping[str, Any]) -> dict[str, Value]:
     most = MOST_BATCH[kind]
     size = _power_of_two(min(max(images / STEPS_PER_EPOCH, LEAST_BATCH), most, images))
-    why = f"{STEPS_PER_EPOCH} steps an epoch or more, from {LEAST_BATCH} to {most} images"
+    why = f"{STEPS_PER_EPOCH} steps an epoch or more, but {LEAST_BATCH} to {most} images, and no more than there are"
     chosen = _given_batch(given, size)
     if kind == "pretrain":
         slot, slot_why = max(chosen // 16, 1), "16 slots, so that 1, 2, 4, 8 or 16 processes can share a step"

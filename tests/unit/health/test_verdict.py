@@ -113,10 +113,46 @@ def test_a_stage_that_made_no_step_is_off_track(recipes, stage):
 
 def test_the_best_evaluation_is_remembered(recipes):
     events = history(falling(1.4, 0.9), top1=60.0, loss=1.0)
-    better = {"kind": "evaluate", "step": 30, "metrics": {"top1": 62.0, "loss": 1.0}}
-    assert failed(judge_journal(recipes["finetune"], [*events[:-1], better, events[-1]])) == [
-        "validation near training"
+    for best, expected in ((66.0, ["validation near training"]), (62.0, [])):  # 1000 images may lose 4.6 by chance
+        better = {"kind": "evaluate", "step": 30, "metrics": {"top1": best, "loss": 1.0}}
+        assert failed(judge_journal(recipes["finetune"], [*events[:-1], better, events[-1]])) == expected
+
+
+@pytest.mark.parametrize("images", [6, 53, 54, 1000])
+def test_few_validation_images_say_nothing_against_a_classifier(recipes, images):
+    """Of four classes 54 images tell guessing from halfway to 100 %."""
+
+    def verdict_on(top1: float, loss: float = 1.0) -> Verdict:
+        held_out = {"kind": "data", "validation": {"images": images}}
+        return judge_journal(recipes["finetune"], [*history(falling(1.4, 0.9), top1=top1, loss=loss), held_out])
+
+    few = images < 54
+    for top1, loss, name in ((25.0, 1.0, "better than guessing"), (99.0, 1.5, "validation near training")):
+        check = next(check for check in verdict_on(top1, loss).checks if check.name == name)
+        assert check.passed is (None if few else False)
+        assert (f"only {images} images" in check.detail) is few
+    guessing = next(check for check in verdict_on(25.0).checks if check.name == "better than guessing")
+    assert guessing.detail.startswith("top-1 is 25.00 %; guessing has 25.00 %, ")
+    assert ("54 or more" if few else f"% of {images:,} images") in guessing.detail
+    assert verdict_on(100.0).checks[2].passed, "chance does not reach 100 % with six images either"
+
+
+def test_the_verdict_on_images_of_published_size_is_that_of_three_deviations(recipes):
+    objective = recipes["finetune"].objective.model_copy(update={"classes": 1000})
+    recipe = recipes["finetune"].model_copy(update={"objective": objective})
+    held_out = {"kind": "data", "validation": {"images": 50_000}}
+    bound = 100 * (0.001 + 3 * math.sqrt(0.001 * 0.999 / 50_000))
+    for top1 in (bound - 0.002, bound + 0.002):
+        verdict = judge_journal(recipe, [*history(falling(7.0, 3.0), top1=top1, loss=3.0), held_out])
+        assert failed(verdict) == ([] if top1 > bound else ["better than guessing"])
+    best = {"kind": "evaluate", "step": 30, "metrics": {"top1": 61.1, "loss": 3.0}}
+    fallen = [
+        held_out,
+        *history(falling(7.0, 3.0))[2:],
+        best,
+        {"kind": "evaluate", "metrics": {"top1": 60.0, "loss": 3}},
     ]
+    assert failed(judge_journal(recipe, fallen)) == ["validation near training"]
 
 
 def test_published_values_and_reference_curves(recipes):

@@ -25,6 +25,11 @@ def test_silence_is_told_too(tmp_path, capsys, content):
         (tmp_path / "pretrain" / "logs" / "rank-0.log").write_text(content)
     print_logs(tmp_path, None, 0, 100, follow=False)
     assert capsys.readouterr().out == "rank 0 has not printed anything yet\n"
+    (tmp_path / "pretrain" / "DONE").touch()
+    print_logs(tmp_path, None, 0, 100, follow=False)
+    assert (
+        capsys.readouterr().out == f"rank 0 has printed nothing, and the run is done: see `fcmae report {tmp_path}`\n"
+    )
 
 
 def test_logs_of_a_rank_in_the_order_they_were_written(tmp_path, capsys):
