@@ -11,11 +11,13 @@ from rich.markup import escape
 from rich.spinner import Spinner
 
 from cluster.show.status import StageFollower, StageStatus, stage_names
-from cluster.show.status_table import duration, figure, metrics_text, of_total, stage_table
+from cluster.show.status_table import duration, figure, metrics_text, of_total, rate, stage_table
 from pipeline.storage.machine_lock import COMPILATIONS, is_locked
 from pipeline.tracking.journal import Event
 
 COMPILING_SHOWN_AFTER_SECONDS = 2.0
+LONG_SECONDS = 3600.0  # of a stage on a CPU: a sentence then names what shortens it
+LONG_KNOWN_AFTER_STEPS = 2  # the first step also compiles
 LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 
@@ -32,6 +34,7 @@ class Progress:
         self._live: Live | None = None
         self._line_due = 0.0
         self._announced: set[str] = set()  # what was printed: ends of stages, the compilation
+        self._on_cpu: set[str] = set()  # stages that this display saw begin on a CPU
         self._broken = False
         self._compiling_since: float | None = None  # when the first rank was seen to compile
 
@@ -75,6 +78,8 @@ class Progress:
         for stage, event in events:
             if sentence := event_sentence(event, terse=self._live is not None):
                 self._print(f"{stage}: {sentence}")
+            if event.get("kind") == "attempt" and event.get("step") == 0 and event.get("device") == "cpu":
+                self._on_cpu.add(stage)
         for s in self._statuses:
             if s.state == "done" and s.stage not in self._announced:
                 self._announced.add(s.stage)
@@ -89,6 +94,19 @@ class Progress:
             for s in self._statuses:
                 if s.state == "running":
                     self._print(f"{s.stage}: {_progress_line(s)}")
+        self._say_what_shortens()
+
+    def _say_what_shortens(self) -> None:
+        """Say once how long a stage takes that began on a CPU, if long, and what makes it shorter."""
+        for s in self._statuses:
+            if s.stage in self._on_cpu and s.step >= LONG_KNOWN_AFTER_STEPS and s.eta_seconds is not None:
+                self._on_cpu.remove(s.stage)
+                if s.eta_seconds >= LONG_SECONDS:
+                    self._print(
+                        f"{s.stage}: a CPU needs {duration(s.eta_seconds)} for this stage. Faster: a GPU, a smaller"
+                        " model (such as --model atto; in a recipe defaults.model.name=convnextv2_atto), fewer epochs"
+                        " (--epochs; schedule.epochs)"
+                    )
 
     def _watch_compilation(self) -> str:
         """What the ranks compile now, as a sentence, or ""; prints it once where there is no live display."""
@@ -110,7 +128,7 @@ class Progress:
 
 def _progress_line(s: StageStatus) -> str:
     parts = [f"step {of_total(s)}", f"loss {figure(s.loss)}" if s.loss is not None else ""]
-    parts += [f"{s.images_per_second:,.0f} images/s" if s.images_per_second else ""]
+    parts += [f"{rate(s.images_per_second)} images/s" if s.images_per_second else ""]
     parts += [f"ETA {duration(s.eta_seconds)}" if round(s.eta_seconds or 0) else ""]
     return "  ".join(part for part in parts if part)
 

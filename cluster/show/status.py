@@ -99,6 +99,7 @@ class StageFollower:
             self._end = ""
             status.slow = ""
             status.step = step or 0
+            self._speed.first = status.step + 1
             status.total_steps = _count(event.get("total_steps")) or status.total_steps
             status.world_size = _count(event.get("world_size"))
         elif kind == "rollback":

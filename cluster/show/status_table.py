@@ -54,7 +54,7 @@ def _cells(s: StageStatus) -> dict[str, str]:
         "attempt": f"{s.attempts}" if s.attempts > 1 else "",
         "step": of_total(s),
         "loss": figure(s.loss),
-        "images/s": figure(s.images_per_second, "{:,.0f}"),
+        "images/s": rate(s.images_per_second),
         "of peak": figure(s.utilisation, "{:.1%}"),
         "data wait": figure(s.data_wait_fraction, "{:.0%}"),
         "ETA": duration(s.eta_seconds),
@@ -108,6 +108,11 @@ def of_total(s: StageStatus) -> str:
 
 def figure(value: float | None, form: str = "{:.4g}") -> str:
     return "" if value is None else form.format(value)
+
+
+def rate(images_per_second: float | None) -> str:
+    """`1,234`, `9.6` or `0.47`: a slow machine is not one of 0 images/s."""
+    return figure(images_per_second, "{:,.0f}" if (images_per_second or 0) >= 10 else "{:.2g}")
 
 
 def metrics_text(metrics: dict[str, float]) -> str:

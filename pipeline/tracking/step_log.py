@@ -11,6 +11,8 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.rank_times import RankTimes
 from pipeline.tracking.utilisation import Utilisation
 
+FIRST_STEPS = 3  # of an attempt, journalled one by one: the first takes longer, and each may take minutes
+
 
 class _Values:
     """Loss, gradient norm and fate of a step, and the parts of its loss.
@@ -73,6 +75,7 @@ class StepLog:
         self._every, self._global_batch = every_steps, global_batch
         self._late = late
         self._pending: list[_Kept] = []
+        self._first_steps = FIRST_STEPS
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -85,8 +88,11 @@ class StepLog:
 
     @property
     def is_full(self) -> bool:
-        """Whether a flush is due: `every_steps` reports are kept, and on a GPU the one of the step that it computes."""
-        return len(self._pending) >= self._every + self._late
+        """Whether a flush is due: `every_steps` reports are kept, and on a GPU the one of the step that it computes.
+
+        All ranks must answer alike, so it depends on the number of steps alone, not on their time.
+        """
+        return len(self._pending) >= (1 if self._first_steps > 0 else self._every) + self._late
 
     def flush(self, *, keep_newest: bool = False) -> bool:
         """Journal the kept steps, with a warning for each that was skipped. Collective.
@@ -100,6 +106,7 @@ class StepLog:
         if count <= 0:
             return False
         flushed, self._pending = self._pending[:count], self._pending[count:]
+        self._first_steps -= count
         read = torch.tensor([kept.values.read() for kept in flushed], dtype=torch.float64)
         (losses, norms, accepted), parts = read[:, :3].unbind(1), read[:, 3:]
         now = time.perf_counter()  # the device has just computed the last flushed step, and the next stretch begins
@@ -119,7 +126,7 @@ class StepLog:
                 **{f"loss_{name}": part for name, part in zip(kept.parts, own, strict=True)},
                 lr=kept.lr,
                 gradient_norm=norm,
-                images_per_second=round(speed, 1),
+                images_per_second=float(f"{speed:.6g}"),
                 data_wait_seconds=round(wait, 4),
                 **({} if used is None else {"utilisation": round(used, 4)}),
                 **({} if updated else {"refused": True}),

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.show.status_table import duration
+from cluster.show.status_table import duration, rate
 from pipeline.health.verdict import OFF_TRACK, ON_TRACK, UNPUBLISHED
 from pipeline.recipe import FCMAESettings
 from pipeline.storage.file_names import DATA_FILE
@@ -198,7 +198,7 @@ def cost_grid(run: RunFacts) -> Grid:
                 stage.name,
                 f"{step:,}",
                 f"{step * stage.recipe.batch.global_batch:,}",
-                f"{speed:,.0f}" if speed else "",
+                rate(speed),
                 f"{wait:.1%}" if wait is not None else "",
                 f"{len(saves)}, {sum(saves):.1f} s",
                 duration(stage.seconds),

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def journal_of(path, late: bool, complete: set[int]) -> tuple[list[dict], dict[i
 def test_a_gpu_keeps_the_newest_step_and_writes_the_same_lines(tmp_path):
     complete = {5, 10}  # before a checkpoint, and at the end
     now, flushes = journal_of(tmp_path / "now", False, complete)
-    assert flushes == {3: (3, False), 5: (5, True), 8: (8, False), 10: (10, True)}
+    assert flushes == {1: (1, False), 2: (2, False), 3: (3, False), 5: (5, True), 8: (8, False), 10: (10, True)}
     later, flushes = journal_of(tmp_path / "later", True, complete)
-    assert flushes == {4: (3, False), 5: (5, True), 9: (8, False), 10: (10, True)}
+    assert flushes == {2: (1, False), 3: (2, False), 4: (3, False), 5: (5, True), 9: (8, False), 10: (10, True)}
     fields = ("kind", "step", "loss", "lr", "gradient_norm", "data_wait_seconds", "refused", "message")
     lines, again = ([str([event.get(name) for name in fields]) for event in events] for events in (now, later))
     assert lines == again
@@ -97,13 +98,27 @@ def test_stretches_end_when_the_device_has_computed_them_and_leave_no_time_out(t
             if step in {5, 8} or log.is_full:
                 log.flush(keep_newest=step not in {5, 8})
     speeds = [event["images_per_second"] for event in read_events(tmp_path / "journal") if event["kind"] == "step"]
-    counts = [2, 3, 3] if late else [2, 2, 1, 2, 1]
+    counts = [1, 1, 1, 2, 3] if late else [1, 1, 1, 2, 2, 1]
     assert len(ends) == len(counts)
     elapsed = first = 0.0
     for count, (read_at, summed_at) in zip(counts, ends.values(), strict=True):
         elapsed += count * 10**6 / speeds[int(first)]
         first += count
         assert read_at - after - 1e-5 <= elapsed <= summed_at - before + 1e-5
+
+
+def test_a_slow_machine_has_a_speed(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(step_log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with Journal(tmp_path / "journal", 1) as journal:
+        log = StepLog(journal, lambda values: values, 10, 16)
+        for step in (1, 2):
+            now[0] += 600
+            log.add(step, report(step), 1e-3)
+            assert log.is_full, "a first line after minutes, not after ten times as long"
+            log.flush()
+    speeds = [event["images_per_second"] for event in read_events(tmp_path / "journal")]
+    assert speeds == [0.0266667, 0.0266667]
 
 
 def test_parts_of_the_loss_are_summed_over_ranks_like_the_loss(tmp_path):

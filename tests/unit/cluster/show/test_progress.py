@@ -66,13 +66,33 @@ def test_plain_lines_tell_what_happens_and_no_more(run: Path, monkeypatch: pytes
         display.update()
     lines = text(shown).splitlines()
     assert lines[0] == "pretrain: started, attempt 1, world size 2"
-    assert lines[1].startswith("pretrain: step 1/10  loss 0.5  640 images/s")
+    assert lines[1] == "pretrain: step 1/10  loss 0.5", "the first step's time is no speed"
     assert lines[2:] == [
         "pretrain: saved step 10 in 0.2 s (end)",
         "pretrain: evaluation at step 10: loss 0.4321",
         "pretrain: warning: [red]no markup[/] here [",
         "pretrain: saved step None",
         "pretrain: done, loss 0.4321, 10 steps, weights c0ffeec0ffee",
+    ]
+
+
+def test_a_slow_run_shows_its_speed_and_time_after_two_steps_and_on_a_cpu_what_shortens_it(run, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    shown = console(terminal=False)
+    with Progress(run, shown) as display:
+        journal = open_stage(run / "finetune", 1)
+        journal.write("attempt", step=0, total_steps=4000, world_size=1, global_batch=16, device="cpu")
+        for step, (seconds, ended) in enumerate(((200, 0), (32, 32), (32, 64), (32, 96)), 1):
+            journal.write("step", step=step, loss=1.2, images_per_second=16 / seconds, time=1e9 + ended)
+            display.update()
+    assert text(shown).splitlines() == [
+        "finetune: started, attempt 1, world size 1",
+        "finetune: step 1/4,000  loss 1.2",
+        "finetune: step 2/4,000  loss 1.2  0.5 images/s  ETA 1d 11h",
+        "finetune: a CPU needs 1d 11h for this stage. Faster: a GPU, a smaller model (such as --model atto; in a recipe"
+        " defaults.model.name=convnextv2_atto), fewer epochs (--epochs; schedule.epochs)",
+        "finetune: step 3/4,000  loss 1.2  0.5 images/s  ETA 1d 11h",
+        "finetune: step 4/4,000  loss 1.2  0.5 images/s  ETA 1d 11h",
     ]
 
 

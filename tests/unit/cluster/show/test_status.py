@@ -75,6 +75,21 @@ def test_a_submitted_stage_says_how_often_to_save(run: Path) -> None:
     assert "fail every 25 days" in advice
 
 
+def test_the_time_left_is_that_of_steps_that_are_journalled_together(run: Path) -> None:
+    """Lines of ten steps are written within milliseconds, so that times within ten say nothing."""
+    stage, etas = run / "pretrain", []
+    take(stage, 1, os.getpid())
+    with Journal(stage / "journal.jsonl", 1) as journal:
+        journal.write("attempt", step=0, total_steps=100, global_batch=64)
+        for group in ([1], range(2, 12), range(12, 22), range(22, 32), range(32, 42)):
+            for step in group:
+                speed = 64 / (50 if step == 1 else 2 + group[0] / 1e4)  # of a step in seconds; no two groups are equal
+                ended = 2 * (group[-1] - 1) + step / 1e4
+                journal.write("step", step=step, loss=1.0, images_per_second=speed, time=1e9 + ended)
+            etas.append(RunFollower(run).statuses()[0].eta_seconds)
+    assert etas == [None, *(pytest.approx(2 * (100 - step), rel=0.01) for step in (11, 21, 31, 41))]
+
+
 def test_a_life_of_a_chain(run: Path, process: subprocess.Popen[bytes]) -> None:
     assert [(s.stage, s.state, s.step) for s in RunFollower(run).statuses()] == [
         ("pretrain", "waiting", 0),

@@ -253,7 +253,8 @@ def test_data_wait_is_a_share_of_the_step(run):
     claim(stage, 1, host="elsewhere")
     with open_journal(stage) as journal:
         journal.write("attempt", step=0, total_steps=10, global_batch=64, world_size=2)
-        for step, seconds in ((1, 8), (2, 2)):  # of which a quarter each; 128 images in ten seconds
+        # A quarter of each is waiting; 128 images in ten seconds. The first step's time does not count.
+        for step, seconds in ((1, 90), (2, 8), (3, 2)):
             speed, wait = 64 / seconds, seconds / 4
             journal.write("step", step=step, loss=1.0, images_per_second=speed, data_wait_seconds=wait)
     first = RunFollower(run).statuses()[0]
