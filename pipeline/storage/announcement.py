@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ANNOUNCE_SECONDS = 2.0
+_printed: set[str] = set()  # the lines of this process
 
 
 @contextmanager
 def announced(sentence: str, plain: bool = True) -> Iterator[None]:
     """Show a sentence on stderr once the block has run for two seconds: beside a spinner on a terminal, else as a line.
+
+    A process prints each line once: the parts of one compilation are separate blocks.
 
     Args:
         plain: whether to print the line where there is no terminal.
@@ -26,7 +29,8 @@ def announced(sentence: str, plain: bool = True) -> Iterator[None]:
         if console.is_terminal:
             with console.status(sentence):
                 ended.wait()
-        elif plain:
+        elif plain and sentence not in _printed:
+            _printed.add(sentence)
             print(sentence, file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=announce, daemon=True)

@@ -71,7 +71,7 @@ def whole_resized(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 def _resized_box(rgb: np.ndarray, box: list[int], size: tuple[int, int]) -> Tensor:
     out = np.empty((*size, 3), np.uint8)
-    _compiled_resize()(rgb, *box, out, False)
+    _compiled_resize()(_read_only(rgb), *box, out, False)
     return torch.from_numpy(out).permute(2, 0, 1)
 
 
@@ -83,8 +83,15 @@ def _compiled_resize() -> Callable[..., None]:
 
     with compiling(Path(resized_crop.stats.cache_path), "resizing"):
         pixel = np.zeros((1, 1, 3), np.uint8)
-        resized_crop(pixel, 0, 0, 1, 1, 1, 1, 0, 0, pixel.copy(), False)
+        resized_crop(_read_only(pixel), 0, 0, 1, 1, 1, 1, 0, 0, pixel, False)
     return resized_crop
+
+
+def _read_only(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as the decoder passes them on. For writable ones numba would compile it again."""
+    view = pixels.view()
+    view.flags.writeable = False
+    return view
 
 
 def rgb_pixels(image: ImageLike, reading: ReadingSettings) -> np.ndarray:

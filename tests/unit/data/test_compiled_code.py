@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.slurm.code_snapshot import take_code_snapshot
@@ -21,6 +22,7 @@ from pipeline.recipe.sections import BatchSettings, DataSettings
 from pipeline.storage import announcement
 from pipeline.storage.machine_lock import COMPILING, COMPILING_SENTENCE, is_locked
 from tests.support import tiny_image
+from tools.predict import evaluation_transform
 
 no_mounts = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode
 COMPILED = (decode._decode_some, image_checksum.mark_changed)
@@ -45,6 +47,7 @@ def test_nothing_is_left_to_compile_for_training_and_evaluation(tmp_path):
 
 def test_one_process_compiles_and_says_so(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(announcement, "ANNOUNCE_SECONDS", 0.05)
+    monkeypatch.setattr(announcement, "_printed", set())
     with compiled_code.compiling(tmp_path):
         assert is_locked(COMPILING)
         said, deadline = "", time.monotonic() + 300
@@ -57,6 +60,25 @@ def test_one_process_compiles_and_says_so(tmp_path, monkeypatch, capfd):
         assert not is_locked(COMPILING)
         time.sleep(0.2)
     assert capfd.readouterr().err == ""
+
+
+def test_parts_that_one_process_compiles_are_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(announcement, "ANNOUNCE_SECONDS", 0.01)
+    monkeypatch.setattr(announcement, "_printed", set())
+    for part in ("decoder", "objects", "regions"):
+        with compiled_code.compiling(tmp_path, part):
+            time.sleep(0.1)
+    assert capfd.readouterr().err == f"{COMPILING_SENTENCE}\n"
+
+
+def test_predicting_runs_the_code_that_training_compiled(monkeypatch):
+    """numba compiles a function for writable and for read-only arrays separately, and the decoder's are read-only."""
+    writable = []
+    monkeypatch.setattr(
+        evaluation_transform, "_compiled_resize", lambda: lambda rgb, *rest: writable.append(rgb.flags.writeable)
+    )
+    evaluation_transform.whole_resized(np.zeros((5, 7, 3), np.uint8), (4, 4))
+    assert writable == [False]
 
 
 def test_what_fails_to_compile_is_not_noted_as_compiled(tmp_path):
