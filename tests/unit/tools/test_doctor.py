@@ -77,7 +77,7 @@ def test_torchvision_of_another_build_is_named_with_what_to_do(monkeypatch, tmp_
     monkeypatch.setattr(doctor, "_version", lambda name: "0.28.0")
     torch, vision = examine(monkeypatch, doctor.check_torch, PYTHONPATH=path)
     assert (torch.check, torch.detail.partition(",")[0]) == ("torch", "2.13.0+cpu")
-    assert (vision.level, vision.check) == (Level.WARNING, "torchvision")
+    assert (vision.level, vision.check) == (Level.SKIPPED, "torchvision")  # no warning: users do not need it
     assert "is of another build than torch 2.13.0+cpu" in vision.detail
     assert "--index-url https://download.pytorch.org/whl/cpu torchvision" in vision.remedy
 
