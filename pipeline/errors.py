@@ -3,6 +3,7 @@
 Any other error is a bug and is printed with its traceback.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.url_secrets import find_secret, redact
@@ -71,6 +72,18 @@ def shortened(value: object, most: int = 120) -> str:
     """Return the value as Python writes it, cut to one short line: a list may have thousands of items."""
     text = repr(value[:most] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: "1 class", "1,000 classes"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Join names by commas. A name too many is also shown: "and 1 more" would be no shorter."""
+    if len(names) <= most + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
 
 def first_line(error: BaseException) -> str:

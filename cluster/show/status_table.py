@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cluster.show.status import StageStatus, State
 from cluster.slurm.client import NEVER_STARTS
+from pipeline.errors import counted
 from pipeline.tracking.metric_names import is_percentage, judging_metric
 
 BAR_WIDTH = 24
@@ -82,7 +83,7 @@ def run_table(statuses: list[StageStatus], trouble: str = "") -> Group:
     for s in statuses:
         ended = [*s.restart_reasons, *([f"attempt {s.attempts}: {s.reason}"] if s.reason else [])]
         if (hidden := len(ended) - RESTARTS_SHOWN) > 0:
-            lines.append(f"{s.stage}, {hidden} earlier attempts: see --json")
+            lines.append(f"{s.stage}, {counted(hidden, 'earlier attempt')}: see --json")
         lines += [f"{s.stage}, {reason}" for reason in ended[-RESTARTS_SHOWN:]]
         if s.state == "queued" and s.job_reason in NEVER_STARTS:
             lines.append(f"{s.stage}, Slurm will never start job {s.job} ({s.job_reason}): `fcmae resume` replaces it")

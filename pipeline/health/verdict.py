@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from pipeline.errors import OffTrackError
+from pipeline.errors import OffTrackError, counted
 from pipeline.recipe import DetectionSettings, FCMAESettings, SegmentationSettings, StageRecipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.file_names import JOURNAL_FILE, RESULT_FILE
@@ -156,7 +156,7 @@ def _skipped_steps(kept: list[Event], lines: Mapping[int, Event], losses: Mappin
     rollbacks = max((e.get("rollbacks") or 1 for e in kept if e.get("kind") == "rollback"), default=0)
     if not last:
         return Check("steps made", None, "no step was made")
-    detail = f"{skipped} of {last:,} steps were skipped, {rollbacks} rollbacks"
+    detail = f"{skipped} of {last:,} steps were skipped, {counted(rollbacks, 'rollback')}"
     return Check("steps made", skipped <= MOST_SKIPPED * last and rollbacks <= MOST_ROLLBACKS, detail)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.distributed.processes import start_time
+from pipeline.errors import listed
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def _waiting(beats: Mapping[int, Beat], culprits: list[Beat]) -> str:
     waiting = sorted(beats.keys() - {beat.rank for beat in culprits})
     if not waiting:
         return ""
-    ranks = ", ".join(map(str, waiting[:4])) + (f" and {len(waiting) - 4} more" if len(waiting) > 4 else "")
+    ranks = listed(list(map(str, waiting)), 4)
     phases = " or ".join(sorted({_where(beats[rank]) for rank in waiting}))
     return f"; rank{'s' * (len(waiting) > 1)} {ranks} waited for it in {phases}"
 

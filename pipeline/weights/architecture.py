@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, counted
 from pipeline.models import FAMILIES, create_model
 from pipeline.models.detector import create_detector
 from pipeline.models.detector_options import DetectorOptions
@@ -76,7 +76,7 @@ class Architecture(ABC):
         name = self.variant or f"a {self.title} of depths {self.depths} and dims {self.dims}"
         if self.decoder:
             return f"FCMAE of {name}"
-        return f"{name} with {self.classes} classes" if self.classes else f"{name} without head"
+        return f"{name} with {counted(self.classes, 'class', 'classes')}" if self.classes else f"{name} without head"
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class HeadedArchitecture(Architecture):
 
     def __str__(self) -> str:
         backbone = self.backbone.variant or str(self.backbone).removesuffix(" without head")
-        return f"{self.kind} with {self.classes} classes on {backbone}"
+        return f"{self.kind} with {counted(self.classes, 'class', 'classes')} on {backbone}"
 
 
 class SegmenterArchitecture(HeadedArchitecture):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, counted
 from pipeline.storage.bounded_files import parse_json
 from pipeline.weights.safetensors_file import read_bytes
 
@@ -38,7 +38,7 @@ class HeadMatch:
         text = f"head: {len(self.matched)} of {len(self.matched) + len(self.unmatched)} classes found by name"
         if self.unmatched:
             text += f"; rows of zeros for {', '.join(self.unmatched[:8])}{', ...' if len(self.unmatched) > 8 else ''}"
-        return f"{text}; {len(self.unused)} classes of the old head left out"
+        return f"{text}; {counted(len(self.unused), 'class', 'classes')} of the old head left out"
 
 
 def map_head(

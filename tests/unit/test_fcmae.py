@@ -154,6 +154,7 @@ def test_one_picture_is_the_same_in_every_form(place):
         (np.zeros((0, 8, 3), np.uint8), "shows no image"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), r"of shape \(8, 3, 8\) shows no image"),
         (b"no image", "image cannot be read: not an image"),
+        (b"", "image cannot be read: empty file"),
         ("nowhere.jpg", "image nowhere.jpg does not exist"),
         (".", "is a folder"),
     ],

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import counted
 from tools.estimate.data_files import IMAGE_BYTES
 from tools.estimate.engine_options import Option, reason
 from tools.estimate.stage_estimate import GIB, RESERVE, StageEstimate
@@ -95,7 +96,7 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
     kept = [f"keep_last {settings.keep_last}", *(["best"] if settings.keep_best else []), "one being written"]
     kept += [f"one every {stage.kept_every:,} steps"] if stage.kept_every else []
     lines = [
-        f"P = {stage.parameters:,}; N = {stage.ranks} ranks",
+        f"P = {stage.parameters:,}; N = {counted(stage.ranks, 'rank')}",
         f"GMACs/image = convolutions, linear layers and attention of a forward pass ({stage.forward_macs / 1e9:.3f}) +"
         f" 5 for each element of a LayerNorm = {stage.published_macs / 1e9:.3f}"
         + ("; the encoder on its visible cells alone" if recipe.objective.kind == "fcmae" else ""),
@@ -116,8 +117,8 @@ def explain(stage: StageEstimate, price: float | None) -> list[str]:
         lines += [
             f"operations = 2 x ({stage.steps:,} x {batch:,} x {best.training_macs / 1e9:.2f} + {stage.evaluations} x"
             f" {images or 0:,} x {stage.evaluation_macs / 1e9:.2f}) GMACs = {stage.work:.3e}",
-            f"hours = operations / ({stage.ranks} ranks x {stage.speed[0] / 1e12:.1f} TFLOP/s, {stage.speed[1]}) /"
-            f" useful share {stage.useful_share or 1:.3f} = {stage.hours:,.2f}",
+            f"hours = operations / ({counted(stage.ranks, 'rank')} x {stage.speed[0] / 1e12:.1f} TFLOP/s,"
+            f" {stage.speed[1]}) / useful share {stage.useful_share or 1:.3f} = {stage.hours:,.2f}",
             f"cores/rank = {stage.images_per_second:,.0f} images/s of a rank /"
             f" {stage.images_per_second / stage.cores_per_rank:,.0f} images/s of a core, for JPEGs of 108 kB"
             " (docs/benchmarks.md)",

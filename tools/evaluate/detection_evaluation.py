@@ -11,7 +11,7 @@ from pipeline.data.beton import Beton, open_beton
 from pipeline.data.image_objects import ImageObjects
 from pipeline.data.objects import Objects
 from pipeline.distributed.world import World
-from pipeline.errors import DataError
+from pipeline.errors import DataError, counted
 from pipeline.objectives.average_precision import average_precision
 from pipeline.objectives.detected_objects import pack_objects, unpack_objects
 from pipeline.storage.folder import check_writable
@@ -62,11 +62,12 @@ class DetectionResult:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
-        metrics = self.scores.metrics
+        metrics, images = self.scores.metrics, counted(self.images, "image")
         masks = f", mask AP {metrics['mask_ap']:.3f} %" if "mask_ap" in metrics else ""
         return (
-            f"{self.subject} ({self.weights}) on {self.data}\n{self.images:,} images of {len(self.scores.names):,}"
-            f" classes, {self.input}: box AP {metrics['box_ap']:.3f} %{masks}"
+            f"{self.subject} ({self.weights}) on {self.data}\n{images} of"
+            f" {counted(len(self.scores.names), 'class', 'classes')}, {self.input}:"
+            f" box AP {metrics['box_ap']:.3f} %{masks}"
         )
 
 

@@ -21,7 +21,7 @@ from pipeline.data.beton import open_beton
 from pipeline.data.subset import Subset
 from pipeline.distributed.processes import die_with_parent
 from pipeline.distributed.world import World
-from pipeline.errors import DataError, UserError, describe_full_gpu
+from pipeline.errors import DataError, UserError, counted, describe_full_gpu
 from pipeline.recipe.image_size import ImageSize, describe_size, height_and_width
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.heads import read_class_names
@@ -119,15 +119,16 @@ class EvaluationResult:
         lines = [
             f"{self.subject} ({self.variant or 'of no published shape'}, {self.weights}) on {self.data}"
             + (f", by the nearest neighbours in {self.neighbours_of}" if self.neighbours_of else ""),
-            f"{self.metrics['images']:,} images of {self._classes()}, {self.input}: top-1 {self.metrics['top1']:.3f} %,"
-            f" top-5 {self.metrics['top5']:.3f} %",
+            f"{counted(self.metrics['images'], 'image')} of {self._classes()}, {self.input}:"
+            f" top-1 {self.metrics['top1']:.3f} %, top-5 {self.metrics['top5']:.3f} %",
             *self.conditions,
         ]
         return "\n".join(lines)
 
     def _classes(self) -> str:
         some = self.classes_with_images not in (None, self.classes)
-        return f"{self.classes_with_images:,} of {self.classes:,} classes" if some else f"{self.classes:,} classes"
+        all_classes = counted(self.classes, "class", "classes")
+        return f"{self.classes_with_images:,} of {all_classes}" if some else all_classes
 
 
 def run_evaluation(request: EvaluationRequest, processes: int = 1) -> EvaluationResult:

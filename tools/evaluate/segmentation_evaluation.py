@@ -11,7 +11,7 @@ import torch
 from pipeline.data.beton import open_beton
 from pipeline.data.label_maps import LabelMaps
 from pipeline.distributed.world import World
-from pipeline.errors import DataError
+from pipeline.errors import DataError, counted
 from tools.evaluate.region_scores import RegionScores, count_pixels
 from tools.evaluate.run_evaluation import run_on_processes
 from tools.evaluate.stored_images import images_of_rank
@@ -55,10 +55,11 @@ class SegmentationResult:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
-        metrics = self.scores.metrics
+        metrics, images = self.scores.metrics, counted(self.images, "image")
         return (
-            f"{self.subject} ({self.weights}) on {self.data}\n{self.images:,} images of {len(self.scores.names):,}"
-            f" classes, {self.input}: mIoU {metrics['miou']:.3f} %, mean accuracy {metrics['mean_accuracy']:.3f} %,"
+            f"{self.subject} ({self.weights}) on {self.data}\n{images} of"
+            f" {counted(len(self.scores.names), 'class', 'classes')}, {self.input}:"
+            f" mIoU {metrics['miou']:.3f} %, mean accuracy {metrics['mean_accuracy']:.3f} %,"
             f" pixel accuracy {metrics['pixel_accuracy']:.3f} %"
         )
 

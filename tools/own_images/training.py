@@ -14,7 +14,7 @@ import torch
 
 from cluster.chain import has_begun
 from pipeline.data.beton import Beton, open_beton, samples_of
-from pipeline.errors import DataError, RecipeError, UserError, shortened
+from pipeline.errors import DataError, RecipeError, UserError, listed, shortened
 from pipeline.models import VARIANTS
 from pipeline.recipe import ChainRecipe, StageRecipe, load_recipe
 from pipeline.recipe.fields import leaf_fields
@@ -208,8 +208,7 @@ def _check_classes(source: str, train: Beton, validation: Beton | None) -> None:
     for beton, verb in ((train, "train on"), (validation, "validate on")):
         counts = zip(beton.classes, beton.samples_per_class, strict=True) if beton else ()
         if empty := [name for name, count in counts if not count]:
-            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-            say(f"no image to {verb} is of class {', '.join(empty[:3])}{more}")
+            say(f"no image to {verb} is of class {listed(empty)}")
 
 
 def _base_recipe(request: Request, weights: StartingWeights | None) -> str:

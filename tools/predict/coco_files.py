@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.data.image_objects import ImageObjects
-from pipeline.errors import UserError
+from pipeline.errors import UserError, listed
 from pipeline.objectives.average_precision import coco_boxes
 from pipeline.storage.folder import Folder
 from pipeline.tracking.object_pictures import objects_over
@@ -61,9 +61,8 @@ class SearchedImage:
     shown: ImageObjects
 
     def __str__(self) -> str:
-        pairs = list(zip(self.shown.names, self.shown.scores, strict=True))
-        more = f", and {len(pairs) - OBJECTS_SHOWN} more" if len(pairs) > OBJECTS_SHOWN else ""
-        return f"{self.name}: {', '.join(f'{n} {score:.2f}' for n, score in pairs[:OBJECTS_SHOWN]) or 'nothing'}{more}"
+        pairs = zip(self.shown.names, self.shown.scores, strict=True)
+        return f"{self.name}: {listed([f'{n} {score:.2f}' for n, score in pairs], OBJECTS_SHOWN) or 'nothing'}"
 
 
 def write_detections(

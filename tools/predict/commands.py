@@ -277,7 +277,7 @@ def _check_read(images: "Photographs") -> None:
     Raises:
         DataError: if there is no other image.
     """
-    from pipeline.errors import DataError
+    from pipeline.errors import DataError, counted
 
     for name, reason in images.unreadable:
         print(f"fcmae: {name} is left out: {reason}", file=sys.stderr)
@@ -285,7 +285,7 @@ def _check_read(images: "Photographs") -> None:
         files = "1 file holds" if len(images.paged) == 1 else f"{len(images.paged):,} files hold"
         print(f"fcmae: {files} several pages or frames, and the first was read: {images.paged[0]}", file=sys.stderr)
     if not images.names:
-        raise DataError(f"none of {len(images)} images could be read; the lines above say why")
+        raise DataError(f"none of {counted(len(images), 'image')} could be read; the lines above say why")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -119,7 +119,7 @@ def rgb_pixels(image: ImageLike, reading: ReadingSettings) -> np.ndarray:
     except MemoryError:
         raise DataError(f"memory ran out while {name} was decoded; shrink it first") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"{name} cannot be read: not an image") from None
+        raise DataError(f"{name} cannot be read: {'not an image' if content else 'empty file'}") from None
     except Exception as error:  # decoders raise all kinds of errors for damaged files
         words = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{name} cannot be read: {' '.join(words.split()) or type(error).__name__}") from None

@@ -19,7 +19,7 @@ import PIL
 from pipeline.data.beton import open_beton, sidecar_path
 from pipeline.data.beton_writer import BetonWriter, lock_file, refuse_locked
 from pipeline.data.objects_file import AnnotatedObjects, class_counts
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 from tools.prepare.annotated_source import (
     AnnotatedSource,
     ObjectOptions,
@@ -320,11 +320,10 @@ def _append_parts(
 def _refuse_bad_images(source: str | Path, notes: Sequence[Note], report: Path) -> None:
     bad = [note for note in notes if note.outcome == "left out"]
     if bad:
-        named = ", ".join(f"{note.name} ({note.why})" for note in bad[:NAMED])
-        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        named = listed([f"{note.name} ({note.why})" for note in bad], NAMED)
         images, them = ("images", "them") if len(bad) > 1 else ("image", "it")
         raise DataError(
-            f"{len(bad)} bad {images} in {source}: {named}{more}, listed in {report}; repair {them}, or pass --on-bad"
+            f"{len(bad)} bad {images} in {source}: {named}, listed in {report}; repair {them}, or pass --on-bad"
             f" skip to leave {them} out"
         )
 

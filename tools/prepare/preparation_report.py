@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.beton import Beton, samples_of
+from pipeline.errors import counted, listed
 from tools.prepare.image_source import ImageSource
 from tools.prepare.parts import Note
 
@@ -46,7 +47,7 @@ def class_notes(classes: Sequence[str], counts: np.ndarray, counted: str) -> Ite
     total = max(int(counts[0].sum()), 1)
     for name, count, images in zip(classes, *counts.tolist(), strict=True):
         of = "those with a class" if counted == "pixels" else "all"
-        share = f"{count:,} {counted}, {100 * count / total:.4g} % of {of}, in {images:,} images"
+        share = f"{count:,} {counted}, {100 * count / total:.4g} % of {of}, in {counted(images, 'image')}"
         yield Note(name, CLASS, share)
 
 
@@ -80,7 +81,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     beton, left_out, tolerated = summary.beton, [], []
     with summary.report.open() as lines:
         for note in map(json.loads, lines):
-            if note["outcome"] == "left out" and len(left_out) < NAMED:
+            if note["outcome"] == "left out":
                 left_out.append(f"{note['name']} ({note['why']})")
             if note["outcome"] == ANNOTATIONS:
                 tolerated.append(note["why"])
@@ -91,10 +92,9 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     said = [f"{count:,} {kind}" for kind, count in sorted(changed.items(), key=lambda entry: (-entry[1], entry[0]))]
     said += [f"{totals[outcome]:,} {outcome}" for outcome in ("excluded", "ignored", "left out") if totals[outcome]]
     if said:
-        more = f" and {totals['left out'] - NAMED:,} more" if totals["left out"] > NAMED else ""
-        names = f": {', '.join(left_out)}{more}" if left_out else ""
-        yield f"{_counted(beton.samples, 'image', 's')}; {', '.join(said)}{names}"
-        yield f"each by name: {summary.report}"
+        names = f": {listed(left_out, NAMED)}" if left_out else ""
+        yield f"{counted(beton.samples, 'image')}; {', '.join(said)}{names}"
+        yield f"each of these is named in {summary.report}"
     if summary.excludes and not totals["excluded"]:
         yield (
             "no image was excluded: none has a listed name, or the bytes of an image to exclude (a .beton file tells"
@@ -107,7 +107,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield _objects(beton)
     if summary.split:
         yield summary.split
-    images, classes = _counted(beton.samples, "image", "s"), _counted(len(beton.classes), "class", "es")
+    images, classes = counted(beton.samples, "image"), counted(len(beton.classes), "class", "classes")
     yield f"{beton.path} is ready: {images} of {classes}, sha256 {beton.identity}"
 
 
@@ -123,7 +123,7 @@ def _pixels(beton: Beton) -> str:
     said.append(f"ignored {100 * (1 - sum(beton.maps.frequencies) / every):.3g} %")
     missing = ""
     if absent := [name for name, images in zip(beton.classes, beton.maps.images, strict=True) if not images]:
-        missing = f"; in no image: {_named(absent)}"
+        missing = f"; in no image: {listed(absent, NAMED)}"
     return f"pixels: {', '.join(said)}{missing}"
 
 
@@ -138,17 +138,9 @@ def _objects(beton: Beton) -> str:
     more = f", {beton.objects.crowds:,} of them crowds" if beton.objects.crowds else ""
     masks = "with masks" if beton.objects.masks else "without masks"
     missing = [name for count, name in most if not count]
-    absent = f"; of none: {_named(missing)}" if missing else ""
-    where = f"all but {_counted(empty, 'image', 's')}" if empty else "every image"
+    absent = f"; of none: {listed(missing, NAMED)}" if missing else ""
+    where = f"all but {counted(empty, 'image')}" if empty else "every image"
     return f"objects: {total:,} {masks}{more}, in {where}: {', '.join(said)}{absent}"
-
-
-def _named(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
-
-
-def _counted(count: int, noun: str, plural: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def missing_classes(parts: Sequence[Beton]) -> Iterator[str]:
@@ -158,4 +150,4 @@ def missing_classes(parts: Sequence[Beton]) -> Iterator[str]:
         counts = zip(beton.classes, per_class, strict=True)
         # Of label maps the summary names the missing classes.
         if missing := [name for name, count in counts if not count and not beton.maps]:
-            yield f"{beton.path} has no images of {_named(missing)}; give another --split, or more images"
+            yield f"{beton.path} has no images of {listed(missing, NAMED)}; give another --split, or more images"

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 from pipeline.randomness import text_key
 
 _KEYS = 2**63  # more than any key
@@ -63,6 +63,5 @@ def _keys(names: Sequence[str], group_by: str | None) -> list[int]:
     matches = [pattern.search(name) for name in names]
     missing = [name for name, match in zip(names, matches, strict=True) if match is None]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"--group-by {group_by!r} does not match {missing[0]}{more}; it must match each image's path")
+        raise DataError(f"--group-by {group_by!r} does not match {listed(missing, 1)}; it must match each image's path")
     return [text_key("validation", *(match.groups("") or (match.group(),))) for match in matches if match]

@@ -215,17 +215,19 @@ def _values(stage: "StageRecipe", everything: bool) -> Iterator[tuple[str, str]]
 
 def _summary(stage: "StageRecipe") -> str:
     """A stage in a few characters, such as "FCMAE 1600" or "1K 30, 512"."""
+    from pipeline.errors import counted
     from pipeline.recipe.image_size import describe_size
 
-    task = "FCMAE"
+    task, classes = "FCMAE", getattr(stage.objective, "classes", 0)
+    named = counted(classes, "class", "classes")
     if stage.objective.kind == "segmentation":
         task = {"upernet": "UperNet", "semantic_fpn": "Semantic FPN"}[stage.objective.head]
-        task = f"{task}, {stage.objective.classes} classes,"
+        task = f"{task}, {named},"
     elif stage.objective.kind == "detection":
         heads = {"mask_rcnn": "Mask R-CNN", "cascade": "Cascade Mask R-CNN", "faster_rcnn": "Faster R-CNN"}
-        task = f"{heads[stage.objective.head]}, {stage.objective.classes} classes,"
+        task = f"{heads[stage.objective.head]}, {named},"
     elif stage.objective.kind != "fcmae":
-        task = {1000: "1K", 21841: "22K"}.get(stage.objective.classes, f"{stage.objective.classes} classes")
+        task = {1000: "1K", 21841: "22K"}.get(classes, named)
     pixels = "" if stage.data.image_size == 224 else f", {describe_size(stage.data.image_size)}"
     length = f"{stage.schedule.steps:,} steps" if stage.schedule.steps else f"{stage.schedule.epochs:g}"
     return f"{task} {length}{pixels}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from pipeline.errors import counted
 from tools.evaluate.confusions import MATRIX_CLASSES, Confusions
 from tools.evaluate.detection_scores import DetectionScores, difference_of_detectors, figures_table
 from tools.evaluate.kept_results import KeptResult, difference_of, kept_results
@@ -47,7 +48,7 @@ def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
     own, *others = results
     how = f"by the nearest neighbours in {own.neighbours_of}" if own.neighbours_of else "by the head"
     how = "; ".join((how, *own.conditions))
-    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}, {how}:")
+    yield Text(f"Evaluated on {counted(own.images, 'image')} of {own.data}, {own.input}, {how}:")
     rows = [[r.subject, r.weights, f"{r.top1:.2f} %", f"{r.top5:.2f} %", _gain(own, r)] for r in results]
     headers = ["weights", "of the file", "top-1", "top-5", "difference in top-1"]
     yield Grid(headers, rows, headers[2:])
@@ -58,7 +59,7 @@ def _one_evaluation(results: Sequence[KeptResult]) -> Iterator[Block]:
 
 def _one_segmentation(results: Sequence[KeptScores[RegionScores]]) -> Iterator[Block]:
     own, *others = results
-    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
+    yield Text(f"Evaluated on {counted(own.images, 'image')} of {own.data}, {own.input}:")
     rows = [[r.subject, r.weights, *(f"{value:.2f} %" for value in r.scores.metrics.values())] for r in results]
     headers = ["weights", "of the file", "mIoU", "mean accuracy", "pixel accuracy"]
     yield Grid(headers, rows, headers[2:])
@@ -72,7 +73,7 @@ def _one_segmentation(results: Sequence[KeptScores[RegionScores]]) -> Iterator[B
 
 def _one_detection(results: Sequence[KeptScores[DetectionScores]]) -> Iterator[Block]:
     own, *others = results
-    yield Text(f"Evaluated on the {own.images:,} images of {own.data}, {own.input}:")
+    yield Text(f"Evaluated on {counted(own.images, 'image')} of {own.data}, {own.input}:")
     if others:
         rows = [[r.subject, r.weights, *(_points(r.scores.metrics, name) for name in AP_COLUMNS)] for r in results]
         yield Grid(["weights", "of the file", *AP_COLUMNS.values()], rows, list(AP_COLUMNS.values()))

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import StageError
+from pipeline.errors import StageError, counted
 from pipeline.storage.file_names import RECIPE_FILE
 from tools.options import Json, Overrides, Processes, RecipeName, Refresh, Rehearsal, RunDirectory, SiteName
 from tools.tables import plain_table, wide_console
@@ -185,7 +185,7 @@ def profile_run(
     profile, console = RequestedProfile(directory, steps, rank), Console(stderr=True)
     with console.status("asking the ranks") as spinner:
         if not console.is_terminal:
-            print(f"waiting for the ranks to record {steps} steps", file=sys.stderr, flush=True)
+            print(f"waiting for the ranks to record {counted(steps, 'step')}", file=sys.stderr, flush=True)
         answers = profile.wait(spinner.update)
     failed = [answer for answer in answers if "error" in answer]
     for answer in answers:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cluster.slurm.decision import Action
+from pipeline.errors import listed
 from tools.simulate.conditions import Conditions
 from tools.simulate.intervals import SaveInterval
 from tools.simulate.replay import ReplayedRun
@@ -107,9 +108,7 @@ def condition_lines(conditions: Conditions, given: Sequence[str]) -> list[str]:
     lines = []
     for item in fields(conditions):
         value = getattr(conditions, item.name)
-        text = f"{value:g}" if not isinstance(value, tuple) else ", ".join(f"{one:.4g}" for one in value[:8])
-        if isinstance(value, tuple) and len(value) > 8:
-            text += f", and {len(value) - 8} more"
+        text = f"{value:g}" if not isinstance(value, tuple) else listed([f"{one:.4g}" for one in value], 8)
         source = "given" if item.name in given else "ASSUMED"
         lines.append(f"{source} {item.name} = {text}: {item.metadata['meaning']}")
     return lines

@@ -34,13 +34,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all, say what wou
 @app.command("list")
 def list_studies() -> None:
     """List the included studies."""
+    from pipeline.errors import counted
     from tools.recipes.library import included_studies
     from tools.study.definition import load_study
 
     for name, path in included_studies().items():
         study = load_study(path)
-        seeds = "1 seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
-        print(f"{name}: {study.about} {len(study.arms)} arms, {seeds}, {study.recipe}")
+        arms, seeds = counted(len(study.arms), "arm"), counted(len(study.seeds), "seed")
+        print(f"{name}: {study.about} {arms}, {seeds}, {study.recipe}")
 
 
 @app.command("show")

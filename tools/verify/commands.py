@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, counted
 
 
 def verify_path(
@@ -33,8 +33,8 @@ def verify_path(
         print(sentence)
     if damage:
         raise UserError(f"{path} is damaged, see above; copy or prepare it again")
-    decoded = ", every image decoded" if full else ""
-    maps = f", label maps of {len(beton.classes):,} classes" if beton.maps else ""
-    maps += f", {sum(beton.objects.counts):,} objects of {len(beton.classes):,} classes" if beton.objects else ""
-    blocks = f"{len(beton.block_sha256):,} blocks, sha256 {beton.identity}"
-    print(f"{path} is whole: {beton.samples:,} images, {blocks}{maps}{decoded}")
+    decoded, classes = ", every image decoded" if full else "", counted(len(beton.classes), "class", "classes")
+    maps = f", label maps of {classes}" if beton.maps else ""
+    maps += f", {counted(sum(beton.objects.counts), 'object')} of {classes}" if beton.objects else ""
+    blocks = f"{counted(len(beton.block_sha256), 'block')}, sha256 {beton.identity}"
+    print(f"{path} is whole: {counted(beton.samples, 'image')}, {blocks}{maps}{decoded}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.checkpoint.manifest import COMMIT, MANIFEST, CheckpointName
 from pipeline.checkpoint.store import EVER_COMMITTED, QUARANTINE
 from pipeline.checkpoint.verification import verify_checkpoint
-from pipeline.errors import CheckpointError, StageError, UserError, first_line
+from pipeline.errors import CheckpointError, StageError, UserError, counted, first_line
 from pipeline.recipe import load_recipe
 from pipeline.stage.directory import Stage
 from pipeline.storage.bounded_files import read_json
@@ -79,8 +79,8 @@ def check_checkpoints(folder: Folder) -> Iterator[CheckedPath]:
     if EVER_COMMITTED in inside and not any((folder / entry / COMMIT).exists() for entry in inside):
         yield CheckedPath(str(folder), False, "all committed checkpoints are missing")
     if QUARANTINE in inside:
-        count = len((folder / QUARANTINE).entries())
-        yield CheckedPath(str(folder / QUARANTINE), True, f"{count} damaged checkpoints, set aside and not used")
+        damaged = counted(len((folder / QUARANTINE).entries()), "damaged checkpoint")
+        yield CheckedPath(str(folder / QUARANTINE), True, f"{damaged}, set aside and not used")
 
 
 def _check_checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPath:
@@ -93,7 +93,7 @@ def _check_checkpoint(folder: Folder, name: CheckpointName | None) -> CheckedPat
         return CheckedPath(str(folder), False, "; ".join(problems))
     size = sum(record.bytes for record in manifest.files.values())
     why = manifest.facts.get("why", "")
-    return CheckedPath(str(folder), True, f"{len(manifest.files)} files, {size:,} bytes, {why}")
+    return CheckedPath(str(folder), True, f"{counted(len(manifest.files), 'file')}, {size:,} bytes, {why}")
 
 
 def _check_stages(directory: Path) -> Iterator[CheckedPath]:
@@ -141,4 +141,4 @@ def _unreadable_records(directory: Path, home: Folder) -> Iterator[CheckedPath]:
 
 def _check_journal(path: Path, name: str) -> CheckedPath:
     lines, trouble = examine_journal(path)
-    return CheckedPath(name, not trouble, trouble or f"{lines} lines")
+    return CheckedPath(name, not trouble, trouble or counted(lines, "line"))

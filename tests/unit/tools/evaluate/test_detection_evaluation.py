@@ -210,7 +210,7 @@ def test_predict_leaves_nothing_if_no_image_can_be_read(place, tmp_path) -> None
     (tmp_path / "bad.png").write_bytes(b"no image")
     done = fcmae("predict", place[0] / "weights.safetensors", tmp_path / "bad.png", "--out", tmp_path / "seen")
     assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (1, ["bad.png"])
-    assert "none of 1 images could be read" in done.stderr
+    assert "none of 1 image could be read" in done.stderr
 
 
 def test_methods_of_other_kinds_name_the_detectors_own(place) -> None:

@@ -134,7 +134,7 @@ def test_predict_leaves_nothing_if_no_image_can_be_read(place, tmp_path) -> None
     (tmp_path / "bad.png").write_bytes(b"no image")
     done = fcmae("predict", place[0] / "weights.safetensors", tmp_path / "bad.png", "--out", tmp_path / "seen")
     assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (1, ["bad.png"])
-    assert "none of 1 images could be read" in done.stderr
+    assert "none of 1 image could be read" in done.stderr
 
 
 def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:

@@ -149,7 +149,7 @@ def refusals(place: Path, tmp_path: Path) -> dict[str, tuple[list, str]]:
     return {
         "no such image": (["predict", run, tmp_path / "nowhere.jpg"], "does not exist"),
         "no images": (["predict", run, tmp_path / "empty"], "empty"),
-        "none readable": (["predict", run, tmp_path / "damaged"], "none of 1 images could be read"),
+        "none readable": (["predict", run, tmp_path / "damaged"], "none of 1 image could be read"),
         "two formats": (["predict", run, photos, "--csv", "--json"], "--csv and --json exclude each other"),
         "no classifier": (["predict", tmp_path / "encoder.pt", photos], "has no classifier"),
         "no weights": (["predict", tmp_path / "none.pt", photos], "none.pt"),

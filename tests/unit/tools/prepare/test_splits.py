@@ -241,7 +241,7 @@ def test_the_summary_is_three_lines(photos, tmp_path):
         " and 2 more",
     ):
         assert words in first
-    assert second == f"each by name: {tmp_path}/a.beton.report.jsonl"
+    assert second == f"each of these is named in {tmp_path}/a.beton.report.jsonl"
     assert third == f"{tmp_path}/a.beton is ready: 17 images of 2 classes, sha256 {summary.beton.sha256}"
     plain = prepare_beton(photos, tmp_path / "b.beton")
     assert len(list(summary_lines(plain))) == 1
