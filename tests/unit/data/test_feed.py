@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from functools import partial
 
 import numba
 import numpy as np
@@ -87,9 +86,9 @@ def test_what_an_objective_prepares_is_made_in_the_loaders_thread_and_comes_with
         assert batch.prepared.thread is not threading.current_thread()
 
 
-def producer_of(beton, work, timeout_seconds=60, kind=Producer):
+def producer_of(beton, work, timeout_seconds=60, kind=Producer, pinned=False):
     loader = ImageLoader(Subset(beton), EvaluationPlan(24, 1.0), batch_size=8, workers=1)
-    return kind(loader, work, lambda *batch: batch, timeout_seconds)
+    return kind(loader, work, lambda *batch: batch, timeout_seconds, pinned)
 
 
 def slots_of(feed, step):
@@ -390,7 +389,7 @@ def test_a_thread_that_pins_memory_is_on_the_gpu_of_its_rank(beton, monkeypatch)
     monkeypatch.setattr(_Images, "empty_views", lambda self, ids, pinned: empty_views(self, ids, False))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: told.append((gpu, threading.current_thread())))
-    producer = producer_of(beton, iter([(0, np.arange(8), None)]), kind=partial(Producer, pinned=True))
+    producer = producer_of(beton, iter([(0, np.arange(8), None)]), pinned=True)
     next(producer)
     producer.close()
     assert told == [(3, producer)]

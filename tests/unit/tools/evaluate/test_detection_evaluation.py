@@ -307,7 +307,7 @@ def test_what_does_not_fit_a_detector_is_one_sentence(place) -> None:
             beton.path,
             "--beside",
             place / "encoder.safetensors",
-        ): "holds no detector; give",
+        ): "name weights of one kind",
         ("embed", weights, place / "images", "--out", place / "x.npz"): "holds a model for detection; `fcmae convert",
     }
     for arguments, message in cases.items():
