@@ -12,6 +12,7 @@ The side-car holds a hash of each block of one page. No image crosses a page, so
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, BinaryIO, Self
 
@@ -128,9 +129,17 @@ def open_beton(path: str | Path) -> Beton:
         ) from None
 
 
+def absent_file(path: Path, sources: str = "SOURCE") -> DataError:
+    """The error for a data file that is not there. `sources` are the arguments with which `fcmae prepare` makes it."""
+    names = {other.stem: other for other in path.parent.glob("*.beton")}
+    near = get_close_matches(path.stem, names, n=1, cutoff=0.8)
+    guess = f"did you mean {names[near[0]]}? Else make it" if near else "make it"
+    return DataError(f"data file {path} does not exist; {guess} with `fcmae prepare {sources} {path}`")
+
+
 def _compare_with_sidecar(path: Path) -> Beton:
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist; make it with `fcmae prepare SOURCE {path}`")
+        raise absent_file(path)
     beton = read_sidecar(path)
     size_bytes = path.stat().st_size
     if size_bytes != beton.size_bytes:

@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from pipeline.data.beton import Beton
+from pipeline.data.beton import Beton, absent_file
 from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton, is_url
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import ClassificationSettings, DetectionSettings, SegmentationSettings, StageRecipe
 from pipeline.recipe.settings_base import MOST_STEPS
+
+PREPARED_FROM = {"segmentation": "maps IMAGES MASKS", "detection": "coco IMAGES ANNOTATIONS.json"}
+"""The arguments with which `fcmae prepare` makes data, by the kind of objective; of others SOURCE."""
 
 
 def check_stage_data(recipe: StageRecipe) -> dict[str, Beton]:
@@ -29,7 +33,7 @@ def refuse_missing_files(recipe: StageRecipe, sources: Collection[str] = ()) -> 
     """Raise DataError for a local data file that does not exist and is none of the sources, which become data files."""
     for path in _locations(recipe).values():
         if path not in sources and not is_url(path) and _is_missing(path):
-            raise DataError(f"data file {path} does not exist; make it with `fcmae prepare {_sources(recipe)} {path}`")
+            raise absent_file(Path(path), _sources(recipe))
 
 
 def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:
@@ -70,8 +74,7 @@ def _is_missing(path: str) -> bool:
 
 def _sources(recipe: StageRecipe) -> str:
     """The arguments that `fcmae prepare` makes the stage's data from."""
-    forms = {SegmentationSettings: "maps IMAGES MASKS", DetectionSettings: "coco IMAGES ANNOTATIONS.json"}
-    return forms.get(type(recipe.objective), "SOURCE")
+    return PREPARED_FROM.get(recipe.objective.kind, "SOURCE")
 
 
 def _locations(recipe: StageRecipe) -> dict[str, str]:

@@ -34,9 +34,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ChainRecipe:
     """Read a chain recipe and apply `key=value` overrides (`stages.pretrain.schedule.epochs=10`, `defaults...`).
 
     Raises:
-        RecipeError: naming the file and field, the value, and the accepted values.
+        RecipeError: naming the file and field, the value, and the accepted values; of an override without the file.
     """
-    return parse_settings(ChainRecipe, expand_stages(read_mapping(path, overrides), path), str(path))
+    chain = expand_stages(read_mapping(path, overrides), path)
+    return parse_settings(ChainRecipe, chain, str(path), [text.partition("=")[0] for text in overrides])
 
 
 def read_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -216,10 +217,12 @@ def expand_stages(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**raw, "stages": expanded}
 
 
-def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> Any:
+def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str, overridden: Sequence[str] = ()) -> Any:
     """Turn a mapping into settings of that kind.
 
-    source: the file's name, for errors.
+    Args:
+        source: the file's name, for errors.
+        overridden: keys whose values are not from that file.
 
     Raises:
         RecipeError: naming the first wrong field, its value, and the accepted values; or a field that holds a secret.
@@ -229,22 +232,32 @@ def parse_settings(kind: type[Settings], raw: dict[str, Any], source: str) -> An
         # JSON mode is strict about types but accepts a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_explain(kind, error)}") from None
+        field, why = _explain(kind, error)
+        raise RecipeError(why if _is_within(field, overridden) else f"{source}: {why}") from None
     except (TypeError, ValueError) as error:  # a value that JSON does not have, or an integer of thousands of digits
         raise RecipeError(f"{source}: {error}") from None
 
 
-def _explain(kind: type[Settings], error: ValidationError) -> str:
+def _is_within(field: str, overridden: Sequence[str]) -> bool:
+    """Whether a field's value is that of an override, of its own key or of one that holds it."""
+    names = [field]
+    if (parts := field.split(".", 2))[0] == "stages" and len(parts) == 3:
+        names.append(f"defaults.{parts[2]}")
+    return any(f"{name}.".startswith(f"{key}.") for name in names for key in overridden)
+
+
+def _explain(kind: type[Settings], error: ValidationError) -> tuple[str, str]:
+    """The first wrong field, and a sentence about it."""
     first = error.errors(include_url=False)[0]
     where = [str(part) for _, part, is_tag in _walk(kind, first["loc"]) if not is_tag]
     field, value = ".".join(where), first.get("input")
     if first["type"] == "union_tag_not_found":
-        return f"{field}.{first['ctx']['discriminator'][1:-1]} is missing; give it a value"
+        return field, f"{field}.{first['ctx']['discriminator'][1:-1]} is missing; give it a value"
     if first["type"] == "union_tag_invalid":
         known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
         near = get_close_matches(first["ctx"]["tag"], known, n=3, cutoff=0.5) or known
         key = first["ctx"]["discriminator"][1:-1]
-        return f"{field}.{key} is {first['ctx']['tag']!r}; choose one of {', '.join(near)}"
+        return field, f"{field}.{key} is {first['ctx']['tag']!r}; choose one of {', '.join(near)}"
     if first["type"] == "extra_forbidden":
         known, deeper = _known_keys(kind, first["loc"][:-1]), []
         if kind is ChainRecipe and len(where) in (1, 3):
@@ -253,15 +266,16 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         near = get_close_matches(where[-1], known, n=3, cutoff=0.5) or deeper or sorted(known)
         if kind is ChainRecipe and field in StageRecipe.model_fields:
             near = [f"defaults.{field}", f"stages.STAGE.{field}"]
-        return f"unknown key {field}; did you mean {' or '.join(near)}?"
+        return field, f"unknown key {field}; did you mean {' or '.join(near)}?"
     if first["type"] == "missing":
         if len(where) == 3 and where[0] == "stages" and where[2] == "objective":
-            return f"{field} is missing; give it a value, or correct {where[1]} to the name of a stage of this recipe"
-        return f"{field} is missing; give it a value"
+            stage = f"or correct {where[1]} to the name of a stage of this recipe"
+            return field, f"{field} is missing; give it a value, {stage}"
+        return field, f"{field} is missing; give it a value"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{field}: {reason}" if field else reason
-    return f"{field} is {shortened(value)}: {reason[0].lower()}{reason[1:]}"
+        return field, (f"{field}: {reason}" if field else reason)
+    return field, f"{field} is {shortened(value)}: {reason[0].lower()}{reason[1:]}"
 
 
 def _section_keys(stage: str, wanted: str) -> list[str]:

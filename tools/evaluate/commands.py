@@ -103,7 +103,12 @@ def evaluate_weights(
     from dataclasses import replace
 
     from pipeline.errors import UserError
-    from tools.evaluate.evaluated_data import evaluated_files, note_other_window
+    from tools.evaluate.evaluated_data import (
+        evaluated_files,
+        note_other_window,
+        note_training_images,
+        refuse_absent_file,
+    )
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
     from tools.evaluate.run_evaluation import BATCH, EvaluationRequest, run_evaluation
@@ -125,7 +130,10 @@ def evaluate_weights(
         _check_weights(kind, (weights, *(beside or ())))
     shown = {"per_class": per_class, "json": json}
     if data.endswith(".beton"):
+        refuse_absent_file(data, kind)
         note_other_window(weights, data)
+        if kind != "classifier":
+            note_training_images(weights, data, data)
     if kind == "segmenter":
         settings = {"ema": ema, "test": test, "scales": scale, "flip": flip, "batch": batch, "bf16": bf16}
         _evaluate_segmenter([weights, *(beside or ())], data, settings, nproc, **shown)

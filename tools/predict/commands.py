@@ -79,11 +79,13 @@ def predict_classes(
     """
     from pipeline.errors import UserError
     from pipeline.storage.folder import check_writable
+    from tools.predict.image_inputs import refuse_swapped
     from tools.predict.model_kinds import kind_of, refuse_options
     from tools.predict.predictions import PredictedImages
 
     if csv and json:
         raise UserError("--csv and --json exclude each other; give one of them")
+    refuse_swapped(weights, photos)
     kind = kind_of(weights)
     refuse_options(weights, kind, {
         ("classifier",): {"--top": top, "--csv": csv, "--sheet": sheet, "--classes": classes,
@@ -206,7 +208,9 @@ def embed_images(
 
     from pipeline.errors import UserError
     from pipeline.storage.folder import check_writable
+    from tools.predict.image_inputs import refuse_swapped
 
+    refuse_swapped(weights, photos)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite")
     check_writable(out)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
+from pipeline.storage.file_names import RECIPE_FILE
 from tools.predict.evaluation_transform import EvaluationTransform, rgb_pixels
 from tools.prepare.detect import open_source
 from tools.prepare.image_files import MOST_PIXELS_SHRUNK, opened_image
@@ -83,6 +84,21 @@ class Photographs:
                     self.thumbnails.append(_thumbnail(Image.fromarray(rgb)))
                 yield item.name, rgb
             progress(number, len(self._items))
+
+
+def refuse_swapped(weights: str, photos: Sequence[str]) -> None:
+    """Raise UserError if the weights are a folder or an image, and what stands behind them is a run or weights."""
+    if _is_run(weights) or not (os.path.isdir(weights) or is_image(weights)):
+        return
+    for path in photos:
+        if _is_run(path) or path.endswith((".safetensors", ".pt", ".pth")):
+            raise UserError(
+                f"{weights} is no run and no file of weights; did you swap it with {path}? Weights come first"
+            )
+
+
+def _is_run(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, RECIPE_FILE))
 
 
 def _items_of(path: str) -> list[tuple[Item, Reader]]:

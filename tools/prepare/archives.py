@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError, first_line
-from tools.prepare.folders import is_read
+from tools.prepare.folders import WITHOUT_CLASSES, is_read
 from tools.prepare.image_source import ByteRanges, ImageSource, Item, Stamp, base, is_image, open_stream, why_ignored
 
 _BLOCK_BYTES = 512
@@ -65,10 +65,7 @@ def tar_of_folders(fs: AbstractFileSystem, path: str) -> ImageSource:
         parent = member.name.rpartition("/")[0]
         folder = base(parent)
         if member.is_image and not folder:
-            raise DataError(
-                f"{path} holds images without class folders ({member.name}); give their classes by --labels, or pass"
-                " --unlabelled if they have none"
-            )
+            raise DataError(f"{path} holds images without class folders ({member.name}); {WITHOUT_CLASSES}")
         if member.is_image and parents.setdefault(folder, parent) != parent:
             raise DataError(
                 f"{path} holds two folders of class {folder}, {parents[folder]} and {parent}, such as those of training"

@@ -7,7 +7,7 @@ from fsspec import AbstractFileSystem
 
 from pipeline.errors import DataError
 from tools.prepare.archives import class_tars, flat_tar, holds_tars, tar_of_classes, tar_of_folders
-from tools.prepare.folders import class_folders, flat_folder, is_folder, is_read
+from tools.prepare.folders import WITHOUT_CLASSES, class_folders, flat_folder, is_folder, is_read
 from tools.prepare.image_source import ImageSource, Item, base, is_image, list_folder, locate, why_ignored
 from tools.prepare.labels import apply_labels, read_labels
 from tools.prepare.parquet import parquet_files
@@ -45,7 +45,7 @@ def open_source(source: str, labels: str | None = None, unlabelled: bool = False
     if is_flat and labels is None and not unlabelled:
         raise DataError(
             f"source {source} holds images without class folders ({images.items[0].name}, ...); put them into"
-            " folders (CLASS/IMAGE.jpg), or give their classes by --labels, or pass --unlabelled if they have none"
+            f" folders (CLASS/IMAGE.jpg), or {WITHOUT_CLASSES}"
         )
     return apply_labels(images, given) if given is not None else images
 

@@ -23,6 +23,9 @@ from tools.prepare.image_source import (
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _NOT_READ = ("__MACOSX",)  # what macOS adds to archives
+WITHOUT_CLASSES = (  # what to do with such images, in a message of any command
+    "give `fcmae prepare` their classes by --labels; its --unlabelled is for images that have none, as in pre-training"
+)
 
 
 def class_folders(

@@ -186,9 +186,26 @@ def find_pairs(folder: MaskedFolder, mask_name: str) -> Pairs:
             f" ({images.items[0].name}, and masks such as {masks.items[0].name});"
             f" {_naming_hint(images.items, masks.items)}"
         )
+    _refuse_photographs(folder, items)
     kept, held_out, test = _parts(items)
     ignored = (*images.ignored, *((f"mask {name}", why) for name, why in masks.ignored), *test)
     return Pairs(kept, held_out, ignored, f"{images.stamp} {masks.stamp} {folder.stamp}")
+
+
+def _refuse_photographs(folder: MaskedFolder, items: Sequence[Item]) -> None:
+    """Raise DataError if all masks are called JPEGs and the first one is one, whose compression would change labels."""
+    masks = [item.mask for item in items if item.mask]
+    if not all(name.lower().endswith((".jpg", ".jpeg")) for name, _ in masks):
+        return
+    try:
+        content = folder.masks.reader.read(masks[0][1])
+    except OSError:  # the preparation names it
+        return
+    if content[:3] == b"\xff\xd8\xff":
+        raise DataError(
+            f"the masks in {folder.masks.path} are JPEGs, as photographs are ({masks[0][0]}); if the masks are in"
+            f" {folder.images.path}, name the folder of images first, otherwise save masks as PNG"
+        )
 
 
 def _listed(kind: str, place: Place) -> ImageSource:

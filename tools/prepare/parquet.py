@@ -81,7 +81,7 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
                 if own and names and own != names and not unlabelled:
                     raise DataError(
                         f"{path} names other classes than the files before it, or in another order, so equal numbers"
-                        " are other classes; give all files the same names, or pass --unlabelled"
+                        " are other classes; give all files the same names, or use `fcmae prepare --unlabelled`"
                     )
                 names = names or own
                 stamp.add_file(fs.info(path))
@@ -101,7 +101,10 @@ def parquet_files(fs: AbstractFileSystem, paths: Sequence[str], unlabelled: bool
         return ImageSource("parquet", ("all",), items, ParquetRows(fs, is_struct), stamp.hex())
     bad = next((number for number in numbers if number is None or number < 0), 0)
     if bad != 0 or not numbers:
-        raise DataError(f"column label of {paths[0]} holds {bad!r}; labels must be 0 or more, or pass --unlabelled")
+        raise DataError(
+            f"column label of {paths[0]} holds {bad!r}; labels must be 0 or more, or left out by"
+            " `fcmae prepare --unlabelled`"
+        )
     if names is None and max(numbers) >= _MOST_CLASSES:
         raise DataError(
             f"column label of {paths[0]} holds {max(numbers)}, and its classes have no names; number them from 0, below"
@@ -134,7 +137,7 @@ def _check_columns(arrow: Any, schema: Any, path: str, unlabelled: bool) -> bool
         raise DataError(f"{path} has no column `image` of bytes, but {', '.join(schema.names)}; rename the column")
     if not unlabelled and not ("label" in schema.names and types.is_integer(schema.field("label").type)):
         raise DataError(
-            f"{path} has no column `label` of numbers; add one, or pass --unlabelled if the images have no classes"
+            f"{path} has no column `label` of numbers; add one, or use `fcmae prepare --unlabelled` if there are none"
         )
     return is_struct
 

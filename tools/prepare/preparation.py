@@ -171,8 +171,13 @@ def prepare_split(
         written.append(_write(part, str(source), path, again, exclusion, reading, capacity, facts))
         if held:
             mark.mkdir(exist_ok=True)
-    said = describe_split(names, held_out, fraction, group_by) if fraction is not None else ""
-    return written[1], replace(written[0], split=said)
+    validated, trained = written
+    if fraction is None:
+        return trained, validated
+    held = validated.beton.samples
+    return trained, replace(
+        validated, split=describe_split(names, held, held + trained.beton.samples, fraction, group_by)
+    )
 
 
 def _validation_part(images: ImageSource, source: str, fraction: float | None, group_by: str | None) -> Sequence[bool]:

@@ -24,9 +24,10 @@ def validation_part(names: Sequence[str], fraction: float, group_by: str | None 
     return [key < fraction * _KEYS for key in _keys(names, group_by)]
 
 
-def describe_split(names: Sequence[str], held_out: Sequence[bool], fraction: float, group_by: str | None = None) -> str:
-    """Say how many images are held out, and what to do if these are far fewer or more than was asked for."""
-    count, held, wanted = len(names), sum(held_out), fraction * len(names)
+def describe_split(names: Sequence[str], held: int, count: int, fraction: float, group_by: str | None = None) -> str:
+    """Say that `held` of the `count` images that were stored are held out, and what to do if far fewer or more were
+    asked for. `names` are those of the source."""
+    wanted = fraction * count
     said = f"held out for validation: {held:,} of {count:,} images"
     pairs = (held, wanted), (count - held, count - wanted)
     if all(max(asked, 1) / 2 <= number <= 2 * max(asked, 1) for number, asked in pairs):

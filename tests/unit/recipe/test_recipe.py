@@ -26,6 +26,13 @@ def test_stages_inherit_defaults_and_know_the_stage_before(recipe_file):
     assert stages["finetune"].data.crop_scale == (0.5, 1.0)
 
 
+@pytest.mark.parametrize("override", ["epochs=2", "defaults.model.in_chans=1", "stages.pretrain.schedule.epochs=ten"])
+def test_a_wrong_override_is_not_blamed_on_the_file(recipe_file, override):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe_file, [override])
+    assert str(recipe_file) not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

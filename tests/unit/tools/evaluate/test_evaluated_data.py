@@ -1,6 +1,7 @@
 """Folders are evaluated as the files prepared from them, and read as the training images were."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ from PIL import Image
 
 from pipeline.data.beton import open_beton
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import write_recipe
+from pipeline.stage.directory import Stage
 from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.evaluate.answers import Answers
 from tools.evaluate.commands import evaluate_weights
-from tools.evaluate.evaluated_data import evaluated_files, note_other_window
+from tools.evaluate.evaluated_data import evaluated_files, note_other_window, note_training_images, refuse_absent_file
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.preparation import prepare_beton
+from tools.prepare.prepared_cache import SourceSettings, held_out, prepared
 
 ROOT = Path(__file__).parents[4]
 
@@ -119,6 +123,39 @@ def test_without_ffcv_a_folder_is_evaluated_to_the_same_bit(run, photos, tmp_pat
 def test_images_without_classes_cannot_be_evaluated(run, photos):
     with pytest.raises(DataError, match="without class folders"):
         evaluated_files(str(run), str(photos / "rings"), None)
+
+
+def test_images_that_weights_were_trained_on_are_a_note(run, photos, tmp_path, capsys):
+    """A folder that was divided for training is evaluated as a whole, which is another file."""
+    train, whole = prepared(str(photos), SourceSettings(split=0.3)), prepared(str(photos), SourceSettings())
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    stage = own / "finetune" if (own / "finetune").exists() else next(path.parent for path in own.glob("*/DONE"))
+    recipe = Stage(stage).recipe
+    data = recipe.data.model_copy(update={"train": str(train), "validation": str(held_out(train))})
+    write_recipe(recipe.model_copy(update={"data": data}), stage / "recipe.yaml")
+    capsys.readouterr()
+    note_training_images(str(own), "photos/", str(whole))
+    assert capsys.readouterr().err == (
+        f"fcmae: photos/ holds images that {own} was trained on, so they do not tell how it does on others;"
+        f" {held_out(train)} holds the images that validated it\n"
+    )
+    copy = prepare_beton(photos, tmp_path / "copy.beton").beton
+    for pinned, said in (("0" * 64, 0), (copy.identity, 1)):
+        (stage / "data.json").write_text(json.dumps({"train": pinned}))
+        note_training_images(str(own), "copy.beton", str(copy.path))
+        note_training_images(str(own), "held out", str(held_out(train)))
+        assert capsys.readouterr().err.count("was trained on") == said
+
+
+def test_an_absent_file_is_made_by_the_command_for_such_weights(tmp_path):
+    (tmp_path / "masks-val.beton").touch()
+    with pytest.raises(
+        DataError, match=r"did you mean .*/masks-val.beton\? Else make it with `fcmae prepare maps IMAGES"
+    ):
+        refuse_absent_file(str(tmp_path / "masks-va.beton"), "segmenter")
+    with pytest.raises(DataError, match=r"does not exist; make it with `fcmae prepare coco IMAGES"):
+        refuse_absent_file(str(tmp_path / "boxes.beton"), "detector")
 
 
 def write_deep(folder, low, high):

@@ -207,6 +207,7 @@ BAD_FOLDERS = [
     ({**BASE, "images/a.png": None, "images/a.txt": b""}, {}, "images holds no image files; name the folder of images"),
     ({**BASE, "masks/a.png": None, "masks/a.npy": b""}, {}, "masks holds no image files; name the folder of masks"),
     (BASE, {"masks": "nowhere"}, "masks .*nowhere are no folder"),
+    ({"images/a.png": png(LABELS), "masks/a.jpg": encoded(GREY)}, {}, "are JPEGs, as .* name the folder of images"),
     ({"images/a.png": PICTURE, "masks/a_seg.png": b""}, {}, r"no mask .* give --mask-name '\{name\}_seg'"),
     ({"images/x/a.png": PICTURE, "masks/a.png": b""}, {}, "no mask .* give both the same sub-folders"),
     ({"images/a.png": PICTURE, "masks/b.png": b""}, {}, "no mask .* give each mask the name of its image"),

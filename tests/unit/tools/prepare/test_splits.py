@@ -61,15 +61,15 @@ def test_splits_that_cannot_be(settings, words):
 
 def test_a_split_far_from_what_was_asked_names_a_better_one():
     names = [f"img{number:03d}.{'png' if number % 2 else 'jpg'}" for number in range(40)]
-    (held,) = held_out(names, 0.1)
-    assert describe_split(names, [name == held for name in names], 0.1) == (
+    assert len(held_out(names, 0.1)) == 1
+    assert describe_split(names, 1, 40, 0.1) == (
         "held out for validation: 1 of 40 images, and --split 0.1 asks for about 4: a hash of each path decides, so"
         " small numbers vary; repeat with --split 0.15 (4 images), or with more images"
     )
     assert len(held_out(names, 0.15)) == 4
     near = validation_part(names, 0.2)
-    assert describe_split(names, near, 0.2) == f"held out for validation: {sum(near)} of 40 images"
-    assert describe_split(NAMES, [False] * len(NAMES), 0.2, r"patient\d+").count("a hash of each group") == 1
+    assert describe_split(names, sum(near), 40, 0.2) == f"held out for validation: {sum(near)} of 40 images"
+    assert describe_split(NAMES, 0, len(NAMES), 0.2, r"patient\d+").count("a hash of each group") == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 40])
@@ -92,6 +92,16 @@ def contents(path):
     beton = open_beton(path)
     labels = samples_of(beton)["f1"]
     return {(bytes(content), int(labels[n])) for mode in (0, 1) for n, content in contents_of(beton, mode)}
+
+
+def test_images_that_are_left_out_are_not_counted_as_held_out_or_kept(tmp_path):
+    """`11 of 69 images` were held out, where 4 could not be read and 65 were stored."""
+    folder = write_folder(tmp_path / "photos", class_images(8, ("cat", "dog")))
+    for number in range(4):
+        (folder / "cat" / f"bad{number}.jpg").write_bytes(b"no image")
+    train, held = prepare_split(folder, tmp_path / "own.beton", 0.3, on_bad="skip")
+    assert train.beton.samples + held.beton.samples == 16
+    assert held.split.startswith(f"held out for validation: {held.beton.samples} of 16 images")
 
 
 def test_both_files_make_the_whole(photos, tmp_path):
