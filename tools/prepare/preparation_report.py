@@ -42,12 +42,12 @@ def report_path(destination: Path) -> Path:
     return destination.with_name(destination.name + ".report.jsonl")
 
 
-def class_notes(classes: Sequence[str], counts: np.ndarray, counted: str) -> Iterator[Note]:
+def class_notes(classes: Sequence[str], counts: np.ndarray, unit: str) -> Iterator[Note]:
     """A line for each class. `counts` (2, classes): its pixels or objects, and the images in which it occurs."""
     total = max(int(counts[0].sum()), 1)
     for name, count, images in zip(classes, *counts.tolist(), strict=True):
-        of = "those with a class" if counted == "pixels" else "all"
-        share = f"{count:,} {counted}, {100 * count / total:.4g} % of {of}, in {counted(images, 'image')}"
+        of = "those with a class" if unit == "pixels" else "all"
+        share = f"{count:,} {unit}, {100 * count / total:.4g} % of {of}, in {counted(images, 'image')}"
         yield Note(name, CLASS, share)
 
 
