@@ -13,7 +13,11 @@ LOG=.venv/setup.log
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+undo=()   # the command that must also run after an interruption
+trap '"${undo[@]}"; printf "setup: interrupted; the same command goes on\n" >&2; exit 130' INT TERM HUP
 quietly() { "$@" >>"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; die "'$*' failed; the whole log is in $LOG"; }; }
+
+apt_get() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get "$@" >>"$LOG" 2>&1; }   # with `sudo` of its caller
 
 debian_packages() {   # debian_packages NAME...: installs the missing ones
   local missing=() name sudo=()
@@ -27,12 +31,11 @@ debian_packages() {   # debian_packages NAME...: installs the missing ones
   fi
   say "Debian packages: ${missing[*]}"
   # If /usr/sbin/policy-rc.d exits with 101, packages such as slurmd and munge start no system-wide services.
-  local guard=/usr/sbin/policy-rc.d made=0 code=0
-  if [ ! -e "$guard" ]; then "${sudo[@]}" sh -c "printf '#!/bin/sh\nexit 101\n' >$guard && chmod 755 $guard"; made=1; fi
-  { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
-    { "${sudo[@]}" apt-get update -q &&
-      "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"; }; } >>"$LOG" 2>&1 || code=$?
-  [ $made = 1 ] && "${sudo[@]}" rm -f "$guard"
+  local guard=/usr/sbin/policy-rc.d code=0
+  if [ ! -e "$guard" ]; then undo=("${sudo[@]}" rm -f "$guard"); "${sudo[@]}" sh -c "printf '#!/bin/sh\nexit 101\n' >$guard && chmod 755 $guard"; fi
+  local install=(install -y -q --no-install-recommends "${missing[@]}")
+  apt_get "${install[@]}" || { apt_get update -q && apt_get "${install[@]}"; } || code=$?
+  "${undo[@]}"; undo=()
   [ $code = 0 ] || { tail -n 20 "$LOG" >&2; die "apt-get failed for: ${missing[*]}; the whole log is in $LOG"; }
 }
 
