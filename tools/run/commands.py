@@ -39,7 +39,7 @@ def run_here(
     from pipeline.storage.working_copy import working_copy
     from tools.prepare.recipe_data import with_prepared_data
     from tools.recipes.library import find_recipe
-    from tools.run.local_run import check_without_data, stoppable_preparation, train_here
+    from tools.run.local_run import check_without_data, next_commands, stoppable_preparation, train_here
 
     path = find_recipe(recipe)
     chain, directory = load_recipe(path, overrides or []), working_copy(out)
@@ -47,6 +47,8 @@ def run_here(
     with stoppable_preparation():
         chain = with_prepared_data(chain, directory, refresh=refresh)
     train_here(chain, directory, path, overrides or [], nproc)
+    for command in next_commands(chain, out):
+        print(f"next: {command}")
 
 
 def submit_run(

@@ -1,6 +1,7 @@
 """Train a chain on this machine: open its run directory, run its stages with a display, and say how it ended."""
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,17 @@ def train_here(chain: ChainRecipe, directory: Path, recipe: Path, overrides: Seq
     if outcome.kind is not OutcomeKind.DONE:
         raise UserError(outcome.reason)
     console.print(run_table(RunFollower(directory).statuses()))
+
+
+def next_commands(chain: ChainRecipe, out: str) -> list[str]:
+    """Return what to try with the segmenter or detector that a run has trained; nothing after other runs."""
+    stage, run = list(chain.stages.values())[-1], shlex.quote(out)
+    if stage.objective.kind not in ("segmentation", "detection"):
+        return []
+    commands = [f"fcmae predict {run} PHOTOS --out DIR"]
+    if stage.data.validation:
+        commands.append(f"fcmae evaluate {run} --data {shlex.quote(stage.data.validation)} --per-class")
+    return commands
 
 
 def check_without_data(chain: ChainRecipe, directory: Path, processes: int) -> None:
