@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.storage.folder import Folder
 from pipeline.tracking.journal import Event, effective_events, is_number, read_events, step_events
-from pipeline.tracking.metric_names import judging_metric
+from pipeline.tracking.metric_names import is_percentage, judging_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def draw_overlays(
 
     font, wide, heights = ImageFont.load_default(size=13), rows[0][0].shape[1], [len(row[0]) for row in rows]
     width = 3 * (wide + GAP) + GAP
-    legend = _legend(named, colours, width)
+    legend = draw_legend(named, colours, width)
     head = legend.height + CAPTION
     *tops, bottom = accumulate((high + GAP for high in heights), initial=head)
     sheet = Image.new("RGB", (width, bottom), PAPER)
@@ -178,7 +178,7 @@ def frequent(names: Sequence[str], counts: NDArray[np.integer]) -> dict[int, str
     return {int(n): names[n] for n in np.argsort(-counts, kind="stable") if counts[n]}
 
 
-def _legend(named: Mapping[int, str], colours: NDArray[np.uint8], width: int) -> "Image":
+def draw_legend(named: Mapping[int, str], colours: NDArray[np.uint8], width: int) -> "Image":
     """Draw the classes' colours and names, line by line."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -225,6 +225,7 @@ def draw_curves(journal_path: str | Path, path: str | Path) -> None:
         axes[0].yaxis.set_minor_formatter(label)
     if evaluated:
         axes[1].plot(*zip(*evaluated, strict=True), color=METRIC, marker="o", markersize=3.5, linewidth=1.4)
+        limit_single_value(axes[1], name, [value for _, value in evaluated])
         axes[1].set_title(f"evaluation: {name}, last {evaluated[-1][1]:.4g}")
     axes[-1].plot(*series(kept, "lr"), color=RATE, linewidth=1.4)
     axes[-1].set_title("learning rate")
@@ -277,6 +278,12 @@ def main_metric(events: Sequence[Event]) -> tuple[str, list[tuple[int, float]]]:
     names = [name for metrics in metrics_of.values() for name in metrics]
     name = judging_metric(names) or next(iter(names), "")
     return name, sorted((step, float(m[name])) for step, m in metrics_of.items() if is_number(m.get(name)))
+
+
+def limit_single_value(axis: "Axes", name: str, values: Sequence[float]) -> None:
+    """Let an axis of evaluations begin at 0 if all of them are one value, which gives it no range of its own."""
+    if len(set(values)) == 1 and 0 < values[0] < math.inf:
+        axis.set_ylim(0, 100 if is_percentage(name) else 2 * values[0])
 
 
 def series(events: Sequence[Event], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

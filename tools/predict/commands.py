@@ -140,7 +140,7 @@ def _segment(
         segmented = write_label_maps(model, images, out, model.test_of(**how), progress)
     _check_read(images)
     print(as_json(segmented, images.unreadable) if json else "\n".join(map(str, segmented)))
-    print(f"{out} holds maps, overlays and classes.txt", file=sys.stderr)
+    print(f"{out} holds maps, overlays, their legend.png, and classes.txt", file=sys.stderr)
     _note_other_files(out, [file for one in segmented for file in (one.label_map, one.overlay)])
 
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import DataError, UserError
-from pipeline.tracking.pictures import overlay, palette
+from pipeline.tracking.pictures import draw_legend, overlay, palette
 from tools.predict.image_inputs import Photographs
 from tools.predict.segmentation_model import SegmentationModel, SegmentationTest
 from tools.prepare.image_source import is_image
 
 CLASSES_SHOWN = 5  # of an image, in text
+LEGEND_PIXELS = 640
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def write_label_maps(
     how: SegmentationTest,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[SegmentedImage]:
-    """Segment images; write OUT/maps and OUT/overlays, PNG files under the images' names, and OUT/classes.txt.
+    """Segment images; write OUT/maps and OUT/overlays, PNG files under the images' names, and what both stand for:
+    OUT/classes.txt, and OUT/legend.png with the colours.
 
     The pixels of a map are places in classes.txt, of 8 bits for up to 255 classes, of 16 for more. Nothing is
     written if no image can be read.
@@ -63,6 +65,7 @@ def write_label_maps(
             segmented.append(SegmentedImage(name, *files, _shares(labels, model.classes)))
         if segmented:
             classes.write_bytes(names.encode())
+            draw_legend(dict(enumerate(model.classes)), colours, LEGEND_PIXELS).save(out / "legend.png")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another --out") from None
     return segmented

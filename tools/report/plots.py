@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.tracking.pictures import CAPTION, GAP, series, smoothed, style_axis
+from pipeline.tracking.pictures import CAPTION, GAP, limit_single_value, series, smoothed, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,12 +44,14 @@ def curves_svg(
 
     figure = Figure(figsize=(7.6, 4.5), layout="constrained")
     (loss, speed), (evaluated, rate) = figure.subplots(2, 2, sharex=True, height_ratios=[1.35, 1]).T
+    measured: list[float] = []
     for (name, events, points), colour in zip(runs, cycle(SERIES), strict=False):
         x, y = series(events, "loss")
         if len(runs) == 1:
             loss.plot(x, y, color=PALE, linewidth=0.8)
         loss.plot(x, smoothed(y), color=colour, linewidth=1.5, label=name)
         steps, values = [step for step, _ in points], [value for _, value in points]
+        measured += values
         evaluated.plot(steps, values, color=colour, marker="o", markersize=3.2, linewidth=1.2)
         x, y = series(events, "images_per_second")
         speed.plot(x, y, color=colour, linewidth=1.1)
@@ -65,6 +67,7 @@ def curves_svg(
             loss.set_yscale("log")
     if reference or len(runs) > 1:
         loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    limit_single_value(evaluated, metric, measured)
     speed.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     titles = ((loss, "training loss"), (evaluated, f"evaluation: {metric}"), (speed, "images per second"))

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.pictures import HIDDEN, draw_curves, draw_label_maps, draw_reconstruction, overlay, palette
+from pipeline.tracking.pictures import (
+    HIDDEN,
+    draw_curves,
+    draw_label_maps,
+    draw_reconstruction,
+    limit_single_value,
+    overlay,
+    palette,
+)
 
 
 def test_the_grid_shows_input_masked_and_painted(tmp_path: Path) -> None:
@@ -86,6 +95,18 @@ def test_curves_are_drawn_for_any_journal(tmp_path: Path, loss: float, lines: in
     draw_curves(tmp_path / "journal.jsonl", tmp_path / "curves.png")
     picture = Image.open(tmp_path / "curves.png")
     assert picture.height > (700 if lines else 500)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "limits"),
+    [("top1", [62.0], (0, 100)), ("loss", [0.6], (0, 1.2)), ("loss", [math.nan], None), ("miou", [30.0, 40.0], None)],
+)
+def test_an_axis_of_one_evaluation_begins_at_zero(name, values, limits) -> None:
+    axis = Figure().subplots()
+    axis.plot(range(len(values)), values)
+    own = axis.get_ylim()
+    limit_single_value(axis, name, values)
+    assert axis.get_ylim() == (limits or own)
 
 
 def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.objectives import create_objective
 from pipeline.objectives.pixels import normalise
 from pipeline.objectives.segmentation import segmentation_facts
+from pipeline.tracking.pictures import palette
 from pipeline.training.evaluation import FixedModel, evaluate
 from pipeline.weights.safetensors_file import write_weights
 from tests.oracles import randomise
@@ -144,6 +145,9 @@ def test_predict_writes_maps_and_overlays(place, monkeypatch) -> None:
     assert done.returncode == 0, done.stderr
     model = way_in.load("weights.safetensors", device="cpu")
     assert (place / "seen" / "classes.txt").read_text().split("\n")[:-1] == list(beton.classes)
+    with Image.open(place / "seen" / "legend.png") as legend:
+        drawn = {tuple(pixel) for pixel in np.unique(np.asarray(legend).reshape(-1, 3), axis=0).tolist()}
+    assert drawn.issuperset(map(tuple, palette(len(beton.classes)).tolist()))
     for path, entry in zip(images_of(place), json.loads(done.stdout), strict=True):
         expected = model.segment(path)[0]
         with Image.open(entry["map"]) as label_map, Image.open(entry["overlay"]) as overlay:
