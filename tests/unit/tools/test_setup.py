@@ -9,7 +9,7 @@ from pathlib import Path
 
 SETUP = Path(__file__).parents[3] / "tools" / "setup" / "setup.sh"
 # Like pip, it ends with code 1 after Ctrl-C.
-PIP = "#!/bin/sh\ntrap 'echo ERROR: Operation cancelled by user; kill $!; exit 1' INT\ntouch started\nsleep 60 &\nwait\n"
+PIP = "#!/bin/sh\ntrap 'echo ERROR: cancelled; kill $!; exit 1' INT\ntouch started\nsleep 60 &\nwait\n"
 
 
 def test_ctrl_c_is_no_failure_of_pip(tmp_path):
