@@ -129,7 +129,7 @@ def open_beton(path: str | Path) -> Beton:
         ) from None
 
 
-def absent_file(path: Path, sources: str = "SOURCE") -> DataError:
+def missing_file(path: Path, sources: str = "SOURCE") -> DataError:
     """The error for a data file that is not there. `sources` are the arguments with which `fcmae prepare` makes it."""
     names = {other.stem: other for other in path.parent.glob("*.beton")}
     near = get_close_matches(path.stem, names, n=1, cutoff=0.8)
@@ -139,7 +139,7 @@ def absent_file(path: Path, sources: str = "SOURCE") -> DataError:
 
 def _compare_with_sidecar(path: Path) -> Beton:
     if not path.is_file():
-        raise absent_file(path)
+        raise missing_file(path)
     beton = read_sidecar(path)
     size_bytes = path.stat().st_size
     if size_bytes != beton.size_bytes:

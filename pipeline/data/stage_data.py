@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.beton import Beton, absent_file
+from pipeline.data.beton import Beton, missing_file
 from pipeline.data.cache import Cache
 from pipeline.data.staging import describe_beton, fetch_beton, is_url
 from pipeline.data.subset import Subset, count_per_class, present_classes, select_subset
@@ -33,7 +33,7 @@ def refuse_missing_files(recipe: StageRecipe, sources: Collection[str] = ()) -> 
     """Raise DataError for a local data file that does not exist and is none of the sources, which become data files."""
     for path in _locations(recipe).values():
         if path not in sources and not is_url(path) and _is_missing(path):
-            raise absent_file(Path(path), _sources(recipe))
+            raise missing_file(Path(path), _sources(recipe))
 
 
 def fetch_stage_data(recipe: StageRecipe, cache: Cache) -> dict[str, Subset]:

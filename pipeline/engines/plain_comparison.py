@@ -174,7 +174,7 @@ def _compare(recipe: StageRecipe, objective: Objective, world: World) -> Differe
 
 
 def _free_memory(device: torch.device) -> None:
-    """Give back the memory of models that nothing refers to: a compiled block is part of a cycle."""
+    """Give back the memory of unused models; compiled blocks refer to themselves, so `gc` comes first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -229,7 +229,7 @@ def _finds_objects(evaluations: Metrics) -> Check:
 def _validation_gap(
     recipe: StageRecipe, losses: Mapping[int, float], evaluations: Metrics, images: int | None
 ) -> Check:
-    """images: how many the accuracy is a mean of; None for other metrics."""
+    """images: the number of validation images, if the metric is the share of them that is right; else None."""
     classes, metric = recipe.objective.classes, recipe.objective.metric
     name, loss = "validation near training", _last(evaluations, "loss")
     if loss is None or len(losses) < FEWEST_STEPS:

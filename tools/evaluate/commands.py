@@ -107,7 +107,7 @@ def evaluate_weights(
         evaluated_files,
         note_other_window,
         note_training_images,
-        refuse_absent_file,
+        refuse_missing_file,
     )
     from tools.evaluate.kept_results import keep_results
     from tools.evaluate.published import compare_with_published, result_facts
@@ -130,7 +130,7 @@ def evaluate_weights(
         _check_weights(kind, (weights, *(beside or ())))
     shown = {"per_class": per_class, "json": json}
     if data.endswith(".beton"):
-        refuse_absent_file(data, kind)
+        refuse_missing_file(data, kind)
         note_other_window(weights, data)
         if kind != "classifier":
             note_training_images(weights, data, data)

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.data.beton import absent_file, open_beton
+from pipeline.data.beton import missing_file, open_beton
 from pipeline.data.stage_data import PREPARED_FROM
 from pipeline.data.staging import is_url
 from pipeline.stage.directory import Stage
@@ -18,7 +18,7 @@ from tools.prepare.prepared_cache import (
     data_file,
     is_source,
     read_entry,
-    refuse_absent,
+    refuse_missing_source,
     say,
     unlike_windows,
     window_of,
@@ -34,11 +34,11 @@ def note_other_window(weights: str, file: str) -> None:
             say(sentence)
 
 
-def refuse_absent_file(data: str, kind: Kind) -> None:
+def refuse_missing_file(data: str, kind: Kind) -> None:
     """Raise DataError for a .beton file that does not exist, with the command that makes one for such weights."""
     if not is_url(data) and not os.path.exists(data):
         objective = next((name for name, known in KINDS.items() if known == kind), "")
-        raise absent_file(Path(data), PREPARED_FROM.get(objective, "SOURCE"))
+        raise missing_file(Path(data), PREPARED_FROM.get(objective, "SOURCE"))
 
 
 def note_training_images(weights: str, data: str, file: str) -> None:
@@ -76,7 +76,7 @@ def evaluated_files(weights: str, data: str, knn: str | None, refresh: bool = Fa
     """
     for path in (data, knn):
         if path and is_source(path):
-            refuse_absent(path)  # before the other one is prepared for hours
+            refuse_missing_source(path)  # before the other one is prepared for hours
     reading = _reading_of(weights)
     voters = knn and data_file(knn, SourceSettings(reading=reading), refresh=refresh)
     reading = reading or (window_of(voters) if voters else None)

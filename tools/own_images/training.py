@@ -26,7 +26,15 @@ from tools.own_images.derived_values import FEW_IMAGES, USUAL_SIDE, ImageFacts, 
 from tools.own_images.micro_batch import choose_micro_slots
 from tools.own_images.starting_weights import RECOMMENDED, RELEASED, SCRATCH, StartingWeights, starting_weights
 from tools.prepare.detect import open_source
-from tools.prepare.prepared_cache import SourceSettings, held_out, is_source, prepared, refuse_absent, say, window_of
+from tools.prepare.prepared_cache import (
+    SourceSettings,
+    held_out,
+    is_source,
+    prepared,
+    refuse_missing_source,
+    say,
+    window_of,
+)
 from tools.prepare.recipe_data import bound_file, note_doubtful_validation
 from tools.prepare.splits import validation_part
 from tools.recipes.library import find_recipe
@@ -172,7 +180,7 @@ def _divided(request: Request, run: Path, longest: int) -> tuple[Beton, Beton | 
         if path := bound_file(run, request.images, settings(kept)):
             return open_beton(path), open_beton(held_out(path)) if kept else None
     if request.validation:
-        (refuse_absent if is_source(request.validation) else open_beton)(request.validation)
+        (refuse_missing_source if is_source(request.validation) else open_beton)(request.validation)
     split = _possible_split(request) if split else 0.0
     path = prepared(request.images, settings(split), refresh=request.refresh)
     return open_beton(path), open_beton(held_out(path)) if split else None

@@ -223,8 +223,8 @@ def is_made_from(path: str, source: str, settings: SourceSettings) -> bool:
     return entry.settings == settings.stored(unlabelled)
 
 
-def refuse_absent(source: str, cache: Path | None = None) -> None:
-    """Raise DataError for a source that does not exist, unless images were prepared from it when it did."""
+def refuse_missing_source(source: str, cache: Path | None = None) -> None:
+    """Raise DataError for a source that does not exist, unless its images were prepared when it did."""
     name = source if is_url(source) else os.path.abspath(source)
     homes = ((cache or user_cache()) / "prepared").glob(f"{_name(name)}-*")
     entries = (read_entry(generation) for home in homes for generation in _generations(home))

@@ -29,7 +29,7 @@ from tools.prepare.prepared_cache import (
     main_file,
     prepared,
     read_entry,
-    refuse_absent,
+    refuse_missing_source,
     say,
     unlike_windows,
     window_of,
@@ -67,7 +67,7 @@ def with_prepared_data(
         for stage in chain.stages.values():
             refuse_missing_files(stage, sources)
         for source in sources:
-            refuse_absent(source, cache)
+            refuse_missing_source(source, cache)
     for name in NAMES:  # validation images have the window of the training images
         for stage in chain.stages.values():
             source = getattr(stage.data, name)

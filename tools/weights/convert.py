@@ -90,7 +90,7 @@ def convert(
 
 
 def check_destination(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raise UserError for another suffix, a directory, a file without `overwrite`, or a place that is not writable."""
+    """Raise UserError if it has another suffix, is a directory, exists without `overwrite`, or cannot be written."""
     if path.suffix not in suffixes:
         raise CheckpointError(f"{path} ends in none of {', '.join(suffixes)}; name a file with one of these suffixes")
     if path.is_dir() or (path.exists() and not overwrite):

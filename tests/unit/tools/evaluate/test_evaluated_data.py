@@ -19,7 +19,7 @@ from tests.fitted import write_fitted_run
 from tests.unit.tools.prepare.test_prepared_cache import write_images
 from tools.evaluate.answers import Answers
 from tools.evaluate.commands import evaluate_weights
-from tools.evaluate.evaluated_data import evaluated_files, note_other_window, note_training_images, refuse_absent_file
+from tools.evaluate.evaluated_data import evaluated_files, note_other_window, note_training_images, refuse_missing_file
 from tools.prepare.image_pixels import AS_LOADER, ReadingSettings
 from tools.prepare.preparation import prepare_beton
 from tools.prepare.prepared_cache import SourceSettings, held_out, prepared
@@ -153,9 +153,9 @@ def test_an_absent_file_is_made_by_the_command_for_such_weights(tmp_path):
     with pytest.raises(
         DataError, match=r"did you mean .*/masks-val.beton\? Else make it with `fcmae prepare maps IMAGES"
     ):
-        refuse_absent_file(str(tmp_path / "masks-va.beton"), "segmenter")
+        refuse_missing_file(str(tmp_path / "masks-va.beton"), "segmenter")
     with pytest.raises(DataError, match=r"does not exist; make it with `fcmae prepare coco IMAGES"):
-        refuse_absent_file(str(tmp_path / "boxes.beton"), "detector")
+        refuse_missing_file(str(tmp_path / "boxes.beton"), "detector")
 
 
 def write_deep(folder, low, high):

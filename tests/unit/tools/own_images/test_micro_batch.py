@@ -41,7 +41,7 @@ def test_a_cpu_gets_the_largest_that_fits_its_memory(stage, monkeypatch):
 
 @pytest.mark.parametrize("late", [True, False])
 def test_what_a_gpu_has_measured_counts_if_the_rest_takes_too_long_or_fails(stage, late, monkeypatch):
-    """The time-out is of all sizes, and each is compiled."""
+    """All sizes share one time-out, in which each is also compiled, so the later ones may not be measured."""
     recipe = stage("defaults.batch.global_batch=256", "defaults.batch.slot=8")
     command = ["sh", "-c", "echo '[1, 60.0]'; echo '[2, 100.0]'; exit 1"]
     monkeypatch.setattr(micro_batch, "module_command", lambda *words: command)

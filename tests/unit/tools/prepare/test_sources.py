@@ -415,7 +415,7 @@ def test_a_tar_of_two_splits_is_not_merged(images, tmp_path):
     [("cat/in/1.jpg", "cat/out/2.jpg", "dog/3.jpg"), ("cat/in/1.jpg", "dog/out/2.jpg"), ("a/1.jpg", "a/b/2.jpg")],
 )
 def test_a_tar_of_folders_in_class_folders_is_refused(tmp_path, names):
-    """Unpacked, its classes would be the outer folders."""
+    """Classes of a folder are its outer folders, of a tar the inner ones: where these differ, the tar is refused."""
     for above in ("", "set/"):
         (tmp_path / "set.tar").write_bytes(tar({above + name: b"" for name in names}))
         with pytest.raises(DataError, match=r"folders in folders \(.*\), so its classes are in doubt; unpack it"):
